@@ -1,0 +1,129 @@
+"""Keys and values of what is already settled: for decoding block by block, and for training on one clean stream.
+
+Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ContextCache:
+    """Keys and values of one forward, kept with their gradient so that other forwards can attend to them (training).
+
+    A forward through the cache sees only itself; forwards through its `view()` see the recorded ones before their own
+    and leave no trace. Repeating either changes nothing, which gradient checkpointing relies on.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer index, keys and values [B, G, T, d]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions seen before the new ones: none."""
+        return 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Record new keys and values [B, G, T, d] and return them as they are."""
+        self.layers.setdefault(layer_idx, (key, value))
+        return key, value
+
+    def view(self) -> ContextView:
+        """What the other forwards take as their cache."""
+        return ContextView(self.layers)
+
+
+class ContextView:
+    """Read-only access to what a `ContextCache` recorded."""
+
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of recorded positions."""
+        return self.layers[layer_idx][0].shape[2]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, G, L, d] to the ones attention sees, [B, G, T + L, d]."""
+        recorded_key, recorded_value = self.layers[layer_idx]
+        return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)
+
+
+class BlockCache:
+    """Preallocated keys and values for block-by-block decoding of several sequences ("slots").
+
+    A slot holds its committed prefix, `lengths[slot]` positions whose keys and values come from final tokens. A
+    forward writes its block in place behind the prefix; the next forward overwrites it, unless it was committed.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        capacity: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, num_slots, capacity, num_key_value_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * num_slots
+
+    @property
+    def capacity(self) -> int:
+        """Positions a slot can hold."""
+        return self.keys.shape[2]
+
+    def write_at(self, slots: list[int], length: int) -> CacheWindow:
+        """A window for one forward of `length` new positions behind the prefix of each of the `slots`.
+
+        Raises:
+            ValueError: the new positions would not fit.
+        """
+        starts = [self.lengths[slot] for slot in slots]
+        if max(starts) + length > self.capacity:
+            raise ValueError(f"{max(starts)} committed and {length} new positions exceed the capacity {self.capacity}")
+        return CacheWindow(self, slots, starts, length)
+
+    def commit(self, slots: list[int], lengths: list[int]) -> None:
+        """Declare the first `lengths[slot]` positions written so far final."""
+        for slot, length in zip(slots, lengths, strict=True):
+            self.lengths[slot] = length
+
+    def rollback(self, slot: int, length: int = 0) -> None:
+        """Forget all but the first `length` positions of a slot; with 0 the slot is free for another sequence."""
+        self.lengths[slot] = min(self.lengths[slot], length)
+
+
+class CacheWindow:
+    """One forward's access to a `BlockCache`; what attention layers call `past_key_values`."""
+
+    def __init__(self, cache: BlockCache, slots: list[int], starts: list[int], length: int) -> None:
+        device = cache.keys.device
+        self.cache = cache
+        self.span = max(starts) + length  # positions visible to at least one row
+        # Slots 0..B-1 in order, the common case, are read without a copy.
+        self.in_order = slots == list(range(len(slots)))
+        self.num_rows = len(slots)
+        self.slots = torch.tensor(slots, device=device)
+        # [B, L] positions the rows' queries stand at
+        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions before the window; rows differ, so callers pass `positions` as position ids instead."""
+        return self.span - self.positions.shape[1]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, G, L, d] in place; returns all that attention may see, [B, G, span, d].
+
+        Positions past a row's own end are stale: the attention mask must hide them.
+        """
+        seen = []
+        for store, new in ((self.cache.keys[layer_idx], key), (self.cache.values[layer_idx], value)):
+            store[self.slots[:, None], self.positions] = new.transpose(1, 2).to(store.dtype)
+            rows = store[: self.num_rows, : self.span] if self.in_order else store[self.slots, : self.span]
+            seen.append(rows.transpose(1, 2))
+        return seen[0], seen[1]

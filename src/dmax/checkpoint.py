@@ -1,0 +1,268 @@
+"""From a name to a model that is ready to decode, and back to files.
+
+The one place where special token ids and the block length are settled: an explicit argument, else what the
+checkpoint's files say, never a constant of ours. Published files do not agree on where they say it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dmax import models
+from dmax.errors import InputError
+from dmax.tiny import BUNDLED, bundled
+
+MASK_TOKEN = "<|mask|>"
+# LLaDA-2.x configurations name no block length; every published checkpoint of the family was trained with this one.
+FAMILY_BLOCK_LENGTH = {"llada2_moe": 32}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model, its tokenizer and the ids that decoding needs.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: None for a checkpoint without one, which then takes and gives token ids.
+        mask_token_id: MASK, in the vocabulary, never emitted.
+        eos_token_ids: every id that ends a sequence.
+        pad_token_id: fills up batches; the first EOS where the checkpoint names none.
+        block_length: positions decoded together.
+        path: the folder it was read from.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    block_length: int
+    path: str
+
+
+def load_checkpoint(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    mask_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    block_length: int | None = None,
+    attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
+) -> Checkpoint:
+    """Read a bundled checkpoint, a local folder or a hub repository; no remote code is ever run.
+
+    Args:
+        name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id.
+        dtype: of the weights; "auto" keeps the files' own.
+        device: where the model goes.
+        mask_token_id: overrides the checkpoint's.
+        eos_token_id: overrides the checkpoint's; one id or several.
+        block_length: overrides the checkpoint's.
+        attn_implementation: of transformers' attention interface; None lets transformers choose.
+        experts_implementation: of transformers' experts interface; None lets transformers choose.
+
+    Raises:
+        InputError: the name leads nowhere, files are damaged, or an id is neither given nor in the files.
+    """
+    models.register()
+    folder = find_folder(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _load_tokenizer(folder)
+    except (*UNREADABLE, TypeError) as error:  # TypeError: JSON of another shape, as transformers 5.17 takes it
+        raise InputError(f"{folder} is not a usable checkpoint: {_first_line(error)}") from error
+    # Ids first: a wrong argument should not cost the loading of the weights.
+    mask = resolve_mask_token_id(config, tokenizer, mask_token_id)
+    eos, pad = resolve_eos_and_pad(folder, config, tokenizer, eos_token_id)
+    length = resolve_block_length(config, block_length)
+    implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
+    model: Any = _load_model(folder, config, dtype, {name: value for name, value in implementations.items() if value})
+    return Checkpoint(model.to(device), tokenizer, mask, eos, pad, length, str(folder))
+
+
+def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
+    """The local folder of a bundled name, a path or a hub id, downloaded if need be."""
+    name = os.fspath(name_or_path)
+    folder = bundled(name) or Path(name).expanduser()
+    if bundled(name) and not folder.is_dir():
+        raise InputError(f"the bundled checkpoint `{name}` is missing from this installation", hint="reinstall dmax")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
+        return folder
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"`{name}` is neither bundled ({', '.join(BUNDLED)}), nor a folder, nor reachable on the hub",
+            hint=_first_line(error),
+        ) from error
+
+
+def resolve_mask_token_id(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, given: int | None = None
+) -> int:
+    """MASK's id: `given`, else the config's, the tokenizer's own, or the vocabulary entry `<|mask|>`."""
+    found = given if given is not None else getattr(config, "mask_token_id", None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.mask_token_id
+        found = tokenizer.get_vocab().get(MASK_TOKEN) if found is None else found
+    if found is None:
+        raise InputError("the checkpoint names no mask token", hint="pass `mask_token_id`")
+    return _in_vocabulary("mask_token_id", found, config)
+
+
+def resolve_eos_and_pad(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: int | list[int] | None = None,
+) -> tuple[tuple[int, ...], int]:
+    """EOS ids (`given`, else generation config, config, tokenizer) and the pad id (tokenizer, config, else EOS)."""
+    has_generation_config = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if has_generation_config else None
+    candidates = (given, *(getattr(source, "eos_token_id", None) for source in (generation, config, tokenizer)))
+    found: int | list[int] | None = next((ids for ids in candidates if ids is not None and ids != []), None)
+    if found is None:
+        raise InputError("the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`")
+    every = found if isinstance(found, (list, tuple)) else [found]
+    eos = tuple(_in_vocabulary("eos_token_id", token, config) for token in dict.fromkeys(every))
+    pads = (getattr(source, "pad_token_id", None) for source in (tokenizer, config))
+    pad = next((token for token in pads if token is not None and 0 <= token < config.vocab_size), eos[0])
+    return eos, pad
+
+
+def resolve_block_length(config: PreTrainedConfig, given: int | None = None) -> int:
+    """Block length: `given`, else the config's, else the family's."""
+    found = given if given is not None else getattr(config, "block_length", None)
+    found = FAMILY_BLOCK_LENGTH.get(config.model_type) if found is None else found
+    if found is None:
+        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
+    if found < 1:
+        raise InputError(f"`block_length` must be at least 1, got {found}")
+    return int(found)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike[str],
+    *,
+    mask_token_id: int,
+    eos_token_id: int | list[int],
+    block_length: int,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint that names its own ids; whole or not at all, an interrupted save leaves the old one.
+
+    Args:
+        model: the model; saved in its published layout.
+        tokenizer: saved beside it, if any.
+        folder: created, or replaced if it is empty or already holds a checkpoint.
+        mask_token_id: written to the config.
+        eos_token_id: written to the config and the generation config.
+        block_length: written to the config.
+        extra: a JSON record of where the weights come from, written as `dmax.json`.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder).expanduser().absolute()
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        if folder.exists() and not _is_replaceable(folder):
+            raise InputError(f"{folder} exists and is not a checkpoint", hint="choose another output folder")
+        partial.mkdir(parents=True)
+        try:
+            model.save_pretrained(partial)
+            config = copy.deepcopy(model.config)
+            config.mask_token_id, config.block_length = mask_token_id, block_length
+            config.eos_token_id = eos_token_id
+            config.save_pretrained(partial)
+            GenerationConfig(eos_token_id=eos_token_id, pad_token_id=config.pad_token_id).save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if extra is not None:
+                (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
+            _swap(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`."""
+    old = new.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def _load_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, str]
+) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    model: PreTrainedModel
+    model, report = loaded
+    # Our own classes have checked their files; for others transformers would fill gaps with random weights.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} weights of the model, the first is `{missing[0]}`")
+    return model
+
+
+def _in_vocabulary(name: str, token: int, config: PreTrainedConfig) -> int:
+    if not 0 <= token < config.vocab_size:
+        raise InputError(f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}", hint=f"pass `{name}`")
+    return int(token)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

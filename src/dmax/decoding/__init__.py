@@ -1,0 +1,40 @@
+"""Decoding strategies by name. A strategy sees logits, tokens and an `embed` callable, never a model or an engine."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from dmax.errors import InputError, did_you_mean
+from dmax.params import DecodingParams
+
+if TYPE_CHECKING:
+    from dmax.decoding.block import DecodingStrategy
+
+_STRATEGIES = {
+    "spd": "dmax.decoding.spd:SoftParallelDecoding",
+    "threshold": "dmax.decoding.threshold:ThresholdDecoding",
+}
+
+
+def _table() -> dict[str, str]:
+    return _STRATEGIES | {entry.name: entry.value for entry in entry_points(group="dmax.strategies")}
+
+
+def strategies() -> tuple[str, ...]:
+    """Names of all strategies, those of plugins (entry-point group `dmax.strategies`) included."""
+    return tuple(sorted(_table()))
+
+
+def get_strategy(params: DecodingParams) -> DecodingStrategy:
+    """The strategy that `params` names, with its settings; raises `InputError` with the valid names otherwise."""
+    table = _table()
+    if params.strategy not in table:
+        raise InputError(
+            f"unknown strategy {params.strategy!r}; choose from {', '.join(strategies())}",
+            hint=did_you_mean(params.strategy, strategies()),
+        )
+    module, _, attribute = table[params.strategy].partition(":")
+    strategy: DecodingStrategy = getattr(import_module(module), attribute).from_params(params)
+    return strategy

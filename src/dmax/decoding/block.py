@@ -1,0 +1,206 @@
+"""One step of one open block: what a strategy sees, what it may decide, and the rules no decision can break.
+
+B sequences, L block positions, V vocabulary, k candidates. A strategy is a pure function of tensors: it turns the
+logits of a forward into a `Decision`; `apply` turns the decision into the block's next contents and enforces, once for
+every strategy, that blocks progress, end, stay free of MASK and leave the prompt alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dmax.blend import Embed, SoftTokens
+from dmax.params import DecodingParams
+
+State = dict[str, Tensor]
+"""A strategy's memory of a block; every tensor has a leading dimension B, so that the engine can regroup rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a strategy may read.
+
+    Attributes:
+        tokens: [B, L] int64, the mask id where undecided.
+        masked: [B, L] bool, still undecided; a status, never inferred from ids.
+        active: [B, L] bool, masked when the block was opened; the rest (the prompt's tail) is never written.
+        step: [B] int64, forwards already spent on the block.
+        mask_token_id: MASK.
+        max_steps: cap on forwards for this block.
+        embed: token ids to embeddings, for strategies that feed mixtures of their own.
+        temperature: of sampling; 0 is greedy.
+        gumbel: [B, L, V] standard Gumbel noise, given when temperature > 0.
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    active: Tensor
+    step: Tensor
+    mask_token_id: int
+    max_steps: int
+    embed: Embed | None = None
+    temperature: float = 0.0
+    gumbel: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One forward, made safe by `sanitize`.
+
+    Attributes:
+        logits: [B, L, V] float32, MASK's at -inf, the others finite.
+        probs: [B, L, V] float32, softmax of the logits with MASK's own still in.
+        hidden_states: [B, L, D] of the last layer, where the engine provides them.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    hidden_states: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a strategy wants. `apply` ignores whatever it has no right to.
+
+    Attributes:
+        tokens: [B, L] int64, proposed ids.
+        commit: [B, L] bool, masked positions to decode.
+        edit: [B, L] bool, decoded positions to overwrite.
+        remask: [B, L] bool, decoded positions to mask again.
+        soft: how the next forward is fed; None: hard ids.
+        embeds: [B, L, D], the next forward's inputs, for feeds that `soft` cannot express.
+        done: [B] bool, the block has converged; None: it has once no mask is left.
+        confidence: [B, L] float32, probability of the proposed tokens, for events and traces.
+    """
+
+    tokens: Tensor
+    commit: Tensor
+    edit: Tensor | None = None
+    remask: Tensor | None = None
+    soft: SoftTokens | None = None
+    embeds: Tensor | None = None
+    done: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+class DecodingStrategy(Protocol):
+    """A decoding method. Instances hold settings only; memory lives in the state the engine keeps per request."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def from_params(cls, params: DecodingParams) -> DecodingStrategy:
+        """The strategy with these settings."""
+
+    def open(self, view: View) -> State:
+        """Fresh state for blocks that were just opened."""
+
+    def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
+        """Decide after a forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The model's best guess at every position.
+
+    Attributes:
+        tokens: [B, L] int64, the chosen token: argmax, or a sample when temperature > 0.
+        confidence: [B, L] float32, its softmax probability.
+        ids: [B, L, k] int64, the chosen token and the k - 1 most probable others.
+        probs: [B, L, k] float32, their probabilities.
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    ids: Tensor
+    probs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """A block after a decision: `tokens` and `masked` [B, L], and per row [B] bool whether it is `done`, whether the
+    engine `forced` a token or `capped` the block, and whether the strategy's proposal was `invalid`."""
+
+    tokens: Tensor
+    masked: Tensor
+    done: Tensor
+    forced: Tensor
+    capped: Tensor
+    invalid: Tensor
+
+
+def sanitize(logits: Tensor, mask_token_id: int) -> tuple[Output, Tensor]:
+    """Logits [B, L, V] that any strategy can rely on, and which rows were broken ([B] bool: a NaN).
+
+    MASK is never a prediction (A9), but the probability the model gives it still counts against all others, as in the
+    published code: a position that would rather stay masked is not confident. Infinite logits become the largest
+    finite ones: +inf still wins, and a position where all are -inf turns uniform.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    broken = logits.isnan().flatten(1).any(dim=1)
+    largest = torch.finfo(torch.float32).max / 4  # differences of two of them stay finite
+    logits = logits.nan_to_num(nan=0.0).clamp(-largest, largest)
+    probs = logits.softmax(dim=-1)  # max-subtracted: exp(logit - logsumexp) would lose a digit at large logits
+    mask = torch.tensor([mask_token_id], device=logits.device)
+    return Output(logits.index_fill(-1, mask, float("-inf")), probs), broken
+
+
+def predict(view: View, output: Output, top_k: int = 1) -> Prediction:
+    """Tokens and confidences of a forward; ties go to the lowest id.
+
+    With temperature T > 0 the token is a sample of softmax(logits / T), drawn as argmax(logits / T + Gumbel noise);
+    the confidence is always that of softmax(logits), MASK included, so thresholds mean the same at every temperature.
+    """
+    logits = output.logits
+    if view.temperature > 0 and view.gumbel is not None:
+        tokens = (logits / view.temperature + view.gumbel).argmax(dim=-1)
+    else:
+        tokens = logits.argmax(dim=-1)
+    chosen = tokens[..., None]
+    ids = chosen
+    if top_k > 1:
+        others = logits.scatter(-1, chosen, float("-inf")).topk(top_k - 1, dim=-1).indices
+        ids = torch.cat((chosen, others), dim=-1)
+    probs = output.probs.gather(-1, ids)
+    return Prediction(tokens, probs[..., 0], ids, probs)
+
+
+def leftmost(positions: Tensor) -> Tensor:
+    """The first True of each row of [B, L] bool, and nothing else; rows without one stay empty."""
+    return positions & (positions.cumsum(dim=1) == 1)
+
+
+def apply(view: View, decision: Decision, max_steps: int) -> Advance:
+    """Carry out a decision under the rules of the engine (see the module's first lines).
+
+    - only active positions are written: masks by `commit`, decoded ones by `edit`;
+    - `remask` holds only where the row still gains: fewer positions masked again than committed;
+    - a row with masks left that commits none has its leftmost mask decoded (`forced`);
+    - at the step cap remaining masks take the proposed tokens and the block closes (`capped`);
+    - a block is done only without masks; writing MASK makes the row `invalid`.
+    """
+    masked, decoded = view.masked, view.active & ~view.masked
+    commit = decision.commit & masked
+    stuck = masked.any(dim=1) & ~commit.any(dim=1)
+    commit = commit | (leftmost(masked) & stuck[:, None])
+    last = view.step + 1 >= max_steps
+    open_masks = masked & ~commit
+    write = commit | (masked & last[:, None])
+    if decision.edit is not None:
+        write = write | (decision.edit & decoded)
+    tokens = torch.where(write, decision.tokens, view.tokens)
+    masked = masked & ~write
+    if decision.remask is not None:
+        remask = decision.remask & decoded
+        gains = (remask.sum(dim=1) < commit.sum(dim=1)) & ~last
+        remask = remask & gains[:, None]
+        tokens, masked = tokens.masked_fill(remask, view.mask_token_id), masked | remask
+    full = ~masked.any(dim=1)
+    converged = full if decision.done is None else full & decision.done
+    capped = last & (open_masks.any(dim=1) | ~converged)
+    invalid = (write & (decision.tokens == view.mask_token_id)).any(dim=1)
+    return Advance(tokens, masked, converged | last, stuck, capped, invalid)

@@ -1,0 +1,83 @@
+"""Soft parallel decoding (DMax, arXiv 2604.08302, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dmax.decoding import feed, selection, stop
+from dmax.decoding.block import Decision, Output, State, View, predict
+from dmax.params import DecodingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SoftParallelDecoding:
+    """Decode a confident prefix, keep everything decoded open to revision, feed it back as blends, stop when stable.
+
+    With y_j the top-1 token of position j and π_j its probability, the next forward sees
+
+        h_j = e_mask                                  at masked positions                              (7)
+        h̃_j = π_j e(y_j) + (1 - π_j) e_mask           at decoded positions, the prompt's tail excepted (8, 9)
+        h_j = h̃_j / ‖h̃_j‖ · (π_j ‖e(y_j)‖ + (1 - π_j) ‖e_mask‖)                                       (10)
+
+    The first forward of a block is hard (A12). Needs a model trained for it (`dmax.training.objectives.oput_loss`).
+    """
+
+    name: ClassVar[str] = "spd"
+
+    threshold: float = 0.5
+    stop_confidence: float = 0.9
+    top_k: int = 1
+    prefix_only: bool = True
+    soft_inputs: bool = True
+    renormalize: bool = True
+    stop_on_confidence: bool = True
+    stop_on_consistency: bool = True
+
+    @classmethod
+    def from_params(cls, params: DecodingParams) -> SoftParallelDecoding:
+        """The settings of `params`; its threshold defaults to the paper's 0.5."""
+        return cls(
+            threshold=0.5 if params.threshold is None else params.threshold,
+            stop_confidence=params.stop_confidence,
+            top_k=params.top_k,
+            prefix_only=params.prefix_only,
+            soft_inputs=params.soft_inputs,
+            renormalize=params.renormalize,
+            stop_on_confidence=params.stop_on_confidence,
+            stop_on_consistency=params.stop_on_consistency,
+        )
+
+    def open(self, view: View) -> State:
+        """Nothing to remember: all that passes from step to step is the block and its soft inputs."""
+        return {}
+
+    def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
+        """One step for [B, L] positions."""
+        # 1. Predict every position anew.
+        prediction = predict(view, output, self.top_k)
+        tokens, confidence = prediction.tokens, prediction.confidence
+
+        # 2. Promote masked positions: the confident prefix, or the leftmost one.
+        select = selection.prefix if self.prefix_only else selection.above
+        promoted = select(view.masked, confidence, self.threshold)
+
+        # 3. Revise every position decoded earlier, however unsure the new token.
+        decoded = view.active & ~view.masked
+        changed = promoted | (decoded & (tokens != view.tokens))
+
+        # 4. Converged? A promotion counts as a change.
+        masked = view.masked & ~promoted
+        done = torch.zeros_like(masked[:, 0])
+        if self.stop_on_consistency:
+            done |= stop.consistent(masked, changed)
+        if self.stop_on_confidence:
+            done |= stop.confident(view.active, masked, confidence, self.stop_confidence)
+
+        # 5. Feed all decoded positions, the new ones included, as blends.
+        soft = None
+        if self.soft_inputs:
+            soft = feed.soft_feed(view.active & ~masked, prediction, renormalize=self.renormalize)
+        return Decision(tokens, promoted, edit=decoded, soft=soft, done=done, confidence=confidence), state

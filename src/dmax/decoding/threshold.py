@@ -1,0 +1,37 @@
+"""Threshold decoding of LLaDA-2.0 (arXiv 2512.15745, section 5.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dmax.decoding import selection
+from dmax.decoding.block import Decision, Output, State, View, predict
+from dmax.params import DecodingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdDecoding:
+    """Decode every masked position whose confidence reaches the threshold, at least the best one; never revise."""
+
+    name: ClassVar[str] = "threshold"
+
+    threshold: float = 0.95
+
+    @classmethod
+    def from_params(cls, params: DecodingParams) -> ThresholdDecoding:
+        """The settings of `params`; its threshold defaults to LLaDA-2.0's 0.95."""
+        return cls(threshold=0.95 if params.threshold is None else params.threshold)
+
+    def open(self, view: View) -> State:
+        """The confidence each position had when it was decoded, for events and traces."""
+        return {"confidence": torch.zeros_like(view.masked, dtype=torch.float32)}
+
+    def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
+        """One step for [B, L] positions; the block is done once no mask is left."""
+        prediction = predict(view, output)
+        commit = selection.above(view.masked, prediction.confidence, self.threshold)
+        confidence = torch.where(view.masked, prediction.confidence, state["confidence"])
+        return Decision(prediction.tokens, commit, confidence=confidence), {"confidence": confidence}

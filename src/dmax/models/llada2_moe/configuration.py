@@ -1,0 +1,102 @@
+"""Configuration of LLaDA-2.x mixture-of-experts models, with the attribute names of the published `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class LLaDA2MoeConfig(PreTrainedConfig):
+    """LLaDA-2.x (`model_type: llada2_moe`): grouped-query attention, partial rotary, sigmoid-routed experts.
+
+    The defaults are those of LLaDA-2.0-mini. The published configuration names neither a mask token nor a block
+    length; checkpoints written by dmax add `mask_token_id` and `block_length`, and both stay `None` for published
+    ones, where the tokenizer and the family's default of 32 decide (see `dmax.checkpoint`).
+    """
+
+    model_type = "llada2_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # No `default_theta` of transformers' own: the family's value applies when a config names none.
+    default_theta = 600_000.0
+
+    vocab_size: int = 157_184
+    hidden_size: int = 2048
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 20
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    use_qkv_bias: bool = False
+    use_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 16_384
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    partial_rotary_factor: float = 0.5
+    rope_parameters: dict[str, Any] | None = None
+
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    num_shared_experts: int = 1
+    moe_intermediate_size: int = 512
+    first_k_dense_replace: int = 1
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    score_function: str = "sigmoid"
+    moe_router_enable_expert_bias: bool = True
+
+    use_cache: bool = True
+    pad_token_id: int | None = 156_892
+    eos_token_id: int | list[int] | None = 156_892
+    mask_token_id: int | None = None
+    block_length: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check what the router and the attention rely on; raises `ValueError` naming the offending fields."""
+        super().__post_init__(**kwargs)
+        if self.score_function != "sigmoid":
+            raise ValueError(f"`score_function` must be 'sigmoid' for llada2_moe, got {self.score_function!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
+                f"`num_key_value_heads` ({self.num_key_value_heads})"
+            )
+        if self.num_experts % max(self.n_group, 1):
+            raise ValueError(f"`num_experts` ({self.num_experts}) must be a multiple of `n_group` ({self.n_group})")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of leading head dimensions that carry rotary positions; the rest pass through."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @rotary_dim.setter
+    def rotary_dim(self, value: int) -> None:
+        # Published configs store it beside the factor it follows from; the factor is the one we keep.
+        if value != self.rotary_dim:
+            raise ValueError(f"`rotary_dim` {value} contradicts `partial_rotary_factor` × `head_dim` {self.rotary_dim}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published keys beside transformers' own, so that other engines read what we write."""
+        record = super().to_dict()
+        record["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+        record["rotary_dim"] = self.rotary_dim
+        return record
+
+
+class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
+    """Alias for merged training checkpoints (`model_type: llada2_moe_veomni`): only their files are laid out otherwise.
+
+    Reading one gives a plain `LLaDA2MoeConfig`, so the model and everything it saves are of the published type.
+    """
+
+    model_type = "llada2_moe_veomni"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `LLaDA2MoeConfig.from_dict`, whatever model type the record names."""
+        return LLaDA2MoeConfig.from_dict({**config_dict, "model_type": LLaDA2MoeConfig.model_type}, **kwargs)

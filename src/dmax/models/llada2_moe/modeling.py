@@ -1,0 +1,425 @@
+"""LLaDA-2.x mixture-of-experts transformer: the one implementation, for training, reference and engine.
+
+Shapes: B sequences, L new positions, T cached positions, D hidden, H query heads, G key/value heads, d head size,
+E experts, K experts per token, V vocabulary. Nothing here is causal by itself: the attention mask alone decides what
+a position sees, which is what lets one network be trained on [noisy | clean] and decoded block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dmax.attention import flex_from_dense
+from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
+from dmax.models.llada2_moe.conversion import PER_EXPERT
+from dmax.models.llada2_moe.files import check_before_loading
+
+
+class LLaDA2MoeRMSNorm(nn.Module):
+    """Root-mean-square norm in float32, cast back before the weight is applied."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+class LLaDA2MoeRotaryEmbedding(nn.Module):
+    """Rotary positions for the first `rotary_dim` dimensions of every head (half-split convention)."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LLaDA2MoeConfig) -> None:
+        super().__init__()
+        parameters = config.rope_parameters or {}
+        self.rope_type = parameters.get("rope_type", "default")
+        self.config = config
+        inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
+        if self.rope_type != "default":
+            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config, None)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: LLaDA2MoeConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies `[rotary_dim / 2]` float32 and the cosine/sine scale; the name is transformers' own."""
+        theta = (config.rope_parameters or {}).get("rope_theta", config.default_theta)
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+        return 1.0 / theta**exponents, 1.0
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`position_ids` [B, L] int64 to cosine and sine, each [B, 1, L, rotary_dim] in `dtype`."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()  # [B, 1, L, rotary_dim / 2]
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading dimensions of `x` [B, heads, L, d]; dimensions past the rotary ones pass through."""
+    rotary, passthrough = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    first, second = rotary.chunk(2, dim=-1)
+    rotated = rotary * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, passthrough), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention, softmax in float32. `attention_mask`: additive [B, 1, L, T + L] or None.
+
+    Returns the heads' outputs [B, L, H, d] and the attention weights [B, H, L, T + L].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # [B, H, L, T + L]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class LLaDA2MoeAttention(nn.Module):
+    """Grouped-query attention with per-head query/key RMSNorm and partial rotary positions."""
+
+    def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False
+        rows = sum(self.num_heads) * config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_qkv_bias)
+        self.query_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.key_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.dense = nn.Linear(self.num_heads[0] * config.head_dim, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`hidden_states` [B, L, D] to [B, L, D]; keys and values go through `cache.update` if given."""
+        batch, length, _ = hidden_states.shape
+        heads = self.query_key_value(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query, key, value = heads.split(self.num_heads, dim=1)  # [B, H, L, d], 2 × [B, G, L, d]
+        query = apply_rotary(self.query_layernorm(query), *rotary)
+        key = apply_rotary(self.key_layernorm(key), *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, _ = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, is_causal=False, **kwargs
+        )
+        return self.dense(output.reshape(batch, length, -1))
+
+
+class LLaDA2MoeMLP(nn.Module):
+    """Gated feed-forward network: down(act(gate(x)) · up(x))."""
+
+    def __init__(self, config: LLaDA2MoeConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@use_experts_implementation
+class LLaDA2MoeExperts(nn.Module):
+    """All routed experts of a layer, stacked; this forward is the `eager` entry of transformers' experts interface."""
+
+    def __init__(self, config: LLaDA2MoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts; tokens [N, D], index [N, K] int64, weights [N, K] to [N, D]."""
+        order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
+        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        inner = self.down_proj.shape[-1]
+        outputs = []
+        for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
+            # Two products, and below a sum in the router's order: bit for bit what the published model computes.
+            gate = F.linear(rows, self.gate_up_proj[expert, :inner])
+            up = F.linear(rows, self.gate_up_proj[expert, inner:])
+            outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+        sorted_outputs = torch.cat(outputs)
+        pairs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
+        weighted = pairs.view(*top_k_index.shape, -1) * top_k_weights[..., None]  # [N, K, D]
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+class LLaDA2MoeRouter(nn.Module):
+    """Sigmoid router in float32 with group-limited selection; `expert_bias` steers the choice, never the weights."""
+
+    expert_bias: Tensor
+
+    def __init__(self, config: LLaDA2MoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        if config.moe_router_enable_expert_bias:
+            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()  # [N, E]
+        choice = scores + self.expert_bias.float() if config.moe_router_enable_expert_bias else scores
+        if config.topk_group < config.n_group:
+            choice = self._keep_best_groups(choice)
+        index = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, index)
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return index, weights * config.routed_scaling_factor
+
+    def _keep_best_groups(self, choice: Tensor) -> Tensor:
+        """Bar experts outside the `topk_group` groups whose two best experts score highest together."""
+        grouped = choice.unflatten(-1, (self.config.n_group, -1))  # [N, groups, E / groups]
+        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+        kept = strength.topk(self.config.topk_group, dim=-1, sorted=False).indices
+        barred = torch.ones_like(strength, dtype=torch.bool).scatter(-1, kept, False)
+        return grouped.masked_fill(barred[..., None], float("-inf")).flatten(-2)
+
+
+class LLaDA2MoeSparseBlock(nn.Module):
+    """Routed experts plus the always-on shared expert."""
+
+    def __init__(self, config: LLaDA2MoeConfig) -> None:
+        super().__init__()
+        self.gate = LLaDA2MoeRouter(config)
+        self.experts = LLaDA2MoeExperts(config)
+        self.shared_experts = (
+            LLaDA2MoeMLP(config, config.moe_intermediate_size * config.num_shared_experts)
+            if config.num_shared_experts
+            else None
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.flatten(0, 1)  # [B * L, D]
+        index, weights = self.gate(tokens)
+        routed = self.experts(tokens, index, weights.to(tokens.dtype)).view_as(hidden_states)
+        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
+
+
+class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward; the first `first_k_dense_replace` layers have no experts."""
+
+    def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = LLaDA2MoeAttention(config, layer_idx)
+        self.mlp: nn.Module = (
+            LLaDA2MoeMLP(config, config.intermediate_size)
+            if layer_idx < config.first_k_dense_replace
+            else LLaDA2MoeSparseBlock(config)
+        )
+        self.input_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LLaDA2MoePreTrainedModel(PreTrainedModel):
+    config: LLaDA2MoeConfig
+    config_class = LLaDA2MoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDA2MoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # expert_bias is balanced in float32 while the weights may be bf16
+    _keep_in_fp32_modules_strict = ["expert_bias"]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the published per-expert layout, also for a model that was read from merged files."""
+        self._weight_conversions = deepcopy(PER_EXPERT)  # transformers would otherwise write the layout it read
+        super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, LLaDA2MoeExperts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
+        elif isinstance(module, LLaDA2MoeRouter):
+            nn.init.normal_(module.weight, std=std)
+            if module.config.moe_router_enable_expert_bias:
+                nn.init.zeros_(module.expert_bias)
+
+
+def _prepare_mask(mask: Any, dtype: torch.dtype, implementation: str | None) -> Any:
+    """One form of mask per attention implementation, from bool or additive [B, 1, L, T + L] or padding [B, T + L]."""
+    if not isinstance(mask, Tensor):
+        return mask  # None, or flex_attention's BlockMask
+    if mask.dim() == 2:
+        mask = mask.bool()[:, None, None, :]
+    if mask.dim() != 4:
+        raise ValueError(f"`attention_mask` must have 2 or 4 dimensions, got shape {tuple(mask.shape)}")
+    if implementation == "flex_attention":
+        # transformers would index the dense mask inside the kernel, out of bounds where one mask serves a batch.
+        return flex_from_dense(mask if mask.dtype == torch.bool else mask == 0)
+    if mask.dtype == torch.bool:
+        if implementation == "sdpa":
+            return mask
+        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return additive.masked_fill_(~mask, torch.finfo(dtype).min)
+    return mask.to(dtype)
+
+
+class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
+    """Embedding, decoder layers and final norm; what a position sees is decided by `attention_mask` alone."""
+
+    def __init__(self, config: LLaDA2MoeConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LLaDA2MoeRotaryEmbedding(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """See `LLaDA2MoeModelLM.forward`; returns the final hidden states [B, L, D]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(start, start + hidden_states.shape[1], device=hidden_states.device)[None]
+        rotary = self.rotary_emb(position_ids, hidden_states.dtype)
+        mask = _prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
+        for layer in self.layers:
+            # `cache`, not `past_key_values`: that one transformers drops under gradient checkpointing, and with it the
+            # clean context that the noisy streams of training attend to (`dmax.cache.ContextCache`).
+            hidden_states = layer(hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
+    """LLaDA-2.x with its language-model head; the class name is the `architectures` entry of published checkpoints."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
+
+    def __init__(self, config: LLaDA2MoeConfig) -> None:
+        super().__init__(config)
+        self.model = LLaDA2MoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but damaged or foreign files in a local folder raise one clear `InputError` first."""
+        check_before_loading(cls, pretrained_model_name_or_path, args, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | slice = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the token *at* each position (no shift), as masked diffusion does.
+
+        Args:
+            input_ids: [B, L] int64 token ids; or `inputs_embeds` instead, exactly one of the two.
+            attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L] (1 = visible), a
+                flex_attention `BlockMask`, or None for "everything visible".
+            position_ids: [B, L] int64; counted on from the cache when absent.
+            past_key_values: any transformers `Cache`, or `dmax.cache.BlockCache`.
+            inputs_embeds: [B, L, D], mixtures of embeddings included (`dmax.blend`).
+            labels: [B, L] int64, -100 where no loss is wanted; adds the mean cross-entropy as `loss`.
+            logits_to_keep: number of last positions to compute logits for, or a slice of positions; 0 means all.
+
+        Returns:
+            `.logits` [B, L or kept, V] in the model's dtype, `.loss` if labels were given, `.past_key_values`.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings, or a mask of another rank.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states[:, kept] if isinstance(kept, slice) else hidden_states)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)

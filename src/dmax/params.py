@@ -1,0 +1,77 @@
+"""Every decoding option with its default, checked where it is made; nothing else writes these numbers down."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dmax.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingParams:
+    """How a request is decoded.
+
+    Attributes:
+        strategy: name of a decoding strategy (`dmax.strategies()` lists them).
+        threshold: confidence from which a masked position is decoded, in [0, 1]; None: the strategy's own default
+            (0.5 for `spd`, 0.95 for `threshold`).
+        stop_confidence: a block whose every position is at least this sure is finished, in (0, 1].
+        top_k: candidates mixed into a soft input.
+        block_length: positions decoded together; None: the checkpoint's own.
+        max_new_tokens: longest completion; the last block is still decoded whole.
+        temperature: 0 decodes greedily; above, tokens are sampled.
+        seed: of the sampling; None draws a fresh one.
+        max_steps_per_block: cap on forwards per block; None: the block length.
+        prefix_only: SPD decodes the confident prefix of the masks only; off: any confident position.
+        soft_inputs: SPD feeds decoded positions back as blends; off: as hard tokens.
+        renormalize: blends keep their length (eq. 10).
+        stop_on_confidence: SPD may stop when every position is sure.
+        stop_on_consistency: SPD may stop when nothing changed.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    strategy: str = "spd"
+    threshold: float | None = None
+    stop_confidence: float = 0.9
+    top_k: int = 1
+    block_length: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+    max_steps_per_block: int | None = None
+    prefix_only: bool = True
+    soft_inputs: bool = True
+    renormalize: bool = True
+    stop_on_confidence: bool = True
+    stop_on_consistency: bool = True
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, low=0, high=1, optional=True)
+        _check("stop_confidence", self.stop_confidence, low=0, high=1)
+        _check("temperature", self.temperature, low=0)
+        for name in ("top_k", "max_new_tokens"):
+            _check(name, getattr(self, name), low=1, whole=True)
+        for name in ("block_length", "max_steps_per_block"):
+            _check(name, getattr(self, name), low=1, whole=True, optional=True)
+        _check("seed", self.seed, low=0, whole=True, optional=True)
+
+
+def _check(
+    name: str,
+    value: object,
+    *,
+    low: float,
+    high: float = math.inf,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    if value is None and optional:
+        return
+    kind = "a whole number" if whole else "a number"
+    limits = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits or not low <= value <= high or (isinstance(value, float) and not math.isfinite(value)):  # type: ignore[operator]
+        raise InputError(f"`{name}` must be {kind} {limits}, got {value!r}")

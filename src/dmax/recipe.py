@@ -1,0 +1,208 @@
+"""`dmax train RECIPE`: one YAML file says what model, what data, what objective, and how to measure it on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from dmax.checkpoint import load_checkpoint, save_checkpoint
+from dmax.errors import InputError, did_you_mean
+from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from dmax.params import DecodingParams
+from dmax.tasks import get_task
+from dmax.training.data import ResponseDataset, read_records
+from dmax.training.trainer import DMaxConfig, DMaxTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSection:
+    """Where the model comes from: `path` to continue from a checkpoint, or `config` (and the bundled tokenizer) anew."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataSection:
+    """What it learns: `file`, a JSONL of prompts and responses, or `problems` drawn from the bundled generator."""
+
+    file: str | None = None
+    problems: int | None = None
+    seed: int = 0
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSection:
+    """Held-out problems decoded at every evaluation; `decoding` holds `DecodingParams` fields."""
+
+    task: str = "word_problems"
+    limit: int = 100
+    seed: int = 1
+    decoding: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A validated recipe; `training` holds the fields of `DMaxConfig`."""
+
+    path: Path
+    output_dir: Path
+    model: ModelSection
+    data: DataSection
+    training: dict[str, Any]
+    eval: EvalSection | None = None
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe; `overrides` replace fields of its `training` section. Nothing is computed yet.
+
+    Raises:
+        InputError: naming file, line and key: not YAML, unknown or missing key, or a value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"recipe `{path}` is not a file", hint="see recipes/ for the ones that come with dmax")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({error.__class__.__name__})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}:1: a recipe is a mapping with output_dir, model, data and training")
+    lines = _key_lines(root)
+    _check_keys(path, lines, "", content, {"output_dir", "model", "data", "training", "eval"})
+    for key in ("output_dir", "model", "data", "training"):
+        if key not in content:
+            raise InputError(f"{path}: `{key}` is missing")
+    sections: dict[str, Any] = {}
+    for key, kind in (("model", ModelSection), ("data", DataSection), ("eval", EvalSection)):
+        if content.get(key) is not None:
+            _check_keys(path, lines, f"{key}.", content[key], {f.name for f in dataclasses.fields(kind)})
+            sections[key] = kind(**content[key])
+    _check_keys(path, lines, "training.", content["training"], {f.name for f in dataclasses.fields(DMaxConfig)})
+    training = {**content["training"], **(overrides or {})}
+    recipe = Recipe(path, Path(content["output_dir"]), training=training, **sections)
+    if (recipe.model.path is None) == (recipe.model.config is None):
+        raise InputError(f"{path}:{lines['model']}: `model` needs exactly one of `path` and `config`")
+    if (recipe.data.file is None) == (recipe.data.problems is None):
+        raise InputError(f"{path}:{lines['data']}: `data` needs exactly one of `file` and `problems`")
+    if recipe.eval is not None:
+        DecodingParams(**_known(path, lines, "eval.decoding.", recipe.eval.decoding, DecodingParams))
+    return recipe
+
+
+def _known(path: Path, lines: dict[str, int], prefix: str, section: dict[str, Any], kind: type) -> dict[str, Any]:
+    _check_keys(path, lines, prefix, section, {f.name for f in dataclasses.fields(kind)})
+    return section
+
+
+def _check_keys(path: Path, lines: dict[str, int], prefix: str, section: Any, known: set[str]) -> None:
+    if not isinstance(section, dict):
+        raise InputError(f"{path}:{lines.get(prefix[:-1], 1)}: `{prefix[:-1]}` must be a mapping")
+    for key in section:
+        if key not in known:
+            where = f"{path}:{lines.get(f'{prefix}{key}', 1)}"
+            raise InputError(f"{where}: unknown key `{prefix}{key}`", hint=did_you_mean(key, sorted(known)))
+
+
+def _key_lines(node: Any, prefix: str = "") -> dict[str, int]:
+    """1-based line of every key, by dotted path."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            lines |= _key_lines(value, f"{prefix}{key.value}.")
+    return lines
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], None] = lambda _: None) -> Path:
+    """Train as the recipe says and write the checkpoint to its `output_dir`; returns that folder.
+
+    Intermediate checkpoints go to `<output_dir>-run`; if there are some and `resume` holds, training continues there.
+    Data is read and checked before the first step.
+    """
+    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
+    args = DMaxConfig(output_dir=str(run_dir), **recipe.training)
+    set_seed(args.seed)
+    model, tokenizer, mask_token_id, eos_token_id, block_length = _build_model(recipe.model)
+    dataset = _build_data(recipe, tokenizer, model.config.max_position_embeddings)
+    report(f"{len(dataset)} examples, {sum(p.numel() for p in model.parameters()):,} parameters")
+    trainer = DMaxTrainer(
+        model,
+        args,
+        dataset,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        block_length=block_length,
+        eval_hook=_eval_hook(recipe.eval, tokenizer) if recipe.eval else None,
+        processing_class=tokenizer,
+    )
+    last = get_last_checkpoint(str(run_dir)) if resume and run_dir.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    save_checkpoint(
+        model,
+        tokenizer,
+        recipe.output_dir,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        block_length=block_length,
+    )
+    return recipe.output_dir
+
+
+def _build_model(section: ModelSection) -> tuple[nn.Module, Any, int, int, int]:
+    """Model, tokenizer, mask id, EOS id and block length."""
+    if section.path is not None:
+        loaded = load_checkpoint(section.path, dtype=torch.float32, device="cpu")
+        return loaded.model, loaded.tokenizer, loaded.mask_token_id, loaded.eos_token_ids[0], loaded.block_length
+    from dmax.tiny.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    ids = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    options = dict(section.config or {})
+    experts = options.pop("experts_implementation", None)
+    attention = options.pop("attn_implementation", None)
+    config = LLaDA2MoeConfig(**ids, **options)
+    config._experts_implementation, config._attn_implementation = experts, attention
+    block_length = config.block_length or 32
+    return LLaDA2MoeModelLM(config), tokenizer, config.mask_token_id, tokenizer.eos_token_id, block_length
+
+
+def _build_data(recipe: Recipe, tokenizer: Any, context: int) -> ResponseDataset:
+    data = recipe.data
+    limit = min(data.max_length or context, context)
+    if data.file is not None:
+        return ResponseDataset(read_records(data.file), tokenizer, limit, data.file)
+    from dmax.tasks.word_problems import problems
+
+    drawn = problems(data.problems, seed=data.seed, split="train")
+    records = [([{"role": "user", "content": problem.question}], problem.response) for problem in drawn]
+    return ResponseDataset(records, tokenizer, limit, "word_problems")
+
+
+def _eval_hook(section: EvalSection, tokenizer: Any) -> Callable[[nn.Module], dict[str, float]]:
+    from dmax.evaluation.run import evaluate_model
+
+    task, params = get_task(section.task), DecodingParams(**section.decoding)
+
+    def hook(model: nn.Module) -> dict[str, float]:
+        summary = evaluate_model(model, tokenizer, task, params, limit=section.limit, seed=section.seed)
+        return {"accuracy": summary.accuracy, "tpf": summary.tpf}
+
+    return hook

@@ -1,0 +1,181 @@
+"""Multi-step arithmetic word problems with worked answers, drawn from a seed: the task of the bundled models.
+
+A problem is a chain of 4 to 8 dependent steps, longer than a small network can follow in one pass, and every sentence
+of its answer is worded by several independent choices, so that tokens decided together must agree. Both are what makes
+deciding many tokens at once hard in real text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dmax.tasks import Example
+from dmax.tasks.word_problem_patterns import (
+    EQUALS,
+    FORMS,
+    FORMS_BY_OPERATION,
+    ITEMS,
+    LEADS,
+    NAMES,
+    OBJECT_PRONOUNS,
+    OPENERS,
+    OPERATORS,
+    QUESTIONS,
+    STEPS,
+    THINGS,
+)
+
+Split = Literal["train", "test"]
+LARGEST = 99
+MIN_WORDS = 60  # words and punctuation marks of an answer, tokens of the bundled tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class WordProblem:
+    """A question, its worked response ending in `#### N`, the answer N, and the chain `(operation, operand)` behind it."""
+
+    question: str
+    response: str
+    answer: int
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+
+def generate(seed: int, index: int, split: Split = "train", *, min_steps: int = 4, max_steps: int = 8) -> WordProblem:
+    """Problem number `index` of a seed: a pure function of its arguments.
+
+    One chain in ten, chosen by a hash of start, operations and operands, is for testing and never appears in training,
+    whatever the seed.
+    """
+    rng = random.Random(f"{seed}/{index}/{split}/{min_steps}/{max_steps}")
+    while True:
+        start, steps = _draw_chain(rng, rng.randint(min_steps, max_steps))
+        if split_of(start, steps) == split:
+            return _tell(rng, start, steps)
+
+
+def problems(
+    num: int, *, seed: int = 0, split: Split = "train", min_steps: int = 4, max_steps: int = 8
+) -> Iterator[WordProblem]:
+    """The first `num` problems of a seed with distinct questions."""
+    seen: set[str] = set()
+    index = 0
+    while len(seen) < num:
+        problem = generate(seed, index, split, min_steps=min_steps, max_steps=max_steps)
+        index += 1
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
+
+
+def split_of(start: int, steps: tuple[tuple[str, int], ...]) -> Split:
+    """The side a chain belongs to, stable across seeds and machines."""
+    digest = hashlib.blake2b(f"{start}{steps}".encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") % 10 == 0 else "train"
+
+
+def apply_step(value: int, operation: str, operand: int) -> int:
+    """One step of a chain; division is exact by construction."""
+    return {
+        "+": value + operand,
+        "-": value - operand,
+        "*": value * operand,
+        "/": value // operand,
+    }[operation]
+
+
+def _draw_chain(rng: random.Random, num_steps: int) -> tuple[int, tuple[tuple[str, int], ...]]:
+    start = value = rng.randint(4, 40)
+    steps = []
+    for _ in range(num_steps):
+        choices = {
+            "+": [n for n in range(2, 21) if value + n <= LARGEST],
+            "-": [n for n in range(2, 21) if value - n >= 1],
+            "*": [n for n in (2, 3, 4) if value * n <= LARGEST],
+            "/": [n for n in (2, 3, 4) if value % n == 0 and value > n],
+        }
+        weights = {"+": 3, "-": 3, "*": 2, "/": 2}
+        feasible = [operation for operation, operands in choices.items() if operands]
+        operation = rng.choices(feasible, [weights[operation] for operation in feasible])[0]
+        operand = rng.choice(choices[operation])
+        steps.append((operation, operand))
+        value = apply_step(value, operation, operand)
+    return start, tuple(steps)
+
+
+def _tell(rng: random.Random, start: int, steps: tuple[tuple[str, int], ...]) -> WordProblem:
+    pronoun = rng.choice(sorted(NAMES))
+    words = {"name": rng.choice(NAMES[pronoun]), "items": rng.choice(ITEMS)}
+    story = [rng.choice(OPENERS).format(a=start, **words)]
+    story += [_capitalized(rng.choice(STEPS[operation]).format(b=operand, **words)) for operation, operand in steps]
+    story.append(rng.choice(QUESTIONS).format(**words))
+    while True:
+        value, worked = start, []
+        for operation, operand in steps:
+            result = apply_step(value, operation, operand)
+            worked.append(_work_out(rng, pronoun, words, value, operation, operand, result))
+            value = result
+        response = f"{' '.join(worked)}\n#### {value}"
+        if count_words(response) >= MIN_WORDS:
+            return WordProblem(" ".join(story), response, value, start, steps)
+
+
+def _work_out(
+    rng: random.Random, pronoun: str, words: dict[str, str], a: int, operation: str, b: int, c: int
+) -> str:
+    form = rng.choice(FORMS + FORMS_BY_OPERATION[operation])
+    clause = form.format(
+        a=a,
+        b=b,
+        c=c,
+        op=rng.choice(OPERATORS[operation]),
+        eq=rng.choice(EQUALS),
+        owner=rng.choice((words["name"], pronoun)),
+        whom=rng.choice((words["name"], OBJECT_PRONOUNS[pronoun])),
+        items=words["items"],
+        things=rng.choice(THINGS).format(items=words["items"]),
+    )
+    return f"{rng.choice(LEADS)} {clause}"
+
+
+def _capitalized(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def count_words(text: str) -> int:
+    """Words, numbers, punctuation marks and line breaks of a text."""
+    return len(re.findall(r"\w+|\n|[^\w\s]+", text))
+
+
+def extract_answer(text: str) -> int | None:
+    """The number of the closing line `#### N`; None if the text does not end with one."""
+    match = re.search(r"^#### (-?\d+)\s*\Z", text, flags=re.MULTILINE)
+    return int(match.group(1)) if match else None
+
+
+class WordProblems:
+    """The task `word_problems`: unseen chains, scored by the exact final answer."""
+
+    name = "word_problems"
+    max_new_tokens = 256
+
+    def examples(self, limit: int, seed: int) -> list[Example]:
+        """`limit` test problems of a seed."""
+        return [
+            Example(problem.question, str(problem.answer), problem.response)
+            for problem in problems(limit, seed=seed, split="test")
+        ]
+
+    def extract(self, text: str) -> str | None:
+        """The final answer as written, or None."""
+        answer = extract_answer(text)
+        return None if answer is None else str(answer)
+
+    def score(self, text: str, example: Example) -> bool:
+        """Whether the text ends with the right answer."""
+        return self.extract(text) == example.answer

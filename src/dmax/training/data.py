@@ -1,0 +1,183 @@
+"""From prompts and responses to padded training batches.
+
+A record is one JSON object per line: `{"prompt": …, "response": …}`, `{"question": …, "answer": …}` (the released
+trajectories), or `{"messages": [… , {"role": "assistant", "content": …}]}`. The prompt goes through the tokenizer's
+chat template; the response follows it, then EOS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dmax.errors import InputError
+from dmax.training.objectives import IGNORE
+
+KEYS = (("prompt", "response"), ("question", "answer"))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example: prompt and response token ids, EOS not included."""
+
+    prompt: list[int]
+    response: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def read_records(path: str | Path) -> list[tuple[list[dict[str, str]], str]]:
+    """Messages and response of every line of a JSONL file.
+
+    Raises:
+        InputError: the file is missing or empty, or a line is not such a record; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"training data `{path}` is not a file", hint="write it with `dmax distill`")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            records.append(_parse(line, f"{path}:{number}"))
+    if not records:
+        raise InputError(f"training data `{path}` holds no record")
+    return records
+
+
+def _parse(line: str, where: str) -> tuple[list[dict[str, str]], str]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if "messages" in record:
+        messages = record["messages"]
+        if not messages or messages[-1].get("role") != "assistant":
+            raise InputError(f"{where}: the last of `messages` must be the assistant's, the response to learn")
+        messages, response = messages[:-1], messages[-1].get("content")
+    else:
+        prompt, response = next(((record.get(p), record.get(r)) for p, r in KEYS if p in record), (None, None))
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`")
+        messages = [{"role": "user", "content": prompt}]
+    if not isinstance(response, str) or not response.strip():
+        raise InputError(f"{where}: a record without a response")
+    return messages, response
+
+
+class ResponseDataset(Dataset[Encoded]):
+    """Encoded examples in memory.
+
+    Args:
+        conversations: (messages, response) pairs.
+        tokenizer: a transformers tokenizer with a chat template.
+        max_length: longest prompt + response + one block of EOS that fits the context.
+        where: name of the source and of the example at an index, for errors.
+
+    Raises:
+        InputError: an example is longer than `max_length`.
+    """
+
+    def __init__(
+        self, conversations: Sequence[tuple[list[dict[str, str]], str]], tokenizer: Any, max_length: int, where: str
+    ) -> None:
+        self.examples = [
+            Encoded(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                ),
+                tokenizer.encode(response, add_special_tokens=False),
+            )
+            for messages, response in conversations
+        ]
+        for index, example in enumerate(self.examples):
+            if len(example) >= max_length:
+                raise InputError(
+                    f"{where}, record {index + 1}: {len(example.prompt)} prompt and {len(example.response)} response "
+                    f"tokens leave no room for EOS in `max_length` {max_length}",
+                    hint="drop the record or raise `max_length` up to the model's context",
+                )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.examples[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Pads encoded examples to whole blocks with EOS and labels what is to be learnt.
+
+    Attributes:
+        block_length: every sequence is padded to a multiple of it.
+        eos_token_id: end of the response and padding.
+        eos_labels: how many trailing EOS carry a label (A5: one block length, so that a model learns to fill its
+            last block); the rest are padding without loss.
+        pad_to: pad every batch to this length instead of its longest sequence, for static shapes.
+    """
+
+    block_length: int
+    eos_token_id: int
+    eos_labels: int
+    pad_to: int | None = None
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """`clean_ids`, `labels`, [B, L] int64; `corruptible` [B, L] bool: response and labelled EOS; `start` scalar."""
+        longest = self.pad_to or max(len(example) for example in examples) + 1
+        length = -(-longest // self.block_length) * self.block_length
+        clean = torch.full((len(examples), length), self.eos_token_id)
+        labels = torch.full((len(examples), length), IGNORE)
+        for row, example in enumerate(examples):
+            end = len(example)
+            clean[row, :end] = torch.tensor(example.prompt + example.response)
+            labelled = slice(len(example.prompt), min(end + self.eos_labels, length))
+            labels[row, labelled] = clean[row, labelled]
+        first = min(len(example.prompt) for example in examples)
+        return {
+            "clean_ids": clean,
+            "labels": labels,
+            "corruptible": torch.arange(length) >= torch.tensor([[len(e.prompt)] for e in examples]),
+            "start": torch.tensor(first // self.block_length * self.block_length),
+        }
+
+
+class LengthSampler(Sampler[int]):
+    """A seeded shuffle in which batches hold examples of similar length, so that little is padding.
+
+    Every epoch shuffles anew: windows of `batch_size * window` random examples are sorted by length, cut into
+    batches, and the batches shuffled. A pure function of (seed, epoch), hence the same after a resume.
+    """
+
+    def __init__(self, dataset: ResponseDataset, batch_size: int, seed: int, window: int = 32) -> None:
+        self.lengths = [(len(example), len(example.prompt)) for example in dataset.examples]
+        self.batch_size, self.window, self.seed, self.epoch = batch_size, window, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        span = self.batch_size * self.window
+        for begin in range(0, len(order), span):
+            window = sorted(order[begin : begin + span], key=self.lengths.__getitem__)
+            batches = [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+            whole = batches[:-1] if len(batches[-1]) < self.batch_size else batches
+            for index in torch.randperm(len(whole), generator=generator).tolist():
+                yield from whole[index]
+            if len(whole) < len(batches):
+                yield from batches[-1]

@@ -1,0 +1,182 @@
+"""Training objectives as pure functions of (model, batch): block-diffusion MDLM, uniform noise, and OPUT.
+
+B sequences, L positions, V vocabulary, D hidden. The network is trained on [noisy | clean] (`attention.noisy_clean`).
+The clean half sees only clean tokens, so its keys and values do not depend on the noise: it is run once, into a cache,
+and any number of noisy streams attend to it. OPUT needs two, the masked one and the one with the model's own
+predictions, and the logits of the first *are* the rollout; 3L tokens a step instead of the published 2 x (2L + 2L).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmax.attention import block_causal, dense_mask
+from dmax.blend import SoftTokens, embed_tokens
+from dmax.cache import ContextCache
+
+Rollout = Literal["argmax", "sample", "soft"]
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One training batch.
+
+    Attributes:
+        clean_ids: [B, L] int64, prompt, response and padding (EOS); L a multiple of the block length.
+        noisy_ids: [B, L] int64, the same with some positions corrupted.
+        labels: [B, L] int64, the clean token where loss is wanted, else -100.
+        start: first position of the noisy stream, a multiple of the block length. Everything before it is prompt in
+            every sequence, carries no loss, and need not be run noisily.
+    """
+
+    clean_ids: Tensor
+    noisy_ids: Tensor
+    labels: Tensor
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss to minimise, and what it is made of.
+
+    Attributes:
+        total: scalar, with gradient.
+        parts: scalars without gradient, by name.
+        per_sequence: [B] float32 mean loss of each sequence, by name, without gradient.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    per_sequence: dict[str, Tensor]
+
+
+class CleanStream:
+    """Keys and values of the clean half, run once with gradient; noisy streams attend to a view of them."""
+
+    def __init__(self, model: Any, batch: Batch, block_length: int) -> None:
+        position = torch.arange(batch.clean_ids.shape[1], device=batch.clean_ids.device)
+        self.model, self.start, self.block_length, self.position = model, batch.start, block_length, position
+        recorded = ContextCache()
+        causal = dense_mask(block_causal(block_length), position, position)[None, None]  # [1, 1, L, L]
+        # The clean half serves as context only: the backbone is run without its head.
+        model.base_model(
+            input_ids=batch.clean_ids, attention_mask=causal, position_ids=position[None], past_key_values=recorded
+        )
+        self.context = recorded.view()
+
+    def denoise(self, inputs_embeds: Tensor) -> Tensor:
+        """Logits [B, L - start, V] of a noisy stream given its inputs [B, L - start, D]."""
+        query = self.position[self.start :]
+        block = query // self.block_length
+        sees_clean = block[:, None] > (self.position // self.block_length)[None]  # clean blocks strictly before
+        sees_noisy = block[:, None] == block[None]  # its own noisy block
+        mask = torch.cat((sees_clean, sees_noisy), dim=1)[None, None]  # [1, 1, L - start, L + L - start]
+        outputs = self.model(
+            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=query[None], past_key_values=self.context
+        )
+        return outputs.logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over labelled positions, of the batch (scalar) and of each sequence [B] (float32)."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    loss, counted = loss.view(labels.shape), labels != IGNORE
+    return loss.sum() / counted.sum().clamp(min=1), loss.sum(dim=1).detach() / counted.sum(dim=1).clamp(min=1)
+
+
+def mdlm_loss(model: Any, batch: Batch, *, block_length: int, mask_token_id: int) -> Loss:
+    """Masked block diffusion: recover the clean tokens from masks (paper eq. 5's L_mask alone).
+
+    Like the published code, all labelled positions count, masked or not, without a 1/t weight.
+    """
+    clean = CleanStream(model, batch, block_length)
+    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids[:, batch.start :]))
+    loss, each = cross_entropy(logits, batch.labels[:, batch.start :])
+    return Loss(loss, {"loss_masked": loss.detach()}, {"masked": each})
+
+
+def uniform_loss(model: Any, batch: Batch, random_ids: Tensor, *, block_length: int, mask_token_id: int) -> Loss:
+    """The uniform-noise baseline: masks, and random vocabulary tokens in place of on-policy ones (paper eq. 2).
+
+    `random_ids` [B, L] int64: the clean ids with random replacements (`noise.random_tokens`).
+    """
+    clean = CleanStream(model, batch, block_length)
+    embed, labels = model.get_input_embeddings(), batch.labels[:, batch.start :]
+    masked, each_masked = cross_entropy(clean.denoise(embed(batch.noisy_ids[:, batch.start :])), labels)
+    random, each_random = cross_entropy(clean.denoise(embed(random_ids[:, batch.start :])), labels)
+    parts = {"loss_masked": masked.detach(), "loss_random": random.detach()}
+    return Loss((masked + random) / 2, parts, {"masked": each_masked, "random": each_random})
+
+
+def oput_loss(
+    model: Any,
+    batch: Batch,
+    *,
+    block_length: int,
+    mask_token_id: int,
+    rollout: Rollout = "argmax",
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Loss:
+    """On-policy uniform training: recover the clean tokens from masks *and* from the model's own predictions.
+
+        x^(p)_i = x^(m)_i where it is not MASK, else x̂_i ~ p_θ(· | x^(m)), without gradient           (3)
+        L = L_mask + L_pred = -Σ_i log p_θ(x_0^i | x^(m)) - Σ_i log p_θ(x_0^i | x^(p))                (4-6)
+
+    Both sums run over all labelled positions; as in the published code they are means, and we halve the sum, so that
+    the learning rate means the same as for `mdlm_loss`.
+
+    Args:
+        model: any block-diffusion model with `base_model`, `get_input_embeddings` and `forward(inputs_embeds, ...)`.
+        batch: clean, masked and label ids.
+        block_length: block size of the diffusion.
+        mask_token_id: MASK, never predicted by the rollout.
+        rollout: how x̂ enters the second stream. `argmax` (the published recipe), `sample` (eq. 3 as written) or
+            `soft`: the very blends of prediction and mask that soft parallel decoding will feed (`dmax.blend`).
+        temperature: of the sampling rollout.
+        generator: random source of the sampling rollout.
+
+    Returns:
+        The loss; `parts` adds `rollout_error`, the share of predicted tokens that differ from the clean ones.
+    """
+    embed, start = model.get_input_embeddings(), batch.start
+    noisy, labels = batch.noisy_ids[:, start:], batch.labels[:, start:]
+    was_masked = noisy == mask_token_id
+    clean = CleanStream(model, batch, block_length)
+
+    # 1. the masked stream: M_θ(x^(m))
+    masked_logits = clean.denoise(embed(noisy))  # [B, L', V]
+    masked, each_masked = cross_entropy(masked_logits, labels)
+
+    # 2. the on-policy rollout, from the same logits, without gradient
+    predicted, confidence = roll_out(masked_logits.detach(), mask_token_id, rollout, temperature, generator)
+    soft = SoftTokens(was_masked, predicted[..., None], confidence[..., None]) if rollout == "soft" else None
+
+    # 3. the predicted stream: M_θ(x^(p))
+    inputs = embed_tokens(embed, torch.where(was_masked, predicted, noisy), soft, mask_token_id)
+    predicted_loss, each_predicted = cross_entropy(clean.denoise(inputs), labels)
+
+    wrong = (predicted != labels) & was_masked & (labels != IGNORE)
+    error = wrong.sum() / (was_masked & (labels != IGNORE)).sum().clamp(min=1)
+    parts = {"loss_masked": masked.detach(), "loss_predicted": predicted_loss.detach(), "rollout_error": error}
+    return Loss((masked + predicted_loss) / 2, parts, {"masked": each_masked, "predicted": each_predicted})
+
+
+@torch.no_grad()
+def roll_out(
+    logits: Tensor, mask_token_id: int, rollout: Rollout, temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """One parallel prediction of every position: tokens [B, L] int64 and their probabilities [B, L] float32."""
+    logits = logits.float().index_fill(-1, torch.tensor([mask_token_id], device=logits.device), float("-inf"))
+    if rollout == "sample":
+        drawn = torch.multinomial((logits / temperature).softmax(-1).flatten(0, 1), 1, generator=generator)
+        tokens = drawn.view(logits.shape[:-1])
+    else:
+        tokens = logits.argmax(dim=-1)
+    return tokens, logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]

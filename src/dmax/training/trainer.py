@@ -1,0 +1,188 @@
+"""`DMaxTrainer`: block-diffusion objectives on transformers' Trainer. Wiring only; the mathematics is in `objectives`."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dmax.errors import InputError, did_you_mean
+from dmax.training import noise
+from dmax.training.data import Collator, LengthSampler, ResponseDataset
+from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
+
+OBJECTIVES = ("mdlm", "uniform", "oput")
+ROLLOUTS = ("argmax", "sample", "soft")
+EvalHook = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass
+class DMaxConfig(TrainingArguments):
+    """Training arguments of transformers, plus what block diffusion needs; defaults are the paper's recipe."""
+
+    objective: str = field(default="oput", metadata={"help": "mdlm, uniform or oput"})
+    rollout: str = field(default="argmax", metadata={"help": "on-policy rollout of oput: argmax, sample or soft"})
+    rollout_temperature: float = field(default=1.0, metadata={"help": "temperature of the sampling rollout"})
+    mask_ratio_low: float = field(default=0.75, metadata={"help": "lowest share of response tokens masked"})
+    mask_ratio_high: float = field(default=0.75, metadata={"help": "highest share; equal to the lowest: fixed"})
+    eos_labels: int | None = field(default=None, metadata={"help": "labelled trailing EOS; None: one block length"})
+    pad_to: int | None = field(default=None, metadata={"help": "pad every batch to this length (static shapes)"})
+    router_bias_speed: float = field(default=0.0, metadata={"help": "step of loss-free expert balancing; 0: off"})
+    compile_objective: bool = field(default=False, metadata={"help": "torch.compile the loss; wants a C++ compiler"})
+    learning_rate: float = 2e-6
+    lr_scheduler_type: Any = "cosine"
+    remove_unused_columns: bool | None = False
+    include_num_input_tokens_seen: Any = "no"
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` naming the field that is wrong."""
+        super().__post_init__()
+        for name, value, choices in (
+            ("objective", self.objective, OBJECTIVES),
+            ("rollout", self.rollout, ROLLOUTS),
+        ):
+            if value not in choices:
+                raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}", did_you_mean(value, choices))
+        if not 0 <= self.mask_ratio_low <= self.mask_ratio_high <= 1:
+            raise InputError(
+                f"mask ratios must satisfy 0 <= low <= high <= 1, got {self.mask_ratio_low} and {self.mask_ratio_high}"
+            )
+
+
+class DMaxTrainer(Trainer):
+    """Train a block-diffusion model with one of the objectives.
+
+    Args:
+        model: a model with `base_model`, `get_input_embeddings` and logits for given `inputs_embeds`.
+        args: a `DMaxConfig`.
+        train_dataset: encoded prompts and responses.
+        mask_token_id, eos_token_id, block_length: from the checkpoint.
+        eval_hook: called at every evaluation with the model in eval mode; returns metrics such as accuracy and TPF.
+        kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
+    """
+
+    args: DMaxConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DMaxConfig,
+        train_dataset: ResponseDataset,
+        *,
+        mask_token_id: int,
+        eos_token_id: int,
+        block_length: int,
+        eval_hook: EvalHook | None = None,
+        **kwargs: Any,
+    ) -> None:
+        eos_labels = block_length if args.eos_labels is None else args.eos_labels
+        collator = Collator(block_length, eos_token_id, eos_labels, args.pad_to)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
+        self.mask_token_id, self.block_length, self.eval_hook = mask_token_id, block_length, eval_hook
+        self.objective = torch.compile(self._objective) if args.compile_objective else self._objective
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._tokens, self._since, self._micro = 0, time.perf_counter(), (-1, 0)
+        if args.router_bias_speed:
+            self.add_callback(RouterBalancing(model, args.router_bias_speed))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Loss]:
+        """Corrupt the batch and apply the objective; noise depends on (seed, step) alone, so a resume repeats it."""
+        args, generator = self.args, self._generator()
+        clean, corruptible = inputs["clean_ids"], inputs["corruptible"]
+        ratios = noise.mask_ratios(len(clean), args.mask_ratio_low, args.mask_ratio_high, generator)
+        noisy = noise.mask_tokens(clean, corruptible, ratios, self.mask_token_id, generator)
+        batch = Batch(clean, noisy, inputs["labels"], int(inputs["start"]))
+        random_ids = None
+        if args.objective == "uniform":
+            vocab_size = self.accelerator.unwrap_model(model).config.vocab_size
+            random_ids = noise.random_tokens(clean, corruptible, ratios, vocab_size, self.mask_token_id, generator)
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=args.bf16):
+            loss: Loss = self.objective(model, batch, random_ids, generator)
+        for name, value in loss.parts.items():
+            self._parts[name].append(value)
+        self._tokens += clean.numel()
+        return (loss.total, loss) if return_outputs else loss.total
+
+    def _objective(
+        self, model: nn.Module, batch: Batch, random_ids: Tensor | None, generator: torch.Generator
+    ) -> Loss:
+        ids = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}
+        if random_ids is not None:
+            return uniform_loss(model, batch, random_ids, **ids)
+        if self.args.objective == "mdlm":
+            return mdlm_loss(model, batch, **ids)
+        return oput_loss(
+            model,
+            batch,
+            **ids,
+            rollout=self.args.rollout,  # type: ignore[arg-type]  # checked in DMaxConfig
+            temperature=self.args.rollout_temperature,
+            generator=generator if self.args.rollout == "sample" else None,
+        )
+
+    def _generator(self) -> torch.Generator:
+        step, count = self._micro
+        self._micro = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
+        return torch.Generator().manual_seed((self.args.seed * 1_000_003 + self._micro[0]) * 1_009 + self._micro[1])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
+        per_step = self.args.train_batch_size
+        return LengthSampler(train_dataset or self.train_dataset, per_step, self.args.seed)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss components, the rollout error rate and tokens per second since the last line."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
+            self._parts.clear()
+            self._tokens, self._since = 0, time.perf_counter()
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Run the hook (decoding on held-out problems) in place of a loss on a second dataset."""
+        if self.eval_hook is None:
+            return {}
+        began, model = time.perf_counter(), self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        metrics = {f"eval_{name}": value for name, value in self.eval_hook(model).items()}
+        model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since += time.perf_counter() - began  # evaluation does not count against tokens per second
+        return metrics
+
+
+class RouterBalancing(TrainerCallback):
+    """Loss-free expert balancing: after each step, nudge `expert_bias` towards the experts that had too few tokens.
+
+    The bias enters the choice of experts only, so balance costs the loss nothing (DeepSeek-V3, section 2.1.2).
+    """
+
+    def __init__(self, model: nn.Module, speed: float) -> None:
+        self.speed = speed
+        self.routers = [m for m in model.modules() if isinstance(getattr(m, "expert_bias", None), Tensor)]
+        self.loads = [torch.zeros_like(router.expert_bias) for router in self.routers]
+        for router, load in zip(self.routers, self.loads, strict=True):
+            router.register_forward_hook(self._counter(load))
+
+    @staticmethod
+    def _counter(load: Tensor) -> Callable[..., None]:
+        def count(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            index = output[0].flatten()
+            load.index_add_(0, index, torch.ones(index.shape, dtype=load.dtype, device=load.device))
+
+        return count
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        for router, load in zip(self.routers, self.loads, strict=True):
+            router.expert_bias += self.speed * torch.sign(load.mean() - load)
+            load.zero_()

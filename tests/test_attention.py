@@ -1,0 +1,94 @@
+"""Visibility: a naive reading of the paper's figure, dense against flex, and what follows from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+
+from dmax.attention import Predicate, block_causal, dense_mask, flex_from_dense, flex_mask, noisy_clean
+
+
+def square(predicate: Predicate, length: int) -> Tensor:
+    return dense_mask(predicate, torch.arange(length), torch.arange(length))
+
+
+def materialized(mask: BlockMask) -> Tensor:
+    """What the kernel computes: the predicate, but only inside the tiles that the block mask lists."""
+    rows, columns = mask.BLOCK_SIZE
+    tiles = mask.to_dense()[0, 0].bool().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    predicate = create_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")[0, 0]
+    return predicate & tiles[: mask.seq_lengths[0], : mask.seq_lengths[1]]
+
+
+@given(length=st.integers(1, 40), block_length=st.integers(1, 12))
+def test_block_causal_equals_its_specification(length: int, block_length: int) -> None:
+    visible = square(block_causal(block_length), length)
+    for query in range(length):
+        end = (query // block_length + 1) * block_length  # the end of its own block
+        assert visible[query].tolist() == [key < end for key in range(length)]
+
+
+@given(blocks=st.integers(1, 5), block_length=st.integers(1, 8))
+def test_noisy_clean_equals_its_specification(blocks: int, block_length: int) -> None:
+    length = blocks * block_length
+    visible = square(noisy_clean(block_length, length), 2 * length)
+    for query in range(2 * length):
+        block = query % length // block_length
+        own = range(block * block_length, (block + 1) * block_length)
+        before = range(length, length + block * block_length)  # clean blocks strictly before
+        clean_own = range(length + own.start, length + own.stop)
+        sees = {*before, *own} if query < length else {*before, *clean_own}
+        assert {key for key in range(2 * length) if visible[query, key]} == sees
+
+
+def test_block_length_one_is_causal_and_a_single_block_is_bidirectional() -> None:
+    assert torch.equal(square(block_causal(1), 9), torch.ones(9, 9, dtype=torch.bool).tril())
+    assert square(block_causal(16), 9).all()
+
+
+@pytest.mark.parametrize("length", [1, 32, 96, 127, 128, 130, 300])
+@pytest.mark.parametrize("block_length", [4, 32])
+def test_flex_equals_dense_block_causal(length: int, block_length: int) -> None:
+    predicate = block_causal(block_length)
+    mask = flex_mask(predicate, length, length, "cpu")
+    assert torch.equal(materialized(mask), square(predicate, length))
+
+
+@pytest.mark.parametrize(("length", "block_length"), [(8, 4), (64, 32), (96, 32), (128, 16), (160, 32), (132, 12)])
+def test_flex_equals_dense_noisy_clean(length: int, block_length: int) -> None:
+    predicate = noisy_clean(block_length, length)
+    mask = flex_mask(predicate, 2 * length, 2 * length, "cpu")
+    assert torch.equal(materialized(mask), square(predicate, 2 * length))
+
+
+@pytest.mark.parametrize(("length", "kept"), [(512, 10), (1024, 36)])
+def test_flex_skips_invisible_tiles(length: int, kept: int) -> None:
+    """At tile size 128 a block-causal mask of n tile rows keeps n(n + 1) / 2 tiles."""
+    assert flex_mask(block_causal(32), length, length, "cpu").to_dense().sum() == kept
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(deadline=None, max_examples=15)
+@given(masks=st.sampled_from([1, 3]), queries=st.integers(1, 140), past=st.integers(0, 140), seed=st.integers(0, 2**31))
+def test_dense_masks_mean_the_same_to_flex(masks: int, queries: int, past: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys = past + queries
+    visible = torch.rand(masks, 1, queries, keys, generator=generator) < 0.5
+    visible[..., 0] = True
+    query, key, value = (torch.randn(3, 2, n, 16, generator=generator) for n in (queries, keys, keys))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    found = flex_attention(query, key, value, block_mask=flex_from_dense(visible))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_dense_mask_takes_any_index_shapes() -> None:
+    """Per-sequence positions, as a batch of blocks at different places needs them."""
+    query = torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3]])
+    visible = dense_mask(block_causal(4), query, torch.arange(10).expand(2, 10))
+    assert visible.shape == (2, 4, 10)
+    assert visible[0].sum(dim=-1).tolist() == [8] * 4
+    assert visible[1].sum(dim=-1).tolist() == [4] * 4

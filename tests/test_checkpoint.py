@@ -1,0 +1,293 @@
+"""From names to ready checkpoints: where special ids come from, saving whole or not at all, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from dmax import tiny
+from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dmax.errors import InputError
+
+GOLDEN = Path(__file__).parent / "golden" / "llada2_moe_a"
+IDS: dict[str, Any] = {"mask_token_id": 511, "eos_token_id": 508}
+
+
+def load(path: Path | str, **options: Any) -> Checkpoint:
+    return load_checkpoint(path, **{"dtype": torch.float32, "device": "cpu", **options})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint without tokenizer that names neither MASK nor EOS."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(GOLDEN / name, folder / name)
+    return folder
+
+
+def edit(file: Path, **changes: Any) -> None:
+    record = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**record, **changes}))
+
+
+def add_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {"a": 0, "<eos>": 490, "<pad>": 491, "<|mask|>": 492, "<blank>": 493}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+# ---- special ids --------------------------------------------------------------------------------------------------
+
+
+def test_arguments_decide_and_the_family_knows_its_block_length(folder: Path) -> None:
+    found = load(folder, **IDS)
+    assert (found.mask_token_id, found.eos_token_ids, found.pad_token_id) == (511, (508,), 508)
+    assert (found.block_length, found.tokenizer, found.path) == (32, None, str(folder))
+    assert not found.model.training
+
+
+def test_mask_comes_from_argument_config_tokenizer_vocabulary_in_that_order(folder: Path) -> None:
+    add_tokenizer(folder, eos_token="<eos>")
+    assert load(folder).mask_token_id == 492
+    add_tokenizer(folder, eos_token="<eos>", mask_token="<blank>")
+    assert load(folder).mask_token_id == 493
+    edit(folder / "config.json", mask_token_id=0)
+    assert load(folder).mask_token_id == 0
+    assert load(folder, mask_token_id=7).mask_token_id == 7
+
+
+def test_eos_comes_from_argument_generation_config_config_tokenizer_in_that_order(folder: Path) -> None:
+    add_tokenizer(folder, eos_token="<eos>")
+    assert load(folder).eos_token_ids == (490,)
+    edit(folder / "config.json", eos_token_id=[5, 6])
+    assert load(folder).eos_token_ids == (5, 6)
+    edit(folder / "generation_config.json", eos_token_id=[0, 8, 0])
+    assert load(folder).eos_token_ids == (0, 8)
+    assert load(folder, eos_token_id=9).eos_token_ids == (9,)
+    assert load(folder, eos_token_id=[9, 3]).eos_token_ids == (9, 3)
+
+
+def test_pad_comes_from_tokenizer_config_eos_in_that_order(folder: Path) -> None:
+    edit(folder / "config.json", pad_token_id=None)
+    assert load(folder, **IDS).pad_token_id == 508
+    edit(folder / "config.json", pad_token_id=4)
+    assert load(folder, **IDS).pad_token_id == 4
+    add_tokenizer(folder, pad_token="<pad>")
+    assert load(folder, **IDS).pad_token_id == 491
+
+
+def test_block_length_comes_from_argument_config_family_in_that_order(folder: Path) -> None:
+    assert load(folder, **IDS).block_length == 32
+    edit(folder / "config.json", block_length=16)
+    assert load(folder, **IDS).block_length == 16
+    assert load(folder, **IDS, block_length=4).block_length == 4
+
+
+def test_what_nobody_names_must_be_passed(folder: Path) -> None:
+    for missing in IDS:
+        with pytest.raises(InputError) as error:
+            load(folder, **{name: value for name, value in IDS.items() if name != missing})
+        assert error.value.hint == f"pass `{missing}`"
+
+
+@pytest.mark.parametrize("wrong", [{"mask_token_id": 512}, {"mask_token_id": -1}, {"eos_token_id": [508, 600]}])
+def test_ids_outside_the_vocabulary_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="outside the vocabulary of 512"):
+        load(folder, **{**IDS, **wrong})
+
+
+def test_block_length_must_be_positive(folder: Path) -> None:
+    with pytest.raises(InputError, match="block_length"):
+        load(folder, **IDS, block_length=0)
+
+
+def test_other_architectures_must_name_their_block_length(tmp_path: Path) -> None:
+    model = tiny_qwen()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no block length") as error:
+        load(tmp_path, mask_token_id=1, eos_token_id=2)
+    assert error.value.hint == "pass `block_length`"
+    assert load(tmp_path, mask_token_id=1, eos_token_id=2, block_length=8).block_length == 8
+
+
+def tiny_qwen() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8
+    )
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=32, num_hidden_layers=1, **sizes))
+
+
+# ---- names and files ----------------------------------------------------------------------------------------------
+
+
+def test_bundled_names_lead_to_folders_of_the_package() -> None:
+    assert tiny.bundled("tiny-dmax") == Path(tiny.__file__).parent / "tiny-dmax"
+    assert tiny.bundled("tiny") is None
+
+
+def test_bundled_checkpoints_are_found_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmax.checkpoint.bundled", lambda name: folder if name == "tiny-dmax" else None)
+    assert load("tiny-dmax", **IDS).path == str(folder)
+
+
+def test_hub_repositories_are_downloaded_then_read_as_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: {"someone/model": folder}[name])
+    assert load("someone/model", **IDS).path == str(folder)
+
+
+@pytest.mark.parametrize("name", ["someone/model", "/no/such/folder", "./nothing", "tiny-typo"])
+def test_unreachable_names_get_one_clear_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"neither bundled \(tiny-base, tiny-dmax\), nor a folder, nor reachable"):
+        load(name)
+
+
+def test_folders_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no-such-type"}', '{"model_type": "llada2_moe"'])
+def test_unusable_configurations_get_one_clear_sentence(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match="is not a usable checkpoint"):
+        load(folder, **IDS)
+
+
+def test_contradictory_configurations_get_one_clear_sentence(folder: Path) -> None:
+    edit(folder / "config.json", score_function="softmax")
+    with pytest.raises(InputError, match="score_function"):
+        load(folder, **IDS)
+
+
+def test_folders_without_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(folder, **IDS)
+
+
+def test_damaged_weights_are_refused_for_our_and_other_architectures(folder: Path, tmp_path: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match="truncated"):
+        load(folder, **IDS)
+    model, other = tiny_qwen(), tmp_path / "other"
+    ids: dict[str, Any] = {"mask_token_id": 1, "eos_token_id": 2, "block_length": 8}
+    state = model.state_dict()
+    del state["model.norm.weight"]
+    model.save_pretrained(other, state_dict=state)
+    with pytest.raises(InputError, match=r"lacks 1 weights.*model\.norm\.weight"):
+        load(other, **ids)
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(other, **ids)
+
+
+def test_remote_code_is_never_touched(folder: Path) -> None:
+    marker = folder / "ran"
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("configuration_llada2_moe", "modeling_llada2_moe"):
+        (folder / f"{name}.py").write_text(code)
+    auto_map = {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    }
+    edit(folder / "config.json", auto_map=auto_map)
+    assert type(load(folder, **IDS).model).__module__ == "dmax.models.llada2_moe.modeling"
+    assert not marker.exists()
+
+
+def test_implementations_and_dtype_are_passed_on(folder: Path) -> None:
+    found = load(folder, **IDS, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="batched_mm")
+    assert found.model.dtype == torch.bfloat16
+    assert found.model.config._attn_implementation == "eager"
+    assert found.model.config._experts_implementation == "batched_mm"
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(folder, **IDS, attn_implementation="no-such-attention")
+
+
+# ---- saving -------------------------------------------------------------------------------------------------------
+
+SAVED: dict[str, Any] = {"mask_token_id": 511, "eos_token_id": [508, 509], "block_length": 16}
+
+
+def test_a_saved_checkpoint_names_its_own_ids(folder: Path, tmp_path: Path) -> None:
+    tokenizer, target = add_tokenizer(folder, eos_token="<eos>"), tmp_path / "deep" / "saved"
+    model = load(folder, **IDS).model
+    save_checkpoint(model, tokenizer, target, **SAVED, extra={"objective": "oput"})
+    found = load(target)
+    assert (found.mask_token_id, found.eos_token_ids, found.block_length) == (511, (508, 509), 16)
+    assert found.tokenizer is not None and found.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert json.loads((target / "dmax.json").read_text()) == {"objective": "oput"}
+    assert AutoConfig.from_pretrained(target).architectures == ["LLaDA2MoeModelLM"]
+    assert model.config.block_length is None  # the caller's model is left as it was
+    before, after = model.state_dict(), found.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [entry.name for entry in target.parent.iterdir()] == ["saved"]
+
+
+def test_saving_replaces_a_checkpoint_whole(folder: Path, tmp_path: Path) -> None:
+    model, target = load(folder, **IDS).model, tmp_path / "saved"
+    target.mkdir()  # empty: as good as absent
+    save_checkpoint(model, None, target, **SAVED, extra={"step": 1})
+    save_checkpoint(model, None, target, **{**SAVED, "block_length": 4})
+    assert load(target).block_length == 4
+    assert not (target / "dmax.json").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
+
+
+def test_saving_never_replaces_anything_else(folder: Path, tmp_path: Path) -> None:
+    model, target = load(folder, **IDS).model, tmp_path / "thesis"
+    target.mkdir()
+    (target / "chapter1.tex").write_text("years of work")
+    for place in (target, target / "chapter1.tex"):
+        with pytest.raises(InputError, match="is not a checkpoint"):
+            save_checkpoint(model, None, place, **SAVED)
+    assert (target / "chapter1.tex").read_text() == "years of work"
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, target = load(folder, **IDS).model, tmp_path / "saved"
+    save_checkpoint(model, None, target, **SAVED)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    for failure, expected in ((OSError(28, "No space left on device"), InputError), (KeyboardInterrupt(), None)):
+
+        def fail(*_: Any, error: BaseException = failure, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(type(model.config), "save_pretrained", fail)
+        with pytest.raises(expected or type(failure)):
+            save_checkpoint(model, None, target, **SAVED)
+        assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
+
+
+def test_unwritable_places_get_one_clear_sentence(folder: Path, tmp_path: Path) -> None:
+    model, blocked = load(folder, **IDS).model, tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match="cannot write the checkpoint"):
+        save_checkpoint(model, None, blocked / "inside", **SAVED)
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        with pytest.raises(InputError, match="cannot write the checkpoint"):
+            save_checkpoint(model, None, tmp_path / "saved", **SAVED)
+        tmp_path.chmod(0o700)

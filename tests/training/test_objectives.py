@@ -1,0 +1,323 @@
+"""Objectives against the plain recipe: one forward over [noisy | clean] per stream, as the paper writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmax.attention import dense_mask, noisy_clean
+from dmax.blend import blend
+from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from dmax.training.objectives import IGNORE, Batch, CleanStream, mdlm_loss, oput_loss, roll_out, uniform_loss
+
+BLOCK, VOCAB, MASK, EOS = 4, 48, 47, 46
+OPTIONS: dict[str, Any] = {"block_length": BLOCK, "mask_token_id": MASK}
+
+
+@pytest.fixture
+def model() -> LLaDA2MoeModelLM:
+    torch.manual_seed(0)
+    config = LLaDA2MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_group=2,
+        topk_group=1,
+        initializer_range=0.15,
+        pad_token_id=EOS,
+        eos_token_id=EOS,
+    )
+    config._experts_implementation = "eager"
+    return LLaDA2MoeModelLM(config)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Prompts of 9 and 13 tokens, responses with three quarters masked, labels on the whole response."""
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randint(EOS, (2, 6 * BLOCK), generator=generator)
+    is_response = torch.arange(clean.shape[1]) >= torch.tensor([[9], [13]])
+    masked = is_response & (torch.rand(clean.shape, generator=generator) < 0.75)
+    return Batch(clean, clean.masked_fill(masked, MASK), clean.masked_fill(~is_response, IGNORE))
+
+
+def concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch, noisy_embeds: Tensor) -> Tensor:
+    """The noisy half's logits of one forward over [noisy | clean]."""
+    length = batch.clean_ids.shape[1]
+    position = torch.arange(2 * length)
+    mask = dense_mask(noisy_clean(BLOCK, length), position, position)[None, None]
+    embeds = torch.cat((noisy_embeds, model.model.word_embeddings(batch.clean_ids)), dim=1)
+    return model(inputs_embeds=embeds, attention_mask=mask, position_ids=(position % length)[None]).logits[:, :length]
+
+
+def plain_loss(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+
+
+def gradients(model: LLaDA2MoeModelLM, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+
+
+def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, gradient in one.items():
+        torch.testing.assert_close(gradient, other[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@contextmanager
+def recorded_streams(model: LLaDA2MoeModelLM) -> Iterator[list[Tensor]]:
+    """Inputs [B, L', D] of every noisy stream run meanwhile, in order."""
+    inputs: list[Tensor] = []
+
+    def record(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        inputs.append(kwargs["inputs_embeds"].detach())
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+# ---- one clean stream serves all noisy ones -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_shared_clean_stream_gives_the_concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    embed = model.model.word_embeddings
+    stream = CleanStream(model, batch, BLOCK)
+    for ids in (batch.noisy_ids, batch.clean_ids.flip(1)):  # a second stream is not disturbed by the first
+        expected = concatenated_logits(model, batch, embed(ids))
+        torch.testing.assert_close(stream.denoise(embed(ids)), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_mdlm_gradients_are_those_of_the_concatenated_forward(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    ours = mdlm_loss(model, batch, **OPTIONS)
+    found = gradients(model, ours.total)
+    expected = plain_loss(concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)), batch)
+    torch.testing.assert_close(ours.total, expected)
+    assert_same_gradients(found, gradients(model, expected))
+
+
+@pytest.mark.parametrize("rollout", ["argmax", "soft"])
+def test_oput_gradients_are_those_of_the_published_recipe(model: LLaDA2MoeModelLM, batch: Batch, rollout: Any) -> None:
+    """Two concatenated forwards after a separate rollout without gradient give the same loss and gradients."""
+    ours = oput_loss(model, batch, **OPTIONS, rollout=rollout)
+    found = gradients(model, ours.total)
+
+    embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
+    with torch.no_grad():
+        logits = concatenated_logits(model, batch, embed(batch.noisy_ids))
+        logits[..., MASK] = float("-inf")
+        confidence, predicted = logits.softmax(-1).max(-1)
+    inputs = embed(torch.where(masked, predicted, batch.noisy_ids))
+    if rollout == "soft":
+        soft = blend(embed(predicted[..., None]), embed(torch.tensor(MASK)), confidence[..., None])
+        inputs = torch.where(masked[..., None], soft, inputs)
+    loss_masked = plain_loss(concatenated_logits(model, batch, embed(batch.noisy_ids)), batch)
+    loss_predicted = plain_loss(concatenated_logits(model, batch, inputs), batch)
+    torch.testing.assert_close(ours.parts["loss_masked"], loss_masked.detach())
+    torch.testing.assert_close(ours.parts["loss_predicted"], loss_predicted.detach())
+    assert_same_gradients(found, gradients(model, (loss_masked + loss_predicted) / 2))
+
+
+@torch.no_grad()
+def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    embed, block = model.model.word_embeddings, slice(3 * BLOCK, 4 * BLOCK)
+
+    def logits(changed: Batch) -> Tensor:
+        return CleanStream(model, changed, BLOCK).denoise(embed(changed.noisy_ids))[:, block]
+
+    expected = logits(batch)
+    clean, noisy = batch.clean_ids.clone(), batch.noisy_ids.clone()
+    clean[:, block.start :] = 0
+    noisy[:, : block.start] = 0
+    noisy[:, block.stop :] = 0
+    torch.testing.assert_close(logits(replace(batch, clean_ids=clean, noisy_ids=noisy)), expected)
+    clean[:, block.start - 1] = 0
+    assert not torch.allclose(logits(replace(batch, clean_ids=clean)), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "oput", "soft", "uniform"])
+def test_a_later_start_drops_work_but_not_loss(model: LLaDA2MoeModelLM, batch: Batch, objective: str) -> None:
+    def loss(chosen: Batch) -> Any:
+        if objective == "mdlm":
+            return mdlm_loss(model, chosen, **OPTIONS)
+        if objective == "uniform":
+            return uniform_loss(model, chosen, batch.noisy_ids.clamp(max=EOS), **OPTIONS)
+        return oput_loss(model, chosen, **OPTIONS, rollout="soft" if objective == "soft" else "argmax")
+
+    late = replace(batch, start=2 * BLOCK)  # both prompts are at least that long
+    with recorded_streams(model) as inputs:
+        ours = loss(late)
+    assert {stream.shape[1] for stream in inputs} == {batch.clean_ids.shape[1] - late.start}
+    whole = loss(batch)
+    torch.testing.assert_close(ours.total, whole.total)
+    for name, each in whole.per_sequence.items():
+        torch.testing.assert_close(ours.per_sequence[name], each)
+    assert_same_gradients(gradients(model, ours.total), gradients(model, whole.total))
+
+
+def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    """Context is trained too: a token that occurs in the clean half alone gets an embedding gradient."""
+    only_clean = int(batch.clean_ids[0, 0])
+    clean = torch.where(batch.clean_ids == only_clean, 0, batch.clean_ids)
+    noisy = torch.where(batch.noisy_ids == only_clean, 0, batch.noisy_ids)
+    clean[:, 0] = only_clean
+    gradient = gradients(model, mdlm_loss(model, Batch(clean, noisy, batch.labels), **OPTIONS).total)
+    assert gradient["model.word_embeddings.weight"][only_clean].any()
+
+
+# ---- the rollout --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rollout", ["argmax", "sample"])
+def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
+    model: LLaDA2MoeModelLM, batch: Batch, rollout: Any
+) -> None:
+    embed = model.model.word_embeddings
+    with torch.no_grad():  # tokens can be read off the inputs; a head that wants MASK above all
+        embed.weight.copy_(F.normalize(embed.weight, dim=-1))
+        model.lm_head.weight.data[MASK] *= 100
+    with recorded_streams(model) as inputs:
+        oput_loss(model, batch, **OPTIONS, rollout=rollout)
+    first, second = ((stream @ embed.weight.T).argmax(-1) for stream in inputs)
+    assert torch.equal(first, batch.noisy_ids)
+    masked = batch.noisy_ids == MASK
+    assert torch.equal(second[~masked], batch.noisy_ids[~masked])
+    assert (second != MASK).all()
+
+
+@torch.no_grad()
+def test_soft_rollout_feeds_the_blend_that_decoding_feeds(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
+    with recorded_streams(model) as inputs:
+        oput_loss(model, batch, **OPTIONS, rollout="soft")
+    logits = CleanStream(model, batch, BLOCK).denoise(embed(batch.noisy_ids))
+    tokens, confidence = roll_out(logits, MASK, "soft", 1.0, None)
+    soft = blend(embed(tokens[..., None]), embed.weight[MASK], confidence[..., None])
+    torch.testing.assert_close(inputs[1][masked], soft[masked])
+    assert torch.equal(inputs[1][~masked], embed(batch.noisy_ids)[~masked])
+
+
+def test_rollout_carries_no_gradient() -> None:
+    logits = torch.randn(2, 5, VOCAB, requires_grad=True)
+    for rollout in ("argmax", "sample", "soft"):
+        tokens, confidence = roll_out(logits, MASK, rollout, 1.0, None)  # type: ignore[arg-type]
+        assert not tokens.requires_grad and not confidence.requires_grad
+        assert (tokens != MASK).all() and ((confidence > 0) & (confidence <= 1)).all()
+
+
+def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    """After an optimiser step the predictions of the second stream are the updated model's."""
+
+    def second_stream() -> Tensor:
+        with torch.no_grad(), recorded_streams(model) as inputs:
+            oput_loss(model, batch, **OPTIONS)
+        return (inputs[1][:, :, None] - model.model.word_embeddings.weight).norm(dim=-1).argmin(-1)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    for _ in range(2):
+        before = second_stream()
+        oput_loss(model, batch, **OPTIONS).total.backward()
+        optimizer.step()
+        with torch.no_grad():
+            logits = CleanStream(model, batch, BLOCK).denoise(model.model.word_embeddings(batch.noisy_ids))
+        expected, _ = roll_out(logits, MASK, "argmax", 1.0, None)
+        after = second_stream()
+        assert torch.equal(after, torch.where(batch.noisy_ids == MASK, expected, batch.noisy_ids))
+        assert not torch.equal(after, before)
+
+
+def test_sampling_rollout_is_reproducible_and_follows_temperature() -> None:
+    logits = torch.randn(4, 200, VOCAB, generator=torch.Generator().manual_seed(0))
+
+    def sampled(seed: int, temperature: float = 1.0) -> Tensor:
+        return roll_out(logits, MASK, "sample", temperature, torch.Generator().manual_seed(seed))[0]
+
+    assert torch.equal(sampled(1), sampled(1))
+    assert not torch.equal(sampled(1), sampled(2))
+    assert torch.equal(sampled(1, 1e-4), roll_out(logits, MASK, "argmax", 1.0, None)[0])
+
+
+def test_sampling_frequencies_are_the_models_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 5.0]).expand(1, 40_000, 4)
+    tokens, confidence = roll_out(logits, 3, "sample", 1.0, torch.Generator().manual_seed(0))
+    expected = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    torch.testing.assert_close(tokens[0].bincount() / 40_000, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(confidence, expected[tokens])
+
+
+def test_rollout_error_is_the_share_of_wrong_predictions(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    masked = batch.noisy_ids == MASK
+    with torch.no_grad():
+        logits = CleanStream(model, batch, BLOCK).denoise(model.model.word_embeddings(batch.noisy_ids))
+    predicted, _ = roll_out(logits, MASK, "argmax", 1.0, None)
+    expected = (predicted != batch.clean_ids)[masked].float().mean()
+    torch.testing.assert_close(oput_loss(model, batch, **OPTIONS).parts["rollout_error"], expected)
+
+
+# ---- what is counted ----------------------------------------------------------------------------------------------
+
+
+def test_every_labelled_position_counts_masked_or_not_and_no_other(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    """Both streams share their labels; unmasked response positions are among them."""
+    embed = model.model.word_embeddings
+    with torch.no_grad():
+        logits = CleanStream(model, batch, BLOCK).denoise(embed(batch.noisy_ids))
+    each = F.cross_entropy(logits.transpose(1, 2), batch.clean_ids, reduction="none")
+    labelled = batch.labels != IGNORE
+    assert (labelled & (batch.noisy_ids != MASK)).any()
+    loss = oput_loss(model, batch, **OPTIONS)
+    torch.testing.assert_close(loss.parts["loss_masked"], each[labelled].mean())
+    expected = torch.stack([row[counted].mean() for row, counted in zip(each, labelled, strict=True)])
+    torch.testing.assert_close(loss.per_sequence["masked"], expected)
+    torch.testing.assert_close(loss.total.detach(), (loss.parts["loss_masked"] + loss.parts["loss_predicted"]) / 2)
+
+
+def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    empty = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+    loss = oput_loss(model, empty, **OPTIONS)
+    assert loss.total == 0 and loss.per_sequence["masked"].tolist() == [0, 0]
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss.total).values())
+
+
+def test_uniform_loss_is_the_mean_of_masked_and_random_streams(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    random_ids = batch.noisy_ids.clamp(max=EOS)
+    ours = uniform_loss(model, batch, random_ids, **OPTIONS)
+    embed = model.model.word_embeddings
+    expected = [
+        plain_loss(concatenated_logits(model, batch, embed(ids)), batch) for ids in (batch.noisy_ids, random_ids)
+    ]
+    torch.testing.assert_close(ours.total, sum(expected) / 2)
+    torch.testing.assert_close(ours.parts["loss_random"], expected[1].detach())
+
+
+def test_the_batch_is_left_alone(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    before = [tensor.clone() for tensor in (batch.clean_ids, batch.noisy_ids, batch.labels)]
+    oput_loss(model, batch, **OPTIONS).total.backward()
+    for tensor, expected in zip((batch.clean_ids, batch.noisy_ids, batch.labels), before, strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    """Recomputation runs after the clean cache is complete; it must see what the first run saw."""
+    expected = gradients(model, oput_loss(model, batch, **OPTIONS).total)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_gradients(gradients(model, oput_loss(model, batch, **OPTIONS).total), expected)
