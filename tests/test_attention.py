@@ -24,6 +24,7 @@ def materialized(mask: BlockMask) -> Tensor:
     return predicate & tiles[: mask.seq_lengths[0], : mask.seq_lengths[1]]
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 40), block_length=st.integers(1, 12))
 def test_block_causal_equals_its_specification(length: int, block_length: int) -> None:
     visible = square(block_causal(block_length), length)
@@ -32,6 +33,7 @@ def test_block_causal_equals_its_specification(length: int, block_length: int) -
         assert visible[query].tolist() == [key < end for key in range(length)]
 
 
+@settings(deadline=None)
 @given(blocks=st.integers(1, 5), block_length=st.integers(1, 8))
 def test_noisy_clean_equals_its_specification(blocks: int, block_length: int) -> None:
     length = blocks * block_length

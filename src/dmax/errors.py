@@ -7,14 +7,25 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input, said in one sentence; `hint` says what to do about it. Commands print both and exit with code 2."""
+    """Bad input, said in one sentence.
+
+    Commands print it and exit with code 2; `str(error)` is the message and, as a second paragraph, the hint.
+
+    Attributes:
+        message: what is wrong, with the value that was given.
+        hint: what to do about it, if that is known.
+    """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.hint = hint
+        self.message = message
+        self.hint = hint or None
+
+    def __str__(self) -> str:
+        return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str | None:
-    """A hint naming the choice nearest to a mistyped name, or None if nothing is near."""
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A hint naming the choice nearest to a mistyped name; empty, which is no hint, if none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)
-    return f"did you mean `{near[0]}`?" if near else None
+    return f"did you mean `{near[0]}`?" if near else ""

@@ -25,7 +25,7 @@ from dmax.training.trainer import DMaxConfig, DMaxTrainer
 
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    """Where the model comes from: `path` to continue from a checkpoint, or `config` (and the bundled tokenizer) anew."""
+    """Where the model comes from: `path` of a checkpoint to continue, or `config` for a new one."""
 
     path: str | None = None
     config: dict[str, Any] | None = None
@@ -77,7 +77,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({error.__class__.__name__})") from None
+        raise InputError(
+            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({error.__class__.__name__})"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path}:1: a recipe is a mapping with output_dir, model, data and training")
     lines = _key_lines(root)

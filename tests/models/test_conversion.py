@@ -155,6 +155,16 @@ def test_merged_files_load_to_the_same_weights_and_are_saved_per_expert(merged: 
     assert_same_weights(load(tmp_path / "saved"), model)
 
 
+def test_half_merged_files_load_too(published: Path, merged: Path) -> None:
+    """Gate and up stacked, down per expert: what transformers saves if it is left to choose among our conversions."""
+    per_expert, stacked = stored(published), stored(merged)
+    is_half = {name: name.endswith(("experts.gate_proj", "experts.up_proj")) for name in stacked}
+    mixed = {name: tensor for name, tensor in stacked.items() if is_half[name]}
+    mixed |= {name: t for name, t in per_expert.items() if ".experts." not in name or ".down_proj." in name}
+    save_file(mixed, published / "model.safetensors", {"format": "pt"})
+    assert_same_weights(load(published), load(GOLDEN))
+
+
 def test_bfloat16_keeps_router_bias_and_rotary_frequencies_in_float32(published: Path, tmp_path: Path) -> None:
     tensors = stored(published)
     bias = next(name for name in tensors if name.endswith("expert_bias"))

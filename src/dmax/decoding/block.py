@@ -123,7 +123,8 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class Advance:
     """A block after a decision: `tokens` and `masked` [B, L], and per row [B] bool whether it is `done`, whether the
-    engine `forced` a token or `capped` the block, and whether the strategy's proposal was `invalid`."""
+    engine `forced` a token or `capped` the block, and whether the strategy's proposal was `invalid`.
+    """
 
     tokens: Tensor
     masked: Tensor
@@ -144,7 +145,8 @@ def sanitize(logits: Tensor, mask_token_id: int) -> tuple[Output, Tensor]:
     broken = logits.isnan().flatten(1).any(dim=1)
     largest = torch.finfo(torch.float32).max / 4  # differences of two of them stay finite
     logits = logits.nan_to_num(nan=0.0).clamp(-largest, largest)
-    probs = logits.softmax(dim=-1)  # max-subtracted: exp(logit - logsumexp) would lose a digit at large logits
+    # In float64: the confidence is fed back, and its rounding would be the largest error of a step.
+    probs = logits.double().softmax(dim=-1).to(logits.dtype)
     mask = torch.tensor([mask_token_id], device=logits.device)
     return Output(logits.index_fill(-1, mask, float("-inf")), probs), broken
 

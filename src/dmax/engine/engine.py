@@ -27,7 +27,7 @@ Commit = Literal["cross_block", "separate"]
 
 
 @dataclass(slots=True)
-class Sequence_:
+class Flight:
     """A request in flight: where its open block stands and what it has generated."""
 
     request: Request
@@ -121,9 +121,8 @@ class Lane:
             return
         if self.soft is None:
             shape = (len(self.tokens), *soft.ids.shape[1:])
-            self.soft = replace(
-                soft, where=torch.zeros_like(self.masked), ids=soft.ids.new_zeros(shape), probs=soft.probs.new_zeros(shape)
-            )
+            nowhere = torch.zeros_like(self.masked)
+            self.soft = replace(soft, where=nowhere, ids=soft.ids.new_zeros(shape), probs=soft.probs.new_zeros(shape))
         self.soft.where[rows], self.soft.ids[rows], self.soft.probs[rows] = soft.where, soft.ids, soft.probs
 
 
@@ -171,7 +170,12 @@ class Engine:
             return
         num_slots = min(self.max_batch_size, len(requests))
         runner = ModelRunner(self.model, self.block_length, num_slots, max(map(self._end, requests)))
-        waiting, free, running, lanes = deque(requests), list(range(num_slots)), dict[int, Sequence_](), dict[Any, Lane]()
+        waiting, free, running, lanes = (
+            deque(requests),
+            list(range(num_slots)),
+            dict[int, Flight](),
+            dict[Any, Lane](),
+        )
         while waiting or running:
             if waiting and free:
                 admitted = {free.pop(0): waiting.popleft() for _ in range(min(len(free), len(waiting)))}
@@ -202,8 +206,8 @@ class Engine:
         return -(-needed // self.block_length) * self.block_length
 
     def _admit(
-        self, runner: ModelRunner, lanes: dict[Any, Lane], num_slots: int, admitted: dict[int, Request]
-    ) -> dict[int, Sequence_]:
+        self, runner: ModelRunner, lanes: dict[DecodingParams, Lane], num_slots: int, admitted: dict[int, Request]
+    ) -> dict[int, Flight]:
         """Prefill the whole blocks of the prompts in one forward and open each request's first block."""
         joined = {}
         for slot, request in admitted.items():
@@ -211,7 +215,7 @@ class Engine:
             if key not in lanes:
                 lanes[key] = Lane(key, num_slots, self.block_length, runner.device)
             start = len(request.prompt_ids) // self.block_length * self.block_length
-            joined[slot] = Sequence_(request, lanes[key], start, self._end(request), _generator(request.params))
+            joined[slot] = Flight(request, lanes[key], start, self._end(request), _generator(request.params))
             lanes[key].open(slot, request.prompt_ids[start:], self.mask_token_id, runner.embed)
             runner.cache.rollback(slot)
         slots = [slot for slot, sequence in joined.items() if sequence.start]
@@ -225,7 +229,7 @@ class Engine:
         return joined
 
     @torch.no_grad()
-    def _step(self, runner: ModelRunner, running: dict[int, Sequence_]) -> dict[int, list[bool]]:
+    def _step(self, runner: ModelRunner, running: dict[int, Flight]) -> dict[int, list[bool]]:
         """One forward and one decision for every open block; the only wait for the device is for the flags."""
         groups: dict[tuple[int, bool], list[int]] = {}
         for slot in sorted(running):
@@ -250,7 +254,7 @@ class Engine:
         return dict(zip(order, torch.cat(flags, dim=1).T.tolist(), strict=True))
 
     def _settle(
-        self, runner: ModelRunner, sequence: Sequence_, slot: int, flags: list[bool], provisional: bool
+        self, runner: ModelRunner, sequence: Flight, slot: int, flags: list[bool], provisional: bool
     ) -> Iterator[Event]:
         """After a step: report the block, and if it is done, commit it and open the next or finish the request."""
         done, broken, invalid, forced, capped = flags
@@ -280,7 +284,7 @@ class Engine:
         sequence.has_previous = True
         lane.open(slot, (), self.mask_token_id, runner.embed)
 
-    def _block_event(self, sequence: Sequence_, slot: int, kind: Literal["provisional", "committed"]) -> BlockEvent:
+    def _block_event(self, sequence: Flight, slot: int, kind: Literal["provisional", "committed"]) -> BlockEvent:
         lane = sequence.lane
         first = max(len(sequence.request.prompt_ids) - sequence.start, 0)
         return BlockEvent(
@@ -293,7 +297,7 @@ class Engine:
             step=int(lane.step[slot]),
         )
 
-    def _complete(self, sequence: Sequence_) -> Completion:
+    def _complete(self, sequence: Flight) -> Completion:
         """Cut at the first EOS, EOS left out (A14), then at `max_new_tokens`."""
         ids = sequence.generated
         stop = next((position for position, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
@@ -314,7 +318,7 @@ def _generator(params: DecodingParams) -> torch.Generator | None:
     return generator
 
 
-def _gumbel(sequences: Sequence[Sequence_], logits: Tensor) -> Tensor | None:
+def _gumbel(sequences: Sequence[Flight], logits: Tensor) -> Tensor | None:
     """Standard Gumbel noise [B, L, V], each row from its request's own generator; None when greedy."""
     if sequences[0].generator is None:
         return None

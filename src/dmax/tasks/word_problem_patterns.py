@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+# Word lists are written as text and split here: the order of the words is part of what a seed means.
 NAMES = {
-    "he": ("Adam Ben Carlos David Ethan Felix Gabriel Henry Ivan Jack Kevin Liam Marco Noah Oscar Paul Rami Sam Tom Victor").split(),
-    "she": ("Alice Bella Clara Dina Emma Fiona Grace Hana Iris Julia Kate Lena Maria Nora Olivia Petra Rosa Sofia Tara Vera").split(),
+    "he": (
+        "Adam Ben Carlos David Ethan Felix Gabriel Henry Ivan Jack Kevin Liam Marco Noah Oscar Paul Rami Sam Tom Victor"
+    ).split(),  # noqa: SIM905
+    "she": (
+        "Alice Bella Clara Dina Emma Fiona Grace Hana Iris Julia Kate Lena Maria Nora Olivia Petra Rosa Sofia Tara Vera"
+    ).split(),  # noqa: SIM905
 }
 OBJECT_PRONOUNS = {"he": "him", "she": "her"}
 ITEMS = (
-    "apples books cards coins marbles stickers pencils shells stamps buttons cookies candles balloons tickets badges "
-    "beads crayons flowers leaves lemons magnets mugs oranges pears photos plums ribbons stones tokens toys"
-).split()
+    "apples books cards coins marbles stickers pencils shells stamps buttons cookies candles balloons tickets "
+    "badges beads crayons flowers leaves lemons magnets mugs oranges pears photos plums ribbons stones tokens "
+    "toys"
+).split()  # noqa: SIM905
 
 OPENERS = (
     "{name} has {a} {items}.",

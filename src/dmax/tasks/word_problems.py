@@ -37,7 +37,7 @@ MIN_WORDS = 60  # words and punctuation marks of an answer, tokens of the bundle
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A question, its worked response ending in `#### N`, the answer N, and the chain `(operation, operand)` behind it."""
+    """A question, its worked response ending in `#### N`, the answer N, and the chain of steps behind it."""
 
     question: str
     response: str
@@ -125,9 +125,7 @@ def _tell(rng: random.Random, start: int, steps: tuple[tuple[str, int], ...]) ->
             return WordProblem(" ".join(story), response, value, start, steps)
 
 
-def _work_out(
-    rng: random.Random, pronoun: str, words: dict[str, str], a: int, operation: str, b: int, c: int
-) -> str:
+def _work_out(rng: random.Random, pronoun: str, words: dict[str, str], a: int, operation: str, b: int, c: int) -> str:
     form = rng.choice(FORMS + FORMS_BY_OPERATION[operation])
     clause = form.format(
         a=a,

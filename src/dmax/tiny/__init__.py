@@ -1,4 +1,4 @@
-"""Where the bundled checkpoints live: small dense models that show the effect on a CPU."""
+"""Where the bundled checkpoints live: small mixture-of-experts models that show the effect on a CPU."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def words() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: a known word is one token, an unknown one its bytes; any text round-trips."""
+    """A byte-level tokenizer without merges: a known word is one token, any other text its bytes."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     for word in words():

@@ -92,9 +92,7 @@ class ResponseDataset(Dataset[Encoded]):
     ) -> None:
         self.examples = [
             Encoded(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                ),
+                tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False),
                 tokenizer.encode(response, add_special_tokens=False),
             )
             for messages, response in conversations

@@ -1,4 +1,4 @@
-"""`DMaxTrainer`: block-diffusion objectives on transformers' Trainer. Wiring only; the mathematics is in `objectives`."""
+"""`DMaxTrainer`: the objectives on transformers' Trainer. Wiring only; the mathematics is in `objectives`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class DMaxConfig(TrainingArguments):
             ("rollout", self.rollout, ROLLOUTS),
         ):
             if value not in choices:
-                raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}", did_you_mean(value, choices))
+                hint = did_you_mean(value, choices)
+                raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}", hint)
         if not 0 <= self.mask_ratio_low <= self.mask_ratio_high <= 1:
             raise InputError(
                 f"mask ratios must satisfy 0 <= low <= high <= 1, got {self.mask_ratio_low} and {self.mask_ratio_high}"
@@ -111,9 +112,7 @@ class DMaxTrainer(Trainer):
         self._tokens += clean.numel()
         return (loss.total, loss) if return_outputs else loss.total
 
-    def _objective(
-        self, model: nn.Module, batch: Batch, random_ids: Tensor | None, generator: torch.Generator
-    ) -> Loss:
+    def _objective(self, model: nn.Module, batch: Batch, random_ids: Tensor | None, generator: torch.Generator) -> Loss:
         ids = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}
         if random_ids is not None:
             return uniform_loss(model, batch, random_ids, **ids)
@@ -183,6 +182,7 @@ class RouterBalancing(TrainerCallback):
         return count
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Move every bias by one step and start counting anew."""
         for router, load in zip(self.routers, self.loads, strict=True):
             router.expert_bias += self.speed * torch.sign(load.mean() - load)
             load.zero_()

@@ -38,7 +38,8 @@ class LLaDA2MoeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 class LLaDA2MoeRotaryEmbedding(nn.Module):
@@ -207,7 +208,8 @@ class LLaDA2MoeRouter(nn.Module):
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()  # [N, E]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # [N, E]
         choice = scores + self.expert_bias.float() if config.moe_router_enable_expert_bias else scores
         if config.topk_group < config.n_group:
             choice = self._keep_best_groups(choice)

@@ -1,0 +1,51 @@
+# The two commands of the README are `make demo` and `make test`; both set up `.venv` first, once.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+PY := $(BIN)/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format typecheck setup clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.core-stamp ## solve word problems with the bundled models, before and after DMax
+	@$(BIN)/dmax demo
+
+test: lint typecheck ## style, types and all tests
+	@$(PY) -m pytest -q -n $(WORKERS) --durations=15
+
+lint: .venv/.setup-stamp ## style only
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+typecheck: .venv/.setup-stamp ## types only
+	@$(PY) -m mypy
+
+format: .venv/.setup-stamp ## rewrite the sources in the house style
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.core-stamp: pyproject.toml tools/install_torch.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: dmax needs Python 3.11 or newer as `$(PYTHON)`; name another with `make PYTHON=python3.12`' >&2; exit 1; }
+	@test -x $(PY) || { echo 'creating .venv'; $(PYTHON) -m venv .venv; }
+	@echo 'installing PyTorch and dmax; the first time takes a few minutes'
+	@$(PY) tools/install_torch.py --reuse $(PYTHON)
+	@$(PY) -m pip install --quiet -e .
+	@touch $@
+
+.venv/.setup-stamp: .venv/.core-stamp
+	@echo 'installing the training extra and the test tools'
+	@$(PY) -m pip install --quiet -e '.[train,dev]'
+	@touch $@

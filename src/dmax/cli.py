@@ -1,0 +1,233 @@
+"""The `dmax` command. Each command imports what it needs when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dmax.errors import InputError
+
+app = typer.Typer(
+    help="Train, decode and measure self-revising diffusion language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
+StrategyOption = Annotated[str, typer.Option(help="decoding strategy: spd, threshold, or a plugin's")]
+ThresholdOption = Annotated[float | None, typer.Option(help="confidence to decode at [default: the strategy's]")]
+TokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
+TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
+BlockOption = Annotated[int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")]
+TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
+BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+
+
+def main() -> None:
+    """Entry point: bad input ends with one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        if error.hint:
+            console.print(f"\nhint: {error.hint}", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(2)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is fed `(done, total)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _emit(record: Any) -> None:
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def demo(as_json: JsonOption = False) -> None:
+    """Solve unseen word problems with the bundled models, base and DMax side by side.
+
+    Example: dmax demo
+    """
+    from dmax.demo import run_demo
+
+    run_demo(as_json=as_json)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; read from stdin if none is given")] = None,
+    model: ModelOption = "tiny-dmax",
+    strategy: StrategyOption = "spd",
+    threshold: ThresholdOption = None,
+    max_new_tokens: TokensOption = None,
+    top_k: TopKOption = 1,
+    block_length: BlockOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Complete one or more prompts.
+
+    Example: dmax generate --model tiny-dmax "Tom has 12 apples. Tom buys 5 apples at the market. How many apples does
+    Tom have now?"
+    """
+    from dmax.llm import LLM
+    from dmax.params import DecodingParams
+
+    texts = prompts or [sys.stdin.read().strip()]
+    if not all(texts):
+        raise InputError("no prompt given", hint='dmax generate "your question"')
+    params = DecodingParams(
+        strategy=strategy,
+        threshold=threshold,
+        max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
+        top_k=top_k,
+        block_length=block_length,
+        temperature=temperature,
+        seed=seed,
+    )
+    outputs = LLM(model, dtype=dtype, device=device).generate(list(texts), params)
+    if as_json:
+        _emit([{**asdict(output), "tokens_per_forward": output.tokens_per_forward} for output in outputs])
+        return
+    for output in outputs:
+        sys.stdout.write(output.text + "\n")
+        console.print(
+            f"{len(output.token_ids)} tokens in {output.num_forwards} forwards "
+            f"({output.tokens_per_forward:.2f} per forward), {output.finish_reason}",
+            style="dim",
+        )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
+    max_steps: Annotated[int | None, typer.Option(help="stop after this many steps instead")] = None,
+    fresh: Annotated[bool, typer.Option(help="start over even if there are checkpoints to resume from")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train as a recipe says; interrupted runs continue from their last checkpoint.
+
+    Example: dmax train recipes/tiny_oput_soft.yaml
+    """
+    from dmax.recipe import load_recipe, run_recipe
+
+    overrides = {} if max_steps is None else {"max_steps": max_steps}
+    folder = run_recipe(load_recipe(recipe, overrides), resume=not fresh, report=lambda line: console.print(line))
+    if as_json:
+        _emit({"checkpoint": str(folder)})
+    else:
+        sys.stdout.write(f"{folder}\n")
+
+
+@app.command()
+def distill(
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")],
+    model: ModelOption = "tiny-base",
+    num: Annotated[int, typer.Option(help="training problems to answer", min=1)] = 1000,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")] = None,
+    strategy: StrategyOption = "threshold",
+    threshold: ThresholdOption = 0.95,
+    max_new_tokens: TokensOption = None,
+    seed: Annotated[int, typer.Option(help="of the problems")] = 1,
+    batch_size: BatchOption = 64,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model's own responses to training prompts: the data OPUT learns from.
+
+    Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
+    """
+    from dmax.distill import distill as run_distill
+    from dmax.distill import read_prompts
+    from dmax.llm import LLM
+    from dmax.params import DecodingParams
+    from dmax.tasks.word_problems import problems
+
+    questions = read_prompts(prompts) if prompts else [problem.question for problem in problems(num, seed=seed)]
+    params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens or 256)
+    llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
+    with progress_bar("distilling") as progress:
+        report = run_distill(llm, questions, output, params, progress=progress)
+    if as_json:
+        _emit({"output": str(output), **asdict(report)})
+    else:
+        sys.stdout.write(f"{output}: {report.kept} responses, {report.unfinished} unfinished ones dropped\n")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelOption = "tiny-dmax",
+    task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
+    strategy: StrategyOption = "spd",
+    threshold: ThresholdOption = None,
+    limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="of the examples")] = 7,
+    max_new_tokens: TokensOption = None,
+    top_k: TopKOption = 1,
+    block_length: BlockOption = None,
+    batch_size: BatchOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the summary")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy, tokens per forward and speed on a task.
+
+    Example: dmax eval --model tiny-dmax --task word_problems --strategy spd --threshold 0.5 --limit 200 --seed 7
+    """
+    from dmax.evaluation.run import check_writable, write_results
+    from dmax.evaluation.run import evaluate as run_evaluation
+    from dmax.llm import LLM
+    from dmax.params import DecodingParams
+    from dmax.tasks import get_task
+
+    chosen = get_task(task)
+    params = DecodingParams(
+        strategy=strategy,
+        threshold=threshold,
+        max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        top_k=top_k,
+        block_length=block_length,
+    )
+    if output is not None:
+        check_writable(output)
+    llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
+    with progress_bar(f"{model} on {task}") as progress:
+        summary, samples = run_evaluation(
+            llm, chosen, params, limit=limit, seed=seed, model_name=model, progress=progress
+        )
+    if output is not None:
+        write_results(output, summary, samples)
+    if as_json:
+        _emit(asdict(summary))
+        return
+    low, high = summary.interval
+    sys.stdout.write(
+        f"accuracy  {summary.accuracy:.1%} ({summary.correct}/{summary.total}), 95 % interval {low:.1%} to {high:.1%}\n"
+        f"TPF       {summary.tpf:.2f} ({summary.generated_tokens} tokens / {summary.num_forwards} forwards, "
+        f"{summary.num_prefill_forwards} prefill and {summary.num_commit_forwards} commit forwards beside them)\n"
+        f"speed     {summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}\n"
+    )

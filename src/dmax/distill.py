@@ -1,0 +1,97 @@
+"""Self-distillation: the model's own responses to prompts, the data that OPUT is trained on (paper section 4.1).
+
+Responses are decoded at a conservative threshold, unfinished ones are dropped, and nothing filters for correctness
+(A22). The output grows line by line, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmax.errors import InputError
+from dmax.llm import LLM
+from dmax.params import DecodingParams
+
+
+@dataclass(frozen=True, slots=True)
+class DistillReport:
+    """How many prompts were answered, how many answers were dropped as unfinished, and what it took."""
+
+    prompts: int
+    kept: int
+    unfinished: int
+
+
+def distill(
+    llm: LLM,
+    prompts: Sequence[str],
+    output: Path,
+    params: DecodingParams,
+    *,
+    chunk: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DistillReport:
+    """Append `{"index", "prompt", "response"}` lines to `output` for every prompt not answered there yet.
+
+    Raises:
+        InputError: `output` holds lines that do not belong to these prompts, or cannot be written.
+    """
+    done = _answered(output, prompts)
+    unfinished = sum(response is None for response in done.values())
+    waiting = [index for index in range(len(prompts)) if index not in done]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+            for start in range(0, len(waiting), chunk):
+                indices = waiting[start : start + chunk]
+                results = llm.generate([[{"role": "user", "content": prompts[i]}] for i in indices], params)
+                for index, result in zip(indices, results, strict=True):
+                    response = result.text if result.finish_reason == "stop" and result.text.strip() else None
+                    unfinished += response is None
+                    record = {"index": index, "prompt": prompts[index], "response": response}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                progress(len(prompts) - len(waiting) + start + len(indices), len(prompts))
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}", hint="choose another output") from None
+    return DistillReport(len(prompts), len(prompts) - unfinished, unfinished)
+
+
+def _answered(output: Path, prompts: Sequence[str]) -> dict[int, str | None]:
+    """Responses already in the file; a last line cut off by an interruption is removed."""
+    if not output.exists():
+        return {}
+    text = output.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        output.write_text(whole, encoding="utf-8")
+    done: dict[int, str | None] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        record = json.loads(line)
+        index = record.get("index")
+        if not isinstance(index, int) or not 0 <= index < len(prompts) or prompts[index] != record.get("prompt"):
+            raise InputError(f"{output}:{number} answers another prompt", hint="choose a new output file")
+        done[index] = record["response"]
+    return done
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a JSONL file, one `prompt` (or `question`) a line; raises `InputError` naming file and line."""
+    if not path.is_file():
+        raise InputError(f"prompts `{path}` is not a file")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not a JSON object ({error.msg})") from None
+        prompt = record.get("prompt", record.get("question")) if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"{path}:{number}: no `prompt`")
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"prompts `{path}` is empty")
+    return prompts

@@ -1,0 +1,133 @@
+"""What the program runs on: device and dtype with the reason for the choice, and a record to stand beside numbers."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmax.errors import InputError, did_you_mean
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def select_device(device: str | torch.device = "auto") -> tuple[torch.device, str]:
+    """The device to use and why; "auto" is the first CUDA GPU, else the CPU. Others, like "mps", only if asked for.
+
+    Raises:
+        InputError: an unknown device, or one that this machine or this build of torch does not have.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"{torch.cuda.get_device_name()} is present"
+        return torch.device("cpu"), "no CUDA GPU is present"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        choices = f"choose from {', '.join(DEVICES)} or, with an index, cuda:1"
+        raise InputError(f"unknown device {device!r}; {choices}", did_you_mean(str(device), DEVICES)) from None
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
+        message = f"device {str(device)!r} is not available on this machine: {reason}"
+        raise InputError(message, "auto takes the best device there is") from None
+    return chosen, "asked for"
+
+
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the weights and why; "auto" is bfloat16 on GPUs that compute in it (sm80 and later), else float32.
+
+    Raises:
+        InputError: a name or dtype that weights cannot have.
+    """
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32, f"the default on {device.type}, exact; bfloat16 on request"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16, f"the GPU computes in it (sm{major}{minor})"
+        return torch.float32, f"the GPU (sm{major}{minor}) does not compute in bfloat16"
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise InputError(
+            f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
+            did_you_mean(str(dtype), ("auto", *DTYPES)),
+        )
+    return chosen, "asked for"
+
+
+def environment(device: torch.device | str | None = None) -> dict[str, Any]:
+    """A JSON-ready record of hardware and versions; fields that cannot be found out are None.
+
+    Args:
+        device: what the numbers were computed on; the GPU's name and power limit are recorded for a CUDA device only.
+    """
+    chosen = torch.device("cpu" if device is None else device)
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "dmax": _version("dmax"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "device": str(chosen),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if chosen.type == "cuda":
+        properties = torch.cuda.get_device_properties(chosen)
+        record["gpu"] = properties.name
+        record["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        record["gpu_power_limit_w"] = _power_limit(str(properties.uuid))
+        record["cuda"] = torch.version.cuda
+    return record
+
+
+def _output(command: Sequence[str]) -> str | None:
+    """What a program prints, or None if it is missing, fails or hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout the package runs from, with a `+` if it has changes; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    return _output(["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"])
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _power_limit(uuid: str) -> float | None:
+    """Watts the GPU may draw, by its UUID: the indices of nvidia-smi and of torch differ under CUDA_VISIBLE_DEVICES."""
+    watts = _output(["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"])
+    try:
+        return float(watts or "")
+    except ValueError:
+        return None

@@ -1,0 +1,265 @@
+"""`LLM`: text in, text out. Loads a checkpoint, turns prompts into requests and completions into outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dmax.checkpoint import Checkpoint, load_checkpoint
+from dmax.decoding import get_strategy
+from dmax.engine.engine import Commit, Engine
+from dmax.engine.request import BlockEvent, Completion, FinishReason, Request
+from dmax.environment import select_device, select_dtype
+from dmax.errors import InputError
+from dmax.params import DecodingParams
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """A completion and what it cost.
+
+    Attributes:
+        text: decoded completion, cut at the first EOS; empty when the checkpoint has no tokenizer.
+        token_ids: its token ids.
+        prompt_token_ids: the prompt as the model saw it.
+        finish_reason: "stop" (EOS) or "length".
+        num_forwards: denoising forwards.
+        num_prefill_forwards: forwards that encoded the prompt.
+        num_commit_forwards: forwards that only wrote keys and values of finished blocks.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    num_forwards: int
+    num_prefill_forwards: int
+    num_commit_forwards: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """TPF: generated tokens, EOS not counted, per denoising forward."""
+        return len(self.token_ids) / self.num_forwards
+
+    @property
+    def tokens_per_forward_paper(self) -> float:
+        """TPF as the published evaluation counts: the prefill is one more forward."""
+        return len(self.token_ids) / (self.num_forwards + self.num_prefill_forwards)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """What happened in one step of a streamed generation.
+
+    Attributes:
+        kind: "provisional" (the open block, still subject to revision), "committed" (a final block) or "finished".
+        text: text of the block's decoded tokens up to the first EOS; for "finished" the whole completion.
+        token_ids: the block's generated positions; for "finished" the whole completion.
+        masked: which of them are undecided.
+        confidence: probability of each.
+        position: index of the first of them within the completion.
+        step: forwards the block has taken.
+        output: the result, for "finished" only.
+    """
+
+    kind: Literal["provisional", "committed", "finished"]
+    text: str
+    token_ids: tuple[int, ...]
+    masked: tuple[bool, ...] = ()
+    confidence: tuple[float, ...] = ()
+    position: int = 0
+    step: int = 0
+    output: GenerationOutput | None = None
+
+
+class LLM:
+    """A block-diffusion language model ready to generate.
+
+    Args:
+        model: a bundled name ("tiny-base", "tiny-dmax"), a folder, or a hub id.
+        dtype: "auto" (bfloat16 where the hardware has it), or a torch dtype or its name.
+        device: "auto", "cpu", "cuda", …
+        mask_token_id, eos_token_id, block_length: override what the checkpoint says.
+        max_batch_size: sequences decoded together; more wait their turn.
+        commit: how finished blocks get their clean keys and values (see `Engine`).
+        attn_implementation, experts_implementation: as in transformers; None chooses.
+
+    Raises:
+        InputError: an unknown model, a damaged checkpoint, or ids that it does not define.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        mask_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        block_length: int | None = None,
+        *,
+        max_batch_size: int = 16,
+        commit: Commit = "cross_block",
+        attn_implementation: str | None = None,
+        experts_implementation: str | None = None,
+    ) -> None:
+        place, _ = select_device(device)
+        kind, _ = select_dtype(dtype, place)
+        checkpoint = load_checkpoint(
+            model,
+            dtype=kind,
+            device=place,
+            mask_token_id=mask_token_id,
+            eos_token_id=eos_token_id,
+            block_length=block_length,
+            attn_implementation=attn_implementation,
+            experts_implementation=experts_implementation,
+        )
+        self._setup(checkpoint, max_batch_size, commit)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, max_batch_size: int = 16, commit: Commit = "cross_block"
+    ) -> LLM:
+        """An `LLM` over a model that is already in memory, such as one in training."""
+        llm = cls.__new__(cls)
+        llm._setup(checkpoint, max_batch_size, commit)
+        return llm
+
+    def _setup(self, checkpoint: Checkpoint, max_batch_size: int, commit: Commit) -> None:
+        checkpoint.model.eval()
+        self.checkpoint, self.model, self.tokenizer = checkpoint, checkpoint.model, checkpoint.tokenizer
+        self.max_batch_size, self.commit = max_batch_size, commit
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: DecodingParams | Sequence[DecodingParams] | None = None,
+    ) -> list[GenerationOutput]:
+        """Complete prompts; always a list, in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, a list of chat messages, or a list of any of these. A text is one
+                user message if the tokenizer has a chat template (these models are instruction-tuned), else it is
+                continued as it is; to continue raw text with a chat model, pass its token ids.
+            params: one for all, or one for each.
+
+        Raises:
+            InputError: a prompt of no known form, one that does not fit the context, or NaN logits.
+        """
+        requests = self._requests(prompts, params)
+        outputs: list[GenerationOutput | None] = [None] * len(requests)
+        for block_length, group in self._by_block_length(requests).items():
+            for event in self._engine(block_length).run(group):
+                if event.kind == "finished":
+                    outputs[event.index] = self._output(requests[event.index], event.completion)
+        return [output for output in outputs if output is not None]
+
+    def stream(self, prompt: Prompt, params: DecodingParams | None = None) -> Iterator[StreamEvent]:
+        """Complete one prompt, event by event; the last event is "finished" and carries the output.
+
+        Raises:
+            InputError: as `generate`.
+        """
+        (request,) = self._requests([prompt], params)
+        engine = self._engine(request.params.block_length or self.checkpoint.block_length)
+        for event in engine.run([request], provisional=True):
+            if event.kind == "finished":
+                output = self._output(request, event.completion)
+                yield StreamEvent("finished", output.text, output.token_ids, output=output)
+            else:
+                yield self._stream_event(event)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt of any form, the chat template applied to messages and texts."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("this checkpoint has no tokenizer", hint="pass prompts as lists of token ids")
+            if not self.tokenizer.chat_template:
+                return tuple(self.tokenizer.encode(prompt))
+            prompt = [{"role": "user", "content": prompt}]
+        if prompt and all(isinstance(message, Mapping) for message in prompt):
+            if self.tokenizer is None or not self.tokenizer.chat_template:
+                raise InputError("this checkpoint has no chat template", hint="pass texts or lists of token ids")
+            messages = [dict(message) for message in prompt]  # type: ignore[arg-type]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return tuple(ids)
+        if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+            return tuple(prompt)  # type: ignore[arg-type]
+        raise InputError(
+            f"a prompt must be a text, a list of token ids or a list of chat messages, got {prompt!r:.80}",
+            hint="a message is a mapping with `role` and `content`",
+        )
+
+    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+        several = [prompts] if _is_single(prompts) else list(prompts)
+        each = params if isinstance(params, Sequence) else [params or DecodingParams()] * len(several)
+        if len(each) != len(several):
+            raise InputError(f"got {len(several)} prompts and {len(each)} params; give one for all or one for each")
+        for settings in set(each):
+            get_strategy(settings)  # an unknown strategy is an error before any compute
+        return [
+            Request(index, self.encode(prompt), settings)
+            for index, (prompt, settings) in enumerate(zip(several, each, strict=True))
+        ]
+
+    def _by_block_length(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
+        groups: dict[int, list[Request]] = {}
+        for request in requests:
+            groups.setdefault(request.params.block_length or self.checkpoint.block_length, []).append(request)
+        return groups
+
+    def _engine(self, block_length: int) -> Engine:
+        return Engine(
+            self.model,
+            mask_token_id=self.checkpoint.mask_token_id,
+            eos_token_ids=self.checkpoint.eos_token_ids,
+            block_length=block_length,
+            max_batch_size=self.max_batch_size,
+            commit=self.commit,
+        )
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _output(self, request: Request, completion: Completion) -> GenerationOutput:
+        counters = completion.counters
+        return GenerationOutput(
+            text=self._text(completion.token_ids),
+            token_ids=completion.token_ids,
+            prompt_token_ids=request.prompt_ids,
+            finish_reason=completion.finish_reason,
+            num_forwards=counters.num_forwards,
+            num_prefill_forwards=counters.num_prefill_forwards,
+            num_commit_forwards=counters.num_commit_forwards,
+        )
+
+    def _stream_event(self, event: BlockEvent) -> StreamEvent:
+        eos = self.checkpoint.eos_token_ids
+        end = next((i for i, token in enumerate(event.token_ids) if token in eos), len(event.token_ids))
+        shown = [token for token, hidden in zip(event.token_ids[:end], event.masked, strict=False) if not hidden]
+        return StreamEvent(
+            kind=event.kind,
+            text=self._text(shown),
+            token_ids=event.token_ids,
+            masked=event.masked,
+            confidence=event.confidence,
+            position=event.position,
+            step=event.step,
+        )
+
+
+def _is_single(prompts: Any) -> bool:
+    """Whether this is one prompt rather than a list of them."""
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, Sequence):
+        raise InputError(f"prompts must be a text or a list, got {type(prompts).__name__}")
+    return bool(prompts) and isinstance(prompts[0], (int, Mapping))
