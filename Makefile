@@ -42,10 +42,10 @@ clean: ## remove .venv, caches and build products
 	@test -x $(PY) || { echo 'creating .venv'; $(PYTHON) -m venv .venv; }
 	@echo 'installing PyTorch and dmax; the first time takes a few minutes'
 	@$(PY) tools/install_torch.py --reuse $(PYTHON)
-	@$(PY) -m pip install --quiet -e .
+	@$(PY) -m pip install -qq -e .
 	@touch $@
 
 .venv/.setup-stamp: .venv/.core-stamp
 	@echo 'installing the training extra and the test tools'
-	@$(PY) -m pip install --quiet -e '.[train,dev]'
+	@$(PY) -m pip install -qq -e '.[train,dev]'
 	@touch $@

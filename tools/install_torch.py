@@ -21,7 +21,11 @@ from pathlib import Path
 # The local version label makes this the one requirement that no index can answer with a CUDA build.
 CPU_BUILD = "torch==2.13.0+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PROBE = "import json, pathlib, torch; print(json.dumps([str(pathlib.Path(torch.__file__).parents[1]), torch.__version__, torch.version.cuda]))"
+PROBE = """
+import json, pathlib, sys, torch
+home = str(pathlib.Path(torch.__file__).parents[1])
+print(json.dumps([home, torch.__version__, torch.version.cuda, sys.version_info[:2]]))
+"""
 
 
 def torch_requirement() -> str:
@@ -54,11 +58,10 @@ def has_nvidia_gpu() -> bool:
 def reuse(python: str, requirement: str) -> bool:
     """Let this environment see the packages of another Python, of the same version, that has a suitable CUDA torch."""
     probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False)
-    same = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
-    if probe.returncode or same.stdout.split() != [str(part) for part in sys.version_info[:2]]:
+    if probe.returncode:
         return False
-    folder, found, cuda = json.loads(probe.stdout.splitlines()[-1])
-    if cuda is None or not satisfies(found, requirement):
+    folder, found, cuda, language = json.loads(probe.stdout.splitlines()[-1])
+    if cuda is None or language != list(sys.version_info[:2]) or not satisfies(found, requirement):
         return False
     Path(sysconfig.get_path("purelib"), "global_torch.pth").write_text(folder + "\n", encoding="utf-8")
     print(f"torch {found} of {python} is used")
@@ -66,7 +69,7 @@ def reuse(python: str, requirement: str) -> bool:
 
 
 def pip_install(*arguments: str, quiet: bool = False) -> bool:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    command = [sys.executable, "-m", "pip", "install", "-qq", *arguments]
     return subprocess.run(command, capture_output=quiet, check=False).returncode == 0
 
 

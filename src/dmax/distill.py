@@ -36,45 +36,49 @@ def distill(
 ) -> DistillReport:
     """Append `{"index", "prompt", "response"}` lines to `output` for every prompt not answered there yet.
 
+    Unfinished responses go to `<output>.unfinished.jsonl`, so that a resumed run does not decode them again.
+
     Raises:
         InputError: `output` holds lines that do not belong to these prompts, or cannot be written.
     """
-    done = _answered(output, prompts)
-    unfinished = sum(response is None for response in done.values())
+    dropped = output.with_suffix(".unfinished.jsonl")
+    kept, unfinished = (len(_answered(file, prompts)) for file in (output, dropped))
+    done = _answered(output, prompts) | _answered(dropped, prompts)
     waiting = [index for index in range(len(prompts)) if index not in done]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8") as file:
+        with output.open("a", encoding="utf-8") as good, dropped.open("a", encoding="utf-8") as bad:
             for start in range(0, len(waiting), chunk):
                 indices = waiting[start : start + chunk]
                 results = llm.generate([[{"role": "user", "content": prompts[i]}] for i in indices], params)
                 for index, result in zip(indices, results, strict=True):
-                    response = result.text if result.finish_reason == "stop" and result.text.strip() else None
-                    unfinished += response is None
-                    record = {"index": index, "prompt": prompts[index], "response": response}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                progress(len(prompts) - len(waiting) + start + len(indices), len(prompts))
+                    is_finished = result.finish_reason == "stop" and bool(result.text.strip())
+                    record = {"index": index, "prompt": prompts[index], "response": result.text}
+                    (good if is_finished else bad).write(json.dumps(record, ensure_ascii=False) + "\n")
+                    kept, unfinished = kept + is_finished, unfinished + (not is_finished)
+                good.flush()
+                bad.flush()
+                progress(kept + unfinished, len(prompts))
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}", hint="choose another output") from None
-    return DistillReport(len(prompts), len(prompts) - unfinished, unfinished)
+    return DistillReport(len(prompts), kept, unfinished)
 
 
-def _answered(output: Path, prompts: Sequence[str]) -> dict[int, str | None]:
-    """Responses already in the file; a last line cut off by an interruption is removed."""
-    if not output.exists():
-        return {}
-    text = output.read_text(encoding="utf-8")
+def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
+    """Indices of the prompts a file answers already; a last line cut off by an interruption is removed."""
+    if not file.exists():
+        return set()
+    text = file.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        output.write_text(whole, encoding="utf-8")
-    done: dict[int, str | None] = {}
+        file.write_text(whole, encoding="utf-8")
+    done = set()
     for number, line in enumerate(whole.splitlines(), 1):
         record = json.loads(line)
         index = record.get("index")
         if not isinstance(index, int) or not 0 <= index < len(prompts) or prompts[index] != record.get("prompt"):
-            raise InputError(f"{output}:{number} answers another prompt", hint="choose a new output file")
-        done[index] = record["response"]
+            raise InputError(f"{file}:{number} answers another prompt", hint="choose a new output file")
+        done.add(index)
     return done
 
 

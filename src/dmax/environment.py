@@ -57,7 +57,7 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
             return torch.bfloat16, f"the GPU computes in it (sm{major}{minor})"
         return torch.float32, f"the GPU (sm{major}{minor}) does not compute in bfloat16"
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise InputError(
             f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
             did_you_mean(str(dtype), ("auto", *DTYPES)),

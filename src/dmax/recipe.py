@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,16 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from dmax.checkpoint import load_checkpoint, save_checkpoint
+from dmax.checkpoint import Checkpoint, load_checkpoint, resolve_block_length, save_checkpoint
+from dmax.environment import environment, select_device
 from dmax.errors import InputError, did_you_mean
+from dmax.evaluation.run import evaluate
+from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.params import DecodingParams
 from dmax.tasks import get_task
+from dmax.tasks.word_problems import problems
+from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.data import ResponseDataset, read_records
 from dmax.training.trainer import DMaxConfig, DMaxTrainer
 
@@ -29,6 +35,8 @@ class ModelSection:
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    experts_implementation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,74 +145,70 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], N
     run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
     args = DMaxConfig(output_dir=str(run_dir), **recipe.training)
     set_seed(args.seed)
-    model, tokenizer, mask_token_id, eos_token_id, block_length = _build_model(recipe.model)
-    dataset = _build_data(recipe, tokenizer, model.config.max_position_embeddings)
-    report(f"{len(dataset)} examples, {sum(p.numel() for p in model.parameters()):,} parameters")
+    checkpoint = _build_checkpoint(recipe.model)
+    dataset = _build_data(recipe, checkpoint)
+    report(f"{len(dataset)} examples, {sum(p.numel() for p in checkpoint.model.parameters()):,} parameters")
     trainer = DMaxTrainer(
-        model,
+        checkpoint.model,
         args,
         dataset,
-        mask_token_id=mask_token_id,
-        eos_token_id=eos_token_id,
-        block_length=block_length,
-        eval_hook=_eval_hook(recipe.eval, tokenizer) if recipe.eval else None,
-        processing_class=tokenizer,
+        mask_token_id=checkpoint.mask_token_id,
+        eos_token_id=checkpoint.eos_token_ids[0],
+        block_length=checkpoint.block_length,
+        eval_hook=_eval_hook(recipe.eval, checkpoint) if recipe.eval else None,
+        processing_class=checkpoint.tokenizer,
     )
     last = get_last_checkpoint(str(run_dir)) if resume and run_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    began = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=last)
+    record = {"recipe": recipe.path.name, "steps": result.global_step, "seconds": round(time.perf_counter() - began)}
     save_checkpoint(
-        model,
-        tokenizer,
+        checkpoint.model,
+        checkpoint.tokenizer,
         recipe.output_dir,
-        mask_token_id=mask_token_id,
-        eos_token_id=eos_token_id,
-        block_length=block_length,
+        mask_token_id=checkpoint.mask_token_id,
+        eos_token_id=checkpoint.eos_token_ids[0],
+        block_length=checkpoint.block_length,
+        extra=record | {"environment": environment()},
     )
     return recipe.output_dir
 
 
-def _build_model(section: ModelSection) -> tuple[nn.Module, Any, int, int, int]:
-    """Model, tokenizer, mask id, EOS id and block length."""
-    if section.path is not None:
-        loaded = load_checkpoint(section.path, dtype=torch.float32, device="cpu")
-        return loaded.model, loaded.tokenizer, loaded.mask_token_id, loaded.eos_token_ids[0], loaded.block_length
-    from dmax.tiny.tokenizer import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    ids = {
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+def _build_checkpoint(section: ModelSection) -> Checkpoint:
+    implementations = {
+        "attn_implementation": section.attn_implementation,
+        "experts_implementation": section.experts_implementation,
     }
-    options = dict(section.config or {})
-    experts = options.pop("experts_implementation", None)
-    attention = options.pop("attn_implementation", None)
-    config = LLaDA2MoeConfig(**ids, **options)
-    config._experts_implementation, config._attn_implementation = experts, attention
-    block_length = config.block_length or 32
-    return LLaDA2MoeModelLM(config), tokenizer, config.mask_token_id, tokenizer.eos_token_id, block_length
+    if section.path is not None:
+        device, _ = select_device("auto")
+        return load_checkpoint(section.path, dtype=torch.float32, device=device, **implementations)
+    tokenizer = build_tokenizer()
+    mask, eos, pad = tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = {"vocab_size": len(tokenizer), "mask_token_id": mask, "eos_token_id": eos, "pad_token_id": pad}
+    config = LLaDA2MoeConfig(**ids, **(section.config or {}))
+    config._attn_implementation = section.attn_implementation or "sdpa"
+    config._experts_implementation = section.experts_implementation or "eager"
+    model = LLaDA2MoeModelLM(config)
+    return Checkpoint(model, tokenizer, mask, (eos,), pad, resolve_block_length(config), "")
 
 
-def _build_data(recipe: Recipe, tokenizer: Any, context: int) -> ResponseDataset:
-    data = recipe.data
+def _build_data(recipe: Recipe, checkpoint: Checkpoint) -> ResponseDataset:
+    data, context = recipe.data, checkpoint.model.config.max_position_embeddings
     limit = min(data.max_length or context, context)
     if data.file is not None:
-        return ResponseDataset(read_records(data.file), tokenizer, limit, data.file)
-    from dmax.tasks.word_problems import problems
-
-    drawn = problems(data.problems, seed=data.seed, split="train")
+        return ResponseDataset(read_records(data.file), checkpoint.tokenizer, limit, data.file)
+    drawn = problems(data.problems or 0, seed=data.seed, split="train")
     records = [([{"role": "user", "content": problem.question}], problem.response) for problem in drawn]
-    return ResponseDataset(records, tokenizer, limit, "word_problems")
+    return ResponseDataset(records, checkpoint.tokenizer, limit, "word_problems")
 
 
-def _eval_hook(section: EvalSection, tokenizer: Any) -> Callable[[nn.Module], dict[str, float]]:
-    from dmax.evaluation.run import evaluate_model
+def _eval_hook(section: EvalSection, checkpoint: Checkpoint) -> Callable[[nn.Module], dict[str, float]]:
+    task = get_task(section.task)
+    params = DecodingParams(**{"max_new_tokens": task.max_new_tokens, **section.decoding})
+    llm = LLM.from_checkpoint(checkpoint, max_batch_size=32)
 
-    task, params = get_task(section.task), DecodingParams(**section.decoding)
-
-    def hook(model: nn.Module) -> dict[str, float]:
-        summary = evaluate_model(model, tokenizer, task, params, limit=section.limit, seed=section.seed)
+    def hook(_: nn.Module) -> dict[str, float]:
+        summary, _samples = evaluate(llm, task, params, limit=section.limit, seed=section.seed)
         return {"accuracy": summary.accuracy, "tpf": summary.tpf}
 
     return hook

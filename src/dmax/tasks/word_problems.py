@@ -12,8 +12,9 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from dmax.errors import InputError, did_you_mean
 from dmax.tasks import Example
 from dmax.tasks.word_problem_patterns import (
     EQUALS,
@@ -33,6 +34,7 @@ from dmax.tasks.word_problem_patterns import (
 Split = Literal["train", "test"]
 LARGEST = 99
 MIN_WORDS = 60  # words and punctuation marks of an answer, tokens of the bundled tokenizer
+MIN_WORDS_PER_STEP = 15  # what fewer than 4 steps can reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,23 @@ class WordProblem:
     start: int
     steps: tuple[tuple[str, int], ...]
 
+    @property
+    def num_steps(self) -> int:
+        """Length of the chain."""
+        return len(self.steps)
+
 
 def generate(seed: int, index: int, split: Split = "train", *, min_steps: int = 4, max_steps: int = 8) -> WordProblem:
     """Problem number `index` of a seed: a pure function of its arguments.
 
     One chain in ten, chosen by a hash of start, operations and operands, is for testing and never appears in training,
-    whatever the seed.
+    whatever the seed. Raises `InputError` for an unknown split or an empty range of steps.
     """
+    if split not in get_args(Split):
+        choices = get_args(Split)
+        raise InputError(f"`split` must be one of {', '.join(choices)}, got {split!r}", did_you_mean(split, choices))
+    if not 1 <= min_steps <= max_steps:
+        raise InputError(f"steps must satisfy 1 <= min_steps <= max_steps, got {min_steps} and {max_steps}")
     rng = random.Random(f"{seed}/{index}/{split}/{min_steps}/{max_steps}")
     while True:
         start, steps = _draw_chain(rng, rng.randint(min_steps, max_steps))
@@ -121,7 +133,7 @@ def _tell(rng: random.Random, start: int, steps: tuple[tuple[str, int], ...]) ->
             worked.append(_work_out(rng, pronoun, words, value, operation, operand, result))
             value = result
         response = f"{' '.join(worked)}\n#### {value}"
-        if count_words(response) >= MIN_WORDS:
+        if count_words(response) >= min(MIN_WORDS, MIN_WORDS_PER_STEP * len(steps)):
             return WordProblem(" ".join(story), response, value, start, steps)
 
 
@@ -152,8 +164,13 @@ def count_words(text: str) -> int:
 
 def extract_answer(text: str) -> int | None:
     """The number of the closing line `#### N`; None if the text does not end with one."""
-    match = re.search(r"^#### (-?\d+)\s*\Z", text, flags=re.MULTILINE)
+    match = re.search(r"^#### (-?[0-9]{1,18})\s*\Z", text, flags=re.MULTILINE)  # int() refuses endless digits
     return int(match.group(1)) if match else None
+
+
+def score(text: str, answer: int | str) -> bool:
+    """Whether the text ends with the line `#### N` of the right answer; nothing else in it counts."""
+    return extract_answer(text) == int(answer)
 
 
 class WordProblems:
@@ -176,4 +193,4 @@ class WordProblems:
 
     def score(self, text: str, example: Example) -> bool:
         """Whether the text ends with the right answer."""
-        return self.extract(text) == example.answer
+        return score(text, example.answer)

@@ -1,0 +1,303 @@
+"""The loop: published trajectories, independence of neighbours, and its promises under hostile logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dmax.checkpoint import load_checkpoint
+from dmax.engine.engine import Engine
+from dmax.engine.request import BlockEvent, Completion, Request
+from dmax.errors import InputError
+from dmax.params import DecodingParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TRAJECTORIES = [
+    (folder.name, index)
+    for folder in sorted(GOLDEN.glob("llada2_moe_*"))
+    for index, trajectory in enumerate(json.loads((folder / "expected.json").read_text())["spd"])
+    if trajectory["float64_agrees"]
+]
+
+
+def run(engine: Engine, *requests: Request) -> dict[int, Completion]:
+    return {event.index: event.completion for event in engine.run(requests) if event.kind == "finished"}
+
+
+@pytest.fixture(scope="module", params=["llada2_moe_a", "llada2_moe_c"])
+def golden(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    expected = json.loads((GOLDEN / request.param / "expected.json").read_text())
+    checkpoint = load_checkpoint(
+        GOLDEN / request.param,
+        dtype=torch.float32,
+        device="cpu",
+        mask_token_id=expected["mask_token_id"],
+        eos_token_id=expected["eos_token_id"],
+        block_length=expected["block_length"],
+    )
+    yield request.param, checkpoint, expected
+
+
+def engine_of(checkpoint: Any, **options: Any) -> Engine:
+    return Engine(
+        checkpoint.model,
+        mask_token_id=checkpoint.mask_token_id,
+        eos_token_ids=checkpoint.eos_token_ids,
+        block_length=checkpoint.block_length,
+        **options,
+    )
+
+
+def test_spd_repeats_the_published_trajectories(golden: tuple[str, Any, dict[str, Any]]) -> None:
+    name, checkpoint, expected = golden
+    tensors = load_file(GOLDEN / name / "expected.safetensors")
+    for index, trajectory in enumerate(expected["spd"]):
+        if not trajectory["float64_agrees"]:
+            continue
+        prompt = tuple(tensors[f"spd.{index}.prompt"].flatten().tolist())
+        params = DecodingParams(
+            threshold=trajectory["threshold"],
+            stop_confidence=trajectory["tau_acc"],
+            max_new_tokens=trajectory["gen_length"],
+        )
+        tokens, counters = list(prompt), None
+        for event in engine_of(checkpoint).run([Request(0, prompt, params)]):
+            if isinstance(event, BlockEvent):
+                tokens += event.token_ids
+            else:
+                counters = event.completion.counters
+        assert counters is not None
+        assert counters.num_forwards == trajectory["nfe"], f"{name} trajectory {index}"
+        assert tokens == tensors[f"spd.{index}.tokens"].flatten().tolist(), f"{name} trajectory {index}"
+
+
+def test_there_are_trajectories_to_repeat() -> None:
+    assert len(TRAJECTORIES) == 7
+
+
+# --- a model whose logits are prescribed ------------------------------------------------------------------------------
+
+V, L, MASK, EOS = 12, 8, 11, 10
+
+
+class ScriptedModel(nn.Module):
+    """Logits that depend on nothing but a position, and on what is fed there if `react` is set."""
+
+    def __init__(self, table: Tensor, react: float = 0.0) -> None:
+        super().__init__()
+        self.table, self.react = table, react  # [positions, V]
+        self.embedding = nn.Embedding(V, 4)
+        self.config = SimpleNamespace(
+            num_hidden_layers=1, num_attention_heads=1, hidden_size=4, vocab_size=V, max_position_embeddings=len(table)
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def base_model(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=inputs_embeds)
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, logits_to_keep: int = 0, **_: Any
+    ) -> SimpleNamespace:
+        logits = self.table[position_ids]
+        if self.react:
+            logits = logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:
+    torch.manual_seed(0)
+    model = ScriptedModel(table, react).eval()
+    return Engine(model, mask_token_id=MASK, eos_token_ids=[EOS], block_length=L, **options)
+
+
+def confident(tokens: list[int], probability: float = 0.99) -> Tensor:
+    """A table whose argmax at position i is `tokens[i]` with the given probability."""
+    rest = (1 - probability) / (V - 1)
+    table = torch.full((len(tokens), V), rest).log()
+    table[torch.arange(len(tokens)), torch.tensor(tokens)] = torch.tensor(probability).log()
+    return table
+
+
+def request(prompt: tuple[int, ...], index: int = 0, **params: Any) -> Request:
+    return Request(index, prompt, DecodingParams(**{"max_new_tokens": 2 * L, **params}))
+
+
+def test_confident_blocks_take_one_forward_each() -> None:
+    engine = scripted(confident([1, 2, 3, 4, 5, 6, 7, 8] * 4))
+    completion = run(engine, request((1, 2, 3)))[0]
+    assert completion.token_ids == (4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3)
+    assert completion.finish_reason == "length"
+    assert completion.counters.num_forwards == 3
+    assert completion.counters.num_prefill_forwards == 0
+
+
+def test_a13_commits_are_folded_or_counted() -> None:
+    table = confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)
+    folded = run(scripted(table), request((1,) * 9))[0].counters
+    apart = run(scripted(table, commit="separate"), request((1,) * 9))[0].counters
+    assert (folded.num_forwards, folded.num_prefill_forwards, folded.num_commit_forwards) == (3, 1, 0)
+    assert (apart.num_forwards, apart.num_prefill_forwards, apart.num_commit_forwards) == (3, 1, 2)
+
+
+def test_a14_output_is_cut_at_the_first_eos_and_its_block_decoded_whole() -> None:
+    tokens = [1, 2, 3, 4, 5, EOS, 7, 8] + [1] * 24
+    events = list(scripted(confident(tokens)).run([request((1, 2))]))
+    assert isinstance(events[0], BlockEvent)
+    assert events[0].token_ids == (3, 4, 5, EOS, 7, 8)
+    assert events[-1].kind == "finished"
+    assert events[-1].completion.token_ids == (3, 4, 5)
+    assert events[-1].completion.finish_reason == "stop"
+    assert len(events) == 2
+
+
+def test_a14_eos_in_the_prompt_does_not_stop() -> None:
+    completion = run(scripted(confident([1] * 32)), request((EOS, 2)))[0]
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 16
+
+
+def test_eos_first_gives_an_empty_completion() -> None:
+    completion = run(scripted(confident([EOS] * 32)), request((1, 2)))[0]
+    assert completion.token_ids == ()
+    assert completion.finish_reason == "stop"
+
+
+def test_a20_a_prompt_shorter_than_a_block_needs_no_prefill() -> None:
+    table = confident([1] * 40)
+    for length, prefills in ((1, 0), (L - 1, 0), (L, 1), (2 * L + 3, 1)):
+        assert run(scripted(table), request((1,) * length))[0].counters.num_prefill_forwards == prefills
+
+
+def test_max_new_tokens_truncates_but_decodes_the_block() -> None:
+    completion = run(scripted(confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)), request((1, 2), max_new_tokens=3))[0]
+    assert completion.token_ids == (3, 4, 5)
+    assert completion.finish_reason == "length"
+    assert completion.counters.num_forwards == 1
+
+
+def test_eos_past_the_limit_is_a_length_stop() -> None:
+    tokens = [1, 2, 3, 4, 5, 6, EOS, 8] + [1] * 24
+    assert run(scripted(confident(tokens)), request((1, 2), max_new_tokens=2))[0].finish_reason == "length"
+    assert run(scripted(confident(tokens)), request((1, 2), max_new_tokens=4))[0].finish_reason == "stop"
+
+
+def test_nan_logits_are_a_clear_error() -> None:
+    table = confident([1] * 32)
+    table[5] = torch.nan
+    with pytest.raises(InputError, match="NaN logits for prompt 3"):
+        run(scripted(table), request((1, 2), index=3))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ((), {}, "prompt 0 is empty"),
+        ((V,), {}, "outside the vocabulary"),
+        ((1,) * 20, {"max_new_tokens": 64}, "the model has 32"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_any_compute(
+    prompt: tuple[int, ...], params: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(scripted(confident([1] * 32)), request(prompt, **params))
+
+
+def hostile_tables() -> st.SearchStrategy[Tensor]:
+    values = st.sampled_from([0.0, 1.0, -1.0, 30.0, float("inf"), float("-inf")])
+    rows = st.lists(values, min_size=V, max_size=V)
+    shaped = st.lists(rows, min_size=8, max_size=8).map(lambda rows: torch.tensor(rows).repeat(5, 1))
+    mask_wins = shaped.map(lambda table: table.index_fill(1, torch.tensor([MASK]), float("inf")))
+    return st.one_of(shaped, mask_wins, st.just(torch.zeros(40, V)), st.just(torch.full((40, V), float("-inf"))))
+
+
+def policies() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {
+            "strategy": st.sampled_from(["spd", "threshold"]),
+            "threshold": st.sampled_from([0.0, 0.3, 0.5, 0.95, 1.0]),
+            "top_k": st.sampled_from([1, 3]),
+            "temperature": st.sampled_from([0.0, 1.0]),
+            "seed": st.just(5),
+        }
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(table=hostile_tables(), policy=policies(), prompt=st.lists(st.integers(0, 9), min_size=1, max_size=12))
+def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
+    table: Tensor, policy: dict[str, Any], prompt: list[int]
+) -> None:
+    events = list(scripted(table, react=3.0).run([request(tuple(prompt), **policy)]))
+    completion = events[-1]
+    assert completion.kind == "finished"
+    blocks = [event for event in events if isinstance(event, BlockEvent)]
+    assert all(MASK not in block.token_ids and not any(block.masked) for block in blocks)
+    assert completion.completion.counters.num_forwards <= L * len(blocks)
+    generated = sum(len(block.token_ids) for block in blocks)
+    assert (len(prompt) + generated) % L == 0  # only positions behind the prompt were ever reported
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    table=hostile_tables(),
+    policy=policies(),
+    prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=20), min_size=2, max_size=5),
+    slots=st.integers(1, 4),
+)
+def test_a_request_does_not_depend_on_its_neighbours(
+    table: Tensor, policy: dict[str, Any], prompts: list[list[int]], slots: int
+) -> None:
+    requests = [request(tuple(prompt), index, **policy) for index, prompt in enumerate(prompts)]
+    alone = {r.index: run(scripted(table, react=3.0), r)[r.index] for r in requests}
+    together = run(scripted(table, react=3.0, max_batch_size=slots), *requests)
+    reversed_order = run(scripted(table, react=3.0, max_batch_size=slots), *requests[::-1])
+    assert alone == together == reversed_order
+
+
+def test_different_settings_share_a_batch() -> None:
+    table = confident([1, 2, 3, 4, 5, 6, 7, 8] * 4, probability=0.6)
+    requests = [
+        request((1, 2), 0, threshold=0.5),
+        request((1, 2, 3), 1, strategy="threshold", threshold=0.9),
+        request((1,), 2, threshold=0.9),
+    ]
+    together = run(scripted(table), *requests)
+    assert together == {r.index: run(scripted(table), r)[r.index] for r in requests}
+    assert together[0].counters.num_forwards < together[1].counters.num_forwards
+
+
+def test_sampling_depends_on_the_seed_alone() -> None:
+    table = torch.zeros(40, V)
+
+    def sample(**params: Any) -> tuple[int, ...]:
+        return run(scripted(table), request((1, 2), temperature=1.0, **params))[0].token_ids
+
+    assert sample(seed=1) == sample(seed=1)
+    assert sample(seed=1) != sample(seed=2)
+
+
+def test_batched_rows_of_a_real_model_decode_as_alone(golden: tuple[str, Any, dict[str, Any]]) -> None:
+    _, checkpoint, _ = golden
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in (3, 17, 16, 40, 1, 25)
+    ]
+    for strategy, threshold in (("threshold", 0.9), ("threshold", 0.3)):
+        params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=24)
+        requests = [Request(index, prompt, params) for index, prompt in enumerate(prompts)]
+        alone = {r.index: run(engine_of(checkpoint), r)[r.index] for r in requests}
+        assert run(engine_of(checkpoint), *requests) == alone
+        assert run(engine_of(checkpoint, max_batch_size=2), *requests[::-1]) == alone

@@ -1,0 +1,60 @@
+"""BlockCache: in-place blocks, commits, rollbacks; ContextCache: one recording, many readers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmax.cache import BlockCache
+
+
+def block(value: float, rows: int = 1, length: int = 4) -> torch.Tensor:
+    return torch.full((rows, 2, length, 3), value)  # [B, G, L, d]
+
+
+def test_blocks_are_overwritten_until_committed() -> None:
+    cache = BlockCache(1, 1, 12, 2, 3)
+    for value in (1.0, 2.0):
+        keys, _ = cache.write_at([0], 4).update(block(value), block(-value), 0)
+        assert keys.shape == (1, 2, 4, 3)
+        assert (keys == value).all()
+    cache.commit([0], [4])
+    keys, values = cache.write_at([0], 4).update(block(3.0), block(-3.0), 0)
+    assert keys[0, 0, :, 0].tolist() == [2] * 4 + [3] * 4
+    assert values[0, 1, :, 2].tolist() == [-2] * 4 + [-3] * 4
+
+
+def test_rows_stand_at_their_own_positions() -> None:
+    cache = BlockCache(1, 3, 12, 2, 3)
+    cache.commit([0, 2], [8, 4])
+    window = cache.write_at([2, 0], 4)
+    assert window.positions.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    window.update(block(5.0, rows=2), block(5.0, rows=2), 0)
+    assert cache.keys[0, 2, 4:8].eq(5).all()
+    assert cache.keys[0, 0, 8:].eq(5).all()
+    assert cache.keys[0, 1].eq(0).all()
+
+
+def test_reading_in_order_and_gathered_agree() -> None:
+    cache = BlockCache(1, 2, 8, 2, 3)
+    torch.manual_seed(0)
+    new = torch.randn(2, 2, 4, 3)
+    straight, _ = cache.write_at([0, 1], 4).update(new, new, 0)
+    swapped, _ = cache.write_at([1, 0], 4).update(new.flip(0), new.flip(0), 0)
+    assert torch.equal(straight, swapped.flip(0))
+
+
+def test_rollback_frees_a_slot() -> None:
+    cache = BlockCache(1, 1, 8, 2, 3)
+    cache.commit([0], [8])
+    cache.rollback(0, 4)
+    assert cache.lengths == [4]
+    cache.rollback(0)
+    assert cache.lengths == [0]
+
+
+def test_overflow_is_refused() -> None:
+    cache = BlockCache(1, 1, 8, 2, 3)
+    cache.commit([0], [8])
+    with pytest.raises(ValueError, match="exceed the capacity 8"):
+        cache.write_at([0], 4)

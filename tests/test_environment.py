@@ -1,0 +1,109 @@
+"""Choices of device and dtype come with a reason, wrong names with the valid ones; the record is complete."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import subprocess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dmax
+from dmax import environment as module
+from dmax.environment import environment, select_device, select_dtype
+from dmax.errors import InputError, did_you_mean
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_an_error_reads_as_message_then_hint() -> None:
+    error = InputError("`threshold` must lie in [0, 1], got 1.5", hint="0.5 is the paper's setting")
+    assert str(error) == "`threshold` must lie in [0, 1], got 1.5\n\nhint: 0.5 is the paper's setting"
+    assert (error.message, error.hint) == ("`threshold` must lie in [0, 1], got 1.5", "0.5 is the paper's setting")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_an_error_without_hint_is_its_message() -> None:
+    assert str(InputError("no prompt given")) == "no prompt given"
+    assert InputError("unknown task 'x'", did_you_mean("x", ["gsm8k"])).hint is None
+
+
+def test_the_nearest_name_is_suggested() -> None:
+    assert did_you_mean("treshold", iter(["spd", "threshold"])) == "did you mean `threshold`?"
+
+
+def test_auto_takes_a_gpu_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto") == (CPU, "no CUDA GPU is present")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert select_device("auto") == (CUDA, "NVIDIA H100 is present")
+
+
+@pytest.mark.parametrize("device", ["cpu", CPU])
+def test_a_device_that_is_asked_for_is_taken(device: Any) -> None:
+    assert select_device(device) == (CPU, "asked for")
+
+
+def test_an_unknown_device_is_answered_with_the_choices() -> None:
+    with pytest.raises(InputError, match=re.escape("unknown device 'cdua'; choose from auto, cpu, cuda, mps")) as error:
+        select_device("cdua")
+    assert error.value.hint == "did you mean `cuda`?"
+
+
+def test_a_device_this_machine_lacks_is_said_to_be_missing() -> None:
+    with pytest.raises(InputError, match="device 'cuda:99' is not available on this machine"):
+        select_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_auto_dtype_on_a_gpu_is_what_it_computes_in(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen, reason = select_dtype("auto", CUDA)
+    assert chosen is dtype
+    assert f"sm{capability[0]}{capability[1]}" in reason
+
+
+def test_auto_dtype_on_the_cpu_is_float32_and_bfloat16_on_request() -> None:
+    assert select_dtype("auto", CPU) == (torch.float32, "the default on cpu, exact; bfloat16 on request")
+    assert select_dtype("bfloat16", CPU) == select_dtype(torch.bfloat16, CPU) == (torch.bfloat16, "asked for")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat61", "int8", torch.int64])
+def test_an_unknown_dtype_is_answered_with_the_choices(dtype: Any) -> None:
+    with pytest.raises(InputError, match="choose from auto, float32, bfloat16, float16"):
+        select_dtype(dtype, CPU)
+
+
+def test_the_record_is_json_with_versions() -> None:
+    record = json.loads(json.dumps(environment()))
+    assert record.keys() >= {"date", "dmax", "commit", "python", "torch", "transformers", "cpu", "cores", "threads"}
+    assert record["device"] == "cpu"
+    assert record["dmax"] in (dmax.__version__, None)  # None: run from a checkout that is not installed
+    assert record["torch"] == torch.__version__
+    assert record["threads"] == torch.get_num_threads()
+
+
+def test_the_record_names_a_gpu_and_its_power_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, uuid="1b2c")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(module, "_output", lambda command: "700.00" if "--id=GPU-1b2c" in command else None)
+    record = environment("cuda")
+    assert (record["gpu"], record["gpu_memory_gib"], record["gpu_power_limit_w"]) == ("NVIDIA H100", 80.0, 700.0)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("git", 5)])
+def test_missing_or_hanging_programs_leave_a_gap(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert environment()["commit"] is None

@@ -1,0 +1,206 @@
+"""The trainer: a resumed run repeats the uninterrupted one, bad recipes and data are named, losses and rates logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dmax.errors import InputError
+from dmax.recipe import load_recipe, run_recipe
+from dmax.tiny.tokenizer import build_tokenizer
+from dmax.training.data import Collator, Encoded, LengthSampler, ResponseDataset, read_records
+
+pytest.importorskip("accelerate")
+
+CONFIG = {
+    "block_length": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 512,
+}
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    training = {
+        "objective": "oput",
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "router_bias_speed": 0.01,
+        "use_cpu": True,
+        "seed": 3,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    recipe = {
+        "output_dir": str(folder / "out"),
+        "model": {"config": CONFIG, "experts_implementation": "dense_mm"},
+        "data": {"problems": 16, "seed": 1},
+        "training": training | changes.pop("training", {}),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes, sort_keys=False))
+    return path
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    checkpoints = sorted((folder / "out-run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    return [
+        {key: value for key, value in line.items() if key.startswith(("loss", "rollout", "step"))}
+        for line in state["log_history"]
+    ]
+
+
+@pytest.mark.parametrize("rollout", ["soft", "sample"])
+def test_a_killed_run_resumes_on_the_same_losses(tmp_path: Path, rollout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run_recipe(load_recipe(write_recipe(whole, training={"rollout": rollout})))
+
+    class KilledError(Exception):
+        pass
+
+    from dmax.training.trainer import DMaxTrainer
+
+    compute_loss = DMaxTrainer.compute_loss
+
+    def dies_in_step_five(self: DMaxTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KilledError
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DMaxTrainer, "compute_loss", dies_in_step_five)
+        with pytest.raises(KilledError):
+            run_recipe(load_recipe(write_recipe(broken, training={"rollout": rollout})))
+    run_recipe(load_recipe(broken / "recipe.yaml"))
+    assert losses(broken) == losses(whole)
+    assert len(losses(whole)) == 6
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "uniform", "oput"])
+def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> None:
+    folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
+    assert (folder / "model.safetensors").is_file()
+    first, last = losses(tmp_path)[0], losses(tmp_path)[-1]
+    assert last["loss"] < first["loss"]
+    expected = {"mdlm": {"loss_masked"}, "uniform": {"loss_masked", "loss_random"}}
+    parts = expected.get(objective, {"loss_masked", "loss_predicted", "rollout_error"})
+    assert parts <= set(first)
+
+
+def test_training_moves_the_expert_bias(tmp_path: Path) -> None:
+    from dmax.checkpoint import load_checkpoint
+
+    folder = run_recipe(load_recipe(write_recipe(tmp_path)))
+    model: Any = load_checkpoint(folder, dtype=torch.float32, device="cpu").model
+    assert model.model.layers[1].mlp.gate.expert_bias.abs().max() > 0
+
+
+def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        training={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2},
+        eval={"limit": 2, "decoding": {"strategy": "spd", "threshold": 0.5, "max_new_tokens": 16}},
+    )
+    run_recipe(load_recipe(recipe))
+    state = json.loads((tmp_path / "out-run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert any({"eval_accuracy", "eval_tpf"} <= set(line) for line in state["log_history"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainig": {}}, r"recipe.yaml:\d+: unknown key `trainig`"),
+        ({"training": {"lerning_rate": 1}}, r"recipe.yaml:\d+: unknown key `training.lerning_rate`"),
+        ({"training": {"objective": "opud"}}, "`objective` must be one of mdlm, uniform, oput"),
+        ({"training": {"mask_ratio_low": 0.9, "mask_ratio_high": 0.5}}, "mask ratios"),
+        ({"model": {}}, r"recipe.yaml:\d+: `model` needs exactly one of"),
+        ({"data": {}}, r"recipe.yaml:\d+: `data` needs exactly one of"),
+        ({"eval": {"decoding": {"threshold": 2}}}, "`threshold` must be a number between 0 and 1"),
+        ({"data": {"file": "nowhere.jsonl"}}, "nowhere.jsonl` is not a file"),
+    ],
+)
+def test_a_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_recipe(load_recipe(write_recipe(tmp_path, **change)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "holds no record"),
+        ("nonsense\n", r"data.jsonl:1: not a JSON object"),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', r"data.jsonl:2: a record without a response"),
+        ('{"response": "b"}\n', r"data.jsonl:1: no prompt"),
+        ("[1]\n", r"data.jsonl:1: expected a JSON object"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', r"data.jsonl:1: the last of `messages`"),
+    ],
+)
+def test_bad_data_names_file_and_line(tmp_path: Path, lines: str, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(lines)
+    with pytest.raises(InputError, match=message):
+        read_records(path)
+
+
+def test_all_kinds_of_records_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    records = ({"prompt": "q", "response": "r"}, {"question": "q", "answer": "r"}, {"messages": chat})
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    assert read_records(path) == [([{"role": "user", "content": "q"}], "r")] * 3
+
+
+def test_an_example_longer_than_the_context_is_refused() -> None:
+    conversation = ([{"role": "user", "content": "Tom has 3 apples."}], "So 3.")
+    with pytest.raises(InputError, match="record 2: .* leave no room for EOS in `max_length` 12"):
+        ResponseDataset([([{"role": "user", "content": "3"}], "3"), conversation], build_tokenizer(), 12, "data.jsonl")
+
+
+def test_a5_labels_one_block_of_trailing_eos() -> None:
+    collate = Collator(block_length=8, eos_token_id=0, eos_labels=8)
+    batch = collate([Encoded([1] * 5, [2] * 4), Encoded([1] * 3, [2] * 30)])
+    assert batch["clean_ids"].shape == (2, 40)
+    assert (batch["labels"][0, :5] == -100).all()
+    assert (batch["labels"][0, 5:9] == 2).all()
+    assert (batch["labels"][0, 9:17] == 0).all()
+    assert (batch["labels"][0, 17:] == -100).all()
+    assert (batch["labels"][1, 33:] == 0).all()
+    assert batch["corruptible"].tolist()[0] == [False] * 5 + [True] * 35  # padding is noise too (D6), without loss
+    assert int(batch["start"]) == 0
+
+
+def test_batches_of_similar_length_cover_everything_once() -> None:
+    tokenizer = build_tokenizer()
+    conversations = [([{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1)) for index in range(53)]
+    dataset = ResponseDataset(conversations, tokenizer, 200, "test")
+    sampler = LengthSampler(dataset, batch_size=4, seed=1, window=4)
+    first = list(sampler)
+    assert sorted(first) == list(range(53))
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    spreads = [
+        max(lengths) - min(lengths)
+        for lengths in ([len(dataset[i]) for i in first[b : b + 4]] for b in range(0, 48, 4))
+    ]
+    assert sum(spreads) / len(spreads) < 6
