@@ -43,7 +43,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
 
 

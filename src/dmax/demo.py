@@ -1,4 +1,4 @@
-"""`dmax demo`: the bundled models on unseen problems, base and DMax side by side, and one decode watched step by step."""
+"""`dmax demo`: the bundled models on unseen problems, side by side, and one decode watched step by step."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def watch(llm: LLM, prompt: str, params: DecodingParams) -> Iterator[Text]:
     for event in llm.stream(prompt, params):
         if event.output is not None:
             output = event.output
-            cost = f"{len(output.token_ids)} tokens, {output.num_forwards} forwards, TPF {output.tokens_per_forward:.2f}"
-            yield Text(f"\n{cost}", style="bold")
+            tpf = f"TPF {output.tokens_per_forward:.2f}"
+            yield Text(f"\n{len(output.token_ids)} tokens, {output.num_forwards} forwards, {tpf}", style="bold")
             return
         same_block = previous is not None and previous.position == event.position
         yield _line(llm, event, previous if same_block else None)
@@ -125,5 +125,5 @@ def _line(llm: LLM, event: StreamEvent, before: StreamEvent | None) -> Text:
         if event.kind == "committed" and state == "provisional":
             state = "settled"
         text = " ·" if masked or llm.tokenizer is None else llm.tokenizer.decode([token])
-        line.append(text.replace("\n", "⏎"), style=STYLES[state])
+        line.append(str(text).replace("\n", "⏎"), style=STYLES[state])
     return line

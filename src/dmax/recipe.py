@@ -23,7 +23,7 @@ from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.params import DecodingParams
 from dmax.tasks import get_task
-from dmax.tasks.word_problems import problems
+from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.data import ResponseDataset, read_records
 from dmax.training.trainer import DMaxConfig, DMaxTrainer
@@ -41,10 +41,14 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True)
 class DataSection:
-    """What it learns: `file`, a JSONL of prompts and responses, or `problems` drawn from the bundled generator."""
+    """What it learns: `file`, a JSONL of prompts and responses, or `problems` drawn from the bundled generator.
+
+    `numbers` holds fields of `word_problems.Numbers`.
+    """
 
     file: str | None = None
     problems: int | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     max_length: int | None = None
 
@@ -197,7 +201,7 @@ def _build_data(recipe: Recipe, checkpoint: Checkpoint) -> ResponseDataset:
     limit = min(data.max_length or context, context)
     if data.file is not None:
         return ResponseDataset(read_records(data.file), checkpoint.tokenizer, limit, data.file)
-    drawn = problems(data.problems or 0, seed=data.seed, split="train")
+    drawn = problems(data.problems or 0, seed=data.seed, split="train", numbers=Numbers(**data.numbers))
     records = [([{"role": "user", "content": problem.question}], problem.response) for problem in drawn]
     return ResponseDataset(records, checkpoint.tokenizer, limit, "word_problems")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +34,7 @@ def run(engine: Engine, *requests: Request) -> dict[int, Completion]:
 
 
 @pytest.fixture(scope="module", params=["llada2_moe_a", "llada2_moe_c"])
-def golden(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def golden(request: pytest.FixtureRequest) -> tuple[str, Any, dict[str, Any]]:
     expected = json.loads((GOLDEN / request.param / "expected.json").read_text())
     checkpoint = load_checkpoint(
         GOLDEN / request.param,
@@ -45,7 +44,7 @@ def golden(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, dict[str,
         eos_token_id=expected["eos_token_id"],
         block_length=expected["block_length"],
     )
-    yield request.param, checkpoint, expected
+    return request.param, checkpoint, expected
 
 
 def engine_of(checkpoint: Any, **options: Any) -> Engine:
@@ -292,9 +291,7 @@ def test_sampling_depends_on_the_seed_alone() -> None:
 def test_batched_rows_of_a_real_model_decode_as_alone(golden: tuple[str, Any, dict[str, Any]]) -> None:
     _, checkpoint, _ = golden
     generator = torch.Generator().manual_seed(3)
-    prompts = [
-        tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in (3, 17, 16, 40, 1, 25)
-    ]
+    prompts = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in (3, 17, 16, 40, 1, 25)]
     for strategy, threshold in (("threshold", 0.9), ("threshold", 0.3)):
         params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=24)
         requests = [Request(index, prompt, params) for index, prompt in enumerate(prompts)]

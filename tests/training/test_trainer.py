@@ -191,7 +191,9 @@ def test_a5_labels_one_block_of_trailing_eos() -> None:
 
 def test_batches_of_similar_length_cover_everything_once() -> None:
     tokenizer = build_tokenizer()
-    conversations = [([{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1)) for index in range(53)]
+    conversations = [
+        ([{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1)) for index in range(53)
+    ]
     dataset = ResponseDataset(conversations, tokenizer, 200, "test")
     sampler = LengthSampler(dataset, batch_size=4, seed=1, window=4)
     first = list(sampler)

@@ -122,8 +122,15 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """A block after a decision: `tokens` and `masked` [B, L], and per row [B] bool whether it is `done`, whether the
-    engine `forced` a token or `capped` the block, and whether the strategy's proposal was `invalid`.
+    """A block after a decision.
+
+    Attributes:
+        tokens: [B, L] int64.
+        masked: [B, L] bool.
+        done: [B] bool, the block is finished.
+        forced: [B] bool, the engine decoded a token because the strategy committed none.
+        capped: [B] bool, the step cap closed the block before it had converged.
+        invalid: [B] bool, the strategy proposed MASK for a position it wrote.
     """
 
     tokens: Tensor

@@ -322,5 +322,5 @@ def _gumbel(sequences: Sequence[Flight], logits: Tensor) -> Tensor | None:
     """Standard Gumbel noise [B, L, V], each row from its request's own generator; None when greedy."""
     if sequences[0].generator is None:
         return None
-    uniform = torch.stack([torch.rand(logits.shape[1:], generator=sequence.generator) for sequence in sequences])
-    return -torch.log(-torch.log(uniform.clamp(min=1e-20)).clamp(min=1e-20)).to(logits.device)
+    rows = [torch.empty(logits.shape[1:]).exponential_(generator=sequence.generator) for sequence in sequences]
+    return -torch.stack(rows).log().to(logits.device)

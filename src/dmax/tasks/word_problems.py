@@ -32,7 +32,7 @@ from dmax.tasks.word_problem_patterns import (
 )
 
 Split = Literal["train", "test"]
-LARGEST = 99
+LARGEST_NUMBER = 99  # what the bundled tokenizer holds as whole tokens, and sums of two of it
 MIN_WORDS = 60  # words and punctuation marks of an answer, tokens of the bundled tokenizer
 MIN_WORDS_PER_STEP = 15  # what fewer than 4 steps can reach
 
@@ -53,7 +53,31 @@ class WordProblem:
         return len(self.steps)
 
 
-def generate(seed: int, index: int, split: Split = "train", *, min_steps: int = 4, max_steps: int = 8) -> WordProblem:
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """How large the numbers get: running values up to `largest`, summands up to `largest_operand`."""
+
+    largest: int = 30
+    largest_operand: int = 6
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for a range that no chain fits into or no token stands for."""
+        if not (20 <= self.largest <= LARGEST_NUMBER and 2 <= self.largest_operand <= self.largest):
+            raise InputError(
+                f"numbers must satisfy 20 <= largest <= {LARGEST_NUMBER} and 2 <= largest_operand <= largest, "
+                f"got {self.largest} and {self.largest_operand}"
+            )
+
+
+def generate(
+    seed: int,
+    index: int,
+    split: Split = "train",
+    *,
+    min_steps: int = 4,
+    max_steps: int = 8,
+    numbers: Numbers | None = None,
+) -> WordProblem:
     """Problem number `index` of a seed: a pure function of its arguments.
 
     One chain in ten, chosen by a hash of start, operations and operands, is for testing and never appears in training,
@@ -66,19 +90,25 @@ def generate(seed: int, index: int, split: Split = "train", *, min_steps: int = 
         raise InputError(f"steps must satisfy 1 <= min_steps <= max_steps, got {min_steps} and {max_steps}")
     rng = random.Random(f"{seed}/{index}/{split}/{min_steps}/{max_steps}")
     while True:
-        start, steps = _draw_chain(rng, rng.randint(min_steps, max_steps))
+        start, steps = _draw_chain(rng, rng.randint(min_steps, max_steps), numbers or Numbers())
         if split_of(start, steps) == split:
             return _tell(rng, start, steps)
 
 
 def problems(
-    num: int, *, seed: int = 0, split: Split = "train", min_steps: int = 4, max_steps: int = 8
+    num: int,
+    *,
+    seed: int = 0,
+    split: Split = "train",
+    min_steps: int = 4,
+    max_steps: int = 8,
+    numbers: Numbers | None = None,
 ) -> Iterator[WordProblem]:
     """The first `num` problems of a seed with distinct questions."""
     seen: set[str] = set()
     index = 0
     while len(seen) < num:
-        problem = generate(seed, index, split, min_steps=min_steps, max_steps=max_steps)
+        problem = generate(seed, index, split, min_steps=min_steps, max_steps=max_steps, numbers=numbers)
         index += 1
         if problem.question not in seen:
             seen.add(problem.question)
@@ -101,18 +131,19 @@ def apply_step(value: int, operation: str, operand: int) -> int:
     }[operation]
 
 
-def _draw_chain(rng: random.Random, num_steps: int) -> tuple[int, tuple[tuple[str, int], ...]]:
-    start = value = rng.randint(4, 40)
+def _draw_chain(rng: random.Random, num_steps: int, numbers: Numbers) -> tuple[int, tuple[tuple[str, int], ...]]:
+    largest, operands = numbers.largest, range(2, numbers.largest_operand + 1)
+    start = value = rng.randint(4, min(40, largest - 10))
     steps = []
     for _ in range(num_steps):
         choices = {
-            "+": [n for n in range(2, 21) if value + n <= LARGEST],
-            "-": [n for n in range(2, 21) if value - n >= 1],
-            "*": [n for n in (2, 3, 4) if value * n <= LARGEST],
+            "+": [n for n in operands if value + n <= largest],
+            "-": [n for n in operands if value - n >= 1],
+            "*": [n for n in (2, 3, 4) if value * n <= largest],
             "/": [n for n in (2, 3, 4) if value % n == 0 and value > n],
         }
         weights = {"+": 3, "-": 3, "*": 2, "/": 2}
-        feasible = [operation for operation, operands in choices.items() if operands]
+        feasible = [operation for operation, fitting in choices.items() if fitting]
         operation = rng.choices(feasible, [weights[operation] for operation in feasible])[0]
         operand = rng.choice(choices[operation])
         steps.append((operation, operand))

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dmax.tasks import word_problem_patterns as patterns
-from dmax.tasks.word_problems import LARGEST
+from dmax.tasks.word_problems import LARGEST_NUMBER
 
 MASK, EOS, ROLE_OPEN, ROLE_CLOSE, ROLE_END = "<|mask|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>"
 ROLES = ("HUMAN", "ASSISTANT", "SYSTEM")
@@ -35,7 +35,7 @@ def words() -> list[str]:
     for text in (*openings, *names):  # sentences that may open a text
         first = re.sub(r"\{\w+\}.*", "", text).split()[:1]
         found |= {word[0].upper() + word[1:] for word in first} | {f" {word[0].upper()}{word[1:]}" for word in first}
-    numbers = [f"{space}{number}" for number in range(2 * LARGEST + 2) for space in ("", " ")]
+    numbers = [f"{space}{number}" for number in range(2 * LARGEST_NUMBER + 2) for space in ("", " ")]
     return sorted(found) + numbers
 
 

@@ -84,6 +84,8 @@ class DMaxTrainer(Trainer):
     ) -> None:
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         collator = Collator(block_length, eos_token_id, eos_labels, args.pad_to)
+        if eval_hook is not None:
+            kwargs["eval_dataset"] = train_dataset  # never read: Trainer only insists that there is one
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
         self.mask_token_id, self.block_length, self.eval_hook = mask_token_id, block_length, eval_hook
         self.objective = torch.compile(self._objective) if args.compile_objective else self._objective
@@ -135,6 +137,12 @@ class DMaxTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         per_step = self.args.train_batch_size
         return LengthSampler(train_dataset or self.train_dataset, per_step, self.args.seed)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Trainer would load the file's names as they are; the published layout has to be read by `from_pretrained`.
+        model = self.model if model is None else model
+        stored = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=torch.float32)
+        model.load_state_dict(stored.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss components, the rollout error rate and tokens per second since the last line."""
