@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from transformers.utils import logging
 
 from dmax.errors import InputError
 
@@ -40,6 +41,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object 
 
 def main() -> None:
     """Entry point: bad input ends with one sentence on stderr and exit code 2."""
+    logging.disable_progress_bar()  # of weight loading, which takes less time than its bar
     try:
         app()
     except InputError as error:

@@ -21,7 +21,7 @@ class DecodingParams:
         block_length: positions decoded together; None: the checkpoint's own.
         max_new_tokens: longest completion; the last block is still decoded whole.
         temperature: 0 decodes greedily; above, tokens are sampled.
-        seed: of the sampling; None draws a fresh one.
+        seed: of the sampling, below 2^63; None draws a fresh one.
         max_steps_per_block: cap on forwards per block; None: the block length.
         prefix_only: SPD decodes the confident prefix of the masks only; off: any confident position.
         soft_inputs: SPD feeds decoded positions back as blends; off: as hard tokens.
@@ -30,7 +30,7 @@ class DecodingParams:
         stop_on_consistency: SPD may stop when nothing changed.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range or of the wrong type. Whether the strategy exists is known when it is made.
     """
 
     strategy: str = "spd"
@@ -49,14 +49,19 @@ class DecodingParams:
     stop_on_consistency: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.strategy, str):
+            raise InputError(f"`strategy` must be a name, got {self.strategy!r}")
         _check("threshold", self.threshold, low=0, high=1, optional=True)
-        _check("stop_confidence", self.stop_confidence, low=0, high=1)
+        _check("stop_confidence", self.stop_confidence, low=0, high=1, above_low=True)
         _check("temperature", self.temperature, low=0)
         for name in ("top_k", "max_new_tokens"):
             _check(name, getattr(self, name), low=1, whole=True)
         for name in ("block_length", "max_steps_per_block"):
             _check(name, getattr(self, name), low=1, whole=True, optional=True)
-        _check("seed", self.seed, low=0, whole=True, optional=True)
+        _check("seed", self.seed, low=0, high=2**63 - 1, whole=True, optional=True)
+        for name in ("prefix_only", "soft_inputs", "renormalize", "stop_on_confidence", "stop_on_consistency"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"`{name}` must be true or false, got {value!r}")
 
 
 def _check(
@@ -65,6 +70,7 @@ def _check(
     *,
     low: float,
     high: float = math.inf,
+    above_low: bool = False,
     whole: bool = False,
     optional: bool = False,
 ) -> None:
@@ -72,6 +78,9 @@ def _check(
         return
     kind = "a whole number" if whole else "a number"
     limits = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not fits or not low <= value <= high or (isinstance(value, float) and not math.isfinite(value)):  # type: ignore[operator]
+    if above_low:
+        limits = f"above {low} and at most {high}"
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    in_range = is_number and low <= value <= high and value != math.inf  # type: ignore[operator]
+    if not in_range or (above_low and value == low):
         raise InputError(f"`{name}` must be {kind} {limits}, got {value!r}")

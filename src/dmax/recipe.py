@@ -101,24 +101,26 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             raise InputError(f"{path}: `{key}` is missing")
     sections: dict[str, Any] = {}
     for key, kind in (("model", ModelSection), ("data", DataSection), ("eval", EvalSection)):
-        if content.get(key) is not None:
-            _check_keys(path, lines, f"{key}.", content[key], {f.name for f in dataclasses.fields(kind)})
+        if key != "eval" or content.get(key) is not None:
+            _check_keys(path, lines, f"{key}.", content[key], _names(kind))
             sections[key] = kind(**content[key])
-    _check_keys(path, lines, "training.", content["training"], {f.name for f in dataclasses.fields(DMaxConfig)})
+    _check_keys(path, lines, "training.", content["training"], _names(DMaxConfig))
     training = {**content["training"], **(overrides or {})}
     recipe = Recipe(path, Path(content["output_dir"]), training=training, **sections)
     if (recipe.model.path is None) == (recipe.model.config is None):
         raise InputError(f"{path}:{lines['model']}: `model` needs exactly one of `path` and `config`")
     if (recipe.data.file is None) == (recipe.data.problems is None):
         raise InputError(f"{path}:{lines['data']}: `data` needs exactly one of `file` and `problems`")
+    _check_keys(path, lines, "model.config.", recipe.model.config or {}, _names(LLaDA2MoeConfig) | {"rope_theta"})
+    _check_keys(path, lines, "data.numbers.", recipe.data.numbers, _names(Numbers))
     if recipe.eval is not None:
-        DecodingParams(**_known(path, lines, "eval.decoding.", recipe.eval.decoding, DecodingParams))
+        _check_keys(path, lines, "eval.decoding.", recipe.eval.decoding, _names(DecodingParams))
+        DecodingParams(**recipe.eval.decoding)
     return recipe
 
 
-def _known(path: Path, lines: dict[str, int], prefix: str, section: dict[str, Any], kind: type) -> dict[str, Any]:
-    _check_keys(path, lines, prefix, section, {f.name for f in dataclasses.fields(kind)})
-    return section
+def _names(kind: Any) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}
 
 
 def _check_keys(path: Path, lines: dict[str, int], prefix: str, section: Any, known: set[str]) -> None:
@@ -147,7 +149,12 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], N
     Data is read and checked before the first step.
     """
     run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
-    args = DMaxConfig(output_dir=str(run_dir), **recipe.training)
+    try:
+        args = DMaxConfig(output_dir=str(run_dir), **recipe.training)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{recipe.path}: `training` is not usable: {str(error).splitlines()[0]}") from error
     set_seed(args.seed)
     checkpoint = _build_checkpoint(recipe.model)
     dataset = _build_data(recipe, checkpoint)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dmax.errors import InputError, did_you_mean
@@ -12,6 +11,7 @@ from dmax.params import DecodingParams
 if TYPE_CHECKING:
     from dmax.decoding.block import DecodingStrategy
 
+_GROUP = "dmax.strategies"
 _STRATEGIES = {
     "spd": "dmax.decoding.spd:SoftParallelDecoding",
     "threshold": "dmax.decoding.threshold:ThresholdDecoding",
@@ -19,7 +19,8 @@ _STRATEGIES = {
 
 
 def _table() -> dict[str, str]:
-    return _STRATEGIES | {entry.name: entry.value for entry in entry_points(group="dmax.strategies")}
+    # Ours win: no plugin changes what a published name means.
+    return {entry.name: entry.value for entry in entry_points(group=_GROUP)} | _STRATEGIES
 
 
 def strategies() -> tuple[str, ...]:
@@ -35,6 +36,6 @@ def get_strategy(params: DecodingParams) -> DecodingStrategy:
             f"unknown strategy {params.strategy!r}; choose from {', '.join(strategies())}",
             hint=did_you_mean(params.strategy, strategies()),
         )
-    module, _, attribute = table[params.strategy].partition(":")
-    strategy: DecodingStrategy = getattr(import_module(module), attribute).from_params(params)
+    entry = EntryPoint(params.strategy, table[params.strategy], _GROUP)
+    strategy: DecodingStrategy = entry.load().from_params(params)
     return strategy

@@ -127,6 +127,7 @@ class Advance:
     Attributes:
         tokens: [B, L] int64.
         masked: [B, L] bool.
+        changed: [B, L] bool, positions that hold another token than before.
         done: [B] bool, the block is finished.
         forced: [B] bool, the engine decoded a token because the strategy committed none.
         capped: [B] bool, the step cap closed the block before it had converged.
@@ -135,6 +136,7 @@ class Advance:
 
     tokens: Tensor
     masked: Tensor
+    changed: Tensor
     done: Tensor
     forced: Tensor
     capped: Tensor
@@ -152,27 +154,30 @@ def sanitize(logits: Tensor, mask_token_id: int) -> tuple[Output, Tensor]:
     broken = logits.isnan().flatten(1).any(dim=1)
     largest = torch.finfo(torch.float32).max / 4  # differences of two of them stay finite
     logits = logits.nan_to_num(nan=0.0).clamp(-largest, largest)
-    # In float64: the confidence is fed back, and its rounding would be the largest error of a step.
-    probs = logits.double().softmax(dim=-1).to(logits.dtype)
-    mask = torch.tensor([mask_token_id], device=logits.device)
-    return Output(logits.index_fill(-1, mask, float("-inf")), probs), broken
+    # In float64, which MPS lacks: the confidence is fed back, and its rounding would be the largest error of a step.
+    wide = logits.dtype if logits.device.type == "mps" else torch.float64
+    probs = logits.softmax(dim=-1, dtype=wide).to(logits.dtype)
+    logits[..., mask_token_id] = float("-inf")  # our own copy since the clamp; a fill does not wait for the device
+    return Output(logits, probs), broken
 
 
 def predict(view: View, output: Output, top_k: int = 1) -> Prediction:
     """Tokens and confidences of a forward; ties go to the lowest id.
 
-    With temperature T > 0 the token is a sample of softmax(logits / T), drawn as argmax(logits / T + Gumbel noise);
-    the confidence is always that of softmax(logits), MASK included, so thresholds mean the same at every temperature.
+    With temperature T > 0 the token is a sample of softmax(logits / T), drawn as argmax(logits + T · Gumbel noise),
+    which no small T overflows; the confidence is always that of softmax(logits), MASK included, so thresholds mean the
+    same at every temperature. `top_k` counts distinct tokens other than MASK: at most V - 1 are given.
     """
     logits = output.logits
     if view.temperature > 0 and view.gumbel is not None:
-        tokens = (logits / view.temperature + view.gumbel).argmax(dim=-1)
+        tokens = (logits + view.temperature * view.gumbel).argmax(dim=-1)
     else:
         tokens = logits.argmax(dim=-1)
     chosen = tokens[..., None]
     ids = chosen
-    if top_k > 1:
-        others = logits.scatter(-1, chosen, float("-inf")).topk(top_k - 1, dim=-1).indices
+    num_others = min(top_k, logits.shape[-1] - 1) - 1
+    if num_others > 0:
+        others = logits.scatter(-1, chosen, float("-inf")).topk(num_others, dim=-1).indices
         ids = torch.cat((chosen, others), dim=-1)
     probs = output.probs.gather(-1, ids)
     return Prediction(tokens, probs[..., 0], ids, probs)
@@ -190,7 +195,7 @@ def apply(view: View, decision: Decision, max_steps: int) -> Advance:
     - `remask` holds only where the row still gains: fewer positions masked again than committed;
     - a row with masks left that commits none has its leftmost mask decoded (`forced`);
     - at the step cap remaining masks take the proposed tokens and the block closes (`capped`);
-    - a block is done only without masks; writing MASK makes the row `invalid`.
+    - a block is done only without masks, and at once if it never had any; writing MASK makes the row `invalid`.
     """
     masked, decoded = view.masked, view.active & ~view.masked
     commit = decision.commit & masked
@@ -210,6 +215,7 @@ def apply(view: View, decision: Decision, max_steps: int) -> Advance:
         tokens, masked = tokens.masked_fill(remask, view.mask_token_id), masked | remask
     full = ~masked.any(dim=1)
     converged = full if decision.done is None else full & decision.done
+    converged = converged | ~view.active.any(dim=1)
     capped = last & (open_masks.any(dim=1) | ~converged)
     invalid = (write & (decision.tokens == view.mask_token_id)).any(dim=1)
-    return Advance(tokens, masked, converged | last, stuck, capped, invalid)
+    return Advance(tokens, masked, tokens != view.tokens, converged | last, stuck, capped, invalid)

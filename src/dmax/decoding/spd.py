@@ -26,21 +26,22 @@ class SoftParallelDecoding:
     """
 
     name: ClassVar[str] = "spd"
+    default_threshold: ClassVar[float] = 0.5  # the paper's
 
-    threshold: float = 0.5
-    stop_confidence: float = 0.9
-    top_k: int = 1
-    prefix_only: bool = True
-    soft_inputs: bool = True
-    renormalize: bool = True
-    stop_on_confidence: bool = True
-    stop_on_consistency: bool = True
+    threshold: float
+    stop_confidence: float
+    top_k: int
+    prefix_only: bool
+    soft_inputs: bool
+    renormalize: bool
+    stop_on_confidence: bool
+    stop_on_consistency: bool
 
     @classmethod
     def from_params(cls, params: DecodingParams) -> SoftParallelDecoding:
-        """The settings of `params`; its threshold defaults to the paper's 0.5."""
+        """The settings of `params`, with `default_threshold` where it names none."""
         return cls(
-            threshold=0.5 if params.threshold is None else params.threshold,
+            threshold=cls.default_threshold if params.threshold is None else params.threshold,
             stop_confidence=params.stop_confidence,
             top_k=params.top_k,
             prefix_only=params.prefix_only,

@@ -17,13 +17,14 @@ class ThresholdDecoding:
     """Decode every masked position whose confidence reaches the threshold, at least the best one; never revise."""
 
     name: ClassVar[str] = "threshold"
+    default_threshold: ClassVar[float] = 0.95  # LLaDA-2.0's
 
-    threshold: float = 0.95
+    threshold: float
 
     @classmethod
     def from_params(cls, params: DecodingParams) -> ThresholdDecoding:
-        """The settings of `params`; its threshold defaults to LLaDA-2.0's 0.95."""
-        return cls(threshold=0.95 if params.threshold is None else params.threshold)
+        """The settings of `params`, with `default_threshold` where it names none."""
+        return cls(threshold=cls.default_threshold if params.threshold is None else params.threshold)
 
     def open(self, view: View) -> State:
         """The confidence each position had when it was decoded, for events and traces."""

@@ -1,0 +1,68 @@
+"""Prescribed logits, and the loop sanitize -> step -> apply without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmax.decoding import get_strategy
+from dmax.decoding.block import Advance, Decision, DecodingStrategy, View, apply, sanitize
+from dmax.params import DecodingParams
+
+V, MASK, EOS = 8, 7, 6
+
+
+def rows(values: Any) -> Tensor:
+    """[B, L] bool from strings, one per row: `x` is True, anything else is False."""
+    return torch.tensor([[letter == "x" for letter in row] for row in values])
+
+
+def logits_of(tokens: Sequence[int], confidence: Sequence[float]) -> Tensor:
+    """[1, L, V] logits whose softmax gives `tokens[i]` the probability `confidence[i]` and shares the rest evenly."""
+    chosen, p = torch.tensor([tokens])[..., None], torch.tensor([confidence])[..., None]
+    return ((1 - p) / (V - 1)).expand(-1, -1, V).scatter(-1, chosen, p).log()
+
+
+def opened(prompt_tail: Sequence[int], length: int, batch: int = 1, **options: Any) -> View:
+    """A block just opened: `prompt_tail` fixed, the rest masked."""
+    tokens = torch.full((batch, length), MASK)
+    tokens[:, : len(prompt_tail)] = torch.tensor(prompt_tail, dtype=torch.long)
+    active = (torch.arange(length) >= len(prompt_tail)).expand(batch, -1)
+    step = torch.zeros(batch, dtype=torch.long)
+    return View(tokens, active.clone(), active, step, MASK, **{"max_steps": length, **options})
+
+
+def after(view: View, advance: Advance) -> View:
+    """The view of the next step."""
+    return View(
+        advance.tokens, advance.masked, view.active, view.step + 1, MASK, view.max_steps, None, view.temperature
+    )
+
+
+@dataclass
+class Step:
+    view: View  # what the strategy saw
+    decision: Decision
+    advance: Advance
+
+
+def play(
+    strategy: DecodingStrategy | DecodingParams, logits: Callable[[int, View], Tensor], view: View, limit: int = 1000
+) -> list[Step]:
+    """Decode the blocks of `view` until all are done; `logits(step, view)` plays the model."""
+    if isinstance(strategy, DecodingParams):
+        strategy = get_strategy(strategy)
+    state, steps = strategy.open(view), list[Step]()
+    while len(steps) < limit:
+        output, _ = sanitize(logits(len(steps), view), MASK)
+        decision, state = strategy.step(view, output, state)
+        advance = apply(view, decision, view.max_steps)
+        steps.append(Step(view, decision, advance))
+        if advance.done.all():
+            return steps
+        view = after(view, advance)
+    raise AssertionError(f"still going after {limit} steps")

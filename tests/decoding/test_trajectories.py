@@ -1,0 +1,223 @@
+"""Whole blocks on scripted logits: SPD's properties (paper section 8), and promises that no strategy or logits break."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import EOS, MASK, Step, V, after, logits_of, opened, play
+from torch import Tensor
+
+from dmax.decoding import get_strategy
+from dmax.decoding.block import Decision, Output, State, View, apply, predict, sanitize
+from dmax.params import DecodingParams
+
+L = 6
+INF = float("inf")
+
+
+def noise(seed: int, batch: int = 1, scale: float = 3.0) -> Tensor:
+    """Logits [L + 1, B, L, V] that change at every step, so that no block settles by itself."""
+    return scale * torch.randn(L + 1, batch, L, V, generator=torch.Generator().manual_seed(seed))
+
+
+def trajectory(steps: list[Step]) -> list[Any]:
+    return [step.advance.tokens.tolist() for step in steps]
+
+
+# --- SPD --------------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.0, 0.3, 0.5, 0.9]), tail=st.integers(0, L - 1))
+def test_masks_are_always_a_suffix_and_every_step_promotes(seed: int, threshold: float, tail: int) -> None:
+    script = noise(seed)
+    for step in play(DecodingParams(threshold=threshold), lambda n, view: script[n], opened([1] * tail, L)):
+        before, masked = step.view.masked[0], step.advance.masked[0].int()
+        assert (masked.diff() >= 0).all()
+        assert not before.any() or masked.sum() < before.sum()
+        assert not step.advance.forced.any()
+
+
+@given(seed=st.integers(0, 1000))
+def test_a15_at_threshold_zero_the_prefix_rule_makes_no_difference(seed: int) -> None:
+    script = noise(seed)
+    runs = [
+        play(DecodingParams(threshold=0.0, prefix_only=on), lambda n, view: script[n], opened([1], L))
+        for on in (True, False)
+    ]
+    assert not runs[0][0].advance.masked.any()
+    assert trajectory(runs[0]) == trajectory(runs[1])
+
+
+def test_a10_a_threshold_out_of_reach_decodes_left_to_right_in_as_many_steps_as_positions() -> None:
+    logits = logits_of([1, 2, 3, 4, 5, 0], [0.6] * L)
+    steps = play(DecodingParams(threshold=0.99), lambda n, view: logits, opened((), L))
+    assert [int(step.advance.masked.sum()) for step in steps] == [5, 4, 3, 2, 1, 0]
+    assert steps[-1].advance.capped.all()  # no step was left to look again
+
+
+def test_a8_never_stops_while_masks_remain() -> None:
+    """The published code stops here with six of eight masks left: all are over 0.9, most below the threshold."""
+    confidence = [0.97, 0.96, 0.92, 0.97, 0.97, 0.93]
+    logits = logits_of([1, 2, 3, 4, 5, 0], confidence)
+    steps = play(DecodingParams(threshold=0.95), lambda n, view: logits, opened((), L))
+    assert [int(step.advance.masked.sum()) for step in steps] == [4, 1, 0]
+    assert trajectory(steps)[-1] == [[1, 2, 3, 4, 5, 0]]
+
+
+def test_sure_blocks_take_one_forward_and_settled_ones_one_more_than_they_need() -> None:
+    for confidence, forwards in ((0.95, 1), (0.6, 2)):
+        logits = logits_of([1, 2, 3, 4, 5, 0], [confidence] * L)
+        steps = play(DecodingParams(), lambda n, view, logits=logits: logits, opened((), L))
+        assert len(steps) == forwards
+        assert not steps[-1].advance.capped.any()
+
+
+def test_unsure_revisions_are_made_and_the_block_waits_for_them_to_settle() -> None:
+    script = [
+        logits_of([1, 2], [0.6, 0.6]),
+        logits_of([1, 3], [0.6, 0.3]),  # below the threshold, written all the same
+        logits_of([1, 3], [0.6, 0.3]),
+    ]
+    steps = play(DecodingParams(), lambda n, view: script[n], opened((), 2, max_steps=9))
+    assert trajectory(steps) == [[[1, 2]], [[1, 3]], [[1, 3]]]
+
+
+@pytest.mark.parametrize("soft_inputs", [True, False])
+def test_a16_soft_or_hard_inputs_decide_alike_on_the_same_logits(soft_inputs: bool) -> None:
+    script = noise(3)
+    params = DecodingParams(soft_inputs=soft_inputs)
+    steps = play(params, lambda n, view: script[n], opened([1], L))
+    assert trajectory(steps) == trajectory(play(DecodingParams(), lambda n, view: script[n], opened([1], L)))
+    assert all((step.decision.soft is not None) is soft_inputs for step in steps)
+
+
+@given(seed=st.integers(0, 1000), top_k=st.sampled_from([1, 3]))
+def test_a12_soft_inputs_follow_what_is_decoded_after_the_step(seed: int, top_k: int) -> None:
+    script = noise(seed)
+    for step in play(DecodingParams(top_k=top_k), lambda n, view: script[n], opened([1, 2], L)):
+        soft = step.decision.soft
+        assert soft is not None
+        if not step.advance.capped.any():
+            assert torch.equal(soft.where, step.view.active & ~step.advance.masked)
+            assert torch.equal(soft.ids[..., 0][soft.where], step.advance.tokens[soft.where])
+        assert (soft.probs.sum(dim=-1) <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("rules", "forwards"),
+    [({"stop_on_consistency": False}, L), ({"stop_on_confidence": False}, 2), ({}, 2)],
+)
+def test_stop_rules_can_be_switched_off(rules: dict[str, bool], forwards: int) -> None:
+    logits = logits_of([1, 2, 3, 4, 5, 0], [0.6] * L)
+    assert len(play(DecodingParams(**rules), lambda n, view: logits, opened((), L))) == forwards
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """Commits nothing, everything, or tries to undo and overwrite all it can, and always says what is not true."""
+
+    name: ClassVar[str] = "hostile"
+    kind: str
+
+    @classmethod
+    def from_params(cls, params: DecodingParams) -> Hostile:
+        return cls(params.strategy)
+
+    def open(self, view: View) -> State:
+        return {}
+
+    def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
+        tokens, every = predict(view, output).tokens, torch.ones_like(view.masked)
+        done = torch.full_like(view.step, self.kind == "liar", dtype=torch.bool)
+        if self.kind == "mask":
+            tokens = torch.full_like(tokens, MASK)
+        commit = every if self.kind in ("vandal", "mask") else ~every
+        return Decision(tokens, commit, edit=every, remask=every if self.kind != "mask" else None, done=done), state
+
+
+def hostile_scripts() -> st.SearchStrategy[Tensor]:
+    values = st.sampled_from([0.0, 1.0, -1.0, 30.0, 3e38, INF, -INF])
+    random = st.integers(0, 1000).map(lambda seed: noise(seed, batch=3))
+    drawn = st.lists(values, min_size=3 * L * V, max_size=3 * L * V).map(
+        lambda flat: torch.tensor(flat).view(1, 3, L, V).repeat(L + 1, 1, 1, 1)
+    )
+    mask_wins = random.map(lambda script: script.index_fill(-1, torch.tensor(MASK), INF))
+    eos_first = random.map(lambda script: script.index_fill(-1, torch.tensor(EOS), 50.0))
+    flat = st.sampled_from([0.0, INF, -INF]).map(lambda value: torch.full((L + 1, 3, L, V), value))
+    return st.one_of(random, drawn, mask_wins, eos_first, flat)
+
+
+STRATEGIES = st.one_of(
+    st.builds(
+        DecodingParams,
+        strategy=st.sampled_from(["spd", "threshold"]),
+        threshold=st.sampled_from([0.0, 0.3, 0.5, 0.95, 1.0]),
+        top_k=st.sampled_from([1, 3, V + 1]),
+        prefix_only=st.booleans(),
+    ),
+    st.sampled_from(["idler", "liar", "vandal"]).map(Hostile),
+)
+
+
+@settings(max_examples=150)
+@given(script=hostile_scripts(), strategy=STRATEGIES, tail=st.lists(st.integers(0, V - 1), max_size=L - 1))
+def test_any_strategy_on_any_logits_ends_in_time_without_mask(script: Tensor, strategy: Any, tail: list[int]) -> None:
+    steps = play(strategy, lambda n, view: script[n], opened(tail, L, batch=3))
+    final = steps[-1].advance
+    assert len(steps) <= L
+    assert not final.masked.any()
+    assert (final.tokens[:, len(tail) :] != MASK).all()
+    assert (final.tokens[:, : len(tail)] == torch.tensor(tail, dtype=torch.long)).all()
+    assert not any(step.advance.invalid.any() for step in steps)
+
+
+@settings(max_examples=60)
+@given(script=hostile_scripts(), strategy=STRATEGIES, temperature=st.sampled_from([0.0, 0.7]))
+def test_rows_are_bit_for_bit_what_they_are_alone(script: Tensor, strategy: Any, temperature: float) -> None:
+    gumbel = -torch.empty(3, L, V).exponential_(generator=torch.Generator().manual_seed(7)).log()
+
+    def three_steps(rows: slice) -> tuple[Decision, Any]:
+        count = rows.stop - rows.start
+        view = opened([1], L, batch=count, temperature=temperature, gumbel=gumbel[rows] if temperature else None)
+        player = strategy if isinstance(strategy, Hostile) else get_strategy(strategy)
+        state = player.open(view)
+        for n in range(3):
+            output, _ = sanitize(script[n, rows], MASK)
+            decision, state = player.step(view, output, state)
+            advance = apply(view, decision, L)
+            view = replace(after(view, advance), gumbel=view.gumbel)
+        return decision, advance
+
+    together, end = three_steps(slice(0, 3))
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone, alone_end = three_steps(one)
+        for name in ("tokens", "masked", "done"):
+            assert torch.equal(getattr(alone_end, name), getattr(end, name)[one])
+        assert torch.equal(alone.tokens, together.tokens[one])
+        if alone.confidence is not None and together.confidence is not None:
+            assert torch.equal(alone.confidence, together.confidence[one])
+
+
+@pytest.mark.parametrize("name", ["spd", "threshold"])
+def test_nan_is_reported_and_never_raises_here(name: str) -> None:
+    """The engine turns `broken` into an error; until then everything must hold."""
+    logits = torch.full((1, L, V), torch.nan)
+    assert sanitize(logits, MASK)[1].all()
+    steps = play(DecodingParams(strategy=name), lambda n, view: logits, opened([1], L))
+    assert not steps[-1].advance.masked.any()
+
+
+def test_proposing_mask_is_reported_at_once() -> None:
+    view = opened([1], L)
+    output, _ = sanitize(torch.zeros(1, L, V), MASK)
+    decision, _ = Hostile("mask").step(view, output, {})
+    assert apply(view, decision, L).invalid.all()

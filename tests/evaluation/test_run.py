@@ -1,0 +1,191 @@
+"""Measuring: counts, ratios of sums, strict scores, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_llm import DEFECT, folder_fixture, llm_fixture  # noqa: F401  (fixtures)
+
+from dmax import LLM, DecodingParams, GenerationOutput, InputError
+from dmax.evaluation.run import Sample, Summary, check_writable, evaluate, write_atomically, write_results
+from dmax.evaluation.statistics import wilson_interval
+from dmax.tasks import Example, get_task
+
+PARAMS = DecodingParams(max_new_tokens=16)
+# text, tokens, denoising forwards, prefill forwards, commit forwards of each example
+OUTPUTS = (("4", 12, 4, 1, 1), ("so 4", 2, 8, 2, 0), ("none", 0, 1, 0, 0), ("4", 30, 5, 1, 2), ("5", 6, 2, 0, 0))
+
+
+class Sums:
+    """What is 2 + 2?"""
+
+    name = "sums"
+    max_new_tokens = 16
+
+    def examples(self, limit: int, seed: int) -> list[Example]:
+        return [Example(f"2 + 2 = ? ({seed}.{index})", "4") for index in range(limit)]
+
+    def extract(self, text: str) -> str | None:
+        return text if text.isdigit() else None
+
+    def score(self, text: str, example: Example) -> bool:
+        return self.extract(text) == example.answer
+
+
+class Canned:
+    """Gives the outputs of `OUTPUTS`, by the number at the end of the prompt."""
+
+    checkpoint = SimpleNamespace(path="canned")
+    model = SimpleNamespace(device=torch.device("cpu"))
+    max_batch_size = 1
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def generate(self, prompts: Sequence[Any], params: DecodingParams) -> list[GenerationOutput]:
+        assert params is PARAMS
+        self.sizes.append(len(prompts))
+        found = []
+        for (message,) in prompts:
+            assert message["role"] == "user"
+            text, tokens, *counts = OUTPUTS[int(message["content"][:-1].rpartition(".")[2])]
+            found.append(GenerationOutput(text, tuple(range(tokens)), (1,), "stop", *counts))
+        return found
+
+
+def measure(limit: int = 5, **options: Any) -> tuple[Summary, list[Sample]]:
+    llm: Any = Canned()
+    return evaluate(llm, Sums(), PARAMS, limit=limit, seed=7, **options)
+
+
+def test_counts_and_ratios_of_sums() -> None:
+    summary, samples = measure()
+    assert (summary.correct, summary.total, summary.accuracy) == (2, 5, 0.4)
+    assert summary.interval == wilson_interval(2, 5)
+    assert (summary.generated_tokens, summary.num_forwards) == (50, 20)
+    assert (summary.num_prefill_forwards, summary.num_commit_forwards) == (4, 3)
+    assert summary.tpf == 50 / 20  # not the mean of the ratios
+    assert summary.tpf_paper == pytest.approx((12 / 5 + 2 / 10 + 0 / 1 + 30 / 6 + 6 / 2) / 5)
+    assert summary.tokens_per_second == pytest.approx(50 / summary.seconds)
+    assert (summary.model, summary.task, summary.limit, summary.seed) == ("canned", "sums", 5, 7)
+    assert (summary.batch_size, summary.params) == (1, asdict(PARAMS))
+    assert summary.environment["device"] == "cpu"
+    assert [sample.is_correct for sample in samples] == [True, False, False, True, False]
+
+
+def test_a_sample_tells_all_about_its_completion() -> None:
+    _, samples = measure()
+    assert asdict(samples[1]) == {
+        "prompt": "2 + 2 = ? (7.1)",
+        "output": "so 4",
+        "expected": "4",
+        "extracted": None,
+        "is_correct": False,
+        "finish_reason": "stop",
+        "generated_tokens": 2,
+        "num_forwards": 8,
+        "num_prefill_forwards": 2,
+        "num_commit_forwards": 0,
+    }
+
+
+def test_progress_is_told_chunk_by_chunk_and_the_name_is_the_callers() -> None:
+    told: list[tuple[int, int]] = []
+    summary, _ = measure(progress=lambda done, total: told.append((done, total)), model_name="tiny")
+    assert told == [(4, 5), (5, 5)]
+    assert summary.model == "tiny"
+
+
+def test_nothing_measured_divides_by_nothing() -> None:
+    summary, samples = measure(limit=0)
+    assert samples == []
+    assert (summary.accuracy, summary.tpf, summary.tpf_paper, summary.interval) == (0.0, 0.0, 0.0, (0.0, 1.0))
+
+
+def test_a_model_is_measured_on_what_it_generates(llm: LLM) -> None:
+    task = get_task("word_problems")
+    summary, samples = evaluate(llm, task, PARAMS, limit=3, seed=1)
+    prompts = [example.prompt for example in task.examples(3, 1)]
+    outputs = llm.generate(prompts, PARAMS)
+    assert [sample.output for sample in samples] == [output.text for output in outputs]
+    assert summary.generated_tokens == sum(len(output.token_ids) for output in outputs)
+    assert summary.num_forwards == sum(output.num_forwards for output in outputs)
+    assert summary.num_prefill_forwards == 3
+    assert evaluate(llm, task, PARAMS, limit=3, seed=1)[1] == samples
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_a_summary_and_the_samples_beside_it(tmp_path: Path) -> None:
+    summary, samples = measure()
+    path = tmp_path / "new" / "tiny_spd_0.5.json"
+    write_results(path, summary, samples)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(summary)))
+    lines = (tmp_path / "new" / "tiny_spd_0.5.samples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [asdict(sample) for sample in samples]
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old and long")
+    write_atomically(path, "☃")
+    assert path.read_text(encoding="utf-8") == "☃"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@DEFECT
+@pytest.mark.parametrize("broken", ["write_text", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    write_text = Path.write_text
+
+    def fails_half_way(self: Path, text: str, **options: Any) -> int:
+        write_text(self, text[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    if broken == "write_text":
+        monkeypatch.setattr(Path, "write_text", fails_half_way)
+    else:
+        monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(InputError, match="cannot write .*a.json: (No space left on device|Input/output error)"):
+        write_atomically(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_asking_whether_a_place_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_place_under_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for check in (check_writable, lambda path: write_atomically(path, "")):
+        with pytest.raises(InputError, match="cannot write .*a.json: "):
+            check(tmp_path / "file" / "a.json")
+
+
+@pytest.mark.parametrize("name", ["folder", pytest.param(".", marks=DEFECT)])
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="it is a folder"):
+        check_writable(Path(name))

@@ -1,0 +1,318 @@
+"""The command line: what a program may read, bad input as one sentence and exit code 2, help with an example."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_llm import CONFIG, DEFECT, TEXTS, bare_folder_fixture, folder_fixture  # noqa: F401  (fixtures)
+from typer.main import get_command
+
+from dmax import cli
+from dmax.tiny import BUNDLED
+from dmax.training.data import read_records
+
+COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
+SMALL = ("--max-new-tokens", "8")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Dmax = Callable[..., Result]
+
+
+@pytest.fixture
+def dmax(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dmax:
+    """Runs `dmax WORDS` as the installed command does, in this process."""
+
+    def run(*words: object, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["dmax", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setenv("COLUMNS", "200")  # else tables break their lines
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = (re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text) for text in capsys.readouterr())
+        return Result(code, out, err)
+
+    return run
+
+
+def one_object(result: Result) -> Any:
+    assert result.code == 0, result.err
+    assert result.out.count("\n") == 1 and result.out.endswith("\n"), result.out
+    return json.loads(result.out)
+
+
+# ---- what works ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(dmax: Dmax, command: str) -> None:
+    result = dmax(command, "--help")
+    assert result.code == 0
+    assert f"Example: dmax {command}" in re.sub(r"[\s│]+", " ", result.out)
+    assert dmax("--help").out.count(f" {command} ") >= 1
+
+
+def test_generate_prints_texts_on_stdout_and_costs_on_stderr(dmax: Dmax, folder: Path) -> None:
+    result = dmax("generate", "--model", folder, "--dtype", "float32", *SMALL, *TEXTS)
+    assert result.code == 0
+    assert result.err.count("tokens in") == len(TEXTS)
+    piped = dmax("generate", "--model", folder, *SMALL, stdin=TEXTS[0] + "\n")
+    assert result.out.startswith(piped.out)
+
+
+def test_generate_json(dmax: Dmax, folder: Path) -> None:
+    records = one_object(dmax("generate", "--model", folder, "--json", *SMALL, *TEXTS))
+    assert len(records) == len(TEXTS)
+    for record in records:
+        assert record.keys() >= {"text", "token_ids", "finish_reason", "num_forwards", "num_prefill_forwards"}
+        assert record["tokens_per_forward"] == len(record["token_ids"]) / record["num_forwards"]
+    assert records[:1] == one_object(dmax("generate", "-m", folder, "--json", *SMALL, TEXTS[0]))
+
+
+def test_sampling_repeats_with_its_seed(dmax: Dmax, folder: Path) -> None:
+    words = ("generate", "-m", folder, "--json", *SMALL, "--temperature", "1", "Hi", "--seed")
+    assert one_object(dmax(*words, 1)) == one_object(dmax(*words, 1)) != one_object(dmax(*words, 2))
+
+
+def test_eval_json(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "result.json"
+    words = ("eval", "-m", folder, "--limit", "3", "--strategy", "threshold", "--threshold", "0.3", *SMALL)
+    record = one_object(dmax(*words, "--json", "--output", output))
+    promised = "accuracy correct total tpf generated_tokens num_forwards num_prefill_forwards tokens_per_second".split()
+    assert record.keys() >= set(promised)
+    assert record["total"] == 3
+    assert record["tpf"] == record["generated_tokens"] / record["num_forwards"]
+    assert record["model"] == str(folder)
+    assert (record["params"]["strategy"], record["params"]["threshold"]) == ("threshold", 0.3)
+    assert json.loads(output.read_text()) == record
+    samples = [json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()]
+    assert sum(sample["generated_tokens"] for sample in samples) == record["generated_tokens"]
+
+
+def test_eval_in_words(dmax: Dmax, folder: Path) -> None:
+    result = dmax("eval", "-m", folder, "--limit", "2", *SMALL)
+    assert result.code == 0
+    assert [line.split()[0] for line in result.out.splitlines()] == ["accuracy", "TPF", "speed"]
+
+
+def test_distill_json_and_going_on(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    words = ("distill", "-m", folder, "--prompts", prompts, "--output", output, *SMALL)
+    record = one_object(dmax(*words, "--json"))
+    assert (record["output"], record["prompts"]) == (str(output), len(TEXTS))
+    assert record["kept"] + record["unfinished"] == len(TEXTS)
+    assert record["kept"] == output.read_text().count("\n")
+    assert one_object(dmax(*words, "--json")) == record
+    assert f"{record['kept']} responses" in dmax(*words).out
+    if record["kept"]:
+        assert len(read_records(output)) == record["kept"]
+
+
+def test_distill_takes_training_problems(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    words = ("distill", "-m", folder, "--num", "2", "-o", tmp_path / "responses.jsonl", *SMALL, "--json")
+    assert one_object(dmax(*words))["prompts"] == 2
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    training = {"max_steps": 4, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "seed": 1}
+    recipe = {
+        "output_dir": str(folder / "out"),
+        "model": {"config": CONFIG, "experts_implementation": "dense_mm"},
+        "data": {"problems": 4},
+        "training": training | {"logging_steps": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes, sort_keys=False))
+    return path
+
+
+@DEFECT
+def test_train_json(dmax: Dmax, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    result = dmax("train", write_recipe(tmp_path), "--max-steps", "1", "--json")
+    assert one_object(result) == {"checkpoint": str(tmp_path / "out")}
+    assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
+
+
+def test_demo(dmax: Dmax, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmax.checkpoint.bundled", lambda name: folder if name in BUNDLED else None)
+    monkeypatch.setattr("dmax.demo.NUM_PROBLEMS", 2)
+    monkeypatch.setattr("dmax.tasks.word_problems.WordProblems.max_new_tokens", 8)
+    rows = one_object(dmax("demo", "--json"))["rows"]
+    assert [(row["model"], row["total"]) for row in rows] == [("tiny-base", 2)] * 3 + [("tiny-dmax", 2)]
+    assert all(row.keys() >= {"label", "accuracy", "tpf", "tokens_per_second"} for row in rows)
+    shown = dmax("demo")
+    assert shown.code == 0
+    assert all(row["label"] in shown.out for row in rows)
+
+
+# ---- what does not ------------------------------------------------------------------------------------------------
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    assert result.code == 2
+    assert result.out == ""
+    said = result.err[result.err.index("error: ") :]  # bars of loading may come before it
+    sentence, _, hint = said.strip().partition("\n\n")
+    assert "\n" not in sentence
+    assert hint == "" or (hint.startswith("hint: ") and "\n" not in hint)
+    for part in parts:
+        assert part in said
+
+
+def test_an_unknown_model(dmax: Dmax, tmp_path: Path) -> None:
+    for words in (("generate", "Hi"), ("eval",), ("distill", "-o", tmp_path / "a.jsonl")):
+        assert_refused(dmax(*words, "--model", "no/such-model"), "`no/such-model`", *BUNDLED)
+    assert_refused(dmax("eval", "-m", tmp_path), "config.json")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", pytest.param("distill", marks=DEFECT)])
+def test_an_unknown_strategy(dmax: Dmax, folder: Path, tmp_path: Path, command: str) -> None:
+    words = {"generate": ["Hi"], "eval": [], "distill": ["-o", tmp_path / "a.jsonl"]}[command]
+    result = dmax(command, *words, "-m", folder, "--strategy", "spdd")
+    assert_refused(result, "unknown strategy 'spdd'; choose from spd, threshold", "did you mean `spd`?")
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_an_unknown_task(dmax: Dmax, folder: Path) -> None:
+    assert_refused(dmax("eval", "-m", folder, "--task", "word_problem"), "'word_problem'; choose from word_problems")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "distill"])
+@pytest.mark.parametrize("threshold", ["1.5", "-0.1", "nan"])
+def test_a_threshold_that_is_no_probability(dmax: Dmax, tmp_path: Path, command: str, threshold: str) -> None:
+    words = {"generate": ["Hi"], "eval": [], "distill": ["-o", tmp_path / "a.jsonl"]}[command]
+    result = dmax(command, *words, "--threshold", threshold)
+    assert_refused(result, f"`threshold` must be a number between 0 and 1, got {float(threshold)}")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "distill"])
+@pytest.mark.parametrize("count", [pytest.param("0", marks=DEFECT), "-3"])
+def test_no_new_tokens(dmax: Dmax, folder: Path, tmp_path: Path, command: str, count: str) -> None:
+    words = {"generate": ["Hi"], "eval": ["--limit", "1"], "distill": ["-o", tmp_path / "a.jsonl", "--num", "1"]}
+    result = dmax(command, *words[command], "-m", folder, "--max-new-tokens", count)
+    assert_refused(result, "`max_new_tokens` must be a whole number of at least 1")
+
+
+def test_an_output_that_cannot_be_written(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for command in ("eval", "distill"):
+        result = dmax(command, "-m", folder, "--output", tmp_path / "file" / "a.json", *SMALL)
+        assert_refused(result, "cannot write", "choose another output")
+
+
+@pytest.mark.parametrize("command", ["eval", pytest.param("distill", marks=DEFECT)])
+def test_a_folder_is_no_output(dmax: Dmax, folder: Path, tmp_path: Path, command: str) -> None:
+    assert_refused(dmax(command, "-m", folder, "--output", tmp_path, *SMALL), f"cannot write {tmp_path}")
+
+
+def test_an_output_is_tried_before_the_model_is_loaded(dmax: Dmax, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_refused(dmax("eval", "-m", "no/such-model", "-o", tmp_path / "file" / "a.json"), "cannot write")
+
+
+def test_a_missing_recipe(dmax: Dmax, tmp_path: Path) -> None:
+    assert_refused(dmax("train", tmp_path / "no.yaml"), "no.yaml` is not a file", "see recipes/")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"trainig": {}}, ["recipe.yaml:", "unknown key `trainig`", "did you mean `training`?"]),
+        ({"training": {"objektive": "oput"}}, ["unknown key `training.objektive`", "did you mean `objective`?"]),
+        ({"training": {"objective": "opud"}}, ["`objective` must be one of mdlm, uniform, oput, got 'opud'"]),
+        ({"data": {"file": "nowhere.jsonl"}}, ["nowhere.jsonl` is not a file", "dmax distill"]),
+        ({"model": {"path": "no/such-model"}}, ["`no/such-model`", *BUNDLED]),
+        ({"eval": {"task": "sums"}}, ["unknown task 'sums'; choose from word_problems"]),
+        ({"training": None}, ["`training`"]),
+    ],
+)
+def test_a_bad_recipe(dmax: Dmax, tmp_path: Path, change: dict[str, Any], parts: list[str]) -> None:
+    pytest.importorskip("accelerate")
+    assert_refused(dmax("train", write_recipe(tmp_path, **change)), *parts)
+
+
+@DEFECT
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"model": None}, "`model`"),
+        ({"training": {"learning_rate": "5e-4x"}}, "learning_rate"),
+        ({"training": {"output_dir": "elsewhere"}}, "output_dir"),
+        ({"training": {"max_steps": "many"}}, "max_steps"),
+        ({"data": {"problems": "many"}}, "problems"),
+        ({"data": {"problems": 4, "numbers": {"largst": 30}}}, "largst"),
+        ({"model": {"config": {**CONFIG, "hiden_size": 16}}}, "hiden_size"),
+        ({"output_dir": 3}, "output_dir"),
+        ({3: "x"}, "3"),
+    ],
+)
+def test_a_recipe_with_a_value_of_the_wrong_kind(dmax: Dmax, tmp_path: Path, change: dict[Any, Any], part: str) -> None:
+    pytest.importorskip("accelerate")
+    path = write_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["training"]["max_steps"] = 1
+    path.write_text(yaml.safe_dump(recipe | change, sort_keys=False))
+    assert_refused(dmax("train", path), part)
+
+
+def test_bad_prompts(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    words = ("distill", "-m", folder, "-o", tmp_path / "a.jsonl", "--prompts")
+    assert_refused(dmax(*words, tmp_path / "no.jsonl"), "no.jsonl` is not a file")
+    path = tmp_path / "prompts.jsonl"
+    for content, part in (
+        ("", "is empty"),
+        ("x\n", "prompts.jsonl:1: not a JSON object"),
+        ('{"a": 1}\n', "no `prompt`"),
+    ):
+        path.write_text(content)
+        assert_refused(dmax(*words, path), part)
+    assert [found.name for found in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:
+    generate = ("generate", "-m", folder, "Hi")
+    assert_refused(dmax("generate", "-m", folder, stdin=" \n"), "no prompt given")
+    assert_refused(dmax("generate", "-m", bare_folder, "Hi"), "no tokenizer")
+    assert_refused(dmax(*generate, "--dtype", "float61"), "unknown dtype 'float61'; choose from auto, float32")
+    assert_refused(dmax(*generate, "--device", "cdua"), "unknown device 'cdua'; choose from auto, cpu, cuda")
+    assert_refused(dmax(*generate, "--max-new-tokens", "600"), "the model has 512")
+    assert_refused(dmax(*generate, "--top-k", "0"), "`top_k` must be a whole number of at least 1, got 0")
+    assert_refused(dmax(*generate, "--temperature", "-1"), "`temperature` must be a number of at least 0")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["evaluate"], "evaluate"),
+        (["eval", "--treshold", "0.5"], "--treshold"),
+        (["eval", "--limit", "0"], "--limit"),
+        (["eval", "--limit", "many"], "--limit"),
+        (["distill"], "--output"),
+        (["train"], "RECIPE"),
+    ],
+)
+def test_wrong_usage(dmax: Dmax, words: list[str], part: str) -> None:
+    result = dmax(*words)
+    assert (result.code, result.out) == (2, "")
+    assert part.lower() in result.err.lower()

@@ -1,0 +1,89 @@
+"""The README is true: its Python runs, and the commands it shows exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from dmax.cli import app
+from dmax.tiny import BUNDLED, bundled
+
+README = Path(__file__).parents[1] / "README.md"
+NOT_RUN = "<!-- not run"  # in the line above a block that needs the network or a GPU, with the reason
+HAS_MODELS = all((folder := bundled(name)) and (folder / "config.json").is_file() for name in BUNDLED)
+
+needs_readme = pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
+needs_models = pytest.mark.skipif(not HAS_MODELS, reason="the bundled models are not built yet")
+
+
+def blocks(text: str) -> Iterator[tuple[int, str, str, bool]]:
+    """First line, language and content of every fenced block, and whether it is to be run."""
+    for found in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", text, flags=re.MULTILINE | re.DOTALL):
+        above = text[: found.start()].rstrip().rpartition("\n")[2]
+        yield text[: found.start(2)].count("\n") + 1, found[1], found[2], not above.startswith(NOT_RUN)
+
+
+def commands(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Line and words of every `dmax …` in a block, pipes and what follows them left out."""
+    for first, language, content, _ in blocks(text):
+        if language == "python":
+            continue
+        joined = re.sub(r"\\\n", lambda _: "\0", content)  # a command over several lines keeps its number
+        number = first
+        for line in joined.split("\n"):
+            bare = line.replace("\0", " ").strip().removeprefix("$ ")
+            if bare.startswith("dmax "):
+                words = shlex.split(bare, comments=True)
+                end = next((index for index, word in enumerate(words) if word in {"|", ">", "&&", ";", "<"}), None)
+                yield number, words[1:end]
+            number += 1 + line.count("\0")
+
+
+def complaint(words: list[str]) -> str | None:
+    """Why a command line cannot be right, or None."""
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    if words[0].startswith("--"):
+        return None if words[0] == "--help" else f"no flag {words[0]}"
+    if words[0] not in known:
+        return f"no command {words[0]}"
+    flags = {flag for parameter in known[words[0]].params for flag in parameter.opts} | {"--help"}
+    given = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)]
+    return next((f"{words[0]} has no flag {flag}" for flag in given if flag not in flags), None)
+
+
+def test_blocks_and_commands_are_found() -> None:
+    text = (
+        "a\n```python\nx = 1\n```\n\n<!-- not run: a GPU -->\n```python\ny\n```\n"
+        "```bash\n$ dmax eval \\\n  --bad 3 | tee x --no\ndmax chat  # --comment\npip install dmax\n```\n"
+    )
+    assert [(line, language, run) for line, language, _, run in blocks(text)] == [
+        (3, "python", True),
+        (8, "python", False),
+        (11, "bash", True),
+    ]
+    assert list(commands(text)) == [(11, ["eval", "--bad", "3"]), (13, ["chat"])]
+    assert complaint(["eval", "--bad", "3"]) == "eval has no flag --bad"
+    assert complaint(["chatt"]) == "no command chatt"
+    assert complaint(["generate", "-m", "tiny-dmax", "--threshold=0.5", "a question"]) is None
+
+
+@needs_readme
+def test_shown_commands_and_flags_exist() -> None:
+    found = list(commands(README.read_text(encoding="utf-8")))
+    wrong = [f"README.md:{line}: {reason}" for line, words in found if (reason := complaint(words))]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@needs_readme
+@needs_models
+def test_python_blocks_run() -> None:
+    namespace: dict[str, object] = {}  # one for all: later blocks go on from earlier ones
+    for line, language, content, is_run in blocks(README.read_text(encoding="utf-8")):
+        if language == "python" and is_run:
+            code = compile("\n" * (line - 1) + content, str(README), "exec")
+            exec(code, namespace)

@@ -1,0 +1,353 @@
+"""`LLM`: every form of prompt, one or many, alone or together; streams; limits; checkpoints without a tokenizer.
+
+The fixtures `folder` and `bare_folder` are here for all tests of the edges: a random model that takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dmax import LLM, DecodingParams, GenerationOutput, InputError, StreamEvent
+from dmax.checkpoint import load_checkpoint, save_checkpoint
+from dmax.engine.engine import Engine
+from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from dmax.tiny.tokenizer import build_tokenizer
+
+CONFIG = {
+    "block_length": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.5,  # spread logits: different tokens at different positions, and some confidence
+}
+
+
+def build(factory: pytest.TempPathFactory, with_tokenizer: bool) -> Path:
+    """A random checkpoint, the same weights with and without its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    ids = {"mask_token_id": mask, "eos_token_id": eos, "pad_token_id": eos}
+    model = LLaDA2MoeModelLM(LLaDA2MoeConfig(vocab_size=len(tokenizer), **ids, **CONFIG))
+    folder = factory.mktemp("checkpoints") / ("tiny" if with_tokenizer else "bare")
+    save_checkpoint(
+        model,
+        tokenizer if with_tokenizer else None,
+        folder,
+        mask_token_id=mask,
+        eos_token_id=eos,
+        block_length=CONFIG["block_length"],
+    )
+    return folder
+
+
+@pytest.fixture(scope="session", name="folder")
+def folder_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory, True)
+
+
+@pytest.fixture(scope="session", name="bare_folder")
+def bare_folder_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory, False)
+
+
+@pytest.fixture(scope="session", name="llm")
+def llm_fixture(folder: Path) -> LLM:
+    return LLM(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bare(bare_folder: Path) -> LLM:
+    return LLM(str(bare_folder), dtype="float32", device="cpu")
+
+
+PARAMS = DecodingParams(max_new_tokens=16)
+DEFECT = pytest.mark.xfail(strict=False, reason="defect: a patch is suggested; drop this mark with it")
+TEXTS = ["Tom has 3 apples.", "Tom buys 5 apples at the market. How many apples does Tom have now?", "Hi"]
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+# ---- prompts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_its_messages_and_its_ids_are_one_prompt(llm: LLM) -> None:
+    ids = llm.encode(TEXTS[0])
+    assert llm.tokenizer.decode(ids) == f"<role>HUMAN</role>{TEXTS[0]}<|role_end|><role>ASSISTANT</role>"
+    assert llm.encode(messages(TEXTS[0])) == llm.encode(list(ids)) == llm.encode(ids) == ids
+    forms: list[Any] = [TEXTS[0], messages(TEXTS[0]), list(ids), ids]
+    singles = [llm.generate(form, PARAMS) for form in forms]
+    assert all(isinstance(outputs, list) and len(outputs) == 1 for outputs in singles)
+    assert singles[0] == singles[1] == singles[2] == singles[3]
+    assert singles[0][0].prompt_token_ids == ids
+    assert llm.generate(forms, PARAMS) == singles[0] * 4
+    assert llm.generate(tuple(forms), PARAMS) == singles[0] * 4
+
+
+def test_a_list_keeps_its_order_and_every_prompt_its_result(llm: LLM) -> None:
+    prompts: list[Any] = [*TEXTS, messages(TEXTS[1][:20]), list(range(5)), [7], messages("a")]
+    alone = [llm.generate(prompt, PARAMS)[0] for prompt in prompts]
+    assert len({output.token_ids for output in alone}) == len(prompts)  # else the order would not show
+    assert llm.generate(prompts, PARAMS) == alone
+    assert llm.generate(prompts[::-1], PARAMS) == alone[::-1]
+    few = LLM.from_checkpoint(llm.checkpoint, max_batch_size=2)
+    assert few.generate(prompts, PARAMS) == alone
+
+
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == []
+    assert llm.generate([], []) == []
+
+
+def test_a_text_goes_through_the_chat_template_only_if_there_is_one(llm: LLM) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    plain = LLM.from_checkpoint(replace(llm.checkpoint, tokenizer=tokenizer))
+    assert plain.encode(TEXTS[0]) == tuple(tokenizer.encode(TEXTS[0]))
+    with pytest.raises(InputError, match="this checkpoint has no chat template"):
+        plain.generate(messages(TEXTS[0]))
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        pytest.param([None], marks=DEFECT),
+        pytest.param([3.5], marks=DEFECT),
+        [["a", "b"]],
+        [[1, "a"]],
+        [[True]],
+        [[messages("a")]],
+    ],
+)
+def test_a_prompt_of_no_known_form_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InputError, match="a prompt must be a text, a list of token ids or a list of chat messages"):
+        llm.generate(prompts)
+
+
+@pytest.mark.parametrize("prompts", [None, 3, {"role": "user", "content": "a"}, torch.tensor([1, 2])])
+def test_what_is_no_list_of_prompts_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InputError, match="prompts must be a text or a list"):
+        llm.generate(prompts)
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [10_000]])
+def test_ids_that_are_none_are_refused(llm: LLM, prompt: list[int]) -> None:
+    with pytest.raises(InputError, match="prompt 1 (is empty|holds a token id outside the vocabulary)"):
+        llm.generate([[1], prompt])
+
+
+# ---- parameters ---------------------------------------------------------------------------------------------------
+
+
+def test_params_are_for_all_or_one_for_each(llm: LLM) -> None:
+    each = [
+        PARAMS,
+        DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=9),
+        DecodingParams(max_new_tokens=24, block_length=4),
+    ]
+    alone = [llm.generate(text, params)[0] for text, params in zip(TEXTS, each, strict=True)]
+    assert [len(output.token_ids) for output in alone] == [16, 9, 24]
+    assert llm.generate(TEXTS, each) == alone
+    assert llm.generate(TEXTS, tuple(each)) == alone
+    assert llm.generate(TEXTS, PARAMS) == llm.generate(TEXTS, [PARAMS] * 3)
+    assert llm.generate(TEXTS[0], [PARAMS]) == llm.generate(TEXTS[0], PARAMS)
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_a_wrong_number_of_params_is_refused(llm: LLM, count: int) -> None:
+    with pytest.raises(InputError, match=f"got 3 prompts and {count} params; give one for all or one for each"):
+        llm.generate(TEXTS, [PARAMS] * count)
+
+
+def test_a_block_length_belongs_to_its_request(llm: LLM, folder: Path) -> None:
+    each = [replace(PARAMS, block_length=length) for length in (None, 4, 16, 8)]
+    outputs = llm.generate([TEXTS[1]] * 4, each)
+    assert outputs[0] == outputs[3]  # 8 is the checkpoint's own
+    for output, params in zip(outputs, each, strict=True):
+        length = params.block_length
+        other = LLM(str(folder), dtype="float32", device="cpu", block_length=length)
+        assert other.generate(TEXTS[1], PARAMS) == [output]
+        assert output.num_prefill_forwards == 1
+
+
+def test_an_unknown_strategy_is_an_error_before_any_compute(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(Engine, "run", fails)
+    monkeypatch.setattr(type(llm.model), "forward", fails)
+    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from spd, threshold"):
+        llm.generate(TEXTS[:2], [PARAMS, DecodingParams(strategy="spdd")])
+    with pytest.raises(InputError, match="did you mean `spd`"):
+        list(llm.stream(TEXTS[0], DecodingParams(strategy="spdd")))
+
+
+def test_what_does_not_fit_the_context_is_refused(llm: LLM) -> None:
+    with pytest.raises(InputError, match="prompt 1 has 1 tokens; with `max_new_tokens` 512 it needs 520 positions"):
+        llm.generate([[1], [1]], [PARAMS, DecodingParams(max_new_tokens=512)])
+    assert len(llm.generate([1] * 504, DecodingParams(max_new_tokens=8))[0].token_ids) <= 8
+
+
+@DEFECT
+def test_a_request_that_does_not_fit_is_refused_before_others_are_decoded(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(type(llm.model), "forward", fails)
+    with pytest.raises(InputError, match="the model has 512"):
+        llm.generate([[1], [1]], [PARAMS, DecodingParams(max_new_tokens=512, block_length=4)])
+
+
+# ---- outputs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 5, 8, 13])
+def test_max_new_tokens_cuts_the_completion(llm: LLM, limit: int) -> None:
+    whole = llm.generate(TEXTS, DecodingParams(max_new_tokens=32))
+    cut = llm.generate(TEXTS, DecodingParams(max_new_tokens=limit))
+    for short, long in zip(cut, whole, strict=True):
+        assert short.token_ids == long.token_ids[:limit]
+        assert short.text == llm.tokenizer.decode(short.token_ids, skip_special_tokens=True)
+        assert short.finish_reason == long.finish_reason == "length"
+        assert short.num_forwards <= long.num_forwards
+
+
+def with_eos(llm: LLM, prompt: Any) -> tuple[LLM, tuple[int, ...]]:
+    """The same model with another EOS, one that its completion holds, and the completion before it."""
+    tokens = llm.generate(prompt, DecodingParams(max_new_tokens=32))[0].token_ids
+    eos = next(token for index, token in enumerate(tokens) if index >= 10 and token not in tokens[:index])
+    return LLM.from_checkpoint(replace(llm.checkpoint, eos_token_ids=(eos,))), tokens[: tokens.index(eos)]
+
+
+def test_eos_ends_the_completion_and_is_no_part_of_it(llm: LLM) -> None:
+    ending, expected = with_eos(llm, TEXTS[2])
+    (output,) = ending.generate(TEXTS[2], DecodingParams(max_new_tokens=32))
+    assert output.token_ids == expected
+    assert output.finish_reason == "stop"
+    assert output.text == llm.tokenizer.decode(expected, skip_special_tokens=True)
+    (whole,) = llm.generate(TEXTS[2], DecodingParams(max_new_tokens=32))
+    assert output.num_forwards < whole.num_forwards  # blocks behind the EOS are not decoded
+
+
+def test_tokens_per_forward_count_what_was_generated() -> None:
+    output = GenerationOutput("a", tuple(range(12)), (1,) * 9, "stop", 4, 2, 3)
+    assert output.tokens_per_forward == 3.0
+    assert output.tokens_per_forward_paper == 2.0
+    assert replace(output, token_ids=()).tokens_per_forward == 0.0
+
+
+def test_forwards_are_counted_and_commits_shown(llm: LLM) -> None:
+    apart = LLM.from_checkpoint(llm.checkpoint, commit="separate")
+    (folded,), (separate,) = llm.generate(TEXTS[1], PARAMS), apart.generate(TEXTS[1], PARAMS)
+    assert folded.num_prefill_forwards == separate.num_prefill_forwards == 1
+    blocks = -(-(len(folded.prompt_token_ids) % 8 + 16) // 8)
+    assert (folded.num_commit_forwards, separate.num_commit_forwards) == (0, blocks - 1)
+    assert blocks <= folded.num_forwards <= 8 * blocks
+
+
+# ---- streams ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [DecodingParams(max_new_tokens=20), DecodingParams(strategy="threshold")])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_stream_tells_the_story_of_its_output(llm: LLM, params: DecodingParams, ends: bool) -> None:
+    prompt = TEXTS[2]
+    params = replace(params, max_new_tokens=20)
+    streaming = with_eos(llm, prompt)[0] if ends else llm
+    events = list(streaming.stream(prompt, params))
+    (output,) = streaming.generate(prompt, params)
+
+    *steps, last = events
+    assert all(isinstance(event, StreamEvent) for event in events)
+    assert (last.kind, last.output) == ("finished", output)
+    assert (last.text, last.token_ids) == (output.text, output.token_ids)
+    assert {event.kind for event in steps} == {"provisional", "committed"}
+    assert len(steps) == output.num_forwards  # one event a forward
+
+    tokens: list[int] = []
+    step = 0
+    for event in steps:
+        step += 1
+        assert (event.position, event.step, event.output) == (len(tokens), step, None)
+        assert len(event.token_ids) == len(event.masked) == len(event.confidence)
+        mask = streaming.checkpoint.mask_token_id
+        assert [token == mask for token in event.token_ids] == list(event.masked)
+        if event.kind == "committed":
+            assert not any(event.masked)
+            tokens += event.token_ids
+            step = 0
+    eos = streaming.checkpoint.eos_token_ids[0]
+    cut = tokens[: tokens.index(eos)] if eos in tokens else tokens
+    assert tuple(cut[:20]) == output.token_ids
+    assert steps[-1].kind == "committed"
+
+
+def test_the_text_of_an_event_is_what_is_decided_before_eos(llm: LLM) -> None:
+    streaming, _ = with_eos(llm, TEXTS[2])
+    eos = streaming.checkpoint.eos_token_ids[0]
+    for event in streaming.stream(TEXTS[2], DecodingParams(max_new_tokens=32)):
+        end = event.token_ids.index(eos) if eos in event.token_ids else len(event.token_ids)
+        shown = [t for t in event.token_ids[:end] if t != streaming.checkpoint.mask_token_id]
+        assert event.text == llm.tokenizer.decode(shown, skip_special_tokens=True)
+
+
+def test_a_stream_takes_one_prompt(llm: LLM) -> None:
+    ids = list(llm.encode(TEXTS[0]))
+    assert list(llm.stream(ids, PARAMS)) == list(llm.stream(TEXTS[0], PARAMS))
+    with pytest.raises(InputError, match="a prompt must be"):
+        list(llm.stream(TEXTS, PARAMS))  # type: ignore[arg-type]
+
+
+# ---- without a tokenizer ------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_tokenizer_takes_and_gives_ids(bare: LLM, llm: LLM) -> None:
+    prompts = [list(llm.encode(text)) for text in TEXTS]
+    outputs = bare.generate(prompts, PARAMS)
+    assert bare.tokenizer is None
+    assert outputs == [replace(output, text="") for output in llm.generate(prompts, PARAMS)]
+    (*_, last) = bare.stream(prompts[0], PARAMS)
+    assert (last.output, last.text) == (outputs[0], "")
+
+
+def test_a_checkpoint_without_tokenizer_says_so(bare: LLM) -> None:
+    with pytest.raises(InputError, match="no tokenizer") as error:
+        bare.generate("Hi")
+    assert error.value.hint == "pass prompts as lists of token ids"
+    with pytest.raises(InputError, match="no chat template"):
+        bare.generate(messages("Hi"))
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_ids_given_to_the_constructor_win(folder: Path) -> None:
+    llm = LLM(str(folder), dtype=torch.float32, device="cpu", mask_token_id=3, eos_token_id=5, block_length=16)
+    assert (llm.checkpoint.mask_token_id, llm.checkpoint.eos_token_ids, llm.checkpoint.block_length) == (3, (5,), 16)
+    assert not llm.model.training
+
+
+def test_a_model_in_memory_is_taken_as_it_is(folder: Path, llm: LLM) -> None:
+    checkpoint = load_checkpoint(folder, dtype=torch.float32, device="cpu")
+    checkpoint.model.train()
+    other = LLM.from_checkpoint(checkpoint)
+    assert other.model is checkpoint.model and not other.model.training
+    assert other.generate(TEXTS, PARAMS) == llm.generate(TEXTS, PARAMS)

@@ -1,0 +1,90 @@
+"""Options are checked where they are made: one clear sentence with the field, the range and the value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from dmax.errors import InputError
+from dmax.params import DecodingParams
+
+
+def test_defaults_are_the_public_ones() -> None:
+    assert dataclasses.asdict(DecodingParams()) == {
+        "strategy": "spd",
+        "threshold": None,
+        "stop_confidence": 0.9,
+        "top_k": 1,
+        "block_length": None,
+        "max_new_tokens": 256,
+        "temperature": 0.0,
+        "seed": None,
+        "max_steps_per_block": None,
+        "prefix_only": True,
+        "soft_inputs": True,
+        "renormalize": True,
+        "stop_on_confidence": True,
+        "stop_on_consistency": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"threshold": 0},
+        {"threshold": 1},
+        {"stop_confidence": 1},
+        {"stop_confidence": 1e-9},
+        {"top_k": 1},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 10**400},  # absurd, but no reason for an OverflowError
+        {"temperature": 0},
+        {"seed": 0},
+        {"seed": 2**63 - 1},
+        {"strategy": "a plugin's"},
+    ],
+)
+def test_the_ends_of_every_range_are_valid(values: dict[str, Any]) -> None:
+    assert dataclasses.asdict(DecodingParams(**values)).items() >= values.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("threshold", -0.1, "a number between 0 and 1"),
+        ("threshold", 1.5, "a number between 0 and 1"),
+        ("threshold", float("nan"), "a number between 0 and 1"),
+        ("threshold", "0.5", "a number between 0 and 1"),
+        ("threshold", True, "a number between 0 and 1"),
+        ("stop_confidence", 0.0, "a number above 0 and at most 1"),
+        ("stop_confidence", 1.01, "a number above 0 and at most 1"),
+        ("stop_confidence", None, "a number above 0 and at most 1"),
+        ("top_k", 0, "a whole number of at least 1"),
+        ("top_k", 1.0, "a whole number of at least 1"),
+        ("max_new_tokens", 0, "a whole number of at least 1"),
+        ("block_length", 0, "a whole number of at least 1"),
+        ("max_steps_per_block", 0, "a whole number of at least 1"),
+        ("temperature", -1, "a number of at least 0"),
+        ("temperature", float("inf"), "a number of at least 0"),
+        ("temperature", float("nan"), "a number of at least 0"),
+        ("seed", -1, "a whole number between 0 and"),
+        ("seed", 2**63, "a whole number between 0 and"),
+        ("strategy", None, "a name"),
+        ("soft_inputs", "no", "true or false"),  # a string would count as true
+        ("prefix_only", 0, "true or false"),
+    ],
+)
+def test_bad_values_are_named(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InputError) as error:
+        DecodingParams(**{name: value})
+    assert error.value.message.startswith(f"`{name}` must be {allowed}")
+    assert error.value.message.endswith(f"got {value!r}")
+
+
+def test_params_are_values() -> None:
+    assert DecodingParams(threshold=0.5) == DecodingParams(threshold=0.5)
+    assert hash(DecodingParams()) == hash(DecodingParams())  # the engine groups requests by them
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DecodingParams().threshold = 0.3  # type: ignore[misc]

@@ -1,0 +1,136 @@
+"""What users and their scripts rely on, written down: a change here is a change for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_llm import folder_fixture  # noqa: F401  (fixture)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
+
+import dmax
+from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+
+EXPORTS = "__version__ DecodingParams GenerationOutput InputError LLM StreamEvent strategies".split()
+
+DECODING_PARAMS = {
+    "strategy": "spd",
+    "threshold": None,
+    "stop_confidence": 0.9,
+    "top_k": 1,
+    "block_length": None,
+    "max_new_tokens": 256,
+    "temperature": 0.0,
+    "seed": None,
+    "max_steps_per_block": None,
+    "prefix_only": True,
+    "soft_inputs": True,
+    "renormalize": True,
+    "stop_on_confidence": True,
+    "stop_on_consistency": True,
+}
+GENERATION_OUTPUT = (
+    "text token_ids prompt_token_ids finish_reason num_forwards num_prefill_forwards num_commit_forwards".split()
+)
+STREAM_EVENT = "kind text token_ids masked confidence position step output".split()
+
+COMMANDS = {
+    "demo": "--json",
+    "generate": (
+        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --block-length --temperature --seed "
+        "--dtype --device --json"
+    ),
+    "train": "recipe --max-steps --fresh --json",
+    "distill": (
+        "--output -o --model -m --num --prompts --strategy --threshold --max-new-tokens --seed --batch-size "
+        "--dtype --device --json"
+    ),
+    "eval": (
+        "--model -m --task --strategy --threshold --limit --seed --max-new-tokens --top-k --block-length "
+        "--batch-size --dtype --device --output -o --json"
+    ),
+}
+
+NOT_BY_IMPORT = "typer rich matplotlib fastapi uvicorn datasets peft lm_eval ray".split()
+
+
+def test_exports() -> None:
+    assert dmax.__all__ == EXPORTS
+    assert dir(dmax) == EXPORTS
+    assert all(getattr(dmax, name) is not None for name in EXPORTS)
+    namespace: dict[str, object] = {}
+    exec("from dmax import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == set(EXPORTS)
+    with pytest.raises(AttributeError, match="module 'dmax' has no attribute 'Engine'"):
+        dmax.Engine  # noqa: B018
+
+
+def test_strategies() -> None:
+    assert {"spd", "threshold"} <= set(dmax.strategies())
+
+
+def test_decoding_params() -> None:
+    fields = dataclasses.fields(dmax.DecodingParams)
+    assert {field.name: field.default for field in fields} == DECODING_PARAMS
+    assert [field.name for field in fields] == list(DECODING_PARAMS)  # also by position
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        dmax.DecodingParams().threshold = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "properties"),
+    [
+        (dmax.GenerationOutput, GENERATION_OUTPUT, ["tokens_per_forward", "tokens_per_forward_paper"]),
+        (dmax.StreamEvent, STREAM_EVENT, []),
+    ],
+)
+def test_results(kind: type, names: list[str], properties: list[str]) -> None:
+    assert [field.name for field in dataclasses.fields(kind)] == names  # type: ignore[arg-type]
+    assert sorted(name for name, value in vars(kind).items() if isinstance(value, property)) == properties
+    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_commands_and_their_flags() -> None:
+    pytest.importorskip("typer")
+    from dmax.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: [option for parameter in command.params for option in parameter.opts if option != "--help"]
+        for name, command in commands.items()
+    }
+    assert found == {name: flags.split() for name, flags in COMMANDS.items()}
+
+
+def test_import_is_light() -> None:
+    # transformers imports accelerate by itself where that is installed; what counts is what comes on top of it.
+    source = Path(dmax.__file__).parents[1]
+    program = (
+        "import sys; import transformers, transformers.modeling_utils; before = set(sys.modules)\n"
+        f"sys.path.insert(0, {str(source)!r}); import dmax\n"
+        f"heavy = {{'accelerate', *{NOT_BY_IMPORT!r}}}\n"
+        "added = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        f"print(sorted(heavy & added | set({NOT_BY_IMPORT!r}) & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_auto_classes_give_ours(folder: Path) -> None:
+    assert type(AutoConfig.from_pretrained(folder)) is LLaDA2MoeConfig
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(model) is LLaDA2MoeModelLM
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode("Tom has 3 apples.")])
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]).logits
+        embeds = model.get_input_embeddings()(ids)
+        from_embeds = model(inputs_embeds=embeds, attention_mask=mask).logits
+    assert logits.shape == (1, ids.shape[1], model.config.vocab_size)
+    assert torch.equal(logits, from_embeds)
