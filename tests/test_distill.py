@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_llm import DEFECT, folder_fixture, llm_fixture  # noqa: F401  (fixtures)
+from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
 from dmax.distill import DistillReport, distill, read_prompts
@@ -95,7 +95,6 @@ def test_a_line_cut_off_is_answered_again(output: Path) -> None:
     assert output.read_text(encoding="utf-8") == text
 
 
-@DEFECT
 def test_a_line_cut_off_inside_a_letter_is_answered_again(output: Path) -> None:
     run(output, Responder(), PROMPTS[:6])
     whole = output.read_bytes()
@@ -106,7 +105,6 @@ def test_a_line_cut_off_inside_a_letter_is_answered_again(output: Path) -> None:
     assert output.read_bytes() == whole
 
 
-@DEFECT
 def test_separators_of_lines_inside_a_response_are_no_ends_of_records(output: Path) -> None:
     prompts = ["first\u2028second", "next\x85line"]
     run(output, Responder(), prompts)
@@ -139,7 +137,7 @@ def test_more_prompts_continue_a_file_and_other_prompts_do_not(output: Path) -> 
 
 @pytest.mark.parametrize(
     "line",
-    [pytest.param("nonsense", marks=DEFECT), pytest.param("[1]", marks=DEFECT), "{}", '{"index": 1, "prompt": "one"}'],
+    ["nonsense", "[1]", "{}", '{"index": 1, "prompt": "one"}'],
 )
 def test_a_file_of_something_else_is_refused(output: Path, line: str) -> None:
     output.parent.mkdir()
@@ -155,7 +153,6 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "file" / "responses.jsonl", Responder())
 
 
-@DEFECT
 def test_a_folder_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot write"):
@@ -174,7 +171,6 @@ def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
 # ---- prompts ------------------------------------------------------------------------------------------------------
 
 
-@DEFECT
 def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"question": "b", "answer": "c"}\n{"prompt": "ü\u2028"}\n', encoding="utf-8")
@@ -189,7 +185,8 @@ def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
         (b"[1]\n", r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": " "}\n', r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": 3}\n', r"prompts.jsonl:1: no `prompt`"),
-        pytest.param(b"\xff\xfe\n", "prompts.jsonl", marks=DEFECT),
+        b"\xff\xfe\n",
+        "prompts.jsonl",
     ],
 )
 def test_bad_prompts_are_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:

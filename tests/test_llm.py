@@ -76,7 +76,6 @@ def bare(bare_folder: Path) -> LLM:
 
 
 PARAMS = DecodingParams(max_new_tokens=16)
-DEFECT = pytest.mark.xfail(strict=False, reason="defect: a patch is suggested; drop this mark with it")
 TEXTS = ["Tom has 3 apples.", "Tom buys 5 apples at the market. How many apples does Tom have now?", "Hi"]
 
 
@@ -127,8 +126,8 @@ def test_a_text_goes_through_the_chat_template_only_if_there_is_one(llm: LLM) ->
 @pytest.mark.parametrize(
     "prompts",
     [
-        pytest.param([None], marks=DEFECT),
-        pytest.param([3.5], marks=DEFECT),
+        [None],
+        [3.5],
         [["a", "b"]],
         [[1, "a"]],
         [[True]],
@@ -204,7 +203,6 @@ def test_what_does_not_fit_the_context_is_refused(llm: LLM) -> None:
     assert len(llm.generate([1] * 504, DecodingParams(max_new_tokens=8))[0].token_ids) <= 8
 
 
-@DEFECT
 def test_a_request_that_does_not_fit_is_refused_before_others_are_decoded(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ NOT_BY_IMPORT = "typer rich matplotlib fastapi uvicorn datasets peft lm_eval ray
 
 def test_exports() -> None:
     assert dmax.__all__ == EXPORTS
-    assert dir(dmax) == EXPORTS
+    assert dir(dmax) == sorted(EXPORTS)
     assert all(getattr(dmax, name) is not None for name in EXPORTS)
     namespace: dict[str, object] = {}
     exec("from dmax import *", namespace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +36,7 @@ TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
 BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 
 def main() -> None:
@@ -135,7 +135,8 @@ def train(
     from dmax.recipe import load_recipe, run_recipe
 
     overrides = {} if max_steps is None else {"max_steps": max_steps}
-    folder = run_recipe(load_recipe(recipe, overrides), resume=not fresh, report=lambda line: console.print(line))
+    with redirect_stdout(sys.stderr):  # where the Trainer's log lines belong: stdout is for the result
+        folder = run_recipe(load_recipe(recipe, overrides), resume=not fresh, report=lambda line: console.print(line))
     if as_json:
         _emit({"checkpoint": str(folder)})
     else:
@@ -161,6 +162,7 @@ def distill(
 
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
+    from dmax.decoding import get_strategy
     from dmax.distill import distill as run_distill
     from dmax.distill import read_prompts
     from dmax.llm import LLM
@@ -168,7 +170,12 @@ def distill(
     from dmax.tasks.word_problems import problems
 
     questions = read_prompts(prompts) if prompts else [problem.question for problem in problems(num, seed=seed)]
-    params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens or 256)
+    params = DecodingParams(
+        strategy=strategy,
+        threshold=threshold,
+        max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
+    )
+    get_strategy(params)  # an unknown one is an error before files and models are touched
     llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
     with progress_bar("distilling") as progress:
         report = run_distill(llm, questions, output, params, progress=progress)

@@ -7,6 +7,7 @@ Responses are decoded at a conservative threshold, unfinished ones are dropped, 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,13 @@ def distill(
     Raises:
         InputError: `output` holds lines that do not belong to these prompts, or cannot be written.
     """
+    if output.is_dir():
+        raise InputError(f"cannot write {output}: it is a folder", hint="name a file")
     dropped = output.with_suffix(".unfinished.jsonl")
-    kept, unfinished = (len(_answered(file, prompts)) for file in (output, dropped))
-    done = _answered(output, prompts) | _answered(dropped, prompts)
-    waiting = [index for index in range(len(prompts)) if index not in done]
     try:
+        finished, others = _answered(output, prompts), _answered(dropped, prompts)
+        kept, unfinished = len(finished), len(others)
+        waiting = [index for index in range(len(prompts)) if index not in finished | others]
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a", encoding="utf-8") as good, dropped.open("a", encoding="utf-8") as bad:
             for start in range(0, len(waiting), chunk):
@@ -68,14 +71,17 @@ def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
     """Indices of the prompts a file answers already; a last line cut off by an interruption is removed."""
     if not file.exists():
         return set()
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
+    data = file.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end != len(data):
+        os.truncate(file, end)
     done = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        record = json.loads(line)
-        index = record.get("index")
+    for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):  # texts may hold other separators of lines
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        index = record.get("index") if isinstance(record, dict) else None
         if not isinstance(index, int) or not 0 <= index < len(prompts) or prompts[index] != record.get("prompt"):
             raise InputError(f"{file}:{number} answers another prompt", hint="choose a new output file")
         done.add(index)
@@ -87,11 +93,13 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"prompts `{path}` is not a file")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not a JSON object ({error.msg})") from None
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a JSON object ({error})") from None
         prompt = record.get("prompt", record.get("question")) if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"{path}:{number}: no `prompt`")

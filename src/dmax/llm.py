@@ -154,8 +154,11 @@ class LLM:
         """
         requests = self._requests(prompts, params)
         outputs: list[GenerationOutput | None] = [None] * len(requests)
-        for block_length, group in self._by_block_length(requests).items():
-            for event in self._engine(block_length).run(group):
+        groups = [(self._engine(length), group) for length, group in self._by_block_length(requests).items()]
+        for engine, group in groups:
+            engine.check(group)  # of all groups, before the first is decoded
+        for engine, group in groups:
+            for event in engine.run(group):
                 if event.kind == "finished":
                     outputs[event.index] = self._output(requests[event.index], event.completion)
         return [output for output in outputs if output is not None]
@@ -183,13 +186,16 @@ class LLM:
             if not self.tokenizer.chat_template:
                 return tuple(self.tokenizer.encode(prompt))
             prompt = [{"role": "user", "content": prompt}]
-        if prompt and all(isinstance(message, Mapping) for message in prompt):
+        is_list = isinstance(prompt, Sequence)
+        if is_list and prompt and all(isinstance(message, Mapping) for message in prompt):
             if self.tokenizer is None or not self.tokenizer.chat_template:
                 raise InputError("this checkpoint has no chat template", hint="pass texts or lists of token ids")
-            messages = [dict(message) for message in prompt]  # type: ignore[arg-type]
+            messages: list[dict[str, str]] = [dict(message) for message in prompt]  # type: ignore[arg-type]
+            if not all({"role", "content"} <= message.keys() for message in messages):
+                raise InputError("a chat message is a mapping with `role` and `content`")
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             return tuple(ids)
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        if is_list and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
             return tuple(prompt)  # type: ignore[arg-type]
         raise InputError(
             f"a prompt must be a text, a list of token ids or a list of chat messages, got {prompt!r:.80}",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -99,12 +99,16 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for key in ("output_dir", "model", "data", "training"):
         if key not in content:
             raise InputError(f"{path}: `{key}` is missing")
+    if not isinstance(content["output_dir"], str):
+        raise InputError(f"{path}:{lines['output_dir']}: `output_dir` must be a path, got {content['output_dir']!r}")
     sections: dict[str, Any] = {}
     for key, kind in (("model", ModelSection), ("data", DataSection), ("eval", EvalSection)):
         if key != "eval" or content.get(key) is not None:
             _check_keys(path, lines, f"{key}.", content[key], _names(kind))
+            _check_types(path, lines, f"{key}.", content[key], kind)
             sections[key] = kind(**content[key])
-    _check_keys(path, lines, "training.", content["training"], _names(DMaxConfig))
+    _check_keys(path, lines, "training.", content["training"], _names(DMaxConfig) - {"output_dir"})
+    _check_types(path, lines, "training.", content["training"], DMaxConfig)
     training = {**content["training"], **(overrides or {})}
     recipe = Recipe(path, Path(content["output_dir"]), training=training, **sections)
     if (recipe.model.path is None) == (recipe.model.config is None):
@@ -119,6 +123,21 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return recipe
 
 
+def _check_types(path: Path, lines: dict[str, int], prefix: str, section: dict[str, Any], kind: Any) -> None:
+    # Fields of plain types only: what transformers converts by itself is left to it. YAML reads 5e-4 as a text.
+    hints = get_type_hints(kind)
+    for key, value in section.items():
+        members = (hints[key],) if get_origin(hints[key]) is dict else get_args(hints[key]) or (hints[key],)
+        types = {get_origin(member) or member for member in members}
+        if not types <= {int, float, str, bool, dict, type(None)}:
+            continue
+        allowed = types | ({int} if float in types else set())
+        if type(value) not in allowed:
+            names = " or ".join(sorted(member.__name__ for member in types - {type(None)}))
+            where = f"{path}:{lines.get(f'{prefix}{key}', 1)}"
+            raise InputError(f"{where}: `{prefix}{key}` must be {names}, got {value!r}")
+
+
 def _names(kind: Any) -> set[str]:
     return {entry.name for entry in dataclasses.fields(kind)}
 
@@ -129,7 +148,7 @@ def _check_keys(path: Path, lines: dict[str, int], prefix: str, section: Any, kn
     for key in section:
         if key not in known:
             where = f"{path}:{lines.get(f'{prefix}{key}', 1)}"
-            raise InputError(f"{where}: unknown key `{prefix}{key}`", hint=did_you_mean(key, sorted(known)))
+            raise InputError(f"{where}: unknown key `{prefix}{key}`", hint=did_you_mean(str(key), sorted(known)))
 
 
 def _key_lines(node: Any, prefix: str = "") -> dict[str, int]:

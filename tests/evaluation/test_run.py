@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_llm import DEFECT, folder_fixture, llm_fixture  # noqa: F401  (fixtures)
+from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
 from dmax.evaluation.run import Sample, Summary, check_writable, evaluate, write_atomically, write_results
@@ -144,7 +144,6 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@DEFECT
 @pytest.mark.parametrize("broken", ["write_text", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
@@ -183,7 +182,7 @@ def test_a_place_under_a_file_cannot_be_written(tmp_path: Path) -> None:
             check(tmp_path / "file" / "a.json")
 
 
-@pytest.mark.parametrize("name", ["folder", pytest.param(".", marks=DEFECT)])
+@pytest.mark.parametrize("name", ["folder", "."])
 def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

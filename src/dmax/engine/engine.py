@@ -164,8 +164,7 @@ class Engine:
         Raises:
             InputError: a request that can never fit (before any compute), or logits that are NaN.
         """
-        for request in requests:
-            self._check(request)
+        self.check(requests)
         if not requests:
             return
         num_slots = min(self.max_batch_size, len(requests))
@@ -185,6 +184,11 @@ class Engine:
                 if running[slot].start >= running[slot].end:
                     del running[slot]
                     free.append(slot)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises `InputError` for a request that can never fit."""
+        for request in requests:
+            self._check(request)
 
     def _check(self, request: Request) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)

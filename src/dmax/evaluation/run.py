@@ -153,12 +153,15 @@ def write_results(path: Path, summary: Summary, samples: Sequence[Sample]) -> No
         InputError: the place cannot be written.
     """
     lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    write_atomically(path.with_suffix(".samples.jsonl"), lines)
+    stem = path.stem if path.suffix == ".json" else path.name
+    write_atomically(path.with_name(f"{stem}.samples.jsonl"), lines)
     write_atomically(path, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n")
 
 
 def check_writable(path: Path) -> None:
     """Raise `InputError` unless a file can be made at `path`; asked before hours of computing, not after."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -166,13 +169,16 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another output") from None
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all; raises `InputError` if the place cannot be written."""
     check_writable(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another output") from None
+    finally:
+        partial.unlink(missing_ok=True)

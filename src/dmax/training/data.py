@@ -44,7 +44,7 @@ def read_records(path: str | Path) -> list[tuple[list[dict[str, str]], str]]:
     if not path.is_file():
         raise InputError(f"training data `{path}` is not a file", hint="write it with `dmax distill`")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             records.append(_parse(line, f"{path}:{number}"))
     if not records:
@@ -52,11 +52,11 @@ def read_records(path: str | Path) -> list[tuple[list[dict[str, str]], str]]:
     return records
 
 
-def _parse(line: str, where: str) -> tuple[list[dict[str, str]], str]:
+def _parse(line: bytes, where: str) -> tuple[list[dict[str, str]], str]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise InputError(f"{where}: not a JSON object ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
     if "messages" in record:
