@@ -185,8 +185,7 @@ def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
         (b"[1]\n", r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": " "}\n', r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": 3}\n', r"prompts.jsonl:1: no `prompt`"),
-        b"\xff\xfe\n",
-        "prompts.jsonl",
+        (b"\xff\xfe\n", "prompts.jsonl"),
     ],
 )
 def test_bad_prompts_are_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:

@@ -205,13 +205,15 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], N
 
 
 def _build_checkpoint(section: ModelSection) -> Checkpoint:
-    implementations = {
-        "attn_implementation": section.attn_implementation,
-        "experts_implementation": section.experts_implementation,
-    }
     if section.path is not None:
         device, _ = select_device("auto")
-        return load_checkpoint(section.path, dtype=torch.float32, device=device, **implementations)
+        return load_checkpoint(
+            section.path,
+            dtype=torch.float32,
+            device=device,
+            attn_implementation=section.attn_implementation,
+            experts_implementation=section.experts_implementation,
+        )
     tokenizer = build_tokenizer()
     mask, eos, pad = tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = {"vocab_size": len(tokenizer), "mask_token_id": mask, "eos_token_id": eos, "pad_token_id": pad}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import rows
+from torch import Tensor
 
 from dmax.decoding.block import leftmost
 from dmax.decoding.selection import above, most_confident, prefix
 
 CONFIDENCES = [0.0, 0.3, 0.5, 0.9, 1.0]
+Select = Callable[[Tensor, Tensor, Any], Tensor]
 BLOCKS = st.lists(st.tuples(st.booleans(), st.sampled_from(CONFIDENCES)), min_size=1, max_size=10)
 
 
@@ -45,7 +50,7 @@ def test_a15_without_the_prefix_rule_every_confident_mask_is_decoded(
 
 
 @pytest.mark.parametrize("select", [prefix, above])
-def test_a7_a_confidence_equal_to_the_threshold_qualifies(select: type[prefix]) -> None:
+def test_a7_a_confidence_equal_to_the_threshold_qualifies(select: Select) -> None:
     for threshold in (0.3, 0.95, 0.9, 0.7):  # none of them exact in binary
         confidence = torch.full((1, 3), threshold)
         assert select(rows(["xxx"]), confidence, threshold).all()
@@ -53,14 +58,14 @@ def test_a7_a_confidence_equal_to_the_threshold_qualifies(select: type[prefix]) 
 
 
 @pytest.mark.parametrize("select", [prefix, above])
-def test_a7_threshold_zero_decodes_everything_and_above_one_a_single_position(select: type[prefix]) -> None:
+def test_a7_threshold_zero_decodes_everything_and_above_one_a_single_position(select: Select) -> None:
     masked, confidence = rows([".xx.x"]), torch.tensor([[0.0, 0.0, 0.4, 0.1, 1.0]])
     assert torch.equal(select(masked, confidence, 0.0), masked)
     assert select(masked, confidence, 1.1).sum() == 1
 
 
 @pytest.mark.parametrize("select", [prefix, above])
-def test_a_threshold_per_row(select: type[prefix]) -> None:
+def test_a_threshold_per_row(select: Select) -> None:
     chosen = select(rows(["xxx", "xxx"]), torch.full((2, 3), 0.6), torch.tensor([[0.5], [0.7]]))
     assert chosen.sum(dim=1).tolist() == [3, 1]
 

@@ -88,16 +88,16 @@ def test_a10_a_block_ends_after_as_many_steps_as_it_has_positions() -> None:
 
 def test_a11_consistency_needs_every_mask_gone() -> None:
     given = view([1, MASK], [0, 1])
-    _, after = step(given, logits([1, 2], [0.6, 0.2]))
+    _, after = step(given, logits([1, 2], [0.6, 0.3]))
     assert not after.done.any()  # a promotion is a change
     given = view([1, 2], [0, 0], step=1)
-    _, after = step(given, logits([1, 2], [0.6, 0.2]))
+    _, after = step(given, logits([1, 2], [0.6, 0.3]))
     assert after.done.all()
     assert not after.capped.any()
 
 
 def test_a16_without_soft_inputs_decoded_tokens_are_still_revised() -> None:
-    decision, after = step(view([1, 2], [0, 0]), logits([3, 2], [0.2, 0.9]), soft_inputs=False)
+    decision, after = step(view([1, 2], [0, 0]), logits([3, 2], [0.3, 0.9]), soft_inputs=False)
     assert decision.soft is None
     assert after.tokens.tolist() == [[3, 2]]
     assert not after.done.any()

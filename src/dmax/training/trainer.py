@@ -37,7 +37,7 @@ class DMaxConfig(TrainingArguments):
     compile_objective: bool = field(default=False, metadata={"help": "torch.compile the loss; wants a C++ compiler"})
     learning_rate: float = 2e-6
     lr_scheduler_type: Any = "cosine"
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     include_num_input_tokens_seen: Any = "no"
 
     def __post_init__(self) -> None:
@@ -88,15 +88,20 @@ class DMaxTrainer(Trainer):
             kwargs["eval_dataset"] = train_dataset  # never read: Trainer only insists that there is one
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
         self.mask_token_id, self.block_length, self.eval_hook = mask_token_id, block_length, eval_hook
-        self.objective = torch.compile(self._objective) if args.compile_objective else self._objective
+        objective: Callable[..., Loss] = self._objective
+        self._loss = torch.compile(objective) if args.compile_objective else objective
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._tokens, self._since, self._micro = 0, time.perf_counter(), (-1, 0)
         if args.router_bias_speed:
             self.add_callback(RouterBalancing(model, args.router_bias_speed))
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
-    ) -> Tensor | tuple[Tensor, Loss]:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """Corrupt the batch and apply the objective; noise depends on (seed, step) alone, so a resume repeats it."""
         args, generator = self.args, self._generator()
         clean, corruptible = inputs["clean_ids"], inputs["corruptible"]
@@ -108,7 +113,7 @@ class DMaxTrainer(Trainer):
             vocab_size = self.accelerator.unwrap_model(model).config.vocab_size
             random_ids = noise.random_tokens(clean, corruptible, ratios, vocab_size, self.mask_token_id, generator)
         with torch.autocast(clean.device.type, torch.bfloat16, enabled=args.bf16):
-            loss: Loss = self.objective(model, batch, random_ids, generator)
+            loss = self._loss(model, batch, random_ids, generator)
         for name, value in loss.parts.items():
             self._parts[name].append(value)
         self._tokens += clean.numel()
@@ -135,8 +140,8 @@ class DMaxTrainer(Trainer):
         return torch.Generator().manual_seed((self.args.seed * 1_000_003 + self._micro[0]) * 1_009 + self._micro[1])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
-        per_step = self.args.train_batch_size
-        return LengthSampler(train_dataset or self.train_dataset, per_step, self.args.seed)
+        dataset: Any = train_dataset or self.train_dataset
+        return LengthSampler(dataset, self.args.train_batch_size, self.args.seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer would load the file's names as they are; the published layout has to be read by `from_pretrained`.
@@ -176,9 +181,10 @@ class RouterBalancing(TrainerCallback):
 
     def __init__(self, model: nn.Module, speed: float) -> None:
         self.speed = speed
-        self.routers = [m for m in model.modules() if isinstance(getattr(m, "expert_bias", None), Tensor)]
-        self.loads = [torch.zeros_like(router.expert_bias) for router in self.routers]
-        for router, load in zip(self.routers, self.loads, strict=True):
+        routers = [m for m in model.modules() if isinstance(getattr(m, "expert_bias", None), Tensor)]
+        self.biases: list[Any] = [router.expert_bias for router in routers]
+        self.loads = [torch.zeros_like(bias) for bias in self.biases]
+        for router, load in zip(routers, self.loads, strict=True):
             router.register_forward_hook(self._counter(load))
 
     @staticmethod
@@ -191,6 +197,6 @@ class RouterBalancing(TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move every bias by one step and start counting anew."""
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.expert_bias += self.speed * torch.sign(load.mean() - load)
+        for bias, load in zip(self.biases, self.loads, strict=True):
+            bias += self.speed * torch.sign(load.mean() - load)
             load.zero_()
