@@ -42,8 +42,8 @@ STREAM_EVENT = "kind text token_ids masked confidence position step output".spli
 COMMANDS = {
     "demo": "--json",
     "generate": (
-        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --block-length --temperature --seed "
-        "--dtype --device --json"
+        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --soft-inputs --hard-inputs --block-length "
+        "--temperature --seed --dtype --device --json"
     ),
     "train": "recipe --max-steps --fresh --json",
     "distill": (
@@ -51,8 +51,8 @@ COMMANDS = {
         "--dtype --device --json"
     ),
     "eval": (
-        "--model -m --task --strategy --threshold --limit --seed --max-new-tokens --top-k --block-length "
-        "--batch-size --dtype --device --output -o --json"
+        "--model -m --task --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs --hard-inputs "
+        "--block-length --batch-size --dtype --device --output -o --json"
     ),
 }
 

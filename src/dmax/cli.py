@@ -31,6 +31,9 @@ StrategyOption = Annotated[str, typer.Option(help="decoding strategy: spd, thres
 ThresholdOption = Annotated[float | None, typer.Option(help="confidence to decode at [default: the strategy's]")]
 TokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
 TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
+SoftOption = Annotated[
+    bool, typer.Option("--soft-inputs/--hard-inputs", help="SPD feeds decoded positions back as blends, or as tokens")
+]
 BlockOption = Annotated[int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")]
 TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
 BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
@@ -81,6 +84,7 @@ def generate(
     threshold: ThresholdOption = None,
     max_new_tokens: TokensOption = None,
     top_k: TopKOption = 1,
+    soft_inputs: SoftOption = True,
     block_length: BlockOption = None,
     temperature: TemperatureOption = 0.0,
     seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
@@ -104,6 +108,7 @@ def generate(
         threshold=threshold,
         max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
         top_k=top_k,
+        soft_inputs=soft_inputs,
         block_length=block_length,
         temperature=temperature,
         seed=seed,
@@ -195,6 +200,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of the examples")] = 7,
     max_new_tokens: TokensOption = None,
     top_k: TopKOption = 1,
+    soft_inputs: SoftOption = True,
     block_length: BlockOption = None,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "auto",
@@ -218,6 +224,7 @@ def evaluate(
         threshold=threshold,
         max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
         top_k=top_k,
+        soft_inputs=soft_inputs,
         block_length=block_length,
     )
     if output is not None:

@@ -20,6 +20,7 @@ from dmax.tasks import get_task
 
 NUM_PROBLEMS = 32
 SEED = 2026  # held out: none of its problems is in the training split, whatever the training seed
+TEXT_COLUMNS = ("setting", "model", "strategy", "feedback")
 STYLES = {"masked": "dim", "provisional": "yellow", "revised": "bold red", "settled": "green"}
 
 
@@ -31,13 +32,25 @@ class Setting:
     model: str
     strategy: str
     threshold: float
+    soft_inputs: bool = True
+
+    @property
+    def params(self) -> DecodingParams:
+        """Decoding parameters of the row, with room for the longest answer."""
+        return DecodingParams(strategy=self.strategy, threshold=self.threshold, soft_inputs=self.soft_inputs)
+
+    @property
+    def feedback(self) -> str:
+        """How decoded positions are fed back."""
+        return "" if self.strategy != "spd" else "soft" if self.soft_inputs else "hard"
 
 
 SETTINGS = (
     Setting("base, careful", "tiny-base", "threshold", 0.95),
     Setting("base, pushed", "tiny-base", "threshold", 0.3),
     Setting("base with SPD, untrained for it", "tiny-base", "spd", 0.5),
-    Setting("DMax", "tiny-dmax", "spd", 0.5),
+    Setting("DMax, soft feedback", "tiny-dmax", "spd", 0.5),
+    Setting("DMax, hard feedback", "tiny-dmax", "spd", 0.5, soft_inputs=False),
 )
 
 
@@ -49,12 +62,9 @@ def run_demo(*, as_json: bool = False) -> None:
     console.print(f"{NUM_PROBLEMS} unseen word problems, {_machine()}\n", highlight=False)
     summaries = []
     for setting in SETTINGS:
-        params = DecodingParams(
-            strategy=setting.strategy, threshold=setting.threshold, max_new_tokens=task.max_new_tokens
-        )
         with console.status(f"decoding: {setting.label}"):
             summary, _ = evaluate(
-                models[setting.model], task, params, limit=NUM_PROBLEMS, seed=SEED, model_name=setting.model
+                models[setting.model], task, setting.params, limit=NUM_PROBLEMS, seed=SEED, model_name=setting.model
             )
         summaries.append(summary)
     if as_json:
@@ -66,8 +76,7 @@ def run_demo(*, as_json: bool = False) -> None:
     example = task.examples(1, SEED + 1)[0]
     console.print(Text(example.prompt, style="italic"))
     began = time.perf_counter()
-    params = DecodingParams(strategy="spd", threshold=SETTINGS[-1].threshold, max_new_tokens=task.max_new_tokens)
-    for line in watch(models["tiny-dmax"], example.prompt, params):
+    for line in watch(models[SETTINGS[-1].model], example.prompt, SETTINGS[-1].params):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.2f} s at batch 1; expected answer {example.answer}", style="dim")
 
@@ -79,13 +88,14 @@ def _machine() -> str:
 
 def _table(summaries: list[Summary]) -> Table:
     table = Table(title="exact final answer, block length 32")
-    for column in ("setting", "model", "strategy", "threshold", "correct", "TPF", "tokens/s"):
-        table.add_column(column, justify="left" if column in {"setting", "model", "strategy"} else "right")
+    for column in ("setting", "model", "strategy", "feedback", "threshold", "correct", "TPF", "tokens/s"):
+        table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right")
     for setting, summary in zip(SETTINGS, summaries, strict=True):
         table.add_row(
             setting.label,
             setting.model,
             setting.strategy,
+            setting.feedback,
             f"{setting.threshold:g}",
             f"{summary.correct}/{summary.total}",
             f"{summary.tpf:.2f}",
