@@ -101,7 +101,12 @@ def test_commands_and_their_flags() -> None:
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     found = {
-        name: [option for parameter in command.params for option in parameter.opts if option != "--help"]
+        name: [
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+            if option != "--help"
+        ]
         for name, command in commands.items()
     }
     assert found == {name: flags.split() for name, flags in COMMANDS.items()}

@@ -130,7 +130,9 @@ def generate(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
     max_steps: Annotated[int | None, typer.Option(help="stop after this many steps instead")] = None,
-    fresh: Annotated[bool, typer.Option(help="start over even if there are checkpoints to resume from")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over even if there are checkpoints to resume from")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train as a recipe says; interrupted runs continue from their last checkpoint.

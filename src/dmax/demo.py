@@ -20,7 +20,7 @@ from dmax.tasks import get_task
 
 NUM_PROBLEMS = 32
 SEED = 2026  # held out: none of its problems is in the training split, whatever the training seed
-TEXT_COLUMNS = ("setting", "model", "strategy", "feedback")
+TEXT_COLUMNS = ("setting", "strategy")
 STYLES = {"masked": "dim", "provisional": "yellow", "revised": "bold red", "settled": "green"}
 
 
@@ -40,17 +40,17 @@ class Setting:
         return DecodingParams(strategy=self.strategy, threshold=self.threshold, soft_inputs=self.soft_inputs)
 
     @property
-    def feedback(self) -> str:
-        """How decoded positions are fed back."""
-        return "" if self.strategy != "spd" else "soft" if self.soft_inputs else "hard"
+    def method(self) -> str:
+        """The strategy, and for SPD how decoded positions are fed back."""
+        return self.strategy if self.strategy != "spd" else f"spd, {'soft' if self.soft_inputs else 'hard'}"
 
 
 SETTINGS = (
     Setting("base, careful", "tiny-base", "threshold", 0.95),
     Setting("base, pushed", "tiny-base", "threshold", 0.3),
-    Setting("base with SPD, untrained for it", "tiny-base", "spd", 0.5),
-    Setting("DMax, soft feedback", "tiny-dmax", "spd", 0.5),
-    Setting("DMax, hard feedback", "tiny-dmax", "spd", 0.5, soft_inputs=False),
+    Setting("base, SPD", "tiny-base", "spd", 0.5),
+    Setting("DMax, soft inputs", "tiny-dmax", "spd", 0.5),
+    Setting("DMax, hard inputs", "tiny-dmax", "spd", 0.5, soft_inputs=False),
 )
 
 
@@ -88,14 +88,12 @@ def _machine() -> str:
 
 def _table(summaries: list[Summary]) -> Table:
     table = Table(title="exact final answer, block length 32")
-    for column in ("setting", "model", "strategy", "feedback", "threshold", "correct", "TPF", "tokens/s"):
-        table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right")
+    for column in ("setting", "strategy", "threshold", "correct", "TPF", "tokens/s"):
+        table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right", no_wrap=True)
     for setting, summary in zip(SETTINGS, summaries, strict=True):
         table.add_row(
             setting.label,
-            setting.model,
-            setting.strategy,
-            setting.feedback,
+            setting.method,
             f"{setting.threshold:g}",
             f"{summary.correct}/{summary.total}",
             f"{summary.tpf:.2f}",
