@@ -50,7 +50,7 @@ SETTINGS = (
     Setting("base, pushed", "tiny-base", "threshold", 0.3),
     Setting("base, SPD", "tiny-base", "spd", 0.5),
     Setting("DMax, soft inputs", "tiny-dmax", "spd", 0.5),
-    Setting("DMax, hard inputs", "tiny-dmax", "spd", 0.5, soft_inputs=False),
+    Setting("DMax, hard inputs", "tiny-dmax", "spd", 0.7, soft_inputs=False),
 )
 
 
