@@ -51,7 +51,10 @@ def complaint(words: list[str]) -> str | None:
         return None if words[0] == "--help" else f"no flag {words[0]}"
     if words[0] not in known:
         return f"no command {words[0]}"
-    flags = {flag for parameter in known[words[0]].params for flag in parameter.opts} | {"--help"}
+    options = (
+        option for parameter in known[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)
+    )
+    flags = {"--help", *options}
     given = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)]
     return next((f"{words[0]} has no flag {flag}" for flag in given if flag not in flags), None)
 
