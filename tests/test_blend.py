@@ -100,7 +100,7 @@ def embed() -> nn.Embedding:
     return nn.Embedding(20, 12)
 
 
-def test_hard_tokens_are_plain_embeddings(embed: nn.Embedding) -> None:
+def test_a18_hard_tokens_are_rows_of_the_input_table(embed: nn.Embedding) -> None:
     tokens = torch.randint(20, (2, 5))
     assert torch.equal(embed_tokens(embed, tokens, None, MASK), embed(tokens))
 

@@ -54,7 +54,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "new" / "responses.jsonl"
 
 
-def test_finished_responses_are_kept_and_the_others_set_apart(output: Path) -> None:
+def test_a22_finished_responses_are_kept_unfiltered_and_the_others_set_apart(output: Path) -> None:
     told: list[tuple[int, int]] = []
     report = run(output, Responder(), chunk=3, progress=lambda done, total: told.append((done, total)))
     assert report == DistillReport(prompts=7, kept=5, unfinished=2)

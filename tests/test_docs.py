@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, and the commands it shows exist."""
+"""The README and docs/ are true: Python runs, commands exist, links lead somewhere, and named tests are there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typer.main import get_command
 from dmax.cli import app
 from dmax.tiny import BUNDLED, bundled
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 NOT_RUN = "<!-- not run"  # in the line above a block that needs the network or a GPU, with the reason
 HAS_MODELS = all((folder := bundled(name)) and (folder / "config.json").is_file() for name in BUNDLED)
 
@@ -90,3 +91,21 @@ def test_python_blocks_run() -> None:
         if language == "python" and is_run:
             code = compile("\n" * (line - 1) + content, str(README), "exec")
             exec(code, namespace)
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_map_of_the_paper_names_tests_that_exist_and_leaves_no_choice_out() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    existing = set(re.findall(r"^def (test_\w+)", sources, flags=re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+)`", text)) <= existing
+    tested = {
+        int(number) for name in existing for number in re.findall(r"_a(\d+)(?=_)", f"_{name.removeprefix('test_')}")
+    }
+    assert tested >= set(range(1, 23))
+    assert [int(row) for row in re.findall(r"^\| A(\d+) \|", text, flags=re.MULTILINE)] == list(range(1, 23))

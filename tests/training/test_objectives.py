@@ -114,7 +114,9 @@ def test_mdlm_gradients_are_those_of_the_concatenated_forward(model: LLaDA2MoeMo
 
 
 @pytest.mark.parametrize("rollout", ["argmax", "soft"])
-def test_oput_gradients_are_those_of_the_published_recipe(model: LLaDA2MoeModelLM, batch: Batch, rollout: Any) -> None:
+def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
+    model: LLaDA2MoeModelLM, batch: Batch, rollout: Any
+) -> None:
     """Two concatenated forwards after a separate rollout without gradient give the same loss and gradients."""
     ours = oput_loss(model, batch, **OPTIONS, rollout=rollout)
     found = gradients(model, ours.total)
@@ -274,7 +276,7 @@ def test_rollout_error_is_the_share_of_wrong_predictions(model: LLaDA2MoeModelLM
 # ---- what is counted ----------------------------------------------------------------------------------------------
 
 
-def test_every_labelled_position_counts_masked_or_not_and_no_other(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(model: LLaDA2MoeModelLM, batch: Batch) -> None:
     """Both streams share their labels; unmasked response positions are among them."""
     embed = model.model.word_embeddings
     with torch.no_grad():
@@ -296,7 +298,7 @@ def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: 
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss.total).values())
 
 
-def test_uniform_loss_is_the_mean_of_masked_and_random_streams(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(model: LLaDA2MoeModelLM, batch: Batch) -> None:
     random_ids = batch.noisy_ids.clamp(max=EOS)
     ours = uniform_loss(model, batch, random_ids, **OPTIONS)
     embed = model.model.word_embeddings

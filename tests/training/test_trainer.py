@@ -14,6 +14,7 @@ from dmax.errors import InputError
 from dmax.recipe import load_recipe, run_recipe
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.data import Collator, Encoded, LengthSampler, ResponseDataset, read_records
+from dmax.training.trainer import DMaxConfig
 
 pytest.importorskip("accelerate")
 
@@ -206,3 +207,9 @@ def test_batches_of_similar_length_cover_everything_once() -> None:
         for lengths in ([len(dataset[i]) for i in first[b : b + 4]] for b in range(0, 48, 4))
     ]
     assert sum(spreads) / len(spreads) < 6
+
+
+def test_a1_a6_the_defaults_are_argmax_rollouts_at_a_fixed_mask_ratio(tmp_path: Path) -> None:
+    config = DMaxConfig(output_dir=str(tmp_path), report_to="none")
+    assert (config.objective, config.rollout) == ("oput", "argmax")
+    assert config.mask_ratio_low == config.mask_ratio_high == 0.75
