@@ -27,6 +27,7 @@ def test_defaults_are_the_public_ones() -> None:
         "renormalize": True,
         "stop_on_confidence": True,
         "stop_on_consistency": True,
+        "options": (),
     }
 
 

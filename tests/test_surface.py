@@ -33,6 +33,7 @@ DECODING_PARAMS = {
     "renormalize": True,
     "stop_on_confidence": True,
     "stop_on_consistency": True,
+    "options": (),
 }
 GENERATION_OUTPUT = (
     "text token_ids prompt_token_ids finish_reason num_forwards num_prefill_forwards num_commit_forwards".split()
@@ -42,8 +43,8 @@ STREAM_EVENT = "kind text token_ids masked confidence position step output".spli
 COMMANDS = {
     "demo": "--json",
     "generate": (
-        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --soft-inputs --hard-inputs --block-length "
-        "--temperature --seed --dtype --device --json"
+        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --soft-inputs --hard-inputs --option "
+        "--block-length --temperature --seed --dtype --device --json"
     ),
     "train": "recipe --max-steps --fresh --json",
     "distill": (
@@ -52,7 +53,7 @@ COMMANDS = {
     ),
     "eval": (
         "--model -m --task --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs --hard-inputs "
-        "--block-length --batch-size --dtype --device --output -o --json"
+        "--option --block-length --batch-size --dtype --device --output -o --json"
     ),
 }
 

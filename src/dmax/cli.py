@@ -27,7 +27,8 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
-StrategyOption = Annotated[str, typer.Option(help="decoding strategy: spd, threshold, or a plugin's")]
+StrategyOption = Annotated[str, typer.Option(help="decoding strategy: spd, threshold, … (docs/methods.md)")]
+SettingsOption = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, of the strategy alone")]
 ThresholdOption = Annotated[float | None, typer.Option(help="confidence to decode at [default: the strategy's]")]
 TokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
 TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
@@ -61,6 +62,20 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _settings(given: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` texts as a dictionary; values are read as JSON where they are JSON."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise InputError(f"`--option` must be NAME=VALUE, got {text!r}", hint="for example --option alpha=0.7")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
 def _emit(record: Any) -> None:
     sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -85,6 +100,7 @@ def generate(
     max_new_tokens: TokensOption = None,
     top_k: TopKOption = 1,
     soft_inputs: SoftOption = True,
+    option: SettingsOption = None,
     block_length: BlockOption = None,
     temperature: TemperatureOption = 0.0,
     seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
@@ -109,6 +125,7 @@ def generate(
         max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
         top_k=top_k,
         soft_inputs=soft_inputs,
+        options=_settings(option or []),
         block_length=block_length,
         temperature=temperature,
         seed=seed,
@@ -203,6 +220,7 @@ def evaluate(
     max_new_tokens: TokensOption = None,
     top_k: TopKOption = 1,
     soft_inputs: SoftOption = True,
+    option: SettingsOption = None,
     block_length: BlockOption = None,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "auto",
@@ -227,6 +245,7 @@ def evaluate(
         max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
         top_k=top_k,
         soft_inputs=soft_inputs,
+        options=_settings(option or []),
         block_length=block_length,
     )
     if output is not None:

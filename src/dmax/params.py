@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dmax.errors import InputError
 
@@ -28,6 +30,7 @@ class DecodingParams:
         renormalize: blends keep their length (eq. 10).
         stop_on_confidence: SPD may stop when every position is sure.
         stop_on_consistency: SPD may stop when nothing changed.
+        options: what only the chosen strategy knows, by name (`{"alpha": 0.7}` for `credit`); kept as sorted pairs.
 
     Raises:
         InputError: a value out of range or of the wrong type. Whether the strategy exists is known when it is made.
@@ -47,24 +50,30 @@ class DecodingParams:
     renormalize: bool = True
     stop_on_confidence: bool = True
     stop_on_consistency: bool = True
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.strategy, str):
             raise InputError(f"`strategy` must be a name, got {self.strategy!r}")
-        _check("threshold", self.threshold, low=0, high=1, optional=True)
-        _check("stop_confidence", self.stop_confidence, low=0, high=1, above_low=True)
-        _check("temperature", self.temperature, low=0)
+        check_number("threshold", self.threshold, low=0, high=1, optional=True)
+        check_number("stop_confidence", self.stop_confidence, low=0, high=1, above_low=True)
+        check_number("temperature", self.temperature, low=0)
         for name in ("top_k", "max_new_tokens"):
-            _check(name, getattr(self, name), low=1, whole=True)
+            check_number(name, getattr(self, name), low=1, whole=True)
         for name in ("block_length", "max_steps_per_block"):
-            _check(name, getattr(self, name), low=1, whole=True, optional=True)
-        _check("seed", self.seed, low=0, high=2**63 - 1, whole=True, optional=True)
+            check_number(name, getattr(self, name), low=1, whole=True, optional=True)
+        check_number("seed", self.seed, low=0, high=2**63 - 1, whole=True, optional=True)
         for name in ("prefix_only", "soft_inputs", "renormalize", "stop_on_confidence", "stop_on_consistency"):
             if not isinstance(value := getattr(self, name), bool):
                 raise InputError(f"`{name}` must be true or false, got {value!r}")
+        try:
+            options = dict(self.options)
+        except (TypeError, ValueError):
+            raise InputError(f"`options` must map names to values, got {self.options!r}") from None
+        object.__setattr__(self, "options", tuple(sorted(options.items())))  # hashable, as the rest
 
 
-def _check(
+def check_number(
     name: str,
     value: object,
     *,
@@ -74,6 +83,7 @@ def _check(
     whole: bool = False,
     optional: bool = False,
 ) -> None:
+    """Raise `InputError` unless `value` is a number in [low, high]; with `above_low` not `low` itself."""
     if value is None and optional:
         return
     kind = "a whole number" if whole else "a number"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from dmax.decoding.block import Advance, Decision, DecodingStrategy, View, apply
 from dmax.params import DecodingParams
 
 V, MASK, EOS = 8, 7, 6
+TABLE = torch.randn(V, 4, generator=torch.Generator().manual_seed(0))
+
+
+def embed(ids: Tensor) -> Tensor:
+    """[..., 4] embeddings."""
+    return TABLE[ids]
 
 
 def rows(values: Any) -> Tensor:
@@ -33,14 +39,12 @@ def opened(prompt_tail: Sequence[int], length: int, batch: int = 1, **options: A
     tokens[:, : len(prompt_tail)] = torch.tensor(prompt_tail, dtype=torch.long)
     active = (torch.arange(length) >= len(prompt_tail)).expand(batch, -1)
     step = torch.zeros(batch, dtype=torch.long)
-    return View(tokens, active.clone(), active, step, MASK, **{"max_steps": length, **options})
+    return View(tokens, active.clone(), active, step, MASK, **{"max_steps": length, "embed": embed, **options})
 
 
 def after(view: View, advance: Advance) -> View:
     """The view of the next step."""
-    return View(
-        advance.tokens, advance.masked, view.active, view.step + 1, MASK, view.max_steps, None, view.temperature
-    )
+    return replace(view, tokens=advance.tokens, masked=advance.masked, step=view.step + 1, gumbel=None)
 
 
 @dataclass

@@ -15,8 +15,8 @@ from dmax.params import DecodingParams
 
 
 def test_every_name_gives_a_strategy_of_that_name() -> None:
-    assert {"spd", "threshold"} <= set(strategies())
-    for name in ("spd", "threshold"):
+    assert {"spd", "threshold", "llada", "credit"} <= set(strategies())
+    for name in strategies():
         assert get_strategy(DecodingParams(strategy=name)).name == name
 
 
@@ -33,7 +33,7 @@ def test_each_strategy_has_its_own_default_threshold() -> None:
 def test_an_unknown_name_is_answered_with_the_choices() -> None:
     with pytest.raises(InputError) as error:
         get_strategy(DecodingParams(strategy="treshold"))
-    assert "unknown strategy 'treshold'; choose from spd, threshold" in error.value.message
+    assert f"unknown strategy 'treshold'; choose from {', '.join(strategies())}" in error.value.message
     assert error.value.hint == "did you mean `threshold`?"
 
 
@@ -41,6 +41,6 @@ def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.Mo
     target = "dmax.decoding.threshold:ThresholdDecoding"
     found = [EntryPoint(name, target, "dmax.strategies") for name in ("mine", "spd")]
     monkeypatch.setattr(dmax.decoding, "entry_points", lambda group: found if group == "dmax.strategies" else [])
-    assert strategies() == ("mine", "spd", "threshold")
+    assert "mine" in strategies() and strategies().count("spd") == 1
     assert isinstance(get_strategy(DecodingParams(strategy="mine")), ThresholdDecoding)
     assert isinstance(get_strategy(DecodingParams(strategy="spd")), SoftParallelDecoding)

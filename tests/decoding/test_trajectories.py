@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scripted import EOS, MASK, Step, V, after, logits_of, opened, play
 from torch import Tensor
 
-from dmax.decoding import get_strategy
+from dmax.decoding import get_strategy, strategies
 from dmax.decoding.block import Decision, Output, State, View, apply, predict, sanitize
 from dmax.params import DecodingParams
 
@@ -158,7 +158,7 @@ def hostile_scripts() -> st.SearchStrategy[Tensor]:
 STRATEGIES = st.one_of(
     st.builds(
         DecodingParams,
-        strategy=st.sampled_from(["spd", "threshold"]),
+        strategy=st.sampled_from(strategies()),
         threshold=st.sampled_from([0.0, 0.3, 0.5, 0.95, 1.0]),
         top_k=st.sampled_from([1, 3, V + 1]),
         prefix_only=st.booleans(),

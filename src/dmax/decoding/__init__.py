@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 
 _GROUP = "dmax.strategies"
 _STRATEGIES = {
+    "autoregressive": "dmax.decoding.autoregressive:Autoregressive",
+    "credit": "dmax.decoding.credit:CreditDecoding",
+    "dparallel": "dmax.decoding.dparallel:DParallel",
+    "entropy_bound": "dmax.decoding.entropy_bound:EntropyBound",
+    "fast_dllm": "dmax.decoding.fast_dllm:FastDLLM",
+    "fast_dllm_factor": "dmax.decoding.fast_dllm:FastDLLMFactor",
+    "hierarchy": "dmax.decoding.hierarchy:HierarchyDecoding",
+    "iter_smooth": "dmax.decoding.iter_smooth:IterSmooth",
+    "joint_threshold": "dmax.decoding.joint_threshold:JointThreshold",
+    "llada": "dmax.decoding.llada:FixedSchedule",
+    "sched": "dmax.decoding.sched:ScheduledExit",
     "spd": "dmax.decoding.spd:SoftParallelDecoding",
     "threshold": "dmax.decoding.threshold:ThresholdDecoding",
 }

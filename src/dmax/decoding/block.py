@@ -88,7 +88,10 @@ class Decision:
 
 
 class DecodingStrategy(Protocol):
-    """A decoding method. Instances hold settings only; memory lives in the state the engine keeps per request."""
+    """A decoding method. Instances hold settings only; memory lives in the state the engine keeps per request.
+
+    An attribute `extra_steps`, where there is one, raises the default cap on forwards above one per position.
+    """
 
     name: ClassVar[str]
 

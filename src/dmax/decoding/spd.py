@@ -9,11 +9,11 @@ import torch
 
 from dmax.decoding import feed, selection, stop
 from dmax.decoding.block import Decision, Output, State, View, predict
-from dmax.params import DecodingParams
+from dmax.decoding.settings import Configured
 
 
 @dataclass(frozen=True, slots=True)
-class SoftParallelDecoding:
+class SoftParallelDecoding(Configured):
     """Decode a confident prefix, keep everything decoded open to revision, feed it back as blends, stop when stable.
 
     With y_j the top-1 token of position j and π_j its probability, the next forward sees
@@ -36,20 +36,6 @@ class SoftParallelDecoding:
     renormalize: bool
     stop_on_confidence: bool
     stop_on_consistency: bool
-
-    @classmethod
-    def from_params(cls, params: DecodingParams) -> SoftParallelDecoding:
-        """The settings of `params`, with `default_threshold` where it names none."""
-        return cls(
-            threshold=cls.default_threshold if params.threshold is None else params.threshold,
-            stop_confidence=params.stop_confidence,
-            top_k=params.top_k,
-            prefix_only=params.prefix_only,
-            soft_inputs=params.soft_inputs,
-            renormalize=params.renormalize,
-            stop_on_confidence=params.stop_on_confidence,
-            stop_on_consistency=params.stop_on_consistency,
-        )
 
     def open(self, view: View) -> State:
         """Nothing to remember: all that passes from step to step is the block and its soft inputs."""

@@ -9,22 +9,17 @@ import torch
 
 from dmax.decoding import selection
 from dmax.decoding.block import Decision, Output, State, View, predict
-from dmax.params import DecodingParams
+from dmax.decoding.settings import Configured
 
 
 @dataclass(frozen=True, slots=True)
-class ThresholdDecoding:
+class ThresholdDecoding(Configured):
     """Decode every masked position whose confidence reaches the threshold, at least the best one; never revise."""
 
     name: ClassVar[str] = "threshold"
     default_threshold: ClassVar[float] = 0.95  # LLaDA-2.0's
 
     threshold: float
-
-    @classmethod
-    def from_params(cls, params: DecodingParams) -> ThresholdDecoding:
-        """The settings of `params`, with `default_threshold` where it names none."""
-        return cls(threshold=cls.default_threshold if params.threshold is None else params.threshold)
 
     def open(self, view: View) -> State:
         """The confidence each position had when it was decoded, for events and traces."""

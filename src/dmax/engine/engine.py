@@ -46,7 +46,8 @@ class Lane:
     def __init__(self, params: DecodingParams, num_slots: int, block_length: int, device: torch.device) -> None:
         self.params = params
         self.strategy: DecodingStrategy = get_strategy(params)
-        self.max_steps = params.max_steps_per_block or block_length
+        extra = getattr(self.strategy, "extra_steps", 0)  # of strategies that go on after the last mask
+        self.max_steps = params.max_steps_per_block or block_length + extra
         shape = (num_slots, block_length)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.previous = torch.zeros(shape, dtype=torch.long, device=device)
