@@ -3,8 +3,8 @@
     python bench/tiny.py --limit 500 --output bench/results/tiny.json --plot docs/images/tiny.svg
 
 Every model decodes the same unseen problems. The controls (`recipes/tiny_mdlm.yaml`, `tiny_uniform.yaml`,
-`tiny_oput_*.yaml`) are measured where their checkpoints lie under `runs/`. The output grows point by point, and points
-it already holds are not measured again. The last line on stdout is the JSON document.
+`tiny_oput_*.yaml`) are measured where their checkpoints lie under `runs/`. The output grows point by point; points
+it already holds are not measured again unless the weights have changed. The last line on stdout is the JSON document.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dmax.checkpoint import weights_digest
 from dmax.environment import environment
 from dmax.evaluation.run import evaluate, write_atomically
 from dmax.llm import LLM
@@ -64,15 +65,18 @@ def main() -> None:
     record = json.loads(options.output.read_text()) if options.output.exists() else {"points": []}
     record |= {"environment": environment(), "limit": options.limit, "seed": options.seed}
     for curve in CURVES:
-        missing = [t for t in curve.thresholds if not _has(record, curve, t, options.limit)]
         wanted = not options.only or curve.label in options.only
-        if missing and wanted and (not curve.model.startswith("runs/") or Path(curve.model).is_dir()):
-            llm = LLM(curve.model, max_batch_size=options.batch_size)
-            for threshold in missing:
-                point = _measure(llm, curve, threshold, options)
-                record["points"].append(point)
-                write_atomically(options.output, json.dumps(record, indent=1) + "\n")
-                print(_line(point), flush=True)
+        if not wanted or (curve.model.startswith("runs/") and not Path(curve.model).is_dir()):
+            continue
+        llm = LLM(curve.model, max_batch_size=options.batch_size)
+        weights = weights_digest(llm.model)
+        stale = [p for p in record["points"] if p["label"] == curve.label and p["weights"] != weights]
+        record["points"] = [p for p in record["points"] if p not in stale]
+        for threshold in (t for t in curve.thresholds if not _has(record, curve, t, options.limit)):
+            point = _measure(llm, curve, threshold, options)
+            record["points"].append(point)
+            write_atomically(options.output, json.dumps(record, indent=1) + "\n")
+            print(_line(point), flush=True)
     if options.plot:
         plot(record, options.plot)
     print(json.dumps(record))
@@ -92,8 +96,8 @@ def _measure(llm: LLM, curve: Curve, threshold: float, options: argparse.Namespa
         max_new_tokens=task.max_new_tokens,
     )
     summary, _ = evaluate(llm, task, params, limit=options.limit, seed=options.seed, model_name=curve.model)
-    kept = ("accuracy", "correct", "total", "interval", "tpf", "tpf_paper", "generated_tokens", "num_forwards")
-    more = ("num_prefill_forwards", "num_commit_forwards", "tokens_per_second", "batch_size")
+    kept = ("weights", "accuracy", "correct", "total", "interval", "tpf", "tpf_paper", "generated_tokens")
+    more = ("num_forwards", "num_prefill_forwards", "num_commit_forwards", "tokens_per_second", "batch_size")
     figures = {name: value for name, value in asdict(summary).items() if name in kept + more}
     settings = {"strategy": curve.strategy, "threshold": threshold, "soft_inputs": curve.soft_inputs}
     return {"label": curve.label, "model": curve.model, **settings, **figures, "threads": torch.get_num_threads()}

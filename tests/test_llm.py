@@ -191,7 +191,7 @@ def test_an_unknown_strategy_is_an_error_before_any_compute(llm: LLM, monkeypatc
 
     monkeypatch.setattr(Engine, "run", fails)
     monkeypatch.setattr(type(llm.model), "forward", fails)
-    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from spd, threshold"):
+    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from autoregressive, "):
         llm.generate(TEXTS[:2], [PARAMS, DecodingParams(strategy="spdd")])
     with pytest.raises(InputError, match="did you mean `spd`"):
         list(llm.stream(TEXTS[0], DecodingParams(strategy="spdd")))

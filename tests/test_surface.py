@@ -55,6 +55,10 @@ COMMANDS = {
         "--model -m --task --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs --hard-inputs "
         "--option --block-length --batch-size --dtype --device --output -o --json"
     ),
+    "sweep": (
+        "--model -m --output -o --strategies --thresholds --task --limit --seed --max-new-tokens --batch-size --dtype "
+        "--device --json"
+    ),
 }
 
 NOT_BY_IMPORT = "typer rich matplotlib fastapi uvicorn datasets peft lm_eval ray".split()

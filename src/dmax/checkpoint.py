@@ -7,6 +7,7 @@ checkpoint's files say, never a constant of ours. Published files do not agree o
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -213,11 +214,23 @@ def save_checkpoint(
                 tokenizer.save_pretrained(partial)
             if extra is not None:
                 (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
+            readable = (partial / "config.json").stat().st_mode  # safetensors writes for its owner alone
+            for file in partial.iterdir():
+                file.chmod(readable)
             _swap(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that tell weights apart: SHA-256 of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -267,3 +267,52 @@ def evaluate(
         f"{summary.num_prefill_forwards} prefill and {summary.num_commit_forwards} commit forwards beside them)\n"
         f"speed     {summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}\n"
     )
+
+
+@app.command()
+def sweep(
+    model: Annotated[list[str], typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for sweep.json, plots and report.html")],
+    strategies: Annotated[str, typer.Option(help="decoding strategies, separated by commas")] = "spd,threshold",
+    thresholds: Annotated[str, typer.Option(help="start:stop:step, or a list separated by commas")] = "0:1:0.1",
+    task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
+    limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="of the examples")] = 7,
+    max_new_tokens: TokensOption = None,
+    batch_size: BatchOption = 32,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Trace accuracy against tokens per forward: models x methods x thresholds, as a table, a plot and a page.
+
+    An interrupted sweep goes on where it stopped. Methods without a threshold are swept over their own setting.
+
+    Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output runs/sweep
+    """
+    from dmax.evaluation.plots import draw, page
+    from dmax.evaluation.run import check_writable, write_atomically
+    from dmax.evaluation.sweep import curves_of, parse_grid, run_sweep
+    from dmax.llm import LLM
+    from dmax.tasks import get_task
+
+    names = [name.strip() for name in strategies.split(",")]
+    curves, chosen = curves_of(model, names, parse_grid(thresholds)), get_task(task)
+    check_writable(output / "sweep.json")
+    record = run_sweep(
+        curves,
+        chosen,
+        output / "sweep.json",
+        limit=limit,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        open_model=lambda name: LLM(name, dtype=dtype, device=device, max_batch_size=batch_size),
+        report=lambda line: console.print(line, highlight=False),
+    )
+    for name in ("plot.svg", "plot.png"):
+        draw(record, output / name)
+    write_atomically(output / "report.html", page(record, f"dmax sweep: {task}"))
+    if as_json:
+        _emit(record)
+    else:
+        sys.stdout.write(f"{output / 'report.html'}\n")

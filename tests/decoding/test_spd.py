@@ -171,5 +171,5 @@ def test_params_reach_the_strategy() -> None:
 
 
 def test_an_unknown_strategy_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from spd, threshold"):
+    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from autoregressive, "):
         get_strategy(DecodingParams(strategy="spdd"))

@@ -45,7 +45,7 @@ class Canned:
     """Gives the outputs of `OUTPUTS`, by the number at the end of the prompt."""
 
     checkpoint = SimpleNamespace(path="canned")
-    model = SimpleNamespace(device=torch.device("cpu"))
+    model = SimpleNamespace(device=torch.device("cpu"), state_dict=dict)
     max_batch_size = 1
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dmax.checkpoint import weights_digest
 from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
@@ -40,6 +41,7 @@ class Summary:
     """What a run measured; ratios are ratios of sums over the run.
 
     Attributes:
+        weights: digest of the model's weights (`checkpoint.weights_digest`), so that figures name what they measured.
         accuracy: correct / total, strict scoring; `interval` is its 95 % Wilson interval.
         tpf: generated tokens (cut at EOS) per denoising forward.
         tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more forward.
@@ -47,6 +49,7 @@ class Summary:
     """
 
     model: str
+    weights: str
     task: str
     params: dict[str, Any]
     accuracy: float
@@ -125,6 +128,7 @@ def _summarize(
     ratios = [s.generated_tokens / (s.num_forwards + s.num_prefill_forwards) for s in samples]
     return Summary(
         model=model_name or llm.checkpoint.path,
+        weights=weights_digest(llm.model),
         task=task.name,
         params=asdict(params),
         accuracy=correct / total if total else 0.0,
