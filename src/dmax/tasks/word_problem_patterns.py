@@ -88,38 +88,39 @@ STEPS = {
     ),
 }
 
-# Each sentence of a worked answer is put together from independent choices, so that neighbouring tokens must agree:
-# a lead, a clause form, a name or pronoun, a noun, an operator and a word for equality.
-LEADS = ("First", "Then", "Next", "Now", "After that", "In this step", "So here", "At this point")
-THINGS = ("{items}", "of them", "in total", "{items} in hand")
+# Each sentence of a worked answer is put together from several choices, so that neighbouring tokens must agree: a lead,
+# a clause form, a name or pronoun, a noun, an operator and a word for equality. The likelier choice stands first.
+OPENING_LEADS = ("First", "Now", "At this point", "In this step")
+LEADS = ("Then", "Next", "After that", "Now", "So here", "In this step", "At this point")
+THINGS = ("{items}", "of them", "{items} in hand", "in total")
 OPERATORS = {"+": ("+", "plus"), "-": ("-", "minus"), "*": ("x", "times"), "/": ("/", "divided by")}
-EQUALS = ("equals", "is", "makes", "gives")
+EQUALS = ("is", "equals", "makes", "gives")
 # Forms put the old value {a}, the operand {b} and the result {c} in different places and at different lengths.
 FORMS = (
     "we see that {a} {op} {b} {eq} {c} {things}.",
-    "{owner} has {a} {op} {b} which {eq} {c} {things}.",
     "the count becomes {c} {things}, because {a} {op} {b} {eq} {c}.",
+    "{owner} has {a} {op} {b} which {eq} {c} {things}.",
     "there are {c} {things}, as {a} {op} {b} {eq} {c}.",
 )
 FORMS_BY_OPERATION = {
     "+": (
         "adding {b} to the {a} {items} leaves {whom} with {c} {things}.",
-        "with {b} more than {a} {owner} has {c} {things}.",
         "{owner} gets {b} on top of {a} and holds {c} {things}.",
+        "with {b} more than {a} {owner} has {c} {things}.",
     ),
     "-": (
         "taking {b} from the {a} {items} leaves {whom} with {c} {things}.",
-        "with {b} fewer than {a} {owner} has {c} {things}.",
         "{owner} gives up {b} out of {a} and holds {c} {things}.",
+        "with {b} fewer than {a} {owner} has {c} {things}.",
     ),
     "*": (
-        "taking {b} times the {a} {items} leaves {whom} with {c} {things}.",
-        "with {b} lots of {a} {owner} has {c} {things}.",
         "{owner} counts {b} sets of {a} and holds {c} {things}.",
+        "with {b} lots of {a} {owner} has {c} {things}.",
+        "taking {b} times the {a} {items} leaves {whom} with {c} {things}.",
     ),
     "/": (
+        "{owner} keeps one in {b} out of {a} and holds {c} {things}.",
         "cutting the {a} {items} by {b} leaves {whom} with {c} {things}.",
         "with one of {b} parts of {a} {owner} has {c} {things}.",
-        "{owner} keeps one in {b} out of {a} and holds {c} {things}.",
     ),
 }

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import zip_longest
 from typing import Literal, get_args
 
 from dmax.errors import InputError, did_you_mean
@@ -25,6 +27,7 @@ from dmax.tasks.word_problem_patterns import (
     NAMES,
     OBJECT_PRONOUNS,
     OPENERS,
+    OPENING_LEADS,
     OPERATORS,
     QUESTIONS,
     STEPS,
@@ -34,6 +37,7 @@ from dmax.tasks.word_problem_patterns import (
 Split = Literal["train", "test"]
 LARGEST_NUMBER = 99  # what the bundled tokenizer holds as whole tokens, and sums of two of it
 MIN_WORDS = 60  # words and punctuation marks of an answer, tokens of the bundled tokenizer
+PREFERENCE = 1.8  # how much likelier each wording is than the next
 MIN_WORDS_PER_STEP = 15  # what fewer than 4 steps can reach
 
 
@@ -158,30 +162,44 @@ def _tell(rng: random.Random, start: int, steps: tuple[tuple[str, int], ...]) ->
     story += [_capitalized(rng.choice(STEPS[operation]).format(b=operand, **words)) for operation, operand in steps]
     story.append(rng.choice(QUESTIONS).format(**words))
     while True:
-        value, worked = start, []
-        for operation, operand in steps:
-            result = apply_step(value, operation, operand)
-            worked.append(_work_out(rng, pronoun, words, value, operation, operand, result))
-            value = result
-        response = f"{' '.join(worked)}\n#### {value}"
+        response = " ".join(_work_out(rng, pronoun, words, start, steps))
+        answer = reduce(lambda value, step: apply_step(value, *step), steps, start)
+        response = f"{response}\n#### {answer}"
         if count_words(response) >= min(MIN_WORDS, MIN_WORDS_PER_STEP * len(steps)):
-            return WordProblem(" ".join(story), response, value, start, steps)
+            return WordProblem(" ".join(story), response, answer, start, steps)
 
 
-def _work_out(rng: random.Random, pronoun: str, words: dict[str, str], a: int, operation: str, b: int, c: int) -> str:
-    form = rng.choice(FORMS + FORMS_BY_OPERATION[operation])
-    clause = form.format(
-        a=a,
-        b=b,
-        c=c,
-        op=rng.choice(OPERATORS[operation]),
-        eq=rng.choice(EQUALS),
-        owner=rng.choice((words["name"], pronoun)),
-        whom=rng.choice((words["name"], OBJECT_PRONOUNS[pronoun])),
-        items=words["items"],
-        things=rng.choice(THINGS).format(items=words["items"]),
-    )
-    return f"{rng.choice(LEADS)} {clause}"
+def _work_out(
+    rng: random.Random, pronoun: str, words: dict[str, str], start: int, steps: tuple[tuple[str, int], ...]
+) -> Iterator[str]:
+    a, lead, form = start, None, None
+    for operation, b in steps:
+        c = apply_step(a, operation, b)
+        lead = _prefer(rng, OPENING_LEADS if lead is None else LEADS, unlike=lead)
+        form = _prefer(rng, _interleaved(FORMS, FORMS_BY_OPERATION[operation]), unlike=form)
+        clause = form.format(
+            a=a,
+            b=b,
+            c=c,
+            op=_prefer(rng, OPERATORS[operation]),
+            eq=_prefer(rng, EQUALS),
+            owner=_prefer(rng, (pronoun, words["name"])),
+            whom=_prefer(rng, (OBJECT_PRONOUNS[pronoun], words["name"])),
+            items=words["items"],
+            things=_prefer(rng, THINGS).format(items=words["items"]),
+        )
+        yield f"{lead} {clause}"
+        a = c
+
+
+def _prefer(rng: random.Random, choices: Sequence[str], *, unlike: str | None = None) -> str:
+    """A choice other than `unlike`; each is `PREFERENCE` times as likely as the one after it, as words in real text."""
+    left = [choice for choice in choices if choice != unlike]
+    return rng.choices(left, [PREFERENCE**-rank for rank in range(len(left))])[0]
+
+
+def _interleaved(general: Sequence[str], special: Sequence[str]) -> list[str]:
+    return [form for pair in zip_longest(general, special) for form in pair if form is not None]
 
 
 def _capitalized(sentence: str) -> str:

@@ -23,7 +23,12 @@ CHAT_TEMPLATE = (
 
 def words() -> list[str]:
     """Every word, number and punctuation mark that the generator can write, with its leading space where it has one."""
-    openings = (*patterns.OPENERS, *patterns.LEADS, *(step for steps in patterns.STEPS.values() for step in steps))
+    openings = (
+        *patterns.OPENERS,
+        *patterns.OPENING_LEADS,
+        *patterns.LEADS,
+        *(step for steps in patterns.STEPS.values() for step in steps),
+    )
     forms = (*patterns.FORMS, *(form for forms in patterns.FORMS_BY_OPERATION.values() for form in forms))
     operators = (operator for choices in patterns.OPERATORS.values() for operator in choices)
     sentences = (*openings, *patterns.QUESTIONS, *forms, *patterns.THINGS, *patterns.EQUALS, *operators)
