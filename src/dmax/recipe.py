@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -31,10 +31,15 @@ from dmax.training.trainer import DMaxConfig, DMaxTrainer
 
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    """Where the model comes from: `path` of a checkpoint to continue, or `config` for a new one."""
+    """Where the model comes from: `path` of a checkpoint to continue, or `config` for a new one.
+
+    `keep_start` is the share of the weights at `path` in what is saved in the end: a mean of both ends of a run often
+    beats either (WiSE-FT, arXiv 2109.01903).
+    """
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    keep_start: float = 0.0
     attn_implementation: str | None = None
     experts_implementation: str | None = None
 
@@ -113,6 +118,11 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     recipe = Recipe(path, Path(content["output_dir"]), training=training, **sections)
     if (recipe.model.path is None) == (recipe.model.config is None):
         raise InputError(f"{path}:{lines['model']}: `model` needs exactly one of `path` and `config`")
+    if not 0 <= recipe.model.keep_start <= 1 or (recipe.model.keep_start and recipe.model.path is None):
+        raise InputError(
+            f"{path}:{lines['model.keep_start']}: `model.keep_start` must be a share between 0 and 1 of the weights "
+            f"at `model.path`, got {recipe.model.keep_start}"
+        )
     if (recipe.data.file is None) == (recipe.data.problems is None):
         raise InputError(f"{path}:{lines['data']}: `data` needs exactly one of `file` and `problems`")
     _check_keys(path, lines, "model.config.", recipe.model.config or {}, _names(LLaDA2MoeConfig) | {"rope_theta"})
@@ -188,9 +198,11 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], N
         eval_hook=_eval_hook(recipe.eval, checkpoint) if recipe.eval else None,
         processing_class=checkpoint.tokenizer,
     )
+    start = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
     last = get_last_checkpoint(str(run_dir)) if resume and run_dir.is_dir() else None
     began = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
+    blend_weights(checkpoint.model, start, recipe.model.keep_start)
     record = {"recipe": recipe.path.name, "steps": result.global_step, "seconds": round(time.perf_counter() - began)}
     save_checkpoint(
         checkpoint.model,
@@ -202,6 +214,13 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], N
         extra=record | {"environment": environment()},
     )
     return recipe.output_dir
+
+
+@torch.no_grad()
+def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
+    """Replace every weight by (1 - share) of itself + share of `other`'s, router biases included."""
+    for name, value in model.state_dict().items():
+        value.lerp_(other[name].to(value), share)
 
 
 def _build_checkpoint(section: ModelSection) -> Checkpoint:
