@@ -30,6 +30,7 @@ THIRD_PARTY = {
     "uvicorn": ("dmax.serve",),
     "prometheus_client": ("dmax.serve",),
     "matplotlib": ("dmax.evaluation.plots",),
+    "math_verify": ("dmax.tasks.equality_worker",),
     "lm_eval": ("dmax.evaluation.harness",),
     "ray": ("dmax.integrations",),
     "sglang": ("dmax.integrations",),

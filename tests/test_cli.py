@@ -108,6 +108,31 @@ def test_eval_json(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     assert sum(sample["generated_tokens"] for sample in samples) == record["generated_tokens"]
 
 
+def test_eval_and_sweep_over_a_file_of_rows(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data, other, output = tmp_path / "rows.jsonl", tmp_path / "other.jsonl", tmp_path / "result.json"
+    rows = [{"question": f"Tom has {n} apples. How many?", "answer": f"#### {n}"} for n in (3, 4, 5)]
+    for path in (data, other):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("-m", folder, "--task", "gsm8k", "--data", data, "--limit", "8", *SMALL)
+    record = one_object(dmax("eval", *words, "--json", "--output", output))
+    assert (record["task"], record["limit"], record["total"]) == ("gsm8k", 8, 3)
+    samples = [json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()]
+    assert [sample["expected"] for sample in samples] == ["3", "4", "5"]
+    assert record["correct"] == sum(sample["is_correct"] for sample in samples)
+    sweep = ("sweep", "-o", tmp_path / "s", "--strategies", "threshold", "--thresholds", "0.5")
+    assert one_object(dmax(*sweep, *words, "--json"))["data"] == str(data)
+    assert_refused(dmax(*sweep, *words, "--data", other), "holds a sweep of", "other.jsonl")
+
+
+def test_rows_that_are_refused_before_a_model_is_opened(dmax: Dmax, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "Why?"}\n')
+    for words in (("eval", "-m", "no/such"), ("sweep", "-m", "no/such", "-o", tmp_path / "s")):
+        assert_refused(dmax(*words, "--task", "gsm8k", "--data", data), f"{data}:1: `answer` is missing")
+        assert_refused(dmax(*words, "--data", data), "'word_problems' makes its own examples", "leave out --data")
+
+
 def test_sweep_writes_a_record_plots_and_a_page(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     words = ("sweep", "-m", folder, "-o", tmp_path / "s", "--strategies", "spd, llada", "--thresholds", "0:1:0.5")

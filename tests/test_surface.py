@@ -52,12 +52,12 @@ COMMANDS = {
         "--dtype --device --json"
     ),
     "eval": (
-        "--model -m --task --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs --hard-inputs "
-        "--option --block-length --batch-size --dtype --device --output -o --json"
+        "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs "
+        "--hard-inputs --option --block-length --batch-size --dtype --device --output -o --json"
     ),
     "sweep": (
-        "--model -m --output -o --strategies --thresholds --task --limit --seed --max-new-tokens --batch-size --dtype "
-        "--device --json"
+        "--model -m --output -o --strategies --thresholds --task --data --limit --seed --max-new-tokens --batch-size "
+        "--dtype --device --json"
     ),
 }
 

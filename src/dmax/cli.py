@@ -37,6 +37,7 @@ SoftOption = Annotated[
 ]
 BlockOption = Annotated[int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")]
 TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")]
 BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
@@ -213,6 +214,7 @@ def distill(
 def evaluate(
     model: ModelOption = "tiny-dmax",
     task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
+    data: DataOption = None,
     strategy: StrategyOption = "spd",
     threshold: ThresholdOption = None,
     limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
@@ -238,7 +240,7 @@ def evaluate(
     from dmax.params import DecodingParams
     from dmax.tasks import get_task
 
-    chosen = get_task(task)
+    chosen = get_task(task, data)
     params = DecodingParams(
         strategy=strategy,
         threshold=threshold,
@@ -276,6 +278,7 @@ def sweep(
     strategies: Annotated[str, typer.Option(help="decoding strategies, separated by commas")] = "spd,threshold",
     thresholds: Annotated[str, typer.Option(help="start:stop:step, or a list separated by commas")] = "0:1:0.1",
     task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
+    data: DataOption = None,
     limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="of the examples")] = 7,
     max_new_tokens: TokensOption = None,
@@ -297,7 +300,7 @@ def sweep(
     from dmax.tasks import get_task
 
     names = [name.strip() for name in strategies.split(",")]
-    curves, chosen = curves_of(model, names, parse_grid(thresholds)), get_task(task)
+    curves, chosen = curves_of(model, names, parse_grid(thresholds)), get_task(task, data)
     check_writable(output / "sweep.json")
     record = run_sweep(
         curves,
@@ -306,6 +309,7 @@ def sweep(
         limit=limit,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        data=None if data is None else str(data),
         open_model=lambda name: LLM(name, dtype=dtype, device=device, max_batch_size=batch_size),
         report=lambda line: console.print(line, highlight=False),
     )

@@ -102,18 +102,19 @@ def run_sweep(
     limit: int,
     seed: int,
     max_new_tokens: int | None = None,
+    data: str | None = None,
     open_model: Callable[[str], LLM],
     report: Callable[[str], None] = lambda line: None,
 ) -> Record:
     """Measure every point that `output` does not hold yet, and write it after each.
 
     A point counts as held if weights, settings, task, limit and seed are the same, so an interrupted sweep goes on
-    where it stopped and a retrained model is measured anew.
+    where it stopped and a retrained model is measured anew. `data` names the file of the task's rows, if it has one.
 
     Raises:
         InputError: `output` holds something else, or cannot be written.
     """
-    record = _read(output, task.name, limit, seed)
+    record = _read(output, {"task": task.name, "limit": limit, "seed": seed, "data": data})
     for model, own in _by_model(curves):
         llm = open_model(model)
         weights = weights_digest(llm.model)
@@ -131,12 +132,11 @@ def run_sweep(
     return record
 
 
-def _read(output: Path, task: str, limit: int, seed: int) -> Record:
-    header = {"task": task, "limit": limit, "seed": seed}
+def _read(output: Path, header: Record) -> Record:
     if not output.exists():
         return {**header, "environment": environment(), "points": []}
     try:
-        record: Record = json.loads(output.read_text(encoding="utf-8"))
+        record: Record = {"data": None} | json.loads(output.read_text(encoding="utf-8"))
         found = {name: record[name] for name in header}
         record["points"]  # noqa: B018  # a sweep has them
     except (ValueError, KeyError, TypeError):

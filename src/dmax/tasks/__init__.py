@@ -5,11 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import signature
+from pathlib import Path
 from typing import Protocol
 
 from dmax.errors import InputError, did_you_mean
 
-_TASKS = {"word_problems": "dmax.tasks.word_problems:WordProblems"}
+_TASKS = {
+    "asdiv": "dmax.tasks.maths:Asdiv",
+    "gsm8k": "dmax.tasks.maths:Gsm8k",
+    "humaneval": "dmax.tasks.python_code:HumanEval",
+    "humaneval_plus": "dmax.tasks.python_code:HumanEvalPlus",
+    "math500": "dmax.tasks.maths:Math500",
+    "mbpp": "dmax.tasks.python_code:Mbpp",
+    "mbpp_plus": "dmax.tasks.python_code:MbppPlus",
+    "minerva_algebra": "dmax.tasks.maths:MinervaAlgebra",
+    "word_problems": "dmax.tasks.word_problems:WordProblems",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +58,19 @@ def task_names() -> tuple[str, ...]:
     return tuple(sorted(_table()))
 
 
-def get_task(name: str) -> Task:
-    """The task of that name; raises `InputError` with the valid names otherwise."""
+def get_task(name: str, data: Path | None = None) -> Task:
+    """The task of that name, over the rows of the JSONL file `data` if one is given.
+
+    Raises:
+        InputError: there is no such task, it reads no file, or its rows cannot be read.
+    """
     table = _table()
     if name not in table:
         choices = task_names()
         raise InputError(f"unknown task {name!r}; choose from {', '.join(choices)}", hint=did_you_mean(name, choices))
     module, _, attribute = table[name].partition(":")
-    task: Task = getattr(import_module(module), attribute)()
+    make = getattr(import_module(module), attribute)
+    if data is not None and not signature(make).parameters:
+        raise InputError(f"the task {name!r} makes its own examples and reads no file", hint="leave out --data")
+    task: Task = make() if data is None else make(data)
     return task

@@ -1,0 +1,154 @@
+"""Rows of a fixed benchmark, from a JSONL file or from the hub, every one checked before a model is opened."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmax.errors import InputError
+from dmax.tasks import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """Where a benchmark lies on the hub: what `datasets.load_dataset` is asked for."""
+
+    path: str
+    config: str | None
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and where it stands, so that a complaint can name the place."""
+
+    fields: Mapping[str, Any]
+    place: str
+
+    def text(self, *names: str) -> str:
+        """The first of these fields that is there: a text that is not blank."""
+        found = next((name for name in names if self.fields.get(name) is not None), None)
+        if found is None:
+            raise self.wrong(f"{' or '.join(f'`{name}`' for name in names)} is missing")
+        value = self.fields[found]
+        if not isinstance(value, str):
+            raise self.wrong(f"`{found}` must be a text, got {value!r:.40}")
+        if not value.strip():
+            raise self.wrong(f"`{found}` is empty")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        """A field that may be missing or blank; then it is empty."""
+        value = self.fields.get(name)
+        return self.text(name) if value is not None and value != "" else ""
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; a missing one is empty."""
+        value = self.fields.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(f"`{name}` must be a list of texts, got {value!r:.40}")
+        return value
+
+    def wrong(self, reason: str) -> InputError:
+        """The error that says what is wrong with this row."""
+        return InputError(f"{self.place}: {reason}", hint="docs/tasks.md lists the fields of every task")
+
+
+class Benchmark(ABC):
+    """A task over the rows of one published test set.
+
+    The set is read when the task is made, so that a bad row is an error before hours of computing.
+    """
+
+    name: str
+    hub: Hub
+    max_new_tokens = 2048  # of the published evaluation, for every task (DMax section 4.1)
+
+    def __init__(self, data: Path | None = None) -> None:
+        self._examples = [self.example(row) for row in rows_of_hub(self.hub)] if data is None else self._read(data)
+
+    @abstractmethod
+    def example(self, row: Row) -> Example:
+        """The example a row stands for; raises `InputError` if it stands for none."""
+
+    @abstractmethod
+    def extract(self, text: str) -> str | None:
+        """The answer in a completion, or None."""
+
+    @abstractmethod
+    def score(self, text: str, example: Example) -> bool:
+        """Whether a completion answers the example."""
+
+    def examples(self, limit: int, seed: int) -> list[Example]:
+        """The first `limit` rows in the order of the set, or all if it has fewer; `seed` changes nothing."""
+        return self._examples[:limit]
+
+    def _read(self, data: Path) -> list[Example]:
+        first_place: dict[str, str] = {}
+        examples = []
+        for row in rows_of_file(data):
+            example = self.example(row)
+            if example.prompt in first_place:
+                raise row.wrong(f"repeats the question of {first_place[example.prompt]}")
+            first_place[example.prompt] = row.place
+            examples.append(example)
+        return examples
+
+
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """Rows of a JSONL file, one object a line; blank lines are skipped.
+
+    Raises:
+        InputError: the file is missing, unreadable or empty, or a line is not a JSON object; names file and line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")  # only these separate rows: texts may hold other line breaks
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="--data takes a JSONL file") from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{path} holds no rows", hint="--data takes a JSONL file with one row a line")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Row(_object(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise InputError(f"{place}: not a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: not a JSON object but {value!r:.40}")
+    return value
+
+
+def rows_of_hub(hub: Hub) -> Iterator[Row]:
+    """Rows of a dataset on the hub.
+
+    Raises:
+        InputError: the package `datasets` is missing, or the hub gives no rows.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(
+            f"reading `{hub.path}` from the hub needs the package `datasets`",
+            hint='pip install "dmax[eval]", or give the rows as a JSONL file: --data FILE',
+        ) from None
+    try:
+        rows = list(load_dataset(hub.path, hub.config, split=hub.split))
+    except Exception as error:  # what it raises without a network depends on its version and on the network
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"cannot read `{hub.path}` from the hub: {reason}", hint="give the rows as a JSONL file: --data FILE"
+        ) from None
+    if not rows:
+        raise InputError(f"`{hub.path}` on the hub holds no rows", hint="give the rows as a JSONL file: --data FILE")
+    for number, fields in enumerate(rows, 1):
+        yield Row(fields, f"{hub.path} ({hub.split}), row {number}")
