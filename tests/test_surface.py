@@ -36,7 +36,8 @@ DECODING_PARAMS = {
     "options": (),
 }
 GENERATION_OUTPUT = (
-    "text token_ids prompt_token_ids finish_reason num_forwards num_prefill_forwards num_commit_forwards".split()
+    "text token_ids prompt_token_ids finish_reason num_forwards num_prefill_forwards num_commit_forwards "
+    "num_positions".split()
 )
 STREAM_EVENT = "kind text token_ids masked confidence position step output".split()
 
@@ -90,7 +91,7 @@ def test_decoding_params() -> None:
 @pytest.mark.parametrize(
     ("kind", "names", "properties"),
     [
-        (dmax.GenerationOutput, GENERATION_OUTPUT, ["tokens_per_forward", "tokens_per_forward_paper"]),
+        (dmax.GenerationOutput, GENERATION_OUTPUT, ["tokens_per_forward", "tokens_per_forward_paper", "tokens_per_position"]),
         (dmax.StreamEvent, STREAM_EVENT, []),
     ],
 )

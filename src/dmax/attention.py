@@ -21,6 +21,14 @@ def block_causal(block_length: int) -> Predicate:
     return lambda query, key: key // block_length <= query // block_length
 
 
+def branching(block_length: int, shared: Tensor) -> Predicate:
+    """Several versions of one block behind the first `shared` [B, 1, 1] positions: each sees those and itself alone."""
+    causal = block_causal(block_length)
+    return lambda query, key: torch.where(
+        query < shared, causal(query, key), (key < shared) | (key // block_length == query // block_length)
+    )
+
+
 def noisy_clean(block_length: int, length: int) -> Predicate:
     """Training visibility over [noisy | clean], each half `length` positions (paper section 3.1, D7).
 

@@ -32,6 +32,7 @@ class GenerationOutput:
         num_forwards: denoising forwards.
         num_prefill_forwards: forwards that encoded the prompt.
         num_commit_forwards: forwards that only wrote keys and values of finished blocks.
+        num_positions: positions computed in denoising and commit forwards, all open blocks and versions included.
     """
 
     text: str
@@ -41,11 +42,17 @@ class GenerationOutput:
     num_forwards: int
     num_prefill_forwards: int
     num_commit_forwards: int
+    num_positions: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
         """TPF: generated tokens, EOS not counted, per denoising forward."""
         return len(self.token_ids) / self.num_forwards
+
+    @property
+    def tokens_per_position(self) -> float:
+        """Generated tokens per computed position: what parallel decoding costs where TPF does not show it."""
+        return len(self.token_ids) / self.num_positions if self.num_positions else 0.0
 
     @property
     def tokens_per_forward_paper(self) -> float:
@@ -245,6 +252,7 @@ class LLM:
             num_forwards=counters.num_forwards,
             num_prefill_forwards=counters.num_prefill_forwards,
             num_commit_forwards=counters.num_commit_forwards,
+            num_positions=counters.num_positions,
         )
 
     def _stream_event(self, event: BlockEvent) -> StreamEvent:

@@ -24,7 +24,7 @@ class DecodingParams:
         max_new_tokens: longest completion; the last block is still decoded whole.
         temperature: 0 decodes greedily; above, tokens are sampled.
         seed: of the sampling, below 2^63; None draws a fresh one.
-        max_steps_per_block: cap on forwards per block; None: the block length.
+        max_steps_per_block: cap on forwards per block; None: the block length, times the blocks open at once.
         prefix_only: SPD decodes the confident prefix of the masks only; off: any confident position.
         soft_inputs: SPD feeds decoded positions back as blends; off: as hard tokens.
         renormalize: blends keep their length (eq. 10).

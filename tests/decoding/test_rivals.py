@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dmax.decoding import get_strategy, selection, strategies
 from dmax.decoding.block import sanitize
+from dmax.decoding.lopa import Lookahead
 from dmax.decoding.sched import ScheduledExit, mean_margin
 from dmax.errors import InputError
 from dmax.params import DecodingParams
@@ -234,6 +236,41 @@ def test_iter_smooth_grows_more_lenient_from_step_to_step() -> None:
     assert decoded(run(logits, 4, strategy="iter_smooth")) == [1, 1, 2]
 
 
+# --- windows and branches ---------------------------------------------------------------------------------------------
+
+
+def test_what_need_not_progress_may_wait() -> None:
+    masked, confidence = rows(["xxxx", "xxxx", "xxxx"]), torch.tensor([[0.5, 0.95, 0.7, 0.92]] * 3)
+    forced = torch.tensor([True, False, False])
+    assert torch.equal(selection.above(masked, confidence, 0.99, forced), rows([".x..", "....", "...."]))
+    assert torch.equal(selection.above(masked, confidence, 0.9, forced), rows([".x.x"] * 3))
+    assert torch.equal(selection.prefix(masked, confidence, 0.9, forced), rows(["x...", "....", "...."]))
+    assert torch.equal(selection.prefix(masked, confidence, 0.5, forced), rows(["xxxx"] * 3))
+
+
+def test_lopa_branches_on_the_surest_masks() -> None:
+    strategy = Lookahead(threshold=0.9, num_branches=4)
+    output, _ = sanitize(FOUR, MASK)
+    branches = strategy.branch(rows(["x.xx"]), output)
+    assert torch.equal(branches, rows(["...x", "..x.", "x..."])[None])
+    assert torch.equal(strategy.branch(rows([".x.."]), output), rows([".x..", "....", "...."])[None])
+
+
+def test_lopa_chooses_the_version_that_is_surest_on_average() -> None:
+    strategy = Lookahead(threshold=0.9, num_branches=3)
+    logits = torch.cat(
+        (
+            logits_of([1, 2, 3, 4], [0.9, 0.6, 0.6, 0.6]),  # masks at 1 to 3: 0.6 on average
+            logits_of([1, 2, 3, 4], [0.9, 0.9, 0.7, 0.5]),  # 2 and 3: 0.6
+            logits_of([1, 2, 3, 4], [0.1, 0.9, 0.1, 0.7]),  # 3: 0.7
+        )
+    )
+    view = replace(opened((), 4, batch=3), masked=rows([".xxx", "..xx", "...x"]))
+    assert strategy.choose(view, sanitize(logits, MASK)[0]).tolist() == [2]
+    view = replace(view, masked=rows([".xxx", "....", "...x"]))
+    assert strategy.choose(view, sanitize(logits, MASK)[0]).tolist() == [1]  # all decoded: 1
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +289,9 @@ def test_iter_smooth_grows_more_lenient_from_step_to_step() -> None:
         ("sched", {"high": 1.0}, "`high` must be a number of at least 2.5, got 1.0"),
         ("joint_threshold", {"post_steps": 1.5}, "`post_steps` must be a whole number"),
         ("iter_smooth", {"weight": -1}, "`weight` must be"),
+        ("d2f", {"blocks": 0}, "`blocks` must be a whole number between 1 and 64, got 0"),
+        ("mbd", {"opens_at": 2}, "`opens_at` must be a number between 0 and 1, got 2"),
+        ("lopa", {"num_branches": 0}, "`num_branches` must be"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(strategy: str, options: dict[str, Any], message: str) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import EOS, MASK, L, V, confident, request, run, scripted
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmax.checkpoint import load_checkpoint
 from dmax.decoding import get_strategy, strategies
+from dmax.decoding.block import Window
 from dmax.engine.engine import Engine
-from dmax.engine.request import BlockEvent, Completion, Request
+from dmax.engine.request import BlockEvent, Request
 from dmax.errors import InputError
 from dmax.params import DecodingParams
 
@@ -28,24 +28,6 @@ TRAJECTORIES = [
     for index, trajectory in enumerate(json.loads((folder / "expected.json").read_text())["spd"])
     if trajectory["float64_agrees"]
 ]
-
-
-def run(engine: Engine, *requests: Request) -> dict[int, Completion]:
-    return {event.index: event.completion for event in engine.run(requests) if event.kind == "finished"}
-
-
-@pytest.fixture(scope="module", params=["llada2_moe_a", "llada2_moe_c"])
-def golden(request: pytest.FixtureRequest) -> tuple[str, Any, dict[str, Any]]:
-    expected = json.loads((GOLDEN / request.param / "expected.json").read_text())
-    checkpoint = load_checkpoint(
-        GOLDEN / request.param,
-        dtype=torch.float32,
-        device="cpu",
-        mask_token_id=expected["mask_token_id"],
-        eos_token_id=expected["eos_token_id"],
-        block_length=expected["block_length"],
-    )
-    return request.param, checkpoint, expected
 
 
 def engine_of(checkpoint: Any, **options: Any) -> Engine:
@@ -85,53 +67,7 @@ def test_there_are_trajectories_to_repeat() -> None:
     assert len(TRAJECTORIES) == 7
 
 
-# --- a model whose logits are prescribed ------------------------------------------------------------------------------
-
-V, L, MASK, EOS = 12, 8, 11, 10
-
-
-class ScriptedModel(nn.Module):
-    """Logits that depend on nothing but a position, and on what is fed there if `react` is set."""
-
-    def __init__(self, table: Tensor, react: float = 0.0) -> None:
-        super().__init__()
-        self.table, self.react = table, react  # [positions, V]
-        self.embedding = nn.Embedding(V, 4)
-        self.config = SimpleNamespace(
-            num_hidden_layers=1, num_attention_heads=1, hidden_size=4, vocab_size=V, max_position_embeddings=len(table)
-        )
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding
-
-    def base_model(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=inputs_embeds)
-
-    def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, logits_to_keep: int = 0, **_: Any
-    ) -> SimpleNamespace:
-        logits = self.table[position_ids]
-        if self.react:
-            logits = logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
-
-
-def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:
-    torch.manual_seed(0)
-    model = ScriptedModel(table, react).eval()
-    return Engine(model, mask_token_id=MASK, eos_token_ids=[EOS], block_length=L, **options)
-
-
-def confident(tokens: list[int], probability: float = 0.99) -> Tensor:
-    """A table whose argmax at position i is `tokens[i]` with the given probability."""
-    rest = (1 - probability) / (V - 1)
-    table = torch.full((len(tokens), V), rest).log()
-    table[torch.arange(len(tokens)), torch.tensor(tokens)] = torch.tensor(probability).log()
-    return table
-
-
-def request(prompt: tuple[int, ...], index: int = 0, **params: Any) -> Request:
-    return Request(index, prompt, DecodingParams(**{"max_new_tokens": 2 * L, **params}))
+# --- prescribed logits ------------------------------------------------------------------------------------------------
 
 
 def test_confident_blocks_take_one_forward_each() -> None:
@@ -245,8 +181,9 @@ def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
     assert completion.kind == "finished"
     blocks = [event for event in events if isinstance(event, BlockEvent)]
     assert all(MASK not in block.token_ids and not any(block.masked) for block in blocks)
-    extra = getattr(get_strategy(DecodingParams(strategy=policy["strategy"])), "extra_steps", 0)
-    assert completion.completion.counters.num_forwards <= (L + extra) * len(blocks)
+    strategy = get_strategy(DecodingParams(strategy=policy["strategy"]))
+    extra, window = getattr(strategy, "extra_steps", 0), getattr(strategy, "window", Window())
+    assert completion.completion.counters.num_forwards <= (L * window.size + extra) * len(blocks)
     generated = sum(len(block.token_ids) for block in blocks)
     assert (len(prompt) + generated) % L == 0  # only positions behind the prompt were ever reported
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
+from dmax.training.noise import mask_ratios, mask_tokens, random_tokens, rising_ratios
 
 VOCAB, MASK = 50, 17
 
@@ -87,3 +87,17 @@ def test_noise_is_reproducible_and_leaves_its_input_alone() -> None:
     assert torch.equal(one, mask_tokens(ids, response(ids, 10), ratios, MASK, seeded(5)))
     assert not torch.equal(one, mask_tokens(ids, response(ids, 10), ratios, MASK, seeded(6)))
     assert torch.equal(ids, before)
+
+
+def test_ratios_rise_from_the_first_block_of_the_response_to_the_last() -> None:
+    corruptible = torch.arange(12) >= torch.tensor([[2], [5], [9]])
+    ratios = rising_ratios(corruptible, 4, 0.3, 0.7)
+    expected = [[0.3] * 4 + [0.5] * 4 + [0.7] * 4, [0.3] * 8 + [0.7] * 4, [0.3] * 12]
+    torch.testing.assert_close(ratios, torch.tensor(expected))
+
+
+def test_a_ratio_for_every_position_masks_by_it() -> None:
+    ids, corruptible = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
+    ratios = torch.tensor([[1.0] * 3 + [0.0] * 5])
+    masked = mask_tokens(ids, corruptible, ratios, 9, torch.Generator().manual_seed(0))
+    assert masked.tolist() == [[9, 9, 9, 3, 4, 5, 6, 7]]

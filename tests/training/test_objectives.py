@@ -12,10 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.attention import dense_mask, noisy_clean
+from dmax.attention import block_causal, dense_mask, noisy_clean
 from dmax.blend import blend
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from dmax.training.objectives import IGNORE, Batch, CleanStream, mdlm_loss, oput_loss, roll_out, uniform_loss
+from dmax.training.noise import rising_ratios
+from dmax.training.objectives import (
+    IGNORE,
+    Batch,
+    CleanStream,
+    certainty_loss,
+    d2f_loss,
+    mdlm_loss,
+    oput_loss,
+    roll_out,
+    uniform_loss,
+)
 
 BLOCK, VOCAB, MASK, EOS = 4, 48, 47, 46
 OPTIONS: dict[str, Any] = {"block_length": BLOCK, "mask_token_id": MASK}
@@ -322,3 +333,43 @@ def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: 
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_gradients(gradients(model, oput_loss(model, batch, **OPTIONS).total), expected)
+
+
+# --- objectives of rivals ---------------------------------------------------------------------------------------------
+
+
+def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    logits = concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids))
+    masked = batch.noisy_ids == MASK
+    # One prediction in two is made right, so that there is something to be sure of.
+    labels = torch.where(torch.arange(masked.shape[1]) % 2 == 0, logits.argmax(-1), batch.labels)
+    labels = torch.where(batch.labels == IGNORE, IGNORE, labels)
+    batch = replace(batch, labels=labels)
+    total, entropies = torch.zeros(()), []
+    for row, position in masked.nonzero().tolist():
+        total = total - logits[row, position].log_softmax(-1)[labels[row, position]]
+        if logits[row, position].argmax() == labels[row, position]:
+            probs = (logits[row, position] / 0.5).softmax(-1)
+            entropies.append(-(probs * probs.log()).sum())
+    assert 0 < len(entropies) < masked.sum()
+    expected = total / masked.sum() + 3.0 * torch.stack(entropies).mean()
+    loss = certainty_loss(model, batch, weight=3.0, temperature=0.5, **OPTIONS)
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss.parts["entropy_right"], torch.stack(entropies).mean())
+    assert_same_gradients(gradients(model, loss.total), gradients(model, expected))
+
+
+def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    corruptible = batch.labels != IGNORE
+    ratios = rising_ratios(corruptible, BLOCK, 0.3, 0.7)
+    position = torch.arange(batch.noisy_ids.shape[1])
+    mask = dense_mask(block_causal(BLOCK), position, position)[None, None]
+    logits = model(input_ids=batch.noisy_ids, attention_mask=mask, position_ids=position[None]).logits
+    loss_sum, weight_sum = torch.zeros(()), torch.zeros(())
+    for row, place in ((batch.noisy_ids == MASK) & corruptible).nonzero().tolist():
+        weight = 1 / ratios[row, place]
+        loss_sum = loss_sum - weight * logits[row, place].log_softmax(-1)[batch.labels[row, place]]
+        weight_sum = weight_sum + weight
+    loss = d2f_loss(model, batch, ratios, **OPTIONS)
+    torch.testing.assert_close(loss.total, loss_sum / weight_sum)
+    assert_same_gradients(gradients(model, loss.total), gradients(model, loss_sum / weight_sum))

@@ -15,6 +15,7 @@ _GROUP = "dmax.strategies"
 _STRATEGIES = {
     "autoregressive": "dmax.decoding.autoregressive:Autoregressive",
     "credit": "dmax.decoding.credit:CreditDecoding",
+    "d2f": "dmax.decoding.d2f:D2F",
     "dparallel": "dmax.decoding.dparallel:DParallel",
     "entropy_bound": "dmax.decoding.entropy_bound:EntropyBound",
     "fast_dllm": "dmax.decoding.fast_dllm:FastDLLM",
@@ -23,6 +24,8 @@ _STRATEGIES = {
     "iter_smooth": "dmax.decoding.iter_smooth:IterSmooth",
     "joint_threshold": "dmax.decoding.joint_threshold:JointThreshold",
     "llada": "dmax.decoding.llada:FixedSchedule",
+    "lopa": "dmax.decoding.lopa:Lookahead",
+    "mbd": "dmax.decoding.mbd:MultiBlockSPD",
     "sched": "dmax.decoding.sched:ScheduledExit",
     "spd": "dmax.decoding.spd:SoftParallelDecoding",
     "threshold": "dmax.decoding.threshold:ThresholdDecoding",

@@ -34,6 +34,7 @@ class View:
         embed: token ids to embeddings, for strategies that feed mixtures of their own.
         temperature: of sampling; 0 is greedy.
         gumbel: [B, L, V] standard Gumbel noise, given when temperature > 0.
+        forced: [B] bool, the block must progress; None: all must. False for a block ahead of an unfinished one.
     """
 
     tokens: Tensor
@@ -45,6 +46,7 @@ class View:
     embed: Embed | None = None
     temperature: float = 0.0
     gumbel: Tensor | None = None
+    forced: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,28 @@ class Decision:
     confidence: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How many blocks of a sequence are open at once; a block sees those before it as they stand.
+
+    Attributes:
+        size: blocks open at most.
+        opens_at: the next block opens once this share of the last open one is settled.
+        forces_at: a block must progress once this share of the one before it is settled; until then it may wait.
+        settled_at: confidence from which a decoded position counts as settled; 0: every decoded one does.
+    """
+
+    size: int = 1
+    opens_at: float = 0.0
+    forces_at: float = 0.0
+    settled_at: float = 0.0
+
+
 class DecodingStrategy(Protocol):
     """A decoding method. Instances hold settings only; memory lives in the state the engine keeps per request.
 
-    An attribute `extra_steps`, where there is one, raises the default cap on forwards above one per position.
+    Optional attributes: `extra_steps` raises the default cap on forwards above one per position, `window` (`Window`)
+    keeps several blocks open, and `num_branches` evaluates that many versions of the block at once (`Branching`).
     """
 
     name: ClassVar[str]
@@ -104,6 +124,18 @@ class DecodingStrategy(Protocol):
 
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
         """Decide after a forward."""
+
+
+class Branching(Protocol):
+    """What a strategy with `num_branches` R > 1 also does: choose among R versions of a block, and make new ones."""
+
+    num_branches: int
+
+    def choose(self, view: View, output: Output) -> Tensor:
+        """The best of each block's versions, [B] int64 in [0, R); `view` and `output` hold B x R rows."""
+
+    def branch(self, masked: Tensor, output: Output) -> Tensor:
+        """[B, R - 1, L] bool: what each further version decodes besides, out of `masked` [B, L]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +228,15 @@ def apply(view: View, decision: Decision, max_steps: int) -> Advance:
 
     - only active positions are written: masks by `commit`, decoded ones by `edit`;
     - `remask` holds only where the row still gains: fewer positions masked again than committed;
-    - a row with masks left that commits none has its leftmost mask decoded (`forced`);
+    - a row with masks left that commits none has its leftmost mask decoded (`forced`), if it must progress;
     - at the step cap remaining masks take the proposed tokens and the block closes (`capped`);
     - a block is done only without masks, and at once if it never had any; writing MASK makes the row `invalid`.
     """
     masked, decoded = view.masked, view.active & ~view.masked
     commit = decision.commit & masked
     stuck = masked.any(dim=1) & ~commit.any(dim=1)
+    if view.forced is not None:
+        stuck = stuck & view.forced
     commit = commit | (leftmost(masked) & stuck[:, None])
     last = view.step + 1 >= max_steps
     open_masks = masked & ~commit

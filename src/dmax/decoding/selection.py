@@ -1,7 +1,8 @@
 """Which masked positions to decode: pure functions from confidences [B, L] float32 to a set [B, L] bool.
 
 Every comparison in the package is `confidence >= threshold` (A7); a threshold is one number, or [B, 1] for one per row.
-Each function returns at least one position of every row that still has a mask, so a block always progresses.
+Each function returns at least one position of every row that still has a mask, so a block always progresses; of a
+row that `forced` [B] bool excludes, one ahead of an unfinished block, it returns confident positions only.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ def most_confident(masked: Tensor, confidence: Tensor) -> Tensor:
     return torch.zeros_like(masked).scatter(1, best, True) & masked
 
 
-def prefix(masked: Tensor, confidence: Tensor, threshold: float | Tensor) -> Tensor:
+def prefix(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None) -> Tensor:
     """The longest run of confident masked positions from the left, else the leftmost one (DMax, section 3.2).
 
     Scanning the masked positions left to right, stop at the first below the threshold.
     """
     low = masked & (confidence < threshold)
     before_first_low = masked & (low.cumsum(dim=1) == 0)
-    return before_first_low | leftmost(masked)
+    return before_first_low | _where_forced(leftmost(masked), forced)
 
 
-def above(masked: Tensor, confidence: Tensor, threshold: float | Tensor) -> Tensor:
+def above(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None) -> Tensor:
     """Every confident masked position, else the most confident one (LLaDA-2.0, section 5.4)."""
-    return (masked & (confidence >= threshold)) | most_confident(masked, confidence)
+    return (masked & (confidence >= threshold)) | _where_forced(most_confident(masked, confidence), forced)
+
+
+def _where_forced(fallback: Tensor, forced: Tensor | None) -> Tensor:
+    return fallback if forced is None else fallback & forced[:, None]
 
 
 def top(masked: Tensor, score: Tensor, count: Tensor) -> Tensor:

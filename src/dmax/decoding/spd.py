@@ -49,7 +49,7 @@ class SoftParallelDecoding(Configured):
 
         # 2. Promote masked positions: the confident prefix, or the leftmost one.
         select = selection.prefix if self.prefix_only else selection.above
-        promoted = select(view.masked, confidence, self.threshold)
+        promoted = select(view.masked, confidence, self.threshold, view.forced)
 
         # 3. Revise every position decoded earlier, however unsure the new token.
         decoded = view.active & ~view.masked

@@ -28,6 +28,6 @@ class ThresholdDecoding(Configured):
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
         """One step for [B, L] positions; the block is done once no mask is left."""
         prediction = predict(view, output)
-        commit = selection.above(view.masked, prediction.confidence, self.threshold)
+        commit = selection.above(view.masked, prediction.confidence, self.threshold, view.forced)
         confidence = torch.where(view.masked, prediction.confidence, state["confidence"])
         return Decision(prediction.tokens, commit, confidence=confidence), {"confidence": confidence}

@@ -2,7 +2,7 @@
 
 Strategies decide what to write; this file decides nothing about tokens. It keeps the promises: a sequence's blocks
 converge on their own, whatever its neighbours do; the prompt is never written; a block ends after at most its step
-cap; broken logits raise. S slots, B rows of a step, L block length, V vocabulary.
+cap; broken logits raise. B sequences of a step, n blocks of each that are open, L block length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmax.blend import SoftTokens, embed_tokens
 from dmax.decoding import get_strategy
-from dmax.decoding.block import DecodingStrategy, State, View, apply, sanitize
+from dmax.engine.lane import Flags, Lane
 from dmax.engine.request import BlockEvent, Completion, Counters, Event, FinishedEvent, Request
 from dmax.engine.runner import ModelRunner
 from dmax.errors import InputError
@@ -28,7 +27,14 @@ Commit = Literal["cross_block", "separate"]
 
 @dataclass(slots=True)
 class Flight:
-    """A request in flight: where its open block stands and what it has generated."""
+    """A request in flight: where its open blocks stand and what it has generated.
+
+    Attributes:
+        start, end: first position of the first open block, and first position past the last block there can be.
+        places: rows of its lane, counted from the slot's first, that hold the open blocks in order; or, with a
+            branching strategy, the versions of the one open block.
+        num_pending: finished blocks before the open ones that still need their clean keys and values.
+    """
 
     request: Request
     lane: Lane
@@ -37,98 +43,8 @@ class Flight:
     generator: torch.Generator | None
     generated: list[int] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
-    has_previous: bool = False  # the block before the open one still needs its clean keys and values
-
-
-class Lane:
-    """The open blocks of all requests decoded with the same strategy and settings, as tensors with one row per slot."""
-
-    def __init__(self, params: DecodingParams, num_slots: int, block_length: int, device: torch.device) -> None:
-        self.params = params
-        self.strategy: DecodingStrategy = get_strategy(params)
-        extra = getattr(self.strategy, "extra_steps", 0)  # of strategies that go on after the last mask
-        self.max_steps = params.max_steps_per_block or block_length + extra
-        shape = (num_slots, block_length)
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.previous = torch.zeros(shape, dtype=torch.long, device=device)
-        self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.active = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.step = torch.zeros(num_slots, dtype=torch.long, device=device)
-        self.soft: SoftTokens | None = None
-        self.embeds: Tensor | None = None
-        self.confidence = torch.zeros(shape, device=device)
-        self.state: State = {}
-
-    def view(self, rows: Tensor, mask_token_id: int, embed: Any, gumbel: Tensor | None = None) -> View:
-        """What the strategy may read of these rows."""
-        return View(
-            tokens=self.tokens[rows],
-            masked=self.masked[rows],
-            active=self.active[rows],
-            step=self.step[rows],
-            mask_token_id=mask_token_id,
-            max_steps=self.max_steps,
-            embed=embed,
-            temperature=self.params.temperature,
-            gumbel=gumbel,
-        )
-
-    def open(self, slot: int, known: Sequence[int], mask_token_id: int, embed: Any) -> None:
-        """Open a block that begins with the `known` tokens (the prompt's tail) and is masked from there on."""
-        self.tokens[slot] = mask_token_id
-        self.tokens[slot, : len(known)] = torch.tensor(known, dtype=torch.long)
-        self.masked[slot] = torch.arange(self.masked.shape[1], device=self.masked.device) >= len(known)
-        self.active[slot] = self.masked[slot]
-        self.step[slot] = 0
-        if self.soft is not None:
-            self.soft.where[slot] = False
-        row = torch.tensor([slot], device=self.tokens.device)
-        self._store_state(row, self.strategy.open(self.view(row, mask_token_id, embed)))
-
-    def inputs(self, rows: Tensor, mask_token_id: int, embed: Any) -> Tensor:
-        """Input embeddings [B, L, D] of the rows' next forward: hard tokens, or what the last decision asked for."""
-        if self.embeds is not None:
-            first = (self.step[rows] == 0)[:, None, None]
-            return torch.where(first, embed(self.tokens[rows]), self.embeds[rows])
-        return embed_tokens(embed, self.tokens[rows], _rows(self.soft, rows), mask_token_id)
-
-    def advance(self, rows: Tensor, view: View, logits: Tensor) -> Tensor:
-        """One step of the strategy; returns flags [4, B] bool: done, broken logits, invalid proposal, forced."""
-        output, broken = sanitize(logits, view.mask_token_id)
-        state = {name: value[rows] for name, value in self.state.items()}
-        decision, state = self.strategy.step(view, output, state)
-        result = apply(view, decision, self.max_steps)
-        self.tokens[rows], self.masked[rows], self.step[rows] = result.tokens, result.masked, view.step + 1
-        self._store_state(rows, state)
-        self._store_feed(rows, decision.soft, decision.embeds)
-        if decision.confidence is not None:
-            self.confidence[rows] = decision.confidence.float()
-        return torch.stack((result.done, broken, result.invalid, result.forced, result.capped))
-
-    def _store_state(self, rows: Tensor, state: State) -> None:
-        for name, value in state.items():
-            if name not in self.state:
-                self.state[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
-            self.state[name][rows] = value
-
-    def _store_feed(self, rows: Tensor, soft: SoftTokens | None, embeds: Tensor | None) -> None:
-        if embeds is not None:
-            if self.embeds is None:
-                self.embeds = embeds.new_zeros((len(self.tokens), *embeds.shape[1:]))
-            self.embeds[rows] = embeds
-        if soft is None:
-            if self.soft is not None:
-                self.soft.where[rows] = False
-            return
-        if self.soft is None:
-            shape = (len(self.tokens), *soft.ids.shape[1:])
-            nowhere = torch.zeros_like(self.masked)
-            self.soft = replace(soft, where=nowhere, ids=soft.ids.new_zeros(shape), probs=soft.probs.new_zeros(shape))
-        self.soft.where[rows], self.soft.ids[rows], self.soft.probs[rows] = soft.where, soft.ids, soft.probs
-
-
-def _rows(soft: SoftTokens | None, rows: Tensor) -> SoftTokens | None:
-    return soft and replace(soft, where=soft.where[rows], ids=soft.ids[rows], probs=soft.probs[rows])
+    places: list[int] = field(default_factory=lambda: [0])
+    num_pending: int = 0
 
 
 class Engine:
@@ -169,7 +85,8 @@ class Engine:
         if not requests:
             return
         num_slots = min(self.max_batch_size, len(requests))
-        runner = ModelRunner(self.model, self.block_length, num_slots, max(map(self._end, requests)))
+        capacity = max(self._end(request) + self._scratch(request) for request in requests)
+        runner = ModelRunner(self.model, self.block_length, num_slots, capacity)
         waiting, free, running, lanes = (
             deque(requests),
             list(range(num_slots)),
@@ -210,6 +127,10 @@ class Engine:
         needed = len(request.prompt_ids) + request.params.max_new_tokens
         return -(-needed // self.block_length) * self.block_length
 
+    def _scratch(self, request: Request) -> int:
+        """Positions that further versions of the open block take in the cache."""
+        return (getattr(get_strategy(request.params), "num_branches", 1) - 1) * self.block_length
+
     def _admit(
         self, runner: ModelRunner, lanes: dict[DecodingParams, Lane], num_slots: int, admitted: dict[int, Request]
     ) -> dict[int, Flight]:
@@ -218,12 +139,13 @@ class Engine:
         for slot, request in admitted.items():
             key = replace(request.params, seed=None, max_new_tokens=1)
             if key not in lanes:
-                lanes[key] = Lane(key, num_slots, self.block_length, runner.device)
+                lanes[key] = Lane(key, num_slots, self.block_length, runner.device, tuple(self.eos_token_ids))
             start = len(request.prompt_ids) // self.block_length * self.block_length
             joined[slot] = Flight(request, lanes[key], start, self._end(request), _generator(request.params))
-            lanes[key].open(slot, request.prompt_ids[start:], self.mask_token_id, runner.embed)
+            first_row = slot * lanes[key].width
+            lanes[key].open(first_row, request.prompt_ids[start:], self.mask_token_id, runner.embed)
             runner.cache.rollback(slot)
-        slots = [slot for slot, sequence in joined.items() if sequence.start]
+        slots = [slot for slot, flight in joined.items() if flight.start]
         if slots:
             lengths = [joined[slot].start for slot in slots]
             tokens = torch.zeros(len(slots), max(lengths), dtype=torch.long)
@@ -234,81 +156,103 @@ class Engine:
         return joined
 
     @torch.no_grad()
-    def _step(self, runner: ModelRunner, running: dict[int, Flight]) -> dict[int, list[bool]]:
+    def _step(self, runner: ModelRunner, running: dict[int, Flight]) -> dict[int, list[Flags]]:
         """One forward and one decision for every open block; the only wait for the device is for the flags."""
-        groups: dict[tuple[int, bool], list[int]] = {}
-        for slot in sorted(running):
-            groups.setdefault((id(running[slot].lane), running[slot].has_previous), []).append(slot)
-        flags, order = [], []
-        for (_, has_previous), slots in groups.items():
-            lane, rows = running[slots[0]].lane, torch.tensor(slots, device=runner.device)
-            inputs = lane.inputs(rows, self.mask_token_id, runner.embed)
-            previous = lane.previous[rows] if has_previous else None
-            if previous is not None and self.commit == "separate":
-                runner.commit(slots, previous)
-                previous = None
-            logits = runner.denoise(slots, inputs, previous)
-            gumbel = _gumbel([running[slot] for slot in slots], logits)
-            flags.append(lane.advance(rows, lane.view(rows, self.mask_token_id, runner.embed, gumbel), logits))
-            order += slots
-        for slot in order:
-            sequence = running[slot]
-            sequence.counters.num_forwards += 1
-            sequence.counters.num_commit_forwards += sequence.has_previous and self.commit == "separate"
-            sequence.has_previous = False
-        return dict(zip(order, torch.cat(flags, dim=1).T.tolist(), strict=True))
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for slot, flight in sorted(running.items()):
+            groups.setdefault((id(flight.lane), flight.num_pending, len(flight.places)), []).append(slot)
+        found = [self._step_group(runner, slots, [running[slot] for slot in slots]) for slots in groups.values()]
+        read = iter(torch.cat([flags.flatten(1) for flags in found], dim=1).T.tolist())
+        return {
+            slot: [Flags(*next(read)) for _ in range(flags.shape[2])]
+            for slots, flags in zip(groups.values(), found, strict=True)
+            for slot in slots
+        }
+
+    def _step_group(self, runner: ModelRunner, slots: list[int], flights: list[Flight]) -> Tensor:
+        """The step of sequences that have the same lane, n open blocks and k pending ones; `Flags` [6, B, n]."""
+        lane, num_pending, num_open = flights[0].lane, flights[0].num_pending, len(flights[0].places)
+        starts = torch.tensor(slots, device=runner.device) * lane.width
+        rows = starts[:, None] + torch.tensor([flight.places for flight in flights], device=runner.device)  # [B, n]
+        inputs = lane.inputs(rows, self.mask_token_id, runner.embed)
+        previous = lane.previous[slots, :num_pending].flatten(1) if num_pending else None  # [B, k L]
+        if previous is not None and self.commit == "separate":
+            runner.commit(slots, previous)
+            previous = None
+        versions = num_open if lane.num_branches > 1 else 1
+        logits = runner.denoise(slots, inputs, previous, versions)  # [B, n L, V]
+        logits = logits.view(rows.numel(), self.block_length, -1)
+        gumbel = _gumbel(flights, num_open, logits)
+        flags = lane.advance(rows, lane.view(rows, self.mask_token_id, runner.embed, gumbel), logits)
+        for flight in flights:
+            flight.counters.num_forwards += 1
+            flight.counters.num_commit_forwards += bool(num_pending) and self.commit == "separate"
+            flight.counters.num_positions += (num_pending + num_open) * self.block_length
+            flight.num_pending = 0
+        return flags
 
     def _settle(
-        self, runner: ModelRunner, sequence: Flight, slot: int, flags: list[bool], provisional: bool
+        self, runner: ModelRunner, flight: Flight, slot: int, flags: list[Flags], provisional: bool
     ) -> Iterator[Event]:
-        """After a step: report the block, and if it is done, commit it and open the next or finish the request."""
-        done, broken, invalid, forced, capped = flags
-        lane, request, counters = sequence.lane, sequence.request, sequence.counters
-        if broken:
+        """After a step: report the open blocks, close those that are done from the first on, and open the next."""
+        lane, request, counters = flight.lane, flight.request, flight.counters
+        if any(block.broken for block in flags):
             raise InputError(
                 f"the model gave NaN logits for prompt {request.index}",
                 hint="check the checkpoint, or load it with dtype float32",
             )
-        if invalid:
+        if any(block.invalid for block in flags):
             raise InputError(f"strategy `{request.params.strategy}` proposed the mask token for prompt {request.index}")
-        counters.num_forced += forced
-        counters.num_capped += capped
-        if not done:
-            if provisional:
-                yield self._block_event(sequence, slot, "provisional")
+        counters.num_forced += sum(block.forced for block in flags)
+        blocks = [slot * lane.width + place for place in flight.places[: len(flags)]]
+        num_done = next((index for index, block in enumerate(flags) if not block.done), len(flags))
+        for row, block in zip(blocks[:num_done], flags, strict=False):
+            event = self._block_event(flight, row, flight.start, "committed")
+            yield event
+            counters.num_capped += block.capped
+            flight.generated += event.token_ids
+            flight.start += self.block_length
+            if self.eos_token_ids.intersection(event.token_ids) or flight.start >= flight.end:
+                flight.start = flight.end
+                yield FinishedEvent(request.index, self._complete(flight))
+                return
+            lane.previous[slot, flight.num_pending] = lane.tokens[row]
+            flight.num_pending += 1
+        if provisional:
+            for ahead, row in enumerate(blocks[num_done:]):
+                yield self._block_event(flight, row, flight.start + ahead * self.block_length, "provisional")
+        if lane.num_branches > 1 and not num_done:
+            flight.places = list(range(lane.num_branches))
             return
-        event = self._block_event(sequence, slot, "committed")
-        yield event
-        sequence.generated += event.token_ids
-        sequence.start += self.block_length
-        if self.eos_token_ids.intersection(event.token_ids) or sequence.start >= sequence.end:
-            sequence.start = sequence.end
-            yield FinishedEvent(request.index, self._complete(sequence))
-            return
-        lane.previous[slot] = lane.tokens[slot]
-        sequence.has_previous = True
-        lane.open(slot, (), self.mask_token_id, runner.embed)
+        flight.places = flight.places[num_done : len(flags)]
+        ahead = flight.start + len(flight.places) * self.block_length
+        if not flight.places or (flags[-1].opens and len(flight.places) < lane.width and ahead < flight.end):
+            place = next(place for place in range(lane.width) if place not in flight.places)
+            flight.places.append(place)
+            lane.open(slot * lane.width + place, (), self.mask_token_id, runner.embed)
 
-    def _block_event(self, sequence: Flight, slot: int, kind: Literal["provisional", "committed"]) -> BlockEvent:
-        lane = sequence.lane
-        first = max(len(sequence.request.prompt_ids) - sequence.start, 0)
+    def _block_event(
+        self, flight: Flight, row: int, start: int, kind: Literal["provisional", "committed"]
+    ) -> BlockEvent:
+        lane, num_prompt = flight.lane, len(flight.request.prompt_ids)
+        first = max(num_prompt - start, 0)
         return BlockEvent(
-            index=sequence.request.index,
+            index=flight.request.index,
             kind=kind,
-            position=len(sequence.generated),
-            token_ids=tuple(lane.tokens[slot, first:].tolist()),
-            masked=tuple(lane.masked[slot, first:].tolist()),
-            confidence=tuple(lane.confidence[slot, first:].tolist()),
-            step=int(lane.step[slot]),
+            position=start + first - num_prompt,
+            token_ids=tuple(lane.tokens[row, first:].tolist()),
+            masked=tuple(lane.masked[row, first:].tolist()),
+            confidence=tuple(lane.confidence[row, first:].tolist()),
+            step=int(lane.step[row]),
         )
 
-    def _complete(self, sequence: Flight) -> Completion:
+    def _complete(self, flight: Flight) -> Completion:
         """Cut at the first EOS, EOS left out (A14), then at `max_new_tokens`."""
-        ids = sequence.generated
+        ids = flight.generated
         stop = next((position for position, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-        limit = sequence.request.params.max_new_tokens
+        limit = flight.request.params.max_new_tokens
         reason: Literal["stop", "length"] = "stop" if stop < len(ids) and stop <= limit else "length"
-        return Completion(tuple(ids[: min(stop, limit)]), reason, sequence.counters)
+        return Completion(tuple(ids[: min(stop, limit)]), reason, flight.counters)
 
 
 def _generator(params: DecodingParams) -> torch.Generator | None:
@@ -323,9 +267,10 @@ def _generator(params: DecodingParams) -> torch.Generator | None:
     return generator
 
 
-def _gumbel(sequences: Sequence[Flight], logits: Tensor) -> Tensor | None:
-    """Standard Gumbel noise [B, L, V], each row from its request's own generator; None when greedy."""
-    if sequences[0].generator is None:
+def _gumbel(flights: Sequence[Flight], num_open: int, logits: Tensor) -> Tensor | None:
+    """Standard Gumbel noise [B n, L, V], each row from its request's own generator; None when greedy."""
+    if flights[0].generator is None:
         return None
-    rows = [torch.empty(logits.shape[1:]).exponential_(generator=sequence.generator) for sequence in sequences]
-    return -torch.stack(rows).log().to(logits.device)
+    shape = (num_open, *logits.shape[1:])
+    rows = [torch.empty(shape).exponential_(generator=flight.generator) for flight in flights]
+    return -torch.cat(rows).log().to(logits.device)

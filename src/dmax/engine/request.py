@@ -33,6 +33,8 @@ class Counters:
         num_forwards: denoising forwards, one per step of a block.
         num_prefill_forwards: forwards that encoded the prompt.
         num_commit_forwards: forwards that only wrote a finished block's keys and values (0 with cross-block commits).
+        num_positions: positions that went through the model in denoising and commit forwards: those of every open
+            block and of every version of it, and of finished blocks on their way into the cache.
         num_forced: steps where the strategy committed nothing and the engine decoded a token to make progress.
         num_capped: blocks closed by the step cap.
     """
@@ -40,6 +42,7 @@ class Counters:
     num_forwards: int = 0
     num_prefill_forwards: int = 0
     num_commit_forwards: int = 0
+    num_positions: int = 0
     num_forced: int = 0
     num_capped: int = 0
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmax.attention import block_causal, dense_mask
+from dmax.attention import block_causal, branching, dense_mask
 from dmax.blend import Embed
 from dmax.cache import BlockCache
 
@@ -27,6 +27,7 @@ class ModelRunner:
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.model, self.block_length, self.device = model, block_length, weight.device
+        self._causal = block_causal(block_length)
         self.embed: Embed = model.get_input_embeddings()
         self.cache = BlockCache(
             config.num_hidden_layers, num_slots, capacity, heads, head_dim, dtype=weight.dtype, device=weight.device
@@ -44,32 +45,41 @@ class ModelRunner:
         self.cache.commit(slots, lengths)
 
     @torch.no_grad()
-    def denoise(self, slots: list[int], inputs: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] of the rows' open blocks, given their inputs [B, L, D].
+    def denoise(self, slots: list[int], inputs: Tensor, previous: Tensor | None = None, versions: int = 1) -> Tensor:
+        """Logits [B, n L, V] of the rows' n open blocks, given their inputs [B, n L, D].
 
-        With `previous` [B, L] int64, the final tokens of the blocks before, one forward over 2L positions writes those
-        blocks' clean keys and values and takes the open block's first step (the published cross-block commit, A13).
+        With `previous` [B, k L] int64, the final tokens of the k blocks before, the same forward writes those blocks'
+        clean keys and values (the published cross-block commit, A13). With `versions` n > 1 the inputs are n versions
+        of one block, at the same positions, that do not see each other.
         """
         if previous is None:
-            return self._forward(slots, inputs)
-        logits = self._forward(slots, torch.cat((self.embed(previous), inputs), dim=1), keep=self.block_length)
-        self._commit_block(slots)
+            return self._forward(slots, inputs, versions=versions)
+        embeds = torch.cat((self.embed(previous), inputs), dim=1)
+        logits = self._forward(slots, embeds, keep=inputs.shape[1], versions=versions)
+        self._commit(slots, previous.shape[1])
         return logits
 
     @torch.no_grad()
     def commit(self, slots: list[int], previous: Tensor) -> None:
-        """Write the clean keys and values of finished blocks [B, L] int64 with a forward of their own."""
+        """Write the clean keys and values of finished blocks [B, k L] int64 with a forward of their own."""
         self._forward(slots, self.embed(previous), head=False)
-        self._commit_block(slots)
+        self._commit(slots, previous.shape[1])
 
-    def _commit_block(self, slots: list[int]) -> None:
-        self.cache.commit(slots, [self.cache.lengths[slot] + self.block_length for slot in slots])
+    def _commit(self, slots: list[int], length: int) -> None:
+        self.cache.commit(slots, [self.cache.lengths[slot] + length for slot in slots])
 
-    def _forward(self, slots: list[int], embeds: Tensor, *, head: bool = True, keep: int = 0) -> Tensor:
+    def _forward(
+        self, slots: list[int], embeds: Tensor, *, head: bool = True, keep: int = 0, versions: int = 1
+    ) -> Tensor:
         window = self.cache.write_at(slots, embeds.shape[1])
-        keys = torch.arange(window.span, device=self.device)
-        mask = dense_mask(block_causal(self.block_length), window.positions, keys)[:, None]  # [B, 1, L, span]
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": window.positions}
+        keys, positions, visible = torch.arange(window.span, device=self.device), window.positions, self._causal
+        if versions > 1:  # they lie side by side in the cache, as scratch behind what is committed
+            first = positions[:, -1:] + 1 - versions * self.block_length
+            visible = branching(self.block_length, first[:, :, None])
+            beyond = (positions - first).clamp(min=0) // self.block_length * self.block_length
+            positions = positions - beyond
+        mask = dense_mask(visible, window.positions, keys)[:, None]  # [B, 1, Q, span]
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
         if head:
             logits: Tensor = self.model(**inputs, past_key_values=window, logits_to_keep=keep).logits
             return logits

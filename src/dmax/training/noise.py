@@ -14,6 +14,16 @@ def mask_ratios(num: int, low: float, high: float, generator: torch.Generator | 
     return low + (high - low) * torch.rand(num, generator=generator)
 
 
+def rising_ratios(corruptible: Tensor, block_length: int, low: float, high: float) -> Tensor:
+    """Noise levels [B, L] float32 that rise evenly from `low` in a response's first block to `high` in its last (D2F).
+
+    `corruptible` [B, L] bool marks the response and its padding; a response of one block has `low` everywhere.
+    """
+    block = torch.arange(corruptible.shape[1], device=corruptible.device) // block_length
+    first = block[corruptible.int().argmax(dim=1)][:, None]
+    return low + (high - low) * ((block - first) / (block[-1] - first).clamp(min=1)).clamp(min=0)
+
+
 def mask_tokens(
     ids: Tensor, corruptible: Tensor, ratios: Tensor, mask_token_id: int, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -22,14 +32,15 @@ def mask_tokens(
     Args:
         ids: [B, L] int64 clean tokens.
         corruptible: [B, L] bool.
-        ratios: [B] float32 in [0, 1].
+        ratios: [B] float32 in [0, 1], or [B, L], one for every position.
         mask_token_id: what masked positions become.
         generator: CPU generator; None uses torch's global one.
 
     Returns:
         [B, L] int64 noisy tokens.
     """
-    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < ratios.to(ids.device)[:, None]
+    ratios = ratios.view(len(ids), -1).to(ids.device)
+    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < ratios
     return ids.masked_fill(drawn & corruptible, mask_token_id)
 
 

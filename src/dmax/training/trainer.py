@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from dmax.errors import InputError, did_you_mean
 from dmax.training import noise
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
-from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
+from dmax.training.objectives import Batch, Loss, certainty_loss, d2f_loss, mdlm_loss, oput_loss, uniform_loss
 
-OBJECTIVES = ("mdlm", "uniform", "oput")
+OBJECTIVES = ("mdlm", "uniform", "oput", "dparallel", "d2f")
 ROLLOUTS = ("argmax", "sample", "soft")
 EvalHook = Callable[[nn.Module], dict[str, float]]
 
@@ -26,11 +26,13 @@ EvalHook = Callable[[nn.Module], dict[str, float]]
 class DMaxConfig(TrainingArguments):
     """Training arguments of transformers, plus what block diffusion needs; defaults are the paper's recipe."""
 
-    objective: str = field(default="oput", metadata={"help": "mdlm, uniform or oput"})
+    objective: str = field(default="oput", metadata={"help": "mdlm, uniform, oput, dparallel or d2f"})
     rollout: str = field(default="argmax", metadata={"help": "on-policy rollout of oput: argmax, sample or soft"})
     rollout_temperature: float = field(default=1.0, metadata={"help": "temperature of the sampling rollout"})
     mask_ratio_low: float = field(default=0.75, metadata={"help": "lowest share of response tokens masked"})
     mask_ratio_high: float = field(default=0.75, metadata={"help": "highest share; equal to the lowest: fixed"})
+    certainty_weight: float = field(default=2.0, metadata={"help": "of dparallel's entropy of right predictions"})
+    certainty_temperature: float = field(default=0.5, metadata={"help": "of the softmax in that entropy"})
     eos_labels: int | None = field(default=None, metadata={"help": "labelled trailing EOS; None: one block length"})
     pad_to: int | None = field(default=None, metadata={"help": "pad every batch to this length (static shapes)"})
     router_bias_speed: float = field(default=0.0, metadata={"help": "step of loss-free expert balancing; 0: off"})
@@ -105,33 +107,41 @@ class DMaxTrainer(Trainer):
         """Corrupt the batch and apply the objective; noise depends on (seed, step) alone, so a resume repeats it."""
         args, generator = self.args, self._generator()
         clean, corruptible = inputs["clean_ids"], inputs["corruptible"]
-        ratios = noise.mask_ratios(len(clean), args.mask_ratio_low, args.mask_ratio_high, generator)
+        low, high = args.mask_ratio_low, args.mask_ratio_high
+        if args.objective == "d2f":
+            ratios = noise.rising_ratios(corruptible, self.block_length, low, high)
+        else:
+            ratios = noise.mask_ratios(len(clean), low, high, generator)
         noisy = noise.mask_tokens(clean, corruptible, ratios, self.mask_token_id, generator)
         batch = Batch(clean, noisy, inputs["labels"], int(inputs["start"]))
-        random_ids = None
+        extra: Tensor | None = ratios if args.objective == "d2f" else None
         if args.objective == "uniform":
             vocab_size = self.accelerator.unwrap_model(model).config.vocab_size
-            random_ids = noise.random_tokens(clean, corruptible, ratios, vocab_size, self.mask_token_id, generator)
+            extra = noise.random_tokens(clean, corruptible, ratios, vocab_size, self.mask_token_id, generator)
         with torch.autocast(clean.device.type, torch.bfloat16, enabled=args.bf16):
-            loss = self._loss(model, batch, random_ids, generator)
+            loss = self._loss(model, batch, extra, generator)
         for name, value in loss.parts.items():
             self._parts[name].append(value)
         self._tokens += clean.numel()
         return (loss.total, loss) if return_outputs else loss.total
 
-    def _objective(self, model: nn.Module, batch: Batch, random_ids: Tensor | None, generator: torch.Generator) -> Loss:
-        ids = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}
-        if random_ids is not None:
-            return uniform_loss(model, batch, random_ids, **ids)
-        if self.args.objective == "mdlm":
+    def _objective(self, model: nn.Module, batch: Batch, extra: Tensor | None, generator: torch.Generator) -> Loss:
+        """`extra`: the random ids of `uniform`, the ratios of `d2f`."""
+        ids, args = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}, self.args
+        if extra is not None:
+            return (uniform_loss if args.objective == "uniform" else d2f_loss)(model, batch, extra, **ids)
+        if args.objective == "mdlm":
             return mdlm_loss(model, batch, **ids)
+        if args.objective == "dparallel":
+            forcing = {"weight": args.certainty_weight, "temperature": args.certainty_temperature}
+            return certainty_loss(model, batch, **ids, **forcing)
         return oput_loss(
             model,
             batch,
             **ids,
-            rollout=self.args.rollout,  # type: ignore[arg-type]  # checked in DMaxConfig
-            temperature=self.args.rollout_temperature,
-            generator=generator if self.args.rollout == "sample" else None,
+            rollout=args.rollout,  # type: ignore[arg-type]  # checked in DMaxConfig
+            temperature=args.rollout_temperature,
+            generator=generator if args.rollout == "sample" else None,
         )
 
     def _generator(self) -> torch.Generator:
