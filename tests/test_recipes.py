@@ -17,7 +17,7 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"tiny_base_1", "tiny_oput_soft"}
+    assert {path.stem for path in RECIPES} >= {"tiny_base_1", "tiny_base_2", "tiny_base_3", "tiny_oput_soft"}
 
 
 @each_recipe

@@ -91,7 +91,11 @@ def test_decoding_params() -> None:
 @pytest.mark.parametrize(
     ("kind", "names", "properties"),
     [
-        (dmax.GenerationOutput, GENERATION_OUTPUT, ["tokens_per_forward", "tokens_per_forward_paper", "tokens_per_position"]),
+        (
+            dmax.GenerationOutput,
+            GENERATION_OUTPUT,
+            ["tokens_per_forward", "tokens_per_forward_paper", "tokens_per_position"],
+        ),
         (dmax.StreamEvent, STREAM_EVENT, []),
     ],
 )

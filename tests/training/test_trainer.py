@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from dmax.errors import InputError
-from dmax.recipe import load_recipe, run_recipe
+from dmax.recipe import blend_weights, load_recipe, run_recipe
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.data import Collator, Encoded, LengthSampler, ResponseDataset, read_records
 from dmax.training.trainer import OBJECTIVES, DMaxConfig
@@ -64,7 +65,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
     checkpoints = sorted((folder / "out-run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     return [
-        {key: value for key, value in line.items() if key.startswith(("loss", "rollout", "step"))}
+        {key: value for key, value in line.items() if key.startswith(("loss", "rollout", "step", "entropy"))}
         for line in state["log_history"]
     ]
 
@@ -113,6 +114,21 @@ def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> N
     assert parts <= set(first)
 
 
+def test_what_is_saved_may_keep_a_share_of_the_start(tmp_path: Path) -> None:
+    start = run_recipe(load_recipe(write_recipe(tmp_path)))
+    (tmp_path / "next").mkdir()
+    model = {"path": str(start), "keep_start": 1.0}
+    end = run_recipe(load_recipe(write_recipe(tmp_path / "next", model=model, training={"max_steps": 3})))
+    torch.testing.assert_close(load_file(end / "model.safetensors"), load_file(start / "model.safetensors"))
+
+
+def test_weights_are_blended_by_the_share() -> None:
+    one, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    expected = {k: 0.75 * v + 0.25 * other.state_dict()[k] for k, v in one.state_dict().items()}
+    blend_weights(one, other.state_dict(), 0.25)
+    torch.testing.assert_close(dict(one.state_dict()), expected)
+
+
 def test_training_moves_the_expert_bias(tmp_path: Path) -> None:
     from dmax.checkpoint import load_checkpoint
 
@@ -140,6 +156,8 @@ def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:
         ({"training": {"objective": "opud"}}, "`objective` must be one of mdlm, uniform, oput"),
         ({"training": {"mask_ratio_low": 0.9, "mask_ratio_high": 0.5}}, "mask ratios"),
         ({"model": {}}, r"recipe.yaml:\d+: `model` needs exactly one of"),
+        ({"model": {"path": "tiny-base", "keep_start": 2.0}}, r"recipe.yaml:\d+: `model.keep_start` must be a share"),
+        ({"model": {"config": CONFIG, "keep_start": 0.5}}, "`model.keep_start` must be a share .* at `model.path`"),
         ({"data": {}}, r"recipe.yaml:\d+: `data` needs exactly one of"),
         ({"eval": {"decoding": {"threshold": 2}}}, "`threshold` must be a number between 0 and 1"),
         ({"data": {"file": "nowhere.jsonl"}}, "nowhere.jsonl` is not a file"),
