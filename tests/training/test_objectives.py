@@ -21,6 +21,7 @@ from dmax.training.objectives import (
     Batch,
     CleanStream,
     certainty_loss,
+    confident_prefix,
     d2f_loss,
     mdlm_loss,
     oput_loss,
@@ -373,3 +374,33 @@ def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(model: LLaDA2Mo
     loss = d2f_loss(model, batch, ratios, **OPTIONS)
     torch.testing.assert_close(loss.total, loss_sum / weight_sum)
     assert_same_gradients(gradients(model, loss.total), gradients(model, loss_sum / weight_sum))
+
+
+def test_confident_prefixes_end_at_the_first_unsure_mask_of_each_block() -> None:
+    masked = torch.tensor([[True, True, False, True, True, True, False, True]] * 2)
+    confidence = torch.tensor([[0.9, 0.6, 0.1, 0.8, 0.4, 0.9, 0.9, 0.9]] * 2)
+    found = confident_prefix(masked, confidence, torch.tensor([[0.7], [0.5]]), 4)
+    assert found.tolist() == [
+        [True, False, False, False, False, False, False, False],
+        [True, True, False, True, False, False, False, False],
+    ]
+
+
+def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_behind_it(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    model.get_output_embeddings().weight.data.mul_(20.0)  # an untrained model is sure of nothing
+    generator = torch.Generator().manual_seed(8)
+    with recorded_streams(model) as streams:
+        oput_loss(model, batch, rollout="spd", generator=generator, **OPTIONS)
+    thresholds = torch.rand(2, 1, generator=torch.Generator().manual_seed(8))
+    logits = concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)).detach()
+    tokens, confidence = roll_out(logits, MASK, "spd", 1.0, None)
+    masked = batch.noisy_ids == MASK
+    promoted = confident_prefix(masked, confidence, thresholds, BLOCK)
+    assert 0 < promoted.sum() < masked.sum()
+    embed = model.model.word_embeddings
+    expected = embed(batch.noisy_ids)  # clean tokens, and masks where nothing was promoted
+    for row, position in promoted.nonzero().tolist():
+        here = (slice(row, row + 1), slice(position, position + 1))
+        blended = blend(embed(tokens[here][..., None]), embed.weight[MASK], confidence[here][..., None])
+        expected[row, position] = blended[0, 0]
+    torch.testing.assert_close(streams[-1], expected)

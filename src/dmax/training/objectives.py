@@ -19,7 +19,7 @@ from dmax.attention import block_causal, dense_mask
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.cache import ContextCache
 
-Rollout = Literal["argmax", "sample", "soft"]
+Rollout = Literal["argmax", "sample", "soft", "spd"]
 IGNORE = -100
 
 
@@ -189,10 +189,12 @@ def oput_loss(
         batch: clean, masked and label ids.
         block_length: block size of the diffusion.
         mask_token_id: MASK, never predicted by the rollout.
-        rollout: how x̂ enters the second stream. `argmax` (the published recipe), `sample` (eq. 3 as written) or
-            `soft`: the very blends of prediction and mask that soft parallel decoding will feed (`dmax.blend`).
+        rollout: how x̂ enters the second stream. `argmax` (the published recipe), `sample` (eq. 3 as written), `soft`:
+            the very blends of prediction and mask that soft parallel decoding will feed (`dmax.blend`), or `spd`:
+            those blends for the confident prefix of each block's masks alone, as one of its steps promotes it at a
+            threshold drawn from U(0, 1) per sequence; the other masks stay.
         temperature: of the sampling rollout.
-        generator: random source of the sampling rollout.
+        generator: random source of the rollout.
 
     Returns:
         The loss; `parts` adds `rollout_error`, the share of predicted tokens that differ from the clean ones.
@@ -208,16 +210,27 @@ def oput_loss(
 
     # 2. the on-policy rollout, from the same logits, without gradient
     predicted, confidence = roll_out(masked_logits.detach(), mask_token_id, rollout, temperature, generator)
-    soft = SoftTokens(was_masked, predicted[..., None], confidence[..., None]) if rollout == "soft" else None
+    promoted = was_masked
+    if rollout == "spd":
+        thresholds = torch.rand(len(noisy), 1, generator=generator).to(noisy.device)
+        promoted = confident_prefix(was_masked, confidence, thresholds, block_length)
+    is_soft = rollout in ("soft", "spd")
+    soft = SoftTokens(promoted, predicted[..., None], confidence[..., None]) if is_soft else None
 
     # 3. the predicted stream: M_θ(x^(p))
-    inputs = embed_tokens(embed, torch.where(was_masked, predicted, noisy), soft, mask_token_id)
+    inputs = embed_tokens(embed, torch.where(promoted, predicted, noisy), soft, mask_token_id)
     predicted_loss, each_predicted = cross_entropy(clean.denoise(inputs), labels)
 
     wrong = (predicted != labels) & was_masked & (labels != IGNORE)
     error = wrong.sum() / (was_masked & (labels != IGNORE)).sum().clamp(min=1)
     parts = {"loss_masked": masked.detach(), "loss_predicted": predicted_loss.detach(), "rollout_error": error}
     return Loss((masked + predicted_loss) / 2, parts, {"masked": each_masked, "predicted": each_predicted})
+
+
+def confident_prefix(masked: Tensor, confidence: Tensor, threshold: Tensor, block_length: int) -> Tensor:
+    """The masks of each block [B, L] bool before its first one below the threshold [B, 1], all shapes as in a batch."""
+    low = (masked & (confidence < threshold)).unflatten(1, (-1, block_length))
+    return masked & (low.cumsum(dim=-1) == 0).flatten(1)
 
 
 @torch.no_grad()

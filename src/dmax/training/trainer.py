@@ -18,7 +18,7 @@ from dmax.training.data import Collator, LengthSampler, ResponseDataset
 from dmax.training.objectives import Batch, Loss, certainty_loss, d2f_loss, mdlm_loss, oput_loss, uniform_loss
 
 OBJECTIVES = ("mdlm", "uniform", "oput", "dparallel", "d2f")
-ROLLOUTS = ("argmax", "sample", "soft")
+ROLLOUTS = ("argmax", "sample", "soft", "spd")
 EvalHook = Callable[[nn.Module], dict[str, float]]
 
 
@@ -27,7 +27,7 @@ class DMaxConfig(TrainingArguments):
     """Training arguments of transformers, plus what block diffusion needs; defaults are the paper's recipe."""
 
     objective: str = field(default="oput", metadata={"help": "mdlm, uniform, oput, dparallel or d2f"})
-    rollout: str = field(default="argmax", metadata={"help": "on-policy rollout of oput: argmax, sample or soft"})
+    rollout: str = field(default="argmax", metadata={"help": "on-policy rollout of oput: argmax, sample, soft or spd"})
     rollout_temperature: float = field(default=1.0, metadata={"help": "temperature of the sampling rollout"})
     mask_ratio_low: float = field(default=0.75, metadata={"help": "lowest share of response tokens masked"})
     mask_ratio_high: float = field(default=0.75, metadata={"help": "highest share; equal to the lowest: fixed"})
@@ -141,7 +141,7 @@ class DMaxTrainer(Trainer):
             **ids,
             rollout=args.rollout,  # type: ignore[arg-type]  # checked in DMaxConfig
             temperature=args.rollout_temperature,
-            generator=generator if args.rollout == "sample" else None,
+            generator=generator if args.rollout in ("sample", "spd") else None,
         )
 
     def _generator(self) -> torch.Generator:
