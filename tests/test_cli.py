@@ -16,7 +16,7 @@ import yaml
 from test_llm import CONFIG, TEXTS, bare_folder_fixture, folder_fixture  # noqa: F401  (fixtures)
 from typer.main import get_command
 
-from dmax import cli
+from dmax import LLM, cli
 from dmax.tiny import BUNDLED
 from dmax.training.data import read_records
 
@@ -131,6 +131,38 @@ def test_rows_that_are_refused_before_a_model_is_opened(dmax: Dmax, tmp_path: Pa
     for words in (("eval", "-m", "no/such"), ("sweep", "-m", "no/such", "-o", tmp_path / "s")):
         assert_refused(dmax(*words, "--task", "gsm8k", "--data", data), f"{data}:1: `answer` is missing")
         assert_refused(dmax(*words, "--data", data), "'word_problems' makes its own examples", "leave out --data")
+
+
+def test_eval_goes_on_and_keeps_what_is_finished(
+    dmax: Dmax, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("eval", "-m", folder, "--limit", "5", "--batch-size", "1", "--json", *SMALL)
+    whole = one_object(dmax(*words, "-o", tmp_path / "whole.json"))
+    output, generate, calls = tmp_path / "a.json", LLM.generate, list[int]()
+
+    def dies(self: LLM, prompts: Any, params: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts, params)
+
+    monkeypatch.setattr(LLM, "generate", dies)
+    assert dmax(*words, "-o", output).code != 0
+    assert calls == [4, 1]
+    monkeypatch.setattr(LLM, "generate", generate)
+    assert_refused(dmax(*words[:-1], "9", "-o", output), "params.max_new_tokens was 8 and is 9", "--overwrite")
+    result = dmax(*words, "-o", output)
+    assert "going on with an interrupted run: 4 samples are finished already" in result.err
+    record = one_object(result)
+    own = ("seconds", "tokens_per_second", "environment")
+    assert {k: v for k, v in record.items() if k not in own} == {k: v for k, v in whole.items() if k not in own}
+    assert output.with_suffix(".samples.jsonl").read_bytes() == (tmp_path / "whole.samples.jsonl").read_bytes()
+    for limit in ("5", "6"):
+        again = dmax("eval", "-m", folder, "--limit", limit, *SMALL, "-o", output)
+        assert_refused(again, f"{output} holds the results of a finished run", "--overwrite")
+    assert json.loads(output.read_text()) == record
+    assert dmax("eval", "-m", folder, "--limit", "1", *SMALL, "-o", output, "--overwrite").code == 0
+    assert json.loads(output.read_text())["total"] == 1
 
 
 def test_sweep_writes_a_record_plots_and_a_page(dmax: Dmax, folder: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "eval": (
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs "
-        "--hard-inputs --option --block-length --batch-size --dtype --device --output -o --json"
+        "--hard-inputs --option --block-length --batch-size --dtype --device --output -o --overwrite --json"
     ),
     "sweep": (
         "--model -m --output -o --strategies --thresholds --task --data --limit --seed --max-new-tokens --batch-size "

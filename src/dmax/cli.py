@@ -228,13 +228,14 @@ def evaluate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the summary")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the results in --output")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy, tokens per forward and speed on a task.
+    """Measure accuracy, tokens per forward and speed on a task; with --output an interrupted run goes on.
 
     Example: dmax eval --model tiny-dmax --task word_problems --strategy spd --threshold 0.5 --limit 200 --seed 7
     """
-    from dmax.evaluation.run import check_writable, write_results
+    from dmax.evaluation.results import ResultFiles
     from dmax.evaluation.run import evaluate as run_evaluation
     from dmax.llm import LLM
     from dmax.params import DecodingParams
@@ -250,15 +251,14 @@ def evaluate(
         options=_settings(option or []),
         block_length=block_length,
     )
-    if output is not None:
-        check_writable(output)
+    files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
     llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
     with progress_bar(f"{model} on {task}") as progress:
         summary, samples = run_evaluation(
-            llm, chosen, params, limit=limit, seed=seed, model_name=model, progress=progress
+            llm, chosen, params, limit=limit, seed=seed, model_name=model, progress=progress, journal=files
         )
-    if output is not None:
-        write_results(output, summary, samples)
+    if files:
+        files.finish(summary, samples)
     if as_json:
         _emit(asdict(summary))
         return

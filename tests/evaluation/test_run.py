@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
-from dmax.evaluation.run import Sample, Summary, check_writable, evaluate, write_atomically, write_results
+from dmax.evaluation.run import Sample, Summary, check_writable, evaluate, write_atomically
 from dmax.evaluation.statistics import wilson_interval
 from dmax.tasks import Example, get_task
 
@@ -44,8 +43,8 @@ class Sums:
 class Canned:
     """Gives the outputs of `OUTPUTS`, by the number at the end of the prompt."""
 
-    checkpoint = SimpleNamespace(path="canned")
-    model = SimpleNamespace(device=torch.device("cpu"), state_dict=dict)
+    checkpoint = SimpleNamespace(path="canned", block_length=32)
+    model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, state_dict=dict)
     max_batch_size = 1
 
     def __init__(self) -> None:
@@ -124,16 +123,6 @@ def test_a_model_is_measured_on_what_it_generates(llm: LLM) -> None:
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
-
-
-def test_results_are_a_summary_and_the_samples_beside_it(tmp_path: Path) -> None:
-    summary, samples = measure()
-    path = tmp_path / "new" / "tiny_spd_0.5.json"
-    write_results(path, summary, samples)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(summary)))
-    lines = (tmp_path / "new" / "tiny_spd_0.5.samples.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [asdict(sample) for sample in samples]
-    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dmax.checkpoint import weights_digest
+from dmax.decoding import get_strategy
 from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
@@ -37,21 +39,53 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """A sample within its run.
+
+    Attributes:
+        index: of its example.
+        sample: what was decoded and how it scored.
+        seconds: its share of the wall time of the samples it was decoded with.
+    """
+
+    index: int
+    sample: Sample
+    seconds: float
+
+
+class Journal(Protocol):
+    """Where a run keeps what it has finished, so that an interrupted one goes on (`results.ResultFiles`)."""
+
+    def begin(self, settings: Mapping[str, Any]) -> Sequence[Record]:
+        """What an earlier run of the same settings has finished."""
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Keep what has just been finished."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a run measured; ratios are ratios of sums over the run.
 
     Attributes:
         weights: digest of the model's weights (`checkpoint.weights_digest`), so that figures name what they measured.
+        examples: digest of the prompts and the expected answers.
+        params: as they were given; `decoding` is the strategy with every setting resolved, defaults included.
         accuracy: correct / total, strict scoring; `interval` is its 95 % Wilson interval.
         tpf: generated tokens (cut at EOS) per denoising forward.
         tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more forward.
         tokens_per_second: generated tokens per second of wall time, prefill included, at this batch size.
+        seconds: of decoding and scoring; of a run that was interrupted, those of all its parts.
     """
 
     model: str
     weights: str
+    dtype: str
     task: str
+    examples: str
     params: dict[str, Any]
+    decoding: str
+    block_length: int
     accuracy: float
     correct: int
     total: int
@@ -79,22 +113,56 @@ def evaluate(
     seed: int,
     model_name: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    journal: Journal | None = None,
 ) -> tuple[Summary, list[Sample]]:
     """Decode `limit` examples of a task and score them strictly.
 
-    `params.max_new_tokens` is the caller's business: `task.max_new_tokens` says what the task needs.
+    What `journal` holds already is not decoded again. `params.max_new_tokens` is the caller's business:
+    `task.max_new_tokens` says what the task needs.
     """
     examples = task.examples(limit, seed)
-    prompts = [[{"role": "user", "content": example.prompt}] for example in examples]
-    samples: list[Sample] = []
+    settings = _settings(llm, task, params, examples, limit, seed)
+    done = {record.index: record for record in (journal.begin(settings) if journal else ())}
+    waiting = [index for index in range(len(examples)) if index not in done]
+    size = 4 * llm.max_batch_size
+    for start in range(0, len(waiting), size):
+        finished = _decode(llm, task, params, examples, waiting[start : start + size])
+        if journal:
+            journal.append(finished)
+        done |= {record.index: record for record in finished}
+        progress(len(done), len(examples))
+    records = [done[index] for index in range(len(examples))]
+    return _summarize(model_name or llm.checkpoint.path, settings, records), [record.sample for record in records]
+
+
+def _settings(
+    llm: LLM, task: Task, params: DecodingParams, examples: Sequence[Example], limit: int, seed: int
+) -> dict[str, Any]:
+    """All that a run's figures depend on, by the names it has in `Summary`."""
+    questions = json.dumps([[example.prompt, example.answer] for example in examples])
+    return {
+        "weights": weights_digest(llm.model),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "task": task.name,
+        "examples": hashlib.sha256(questions.encode()).hexdigest()[:16],
+        "params": asdict(params),
+        "decoding": repr(get_strategy(params)),
+        "block_length": params.block_length or llm.checkpoint.block_length,
+        "batch_size": llm.max_batch_size,
+        "limit": limit,
+        "seed": seed,
+        "environment": environment(llm.model.device),
+    }
+
+
+def _decode(
+    llm: LLM, task: Task, params: DecodingParams, examples: Sequence[Example], indices: Sequence[int]
+) -> list[Record]:
     began = time.perf_counter()
-    for start in range(0, len(prompts), 4 * llm.max_batch_size):
-        chunk = slice(start, start + 4 * llm.max_batch_size)
-        outputs = llm.generate(prompts[chunk], params)
-        samples += [_score(task, example, output) for example, output in zip(examples[chunk], outputs, strict=True)]
-        progress(len(samples), len(prompts))
-    seconds = time.perf_counter() - began
-    return _summarize(llm, task, params, samples, seconds, limit, seed, model_name), samples
+    outputs = llm.generate([[{"role": "user", "content": examples[index].prompt}] for index in indices], params)
+    samples = [_score(task, examples[index], output) for index, output in zip(indices, outputs, strict=True)]
+    share = (time.perf_counter() - began) / len(indices)
+    return [Record(index, sample, share) for index, sample in zip(indices, samples, strict=True)]
 
 
 def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
@@ -112,25 +180,16 @@ def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
     )
 
 
-def _summarize(
-    llm: LLM,
-    task: Task,
-    params: DecodingParams,
-    samples: Sequence[Sample],
-    seconds: float,
-    limit: int,
-    seed: int,
-    model_name: str,
-) -> Summary:
+def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record]) -> Summary:
+    samples = [record.sample for record in records]
+    seconds = sum(record.seconds for record in records)
     correct, total = sum(sample.is_correct for sample in samples), len(samples)
     tokens = sum(sample.generated_tokens for sample in samples)
     forwards = sum(sample.num_forwards for sample in samples)
     ratios = [s.generated_tokens / (s.num_forwards + s.num_prefill_forwards) for s in samples]
     return Summary(
-        model=model_name or llm.checkpoint.path,
-        weights=weights_digest(llm.model),
-        task=task.name,
-        params=asdict(params),
+        **settings,
+        model=model,
         accuracy=correct / total if total else 0.0,
         correct=correct,
         total=total,
@@ -143,23 +202,7 @@ def _summarize(
         num_commit_forwards=sum(sample.num_commit_forwards for sample in samples),
         tokens_per_second=tokens / seconds if seconds else 0.0,
         seconds=seconds,
-        batch_size=llm.max_batch_size,
-        limit=limit,
-        seed=seed,
-        environment=environment(llm.model.device),
     )
-
-
-def write_results(path: Path, summary: Summary, samples: Sequence[Sample]) -> None:
-    """Write `summary` to `path` and the samples beside it as JSONL, each file whole or not at all.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    stem = path.stem if path.suffix == ".json" else path.name
-    write_atomically(path.with_name(f"{stem}.samples.jsonl"), lines)
-    write_atomically(path, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n")
 
 
 def check_writable(path: Path) -> None:
