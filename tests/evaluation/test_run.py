@@ -94,6 +94,7 @@ def test_a_sample_tells_all_about_its_completion() -> None:
         "num_forwards": 8,
         "num_prefill_forwards": 2,
         "num_commit_forwards": 0,
+        "num_positions": 0,
     }
 
 

@@ -203,8 +203,9 @@ class Lane:
 
 def _pick(record: Record, index: Tensor) -> Record:
     """The rows `index` of all tensors of a record."""
-    tensors = {field.name: getattr(record, field.name) for field in fields(record)}
-    return replace(record, **{name: value[index] for name, value in tensors.items() if isinstance(value, Tensor)})
+    values = ((field.name, getattr(record, field.name)) for field in fields(record))
+    rows: dict[str, Any] = {name: value[index] for name, value in values if isinstance(value, Tensor)}
+    return replace(record, **rows)
 
 
 def _rows(soft: SoftTokens | None, rows: Tensor) -> SoftTokens | None:

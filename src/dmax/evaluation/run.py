@@ -36,6 +36,7 @@ class Sample:
     num_forwards: int
     num_prefill_forwards: int
     num_commit_forwards: int
+    num_positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Summary:
         params: as they were given; `decoding` is the strategy with every setting resolved, defaults included.
         accuracy: correct / total, strict scoring; `interval` is its 95 % Wilson interval.
         tpf: generated tokens (cut at EOS) per denoising forward.
+        num_positions: positions computed beside the prefill; generated_tokens / num_positions is what a token costs.
         tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more forward.
         tokens_per_second: generated tokens per second of wall time, prefill included, at this batch size.
         seconds: of decoding and scoring; of a run that was interrupted, those of all its parts.
@@ -96,6 +98,7 @@ class Summary:
     num_forwards: int
     num_prefill_forwards: int
     num_commit_forwards: int
+    num_positions: int
     tokens_per_second: float
     seconds: float
     batch_size: int
@@ -177,6 +180,7 @@ def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
         num_forwards=output.num_forwards,
         num_prefill_forwards=output.num_prefill_forwards,
         num_commit_forwards=output.num_commit_forwards,
+        num_positions=output.num_positions,
     )
 
 
@@ -200,6 +204,7 @@ def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record
         num_forwards=forwards,
         num_prefill_forwards=sum(sample.num_prefill_forwards for sample in samples),
         num_commit_forwards=sum(sample.num_commit_forwards for sample in samples),
+        num_positions=sum(sample.num_positions for sample in samples),
         tokens_per_second=tokens / seconds if seconds else 0.0,
         seconds=seconds,
     )

@@ -27,8 +27,8 @@ KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "sched": ("margin", (9.0, 7.5, 6.0, 4.5, 3.0, 1.5)),
 }
 FIGURES = (
-    "weights accuracy correct total interval tpf tpf_paper generated_tokens num_forwards num_prefill_forwards "
-    "num_commit_forwards tokens_per_second batch_size"
+    "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards num_prefill_forwards "
+    "num_commit_forwards num_positions tokens_per_second batch_size"
 ).split()
 Record = dict[str, Any]
 

@@ -133,8 +133,8 @@ class DMaxTrainer(Trainer):
         if args.objective == "mdlm":
             return mdlm_loss(model, batch, **ids)
         if args.objective == "dparallel":
-            forcing = {"weight": args.certainty_weight, "temperature": args.certainty_temperature}
-            return certainty_loss(model, batch, **ids, **forcing)
+            weight, temperature = args.certainty_weight, args.certainty_temperature
+            return certainty_loss(model, batch, **ids, weight=weight, temperature=temperature)
         return oput_loss(
             model,
             batch,
