@@ -26,15 +26,16 @@ COARSE = (0.0, 0.3, 0.5, 0.7)
 CURVES = (
     Curve("base, threshold", "tiny-base", "threshold", THRESHOLDS),
     Curve("base, SPD", "tiny-base", "spd", COARSE),
+    Curve("base, hard feedback", "tiny-base", "spd", COARSE, HARD),
     Curve("DMax, SPD", "tiny-dmax", "spd", PUSHED),
     Curve("DMax, hard feedback", "tiny-dmax", "spd", PUSHED, HARD),
     Curve("DMax, threshold", "tiny-dmax", "threshold", FEW),
     *(
         curve
-        for name, folder in (("soft", "soft"), ("argmax", "argmax"), ("sampled", "sample"))
+        for name in ("argmax", "soft", "spd")  # tiny-dmax is the fourth, trained on sampled ones
         for curve in (
-            Curve(f"{name} rollouts, SPD", f"runs/tiny-oput-{folder}", "spd", COARSE),
-            Curve(f"{name} rollouts, hard feedback", f"runs/tiny-oput-{folder}", "spd", COARSE, HARD),
+            Curve(f"{name} rollouts, SPD", f"runs/tiny-oput-{name}", "spd", COARSE),
+            Curve(f"{name} rollouts, hard feedback", f"runs/tiny-oput-{name}", "spd", COARSE, HARD),
         )
     ),
     Curve("masks only, threshold", "runs/tiny-mdlm", "threshold", FEW),
@@ -47,8 +48,9 @@ DRAWN = (
     "base, SPD",
     "DMax, SPD",
     "DMax, hard feedback",
+    "DMax, threshold",
     "masks only, threshold",
-    "random tokens, hard feedback",
+    "random tokens, SPD",
 )
 
 

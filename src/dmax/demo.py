@@ -49,8 +49,9 @@ SETTINGS = (
     Setting("base, careful", "tiny-base", "threshold", 0.95),
     Setting("base, pushed", "tiny-base", "threshold", 0.3),
     Setting("base, SPD", "tiny-base", "spd", 0.5),
-    Setting("DMax, soft inputs", "tiny-dmax", "spd", 0.5),
     Setting("DMax, hard inputs", "tiny-dmax", "spd", 0.7, soft_inputs=False),
+    Setting("DMax", "tiny-dmax", "spd", 0.7),
+    Setting("DMax, pushed", "tiny-dmax", "spd", 0.5),
 )
 
 
