@@ -1,0 +1,66 @@
+"""Train the models of the ablation: every variant of `recipes/tiny_ablation.yaml` under three seeds, what is missing.
+
+    python bench/ablation_training.py
+
+An interrupted run goes on where it stopped. The base model's responses are made first if they are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dmax.distill import distill
+from dmax.llm import LLM
+from dmax.params import DecodingParams
+from dmax.recipe import Recipe, load_recipe, run_recipe
+from dmax.tasks.word_problems import problems
+
+RECIPE = Path("recipes/tiny_ablation.yaml")
+ROOT = Path("runs/ablation")
+SEEDS = (1, 2, 3)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "masks only": {"objective": "mdlm"},
+    "random tokens": {"objective": "uniform"},
+    "argmax rollouts": {"rollout": "argmax"},
+    "sampled rollouts": {},
+    "mask ratio 0.5": {"mask_ratio_low": 0.5, "mask_ratio_high": 0.5},
+    "mask ratio 1": {"mask_ratio_low": 1.0, "mask_ratio_high": 1.0},
+}
+
+
+def folder(variant: str, seed: int) -> Path:
+    """Where a variant's checkpoint lies."""
+    return ROOT / f"{variant.replace(' ', '-')}-{seed}"
+
+
+def recipes() -> Iterator[Recipe]:
+    """One recipe a variant and seed, seed by seed, so that every comparison is complete as early as can be."""
+    for seed in SEEDS:
+        for variant, overrides in VARIANTS.items():
+            recipe = load_recipe(RECIPE, {**overrides, "seed": seed})
+            yield replace(recipe, output_dir=folder(variant, seed))
+
+
+def make_responses(output: Path) -> None:
+    """The base model's own answers to 5,000 training problems, as the recipes name the command that writes them."""
+    questions = [problem.question for problem in problems(5000, seed=1)]
+    llm = LLM("tiny-base", dtype="bfloat16", max_batch_size=128)
+    print(distill(llm, questions, output, DecodingParams(strategy="threshold", threshold=0.95)))
+
+
+def main() -> None:
+    """Train what is missing."""
+    responses = Path(load_recipe(RECIPE).data.file or "")
+    if not responses.is_file():
+        make_responses(responses)
+    for recipe in recipes():
+        if not (recipe.output_dir / "config.json").is_file():
+            print(recipe.output_dir, flush=True)
+            run_recipe(recipe, report=print)
+
+
+if __name__ == "__main__":
+    main()
