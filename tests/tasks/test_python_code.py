@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dmax.errors import InputError
-from dmax.tasks import Task, get_task, python_code
-from dmax.tasks.python_code import Problem, complete, definitions, extract_code
+from dmax.sandbox import KINDS, works
+from dmax.tasks import Task, get_task
+from dmax.tasks.python_code import NUMPY, Problem, complete, definitions, extract_code
+
+pytestmark = pytest.mark.skipif(not any(map(works, KINDS)), reason="no isolation for foreign code works here")
 
 MBPP = {
     "source_file": "by hand",
@@ -34,24 +35,6 @@ HUMANEVAL = {
     "canonical_solution": "    return [half(x) for x in xs]\n",
     "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([4, 2]) == [half(4), 1]\n",
 }
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs programs in this process: those of this file are our own, and the sandbox has tests of its own."""
-
-    def check(program: str, tests: str, *, names: Sequence[str], setup: str) -> SimpleNamespace:
-        try:
-            exec(program, candidate := {"__name__": "candidate"})
-            exec(setup, trusted := {"__name__": "tests"})
-            exec(tests, trusted | {name: candidate[name] for name in names})
-        except Exception:
-            return SimpleNamespace(passed=False)
-        return SimpleNamespace(passed=True)
-
-    stand_in = SimpleNamespace(check=check, run_python=lambda program: None)
-    monkeypatch.setattr(python_code, "sandbox", lambda: stand_in)
-    monkeypatch.setitem(sys.modules, "numpy", sys.modules["numpy"])  # what stands for it is gone after the test
 
 
 def task_of(folder: Path, name: str, *rows: dict[str, Any]) -> Task:
@@ -306,6 +289,9 @@ def test_plus_tests_compare_numbers_without_numpy(tmp_path: Path, given: str, ex
         ("[]", "[]", True),
     ],
 )
-def test_what_stands_for_numpy_compares_as_numpy_does(a: str, b: str, verdict: bool) -> None:
-    exec(python_code.NUMPY, namespace := {})  # type: ignore[var-annotated]
+def test_what_stands_for_numpy_compares_as_numpy_does(
+    a: str, b: str, verdict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", sys.modules["numpy"])  # what stands for it is gone after the test
+    exec(NUMPY, namespace := {})  # type: ignore[var-annotated]
     assert eval(f"allclose({a}, {b}, rtol=1e-07, atol=1e-06)", namespace) is verdict

@@ -13,10 +13,9 @@ import textwrap
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from dmax.sandbox import check, run_python
 from dmax.tasks import Example
 from dmax.tasks.data import Benchmark, Hub, Row
 
@@ -119,22 +118,16 @@ def complete(code: str, stub: str, entry_point: str) -> str:
     return f"{stub}\n{textwrap.indent(textwrap.dedent(code), '    ')}"
 
 
-def sandbox() -> Any:
-    """The module that runs foreign code, imported where a task needs it."""
-    return import_module("dmax.sandbox")
-
-
 def passes(program: str, problem: Problem) -> bool:
     """Whether a program passes the tests of a problem, in the sandbox."""
-    outcome = sandbox().check(program, problem.tests, names=problem.names, setup=problem.setup)
-    return bool(outcome.passed)
+    return check(program, problem.tests, names=problem.names, setup=problem.setup).passed
 
 
 class CodeBenchmark(Benchmark):
     """A benchmark whose answers run against tests."""
 
     def __init__(self, data: Path | None = None) -> None:
-        sandbox().run_python("")  # raises `InputError` where nothing can hold foreign code
+        run_python("")  # raises `InputError` where nothing can hold foreign code
         super().__init__(data)
 
     @abstractmethod

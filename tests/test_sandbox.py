@@ -1,0 +1,630 @@
+"""Foreign code tries to get out of the sandbox, and candidates try to pass tests that they fail."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import platform
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmax.errors import InputError
+from dmax.sandbox import KINDS, Limits, Outcome, check, choice, run_python, works
+from dmax.sandbox.isolation import WEAK
+from dmax.sandbox.process import Job, family, supervise
+from dmax.sandbox.remote import decode, encode
+
+HELD = [kind for kind in KINDS if works(kind)]  # every isolation that this machine has is attacked
+NO_KERNEL = "needs bubblewrap, user namespaces, or Landlock 3 (Linux 6.2) with seccomp; none of them works here"
+pytestmark = pytest.mark.skipif(not HELD, reason=NO_KERNEL)
+every_isolation = pytest.mark.parametrize("kind", HELD)
+
+SHORT = Limits(seconds=0.5)
+LONG = 120.0  # seconds; not reached, however busy the machine is
+TRY = """
+import ctypes, fcntl, os, resource, socket, subprocess, sys
+def succeeds(action):
+    try:
+        action()
+    except (OSError, RuntimeError):
+        return False
+    return True
+def system(*arguments):
+    if ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments)) == -1:
+        raise OSError
+"""
+
+
+def successes(kind: str, actions: str, **names: object) -> list[str]:
+    """Those of some expressions, one a line, that a sandboxed program evaluates without an error."""
+    lines = [f"{name} = {value!r}" for name, value in names.items()]
+    lines += [f"if succeeds(lambda: {action}): print({action!r})" for action in actions.split("\n") if action]
+    outcome = run_python(TRY + "\n".join(lines), isolation=kind, limits=Limits(seconds=LONG))
+    assert outcome.passed, outcome
+    return outcome.stdout.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the sandbox makes its folders during a test."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+# Attacks on the machine.
+
+
+@every_isolation
+def test_read_a_file_outside(kind: str, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    actions = """
+open(secret)
+open('../' * 20 + secret)
+open(tests)
+open('/etc/passwd')
+open('/proc/self/environ')
+open('/dev/mem', 'rb')
+os.listdir(home)
+os.listdir('/')
+os.listdir('..')
+os.listdir(os.path.dirname(secret))
+os.link(secret, 'hard')
+open(os.symlink(secret, 'soft') or 'soft')
+os.rename(secret, 'mine')
+os.chroot('/')
+os.execv('/bin/cat', ['cat', secret])
+"""
+    assert successes(kind, actions, secret=str(secret), tests=__file__, home=str(Path.home())) == []
+
+
+@every_isolation
+def test_write_outside(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / "file"
+    file.write_text("precious")
+    before = file.stat()
+    actions = """
+open(file, 'w')
+open(file, 'a')
+os.open(file, os.O_RDONLY | os.O_TRUNC)
+os.truncate(file, 0)
+os.unlink(file)
+os.rename(file, 'mine')
+os.chmod(file, 0)
+os.chown(file, 1, 1)
+os.utime(file, (0, 0))
+os.setxattr(file, 'user.x', b'')
+open(folder + '/new', 'w')
+os.mkdir(folder + '/new')
+os.symlink('/', folder + '/new')
+open('../new', 'w')
+open('/new', 'w')
+open('/dev/shm/new', 'w')
+open(os.__file__, 'a')
+os.mkfifo('pipe')
+os.mknod('node')
+"""
+    assert successes(kind, actions, file=str(file), folder=str(folder)) == []
+    after = file.stat()
+    assert (after.st_mode, after.st_uid, after.st_mtime) == (before.st_mode, before.st_uid, before.st_mtime)
+    assert file.read_text() == "precious" and os.listdir(folder) == ["file"]
+
+
+@every_isolation
+def test_the_temporary_folder_is_fresh_and_writable(kind: str, scratch: Path) -> None:
+    program = """
+import os, pathlib, tempfile
+assert os.listdir() == []
+os.mkdir("folder")
+pathlib.Path("folder/file").write_text("text")
+os.rename("folder/file", "file")
+with tempfile.TemporaryDirectory() as folder, open(f"{folder}/file", "w") as stream:
+    stream.write("text")
+"""
+    for _ in range(2):
+        outcome = run_python(program, isolation=kind)
+        assert outcome.passed, outcome
+        assert os.listdir(scratch) == []
+
+
+@every_isolation
+def test_open_a_socket(kind: str, tmp_path: Path) -> None:
+    actions = """
+socket.create_connection(('127.0.0.1', port))
+socket.socket(socket.AF_UNIX).connect(path)
+socket.socket()
+socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+socket.create_server(('', 0))
+socket.socketpair()[0].sendto(b'x', path)
+system(425, 1, 0)
+"""  # the last sets up io_uring, whose operations no filter sees
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as local:
+        local.bind(path := os.path.relpath(tmp_path / "s"))  # relative, since the name has to be short
+        local.listen()
+        assert successes(kind, actions, port=tcp.getsockname()[1], path=os.path.abspath(path)) == []
+
+
+@every_isolation
+def test_fork_bomb(kind: str) -> None:
+    actions = """
+os.fork()
+os.forkpty()
+subprocess.run(['/bin/true'])
+os.posix_spawn('/bin/true', ['true'], {})
+"""
+    if platform.machine() == "x86_64":
+        actions += "system(57)\nsystem(58)\nsystem(56, 17, 0, 0, 0, 0)"  # fork, vfork, clone
+    assert successes(kind, actions) == []
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    assert run_python(bomb, limits=SHORT, isolation=kind).status == "timeout"
+
+
+@every_isolation
+def test_thread_bomb(kind: str) -> None:
+    bomb = """
+import threading, time
+threading.stack_size(65536)
+while True:
+    threading.Thread(target=time.sleep, args=(60,)).start()
+"""
+    assert run_python(bomb, isolation=kind, limits=Limits(seconds=LONG)).status == "threads"
+
+
+@every_isolation
+@pytest.mark.parametrize("step", ["hoard.append(bytearray(1 << 24))", "hoard.append(mmap.mmap(-1, 1 << 24))", "x += x"])
+def test_fill_memory(kind: str, step: str) -> None:
+    program = f"""
+import mmap
+hoard, x = [], "x"
+while True:
+    try:
+        {step}
+    except OSError:
+        raise MemoryError
+"""
+    limits = Limits(seconds=LONG, memory=128 << 20)
+    assert run_python(program, limits=limits, isolation=kind).status == "memory"
+
+
+FILLERS = {
+    "one file": "open('file', 'ab').write(block)",
+    "many files": "open(str(count), 'wb').write(block)",
+    "unlinked files": "hoard.append(open('x', 'wb', buffering=0)); hoard[-1].write(block); os.unlink('x')",
+    "hidden folders": "os.mkdir(str(count), 0o300); open(f'{count}/file', 'wb').write(block)",
+    "empty files": "open(str(count), 'w').close()",
+    "deep folders": "os.mkdir('folder'); os.chdir('folder')",
+}
+
+
+@every_isolation
+@pytest.mark.parametrize("filler", FILLERS)
+def test_fill_disk(kind: str, filler: str, scratch: Path) -> None:
+    if kind == "bubblewrap" and filler in ("empty files", "deep folders"):
+        pytest.skip("bubblewrap bounds the bytes of its tmpfs, not its entries")
+    program = f"""
+import os
+hoard, block, count = [], bytes(1 << 20), 0
+while True:
+    {FILLERS[filler]}
+    count += 1
+"""
+    outcome = run_python(program, limits=Limits(seconds=LONG, disk=4 << 20), isolation=kind)
+    assert outcome.status == "disk" or (outcome.status == "failed" and "OSError" in outcome.detail), outcome
+    assert os.listdir(scratch) == []
+
+
+@every_isolation
+def test_sleep_for_ever(kind: str) -> None:
+    assert run_python("import time\ntime.sleep(1e6)", limits=SHORT, isolation=kind).status == "timeout"
+
+
+@every_isolation
+def test_spin_for_ever(kind: str) -> None:
+    program = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
+    assert run_python(program, limits=Limits(seconds=LONG, cpu_seconds=1), isolation=kind).status == "timeout"
+
+
+@every_isolation
+def test_ignore_sigterm(kind: str) -> None:
+    program = """
+import signal
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except OSError:
+        pass
+while True:
+    signal.pause()
+"""
+    assert run_python(program, limits=SHORT, isolation=kind).status == "timeout"
+
+
+@every_isolation
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_print_1_gb(kind: str, stream: str) -> None:
+    program = f"import sys\nfor _ in range(1024):\n    sys.{stream}.write('x' * (1 << 20))"
+    outcome = run_python(program, limits=Limits(seconds=LONG, output=1000), isolation=kind)
+    assert outcome.status == "output" and getattr(outcome, stream) == "x" * 1000
+
+
+@every_isolation
+def test_reach_other_processes(kind: str) -> None:
+    actions = """
+os.kill(parent, 0)
+os.kill(os.getppid(), 0)
+os.kill(-1, 0)
+os.killpg(0, 0)
+os.setsid()
+os.setpriority(os.PRIO_PROCESS, parent, 19)
+os.pidfd_open(parent)
+open(f'/proc/{parent}/mem', 'rb')
+fcntl.fcntl(1, fcntl.F_SETOWN, parent)
+resource.prlimit(parent, resource.RLIMIT_NOFILE, (0, 0))
+os.memfd_create('x')
+os.setuid(1)
+"""
+    assert successes(kind, actions, parent=os.getpid()) == []
+
+
+@every_isolation
+def test_inherits_neither_environment_nor_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "secret")
+    program = """
+import os
+def is_open(number):
+    try:
+        return bool(os.fstat(number))
+    except OSError:
+        return False
+print(sorted(os.environ.keys() - {"LC_CTYPE", "PWD"}), [number for number in range(256) if is_open(number)])
+"""
+    with tempfile.TemporaryFile() as file:
+        os.set_inheritable(file.fileno(), True)
+        assert run_python(program, isolation=kind).stdout == "[] [0, 1, 2]\n"  # Python itself sets LC_CTYPE
+
+
+@every_isolation
+def test_no_process_is_left(kind: str) -> None:
+    with Job(kind, SHORT, {"role": "run", "program": "print(1, flush=True)\nwhile True:\n    pass"}) as job:
+        select.select([job.streams[1]], [], [], LONG)  # it runs
+        handles = [os.pidfd_open(pid) for pid in family(job.pid)]
+        assert supervise([job], SHORT)[0] == "timeout"
+    for handle in handles:
+        assert select.select([handle], [], [], LONG)[0], "a process outlived its job"
+        os.close(handle)
+
+
+def test_the_sandbox_ends_with_the_harness() -> None:
+    harness = f"""
+import contextlib, select
+from dmax.sandbox.process import Job, Limits, family
+config = {{"role": "run", "program": "print(1, flush=True)\\nwhile True:\\n    pass"}}
+with contextlib.ExitStack() as stack:
+    jobs = [stack.enter_context(Job(kind, Limits(), config)) for kind in {HELD}]
+    for job in jobs:
+        select.select([job.streams[1]], [], [], {LONG})
+    print(*(pid for job in jobs for pid in family(job.pid)), flush=True)
+    input()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", harness], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout
+        handles = [os.pidfd_open(int(pid)) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(handles) >= len(HELD)
+    for handle in handles:
+        assert select.select([handle], [], [], LONG)[0], "the sandbox outlived the harness"
+        os.close(handle)
+
+
+# Attacks on the verdict: no candidate below adds.
+
+FORGERIES = {
+    "sys.exit(0) before the asserts": "import sys\nsys.exit(0)",
+    "os._exit(0) before the asserts": "import os\nos._exit(0)",
+    "the checker's own exit status": "import os\nos._exit(86)",
+    "sys.exit(0) inside": "import sys\ndef add(a, b): sys.exit(0)",
+    "os._exit(0) inside": "import os\ndef add(a, b): os._exit(0)",
+    "at exit": "import atexit, os\natexit.register(os._exit, 86)\ndef add(a, b): raise SystemExit(86)",
+    "a line that says passed": "print('passed', flush=True)\ndef add(a, b): print('OK passed')",
+    "equal to everything": """
+class Equal:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 5
+def add(a, b): return Equal()
+""",
+    "an int equal to everything": """
+class Equal(int):
+    def __eq__(self, other): return True
+    def __hash__(self): return 5
+    def __sub__(self, other): return 0
+def add(a, b): return Equal(0)
+""",
+    "overwrite builtins": """
+import builtins
+builtins.AssertionError = type("Quiet", (BaseException,), {})
+builtins.isinstance = builtins.all = builtins.abs = lambda *args: True
+builtins.int = builtins.type = builtins.bool = lambda *args: True
+builtins.__build_class__ = builtins.__import__ = None
+def isinstance(*args): return True
+def all(*args): return True
+def add(a, b): return True
+""",
+    "monkey-patch the checker": """
+import gc, sys, types
+class Equal:
+    def __eq__(self, other): return True
+def patch(space):
+    for name in list(space):
+        if name in ("verify", "fail", "answer", "encode", "decode", "check", "serve", "Remote", "raise_named"):
+            space[name] = lambda *args, **kwargs: Equal()
+frame = sys._getframe()
+while frame:
+    patch(frame.f_globals)
+    frame = frame.f_back
+for item in gc.get_objects():
+    if type(item) is dict and "verify" in item: patch(item)
+for module in list(sys.modules.values()): patch(vars(module))
+def add(a, b): return Equal()
+""",
+    "look for the expected value": """
+import gc, re, sys
+def add(a, b):
+    frame, text = sys._getframe(), ""
+    while frame:
+        text += repr(frame.f_globals) + repr(frame.f_locals)
+        frame = frame.f_back
+    text += repr([item for item in gc.get_objects() if type(item) in (dict, list, str)])
+    with open(0, "rb", closefd=False) as stream:
+        stream.seek(0)
+        text += stream.read().decode()
+    if re.search(r"assert ad" + r"d\\(", text): return a + b
+""",
+    "end a loop of the tests": "def add(a, b): raise StopIteration",
+    "end the tests' generator": "def add(a, b): raise GeneratorExit",
+    "fill the pipe with answers": """
+import os, stat
+for number in range(3, 256):
+    try:
+        os.write(number, b'["value", true, []]\\n' * 100)
+    except OSError: pass
+""",
+    "print without end": "while True:\n    print('x' * 65536)",
+    "not an answer": """
+import os
+for number in range(3, 256):
+    try: os.write(number, b'[' * 60000 + b'\\n')
+    except OSError: pass
+""",
+    "an endless answer": """
+import os
+for number in range(3, 256):
+    while True:
+        try: os.write(number, b'0' * 65536)
+        except OSError: break
+""",
+    "kill the checker": """
+import os, signal
+for pid in [os.getppid(), *range(os.getpid() - 50, os.getpid() + 50)]:
+    try: pid != os.getpid() and os.kill(pid, signal.SIGKILL)
+    except (OSError, OverflowError): pass
+def add(a, b): return None
+""",
+    "change the arguments' type": "def add(a, b): return add",
+    "not Python": "def add(a, b) return a + b",
+    "not there": "def sub(a, b): return a - b",
+    "raise what the asserts raise": "def add(a, b): raise AssertionError",
+    "sleep": "import time\ntime.sleep(1e6)",
+    "sleep inside": "import time\ndef add(a, b): time.sleep(1e6)",
+    "recursion": "def add(a, b): return add(a, b)",
+    "an endless iterator": "import itertools\ndef add(a, b): return itertools.count()",
+    "a value without end": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
+}
+ADDITIONS = """
+add(2, 3) == 5
+add(2, 3) in [5]
+set([add(1, 1)]) == {2}
+abs(add(0.5, 0.25) - 0.75) < 1e-9
+not add(2, 2) != 4
+isinstance(add(20, 1), int) and 20 < add(20, 1) < 22
+all(map(lambda pair: add(*pair) == sum(pair), [(1, 2), (30, 40)]))
+""".strip().split("\n")
+ONE_IS_ENOUGH = """
+correct = []
+for test in tests:
+    try:
+        correct += [test] if test() else []
+    except Exception:
+        pass
+assert correct
+"""
+
+
+def verdict(program: str, tests: str | list[str], **options: Any) -> Outcome:
+    return check(program, tests, **{"limits": Limits(seconds=LONG), **options})
+
+
+def test_a_right_solution_passes() -> None:
+    for kind in HELD:
+        tests = [f"assert {addition}" for addition in ADDITIONS]
+        outcome = verdict("def add(a, b):\n    print('adding')\n    return a + b", tests, isolation=kind)
+        assert (outcome.status, outcome.detail, outcome.isolation) == ("passed", "", kind)
+        assert outcome.stdout.startswith("adding\n") and outcome.stderr == ""
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forge_the_verdict(name: str) -> None:
+    limits = SHORT if name.startswith("sleep") else Limits(seconds=LONG)
+    tests = f"tests = [{', '.join(f'lambda: {addition}' for addition in ADDITIONS)}]" + ONE_IS_ENOUGH
+    outcome = verdict(FORGERIES[name], tests, limits=limits)
+    assert not outcome.passed and outcome.detail, outcome
+
+
+def test_the_detail_says_why() -> None:
+    def detail(program: str, test: str) -> str:
+        return verdict(program, test).detail
+
+    assert detail("def f(x): return 1", "assert f(1) == 2") == "AssertionError in: assert f(1) == 2"
+    assert detail("def f(x): return x.y", "f(1)").startswith("AttributeError: 'int' object has no attribute 'y' in: ")
+    assert detail("def f(x): 1 +", "assert f(1)").startswith("Exception: SyntaxError: invalid syntax")
+    assert detail("import os\nos._exit(0)", "f(1)") == "the candidate ended before it answered"
+    assert run_python("1 / 0").detail == "ZeroDivisionError: division by zero"
+    assert verdict("def f(): return [0] * 10**10", "f()").status == "memory"
+
+
+# What tests may do with a candidate.
+
+USES = {
+    "keywords": ("def f(*a, **k): return [a, k]", "assert f(1, b=2) == [(1,), {'b': 2}]"),
+    "floats": ("import math\ndef f(x): return math.sqrt(x)", "import math\nassert math.isclose(f(4), 2)"),
+    "long integers": ("def f(x): return 2 ** x", "assert f(20_000) == 2 ** 20_000"),
+    "change a list": ("def f(x):\n    x.sort()\n    x.append(9)", "x = [2, 1]\nassert f(x) is None and x == [1, 2, 9]"),
+    "change a dictionary": ("def f(x, y): x[y] = {}", "x = {}\nf(x, y=(1, 2))\nassert x == {(1, 2): {}}"),
+    "generator": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2] and f(3) != [0, 1, 2]"),
+    "endless iterator": ("def f(): return iter(int, 1)", "assert next(iter(f())) == 0"),
+    "closure": ("def f(x): return lambda y: x + y", "assert f(1)(2) == 3"),
+    "class": (
+        "class Pair:\n    def __init__(self, a): self.a = a\ndef f(pairs): return [pairs[0].a, *pairs]",
+        "p = Pair(1)\np.a += 1\nassert f([p]) == [2, p] and f([p])[1] != Pair(2)",
+    ),
+    "exception": (
+        "class Bad(ValueError): pass\ndef f(): raise Bad('x')",
+        "try:\n    f()\nexcept ValueError as error:\n    assert str(error) == 'x'\nelse:\n    assert False",
+    ),
+    "subclass": ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}"),
+    "dataclass": (
+        "from dataclasses import dataclass\n@dataclass\nclass D:\n    x: int\ndef f(): return D(3)",
+        "assert f().x == 3 and f() != f()",
+    ),
+    "containers": (
+        "def f(x): return {frozenset({x}): [b'1'], None: 1j, range(2): bytearray(b'2')}",
+        "assert f(1) == {frozenset({1}): [b'1'], None: 1j, range(2): bytearray(b'2')}",
+    ),
+    "identity": (
+        "def f(): return None, True, float('nan')",
+        "a, b, c = f()\nassert a is None and b is True and c != c",
+    ),
+    "asyncio": ("import asyncio\nasync def g(): return 1\ndef f(): return asyncio.run(g())", "assert f() == 1"),
+    "main guard": ("if __name__ == '__main__':\n    raise SystemExit\ndef f(): return 1", "assert f() == 1"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_tests_use_a_candidate_as_if_it_were_here(name: str) -> None:
+    outcome = verdict(*USES[name])
+    assert outcome.passed, outcome
+
+
+def test_humaneval_and_mbpp_run_unchanged() -> None:
+    prompt = "def twice(s):\n    return s + s\n\n\ndef half(s: str) -> str:\n    '''The first half.'''\n"
+    tests = "def check(candidate):\n    for s in 'ab', '':\n        assert candidate(twice(s)) == s\n\ncheck(half)"
+    humaneval = {"setup": prompt, "names": ["half"]}
+    assert verdict(prompt + "    return s[:len(s) // 2]", tests, **humaneval).passed
+    assert not verdict(prompt, tests, **humaneval).passed
+    cheat = prompt + "    return ''\ntwice = lambda s: s"
+    assert not verdict(cheat, tests, **humaneval).passed  # the helper is the prompt's, not the candidate's
+    mbpp = {"setup": "import math", "names": ["sum"]}
+    assert verdict("def sum(a, b): return a + b", ["assert sum(1, 2) == 3", "assert math.pi > 3"], **mbpp).passed
+    assert verdict("def f(x): return x", "assert f(1) == 1 and sys.maxsize > 1").passed
+
+
+def test_callables_cannot_be_handed_over() -> None:
+    assert "cannot be handed" in verdict("def f(g): return g(1)", "assert f(lambda x: x) == 1").detail
+
+
+numbers = st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
+hashable = st.none() | st.booleans() | numbers | st.text() | st.binary() | st.frozensets(st.integers())
+plain = st.recursive(
+    hashable | st.sets(hashable) | st.builds(range, st.integers(), st.integers()) | st.builds(bytearray, st.binary()),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(hashable, inner),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=50)
+@given(plain)
+def test_values_survive_the_way(value: object) -> None:
+    def refuse(_: object) -> Any:
+        raise AssertionError("not plain")
+
+    back = decode(encode(value, refuse), refuse)
+    assert back == value and type(back) is type(value)
+
+
+# Which isolation is used, and bad input.
+
+
+def test_run_python_gives_input_and_output() -> None:
+    outcome = run_python("import sys\nprint(input() + '!')\nprint('err', file=sys.stderr)\nexit(0)", stdin="hä\n")
+    assert (outcome.status, outcome.stdout, outcome.stderr) == ("passed", "hä!\n", "err\n")
+    assert outcome.isolation == HELD[0]
+    long = run_python("print(len(input()))", stdin="x" * (1 << 20), limits=Limits(disk=1 << 16))
+    assert long.stdout == f"{1 << 20}\n"  # what it is given is not what it writes
+    failed = run_python("def f():\n    raise ValueError('bad')\nf()")
+    assert failed.status == "failed" and failed.stderr.count("File") == 2 and 'File "<main>", line 3' in failed.stderr
+    assert run_python("exit(3)").detail == "exit status 3"
+
+
+def test_a_fallback_is_named_loudly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(choice, "works", lambda kind: kind == "landlock")
+    choice.announce.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert [choice.choose(None, False) for _ in range(2)] == ["landlock"] * 2
+    [record] = caplog.records
+    assert "weaker fallback 'landlock'" in record.message
+
+
+def test_without_isolation_it_refuses(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(choice, "works", lambda kind: False)
+    choice.announce.cache_clear()
+    with pytest.raises(InputError, match="nothing stronger"):
+        run_python("print(1)")
+    with pytest.raises(InputError, match="nothing stronger"):
+        check("def f(): pass", "f()", isolation=WEAK)
+    with caplog.at_level(logging.WARNING):
+        outcome = run_python("print(1)", allow_weak=True)
+    assert (outcome.status, outcome.isolation) == ("passed", WEAK)
+    assert "NOT ISOLATED" in caplog.text
+    assert not check("import os\nos._exit(86)", "f()", allow_weak=True).passed
+
+
+def test_a_sandbox_that_cannot_be_set_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmax.sandbox.process.SOURCES", {"jail_source": "def confine(_): 1 / 0", "remote_source": ""})
+    with pytest.raises(RuntimeError, match="could not be set up: ZeroDivisionError"):
+        run_python("print(1)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tests": "assert 1 == 1"}, "nothing of the candidate"),
+        ({"tests": "assert f("}, "not Python"),
+        ({"tests": "f()", "isolation": "bublewrap"}, "unknown isolation"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check("def f(): pass", **arguments)
+
+
+@pytest.mark.parametrize("limit", ["seconds=0", "memory=-1", "disk=1.5", "output=True", "seconds=inf", "threads=None"])
+def test_limits_are_checked(limit: str) -> None:
+    name, _, value = limit.partition("=")
+    with pytest.raises(InputError, match=f"`{name}` must be a positive"):
+        Limits(**{name: float("inf") if value == "inf" else ast.literal_eval(value)})
