@@ -56,6 +56,7 @@ COMMANDS = {
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs "
         "--hard-inputs --option --block-length --batch-size --dtype --device --output -o --overwrite --json"
     ),
+    "lm_eval": "",  # hands its arguments on
     "sweep": (
         "--model -m --output -o --strategies --thresholds --task --data --limit --seed --max-new-tokens --batch-size "
         "--dtype --device --json"

@@ -271,6 +271,17 @@ def evaluate(
     )
 
 
+@app.command("lm_eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with `dmax` among its models; all arguments are those of its command lm_eval.
+
+    Example: dmax lm_eval --model dmax --model_args pretrained=tiny-dmax,strategy=spd,threshold=0.5 --tasks gsm8k
+    """
+    from dmax.evaluation.harness import main as run_lm_eval
+
+    run_lm_eval(context.args)
+
+
 @app.command()
 def sweep(
     model: Annotated[list[str], typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more")],
