@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from dmax.errors import InputError, did_you_mean
 from dmax.training import noise
@@ -71,6 +71,7 @@ class DMaxTrainer(Trainer):
     """
 
     args: DMaxConfig
+    control: TrainerControl
 
     def __init__(
         self,

@@ -251,6 +251,9 @@ class LLaDA2MoeSparseBlock(nn.Module):
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward; the first `first_k_dense_replace` layers have no experts."""
 
+    # The cache that training passes records a layer once, however often backward replays it (`ContextCache`).
+    _can_checkpoint_with_cache = True
+
     def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.attention = LLaDA2MoeAttention(config, layer_idx)
