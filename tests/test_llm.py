@@ -334,6 +334,66 @@ def test_a_checkpoint_without_tokenizer_says_so(bare: LLM) -> None:
         bare.generate(messages("Hi"))
 
 
+# ---- early ends and shared work ------------------------------------------------------------------------------------
+
+
+def test_a_stop_text_ends_the_completion_before_it(llm: LLM) -> None:
+    whole = llm.generate(TEXTS[1], PARAMS)[0]
+    words = whole.text.split()
+    stop = words[len(words) // 2]
+    output = llm.generate(TEXTS[1], replace(PARAMS, stop=("never said", stop)))[0]
+    assert output.finish_reason == "stop"
+    assert output.text == whole.text[: whole.text.index(stop)]
+    assert output.token_ids == whole.token_ids[: len(output.token_ids)]
+    kept = llm.tokenizer.decode(output.token_ids)
+    assert stop in kept and stop not in llm.tokenizer.decode(output.token_ids[:-1])
+    assert output.num_forwards <= whole.num_forwards
+    assert llm.generate(TEXTS[1], replace(PARAMS, stop="never said"))[0] == whole
+
+
+def test_stop_texts_need_a_tokenizer(bare: LLM) -> None:
+    with pytest.raises(InputError, match="no tokenizer to find stop texts with"):
+        bare.generate([1, 2], DecodingParams(stop="a"))
+
+
+def test_known_prefixes_are_not_encoded_again(folder: Path, llm: LLM) -> None:
+    sharing = LLM.from_checkpoint(load_checkpoint(folder, dtype=torch.float32, device="cpu"), prefix_cache_mib=1)
+    first, again = (sharing.generate(TEXTS[1], PARAMS)[0] for _ in range(2))
+    assert first == llm.generate(TEXTS[1], PARAMS)[0]
+    assert (first.num_prefill_forwards, again.num_prefill_forwards) == (1, 0)
+    assert again.token_ids == first.token_ids
+
+
+def test_streams_of_one_model_may_run_at_once(llm: LLM) -> None:
+    expected = [llm.generate(text, PARAMS)[0] for text in TEXTS[:2]]
+    streams = [llm.stream(text, PARAMS) for text in TEXTS[:2]]
+    ends = [None, None]
+    while None in ends:
+        for index, stream in enumerate(streams):
+            event = next(stream, None)
+            if event is not None and event.output is not None:
+                ends[index] = event.output
+    assert ends == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "`max_batch_size` must be a whole number of at least 1, got 0"),
+        ({"prefix_cache_mib": -1}, "`prefix_cache_mib` must be"),
+        ({"commit": "both"}, "`commit` must be one of cross_block, separate, got 'both'"),
+    ],
+)
+def test_settings_of_the_engine_are_checked(llm: LLM, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LLM.from_checkpoint(llm.checkpoint, **options)
+
+
+def test_params_of_another_kind_are_refused(llm: LLM) -> None:
+    with pytest.raises(InputError, match="`params` must be a `DecodingParams` or a list of them, got 3"):
+        llm.generate("Hi", 3)  # type: ignore[arg-type]
+
+
 # ---- loading ------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,9 @@ def test_defaults_are_the_public_ones() -> None:
         "max_new_tokens": 256,
         "temperature": 0.0,
         "seed": None,
+        "stop": (),
+        "ignore_eos": False,
+        "deadline": None,
         "max_steps_per_block": None,
         "prefix_only": True,
         "soft_inputs": True,
@@ -45,6 +48,8 @@ def test_defaults_are_the_public_ones() -> None:
         {"seed": 0},
         {"seed": 2**63 - 1},
         {"strategy": "a plugin's"},
+        {"deadline": 0},
+        {"stop": ("a", "b")},
     ],
 )
 def test_the_ends_of_every_range_are_valid(values: dict[str, Any]) -> None:
@@ -89,3 +94,13 @@ def test_params_are_values() -> None:
     assert hash(DecodingParams()) == hash(DecodingParams())  # the engine groups requests by them
     with pytest.raises(dataclasses.FrozenInstanceError):
         DecodingParams().threshold = 0.3  # type: ignore[misc]
+
+
+def test_one_stop_text_is_a_list_of_one() -> None:
+    assert DecodingParams(stop="####").stop == DecodingParams(stop=["####"]).stop == ("####",)
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [1], 3])
+def test_stop_texts_are_texts(stop: Any) -> None:
+    with pytest.raises(InputError, match="`stop` must be a text or a list of texts"):
+        DecodingParams(stop=stop)

@@ -27,6 +27,9 @@ DECODING_PARAMS = {
     "max_new_tokens": 256,
     "temperature": 0.0,
     "seed": None,
+    "stop": (),
+    "ignore_eos": False,
+    "deadline": None,
     "max_steps_per_block": None,
     "prefix_only": True,
     "soft_inputs": True,
@@ -56,6 +59,7 @@ COMMANDS = {
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs "
         "--hard-inputs --option --block-length --batch-size --dtype --device --output -o --overwrite --json"
     ),
+    "bench": "--device --quick --output -o --json",
     "lm_eval": "",  # hands its arguments on
     "sweep": (
         "--model -m --output -o --strategies --thresholds --task --data --limit --seed --max-new-tokens --batch-size "

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from dmax.decoding import strategies as strategies
     from dmax.errors import InputError as InputError
     from dmax.llm import LLM as LLM
-    from dmax.llm import GenerationOutput as GenerationOutput
-    from dmax.llm import StreamEvent as StreamEvent
+    from dmax.outputs import GenerationOutput as GenerationOutput
+    from dmax.outputs import StreamEvent as StreamEvent
     from dmax.params import DecodingParams as DecodingParams
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "DecodingParams": "dmax.params",
-    "GenerationOutput": "dmax.llm",
+    "GenerationOutput": "dmax.outputs",
     "InputError": "dmax.errors",
     "LLM": "dmax.llm",
-    "StreamEvent": "dmax.llm",
+    "StreamEvent": "dmax.outputs",
     "strategies": "dmax.decoding",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -8,6 +8,7 @@ predicate, so they cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,6 @@ Predicate = Callable[[Tensor, Tensor], Tensor]
 def block_causal(block_length: int) -> Predicate:
     """Bidirectional within a block, causal across blocks (block diffusion)."""
     return lambda query, key: key // block_length <= query // block_length
-
-
-def branching(block_length: int, shared: Tensor) -> Predicate:
-    """Several versions of one block behind the first `shared` [B, 1, 1] positions: each sees those and itself alone."""
-    causal = block_causal(block_length)
-    return lambda query, key: torch.where(
-        query < shared, causal(query, key), (key < shared) | (key // block_length == query // block_length)
-    )
 
 
 def noisy_clean(block_length: int, length: int) -> Predicate:
@@ -67,3 +60,26 @@ def flex_from_dense(visible: Tensor) -> BlockMask:
         return visible[batch % masks, 0, query, key]
 
     return create_block_mask(mask_mod, masks, None, query_length, key_length, device=str(visible.device))
+
+
+def prepare_mask(mask: Any, dtype: torch.dtype, implementation: str | None) -> Any:
+    """One form of mask per attention implementation, from bool or additive [B, 1, L, T + L] or padding [B, T + L].
+
+    Raises:
+        ValueError: a mask of another rank.
+    """
+    if not isinstance(mask, Tensor):
+        return mask  # None, or flex_attention's BlockMask
+    if mask.dim() == 2:
+        mask = mask.bool()[:, None, None, :]
+    if mask.dim() != 4:
+        raise ValueError(f"`attention_mask` must have 2 or 4 dimensions, got shape {tuple(mask.shape)}")
+    if implementation == "flex_attention":
+        # transformers would index the dense mask inside the kernel, out of bounds where one mask serves a batch.
+        return flex_from_dense(mask if mask.dtype == torch.bool else mask == 0)
+    if mask.dtype == torch.bool:
+        if implementation == "sdpa":
+            return mask
+        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return additive.masked_fill_(~mask, torch.finfo(dtype).min)
+    return mask.to(dtype)

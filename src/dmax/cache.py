@@ -1,9 +1,12 @@
 """Keys and values of what is already settled: for decoding block by block, and for training on one clean stream.
 
-Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head size.
+Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head size. Further
+arguments of `update`, which newer releases of transformers pass, are of no use here.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ class ContextCache:
         """Positions seen before the new ones: none."""
         return 0
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """Record new keys and values [B, G, T, d] and return them as they are."""
         self.layers.setdefault(layer_idx, (key, value))
         return key, value
@@ -43,7 +46,7 @@ class ContextView:
         """Number of recorded positions."""
         return self.layers[layer_idx][0].shape[2]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """New keys and values [B, G, L, d] to the ones attention sees, [B, G, T + L, d]."""
         recorded_key, recorded_value = self.layers[layer_idx]
         return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)
@@ -77,6 +80,11 @@ class BlockCache:
         """Positions a slot can hold."""
         return self.keys.shape[2]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory it holds, all of it from the start."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
     def write_at(self, slots: list[int], length: int) -> CacheWindow:
         """A window for one forward of `length` new positions behind the prefix of each of the `slots`.
 
@@ -86,7 +94,19 @@ class BlockCache:
         starts = [self.lengths[slot] for slot in slots]
         if max(starts) + length > self.capacity:
             raise ValueError(f"{max(starts)} committed and {length} new positions exceed the capacity {self.capacity}")
-        return CacheWindow(self, slots, starts, length)
+        places = torch.tensor((slots, starts)).to(self.keys.device)  # one transfer, not two
+        in_order = slots == list(range(len(slots)))
+        return CacheWindow(self, places[0], places[1], length, max(starts) + length, in_order)
+
+    def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """A copy of the keys and values of positions start..end-1 of a slot, each [layers, end - start, G, d]."""
+        return self.keys[:, slot, start:end].clone(), self.values[:, slot, start:end].clone()
+
+    def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Append keys and values [layers, n, G, d] to what is committed in a slot, and commit them."""
+        start = self.lengths[slot]
+        end = self.lengths[slot] = start + keys.shape[1]
+        self.keys[:, slot, start:end], self.values[:, slot, start:end] = keys, values
 
     def commit(self, slots: list[int], lengths: list[int]) -> None:
         """Declare the first `lengths[slot]` positions written so far final."""
@@ -99,31 +119,37 @@ class BlockCache:
 
 
 class CacheWindow:
-    """One forward's access to a `BlockCache`; what attention layers call `past_key_values`."""
+    """One forward's access to a `BlockCache`; what attention layers call `past_key_values`.
 
-    def __init__(self, cache: BlockCache, slots: list[int], starts: list[int], length: int) -> None:
-        device = cache.keys.device
-        self.cache = cache
-        self.span = max(starts) + length  # positions visible to at least one row
-        # Slots 0..B-1 in order, the common case, are read without a copy.
-        self.in_order = slots == list(range(len(slots)))
-        self.num_rows = len(slots)
-        self.slots = torch.tensor(slots, device=device)
+    Args:
+        cache: where keys and values lie.
+        slots: [B] int64, a slot for each row.
+        starts: [B] int64, committed positions of each.
+        length: new positions L.
+        span: positions that are read, at least the highest start + L.
+        in_order: the slots are 0..B-1, the common case, and are read without a copy.
+    """
+
+    def __init__(
+        self, cache: BlockCache, slots: Tensor, starts: Tensor, length: int, span: int, in_order: bool
+    ) -> None:
+        self.cache, self.span, self.slots, self.in_order = cache, span, slots, in_order
         # [B, L] positions the rows' queries stand at
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+        self.positions = starts[:, None] + torch.arange(length, device=starts.device)
+        self._places = slots[:, None], self.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the window; rows differ, so callers pass `positions` as position ids instead."""
         return self.span - self.positions.shape[1]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values [B, G, L, d] in place; returns all that attention may see, [B, G, span, d].
 
         Positions past a row's own end are stale: the attention mask must hide them.
         """
         seen = []
         for store, new in ((self.cache.keys[layer_idx], key), (self.cache.values[layer_idx], value)):
-            store[self.slots[:, None], self.positions] = new.transpose(1, 2).to(store.dtype)
-            rows = store[: self.num_rows, : self.span] if self.in_order else store[self.slots, : self.span]
+            store.index_put_(self._places, new.transpose(1, 2).to(store.dtype))
+            rows = store[: len(self.slots), : self.span] if self.in_order else store[self.slots, : self.span]
             seen.append(rows.transpose(1, 2))
         return seen[0], seen[1]

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from dmax.environment import environment
 from dmax.evaluation.run import Summary, evaluate
-from dmax.llm import LLM, StreamEvent
+from dmax.llm import LLM
+from dmax.outputs import StreamEvent
 from dmax.params import DecodingParams
 from dmax.tasks import get_task
 

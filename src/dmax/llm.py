@@ -3,86 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, get_args
 
 import torch
 
 from dmax.checkpoint import Checkpoint, load_checkpoint
 from dmax.decoding import get_strategy
 from dmax.engine.engine import Commit, Engine
-from dmax.engine.request import BlockEvent, Completion, FinishReason, Request
+from dmax.engine.prefix import PrefixCache
+from dmax.engine.request import BlockEvent, Completion, Request
 from dmax.environment import select_device, select_dtype
 from dmax.errors import InputError
-from dmax.params import DecodingParams
+from dmax.kernels.quant import Format
+from dmax.outputs import GenerationOutput, StreamEvent
+from dmax.params import DecodingParams, check_number
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    """A completion and what it cost.
-
-    Attributes:
-        text: decoded completion, cut at the first EOS; empty when the checkpoint has no tokenizer.
-        token_ids: its token ids.
-        prompt_token_ids: the prompt as the model saw it.
-        finish_reason: "stop" (EOS) or "length".
-        num_forwards: denoising forwards.
-        num_prefill_forwards: forwards that encoded the prompt.
-        num_commit_forwards: forwards that only wrote keys and values of finished blocks.
-        num_positions: positions computed in denoising and commit forwards, all open blocks and versions included.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    num_forwards: int
-    num_prefill_forwards: int
-    num_commit_forwards: int
-    num_positions: int = 0
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """TPF: generated tokens, EOS not counted, per denoising forward."""
-        return len(self.token_ids) / self.num_forwards
-
-    @property
-    def tokens_per_position(self) -> float:
-        """Generated tokens per computed position: what parallel decoding costs where TPF does not show it."""
-        return len(self.token_ids) / self.num_positions if self.num_positions else 0.0
-
-    @property
-    def tokens_per_forward_paper(self) -> float:
-        """TPF as the published evaluation counts: the prefill is one more forward."""
-        return len(self.token_ids) / (self.num_forwards + self.num_prefill_forwards)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEvent:
-    """What happened in one step of a streamed generation.
-
-    Attributes:
-        kind: "provisional" (the open block, still subject to revision), "committed" (a final block) or "finished".
-        text: text of the block's decoded tokens up to the first EOS; for "finished" the whole completion.
-        token_ids: the block's generated positions; for "finished" the whole completion.
-        masked: which of them are undecided.
-        confidence: probability of each.
-        position: index of the first of them within the completion.
-        step: forwards the block has taken.
-        output: the result, for "finished" only.
-    """
-
-    kind: Literal["provisional", "committed", "finished"]
-    text: str
-    token_ids: tuple[int, ...]
-    masked: tuple[bool, ...] = ()
-    confidence: tuple[float, ...] = ()
-    position: int = 0
-    step: int = 0
-    output: GenerationOutput | None = None
 
 
 class LLM:
@@ -94,8 +32,11 @@ class LLM:
         device: "auto", "cpu", "cuda", …
         mask_token_id, eos_token_id, block_length: override what the checkpoint says.
         max_batch_size: sequences decoded together; more wait their turn.
+        prefix_cache_mib: memory for prompts' leading blocks that are encoded once for all requests that begin alike;
+            0: none, so that a result's last bits do not depend on what was decoded before.
         commit: how finished blocks get their clean keys and values (see `Engine`).
         attn_implementation, experts_implementation: as in transformers; None chooses.
+        quantization: of the experts, "int8", "fp8" or "int4"; None leaves them as they are.
 
     Raises:
         InputError: an unknown model, a damaged checkpoint, or ids that it does not define.
@@ -111,9 +52,11 @@ class LLM:
         block_length: int | None = None,
         *,
         max_batch_size: int = 16,
+        prefix_cache_mib: int = 0,
         commit: Commit = "cross_block",
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
+        quantization: Format | None = None,
     ) -> None:
         place, _ = select_device(device)
         kind, _ = select_dtype(dtype, place)
@@ -126,22 +69,33 @@ class LLM:
             block_length=block_length,
             attn_implementation=attn_implementation,
             experts_implementation=experts_implementation,
+            quantization=quantization,
         )
-        self._setup(checkpoint, max_batch_size, commit)
+        self._setup(checkpoint, max_batch_size, prefix_cache_mib, commit)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, *, max_batch_size: int = 16, commit: Commit = "cross_block"
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        max_batch_size: int = 16,
+        prefix_cache_mib: int = 0,
+        commit: Commit = "cross_block",
     ) -> LLM:
         """An `LLM` over a model that is already in memory, such as one in training."""
         llm = cls.__new__(cls)
-        llm._setup(checkpoint, max_batch_size, commit)
+        llm._setup(checkpoint, max_batch_size, prefix_cache_mib, commit)
         return llm
 
-    def _setup(self, checkpoint: Checkpoint, max_batch_size: int, commit: Commit) -> None:
+    def _setup(self, checkpoint: Checkpoint, max_batch_size: int, prefix_cache_mib: int, commit: Commit) -> None:
+        check_number("max_batch_size", max_batch_size, low=1, whole=True)
+        check_number("prefix_cache_mib", prefix_cache_mib, low=0, whole=True)
+        if commit not in get_args(Commit):
+            raise InputError(f"`commit` must be one of {', '.join(get_args(Commit))}, got {commit!r}")
         checkpoint.model.eval()
         self.checkpoint, self.model, self.tokenizer = checkpoint, checkpoint.model, checkpoint.tokenizer
-        self.max_batch_size, self.commit = max_batch_size, commit
+        self.max_batch_size, self.prefix_cache_mib, self.commit = max_batch_size, prefix_cache_mib, commit
+        self._engines: dict[int, Engine] = {}  # by block length
 
     def generate(
         self,
@@ -214,10 +168,15 @@ class LLM:
         each = params if isinstance(params, Sequence) else [params or DecodingParams()] * len(several)
         if len(each) != len(several):
             raise InputError(f"got {len(several)} prompts and {len(each)} params; give one for all or one for each")
+        for settings in each:
+            if not isinstance(settings, DecodingParams):
+                raise InputError(f"`params` must be a `DecodingParams` or a list of them, got {settings!r:.80}")
+            if settings.stop and self.tokenizer is None:
+                raise InputError("this checkpoint has no tokenizer to find stop texts with", hint="leave out `stop`")
         for settings in set(each):
             get_strategy(settings)  # an unknown strategy is an error before any compute
         return [
-            Request(index, self.encode(prompt), settings)
+            self.request(index, prompt, settings)
             for index, (prompt, settings) in enumerate(zip(several, each, strict=True))
         ]
 
@@ -227,15 +186,38 @@ class LLM:
             groups.setdefault(request.params.block_length or self.checkpoint.block_length, []).append(request)
         return groups
 
-    def _engine(self, block_length: int) -> Engine:
+    def engine(self, block_length: int | None = None, **options: Any) -> Engine:
+        """A new engine over this model, for servers and whoever else wants its steps; options as `Engine` takes them.
+
+        Requests for it are made by `request`.
+        """
+        length = block_length or self.checkpoint.block_length
+        if self.prefix_cache_mib:
+            options = {"prefix_cache": PrefixCache(length, self.prefix_cache_mib * 2**20)} | options
         return Engine(
             self.model,
             mask_token_id=self.checkpoint.mask_token_id,
             eos_token_ids=self.checkpoint.eos_token_ids,
-            block_length=block_length,
-            max_batch_size=self.max_batch_size,
-            commit=self.commit,
+            block_length=length,
+            **{"max_batch_size": self.max_batch_size, "commit": self.commit} | options,
         )
+
+    def _engine(self, block_length: int) -> Engine:
+        """The engine of earlier calls, with its memory, graphs and known prefixes, unless it is in use."""
+        if block_length not in self._engines or self._engines[block_length].is_busy():
+            self._engines[block_length] = self.engine(block_length)
+        return self._engines[block_length]
+
+    def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
+        """A request for an engine."""
+        find_stop = partial(self._find_stop, params.stop) if params.stop else None
+        return Request(index, self.encode(prompt), params, find_stop)
+
+    def _find_stop(self, texts: Sequence[str], token_ids: Sequence[int]) -> int | None:
+        """How many of the tokens to keep so that their text ends in the first of the stop `texts`; None without one."""
+        if not any(text in self._text(token_ids) for text in texts):
+            return None
+        return next(n for n in range(1, len(token_ids) + 1) if any(t in self._text(token_ids[:n]) for t in texts))
 
     def _text(self, token_ids: Sequence[int]) -> str:
         if self.tokenizer is None:
@@ -243,9 +225,10 @@ class LLM:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _output(self, request: Request, completion: Completion) -> GenerationOutput:
-        counters = completion.counters
+        counters, text = completion.counters, self._text(completion.token_ids)
+        ends = [found for stop in request.params.stop if (found := text.find(stop)) >= 0]
         return GenerationOutput(
-            text=self._text(completion.token_ids),
+            text=text[: min(ends, default=len(text))],
             token_ids=completion.token_ids,
             prompt_token_ids=request.prompt_ids,
             finish_reason=completion.finish_reason,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dmax.errors import InputError
+
+SWITCHES = ("ignore_eos", "prefix_only", "soft_inputs", "renormalize", "stop_on_confidence", "stop_on_consistency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class DecodingParams:
         max_new_tokens: longest completion; the last block is still decoded whole.
         temperature: 0 decodes greedily; above, tokens are sampled.
         seed: of the sampling, below 2^63; None draws a fresh one.
+        stop: texts that end the completion where they first appear; the text is cut before, the token ids behind them.
+        ignore_eos: go on behind an EOS, to `max_new_tokens`; for measuring speed.
+        deadline: seconds after its submission at which a request ends with what it has by then; None: no limit.
         max_steps_per_block: cap on forwards per block; None: the block length, times the blocks open at once.
         prefix_only: SPD decodes the confident prefix of the masks only; off: any confident position.
         soft_inputs: SPD feeds decoded positions back as blends; off: as hard tokens.
@@ -44,6 +49,9 @@ class DecodingParams:
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+    deadline: float | None = None
     max_steps_per_block: int | None = None
     prefix_only: bool = True
     soft_inputs: bool = True
@@ -63,7 +71,12 @@ class DecodingParams:
         for name in ("block_length", "max_steps_per_block"):
             check_number(name, getattr(self, name), low=1, whole=True, optional=True)
         check_number("seed", self.seed, low=0, high=2**63 - 1, whole=True, optional=True)
-        for name in ("prefix_only", "soft_inputs", "renormalize", "stop_on_confidence", "stop_on_consistency"):
+        check_number("deadline", self.deadline, low=0, optional=True)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"`stop` must be a text or a list of texts, none of them empty, got {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+        for name in SWITCHES:
             if not isinstance(value := getattr(self, name), bool):
                 raise InputError(f"`{name}` must be true or false, got {value!r}")
         try:

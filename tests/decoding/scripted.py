@@ -1,4 +1,4 @@
-"""Prescribed logits, and the loop sanitize -> step -> apply without a model."""
+"""Prescribed logits, and the loop output -> step -> apply without a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmax.decoding import get_strategy
-from dmax.decoding.block import Advance, Decision, DecodingStrategy, View, apply, sanitize
+from dmax.decoding.block import Advance, Decision, DecodingStrategy, Output, View, apply
 from dmax.params import DecodingParams
 
 V, MASK, EOS = 8, 7, 6
@@ -62,7 +62,7 @@ def play(
         strategy = get_strategy(strategy)
     state, steps = strategy.open(view), list[Step]()
     while len(steps) < limit:
-        output, _ = sanitize(logits(len(steps), view), MASK)
+        output = Output(logits(len(steps), view), MASK, hidden_states=embed(view.tokens))
         decision, state = strategy.step(view, output, state)
         advance = apply(view, decision, view.max_steps)
         steps.append(Step(view, decision, advance))

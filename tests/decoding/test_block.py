@@ -12,32 +12,35 @@ from hypothesis import strategies as st
 from scripted import MASK, V, logits_of, opened, rows
 from torch import Tensor
 
-from dmax.decoding.block import Advance, Decision, View, apply, predict, sanitize
+from dmax.decoding.block import Advance, Decision, Output, View, apply, predict
 
 INF = float("inf")
 
 
 def prediction(logits: Tensor, top_k: int = 1, **options: Any) -> Any:
-    return predict(opened((), logits.shape[1], len(logits), **options), sanitize(logits, MASK)[0], top_k)
+    return predict(opened((), logits.shape[1], len(logits), **options), Output(logits, MASK), top_k)
 
 
-# --- sanitize ---------------------------------------------------------------------------------------------------------
+# --- Output -----------------------------------------------------------------------------------------------------------
 
 
 def test_nan_marks_its_row_and_no_other() -> None:
     logits = torch.zeros(3, 2, V)
     logits[1, 1, 4] = torch.nan
-    output, broken = sanitize(logits, MASK)
+    output = Output(logits, MASK)
+    broken = output.broken
     assert broken.tolist() == [False, True, False]
     assert not output.logits.isnan().any()
     assert not output.probs.isnan().any()
 
 
-def test_sanitize_leaves_its_argument_alone() -> None:
+def test_reading_an_output_leaves_the_logits_alone() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         logits = torch.arange(V, dtype=dtype).repeat(1, 2, 1)
         before = logits.clone()
-        sanitize(logits, MASK)
+        output = Output(logits, MASK)
+        assert output.top(2).ids.shape == (1, 2, 2)
+        assert output.probs.shape == output.logits.shape == logits.shape
         assert torch.equal(logits, before)
 
 
@@ -49,7 +52,7 @@ def test_infinities_keep_their_meaning() -> None:
 
 
 def test_low_precision_is_computed_in_float32() -> None:
-    output, _ = sanitize(torch.zeros(1, 1, V, dtype=torch.bfloat16), MASK)
+    output = Output(torch.zeros(1, 1, V, dtype=torch.bfloat16), MASK)
     assert (output.logits.dtype, output.probs.dtype) == (torch.float32, torch.float32)
 
 
@@ -76,8 +79,8 @@ def test_ties_go_to_the_lowest_id(size: int) -> None:
     logits = torch.zeros(2, 3, size)
     logits[:, :, size // 2 :] = 1.0  # ties begin inside, where a vectorised argmax might pick another lane
     view = opened((), 3, 2)
-    assert (predict(view, sanitize(logits, size - 1)[0]).tokens == size // 2).all()
-    assert (predict(view, sanitize(torch.zeros(2, 3, size), 0)[0]).tokens == 1).all()  # MASK is 0: the next one
+    assert (predict(view, Output(logits, size - 1)).tokens == size // 2).all()
+    assert (predict(view, Output(torch.zeros(2, 3, size), 0)).tokens == 1).all()  # MASK is 0: the next one
 
 
 def test_candidates_come_most_probable_first() -> None:
@@ -117,7 +120,7 @@ def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
 
 def test_sampling_from_nothing_but_minus_infinity_spares_mask() -> None:
     view = replace(opened((), 1), temperature=0.1, gumbel=torch.zeros(1, 1, V), mask_token_id=0)
-    assert predict(view, sanitize(torch.full((1, 1, V), -INF), 0)[0]).tokens.item() != 0
+    assert predict(view, Output(torch.full((1, 1, V), -INF), 0)).tokens.item() != 0
 
 
 # --- apply ------------------------------------------------------------------------------------------------------------

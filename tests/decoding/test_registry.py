@@ -14,10 +14,10 @@ from dmax.errors import InputError
 from dmax.params import DecodingParams
 
 
-def test_every_name_gives_a_strategy_of_that_name() -> None:
+def test_every_name_gives_a_strategy_of_that_name(needed: dict[str, dict[str, str]]) -> None:
     assert {"spd", "threshold", "llada", "credit"} <= set(strategies())
     for name in strategies():
-        assert get_strategy(DecodingParams(strategy=name)).name == name
+        assert get_strategy(DecodingParams(strategy=name, options=needed[name])).name == name
 
 
 def test_each_strategy_has_its_own_default_threshold() -> None:

@@ -14,7 +14,7 @@ from scripted import MASK, TABLE, Step, V, logits_of, opened, play, rows
 from torch import Tensor
 
 from dmax.decoding import get_strategy, selection, strategies
-from dmax.decoding.block import sanitize
+from dmax.decoding.block import Output
 from dmax.decoding.lopa import Lookahead
 from dmax.decoding.sched import ScheduledExit, mean_margin
 from dmax.errors import InputError
@@ -101,7 +101,7 @@ def test_entropy_bound(masked: str, entropy: list[float], bound: float, expected
 
 
 def test_entropy_leaves_mask_out() -> None:
-    output, _ = sanitize(logits_of([1, MASK], [1 / V, 0.9]), MASK)
+    output = Output(logits_of([1, MASK], [1 / V, 0.9]), MASK)
     expected = torch.full((1, 2), math.log(V - 1))  # the others are equals
     torch.testing.assert_close(selection.entropy(output.logits), expected)
 
@@ -169,7 +169,7 @@ def test_credit_follows_its_equations() -> None:
     view = opened((), 1, max_steps=4)
     state, credit = strategy.open(view), torch.zeros(V)
     for n, logits in enumerate(script):
-        output, _ = sanitize(logits, MASK)
+        output = Output(logits, MASK)
         view_now = opened((), 1, max_steps=4)
         view_now.step[:] = n
         decision, state = strategy.step(view_now, output, state)
@@ -250,7 +250,7 @@ def test_what_need_not_progress_may_wait() -> None:
 
 def test_lopa_branches_on_the_surest_masks() -> None:
     strategy = Lookahead(threshold=0.9, num_branches=4)
-    output, _ = sanitize(FOUR, MASK)
+    output = Output(FOUR, MASK)
     branches = strategy.branch(rows(["x.xx"]), output)
     assert torch.equal(branches, rows(["...x", "..x.", "x..."])[None])
     assert torch.equal(strategy.branch(rows([".x.."]), output), rows([".x..", "....", "...."])[None])
@@ -266,9 +266,9 @@ def test_lopa_chooses_the_version_that_is_surest_on_average() -> None:
         )
     )
     view = replace(opened((), 4, batch=3), masked=rows([".xxx", "..xx", "...x"]))
-    assert strategy.choose(view, sanitize(logits, MASK)[0]).tolist() == [2]
+    assert strategy.choose(view, Output(logits, MASK)).tolist() == [2]
     view = replace(view, masked=rows([".xxx", "....", "...x"]))
-    assert strategy.choose(view, sanitize(logits, MASK)[0]).tolist() == [1]  # all decoded: 1
+    assert strategy.choose(view, Output(logits, MASK)).tolist() == [1]  # all decoded: 1
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_options_are_kept_in_one_form() -> None:
         DecodingParams(options=3)  # type: ignore[arg-type]
 
 
-def test_every_strategy_says_where_it_comes_from() -> None:
+def test_every_strategy_says_where_it_comes_from(needed: dict[str, dict[str, str]]) -> None:
     for name in strategies():
-        strategy = get_strategy(DecodingParams(strategy=name))
+        strategy = get_strategy(DecodingParams(strategy=name, options=needed[name]))
         assert (type(strategy).__doc__ or "").strip()

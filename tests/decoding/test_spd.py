@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmax.decoding import get_strategy, strategies
-from dmax.decoding.block import Advance, Decision, View, apply, sanitize
+from dmax.decoding.block import Advance, Decision, Output, View, apply
 from dmax.decoding.spd import SoftParallelDecoding
 from dmax.errors import InputError
 from dmax.params import DecodingParams
@@ -40,7 +40,8 @@ def logits(tokens: list[int], confidences: list[float]) -> Tensor:
 
 def step(given: View, raw: Tensor, **settings: Any) -> tuple[Decision, Advance]:
     strategy = get_strategy(DecodingParams(**settings))
-    output, broken = sanitize(raw, MASK)
+    output = Output(raw, MASK)
+    broken = output.broken
     assert not broken.any()
     decision, _ = strategy.step(given, output, strategy.open(given))
     return decision, apply(given, decision, given.max_steps)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import EOS, MASK, Step, V, after, logits_of, opened, play
+from scripted import EOS, MASK, Step, V, after, embed, logits_of, opened, play
 from torch import Tensor
 
 from dmax.decoding import get_strategy, strategies
-from dmax.decoding.block import Decision, Output, State, View, apply, predict, sanitize
+from dmax.decoding.block import Decision, Output, State, View, apply, predict
 from dmax.params import DecodingParams
 
 L = 6
@@ -167,9 +167,20 @@ STRATEGIES = st.one_of(
 )
 
 
+Needed = dict[str, dict[str, str]]
+
+
+def ready(strategy: Any, needed: Needed) -> Any:
+    """The parameters with the options that their strategy cannot do without."""
+    return strategy if isinstance(strategy, Hostile) else replace(strategy, options=needed[strategy.strategy])
+
+
 @settings(max_examples=150)
 @given(script=hostile_scripts(), strategy=STRATEGIES, tail=st.lists(st.integers(0, V - 1), max_size=L - 1))
-def test_any_strategy_on_any_logits_ends_in_time_without_mask(script: Tensor, strategy: Any, tail: list[int]) -> None:
+def test_any_strategy_on_any_logits_ends_in_time_without_mask(
+    needed: Needed, script: Tensor, strategy: Any, tail: list[int]
+) -> None:
+    strategy = ready(strategy, needed)
     steps = play(strategy, lambda n, view: script[n], opened(tail, L, batch=3))
     final = steps[-1].advance
     assert len(steps) <= L
@@ -181,7 +192,10 @@ def test_any_strategy_on_any_logits_ends_in_time_without_mask(script: Tensor, st
 
 @settings(max_examples=60)
 @given(script=hostile_scripts(), strategy=STRATEGIES, temperature=st.sampled_from([0.0, 0.7]))
-def test_rows_are_bit_for_bit_what_they_are_alone(script: Tensor, strategy: Any, temperature: float) -> None:
+def test_rows_are_bit_for_bit_what_they_are_alone(
+    needed: Needed, script: Tensor, strategy: Any, temperature: float
+) -> None:
+    strategy = ready(strategy, needed)
     gumbel = -torch.empty(3, L, V).exponential_(generator=torch.Generator().manual_seed(7)).log()
 
     def three_steps(rows: slice) -> tuple[Decision, Any]:
@@ -190,7 +204,7 @@ def test_rows_are_bit_for_bit_what_they_are_alone(script: Tensor, strategy: Any,
         player = strategy if isinstance(strategy, Hostile) else get_strategy(strategy)
         state = player.open(view)
         for n in range(3):
-            output, _ = sanitize(script[n, rows], MASK)
+            output = Output(script[n, rows], MASK, hidden_states=embed(view.tokens))
             decision, state = player.step(view, output, state)
             advance = apply(view, decision, L)
             view = replace(after(view, advance), gumbel=view.gumbel)
@@ -211,13 +225,13 @@ def test_rows_are_bit_for_bit_what_they_are_alone(script: Tensor, strategy: Any,
 def test_nan_is_reported_and_never_raises_here(name: str) -> None:
     """The engine turns `broken` into an error; until then everything must hold."""
     logits = torch.full((1, L, V), torch.nan)
-    assert sanitize(logits, MASK)[1].all()
+    assert Output(logits, MASK).broken.all()
     steps = play(DecodingParams(strategy=name), lambda n, view: logits, opened([1], L))
     assert not steps[-1].advance.masked.any()
 
 
 def test_proposing_mask_is_reported_at_once() -> None:
     view = opened([1], L)
-    output, _ = sanitize(torch.zeros(1, L, V), MASK)
+    output = Output(torch.zeros(1, L, V), MASK)
     decision, _ = Hostile("mask").step(view, output, {})
     assert apply(view, decision, L).invalid.all()

@@ -38,7 +38,7 @@ class ScriptedModel(nn.Module):
         logits = self.table[position_ids]
         if self.react:
             logits = logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:], hidden_states=(inputs_embeds,))
 
 
 def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:

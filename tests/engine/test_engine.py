@@ -174,14 +174,15 @@ def policies() -> st.SearchStrategy[dict[str, Any]]:
 @settings(max_examples=60, deadline=None)
 @given(table=hostile_tables(), policy=policies(), prompt=st.lists(st.integers(0, 9), min_size=1, max_size=12))
 def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
-    table: Tensor, policy: dict[str, Any], prompt: list[int]
+    needed: dict[str, Any], table: Tensor, policy: dict[str, Any], prompt: list[int]
 ) -> None:
+    policy = {**policy, "options": needed[policy["strategy"]]}
     events = list(scripted(table, react=3.0).run([request(tuple(prompt), **policy)]))
     completion = events[-1]
     assert completion.kind == "finished"
     blocks = [event for event in events if isinstance(event, BlockEvent)]
     assert all(MASK not in block.token_ids and not any(block.masked) for block in blocks)
-    strategy = get_strategy(DecodingParams(strategy=policy["strategy"]))
+    strategy = get_strategy(DecodingParams(strategy=policy["strategy"], options=policy["options"]))
     extra, window = getattr(strategy, "extra_steps", 0), getattr(strategy, "window", Window())
     assert completion.completion.counters.num_forwards <= (L * window.size + extra) * len(blocks)
     generated = sum(len(block.token_ids) for block in blocks)
@@ -196,8 +197,9 @@ def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
     slots=st.integers(1, 4),
 )
 def test_a_request_does_not_depend_on_its_neighbours(
-    table: Tensor, policy: dict[str, Any], prompts: list[list[int]], slots: int
+    needed: dict[str, Any], table: Tensor, policy: dict[str, Any], prompts: list[list[int]], slots: int
 ) -> None:
+    policy = {**policy, "options": needed[policy["strategy"]]}
     requests = [request(tuple(prompt), index, **policy) for index, prompt in enumerate(prompts)]
     alone = {r.index: run(scripted(table, react=3.0), r)[r.index] for r in requests}
     together = run(scripted(table, react=3.0, max_batch_size=slots), *requests)

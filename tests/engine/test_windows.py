@@ -10,6 +10,7 @@ from parts import EOS, L, confident, request, run, scripted
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask
+from dmax.cache import CacheWindow
 from dmax.engine.request import BlockEvent, Counters
 from dmax.engine.runner import ModelRunner
 
@@ -121,41 +122,57 @@ def opened(golden: tuple[str, Any, dict[str, Any]]) -> tuple[ModelRunner, Any, i
     _, checkpoint, _ = golden
     length = checkpoint.block_length
     tokens = torch.randint(300, (2, 4 * length), generator=torch.Generator().manual_seed(2))
-    runner = ModelRunner(checkpoint.model, length, 2, 6 * length)
-    runner.prefill([0, 1], tokens[:, : 2 * length], [length, 2 * length])
+    runner = ModelRunner(checkpoint.model, length, 2, 6 * length, checkpoint.mask_token_id)
+    runner.prefill([0, 1], tokens[:, :length])
+    runner.prefill([1], tokens[1:, length : 2 * length])
     return runner, checkpoint.model, length, tokens
 
 
-def full_logits(model: Any, tokens: Tensor, length: int) -> Tensor:
-    """Logits [B, P, V] without a cache."""
+def forward(runner: ModelRunner, rows: list[tuple[int, int, int]], tokens: Tensor, num_open: int) -> Tensor:
+    """Logits [R, L, V] of the last rows, MASK's at 0; each row is a slot, where it is written and where it stands."""
+    slots, starts, bases = torch.tensor(rows).T
+    length = tokens.shape[1]
+    window = CacheWindow(runner.cache, slots, starts, length, int(starts.max()) + length, False)
+    logits = runner.denoise(window, runner.embed(tokens), bases, num_open).logits
+    return logits.index_fill(-1, torch.tensor([runner.mask_token_id]), 0.0)
+
+
+def full_logits(model: Any, tokens: Tensor, length: int, mask: int) -> Tensor:
+    """Logits [B, P, V] without a cache, MASK's at 0."""
     index = torch.arange(tokens.shape[1])
-    mask = dense_mask(block_causal(length), index, index)[None, None]
+    visible = dense_mask(block_causal(length), index, index)[None, None]
     with torch.no_grad():
-        return model(input_ids=tokens, attention_mask=mask, position_ids=index[None]).logits
+        logits = model(input_ids=tokens, attention_mask=visible, position_ids=index[None]).logits
+    return logits.index_fill(-1, torch.tensor([mask]), 0.0)
 
 
 def test_an_open_block_sees_the_open_ones_before_it(golden: tuple[str, Any, dict[str, Any]]) -> None:
+    """Rows of one forward, of two sequences, in no order."""
     runner, model, length, tokens = opened(golden)
-    expected = full_logits(model, tokens, length)
-    for slot, start in ((0, length), (1, 2 * length)):
-        open_blocks = tokens[slot : slot + 1, start : start + 2 * length]
-        logits = runner.denoise([slot], runner.embed(open_blocks))
-        torch.testing.assert_close(logits, expected[slot : slot + 1, start : start + 2 * length], atol=2e-5, rtol=1e-4)
+    rows = [(slot, start, start) for slot, start in ((1, 3), (0, 1), (1, 2), (0, 2))]
+    rows = [(slot, start * length, base * length) for slot, start, base in rows]
+    blocks = torch.stack([tokens[slot, start : start + length] for slot, start, _ in rows])
+    logits = forward(runner, rows, blocks, 4)
+    expected = full_logits(model, tokens, length, runner.mask_token_id)
+    for found, (slot, start, _) in zip(logits, rows, strict=True):
+        torch.testing.assert_close(found, expected[slot, start : start + length], atol=2e-5, rtol=1e-4)
 
 
 def test_versions_share_positions_and_do_not_see_each_other(golden: tuple[str, Any, dict[str, Any]]) -> None:
     runner, model, length, tokens = opened(golden)
-    # The block behind the committed ones is pending: it is committed by the same forward.
+    # The block behind the committed ones is pending: it is written by the same forward, and seen by the versions.
     starts = (length, 2 * length)
     pending = torch.stack([tokens[slot, start : start + length] for slot, start in enumerate(starts)])
     versions = torch.randint(300, (2, 3, length), generator=torch.Generator().manual_seed(4))
-    logits = runner.denoise([0, 1], runner.embed(versions.flatten(1)), pending, versions=3).unflatten(1, (3, length))
+    rows = [(slot, start, start) for slot, start in enumerate(starts)]
+    for slot, start in enumerate(starts):
+        rows += [(slot, start + (1 + version) * length, start + length) for version in range(3)]
+    logits = forward(runner, rows, torch.cat((pending, versions.flatten(0, 1))), 6).unflatten(0, (2, 3))
     for slot, start in enumerate(starts):
         for version in range(3):
             prefix = tokens[slot, : start + length]
             alone = torch.cat((prefix, versions[slot, version]))[None]
-            expected = full_logits(model, alone, length)[0, -length:]
+            expected = full_logits(model, alone, length, runner.mask_token_id)[0, -length:]
             torch.testing.assert_close(logits[slot, version], expected, atol=2e-5, rtol=1e-4)
-    assert runner.cache.lengths == [2 * length, 3 * length]
-    again = runner.denoise([0, 1], runner.embed(versions[:, 0]))
+    again = forward(runner, [(0, 2 * length, 2 * length), (1, 3 * length, 3 * length)], versions[:, 0], 2)
     torch.testing.assert_close(again, logits[:, 0], atol=2e-5, rtol=1e-4)

@@ -20,14 +20,13 @@ from dmax.training.objectives import (
     IGNORE,
     Batch,
     CleanStream,
-    certainty_loss,
     confident_prefix,
-    d2f_loss,
     mdlm_loss,
     oput_loss,
     roll_out,
     uniform_loss,
 )
+from dmax.training.rivals import certainty_loss, d2f_loss
 
 BLOCK, VOCAB, MASK, EOS = 4, 48, 47, 46
 OPTIONS: dict[str, Any] = {"block_length": BLOCK, "mask_token_id": MASK}

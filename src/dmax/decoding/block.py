@@ -7,13 +7,16 @@ every strategy, that blocks progress, end, stay free of MASK and leave the promp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dmax.blend import Embed, SoftTokens
+from dmax.confidence import LARGEST, Candidates, candidates, precision, take_best
 from dmax.params import DecodingParams
 
 State = dict[str, Tensor]
@@ -49,19 +52,78 @@ class View:
     forced: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Output:
-    """One forward, made safe by `sanitize`.
+    """One forward, computed as far as a strategy asks for it: most need the best tokens alone, no vocabulary.
 
-    Attributes:
-        logits: [B, L, V] float32, MASK's at -inf, the others finite.
-        probs: [B, L, V] float32, softmax of the logits with MASK's own still in.
+    Args:
+        logits: [B, L, V] of the model, any float dtype, never written to; or what computes them when they are wanted.
+        mask_token_id: MASK.
+        candidates: what gives the best tokens without logits (a fused head), if anything does.
         hidden_states: [B, L, D] of the last layer, where the engine provides them.
     """
 
-    logits: Tensor
-    probs: Tensor
-    hidden_states: Tensor | None = None
+    def __init__(
+        self,
+        logits: Tensor | Callable[[], Tensor],
+        mask_token_id: int,
+        *,
+        candidates: Callable[[int], Candidates] | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> None:
+        self._raw, self._mask_token_id, self._candidates = logits, mask_token_id, candidates
+        self.hidden_states = hidden_states
+        self._best: dict[int, Candidates] = {}
+
+    @classmethod
+    def of(cls, logits: Tensor, probs: Tensor) -> Output:
+        """Logits and probabilities [B, L, V] that a strategy has made of others, MASK's logits at -inf."""
+
+        def best(k: int) -> Candidates:
+            ids = take_best(logits.clone(), min(k, logits.shape[-1] - 1))[1]
+            return Candidates(ids, probs.gather(-1, ids), torch.zeros_like(ids[..., 0], dtype=torch.bool))
+
+        made = cls(logits, 0, candidates=best)
+        made.__dict__.update(logits=logits, probs=probs)
+        return made
+
+    def top(self, k: int) -> Candidates:
+        """The k most probable tokens of every position, [B, L, k]; see `dmax.confidence`."""
+        if k not in self._best:
+            found = self._candidates(k) if self._candidates else candidates(self._full, k, self._mask_token_id)
+            self._best[k] = found
+        return self._best[k]
+
+    @property
+    def broken(self) -> Tensor:
+        """[B] bool, the row's logits held a NaN."""
+        known = next(iter(self._best.values()), None) or self.top(1)
+        return known.broken.any(dim=1)
+
+    @cached_property
+    def _full(self) -> Tensor:
+        return self._raw() if callable(self._raw) else self._raw
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[B, L, V] float32, MASK's at -inf, the others finite."""
+        wide = self._wide.clone()
+        wide[..., self._mask_token_id] = float("-inf")
+        return wide
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """[B, L, V] float32, softmax of the logits with MASK's own still in."""
+        return self._wide.softmax(dim=-1, dtype=precision(self._full)).to(self._wide.dtype)
+
+    @cached_property
+    def _wide(self) -> Tensor:
+        wide = self._full.to(torch.promote_types(self._full.dtype, torch.float32))
+        return wide.nan_to_num(nan=0.0).clamp(-LARGEST, LARGEST)
+
+    def rows(self, index: Tensor) -> Output:
+        """The rows `index` [B'] alone."""
+        hidden = None if self.hidden_states is None else self.hidden_states[index]
+        return Output(self._full[index], self._mask_token_id, hidden_states=hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,24 +240,6 @@ class Advance:
     invalid: Tensor
 
 
-def sanitize(logits: Tensor, mask_token_id: int) -> tuple[Output, Tensor]:
-    """Logits [B, L, V] that any strategy can rely on, and which rows were broken ([B] bool: a NaN).
-
-    MASK is never a prediction (A9), but the probability the model gives it still counts against all others, as in the
-    published code: a position that would rather stay masked is not confident. Infinite logits become the largest
-    finite ones: +inf still wins, and a position where all are -inf turns uniform.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    broken = logits.isnan().flatten(1).any(dim=1)
-    largest = torch.finfo(torch.float32).max / 4  # differences of two of them stay finite
-    logits = logits.nan_to_num(nan=0.0).clamp(-largest, largest)
-    # In float64, which MPS lacks: the confidence is fed back, and its rounding would be the largest error of a step.
-    wide = logits.dtype if logits.device.type == "mps" else torch.float64
-    probs = logits.softmax(dim=-1, dtype=wide).to(logits.dtype)
-    logits[..., mask_token_id] = float("-inf")  # our own copy since the clamp; a fill does not wait for the device
-    return Output(logits, probs), broken
-
-
 def predict(view: View, output: Output, top_k: int = 1) -> Prediction:
     """Tokens and confidences of a forward; ties go to the lowest id.
 
@@ -203,19 +247,17 @@ def predict(view: View, output: Output, top_k: int = 1) -> Prediction:
     which no small T overflows; the confidence is always that of softmax(logits), MASK included, so thresholds mean the
     same at every temperature. `top_k` counts distinct tokens other than MASK: at most V - 1 are given.
     """
-    logits = output.logits
     if view.temperature > 0 and view.gumbel is not None:
-        tokens = (logits + view.temperature * view.gumbel).argmax(dim=-1)
+        ids = chosen = (output.logits + view.temperature * view.gumbel).argmax(dim=-1, keepdim=True)
+        num_others = min(top_k, output.logits.shape[-1] - 1) - 1
+        if num_others > 0:
+            others = output.logits.scatter(-1, chosen, float("-inf")).topk(num_others, dim=-1).indices
+            ids = torch.cat((chosen, others), dim=-1)
+        probs = output.probs.gather(-1, ids)
     else:
-        tokens = logits.argmax(dim=-1)
-    chosen = tokens[..., None]
-    ids = chosen
-    num_others = min(top_k, logits.shape[-1] - 1) - 1
-    if num_others > 0:
-        others = logits.scatter(-1, chosen, float("-inf")).topk(num_others, dim=-1).indices
-        ids = torch.cat((chosen, others), dim=-1)
-    probs = output.probs.gather(-1, ids)
-    return Prediction(tokens, probs[..., 0], ids, probs)
+        best = output.top(top_k)
+        ids, probs = best.ids, best.probs
+    return Prediction(ids[..., 0], probs[..., 0], ids, probs)
 
 
 def leftmost(positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -59,8 +59,8 @@ class CreditDecoding(Configured):
     def _believe(self, view: View, output: Output, state: State) -> tuple[Tensor, Tensor]:
         """Ids and credits [B, L, S] after this step's favourites got theirs; an unused entry has no credit."""
         ids, credits = state["ids"], self.decay * state["credits"]
-        favourite = output.logits.argmax(dim=-1)  # [B, L], never MASK
-        support = output.probs.gather(-1, favourite[..., None])[..., 0]
+        best = output.top(1)
+        favourite, support = best.ids[..., 0], best.probs[..., 0]  # [B, L], never MASK
         known = (ids == favourite[..., None]) & (credits > 0)
         free = view.step.clamp(max=ids.shape[-1] - 1)[:, None].expand_as(favourite)
         slot = torch.where(known.any(dim=-1), known.int().argmax(dim=-1), free)[..., None]
@@ -72,4 +72,4 @@ def _raise(output: Output, ids: Tensor, credits: Tensor, alpha: float) -> Output
     """softmax(z + alpha log(1 + C)) from softmax(z), where only the entries of `ids` differ; MASK keeps its share."""
     gained = output.probs.gather(-1, ids) * ((1 + credits) ** alpha - 1)  # [B, L, S], 0 for unused entries
     probs = output.probs.scatter_add(-1, ids, gained) / (1 + gained.sum(dim=-1, keepdim=True))
-    return replace(output, logits=output.logits.scatter_add(-1, ids, alpha * credits.log1p()), probs=probs)
+    return Output.of(output.logits.scatter_add(-1, ids, alpha * credits.log1p()), probs)

@@ -57,4 +57,4 @@ class Lookahead(ThresholdDecoding):
 
 def best_probability(output: Output) -> Tensor:
     """Probability [B, L] of the best token other than MASK."""
-    return output.probs.gather(-1, output.logits.argmax(dim=-1, keepdim=True))[..., 0]
+    return output.top(1).probs[..., 0]

@@ -7,55 +7,46 @@ cap; broken logits raise. B sequences of a step, n blocks of each that are open,
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dmax.decoding import get_strategy
-from dmax.engine.lane import Flags, Lane
-from dmax.engine.request import BlockEvent, Completion, Counters, Event, FinishedEvent, Request
+from dmax.engine.flight import Flight, gumbel_noise, own_generator
+from dmax.engine.graphs import GraphedSteps
+from dmax.engine.lane import Flags, Lane, Shape
+from dmax.engine.prefix import PrefixCache
+from dmax.engine.request import Completion, Counters, Event, FinishedEvent, Request
 from dmax.engine.runner import ModelRunner
+from dmax.engine.scheduler import Scheduler
 from dmax.errors import InputError
 from dmax.params import DecodingParams
 
 Commit = Literal["cross_block", "separate"]
 
 
-@dataclass(slots=True)
-class Flight:
-    """A request in flight: where its open blocks stand and what it has generated.
-
-    Attributes:
-        start, end: first position of the first open block, and first position past the last block there can be.
-        places: rows of its lane, counted from the slot's first, that hold the open blocks in order; or, with a
-            branching strategy, the versions of the one open block.
-        num_pending: finished blocks before the open ones that still need their clean keys and values.
-    """
-
-    request: Request
-    lane: Lane
-    start: int
-    end: int
-    generator: torch.Generator | None
-    generated: list[int] = field(default_factory=list)
-    counters: Counters = field(default_factory=Counters)
-    places: list[int] = field(default_factory=lambda: [0])
-    num_pending: int = 0
-
-
 class Engine:
     """Decodes requests with a block-diffusion model, several at a time, each exactly as it would be alone.
+
+    `run` decodes a list of requests; a server calls `add` and `cancel` at any time and `step` as long as it `is_busy`.
 
     Args:
         model: a block-causal model in eval mode (see `ModelRunner`).
         mask_token_id, eos_token_ids, block_length: from the checkpoint.
         max_batch_size: sequences in flight; waiting requests join as others leave.
+        max_length: positions a sequence may take; with it the memory of keys and values is planned once, at the
+            start, for `max_batch_size` sequences. None: `run` plans for the requests it is given.
+        prefill_tokens: prompt tokens encoded between two denoising steps, so that running sequences wait for no
+            prompt for long.
+        prefix_cache: blocks of prompts that are encoded once for all requests that begin alike; None: no sharing.
         commit: how a finished block's clean keys and values are written: `cross_block`, by the next block's first
             forward over 2L positions, or `separate`, by a forward of their own.
+        cuda_graphs: whether denoising steps are captured; None: on a CUDA device.
+        clock: seconds, for deadlines.
     """
 
     def __init__(
@@ -66,161 +57,278 @@ class Engine:
         eos_token_ids: Sequence[int],
         block_length: int,
         max_batch_size: int = 16,
+        max_length: int | None = None,
+        prefill_tokens: int = 512,
+        prefix_cache: PrefixCache | None = None,
         commit: Commit = "cross_block",
+        cuda_graphs: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.mask_token_id, self.eos_token_ids = model, mask_token_id, frozenset(eos_token_ids)
-        self.block_length, self.max_batch_size, self.commit = block_length, max_batch_size, commit
+        self.block_length, self.max_batch_size, self.max_length = block_length, max_batch_size, max_length
+        self.prefill_tokens = max(prefill_tokens // block_length, 1) * block_length
+        self.prefix_cache, self.commit, self.cuda_graphs, self.clock = prefix_cache, commit, cuda_graphs, clock
+        self._flights: dict[int, Flight] = {}  # by slot
+        self._lanes: dict[DecodingParams, Lane] = {}
+        self._scheduler = Scheduler(0, self.prefill_tokens, clock)
+        self._planned: ModelRunner | None = None
+        self._graphs: GraphedSteps | None = None
+        if max_length is not None:
+            self._plan(max_batch_size, self._blocks(max_length))
+
+    # --- what a server calls ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InputError: one that can never fit.
+        """
+        self._check(request)
+        self._plan(self.max_batch_size, self._needs(request))
+        self._scheduler.add(request)
+
+    def cancel(self, index: int) -> bool:
+        """Have a request end at the next step, its slot freed; False if there is no such request (any more)."""
+        return self._scheduler.cancel(index)
+
+    def is_busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._flights or self._scheduler.waiting)
+
+    @torch.no_grad()
+    def step(self, *, provisional: bool = False) -> list[Event]:
+        """One round: end what must end, admit, encode a bounded number of prompt tokens, denoise every open block.
+
+        Args:
+            provisional: also report every open block, at the price of copying it from the device.
+
+        Raises:
+            InputError: the logits of a request are NaN. The request is gone, the others can go on.
+        """
+        events: list[Event] = list(self._end_early())
+        self._admit()
+        self._prefill()
+        ready = {slot: f for slot, f in sorted(self._flights.items()) if slot not in self._scheduler.unfilled}
+        for slot, flags in self._denoise(ready).items():
+            events += self._settle(ready[slot], slot, flags, provisional)
+        return events
 
     def run(self, requests: Sequence[Request], *, provisional: bool = False) -> Iterator[Event]:
         """Decode the requests; events of different requests interleave.
 
         Args:
             requests: any lengths, any mixture of parameters (the block length is the engine's).
-            provisional: also report every step of every open block, at the price of copying it from the device.
+            provisional: as in `step`.
 
         Raises:
             InputError: a request that can never fit (before any compute), or logits that are NaN.
+            ValueError: other requests are in flight.
         """
+        if self.is_busy():
+            raise ValueError("the engine is busy; `add` the requests instead")
         self.check(requests)
         if not requests:
             return
-        num_slots = min(self.max_batch_size, len(requests))
-        capacity = max(self._end(request) + self._scratch(request) for request in requests)
-        runner = ModelRunner(self.model, self.block_length, num_slots, capacity)
-        waiting, free, running, lanes = (
-            deque(requests),
-            list(range(num_slots)),
-            dict[int, Flight](),
-            dict[Any, Lane](),
-        )
-        while waiting or running:
-            if waiting and free:
-                admitted = {free.pop(0): waiting.popleft() for _ in range(min(len(free), len(waiting)))}
-                running |= self._admit(runner, lanes, num_slots, admitted)
-            for slot, flags in self._step(runner, running).items():
-                yield from self._settle(runner, running[slot], slot, flags, provisional)
-                if running[slot].start >= running[slot].end:
-                    del running[slot]
-                    free.append(slot)
+        if self.max_length is None:
+            self._plan(min(self.max_batch_size, len(requests)), max(map(self._needs, requests)))
+        for request in requests:
+            self._scheduler.add(request)
+        try:
+            while self.is_busy():
+                yield from self.step(provisional=provisional)
+        finally:  # the caller may have had enough
+            for slot in list(self._flights):
+                self._release(slot)
+            self._scheduler.waiting.clear()
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `InputError` for a request that can never fit."""
         for request in requests:
             self._check(request)
 
+    # --- memory -------------------------------------------------------------------------------------------------------
+
     def _check(self, request: Request) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        vocab_size = self.model.config.vocab_size
+        config = self.model.config
+        context, vocab_size = getattr(config, "max_position_embeddings", None), config.vocab_size
         if not request.prompt_ids:
             raise InputError(f"prompt {request.index} is empty", hint="give at least one token")
         if not all(0 <= token < vocab_size for token in request.prompt_ids):
             raise InputError(f"prompt {request.index} holds a token id outside the vocabulary of {vocab_size}")
-        if limit is not None and self._end(request) > limit:
+        self._check_room(request, self._end(request), "the model has", context)
+        if self.max_length is not None:
+            self._check_room(request, self._needs(request), "the engine was planned for", self._blocks(self.max_length))
+
+    def _check_room(self, request: Request, needed: int, who: str, room: int | None) -> None:
+        if room is not None and needed > room:
             raise InputError(
                 f"prompt {request.index} has {len(request.prompt_ids)} tokens; with `max_new_tokens` "
-                f"{request.params.max_new_tokens} it needs {self._end(request)} positions, the model has {limit}",
-                hint="shorten the prompt or lower `max_new_tokens`",
+                f"{request.params.max_new_tokens} it needs {needed} positions, {who} {room}",
+                hint="shorten the prompt or lower `max_new_tokens` (on the command line --max-new-tokens)",
             )
 
+    def _blocks(self, length: int) -> int:
+        """`length` rounded up to whole blocks: they are aligned to absolute multiples of the block length."""
+        return -(-length // self.block_length) * self.block_length
+
     def _end(self, request: Request) -> int:
-        """First position past the last block: blocks are aligned to absolute multiples of the block length."""
-        needed = len(request.prompt_ids) + request.params.max_new_tokens
-        return -(-needed // self.block_length) * self.block_length
+        """First position past the last block."""
+        return self._blocks(len(request.prompt_ids) + request.params.max_new_tokens)
 
-    def _scratch(self, request: Request) -> int:
-        """Positions that further versions of the open block take in the cache."""
-        return (getattr(get_strategy(request.params), "num_branches", 1) - 1) * self.block_length
+    def _needs(self, request: Request) -> int:
+        """Positions a request takes in the cache, those of further versions of its open block included."""
+        versions = getattr(get_strategy(request.params), "num_branches", 1)
+        return self._end(request) + (versions - 1) * self.block_length
 
-    def _admit(
-        self, runner: ModelRunner, lanes: dict[DecodingParams, Lane], num_slots: int, admitted: dict[int, Request]
-    ) -> dict[int, Flight]:
-        """Prefill the whole blocks of the prompts in one forward and open each request's first block."""
-        joined = {}
-        for slot, request in admitted.items():
-            key = replace(request.params, seed=None, max_new_tokens=1)
-            if key not in lanes:
-                lanes[key] = Lane(key, num_slots, self.block_length, runner.device, tuple(self.eos_token_ids))
+    def _plan(self, num_slots: int, capacity: int) -> None:
+        """Reserve keys and values for so many sequences of so many positions, unless that much is there.
+
+        Raises:
+            InputError: it is not there, and requests in flight hold what there is.
+        """
+        if self._planned is not None:
+            has_slots, has_capacity = self._scheduler.num_slots, self._planned.cache.capacity
+            if has_capacity >= capacity and has_slots >= num_slots:
+                return
+            if self.is_busy():
+                raise InputError(
+                    f"a request needs {capacity} positions, the engine has {has_capacity} while others are running",
+                    hint="give the engine a `max_length`",
+                )
+            capacity, num_slots = max(capacity, has_capacity), max(num_slots, has_slots)
+        embeddings = self.model.get_input_embeddings().weight
+        graphs = embeddings.is_cuda if self.cuda_graphs is None else self.cuda_graphs
+        rows = num_slots + graphs  # the last one fills up batches
+        self._planned = ModelRunner(self.model, self.block_length, rows, capacity, self.mask_token_id)
+        self._graphs = GraphedSteps(num_slots, capacity) if graphs else None
+        self._scheduler = Scheduler(num_slots, self.prefill_tokens, self.clock)
+        self._lanes.clear()
+
+    @property
+    def _runner(self) -> ModelRunner:
+        assert self._planned is not None, "nothing runs before it is planned for"
+        return self._planned
+
+    # --- a round ------------------------------------------------------------------------------------------------------
+
+    def _end_early(self) -> Iterator[Event]:
+        """Finish what was cancelled or is past its deadline, running or waiting."""
+        ends_early = self._scheduler.ends_early
+        for slot, flight in list(self._flights.items()):
+            if reason := ends_early(flight.request):
+                yield FinishedEvent(flight.request.index, flight.complete(self.eos_token_ids, reason))
+                self._release(slot)
+        for request in list(self._scheduler.waiting):
+            if reason := ends_early(request):
+                self._scheduler.waiting.remove(request)
+                self._scheduler.forget(request)
+                yield FinishedEvent(request.index, Completion((), reason, Counters()))
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, open their first blocks and restore what is known of their prompts."""
+        for slot, request in self._scheduler.admit():
+            runner = self._runner
+            key = replace(request.params, seed=None, max_new_tokens=1, stop=(), deadline=None)
+            if key not in self._lanes:
+                rows = len(runner.cache.lengths)
+                self._lanes[key] = Lane(key, rows, self.block_length, runner.device, tuple(self.eos_token_ids))
+            lane = self._lanes[key]
             start = len(request.prompt_ids) // self.block_length * self.block_length
-            joined[slot] = Flight(request, lanes[key], start, self._end(request), _generator(request.params))
-            first_row = slot * lanes[key].width
-            lanes[key].open(first_row, request.prompt_ids[start:], self.mask_token_id, runner.embed)
+            self._flights[slot] = Flight(request, lane, slot, start, self._end(request), own_generator(request.params))
+            lane.open(slot * lane.width, request.prompt_ids[start:], self.mask_token_id, runner.embed)
             runner.cache.rollback(slot)
-        slots = [slot for slot, flight in joined.items() if flight.start]
-        if slots:
-            lengths = [joined[slot].start for slot in slots]
-            tokens = torch.zeros(len(slots), max(lengths), dtype=torch.long)
-            for row, slot in enumerate(slots):
-                tokens[row, : lengths[row]] = torch.tensor(joined[slot].request.prompt_ids[: lengths[row]])
-                joined[slot].counters.num_prefill_forwards += 1
-            runner.prefill(slots, tokens.to(runner.device), lengths)
-        return joined
+            if self.prefix_cache is not None:
+                self.prefix_cache.restore(runner.cache, slot, request.prompt_ids)
+            if unfilled := start - runner.cache.lengths[slot]:
+                self._scheduler.unfilled[slot] = unfilled
 
-    @torch.no_grad()
-    def _step(self, runner: ModelRunner, running: dict[int, Flight]) -> dict[int, list[Flags]]:
+    def _prefill(self) -> None:
+        """Encode prompts: one chunk if sequences are running, else all but the long ones, so that they start as one."""
+        scheduler = self._scheduler
+        waits = any(slot not in scheduler.unfilled for slot in self._flights)
+        while True:
+            slots, size = scheduler.next_chunk()
+            if not slots:
+                return
+            runner, tokens = self._runner, []
+            for slot in slots:
+                flight, at = self._flights[slot], runner.cache.lengths[slot]
+                tokens.append(flight.request.prompt_ids[at : at + size])
+                flight.counters.num_prefill_forwards += 1
+            runner.prefill(slots, torch.tensor(tokens).to(runner.device))
+            for slot in slots:
+                scheduler.filled(slot, size)
+                if self.prefix_cache is not None and slot not in scheduler.unfilled:
+                    self.prefix_cache.store(runner.cache, slot, self._flights[slot].request.prompt_ids)
+            waits = waits or not any(left <= scheduler.prefill_tokens for left in scheduler.unfilled.values())
+            if waits:
+                return
+
+    def _denoise(self, ready: dict[int, Flight]) -> dict[int, list[Flags]]:
         """One forward and one decision for every open block; the only wait for the device is for the flags."""
-        groups: dict[tuple[int, int, int], list[int]] = {}
-        for slot, flight in sorted(running.items()):
-            groups.setdefault((id(flight.lane), flight.num_pending, len(flight.places)), []).append(slot)
-        found = [self._step_group(runner, slots, [running[slot] for slot in slots]) for slots in groups.values()]
-        read = iter(torch.cat([flags.flatten(1) for flags in found], dim=1).T.tolist())
+        groups: dict[tuple[int, int], list[int]] = {}  # sequences decoded alike share a forward
+        for slot, flight in ready.items():
+            versions = len(flight.places) if flight.lane.num_branches > 1 else 1
+            groups.setdefault((id(flight.lane), versions), []).append(slot)
+        if not groups:
+            return {}
+        found = [self._denoise_group(slots, versions) for (_, versions), slots in groups.items()]
+        read = iter(torch.cat(found, dim=1).T.tolist())
         return {
-            slot: [Flags(*next(read)) for _ in range(flags.shape[2])]
-            for slots, flags in zip(groups.values(), found, strict=True)
+            slot: [Flags(*next(read)) for _ in range(len(ready[slot].places) // versions)]
+            for (_, versions), slots in groups.items()
             for slot in slots
         }
 
-    def _step_group(self, runner: ModelRunner, slots: list[int], flights: list[Flight]) -> Tensor:
-        """The step of sequences that have the same lane, n open blocks and k pending ones; `Flags` [6, B, n]."""
-        lane, num_pending, num_open = flights[0].lane, flights[0].num_pending, len(flights[0].places)
-        starts = torch.tensor(slots, device=runner.device) * lane.width
-        rows = starts[:, None] + torch.tensor([flight.places for flight in flights], device=runner.device)  # [B, n]
-        inputs = lane.inputs(rows, self.mask_token_id, runner.embed)
-        previous = lane.previous[slots, :num_pending].flatten(1) if num_pending else None  # [B, k L]
-        if previous is not None and self.commit == "separate":
-            runner.commit(slots, previous)
-            previous = None
-        versions = num_open if lane.num_branches > 1 else 1
-        logits = runner.denoise(slots, inputs, previous, versions)  # [B, n L, V]
-        logits = logits.view(rows.numel(), self.block_length, -1)
-        gumbel = _gumbel(flights, num_open, logits)
-        flags = lane.advance(rows, lane.view(rows, self.mask_token_id, runner.embed, gumbel), logits)
-        for flight in flights:
-            flight.counters.num_forwards += 1
-            flight.counters.num_commit_forwards += bool(num_pending) and self.commit == "separate"
-            flight.counters.num_positions += (num_pending + num_open) * self.block_length
+    def _denoise_group(self, slots: list[int], versions: int) -> Tensor:
+        """The step of sequences that have the same lane; `Flags` [6, R], a column for each open block."""
+        runner, flights = self._runner, [self._flights[slot] for slot in slots]
+        lane, folded = flights[0].lane, self.commit == "cross_block"
+        committed = runner.cache.lengths
+        pending = [row for flight in flights for row in flight.pending_rows(committed)]
+        opened = [row for flight in flights for row in flight.open_rows(committed, versions)]
+        if pending and not folded:
+            lane.commit(runner, Shape.of(pending, 0, self.block_length), torch.tensor(pending).T.to(runner.device))
+        listed = pending + opened if folded else opened
+        shape = Shape.of(listed, len(opened), self.block_length, versions)
+        where = torch.tensor(listed).T  # [5, P + R]
+        if self._graphs is not None and flights[0].generator is None:
+            flags = self._graphs(runner, lane, shape, where)
+        else:
+            gumbel = gumbel_noise(flights, self.block_length, self.model.config.vocab_size, runner.device)
+            flags = lane.denoise(runner, shape, where.to(runner.device), gumbel)
+        for slot, flight in zip(slots, flights, strict=True):
+            counters, num_pending = flight.counters, flight.num_pending
+            runner.cache.lengths[slot] += num_pending * self.block_length
+            counters.num_forwards += 1
+            counters.num_commit_forwards += bool(num_pending) and not folded
+            counters.num_positions += (num_pending + len(flight.places)) * self.block_length
             flight.num_pending = 0
         return flags
 
-    def _settle(
-        self, runner: ModelRunner, flight: Flight, slot: int, flags: list[Flags], provisional: bool
-    ) -> Iterator[Event]:
+    def _settle(self, flight: Flight, slot: int, flags: list[Flags], provisional: bool) -> Iterator[Event]:
         """After a step: report the open blocks, close those that are done from the first on, and open the next."""
         lane, request, counters = flight.lane, flight.request, flight.counters
-        if any(block.broken for block in flags):
-            raise InputError(
-                f"the model gave NaN logits for prompt {request.index}",
-                hint="check the checkpoint, or load it with dtype float32",
-            )
-        if any(block.invalid for block in flags):
-            raise InputError(f"strategy `{request.params.strategy}` proposed the mask token for prompt {request.index}")
+        self._refuse_broken(slot, request, flags)
         counters.num_forced += sum(block.forced for block in flags)
         blocks = [slot * lane.width + place for place in flight.places[: len(flags)]]
         num_done = next((index for index, block in enumerate(flags) if not block.done), len(flags))
         for row, block in zip(blocks[:num_done], flags, strict=False):
-            event = self._block_event(flight, row, flight.start, "committed")
+            event = flight.event(row, flight.start, "committed")
             yield event
             counters.num_capped += block.capped
             flight.generated += event.token_ids
             flight.start += self.block_length
-            if self.eos_token_ids.intersection(event.token_ids) or flight.start >= flight.end:
-                flight.start = flight.end
-                yield FinishedEvent(request.index, self._complete(flight))
+            if flight.has_ended(event.token_ids, self.eos_token_ids):
+                yield FinishedEvent(request.index, flight.complete(self.eos_token_ids))
+                self._release(slot)
                 return
-            lane.previous[slot, flight.num_pending] = lane.tokens[row]
+            lane.previous[slot * lane.width + flight.num_pending] = lane.tokens[row]
             flight.num_pending += 1
         if provisional:
             for ahead, row in enumerate(blocks[num_done:]):
-                yield self._block_event(flight, row, flight.start + ahead * self.block_length, "provisional")
+                yield flight.event(row, flight.start + ahead * self.block_length, "provisional")
         if lane.num_branches > 1 and not num_done:
             flight.places = list(range(lane.num_branches))
             return
@@ -229,48 +337,19 @@ class Engine:
         if not flight.places or (flags[-1].opens and len(flight.places) < lane.width and ahead < flight.end):
             place = next(place for place in range(lane.width) if place not in flight.places)
             flight.places.append(place)
-            lane.open(slot * lane.width + place, (), self.mask_token_id, runner.embed)
+            lane.open(slot * lane.width + place, (), self.mask_token_id, self._runner.embed)
 
-    def _block_event(
-        self, flight: Flight, row: int, start: int, kind: Literal["provisional", "committed"]
-    ) -> BlockEvent:
-        lane, num_prompt = flight.lane, len(flight.request.prompt_ids)
-        first = max(num_prompt - start, 0)
-        return BlockEvent(
-            index=flight.request.index,
-            kind=kind,
-            position=start + first - num_prompt,
-            token_ids=tuple(lane.tokens[row, first:].tolist()),
-            masked=tuple(lane.masked[row, first:].tolist()),
-            confidence=tuple(lane.confidence[row, first:].tolist()),
-            step=int(lane.step[row]),
-        )
+    def _refuse_broken(self, slot: int, request: Request, flags: list[Flags]) -> None:
+        if any(block.broken for block in flags):
+            self._release(slot)
+            raise InputError(
+                f"the model gave NaN logits for prompt {request.index}",
+                hint="check the checkpoint, or load it with dtype float32",
+            )
+        if any(block.invalid for block in flags):
+            self._release(slot)
+            raise InputError(f"strategy `{request.params.strategy}` proposed the mask token for prompt {request.index}")
 
-    def _complete(self, flight: Flight) -> Completion:
-        """Cut at the first EOS, EOS left out (A14), then at `max_new_tokens`."""
-        ids = flight.generated
-        stop = next((position for position, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-        limit = flight.request.params.max_new_tokens
-        reason: Literal["stop", "length"] = "stop" if stop < len(ids) and stop <= limit else "length"
-        return Completion(tuple(ids[: min(stop, limit)]), reason, flight.counters)
-
-
-def _generator(params: DecodingParams) -> torch.Generator | None:
-    """A random source per request, so that a sampled completion does not depend on its neighbours."""
-    if params.temperature == 0:
-        return None
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
-
-
-def _gumbel(flights: Sequence[Flight], num_open: int, logits: Tensor) -> Tensor | None:
-    """Standard Gumbel noise [B n, L, V], each row from its request's own generator; None when greedy."""
-    if flights[0].generator is None:
-        return None
-    shape = (num_open, *logits.shape[1:])
-    rows = [torch.empty(shape).exponential_(generator=flight.generator) for flight in flights]
-    return -torch.cat(rows).log().to(logits.device)
+    def _release(self, slot: int) -> None:
+        """Free a slot."""
+        self._scheduler.release(slot, self._flights.pop(slot).request)

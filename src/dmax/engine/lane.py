@@ -6,29 +6,19 @@ S slots, W blocks a slot may have open (or versions of one block), B rows of a s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmax.blend import SoftTokens, embed_tokens
+from dmax.cache import CacheWindow
 from dmax.decoding import get_strategy
-from dmax.decoding.block import (
-    Advance,
-    Branching,
-    Decision,
-    DecodingStrategy,
-    Output,
-    State,
-    View,
-    Window,
-    apply,
-    sanitize,
-)
+from dmax.decoding.block import DecodingStrategy, Output, State, View, Window, apply
+from dmax.engine.runner import ModelRunner
+from dmax.engine.versions import branch, choose
 from dmax.params import DecodingParams
-
-Record = TypeVar("Record", View, Output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +39,50 @@ class Flags:
     opens: bool
 
 
+class Row(NamedTuple):
+    """A block of a forward. On the device a step's rows are a tensor [5, P + R], P pending ones before R open ones.
+
+    Attributes:
+        slot: whose block it is.
+        start: position in the cache where its keys and values are written.
+        base: position of the block; `start`, but for further versions of a block.
+        row: of a pending block the row in `Lane.previous`, of an open one in the lane.
+        before: of an open block behind another open one that one's row, else -1.
+    """
+
+    slot: int
+    start: int
+    base: int
+    row: int
+    before: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What does not vary between steps that can share a captured graph.
+
+    Attributes:
+        num_pending: finished blocks P that the forward also writes into the cache.
+        num_open: open blocks R, versions of a block included.
+        versions: how many versions of each block these are.
+        span: positions of the cache that are read.
+        in_order: the slots are 0, 1, 2, …, each with one row.
+    """
+
+    num_pending: int
+    num_open: int
+    versions: int
+    span: int
+    in_order: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], num_open: int, block_length: int, versions: int = 1) -> Shape:
+        """Of a step over these rows, the last `num_open` of which are open blocks."""
+        span = max(row.start for row in rows) + block_length
+        in_order = [row.slot for row in rows] == list(range(len(rows)))
+        return cls(len(rows) - num_open, num_open, versions, span, in_order)
+
+
 class Lane:
     """The open blocks of all requests with the same strategy and settings; slot s has the rows s W to s W + W - 1."""
 
@@ -65,12 +99,14 @@ class Lane:
         self.window: Window = getattr(self.strategy, "window", Window())
         self.num_branches: int = getattr(self.strategy, "num_branches", 1)
         self.width = max(self.window.size, self.num_branches)
-        self.eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
+        self.needs_hidden_states: bool = getattr(self.strategy, "needs_hidden_states", False)
+        ends = () if params.ignore_eos else sorted(eos_token_ids)
+        self.eos_token_ids = torch.tensor(ends, dtype=torch.long, device=device)
         extra = getattr(self.strategy, "extra_steps", 0)  # of strategies that go on after the last mask
         self.max_steps = params.max_steps_per_block or block_length * self.window.size + extra
         shape = (num_slots * self.width, block_length)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.previous = torch.zeros((num_slots, self.width, block_length), dtype=torch.long, device=device)
+        self.previous = torch.zeros(shape, dtype=torch.long, device=device)
         self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
         self.active = torch.zeros(shape, dtype=torch.bool, device=device)
         self.step = torch.zeros(shape[0], dtype=torch.long, device=device)
@@ -79,30 +115,31 @@ class Lane:
         self.confidence = torch.zeros(shape, device=device)
         self.state: State = {}
 
-    def view(self, rows: Tensor, mask_token_id: int, embed: Any, gumbel: Tensor | None = None) -> View:
-        """What the strategy may read of these rows [B] or [B, n], n open blocks of the same sequence."""
-        flat = rows.flatten()
+    def view(
+        self, rows: Tensor, mask_token_id: int, embed: Any, gumbel: Tensor | None = None, forced: Tensor | None = None
+    ) -> View:
+        """What the strategy may read of these rows [R]."""
         return View(
-            tokens=self.tokens[flat],
-            masked=self.masked[flat],
-            active=self.active[flat],
-            step=self.step[flat],
+            tokens=self.tokens[rows],
+            masked=self.masked[rows],
+            active=self.active[rows],
+            step=self.step[rows],
             mask_token_id=mask_token_id,
             max_steps=self.max_steps,
             embed=embed,
             temperature=self.params.temperature,
             gumbel=gumbel,
-            forced=self._forced(rows) if self.window.size > 1 and rows.dim() > 1 else None,
+            forced=forced,
         )
 
-    def _forced(self, rows: Tensor) -> Tensor:
-        """Which of the blocks [B, n] must progress, [B n]: the first, and those behind one that is settled enough."""
-        forced = torch.ones_like(rows, dtype=torch.bool)
-        forced[:, 1:] = self._settled(rows[:, :-1]) >= self.window.forces_at
-        return forced.flatten()
+    def _forced(self, before: Tensor) -> Tensor | None:
+        """Which blocks must progress, [R]: the first of a sequence, and those behind one that is settled enough."""
+        if self.window.size == 1:
+            return None
+        return (before < 0) | (self._settled(before.clamp(min=0)) >= self.window.forces_at)
 
     def _settled(self, rows: Tensor) -> Tensor:
-        """Share of each block's positions, the prompt's tail left out, that are decoded and sure; as `rows`."""
+        """Share of each block's positions, the prompt's tail left out, that are decoded and sure, [R]."""
         settled = self.active[rows] & ~self.masked[rows] & (self.confidence[rows] >= self.window.settled_at)
         active = self.active[rows].sum(dim=-1)
         return torch.where(active > 0, settled.sum(dim=-1) / active.clamp(min=1), 1.0)
@@ -121,37 +158,60 @@ class Lane:
         self._store_state(rows, self.strategy.open(self.view(rows, mask_token_id, embed)))
 
     def inputs(self, rows: Tensor, mask_token_id: int, embed: Any) -> Tensor:
-        """Input embeddings [B, n L, D] of the rows' [B, n] next forward: hard tokens, or what was decided last."""
-        flat = rows.flatten()
+        """Input embeddings [R, L, D] of the rows' next forward: hard tokens, or what was decided last."""
         if self.embeds is not None:
-            first = (self.step[flat] == 0)[:, None, None]
-            inputs = torch.where(first, embed(self.tokens[flat]), self.embeds[flat])
-        else:
-            inputs = embed_tokens(embed, self.tokens[flat], _rows(self.soft, flat), mask_token_id)
-        return inputs.view(len(rows), -1, inputs.shape[-1])
+            first = (self.step[rows] == 0)[:, None, None]
+            return torch.where(first, embed(self.tokens[rows]), self.embeds[rows])
+        return embed_tokens(embed, self.tokens[rows], _rows(self.soft, rows), mask_token_id)
 
-    def advance(self, rows: Tensor, view: View, logits: Tensor) -> Tensor:
-        """One step of the strategy for rows [B, n] and their logits [B n, L, V]; `Flags` as bools [6, B, n].
+    def denoise(self, runner: ModelRunner, shape: Shape, where: Tensor, gumbel: Tensor | None = None) -> Tensor:
+        """The device's part of a step: a forward over the blocks, a decision, and what becomes of the open ones.
 
-        Versions of a block count as one: the flags are then [6, B, 1], of the one that was chosen.
+        Nothing here waits for the device or depends on values, so a CUDA graph can hold it.
+
+        Args:
+            runner: the model.
+            shape: see `Shape`.
+            where: [5, P + R] int64, the fields of `Row`.
+            gumbel: [R, L, V] noise, for temperatures above 0.
+
+        Returns:
+            `Flags` as bools [6, R]; with versions of blocks [6, B], one for each block.
         """
-        output, broken = sanitize(logits, view.mask_token_id)
-        state = {name: value[rows.flatten()] for name, value in self.state.items()}
-        if self.num_branches > 1:
-            broken = broken.view(rows.shape).any(dim=1)
-            view, output, state = self._choose(rows, view, output, state)
+        slots, starts, bases, rows, before = where
+        pending, rows = rows.split((shape.num_pending, shape.num_open))
+        mask_token_id, embed = runner.mask_token_id, runner.embed
+        embeds = self.inputs(rows, mask_token_id, embed)
+        if shape.num_pending:
+            embeds = torch.cat((embed(self.previous[pending]), embeds))
+        window = CacheWindow(runner.cache, slots, starts, self.tokens.shape[1], shape.span, shape.in_order)
+        output = runner.denoise(window, embeds, bases, shape.num_open, self.needs_hidden_states)
+        forced = self._forced(before[shape.num_pending :])
+        return self.advance(rows, self.view(rows, mask_token_id, embed, gumbel, forced), output, shape.versions)
+
+    def commit(self, runner: ModelRunner, shape: Shape, where: Tensor) -> None:
+        """Write the clean keys and values of pending blocks with a forward of their own."""
+        slots, starts, bases, rows, _ = where
+        window = CacheWindow(runner.cache, slots, starts, self.tokens.shape[1], shape.span, shape.in_order)
+        runner.commit(window, runner.embed(self.previous[rows]), bases)
+
+    def advance(self, rows: Tensor, view: View, output: Output, versions: int = 1) -> Tensor:
+        """One step of the strategy for open rows [R] and their forward; see `denoise`."""
+        broken = output.broken.view(-1, versions).any(dim=1)
+        state = {name: value[rows] for name, value in self.state.items()}
+        if versions > 1:
+            view, output, state = choose(self, versions, view, output, state)
         decision, state = self.strategy.step(view, output, state)
         result = apply(view, decision, self.max_steps)
-        held = rows[:, 0] if self.num_branches > 1 else rows.flatten()
+        held = rows[::versions]
         self.tokens[held], self.masked[held], self.step[held] = result.tokens, result.masked, view.step + 1
         self._store_state(held, state)
         self._store_feed(held, decision.soft, decision.embeds)
         if decision.confidence is not None:
             self.confidence[held] = decision.confidence.float()
         if self.num_branches > 1:
-            self._branch(held, decision, result, output)
-        flags = (result.done, result.forced, result.capped, result.invalid, broken, self._opens(held))
-        return torch.stack(flags).view(len(flags), len(rows), -1)
+            branch(self, held, decision, result, output)
+        return torch.stack((result.done, result.forced, result.capped, result.invalid, broken, self._opens(held)))
 
     def _opens(self, rows: Tensor) -> Tensor:
         """Whether the block after each of the rows [B] may open."""
@@ -159,25 +219,6 @@ class Lane:
             return torch.zeros_like(rows, dtype=torch.bool)
         ends = (torch.isin(self.tokens[rows], self.eos_token_ids) & self.active[rows] & ~self.masked[rows]).any(dim=1)
         return (self._settled(rows) >= self.window.opens_at) & ~ends
-
-    def _choose(self, rows: Tensor, view: View, output: Output, state: State) -> tuple[View, Output, State]:
-        """Of the versions [B, n] of each block the best one, as the only row."""
-        if rows.shape[1] == 1:
-            return view, output, state
-        best = cast(Branching, self.strategy).choose(view, output)
-        index = torch.arange(len(rows), device=best.device) * rows.shape[1] + best
-        return _pick(view, index), _pick(output, index), {name: value[index] for name, value in state.items()}
-
-    def _branch(self, rows: Tensor, decision: Decision, result: Advance, output: Output) -> None:
-        """Put the further versions of the blocks in `rows` [B] into the rows behind them."""
-        further = cast(Branching, self.strategy).branch(result.masked, output)  # [B, R - 1, L]
-        for version in range(1, self.num_branches):
-            write, place = further[:, version - 1] & result.masked, rows + version
-            self.tokens[place] = torch.where(write, decision.tokens, result.tokens)
-            self.masked[place], self.active[place] = result.masked & ~write, self.active[rows]
-            self.step[place], self.confidence[place] = self.step[rows], self.confidence[rows]
-            for value in self.state.values():
-                value[place] = value[rows]
 
     def _store_state(self, rows: Tensor, state: State) -> None:
         for name, value in state.items():
@@ -199,13 +240,6 @@ class Lane:
             nowhere = torch.zeros_like(self.masked)
             self.soft = replace(soft, where=nowhere, ids=soft.ids.new_zeros(shape), probs=soft.probs.new_zeros(shape))
         self.soft.where[rows], self.soft.ids[rows], self.soft.probs[rows] = soft.where, soft.ids, soft.probs
-
-
-def _pick(record: Record, index: Tensor) -> Record:
-    """The rows `index` of all tensors of a record."""
-    values = ((field.name, getattr(record, field.name)) for field in fields(record))
-    rows: dict[str, Any] = {name: value[index] for name, value in values if isinstance(value, Tensor)}
-    return replace(record, **rows)
 
 
 def _rows(soft: SoftTokens | None, rows: Tensor) -> SoftTokens | None:

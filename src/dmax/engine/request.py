@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dmax.params import DecodingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+FindStop = Callable[[Sequence[int]], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +17,16 @@ class Request:
     """A prompt to complete.
 
     Attributes:
-        index: the caller's number for it; events carry it.
+        index: the caller's number for it, no two in flight alike; events carry it.
         prompt_ids: token ids of the prompt.
         params: how to decode.
+        find_stop: given the tokens generated so far, how many of them to keep if they hold a stop string, else None.
     """
 
     index: int
     prompt_ids: tuple[int, ...]
     params: DecodingParams
+    find_stop: FindStop | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -49,7 +53,14 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request: generated token ids, cut at the first EOS and at `max_new_tokens`."""
+    """A finished request.
+
+    Attributes:
+        token_ids: generated, cut at the first EOS (unless it is ignored), behind a stop string, and at the limit.
+        finish_reason: "stop" (EOS or a stop string), "length", "deadline" or "cancelled"; the last two hold the
+            blocks that were finished by then.
+        counters: what it cost.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason

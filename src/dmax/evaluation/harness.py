@@ -19,7 +19,8 @@ from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
 from dmax.environment import environment
 from dmax.errors import InputError, did_you_mean
-from dmax.llm import LLM, GenerationOutput
+from dmax.llm import LLM
+from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
 
 try:

@@ -1,0 +1,83 @@
+"""Which request holds which slot, and whose prompt is encoded next: numbers only, never tensors."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from dmax.engine.request import Request
+
+
+class Scheduler:
+    """First come, first served. A freed slot is taken at once; prompts are encoded in bounded chunks between steps.
+
+    Args:
+        num_slots: requests in flight at most.
+        prefill_tokens: prompt tokens encoded between two denoising steps, at most.
+        clock: seconds, for deadlines.
+    """
+
+    def __init__(self, num_slots: int, prefill_tokens: int, clock: Callable[[], float]) -> None:
+        self.num_slots, self.prefill_tokens, self.clock = num_slots, prefill_tokens, clock
+        self.waiting: deque[Request] = deque()
+        self.unfilled: dict[int, int] = {}  # by slot in order of admission, prompt tokens still to encode
+        self._free = list(range(num_slots))
+        self._submitted: dict[int, float] = {}  # by request
+        self._cancelled: set[int] = set()
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of the queue; its deadline runs from now on."""
+        self._submitted[request.index] = self.clock()
+        self.waiting.append(request)
+
+    def admit(self) -> list[tuple[int, Request]]:
+        """Requests that get a slot now, the lowest free ones first: slots in a row are read without a copy."""
+        num = min(len(self._free), len(self.waiting))
+        return [(heapq.heappop(self._free), self.waiting.popleft()) for _ in range(num)]
+
+    def release(self, slot: int, request: Request) -> None:
+        """The request has left its slot."""
+        heapq.heappush(self._free, slot)
+        self.unfilled.pop(slot, None)
+        self.forget(request)
+
+    def forget(self, request: Request) -> None:
+        """The request is over."""
+        self._submitted.pop(request.index, None)
+        self._cancelled.discard(request.index)
+
+    def cancel(self, index: int) -> bool:
+        """Have a request end before the next step; False if it is not here, or no longer."""
+        if index not in self._submitted:
+            return False
+        self._cancelled.add(index)
+        return True
+
+    def ends_early(self, request: Request) -> Literal["cancelled", "deadline"] | None:
+        """Why a request must end now, "cancelled" or "deadline", or None."""
+        if request.index in self._cancelled:
+            return "cancelled"
+        limit = request.params.deadline
+        late = limit is not None and self.clock() - self._submitted[request.index] >= limit
+        return "deadline" if late else None
+
+    def next_chunk(self) -> tuple[list[int], int]:
+        """Slots and the number of tokens that each of them encodes next; no slots if all prompts are in.
+
+        The prompt that came first goes first; others with a chunk of the same length share its forward, so that no
+        row is padded and none depends on its neighbours.
+        """
+        sizes = {slot: min(left, self.prefill_tokens) for slot, left in self.unfilled.items()}
+        if not sizes:
+            return [], 0
+        size = next(iter(sizes.values()))
+        same = [slot for slot, other in sizes.items() if other == size]
+        return same[: max(1, self.prefill_tokens // size)], size
+
+    def filled(self, slot: int, num: int) -> None:
+        """`num` more tokens of the slot's prompt are encoded."""
+        self.unfilled[slot] -= num
+        if not self.unfilled[slot]:
+            del self.unfilled[slot]
