@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections import defaultdict
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and forked workers do not go together
@@ -13,9 +15,30 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before triton is imported, which dmax does
+
 torch.set_num_threads(1)  # small tensors gain nothing from more, and results do not depend on the machine's load
 hypothesis.settings.register_profile("dmax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dmax")
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a head of each kind for blocks of 8 and hidden states of size 4, its numbers drawn at random."""
+    from dmax.heads import KINDS, Head, save_head, shapes  # after what is set above
+
+    folder, generator = tmp_path_factory.mktemp("heads"), torch.Generator().manual_seed(0)
+    for kind in KINDS:
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes(kind, 8, 4, 3).items()}
+        save_head(Head(kind, "0" * 16, 8, 4, 1, tensors), folder / f"{kind}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def needed(heads: Path) -> dict[str, dict[str, str]]:
+    """The options that a strategy cannot do without, by its name."""
+    return defaultdict(dict, {file.stem: {"head": str(heads)} for file in heads.iterdir()})
 
 
 @pytest.fixture(autouse=True)

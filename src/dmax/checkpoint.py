@@ -33,13 +33,18 @@ from transformers import (
 from dmax import models
 from dmax.errors import InputError
 from dmax.kernels.moe import best_experts_implementation
+from dmax.kernels.quant import Format, check_format, quantize_experts
+from dmax.models import backbone
+from dmax.models.backbone import MASK_TOKEN
+from dmax.params import check_number
 from dmax.tiny import BUNDLED, bundled
 
-MASK_TOKEN = "<|mask|>"
 # LLaDA-2.x configurations name no block length; every published checkpoint of the family was trained with this one.
 FAMILY_BLOCK_LENGTH = {"llada2_moe": 32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+SETTINGS_FILES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError)
+MISSHAPEN = (*UNREADABLE, TypeError, AttributeError)  # what transformers raises for JSON of another shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,12 @@ def load_checkpoint(
     block_length: int | None = None,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
+    add_mask_token: bool = False,
+    quantization: Format | None = None,
 ) -> Checkpoint:
     """Read a bundled checkpoint, a local folder or a hub repository; no remote code is ever run.
+
+    Besides our own architectures, dense decoders of transformers (`dmax.models.backbone`) are read.
 
     Args:
         name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id.
@@ -87,35 +96,82 @@ def load_checkpoint(
         block_length: overrides the checkpoint's.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
+        add_mask_token: give an autoregressive checkpoint the mask token it lacks, to be trained; needs a tokenizer.
+        quantization: of the experts, "int8", "fp8" or "int4" (`dmax.kernels.quant`), for decoding only.
 
     Raises:
-        InputError: the name leads nowhere, files are damaged, or an id is neither given nor in the files.
+        InputError: the name leads nowhere, files are damaged, an id is neither given nor in the files, the
+            architecture cannot be used, or a mask token is to be added to a checkpoint that has one.
     """
     models.register()
     folder = find_folder(name_or_path)
+    _check_settings_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = _load_tokenizer(folder)
-    except (*UNREADABLE, TypeError) as error:  # TypeError: JSON of another shape, as transformers 5.17 takes it
+    except MISSHAPEN as error:
         raise InputError(f"{folder} is not a usable checkpoint: {_first_line(error)}") from error
     # Ids first: a wrong argument should not cost the loading of the weights.
-    mask = resolve_mask_token_id(config, tokenizer, mask_token_id)
+    if quantization is not None:
+        check_format(quantization)
+    if add_mask_token:
+        _check_lacks_mask(folder, config, tokenizer)
+    mask = None if add_mask_token else resolve_mask_token_id(config, tokenizer, mask_token_id)
     eos, pad = resolve_eos_and_pad(folder, config, tokenizer, eos_token_id)
     length = resolve_block_length(config, block_length)
     if experts_implementation is None and hasattr(config, "num_experts"):
         experts_implementation = best_experts_implementation(config.num_experts, torch.device(device))
     implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
     model: Any = _load_model(folder, config, dtype, {name: value for name, value in implementations.items() if value})
+    if mask is None:
+        mask = backbone.add_mask_token(model, tokenizer)
+    if quantization is not None:  # before the move: the device never holds the unquantised experts
+        quantize_experts(model, quantization)
     return Checkpoint(model.to(device), tokenizer, mask, eos, pad, length, str(folder))
+
+
+def new_checkpoint(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
+) -> Checkpoint:
+    """A new model with random weights, of our own architectures or a dense decoder of transformers.
+
+    Args:
+        config: says the shape and `block_length`; `mask_token_id` and `eos_token_id` too, unless the tokenizer does.
+        tokenizer: None for a model that takes and gives token ids.
+        dtype: of the weights.
+        attn_implementation: of transformers' attention interface; None lets transformers choose.
+        experts_implementation: of transformers' experts interface; None lets transformers choose.
+
+    Raises:
+        InputError: an id or the block length is missing, or the architecture cannot be used.
+    """
+    models.register()
+    mask = resolve_mask_token_id(config, tokenizer)
+    eos, pad = resolve_eos_and_pad(None, config, tokenizer)
+    length = resolve_block_length(config)
+    implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
+    chosen = {name: value for name, value in implementations.items() if value}
+    try:
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
+    except ValueError as error:
+        raise InputError(f"no model can be made from this configuration: {_first_line(error)}") from error
+    return Checkpoint(_ready(model).eval(), tokenizer, mask, eos, pad, length, "")
 
 
 def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The local folder of a bundled name, a path or a hub id, downloaded if need be."""
     name = os.fspath(name_or_path)
-    folder = bundled(name) or Path(name).expanduser()
+    if not name:
+        raise InputError("the name of the model is empty", hint=f"choose {' or '.join(BUNDLED)}, a folder or a hub id")
+    folder = bundled(name) or Path(os.path.expanduser(name))
     if bundled(name) and not folder.is_dir():
         raise InputError(f"the bundled checkpoint `{name}` is missing from this installation", hint="reinstall dmax")
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, no name is too long for it
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
         return folder
@@ -133,32 +189,31 @@ def resolve_mask_token_id(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, given: int | None = None
 ) -> int:
     """MASK's id: `given`, else the config's, the tokenizer's own, or the vocabulary entry `<|mask|>`."""
-    found = given if given is not None else getattr(config, "mask_token_id", None)
-    if found is None and tokenizer is not None:
-        found = tokenizer.mask_token_id
-        found = tokenizer.get_vocab().get(MASK_TOKEN) if found is None else found
+    found = given if given is not None else _named_mask(config, tokenizer)
     if found is None:
-        raise InputError("the checkpoint names no mask token", hint="pass `mask_token_id`")
+        raise InputError(
+            "the checkpoint names no mask token",
+            hint="pass `mask_token_id`; an autoregressive model gets one in training, by `model.add_mask_token: true`",
+        )
     return _in_vocabulary("mask_token_id", found, config)
 
 
 def resolve_eos_and_pad(
-    folder: Path,
+    folder: Path | None,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     given: int | list[int] | None = None,
 ) -> tuple[tuple[int, ...], int]:
     """EOS ids (`given`, else generation config, config, tokenizer) and the pad id (tokenizer, config, else EOS)."""
-    has_generation_config = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder) if has_generation_config else None
+    generation = _load_generation_config(folder)
     candidates = (given, *(getattr(source, "eos_token_id", None) for source in (generation, config, tokenizer)))
     found: int | list[int] | None = next((ids for ids in candidates if ids is not None and ids != []), None)
     if found is None:
         raise InputError("the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`")
     every = found if isinstance(found, (list, tuple)) else [found]
-    eos = tuple(_in_vocabulary("eos_token_id", token, config) for token in dict.fromkeys(every))
+    eos = tuple(dict.fromkeys(_in_vocabulary("eos_token_id", token, config) for token in every))
     pads = (getattr(source, "pad_token_id", None) for source in (tokenizer, config))
-    pad = next((token for token in pads if token is not None and 0 <= token < config.vocab_size), eos[0])
+    pad = next((token for token in pads if isinstance(token, int) and 0 <= token < config.vocab_size), eos[0])
     return eos, pad
 
 
@@ -168,8 +223,7 @@ def resolve_block_length(config: PreTrainedConfig, given: int | None = None) -> 
     found = FAMILY_BLOCK_LENGTH.get(config.model_type) if found is None else found
     if found is None:
         raise InputError("the checkpoint names no block length", hint="pass `block_length`")
-    if found < 1:
-        raise InputError(f"`block_length` must be at least 1, got {found}")
+    check_number("block_length", found, low=1, whole=True)
     return int(found)
 
 
@@ -197,12 +251,10 @@ def save_checkpoint(
     Raises:
         InputError: the folder holds something else, or cannot be written.
     """
-    folder = Path(folder).expanduser().absolute()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    folder = check_target(folder)
+    partial = _partial(folder)
     try:
-        if folder.exists() and not _is_replaceable(folder):
-            raise InputError(f"{folder} exists and is not a checkpoint", hint="choose another output folder")
-        partial.mkdir(parents=True)
+        partial.mkdir()
         try:
             model.save_pretrained(partial)
             config = copy.deepcopy(model.config)
@@ -222,6 +274,28 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder that `save_checkpoint` could write; asked before hours of training, not after.
+
+    Raises:
+        InputError: the folder holds something that is not a checkpoint, or cannot be written.
+    """
+    folder = Path(os.path.expanduser(folder)).absolute()
+    probe = _partial(folder)
+    try:
+        if folder.exists() and not _is_replaceable(folder):
+            raise InputError(f"{folder} exists and is not a checkpoint", hint="choose another output folder")
+        probe.mkdir(parents=True)
+        probe.rmdir()
+    except OSError as error:
+        raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
+    return folder
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -244,6 +318,24 @@ def _swap(new: Path, folder: Path) -> None:
 
 def _is_replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _check_settings_files(folder: Path) -> None:
+    for name in SETTINGS_FILES:
+        try:
+            if (folder / name).is_file() and not isinstance(json.loads((folder / name).read_bytes()), dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{folder} is not a usable checkpoint: {name} is damaged ({_first_line(error)})") from None
+
+
+def _load_generation_config(folder: Path | None) -> GenerationConfig | None:
+    if folder is None or not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except MISSHAPEN as error:
+        raise InputError(f"{folder / 'generation_config.json'} is not usable: {_first_line(error)}") from error
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -270,15 +362,39 @@ def _load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} weights of the model, the first is `{missing[0]}`")
-    return model
+    return _ready(model)
 
 
-def _in_vocabulary(name: str, token: int, config: PreTrainedConfig) -> int:
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """One of our own architectures as it is, another made into a block-diffusion model."""
+    return model if isinstance(model, models.NATIVE) else backbone.as_block_diffusion(model)
+
+
+def _named_mask(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    found: int | None = getattr(config, "mask_token_id", None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.mask_token_id
+        found = tokenizer.get_vocab().get(MASK_TOKEN) if found is None else found
+    return found
+
+
+def _check_lacks_mask(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer that a mask token could be added to")
+    if _named_mask(config, tokenizer) is not None:
+        raise InputError(f"{folder} has a mask token already", hint="leave out `add_mask_token`")
+
+
+def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
+    if not isinstance(token, int) or isinstance(token, bool):
+        raise InputError(f"`{name}` must be a token id, got {token!r}", hint=f"pass `{name}`")
     if not 0 <= token < config.vocab_size:
         raise InputError(f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}", hint=f"pass `{name}`")
     return int(token)
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError):  # its first line names the field, its second the reason
+        return " ".join(str(error).split())
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -240,6 +240,13 @@ def test_misshapen_tensors_are_named(published: Path) -> None:
         load(published)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_integers_are_no_weights(published: Path, dtype: torch.dtype) -> None:
+    rewrite(published, lambda tensors: tensors.update({NAME: tensors[NAME].to(dtype)}))
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.* holds integers \("):
+        load(published)
+
+
 def test_unexpected_tensors_are_named(published: Path) -> None:
     rewrite(published, lambda tensors: tensors.update({f"extra.{index}": torch.zeros(1) for index in range(5)}))
     with pytest.raises(InputError, match=r"holds 5 tensors \(`extra\.0`, `extra\.1`, `extra\.2`, …\)"):

@@ -296,6 +296,9 @@ def test_gradients_reach_every_part_in_every_experts_implementation(ids: Tensor,
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_experts": 7}, "num_experts"),
         ({"rotary_dim": 6}, "rotary_dim"),
+        ({"num_experts_per_tok": 5}, r"`num_experts_per_tok` \(5\) .* the 4 experts of the `topk_group` \(1\)"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ({"topk_group": 0}, "topk_group"),
     ],
 )
 def test_contradictory_configurations_are_refused(changes: dict[str, Any], field: str) -> None:

@@ -10,6 +10,9 @@ from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig, LLaDA2MoeVeomn
 from dmax.models.llada2_moe.conversion import CONVERSIONS
 from dmax.models.llada2_moe.modeling import LLaDA2MoeModel, LLaDA2MoeModelLM
 
+# Written for block diffusion; every other architecture goes through `models.backbone`.
+NATIVE = (LLaDA2MoeModelLM,)
+
 
 def register() -> None:
     """Make `Auto*.from_pretrained` give our classes; calling it again changes nothing."""
@@ -21,4 +24,4 @@ def register() -> None:
     register_checkpoint_conversion_mapping(LLaDA2MoeConfig.model_type, CONVERSIONS, overwrite=True)
 
 
-__all__ = ["LLaDA2MoeConfig", "LLaDA2MoeModel", "LLaDA2MoeModelLM", "LLaDA2MoeVeomniConfig", "register"]
+__all__ = ["NATIVE", "LLaDA2MoeConfig", "LLaDA2MoeModel", "LLaDA2MoeModelLM", "LLaDA2MoeVeomniConfig", "register"]

@@ -58,6 +58,11 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what the router and the attention rely on; raises `ValueError` naming the offending fields."""
+        for name in LLaDA2MoeConfig.__annotations__:
+            value, kind = getattr(self, name), type(getattr(LLaDA2MoeConfig, name))
+            wanted = {int: (int,), float: (int, float)}.get(kind)
+            if wanted and not name.endswith("_token_id") and type(value) not in wanted:
+                raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
         super().__post_init__(**kwargs)
         if self.score_function != "sigmoid":
             raise ValueError(f"`score_function` must be 'sigmoid' for llada2_moe, got {self.score_function!r}")
@@ -68,6 +73,12 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             )
         if self.num_experts % max(self.n_group, 1):
             raise ValueError(f"`num_experts` ({self.num_experts}) must be a multiple of `n_group` ({self.n_group})")
+        choice = self.num_experts * min(self.topk_group, self.n_group) // max(self.n_group, 1)
+        if self.num_hidden_layers > self.first_k_dense_replace and not 1 <= self.num_experts_per_tok <= choice:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must lie between 1 and the {choice} experts of "
+                f"the `topk_group` ({self.topk_group}) groups that a token may choose from"
+            )
 
     @property
     def rotary_dim(self) -> int:

@@ -24,10 +24,11 @@ HINT = "copy or download the checkpoint again, or check that its config.json bel
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies and its shape, as its file's header says."""
+    """Where a tensor lies, its shape and dtype (such as BF16), as its file's header says."""
 
     file: Path
     shape: Size
+    dtype: str
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -41,7 +42,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if not isinstance(entries, dict):
             raise ValueError("no header")
         entries.pop("__metadata__", None)
-        tensors = {name: StoredTensor(file, Size(entry["shape"])) for name, entry in entries.items()}
+        tensors = {
+            name: StoredTensor(file, Size(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()
+        }
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except FileNotFoundError:
         raise InputError(f"{file} is missing", hint=HINT) from None
@@ -99,6 +102,11 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
             raise InputError(
                 f"{found[name].file}: tensor `{name}` has shape {list(found[name].shape)}, expected {list(shape)}",
                 hint=HINT,
+            )
+        if name in found and found[name].dtype.startswith(("I", "U", "BOOL")):  # would be cast, codes taken for weights
+            raise InputError(
+                f"{found[name].file}: tensor `{name}` holds integers ({found[name].dtype}), expected floating point",
+                hint="take the checkpoint with its unquantised weights",
             )
     # Old releases stored the rotary frequencies, which follow from the config.
     unexpected = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]

@@ -23,7 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dmax.attention import flex_from_dense
+from dmax.attention import prepare_mask
+from dmax.kernels.quant import check_savable
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
 from dmax.models.llada2_moe.files import check_before_loading
@@ -285,6 +286,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published per-expert layout, also for a model that was read from merged files."""
+        check_savable(self)
         self._weight_conversions = deepcopy(PER_EXPERT)  # transformers would otherwise write the layout it read
         super().save_pretrained(*args, **kwargs)
 
@@ -299,25 +301,6 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if module.config.moe_router_enable_expert_bias:
                 nn.init.zeros_(module.expert_bias)
-
-
-def _prepare_mask(mask: Any, dtype: torch.dtype, implementation: str | None) -> Any:
-    """One form of mask per attention implementation, from bool or additive [B, 1, L, T + L] or padding [B, T + L]."""
-    if not isinstance(mask, Tensor):
-        return mask  # None, or flex_attention's BlockMask
-    if mask.dim() == 2:
-        mask = mask.bool()[:, None, None, :]
-    if mask.dim() != 4:
-        raise ValueError(f"`attention_mask` must have 2 or 4 dimensions, got shape {tuple(mask.shape)}")
-    if implementation == "flex_attention":
-        # transformers would index the dense mask inside the kernel, out of bounds where one mask serves a batch.
-        return flex_from_dense(mask if mask.dtype == torch.bool else mask == 0)
-    if mask.dtype == torch.bool:
-        if implementation == "sdpa":
-            return mask
-        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return additive.masked_fill_(~mask, torch.finfo(dtype).min)
-    return mask.to(dtype)
 
 
 class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
@@ -355,18 +338,20 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(start, start + hidden_states.shape[1], device=hidden_states.device)[None]
         rotary = self.rotary_emb(position_ids, hidden_states.dtype)
-        mask = _prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
+        mask = prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
         for layer in self.layers:
             # `cache`, not `past_key_values`: that one transformers drops under gradient checkpointing, and with it the
             # clean context that the noisy streams of training attend to (`dmax.cache.ContextCache`).
             hidden_states = layer(hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        # By position: the name of the second field depends on the release of transformers.
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
 
 class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
     """LLaDA-2.x with its language-model head; the class name is the `architectures` entry of published checkpoints."""
 
     _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
+    has_linear_head = True  # logits are hidden states times `lm_head.weight`, nothing more: the engine may fuse them
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
@@ -427,4 +412,4 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(hidden_states[:, kept] if isinstance(kept, slice) else hidden_states)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss, logits, past_key_values)

@@ -1,0 +1,56 @@
+"""The Triton path of `blend.py`. Importing this imports triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax.blend import SoftTokens
+
+
+@triton.jit
+def _blend_kernel(  # type: ignore[no-untyped-def]
+    table, mask_row, tokens, where, ids, probs, out, size,
+    K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < size
+    out_at = out + position * size + column
+    if tl.load(where + position):
+        mixed, target, rest = tl.zeros((BLOCK_D,), tl.float32), 0.0, 1.0
+        for rank in tl.static_range(K):
+            prob = tl.load(probs + position * K + rank)
+            row_at = table + tl.load(ids + position * K + rank) * size + column
+            row = tl.load(row_at, mask=inside, other=0.0).to(tl.float32)
+            mixed += prob * row
+            target += prob * tl.sqrt(tl.sum(row * row))
+            rest -= prob
+        mask = tl.load(mask_row + column, mask=inside, other=0.0).to(tl.float32)
+        mixed += rest * mask  # (8, 9)
+        if RENORMALIZE:  # (10)
+            target += rest * tl.sqrt(tl.sum(mask * mask))
+            mixed *= target / (tl.sqrt(tl.sum(mixed * mixed)) + 1e-6)
+        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=inside)
+    else:
+        row_at = table + tl.load(tokens + position) * size + column
+        tl.store(out_at, tl.load(row_at, mask=inside), mask=inside)
+
+
+def embed_soft(table: Tensor, tokens: Tensor, soft: SoftTokens, mask_token_id: int) -> Tensor:
+    """`dmax.kernels.blend.embed_soft` for float32, float16 and bfloat16: one program for each position."""
+    size = table.shape[1]
+    table = table.contiguous()
+    out = torch.empty(*tokens.shape, size, dtype=table.dtype, device=table.device)
+    block_d = triton.next_power_of_2(size)
+    kernel: Any = _blend_kernel
+    kernel[(tokens.numel(),)](
+        table, table[mask_token_id], tokens.contiguous(), soft.where.contiguous(), soft.ids.contiguous(),
+        soft.probs.contiguous(), out, size,
+        K=soft.ids.shape[-1], RENORMALIZE=soft.renormalize, BLOCK_D=block_d, num_warps=8 if block_d > 2048 else 4,
+    )  # fmt: skip
+    return out

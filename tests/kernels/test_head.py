@@ -1,0 +1,237 @@
+"""LM head and top-k in one: the twin against what decoding computes from logits, the Triton path against the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmax.confidence import Candidates, take_best
+from dmax.decoding.block import Output, View, predict
+from dmax.errors import InputError
+from dmax.kernels import head
+from dmax.kernels.head import head_top_k, head_top_k_torch
+
+INF = float("inf")
+Head = Callable[[Tensor, Tensor, int, int], Candidates]
+
+# Inputs that overflow on purpose make NumPy, which interprets the kernel, warn.
+overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+def grid(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Quarters in [-2, 2): their dot products are exact in float32, whatever the order of the sum, and often tie."""
+    return torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(seed)).to(dtype) / 4
+
+
+def product(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, N] and weights [V, N] whose product is `logits` [N, V]; infinities come by overflow."""
+    huge = torch.finfo(logits.dtype).max * 0.9
+    return 2 * torch.eye(len(logits), dtype=logits.dtype), (logits / 2).clamp(-huge, huge).T.contiguous()
+
+
+def reference(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+    """The same from stored logits and a stable sort: `Output` and `predict`, a row at a time for `broken`."""
+    output = Output((hidden @ weight.T)[:, None], mask_token_id)  # [N, 1, V]
+    broken = output.broken
+    ids = output.logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    view = View(ids[..., 0], ids[..., 0] >= 0, ids[..., 0] >= 0, broken.long(), mask_token_id, max_steps=1)
+    prediction = predict(view, output, k)
+    assert torch.equal(prediction.tokens, ids[..., 0])
+    assert torch.equal(prediction.probs, output.probs.gather(-1, ids))
+    return Candidates(ids[:, 0], prediction.probs[:, 0], broken)
+
+
+def assert_equal(actual: Candidates, expected: Candidates, tolerance: float = 0.0) -> None:
+    assert torch.equal(actual.broken, expected.broken)
+    assert torch.equal(actual.ids, expected.ids)
+    torch.testing.assert_close(actual.probs, expected.probs, rtol=tolerance, atol=tolerance / 100)
+
+
+@pytest.fixture
+def triton_head(triton_device: torch.device) -> Head:
+    """The Triton path in tiles so small that every test has several, on the device it runs on."""
+    from dmax.kernels import head_triton
+
+    def run(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+        if weight.dtype == torch.bfloat16 and triton_device.type == "cpu":
+            pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+        tile = head_triton.Tile(vocabulary=16, size=16, warps=4, stages=2)
+        result = head_triton.head_top_k(hidden.to(triton_device), weight.to(triton_device), k, mask_token_id, tile)
+        return Candidates(result.ids.cpu(), result.probs.cpu(), result.broken.cpu())
+
+    return run
+
+
+@pytest.fixture(params=["torch", "triton"])
+def either(request: pytest.FixtureRequest) -> Head:
+    return head_top_k_torch if request.param == "torch" else request.getfixturevalue("triton_head")
+
+
+# ---- the twin -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_twin_gives_the_numbers_of_decoding(dtype: torch.dtype, k: int) -> None:
+    hidden, weight = torch.randn(9, 12, dtype=torch.float64).to(dtype), torch.randn(70, 12).to(dtype)
+    assert_equal(head_top_k(hidden, weight, k, 69), reference(hidden, weight, k, 69))
+    hidden, weight = grid(9, 12, dtype=dtype), grid(70, 12, dtype=dtype, seed=1)
+    assert_equal(head_top_k(hidden, weight, k, 3), reference(hidden, weight, k, 3))
+
+
+def test_rows_in_chunks_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = grid(7, 12, dtype=torch.float32), grid(50, 12, dtype=torch.float32, seed=1)
+    whole = head_top_k_torch(hidden, weight, 3, 0)
+    for rows in (0, 1, 3):  # a row that is larger than the bound is a chunk of its own
+        monkeypatch.setattr(head, "CHUNK_BYTES", rows * 4 * 50)
+        assert_equal(head_top_k_torch(hidden, weight, 3, 0), whole)
+
+
+def test_no_more_candidates_than_tokens_other_than_mask() -> None:
+    hidden, weight = grid(4, 8, dtype=torch.float32), grid(3, 8, dtype=torch.float32, seed=1)
+    result = head_top_k(hidden, weight, 4, 1)
+    assert result.ids.shape == result.probs.shape == (4, 2)
+    assert (result.ids.sort(dim=-1).values == torch.tensor([0, 2])).all()
+
+
+def test_no_candidates_are_an_error() -> None:
+    with pytest.raises(InputError, match="top-0"):
+        head_top_k(torch.zeros(1, 4), torch.zeros(8, 4), 0, 0)
+
+
+def test_best_are_taken_in_order_and_ties_from_the_left() -> None:
+    values, where = take_best(torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0]]), 4)
+    assert values.tolist() == [[3, 3, 2, 2]] and where.tolist() == [[1, 3, 2, 4]]
+
+
+# ---- twin and kernel, worked out by hand ----------------------------------------------------------------------------
+
+SIXTHS = [1 / 6] * 3
+BY_HAND = {  # six tokens, MASK is 2, three candidates
+    "all equal": ([0.0] * 6, [0, 1, 3], SIXTHS),
+    "all -inf": ([-INF] * 6, [0, 1, 3], SIXTHS),
+    "all +inf": ([INF] * 6, [0, 1, 3], SIXTHS),
+    "+inf wins": ([5.0, 1.0, 5.0, 0.0, INF, 0.0], [4, 0, 1], [1.0, 0.0, 0.0]),
+    "two +inf share": ([9.0, INF, 0.0, 0.0, INF, 8.0], [1, 4, 0], [0.5, 0.5, 0.0]),
+    "-inf comes last": ([-INF, -INF, -INF, 0.0, 0.0, -INF], [3, 4, 0], [0.5, 0.5, 0.0]),
+    "MASK is the best": ([0.1, 0.05, 0.5, 0.2, 0.1, 0.05], [3, 0, 4], [0.2, 0.1, 0.1]),
+    "MASK is certain": ([3.0, 2.0, INF, 2.0, 4.0, 1.0], [4, 0, 1], [0.0, 0.0, 0.0]),
+}
+
+
+@overflows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hostile_logits_by_hand(either: Head, dtype: torch.dtype) -> None:
+    logits = torch.tensor([row for row, _, _ in BY_HAND.values()])
+    logits[6] = logits[6].log()  # given as probabilities
+    result = either(*product(logits.to(dtype)), 3, 2)
+    assert dict(zip(BY_HAND, result.ids.tolist(), strict=True)) == {name: ids for name, (_, ids, _) in BY_HAND.items()}
+    expected = torch.tensor([probs for _, _, probs in BY_HAND.values()])
+    torch.testing.assert_close(result.probs, expected, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2e-2)
+    assert not result.broken.any()
+
+
+@overflows
+def test_nan_marks_its_row_and_no_other(either: Head) -> None:
+    hidden, weight = grid(5, 12, dtype=torch.float32), grid(40, 12, dtype=torch.float32, seed=1)
+    hidden[:, 3] = 0
+    clean = either(hidden, weight, 2, 0)
+    weight[:, 3] = 1
+    weight[33, 3] = 0
+    hidden[1, 3] = INF  # 0 · inf at token 33 alone, +inf elsewhere
+    hidden[4] = torch.nan
+    result = either(hidden, weight, 2, 0)
+    assert result.broken.tolist() == [False, True, False, False, True]
+    assert torch.equal(result.ids[[0, 2, 3]], clean.ids[[0, 2, 3]])
+    assert torch.equal(result.probs[[0, 2, 3]], clean.probs[[0, 2, 3]])
+    assert (result.ids >= 0).all() and (result.ids < 40).all()  # they are looked up before the error is seen
+
+
+@overflows
+def test_an_infinite_hidden_state_is_not_a_nan(either: Head) -> None:
+    """It makes all logits +inf here, which share; 40 rows do not fill the last tile, and 0 · inf there is not meant."""
+    hidden, weight = torch.zeros(2, 12), torch.ones(40, 12)
+    hidden[1] = INF
+    result = either(hidden, weight, 2, 0)
+    assert result.broken.tolist() == [False, False]
+    assert result.ids.tolist() == [[1, 2], [1, 2]]
+    torch.testing.assert_close(result.probs, torch.full((2, 2), 1 / 40))
+
+
+# ---- the kernel against the twin ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_equals_the_twin(triton_head: Head, dtype: torch.dtype, k: int) -> None:
+    """Exact dot products, rounded to the dtype alike: same tokens, ties included. 70 and 24 fill no tile."""
+    hidden, weight = grid(9, 24, dtype=dtype), grid(70, 24, dtype=dtype, seed=1)
+    for mask_token_id in (0, 37, 69):
+        twin = head_top_k_torch(hidden, weight, k, mask_token_id)
+        assert_equal(triton_head(hidden, weight, k, mask_token_id), twin, tolerance=1e-5)
+
+
+def test_low_precision_logits_are_compared_after_rounding(triton_head: Head) -> None:
+    """2049 and 2048 are one number in float16, so the lower id has it."""
+    hidden, weight = torch.ones(1, 16, dtype=torch.float16), torch.zeros(40, 16, dtype=torch.float16)
+    weight[7, 0] = 2048
+    weight[30, :2] = torch.tensor([2048, 1])
+    assert triton_head(hidden, weight, 2, 0).ids.tolist() == [[7, 30]]
+    assert triton_head(hidden.float(), weight.float(), 2, 0).ids.tolist() == [[30, 7]]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 130])
+def test_any_number_of_positions(triton_head: Head, num_tokens: int) -> None:
+    hidden, weight = torch.randn(num_tokens, 16), torch.randn(40, 16)
+    assert_equal(triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5)
+
+
+def test_every_token_but_mask_may_be_a_candidate(triton_head: Head) -> None:
+    """A tile that holds MASK alone, and tiles with fewer tokens than candidates."""
+    hidden, weight = grid(3, 16, dtype=torch.float32), grid(17, 16, dtype=torch.float32, seed=1)
+    assert_equal(triton_head(hidden, weight, 8, 16), head_top_k_torch(hidden, weight, 8, 16), tolerance=1e-5)
+    small = weight[:3]
+    assert_equal(triton_head(hidden, small, 2, 1), head_top_k_torch(hidden, small, 2, 1), tolerance=1e-5)
+
+
+def test_hidden_states_may_be_a_slice(triton_head: Head) -> None:
+    hidden, weight = torch.randn(12, 32)[::2, :16], torch.randn(40, 16)
+    assert_equal(triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5)
+
+
+@pytest.mark.usefixtures("triton_device")
+def test_what_the_kernel_cannot_do_goes_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dmax.kernels import head_triton
+
+    calls = []
+
+    def spy(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+        calls.append((weight.dtype, k))
+        return head_top_k_torch(hidden, weight, k, mask_token_id)
+
+    monkeypatch.setattr(head, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(head_triton, "head_top_k", spy)
+    hidden, weight = torch.randn(2, 16), torch.randn(40, 16)
+    head_top_k(hidden, weight, 2, 5)
+    head_top_k(hidden.double(), weight.double(), 2, 5)
+    head_top_k(hidden, weight, 9, 5)
+    assert calls == [(torch.float32, 2)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to capture a graph on")
+def test_a_cuda_graph_can_hold_it() -> None:
+    weight = grid(20_000, 512, dtype=torch.bfloat16, seed=1).cuda()
+    hidden = grid(32, 512, dtype=torch.bfloat16).cuda()
+    head_top_k(hidden, weight, 3, 19_999)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = head_top_k(hidden, weight, 3, 19_999)
+    hidden.copy_(grid(32, 512, dtype=torch.bfloat16, seed=2))
+    graph.replay()
+    logits = (hidden.float() @ weight.float().T).bfloat16().float()  # exact, then rounded once
+    expected = reference(torch.eye(32, device="cuda"), logits.T, 3, 19_999)
+    assert_equal(result, expected, tolerance=1e-5)

@@ -1,0 +1,242 @@
+"""Experts forwards: the plain ones against `eager`, the Triton kernels against their twin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmax import kernels
+from dmax.errors import InputError
+from dmax.kernels import choose, moe
+from dmax.kernels.moe import best_experts_implementation, fused_moe, routed
+from dmax.models import LLaDA2MoeConfig
+from dmax.models.llada2_moe.modeling import LLaDA2MoeExperts
+
+CPU = torch.device("cpu")
+EXPERTS, TOP_K = 8, 2
+
+
+def make_experts(implementation: str, num_experts: int = 4, dtype: torch.dtype = torch.float32) -> LLaDA2MoeExperts:
+    config = LLaDA2MoeConfig(
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    )
+    config._experts_implementation = implementation
+    experts = LLaDA2MoeExperts(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in experts.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype)
+    return experts
+
+
+def make_inputs(
+    num_tokens: int, num_experts: int, dtype: torch.dtype = torch.float32, hidden: int = 64, top_k: int = TOP_K
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.rand(num_tokens, num_experts).topk(top_k).indices
+    return torch.randn(num_tokens, hidden).to(dtype), index, torch.rand(num_tokens, top_k).to(dtype)
+
+
+def make_weights(dtype: torch.dtype, hidden: int = 64, width: int = 32) -> tuple[Tensor, Tensor]:
+    gate_up, down = torch.randn(EXPERTS, 2 * width, hidden) * 0.2, torch.randn(EXPERTS, hidden, width) * 0.2
+    return gate_up.to(dtype), down.to(dtype)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def in_float64(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+def on(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+# ---- plain forwards -------------------------------------------------------------------------------------------------
+
+
+def test_one_expert_by_hand() -> None:
+    # gate 2 · 0.5 = 1, SiLU(1) = 0.731059; up 2 · 1.5 = 3; times the router's 0.5; down · 2.
+    one = torch.tensor([[2.0]]), torch.tensor([[0]]), torch.tensor([[0.5]])
+    gate_up, down = torch.tensor([[[0.5], [1.5]]]), torch.tensor([[[2.0]]])
+    for forward in (moe.dense, routed):
+        assert forward(*one, gate_up, down, F.silu).item() == pytest.approx(2.193176, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 600])  # on both sides of where `dense_mm` changes its way
+@pytest.mark.parametrize("implementation", ["dense_mm", "fused_moe"])
+def test_forwards_equal_eager(implementation: str, num_tokens: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(num_tokens, 4, dtype)
+    with torch.no_grad():
+        expected = make_experts("eager", dtype=torch.float64)(
+            *(x.double() if x.is_floating_point() else x for x in inputs)
+        )
+        actual = make_experts(implementation, dtype=dtype)(*inputs)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) <= (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(("num_tokens", "implementation"), [(3, "dense_mm"), (70, "dense_mm"), (70, "fused_moe")])
+def test_gradients_equal_those_of_eager(num_tokens: int, implementation: str) -> None:
+    tokens, index, weights = make_inputs(num_tokens, 3)  # the last of four experts gets no token
+    found = []
+    for name in ("eager", implementation):
+        experts, leaves = make_experts(name), (tokens.clone().requires_grad_(), weights.clone().requires_grad_())
+        experts(leaves[0], index, leaves[1]).square().sum().backward()
+        found.append([leaf.grad for leaf in (*leaves, *experts.parameters())])
+    for expected, actual in zip(*found, strict=True):
+        assert actual is not None
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- which forward --------------------------------------------------------------------------------------------------
+
+
+def test_the_implementation_follows_from_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose.cache_clear()
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    assert choose(CPU) == ("torch", "Triton does not compile for cpu")
+    assert choose(torch.device("cuda")) == ("torch", "triton is not installed")
+    assert choose(torch.device("cuda"), "torch") == ("torch", "asked for")
+    with pytest.raises(InputError, match="triton is not installed"):
+        choose(CPU, "triton")
+    with pytest.raises(InputError, match="unknown implementation 'tritn'") as error:
+        choose(CPU, "tritn")
+    assert error.value.hint == "did you mean `triton`?"
+    assert best_experts_implementation(256, torch.device("cuda")) is None
+    choose.cache_clear()
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    assert choose(torch.device("cuda"))[0] == "triton"
+    assert best_experts_implementation(256, torch.device("cuda")) == "fused_moe"
+    assert [best_experts_implementation(num, CPU) for num in (4, 16, 17)] == ["dense_mm", "dense_mm", None]
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "requires_grad", "is_fused"),
+    [(1, False, True), (64, False, True), (65, False, False), (1, True, False)],
+)
+def test_shapes_and_gradients_decide_for_the_kernel(
+    num_tokens: int, requires_grad: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight experts take 16 pairs each: 64 tokens of two."""
+    calls: list[Any] = []
+    monkeypatch.setattr(moe, "choose", lambda device: ("triton", ""))
+    monkeypatch.setattr(moe, "fused_moe", lambda tokens, *rest: calls.append(rest) or tokens)
+    experts = make_experts("fused_moe", EXPERTS).requires_grad_(requires_grad)
+    experts(*make_inputs(num_tokens, EXPERTS))
+    assert bool(calls) == is_fused
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_expert_lists_its_pairs_in_order(triton_device: torch.device) -> None:
+    from dmax.kernels import moe_triton
+
+    index = torch.tensor([[0, 2], [2, 1], [0, 2]], device=triton_device)  # pairs 0 to 5
+    pairs, counts = torch.full((4, 6), -1, dtype=torch.int32), torch.full((4,), -1, dtype=torch.int32)
+    pairs, counts = on(triton_device, pairs, counts)
+    moe_triton._route_kernel[(4,)](index, pairs, counts, 6, BLOCK=4)  # expert 2's go over two steps
+    assert counts.tolist() == [2, 1, 3, 0]
+    listed = [row[:count] for row, count in zip(pairs.tolist(), counts.tolist(), strict=True)]
+    assert listed == [[0, 4], [3], [1, 2, 5], []]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_equal_their_twin(triton_device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
+    if dtype == torch.bfloat16 and triton_device.type == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 products")
+    arguments = on(triton_device, *make_inputs(num_tokens, EXPERTS, dtype), *make_weights(dtype))
+    actual = fused_moe(*arguments, override="triton")
+    assert actual.dtype == dtype
+    expected = fused_moe(*in_float64(*arguments), override="torch")
+    assert relative_error(actual, expected) <= {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+@pytest.mark.parametrize("routing", ["one expert for all", "idle experts", "the same expert twice"])
+def test_kernels_take_any_routing(triton_device: torch.device, routing: str) -> None:
+    tokens, index, weights = make_inputs(40, EXPERTS)
+    if routing == "one expert for all":
+        index, weights = torch.full((40, 1), 5), weights[:, :1]
+    elif routing == "idle experts":
+        index = index % 2 * 3  # experts 0 and 3
+    else:
+        index = index[:, :1].expand(-1, 2)
+    arguments = on(triton_device, tokens, index, weights, *make_weights(torch.float32))
+    actual, expected = (fused_moe(*arguments, override=name) for name in ("triton", "torch"))
+    assert relative_error(actual, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("tile", [(16, 16, 32), (32, 32, 16)])
+def test_tiles_need_not_divide_the_sizes(triton_device: torch.device, tile: tuple[int, int, int]) -> None:
+    from dmax.kernels.moe_triton import Tile
+
+    inputs, weights = make_inputs(21, EXPERTS, hidden=72, top_k=3), make_weights(torch.float32, hidden=72, width=40)
+    arguments = on(triton_device, *inputs, *weights)
+    actual = fused_moe(*arguments, tile=Tile(*tile), override="triton")
+    assert relative_error(actual, fused_moe(*arguments, override="torch")) <= 1e-6
+
+
+def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch.device) -> None:
+    from dmax.kernels.moe_triton import Tile
+
+    tokens, index, weights, *stacked = on(
+        triton_device, *make_inputs(40, EXPERTS, torch.float16), *make_weights(torch.float16)
+    )
+    options: dict[str, Any] = {"tile": Tile(16, 32, 64), "override": "triton"}
+    together = fused_moe(tokens, index, weights, *stacked, **options)
+    assert torch.equal(together, fused_moe(tokens, index, weights, *stacked, **options))
+    some = torch.tensor([33, 2, 17], device=triton_device)
+    assert torch.equal(together[some], fused_moe(tokens[some], index[some], weights[some], *stacked, **options))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dmax.kernels import moe_triton
+
+def compile(kernel, capability, weight, scale, group):
+    types = {"weight": weight, "scale": scale, "pairs": "*i32", "counts": "*i32", "tokens": "*bf16", "inner": "*bf16"}
+    types |= {"out": "*bf16", "routing": "*bf16", "index": "*i64", "num_pairs": "i32", "hidden": "i32", "width": "i32"}
+    values = {"K": 8, "SCALED": scale != "constexpr", "GROUP": group}
+    values |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "BLOCK": 256}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {(i,): values.get(name) for i, name in enumerate(signature) if signature[name] == "constexpr"}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name] != "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 3})
+    ptx = compiled.asm["ptx"]
+    assert kernel is moe_triton._route_kernel or ("mma" in ptx and "cp.async" in ptx)
+
+compile(moe_triton._route_kernel, 80, "constexpr", "constexpr", 0)
+compile(moe_triton._gate_up_kernel, 80, "*bf16", "constexpr", 0)
+compile(moe_triton._down_kernel, 80, "*i8", "*fp32", 0)
+compile(moe_triton._down_kernel, 90, "*fp8e4nv", "*fp32", 0)
+compile(moe_triton._gate_up_kernel, 90, "*u8", "*bf16", 128)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA GPUs runs on Linux")
+def test_kernels_compile_for_gpus_that_are_not_here() -> None:
+    """The interpreter accepts what the compiler may not; tensor cores and asynchronous copies are what they are for."""
+    pytest.importorskip("triton", minversion="3.4")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
