@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dmax.heads import KINDS
 from dmax.models import LLaDA2MoeConfig
 from dmax.recipe import load_recipe
 from dmax.tasks.word_problems import Numbers
@@ -32,11 +34,21 @@ def test_no_two_write_to_the_same_place() -> None:
 
 @each_recipe
 def test_overrides_replace_fields_of_its_training(path: Path) -> None:
-    recipe = load_recipe(path, {"max_steps": 1})
-    assert recipe.training == {**load_recipe(path).training, "max_steps": 1}
+    recipe, unchanged = load_recipe(path, {"max_steps": 1}), load_recipe(path)
+    if unchanged.head is not None:
+        assert recipe.head == replace(unchanged.head, max_steps=1)
+    else:
+        assert recipe.training == {**unchanged.training, "max_steps": 1}
 
 
-@each_recipe
+def test_there_is_one_for_every_kind_of_head() -> None:
+    heads = {path.stem: recipe.head for path in RECIPES if (recipe := load_recipe(path)).head is not None}
+    assert {name: head.kind for name, head in heads.items()} == {f"tiny_{kind}": kind for kind in KINDS}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if "\nhead:" not in path.read_text(encoding="utf-8")], ids=lambda path: path.stem
+)
 def test_its_training_is_one_that_the_trainer_takes(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     training = load_recipe(path).training

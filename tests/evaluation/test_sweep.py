@@ -48,22 +48,30 @@ def test_grids(text: str, expected: tuple[float, ...]) -> None:
     assert parse_grid(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:-0.1", "0:1:0.00001"])
+@pytest.mark.parametrize("text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:-0.1", "0:1:0.00001", "0:inf:1"])
 def test_bad_grids_are_one_clear_error(text: str) -> None:
     with pytest.raises(InputError, match="cannot read the grid"):
         parse_grid(text)
 
 
-def test_every_method_can_be_swept() -> None:
-    curves = curves_of(["some/model"], strategies(), (0.0, 1.0))
+def test_every_method_can_be_swept(heads: Path) -> None:
+    curves = curves_of([str(heads)], strategies(), (0.0, 1.0))  # a model's folder, so far as strategies look there
     assert [curve.strategy for curve in curves] == list(strategies())
     for curve in curves:
         made = [get_strategy(curve.params(value, 8)) for value in curve.values]
         assert len(set(map(repr, made))) == len(curve.values)  # the knob turns something
+    with pytest.raises(InputError, match="strategy `learn2pd` has no head `some/model`"):
+        curves_of(["some/model"], ["learn2pd"], (0.5,))
     with pytest.raises(InputError, match="unknown strategy"):
         curves_of(["m"], ["spdd"], (0.5,))
     with pytest.raises(InputError, match="`threshold` must be"):
         curves_of(["m"], ["spd"], (1.5,))
+
+
+def test_models_of_one_name_are_told_apart_and_each_is_measured_once() -> None:
+    curves = curves_of(["a/final", "b/final", "tiny", "a/final"], ["spd", "spd"], (0.5,))
+    assert [curve.label for curve in curves] == ["a/final, spd", "b/final, spd", "tiny, spd"]
+    assert [curve.label for curve in curves_of(["runs/tiny"], ["spd"], (0.5,))] == ["tiny, spd"]
 
 
 @pytest.fixture
@@ -111,6 +119,8 @@ def test_other_weights_are_measured_anew_and_other_questions_refused(
     run_sweep(CURVES[1:], Echo(), output, limit=2, seed=1, open_model=opened)
     with pytest.raises(InputError, match="holds a sweep of"):
         run_sweep(CURVES[1:], Echo(), output, limit=3, seed=1, open_model=opened)
+    with pytest.raises(InputError, match=r"'max_new_tokens': 8}, not of .*'max_new_tokens': 16}"):
+        run_sweep(CURVES[1:], Echo(), output, limit=2, seed=1, max_new_tokens=16, open_model=opened)
     weight = llm.model.get_input_embeddings().weight
     changed, told = weight.detach().clone(), list[str]()
     changed[0] += 1
@@ -137,7 +147,7 @@ def point(label: str, tpf: float, accuracy: float) -> dict[str, Any]:
 
 RECORD = {
     "task": "echo <i>",
-    "limit": 200,
+    "limit": 1000,  # more than the task has
     "seed": 7,
     "environment": {"cpu": "a & b"},
     "points": [point("base", 2.0, 0.92), point("base", 4.0, 0.5), point("new", 2.0, 0.91), point("new", 5.0, 0.92)],
@@ -163,7 +173,7 @@ def test_plots_are_pictures_and_the_same_each_time(tmp_path: Path) -> None:
         draw(RECORD, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text}
-    assert {"base", "new", "tokens per forward (TPF)"} <= texts
+    assert {"base", "new", "tokens per forward (TPF)", "correct answers, % of 200"} <= texts
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="nothing was measured"):
         draw({**RECORD, "points": []}, tmp_path / "d.svg")
@@ -173,4 +183,4 @@ def test_the_page_is_whole_and_escapes_what_it_shows() -> None:
     text = page(RECORD, "a < b")
     assert "<title>a &lt; b</title>" in text and "echo &lt;i&gt;" in text and "a &amp; b" in text
     assert text.count("<svg") == 1 and "http-equiv" not in text and "<script" not in text
-    assert "90.0 % to 94.0 %" in text and "184" in text
+    assert "90.0 % to 94.0 %" in text and "184" in text and "200 examples" in text

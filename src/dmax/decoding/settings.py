@@ -10,7 +10,10 @@ from dmax.params import DecodingParams
 
 
 class Configured:
-    """Base of a strategy that is a dataclass of its settings; each field is set by the field or option of its name."""
+    """Base of a strategy that is a dataclass of its settings; each field is set by the field or option of its name.
+
+    Fields that are not arguments (`init=False`) are the strategy's own to fill.
+    """
 
     __slots__ = ()
     name: ClassVar[str]
@@ -20,7 +23,7 @@ class Configured:
     def from_params(cls, params: DecodingParams) -> Self:
         """The settings of `params`; raises `InputError` for an option the strategy does not have."""
         options = dict(params.options)
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # subclasses are dataclasses
+        names = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]  # subclasses are dataclasses
         own = [name for name in names if not hasattr(params, name)]
         if unknown := [name for name in options if name not in own]:
             has = f"has only {', '.join(own)}" if own else "has none"

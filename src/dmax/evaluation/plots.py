@@ -20,8 +20,19 @@ STYLE = (
 )
 
 
-def draw(record: Record, path: Path | io.StringIO) -> None:
-    """Accuracy with its 95 % interval over TPF, one line a curve, the Pareto front underneath; SVG or PNG by suffix.
+AXES: dict[str, str] = {
+    "tpf": "tokens per forward (TPF)",
+    "tokens_per_position": "tokens per computed position",
+}
+
+
+def draw(record: Record, path: Path | io.StringIO, x: str = "tpf") -> None:
+    """Accuracy with its 95 % interval, one line a curve, the Pareto front underneath; SVG or PNG by suffix.
+
+    Args:
+        record: of a sweep.
+        path: what to write.
+        x: what accuracy is drawn over, of `AXES`: TPF, or what the computing of a position yields.
 
     Raises:
         InputError: matplotlib is missing, or nothing was measured.
@@ -33,24 +44,23 @@ def draw(record: Record, path: Path | io.StringIO) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = record["points"]
+    points = [{**p, "tokens_per_position": p["generated_tokens"] / p["num_positions"]} for p in record["points"]]
     if not points:
         raise InputError("nothing was measured, so there is nothing to draw")
     labels = list(dict.fromkeys(point["label"] for point in points))
     with pyplot.rc_context({"svg.hashsalt": "dmax", "svg.fonttype": "none"}):  # the same figures give the same file
-        figure, axes = pyplot.subplots(figsize=(7.6, 4.6))
-        front = pareto(points)
-        axes.plot(
-            [p["tpf"] for p in front], [100 * p["accuracy"] for p in front], color="#DDDDDD", linewidth=7, zorder=0
-        )
+        figure, axes = pyplot.subplots(figsize=(7.6, 4.6) if len(labels) <= 10 else (11.0, 5.6))
+        front = pareto(points, x)
+        axes.plot([p[x] for p in front], [100 * p["accuracy"] for p in front], color="#DDDDDD", linewidth=7, zorder=0)
         for index, label in enumerate(labels):
-            _line(axes, sorted((p for p in points if p["label"] == label), key=lambda p: p["tpf"]), index)
-        axes.set_xlabel("tokens per forward (TPF)")
-        axes.set_ylabel(f"correct answers, % of {record['limit']}")
+            _line(axes, sorted((p for p in points if p["label"] == label), key=lambda p: p[x]), index, x)
+        axes.set_xlabel(AXES[x])
+        axes.set_ylabel(f"correct answers, % of {points[0]['total']}")
         axes.set_ylim(0, 101)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(labels) > 10 else {}
+        axes.legend(fontsize=8, frameon=False, **beside)
         figure.tight_layout()
         is_svg = isinstance(path, io.StringIO) or path.suffix == ".svg"
         if isinstance(path, Path):
@@ -59,12 +69,12 @@ def draw(record: Record, path: Path | io.StringIO) -> None:
         pyplot.close(figure)
 
 
-def _line(axes: Any, points: list[Record], index: int) -> None:
+def _line(axes: Any, points: list[Record], index: int, x: str) -> None:
     shares = [100 * p["accuracy"] for p in points]
     below = [max(share - 100 * p["interval"][0], 0) for share, p in zip(shares, points, strict=True)]
     above = [max(100 * p["interval"][1] - share, 0) for share, p in zip(shares, points, strict=True)]
     axes.errorbar(
-        [p["tpf"] for p in points],
+        [p[x] for p in points],
         shares,
         yerr=(below, above),
         label=points[0]["label"],
@@ -89,8 +99,9 @@ def page(record: Record, title: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>{record['limit']} examples of {html.escape(record['task'])}, seed "
-        f"{record['seed']}; bars are 95 % Wilson intervals, the grey band is the Pareto front.</p>\n{svg}\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>{record['points'][0]['total']} examples of "
+        f"{html.escape(record['task'])}, seed {record['seed']}; bars are 95 % Wilson intervals, the grey band is the "
+        f"Pareto front.</p>\n{svg}\n"
         f"<h2>Area under accuracy over parallelism</h2>\n{_table(('curve', 'd3LLM', 'as in the paper'), areas)}\n"
         f"<h2>Points</h2>\n{_table(COLUMNS, rows)}\n<h2>Machine</h2>\n{_table(('', ''), machine)}\n</html>\n"
     )

@@ -24,8 +24,10 @@ KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "llada": ("steps", (32, 16, 11, 8, 6, 4)),
     "fast_dllm_factor": ("factor", (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)),
     "entropy_bound": ("bound", (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)),
+    "demask": ("bound", (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)),
     "sched": ("margin", (9.0, 7.5, 6.0, 4.5, 3.0, 1.5)),
 }
+HEADS = ("demask", "learn2pd")  # methods with a trained head: the one that comes with the model
 FIGURES = (
     "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards num_prefill_forwards "
     "num_commit_forwards num_positions tokens_per_second batch_size"
@@ -65,16 +67,23 @@ class Curve:
             chosen["options"] = {"high": value, "low": value / 3}
         elif self.knob != "count":
             chosen["options"] = {self.knob: int(value) if self.knob == "steps" else value}
+        if self.strategy in HEADS:
+            chosen["options"] = {"head": self.model, **chosen.get("options", {})}
         return DecodingParams(**chosen)
 
 
 def curves_of(models: Sequence[str], strategies: Sequence[str], thresholds: Sequence[float]) -> list[Curve]:
-    """Every model with every method; a method without a threshold takes its own values."""
+    """Every model with every method; a method without a threshold takes its own values.
+
+    Labels have the last part of a model's path, or the whole one where two models would be called the same.
+    """
     found = []
-    for model in models:
-        for strategy in strategies:
+    names = [Path(model).name for model in dict.fromkeys(models)]
+    for model in dict.fromkeys(models):
+        name = Path(model).name if names.count(Path(model).name) == 1 else model
+        for strategy in dict.fromkeys(strategies):
             values = KNOBS[strategy][1] if strategy in KNOBS else tuple(thresholds)
-            found.append(Curve(f"{Path(model).name}, {strategy}", model, strategy, values))
+            found.append(Curve(f"{name}, {strategy}", model, strategy, values))
             for value in values:
                 get_strategy(found[-1].params(value, 1))  # a wrong name or value is an error before any computing
     return found
@@ -90,7 +99,7 @@ def parse_grid(text: str) -> tuple[float, ...]:
                 raise ValueError
             return tuple(round(start + index * step, 10) for index in range(count + 1))
         return tuple(float(part) for part in text.split(","))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):  # no number, a step of 0, no end
         raise InputError(f"cannot read the grid {text!r}", hint="write start:stop:step or a,b,c") from None
 
 
@@ -108,13 +117,17 @@ def run_sweep(
 ) -> Record:
     """Measure every point that `output` does not hold yet, and write it after each.
 
-    A point counts as held if weights, settings, task, limit and seed are the same, so an interrupted sweep goes on
-    where it stopped and a retrained model is measured anew. `data` names the file of the task's rows, if it has one.
+    A point counts as held if weights and value are the same, so an interrupted sweep goes on where it stopped and a
+    retrained model is measured anew. `data` names the file of the task's rows, if it has one; `max_new_tokens` None is
+    what the task needs.
 
     Raises:
-        InputError: `output` holds something else, or cannot be written.
+        InputError: `output` holds something else or a sweep of another task, limit, seed, file or `max_new_tokens`, or
+            cannot be written.
     """
-    record = _read(output, {"task": task.name, "limit": limit, "seed": seed, "data": data})
+    length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    header = {"task": task.name, "limit": limit, "seed": seed, "data": data, "max_new_tokens": length}
+    record = _read(output, header, task.max_new_tokens)
     for model, own in _by_model(curves):
         llm = open_model(model)
         weights = weights_digest(llm.model)
@@ -122,7 +135,7 @@ def run_sweep(
             record["points"] = [p for p in record["points"] if p["label"] != curve.label or p["weights"] == weights]
             held = {p["value"] for p in record["points"] if p["label"] == curve.label}
             for value in (v for v in curve.values if v not in held):
-                params = curve.params(value, max_new_tokens or task.max_new_tokens)
+                params = curve.params(value, length)
                 summary, _ = evaluate(llm, task, params, limit=limit, seed=seed, model_name=model)
                 point = _point(curve, value, summary)
                 record["points"].append(point)
@@ -132,11 +145,11 @@ def run_sweep(
     return record
 
 
-def _read(output: Path, header: Record) -> Record:
+def _read(output: Path, header: Record, usual_length: int) -> Record:
     if not output.exists():
         return {**header, "environment": environment(), "points": []}
     try:
-        record: Record = {"data": None} | json.loads(output.read_text(encoding="utf-8"))
+        record: Record = {"data": None, "max_new_tokens": usual_length} | json.loads(output.read_text(encoding="utf-8"))
         found = {name: record[name] for name in header}
         record["points"]  # noqa: B018  # a sweep has them
     except (ValueError, KeyError, TypeError):
@@ -163,10 +176,10 @@ def describe(point: Record) -> str:
     return f"{point['label']:32} {point['knob']} {point['value']:<5g} {share:>9} TPF {point['tpf']:.2f}"
 
 
-def pareto(points: Sequence[Record]) -> list[Record]:
-    """The points that no other beats in accuracy and TPF at once, by rising TPF."""
+def pareto(points: Sequence[Record], x: str = "tpf") -> list[Record]:
+    """The points that no other beats in accuracy and in `x` at once, by rising `x`."""
     front: list[Record] = []
-    for point in sorted(points, key=lambda p: (-p["tpf"], -p["accuracy"])):
+    for point in sorted(points, key=lambda p: (-p[x], -p["accuracy"])):
         if not front or point["accuracy"] > front[-1]["accuracy"]:
             front.append(point)
     return front[::-1]

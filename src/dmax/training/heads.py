@@ -1,0 +1,127 @@
+"""Fit the heads of Learn2PD and DEMASK to what was recorded in the model: labels, loss, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmax.errors import InputError, did_you_mean
+from dmax.heads import KINDS, Head, Kind, Tensors, dependency_logits, filter_logits, shapes
+from dmax.params import check_number
+from dmax.training.data import Encoded
+from dmax.training.head_states import Blocks, Example, Special, dependency_examples, filter_examples
+
+HELD_OUT = 0.1  # share of the examples that say how good a head is, the last ones
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """How a head is trained.
+
+    Attributes:
+        kind: learn2pd or demask.
+        max_steps: of AdamW.
+        learning_rate: falls to 0 along a cosine.
+        batch_size: recorded states a step.
+        record_batch_size: responses that are recorded together.
+        inner_size: K of the dependency head.
+        seed: of states, initial weights and batches.
+    """
+
+    kind: str = ""
+    max_steps: int = 2000
+    learning_rate: float = 3e-3
+    batch_size: int = 256
+    record_batch_size: int = 16
+    inner_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` naming the field that is wrong."""
+        if self.kind not in KINDS:
+            hint = did_you_mean(self.kind, KINDS)
+            raise InputError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}", hint)
+        check_number("learning_rate", self.learning_rate, low=0, above_low=True)
+        for name in ("max_steps", "batch_size", "record_batch_size", "inner_size"):
+            check_number(name, getattr(self, name), low=1, whole=True)
+
+
+def filter_loss(tensors: Tensors, examples: Example) -> Tensor:
+    """Binary cross-entropy of "this prediction is final", mean over masked positions (Learn2PD)."""
+    logits, masked = filter_logits(tensors, examples["confidence"]), examples["masked"]
+    return F.binary_cross_entropy_with_logits(logits[masked], examples["right"][masked].float())
+
+
+def dependency_loss(tensors: Tensors, examples: Example) -> Tensor:
+    """Cross-entropy against total variations, mean over pairs of masks; least at their conditional mean (DEMASK)."""
+    logits, masked = dependency_logits(tensors, examples["hidden"]), examples["masked"]
+    pairs = masked[:, :, None] & masked[:, None] & ~torch.eye(masked.shape[1], dtype=torch.bool)
+    return F.binary_cross_entropy_with_logits(logits[pairs], examples["dependency"][pairs])
+
+
+LOSSES: dict[Kind, Callable[[Tensors, Example], Tensor]] = {"learn2pd": filter_loss, "demask": dependency_loss}
+
+
+def record(model: Any, examples: Sequence[Encoded], special: Special, config: HeadConfig) -> Example:
+    """States of the responses with their labels, in the order of the responses' lengths."""
+    generator = torch.Generator().manual_seed(config.seed)
+    ordered, found = sorted(examples, key=len), list[Example]()
+    for first in range(0, len(ordered), config.record_batch_size):
+        blocks = _blocks(model, ordered[first : first + config.record_batch_size], special)
+        found += filter_examples(blocks) if config.kind == "learn2pd" else dependency_examples(blocks, generator)
+    states = {name: torch.cat([example[name] for example in found]) for name in found[0]}
+    order = torch.randperm(len(states["masked"]), generator=generator)
+    return {name: value[order] for name, value in states.items()}
+
+
+@torch.no_grad()
+def _blocks(model: Any, examples: Sequence[Encoded], special: Special) -> Blocks:
+    return Blocks(model, examples, special)
+
+
+def fit(
+    states: Example,
+    config: HeadConfig,
+    *,
+    model_digest: str,
+    hidden_size: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> Head:
+    """The head that minimises the loss of its kind over the recorded states; the last tenth only measures it."""
+    kind, length = cast(Kind, config.kind), states["masked"].shape[1]
+    generator = torch.Generator().manual_seed(config.seed)
+    tensors = _initial(shapes(kind, length, hidden_size, config.inner_size), generator)
+    count = len(states["masked"])
+    learnt = max(1, count - int(HELD_OUT * count))
+    optimizer = torch.optim.AdamW(tensors.values(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps)
+    for step in range(config.max_steps):
+        rows = torch.randint(learnt, (min(config.batch_size, learnt),), generator=generator)
+        loss = LOSSES[kind](tensors, {name: value[rows] for name, value in states.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 500 == 0 or step + 1 == config.max_steps:
+            report(f"step {step + 1}: loss {loss.item():.4f}")
+    tensors = {name: value.detach() for name, value in tensors.items()}
+    if learnt < count:
+        held_out = LOSSES[kind](tensors, {name: value[learnt:] for name, value in states.items()})
+        report(f"{learnt} states learnt, loss {held_out.item():.4f} on {count - learnt} others")
+    return Head(kind, model_digest, length, hidden_size, config.max_steps, tensors)
+
+
+def _initial(wanted: dict[str, tuple[int, ...]], generator: torch.Generator) -> Tensors:
+    """Matrices of entries ~ N(0, 1 / inputs), vectors of zeros."""
+    made: Tensors = {}
+    for name, shape in wanted.items():
+        made[name] = torch.zeros(shape)
+        if len(shape) == 2:
+            made[name] = torch.randn(shape, generator=generator) / shape[0] ** 0.5
+        made[name].requires_grad_()
+    return made

@@ -1,0 +1,269 @@
+"""Runs of `dmax train`: what a second start does, what is refused before any compute, and where an error points."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_trainer import CONFIG, write_recipe
+
+from dmax import recipe as recipes
+from dmax.errors import InputError
+from dmax.recipe import load_recipe, run_recipe
+from dmax.training.trainer import DMaxTrainer
+
+pytest.importorskip("accelerate")
+
+TWO_STEPS = {"max_steps": 2, "save_steps": 1}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def run(path: Path, **options: Any) -> list[str]:
+    """What a run reports."""
+    told: list[str] = []
+    run_recipe(load_recipe(path), report=told.append, **options)
+    return told
+
+
+@pytest.fixture
+def no_compute(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, neither a model nor data is made."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("computing began")
+
+    def forbid() -> None:
+        for name in ("load_checkpoint", "new_checkpoint", "read_records", "problems"):
+            monkeypatch.setattr(recipes, name, forbidden)
+
+    return forbid
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Run a recipe that dies before a step of its own is over."""
+    compute_loss = DMaxTrainer.compute_loss
+
+    def dies(self: DMaxTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DMaxTrainer, "compute_loss", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+
+
+# --- a second start ---------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, no_compute: Callable[[], None]) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    run(path)
+    before, state = files(tmp_path / "out"), (tmp_path / "out-run" / "run.json").read_bytes()
+    no_compute()
+    assert run(path) == [f"already finished: {tmp_path / 'out'}"]
+    assert files(tmp_path / "out") == before
+    assert (tmp_path / "out-run" / "run.json").read_bytes() == state
+
+
+def test_a_run_killed_before_its_result_only_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run(write_recipe(whole, training=TWO_STEPS))
+    path = write_recipe(broken, training=TWO_STEPS)
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "save_checkpoint", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+    monkeypatch.setattr(DMaxTrainer, "train", dies)
+    run(path)
+    assert files(broken / "out")["model.safetensors"] == files(whole / "out")["model.safetensors"]
+    assert json.loads((broken / "out" / "dmax.json").read_text())["steps"] == 2
+
+
+def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, state = write_recipe(tmp_path, training=TWO_STEPS), tmp_path / "out-run" / "run.json"
+    killed_at(1, monkeypatch, path)
+    record = json.loads(state.read_text())
+    assert record["seconds"] > 0 and not record["is_finished"]
+    state.write_text(json.dumps(record | {"seconds": 5000.0}))
+    run(path)
+    assert json.loads((tmp_path / "out" / "dmax.json").read_text())["seconds"] >= 5000
+    run(path, resume=False)
+    assert json.loads((tmp_path / "out" / "dmax.json").read_text())["seconds"] < 5000
+
+
+def test_a_checkpoint_cut_off_in_writing_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run(write_recipe(whole, training=TWO_STEPS))
+    path = write_recipe(broken, training=TWO_STEPS)
+    killed_at(1, monkeypatch, path)
+    (broken / "out-run" / "checkpoint-2").mkdir()
+    run(path)
+    assert files(broken / "out")["model.safetensors"] == files(whole / "out")["model.safetensors"]
+
+
+def test_an_edited_recipe_does_not_go_on_with_the_old_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compute: Callable[[], None]
+) -> None:
+    killed_at(1, monkeypatch, write_recipe(tmp_path, training=TWO_STEPS))
+    no_compute()
+    wider = {"config": {**CONFIG, "hidden_size": 32}}
+    for change, names in (
+        ({"training": {**TWO_STEPS, "max_steps": 3}}, "`training.max_steps`"),
+        ({"training": {**TWO_STEPS, "seed": 4, "rollout": "soft"}}, "`training.rollout`, `training.seed`"),
+        ({"training": TWO_STEPS, "model": wider}, "`model.config.hidden_size`, `model.experts_implementation`"),
+        ({"training": TWO_STEPS, "data": {"problems": 16, "seed": 2}}, "`data.seed`"),
+    ):
+        edited = write_recipe(tmp_path, **change)
+        with pytest.raises(InputError) as error:
+            run(edited)
+        where = f"{edited}:1: in `output_dir`, {tmp_path / 'out-run'}"
+        assert error.value.message == f"{where} holds a run of a recipe that differs in {names}"
+        assert "--fresh" in str(error.value.hint)
+
+
+def test_other_data_under_the_same_name_is_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Tom has 3 apples.", "response": "So 3."}\n' * 4)
+    path = write_recipe(tmp_path, training=TWO_STEPS, data={"file": str(data)})
+    killed_at(1, monkeypatch, path)
+    data.write_text('{"prompt": "Tom has 4 apples.", "response": "So 4."}\n' * 4)
+    with pytest.raises(InputError, match=r"differs in `data\.sha256`"):
+        run(path)
+
+
+def test_what_leaves_the_weights_alone_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(1, monkeypatch, write_recipe(tmp_path, training=TWO_STEPS))
+    path = write_recipe(
+        tmp_path, training=TWO_STEPS | {"logging_steps": 2, "save_steps": 2, "lr_scheduler_type": "cosine"}
+    )
+    run(path)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_fresh_starts_over_and_removes_only_what_is_ours(tmp_path: Path) -> None:
+    run(write_recipe(tmp_path, training=TWO_STEPS))
+    notes = tmp_path / "out-run" / "notes.txt"
+    notes.write_text("mine")
+    edited = write_recipe(tmp_path, training={"max_steps": 1})
+    with pytest.raises(InputError, match=r"`training\.max_steps`"):
+        run(edited)
+    run(edited, resume=False)
+    assert sorted(entry.name for entry in notes.parent.iterdir()) == ["checkpoint-1", "notes.txt", "run.json"]
+    assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
+
+
+def test_a_checkpoint_of_something_else_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, training={"max_steps": 1})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a checkpoint that is not of this run"):
+        run(path)
+    run(path, resume=False)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+def test_checkpoints_that_do_not_say_what_trained_them_are_not_gone_on_with(
+    tmp_path: Path, content: str | None
+) -> None:
+    (tmp_path / "out-run" / "checkpoint-1").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "out-run" / "run.json").write_text(content)
+    with pytest.raises(InputError, match="not the record of a training run|no record of what trained them"):
+        run(write_recipe(tmp_path))
+
+
+# --- before any compute -----------------------------------------------------------------------------------------------
+
+
+def test_an_output_dir_that_holds_something_else(tmp_path: Path, no_compute: Callable[[], None]) -> None:
+    path = write_recipe(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    no_compute()
+    with pytest.raises(InputError, match=r"recipe.yaml:1: in `output_dir`, .*out exists and is not a checkpoint"):
+        run(path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_output_dir_that_cannot_be_written(tmp_path: Path, head: bool, no_compute: Callable[[], None]) -> None:
+    (tmp_path / "file").touch()
+    path = write_recipe(tmp_path, output_dir=str(tmp_path / "file" / "out"))
+    if head:
+        recipe = yaml.safe_load(path.read_text()) | {"head": {"kind": "learn2pd"}, "model": {"path": "tiny-base"}}
+        del recipe["training"]
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    no_compute()
+    with pytest.raises(InputError, match=r"recipe.yaml:1: in `output_dir`, cannot write"):
+        run(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", 3, None])
+def test_an_output_dir_without_a_name(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(InputError, match=r"recipe.yaml:1: `output_dir` must be the path of a folder, got "):
+        load_recipe(write_recipe(tmp_path, output_dir=name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eval": {"decoding": {"strategy": "spdd"}}}, r":\d+: in `eval\.decoding`, unknown strategy 'spdd'"),
+        ({"eval": {"decoding": {"options": {"alpa": 1}}}}, r":\d+: in `eval\.decoding`, strategy `spd` has no option"),
+        ({"eval": {"decoding": {"threshold": 2}}}, r":\d+: in `eval\.decoding`, `threshold` must be"),
+        ({"eval": {"limit": 0}}, r":\d+: in `eval\.limit`, `limit` must be a whole number of at least 1, got 0"),
+        ({"eval": {"task": "sums"}}, r":\d+: in `eval\.task`, unknown task 'sums'"),
+        ({"data": {"problems": 0}}, r":\d+: in `data\.problems`, `problems` must be .* at least 1, got 0"),
+        ({"data": {"problems": 4, "max_length": -1}}, r":\d+: in `data\.max_length`, `max_length` must be .*, got -1"),
+        ({"training": {"objective": "opud"}}, r":\d+: in `training`, `objective` must be one of"),
+        ({"model": {"config": {**CONFIG, "hidden_size": "x"}}}, r":\d+: .*`hidden_size` must be int, got 'x'"),
+        ({"model": {"config": {**CONFIG, "num_experts": 0}}}, r":\d+: `model\.config` is not usable: .*num_experts"),
+        ({"model": {"config": {"model_type": "llama", "hidden_size": "x"}}}, r":5: .*hidden_size.*expected int"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line_before_any_compute(
+    tmp_path: Path, change: dict[str, Any], message: str, no_compute: Callable[[], None]
+) -> None:
+    path = write_recipe(tmp_path, **change)
+    no_compute()
+    with pytest.raises(InputError, match=f"^{path}{message}"):
+        run(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"output_dir: a\nmodel: {}\nmodel: {}\n", "3: the key `model` stands in line 2 already"),
+        (b"model:\n  path: a\n  path: b\n", "3: the key `model.path` stands in line 2 already"),
+        (b"output_dir: a\nmodel:\n  path: caf\xe9\n", "3: not UTF-8 text"),
+        (b"output_dir: a\n\nmodel: [\n", "4: not valid YAML"),
+        (b"output_dir: a\nmodel: \x01\n", "2: not valid YAML"),
+        (b"model: &a\n  path: *a\n", r"1: not valid YAML \(RecursionError"),
+        (b"output_dir: 2026-13-45\n", "1: "),
+        (b"- a\n", "1: a recipe is a mapping"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{path}:({message})") as error:
+        load_recipe(path)
+    assert "\n" not in error.value.message
