@@ -31,7 +31,7 @@ from dmax.params import DecodingParams
 from dmax.tasks import get_task
 from dmax.tasks.word_problems import problems
 from dmax.training import noise
-from dmax.training.data import Collator, ResponseDataset
+from dmax.training.data import Collator, Conversation, ResponseDataset
 from dmax.training.objectives import IGNORE, Batch, CleanStream, roll_out
 
 Record = dict[str, Any]
@@ -104,10 +104,11 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
     Reference answers are masked at `ratio`, predicted in one pass by argmax, and the predictions are predicted anew.
     A valid paraphrase counts as wrong, for every model alike.
     """
-    data = [([{"role": "user", "content": p.question}], p.response) for p in problems(num, seed=7, split="test")]
+    drawn = problems(num, seed=7, split="test")
+    data = [Conversation([{"role": "user", "content": p.question}], p.response, "word_problems") for p in drawn]
     checkpoint, eos = llm.checkpoint, llm.checkpoint.eos_token_ids[0]
     length, mask = checkpoint.block_length, checkpoint.mask_token_id
-    dataset = ResponseDataset(data, checkpoint.tokenizer, 1024, "word_problems")
+    dataset = ResponseDataset(data, checkpoint.tokenizer, 1024)
     collate, generator = Collator(length, eos, 0, None), torch.Generator().manual_seed(0)
     counts = dict.fromkeys(("wrong", "mended", "right", "broken"), 0)
     for start in range(0, num, 32):

@@ -120,6 +120,8 @@ def test_eval_and_sweep_over_a_file_of_rows(dmax: Dmax, folder: Path, tmp_path: 
     samples = [json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()]
     assert [sample["expected"] for sample in samples] == ["3", "4", "5"]
     assert record["correct"] == sum(sample["is_correct"] for sample in samples)
+    too_long = dmax("eval", *words[: -len(SMALL)], "--json")  # 2,048 tokens, as the task usually takes
+    assert_refused(too_long, "the model has 512", "hint: ", "--max-new-tokens")
     sweep = ("sweep", "-o", tmp_path / "s", "--strategies", "threshold", "--thresholds", "0.5")
     assert one_object(dmax(*sweep, *words, "--json"))["data"] == str(data)
     assert_refused(dmax(*sweep, *words, "--data", other), "holds a sweep of", "other.jsonl")
@@ -221,6 +223,9 @@ def test_train_json(dmax: Dmax, tmp_path: Path) -> None:
     result = dmax("train", write_recipe(tmp_path), "--max-steps", "1", "--json")
     assert one_object(result) == {"checkpoint": str(tmp_path / "out")}
     assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
+    again = dmax("train", tmp_path / "recipe.yaml", "--max-steps", "1", "--json")
+    assert one_object(again) == one_object(result) and "already finished: " in again.err
+    assert_refused(dmax("train", tmp_path / "recipe.yaml"), "differs in `training.max_steps`", "--fresh")
 
 
 def test_demo(dmax: Dmax, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +258,7 @@ def test_an_unknown_model(dmax: Dmax, tmp_path: Path) -> None:
     for words in (("generate", "Hi"), ("eval",), ("distill", "-o", tmp_path / "a.jsonl")):
         assert_refused(dmax(*words, "--model", "no/such-model"), "`no/such-model`", *BUNDLED)
     assert_refused(dmax("eval", "-m", tmp_path), "config.json")
+    assert_refused(dmax("generate", "Hi", "--model", ""), "the name of the model is empty", *BUNDLED)
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "distill"])
@@ -285,7 +291,7 @@ def test_no_new_tokens(dmax: Dmax, folder: Path, tmp_path: Path, command: str, c
 
 def test_an_output_that_cannot_be_written(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for command in ("eval", "distill"):
+    for command in ("eval", "distill", "sweep"):
         result = dmax(command, "-m", folder, "--output", tmp_path / "file" / "a.json", *SMALL)
         assert_refused(result, "cannot write", "choose another output")
 
@@ -297,7 +303,25 @@ def test_a_folder_is_no_output(dmax: Dmax, folder: Path, tmp_path: Path, command
 
 def test_an_output_is_tried_before_the_model_is_loaded(dmax: Dmax, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert_refused(dmax("eval", "-m", "no/such-model", "-o", tmp_path / "file" / "a.json"), "cannot write")
+    for command in ("eval", "distill", "sweep"):
+        assert_refused(dmax(command, "-m", "no/such-model", "-o", tmp_path / "file" / "a.json"), "cannot write")
+
+
+def test_names_of_outputs_that_cannot_be(dmax: Dmax, folder: Path) -> None:
+    for name, part in (("", "it is a folder"), ("x" * 300, "too long")):
+        assert_refused(dmax("eval", "-m", folder, "--output", name, *SMALL), "cannot write", part)
+
+
+def test_a_sweep_names_an_unknown_model_before_it_measures_the_first(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    words = ("sweep", "-m", folder, "-m", "no/such-model", "--limit", 1, "-o", tmp_path / "out", *SMALL)
+    assert_refused(dmax(*words), "`no/such-model`")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_sweep_without_new_tokens(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = dmax("sweep", "-m", folder, "-o", tmp_path / "out", "--max-new-tokens", 0)
+    assert_refused(result, "`max_new_tokens` must be a whole number of at least 1, got 0")
 
 
 def test_a_missing_recipe(dmax: Dmax, tmp_path: Path) -> None:
@@ -309,7 +333,10 @@ def test_a_missing_recipe(dmax: Dmax, tmp_path: Path) -> None:
     [
         ({"trainig": {}}, ["recipe.yaml:", "unknown key `trainig`", "did you mean `training`?"]),
         ({"training": {"objektive": "oput"}}, ["unknown key `training.objektive`", "did you mean `objective`?"]),
-        ({"training": {"objective": "opud"}}, ["`objective` must be one of mdlm, uniform, oput, ", "got 'opud'", "did you mean `oput`?"]),
+        (
+            {"training": {"objective": "opud"}},
+            ["`objective` must be one of mdlm, uniform, oput, ", "got 'opud'", "did you mean `oput`?"],
+        ),
         ({"data": {"file": "nowhere.jsonl"}}, ["nowhere.jsonl` is not a file", "dmax distill"]),
         ({"model": {"path": "no/such-model"}}, ["`no/such-model`", *BUNDLED]),
         ({"eval": {"task": "sums"}}, ["unknown task 'sums'; choose from "]),
@@ -361,10 +388,12 @@ def test_bad_prompts(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
 def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:
     generate = ("generate", "-m", folder, "Hi")
     assert_refused(dmax("generate", "-m", folder, stdin=" \n"), "no prompt given")
+    assert_refused(dmax("generate", "-m", folder, stdin="caf\udce9"), "not UTF-8 text")  # as stdin has a stray byte
+    assert_refused(dmax("generate", "-m", folder, "caf\udce9"), "not UTF-8 text")
     assert_refused(dmax("generate", "-m", bare_folder, "Hi"), "no tokenizer")
     assert_refused(dmax(*generate, "--dtype", "float61"), "unknown dtype 'float61'; choose from auto, float32")
     assert_refused(dmax(*generate, "--device", "cdua"), "unknown device 'cdua'; choose from auto, cpu, cuda")
-    assert_refused(dmax(*generate, "--max-new-tokens", "600"), "the model has 512")
+    assert_refused(dmax(*generate, "--max-new-tokens", "600"), "the model has 512", "lower", "--max-new-tokens")
     assert_refused(dmax(*generate, "--top-k", "0"), "`top_k` must be a whole number of at least 1, got 0")
     assert_refused(dmax(*generate, "--temperature", "-1"), "`temperature` must be a number of at least 0")
 
@@ -378,6 +407,7 @@ def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:
         (["eval", "--limit", "many"], "--limit"),
         (["distill"], "--output"),
         (["train"], "RECIPE"),
+        (["train", "recipe.yaml", "--max-steps", "0"], "--max-steps"),
     ],
 )
 def test_wrong_usage(dmax: Dmax, words: list[str], part: str) -> None:

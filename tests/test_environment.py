@@ -56,8 +56,9 @@ def test_an_unknown_device_is_answered_with_the_choices() -> None:
 
 
 def test_a_device_this_machine_lacks_is_said_to_be_missing() -> None:
-    with pytest.raises(InputError, match="device 'cuda:99' is not available on this machine"):
-        select_device("cuda:99")
+    for device in ("cuda:99", "meta"):
+        with pytest.raises(InputError, match=f"device '{device}' is not available on this machine"):
+            select_device(device)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from dmax.errors import InputError
 from dmax.sandbox import KINDS, Limits, Outcome, check, choice, run_python, works
 from dmax.sandbox.isolation import WEAK
-from dmax.sandbox.process import Job, family, supervise
+from dmax.sandbox.process import Job, family, nameless, supervise
 from dmax.sandbox.remote import decode, encode
 
 HELD = [kind for kind in KINDS if works(kind)]  # every isolation that this machine has is attacked
@@ -205,6 +205,7 @@ FILLERS = {
     "one file": "open('file', 'ab').write(block)",
     "many files": "open(str(count), 'wb').write(block)",
     "unlinked files": "hoard.append(open('x', 'wb', buffering=0)); hoard[-1].write(block); os.unlink('x')",
+    "mapped files": "f = open('x', 'w+b', 0); f.write(block); map_page(f.fileno()); os.unlink('x'); f.close()",
     "hidden folders": "os.mkdir(str(count), 0o300); open(f'{count}/file', 'wb').write(block)",
     "empty files": "open(str(count), 'w').close()",
     "deep folders": "os.mkdir('folder'); os.chdir('folder')",
@@ -217,7 +218,9 @@ def test_fill_disk(kind: str, filler: str, scratch: Path) -> None:
     if kind == "bubblewrap" and filler in ("empty files", "deep folders"):
         pytest.skip("bubblewrap bounds the bytes of its tmpfs, not its entries")
     program = f"""
-import os
+import ctypes, os
+def map_page(number):
+    ctypes.CDLL(None).mmap(*map(ctypes.c_long, (0, 4096, 1, 1, number, 0)))
 hoard, block, count = [], bytes(1 << 20), 0
 while True:
     {FILLERS[filler]}
@@ -226,6 +229,36 @@ while True:
     outcome = run_python(program, limits=Limits(seconds=LONG, disk=4 << 20), isolation=kind)
     assert outcome.status == "disk" or (outcome.status == "failed" and "OSError" in outcome.detail), outcome
     assert os.listdir(scratch) == []
+
+
+@pytest.mark.parametrize(("wait", "expected"), [("hold.wait()", 8192), ("map_page()", sys.maxsize)])
+def test_files_without_a_name_are_seen_behind_a_thread_that_has_ended(wait: str, expected: int, tmp_path: Path) -> None:
+    """The first thread's entry in /proc shows no descriptors any more; the others keep theirs."""
+    program = f"""
+import ctypes, os, threading
+hold, libc = threading.Event(), ctypes.CDLL(None)
+def map_page():
+    libc.mmap(*map(ctypes.c_long, (0, 4096, 1, 1, file.fileno(), 0)))
+    file.close()
+    print(1, flush=True)
+    hold.wait()
+def work():
+    while open(f"/proc/{{os.getpid()}}/stat").read().split()[2] != "Z":
+        pass
+    if {wait!r} == "hold.wait()":
+        print(1, flush=True)
+    {wait}
+file = open("x", "w+b", 0)
+file.write(bytes(8192))
+os.unlink("x")
+threading.Thread(target=work).start()
+libc.syscall({60 if platform.machine() == "x86_64" else 93}, 0)  # ends this thread alone
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout and process.stdout.readline() == b"1\n"
+        assert nameless(process.pid, tmp_path.resolve(), os.stat(os.devnull)) == expected
+        process.kill()
 
 
 @every_isolation

@@ -35,7 +35,7 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
         choices = f"choose from {', '.join(DEVICES)} or, with an index, cuda:1"
         raise InputError(f"unknown device {device!r}; {choices}", did_you_mean(str(device), DEVICES)) from None
     try:
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # the meta device has tensors, but no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
         message = f"device {str(device)!r} is not available on this machine: {reason}"

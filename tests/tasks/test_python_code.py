@@ -164,7 +164,7 @@ def test_what_else_may_come(text: str, code: str | None) -> None:
 
 def test_definitions_leave_out_what_runs_beside_them() -> None:
     code = (
-        "import math\nLIMIT = 3\nsize: int = 4\n@staticmethod\ndef f(x):\n    print(x)\n    return x\n"
+        "import math\nLIMIT = 3\nsize: int = 4\nx = input()\n@staticmethod\ndef f(x):\n    print(x)\n    return x\n"
         "class A:\n    pass\nprint(f(2))\nassert f(2) == 3\nif __name__ == '__main__':\n    input()\n"
     )
     kept = definitions(code)
@@ -197,7 +197,12 @@ def test_a_completion_gives_the_body_or_repeats_the_signature() -> None:
         ("Use addition:\n```python\ndef double(x):\n    return x + x\n```\nDone.", True),
         ("def double(x):\n    return x + x", True),
         ("```python\ndef double(x):\n    return x + x\n\nassert double(2) == 5\n```", True),  # its own test is not run
-        ("```python\nFACTOR = 2\ndef double(x):\n    return FACTOR * x\n```", True),
+        ("```python\nn = int(input())\ndef double(x):\n    return x + x\nprint(double(n))\n```", True),
+        (
+            "```python\nFACTOR = 2\ndef double(x):\n    return FACTOR * x\n```",
+            True,
+        ),  # constants are kept, unlike as published
+        ("```python\ndef double(x):\n    return 2 * int(input())\n```", False),  # there is nothing to read
         ("```python\ndef double(x):\n    return 2\n```\n```python\ndef double(x):\n    return x + x\n```", False),
         ("```python\ndef twice(x):\n    return x + x\n```", False),
         ("```python\ndef double(x):\n    return x + \n```", False),

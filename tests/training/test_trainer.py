@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dmax.errors import InputError
 from dmax.recipe import blend_weights, load_recipe, run_recipe
 from dmax.tiny.tokenizer import build_tokenizer
-from dmax.training.data import Collator, Encoded, LengthSampler, ResponseDataset, read_records
+from dmax.training.data import Collator, Conversation, Encoded, LengthSampler, ResponseDataset, read_records
 from dmax.training.trainer import OBJECTIVES, DMaxConfig
 
 pytest.importorskip("accelerate")
@@ -154,6 +154,12 @@ def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:
         ({"trainig": {}}, r"recipe.yaml:\d+: unknown key `trainig`"),
         ({"training": {"lerning_rate": 1}}, r"recipe.yaml:\d+: unknown key `training.lerning_rate`"),
         ({"training": {"objective": "opud"}}, "`objective` must be one of mdlm, uniform, oput"),
+        ({"training": {"learning_rate": -1.0}}, "`learning_rate` must be at least 0, got -1.0"),
+        ({"training": {"per_device_train_batch_size": 0}}, "`per_device_train_batch_size` must be at least 1, got 0"),
+        ({"training": {"rollout_temperature": 0.0}}, "`rollout_temperature` must be above 0, got 0.0"),
+        ({"training": {"certainty_temperature": -1.0}}, "`certainty_temperature` must be above 0, got -1.0"),
+        ({"training": {"eos_labels": -3}}, "`eos_labels` must be at least 0, got -3"),
+        ({"training": {"pad_to": 0}}, "`pad_to` must be at least 1, got 0"),
         ({"training": {"mask_ratio_low": 0.9, "mask_ratio_high": 0.5}}, "mask ratios"),
         ({"model": {}}, r"recipe.yaml:\d+: `model` needs exactly one of"),
         ({"model": {"path": "tiny-base", "keep_start": 2.0}}, r"recipe.yaml:\d+: `model.keep_start` must be a share"),
@@ -177,6 +183,16 @@ def test_a_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any],
         ('{"response": "b"}\n', r"data.jsonl:1: no prompt"),
         ("[1]\n", r"data.jsonl:1: expected a JSON object"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', r"data.jsonl:1: the last of `messages`"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r"data.jsonl:1: .* and others before it"),
+        ('{"messages": []}\n', r"data.jsonl:1: the last of `messages`"),
+        ('{"messages": "text"}\n', r"data.jsonl:1: `messages` must be a list of objects"),
+        ('{"messages": ["a", "b"]}\n', r"data.jsonl:1: `messages` must be a list of objects"),
+        (
+            '{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}\n',
+            r"data.jsonl:1: `messages` must be",
+        ),
+        ('{"prompt": "\\ud800", "response": "b"}\n', r"data.jsonl:1: a text holds half of a surrogate pair"),
+        ("[" * 100_000 + "\n", r"data.jsonl:1: not a JSON object"),
     ],
 )
 def test_bad_data_names_file_and_line(tmp_path: Path, lines: str, message: str) -> None:
@@ -191,13 +207,21 @@ def test_all_kinds_of_records_are_read(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
     records = ({"prompt": "q", "response": "r"}, {"question": "q", "answer": "r"}, {"messages": chat})
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    assert read_records(path) == [([{"role": "user", "content": "q"}], "r")] * 3
+    message = {"role": "user", "content": "q"}
+    assert read_records(path) == [([message], "r", f"{path}:{line}") for line in (1, 2, 3)]
 
 
-def test_an_example_longer_than_the_context_is_refused() -> None:
-    conversation = ([{"role": "user", "content": "Tom has 3 apples."}], "So 3.")
-    with pytest.raises(InputError, match="record 2: .* leave no room for EOS in `max_length` 12"):
-        ResponseDataset([([{"role": "user", "content": "3"}], "3"), conversation], build_tokenizer(), 12, "data.jsonl")
+def test_an_example_longer_than_the_context_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    short, long = ({"prompt": prompt, "response": "3"} for prompt in ("3", "Tom has 3 apples."))
+    path.write_text(f"{json.dumps(short)}\n\n\n{json.dumps(long)}\n")
+    with pytest.raises(InputError, match=r"data.jsonl:4: .* leave no room for EOS in `max_length` 12"):
+        ResponseDataset(read_records(path), build_tokenizer(), 12)
+
+
+def test_no_example_at_all_is_refused() -> None:
+    with pytest.raises(InputError, match="there is no example to learn from"):
+        ResponseDataset([], build_tokenizer(), 12)
 
 
 def test_a5_labels_one_block_of_trailing_eos() -> None:
@@ -216,9 +240,10 @@ def test_a5_labels_one_block_of_trailing_eos() -> None:
 def test_batches_of_similar_length_cover_everything_once() -> None:
     tokenizer = build_tokenizer()
     conversations = [
-        ([{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1)) for index in range(53)
+        Conversation([{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1), "test")
+        for index in range(53)
     ]
-    dataset = ResponseDataset(conversations, tokenizer, 200, "test")
+    dataset = ResponseDataset(conversations, tokenizer, 200)
     sampler = LengthSampler(dataset, batch_size=4, seed=1, window=4)
     first = list(sampler)
     assert sorted(first) == list(range(53))
@@ -236,3 +261,17 @@ def test_a1_a6_the_defaults_are_argmax_rollouts_at_a_fixed_mask_ratio(tmp_path: 
     config = DMaxConfig(output_dir=str(tmp_path), report_to="none")
     assert (config.objective, config.rollout) == ("oput", "argmax")
     assert config.mask_ratio_low == config.mask_ratio_high == 0.75
+
+
+def test_micro_batches_of_a_step_are_averaged(tmp_path: Path) -> None:
+    """Trainer adds them up for models that take `**kwargs` unless it is told not to."""
+    first = {}
+    for size, steps in ((4, 1), (1, 4)):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        changes |= {"objective": "mdlm", "mask_ratio_low": 1.0, "mask_ratio_high": 1.0, "save_steps": 1}
+        run_recipe(load_recipe(write_recipe(folder, training=changes)))
+        first[steps] = losses(folder)[0]
+    assert first[4]["loss"] == pytest.approx(first[1]["loss"], rel=0.02)  # answers differ in length, so not exactly
+    assert first[4]["loss_masked"] == pytest.approx(first[4]["loss"], rel=1e-3)

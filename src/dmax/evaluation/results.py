@@ -36,13 +36,13 @@ class ResultFiles:
     def __init__(
         self, path: Path, *, overwrite: bool = False, report: Callable[[str], None] = lambda line: None
     ) -> None:
+        check_writable(path)
         stem = path.stem if path.suffix == ".json" else path.name
         self.summary, self.samples = path, path.with_name(f"{stem}.samples.jsonl")
         self.partial = path.with_name(f"{stem}.partial.jsonl")
         self._overwrite, self._report = overwrite, report
         self._settings: Mapping[str, Any] = {}
         self._is_begun = False
-        check_writable(path)
         # An interruption between the two results leaves the samples, and the journal that both are written from.
         is_finished = self.summary.exists() or (self.samples.exists() and not self.partial.exists())
         if is_finished and not overwrite:

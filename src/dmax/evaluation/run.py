@@ -17,7 +17,8 @@ from dmax.decoding import get_strategy
 from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
-from dmax.llm import LLM, GenerationOutput
+from dmax.llm import LLM
+from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
 from dmax.tasks import Example, Task
 
@@ -212,9 +213,9 @@ def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record
 
 def check_writable(path: Path) -> None:
     """Raise `InputError` unless a file can be made at `path`; asked before hours of computing, not after."""
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
     try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         probe.touch()

@@ -8,6 +8,7 @@ import selectors
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -125,10 +126,10 @@ class Job:
         members = list(family(self.pid))
         if self.is_verbose():
             return "output"
-        if any(threads(pid) > self.limits.threads for pid in members):
+        if any(len(tasks(pid)) > self.limits.threads for pid in members):
             return "threads"
         size, entries = usage(self._folder)
-        size += sum(unlinked(pid, self._stdin) for pid in members)
+        size += sum(nameless(pid, self._folder, self._stdin) for pid in members)
         return "disk" if size > self.limits.disk or entries > MAX_ENTRIES else None
 
 
@@ -190,16 +191,33 @@ def usage(folder: Path) -> tuple[int, int]:
     return size, entries
 
 
-def unlinked(pid: int, stdin: os.stat_result) -> int:
-    """Bytes in files that a process holds open though they have no name any more, its own stdin left out."""
-    size = 0
-    with suppress(OSError), os.scandir(f"/proc/{pid}/fd") as content:
-        for entry in content:
-            with suppress(OSError):
-                info = entry.stat()
-                if stat.S_ISREG(info.st_mode) and info.st_nlink == 0 and not os.path.samestat(info, stdin):
-                    size += info.st_blocks * 512
-    return size
+def nameless(pid: int, folder: Path, stdin: os.stat_result) -> int:
+    """Bytes in files without a name that a process holds open, its own stdin left out.
+
+    Each thread may have descriptors of its own, and one that has ended hides what the others share. A file of `folder`
+    that is mapped and no longer open has a size that cannot be seen, so it counts as more than any limit.
+    """
+    mapped, found = set[int](), dict[int, int]()  # inodes, and their bytes
+    for task in tasks(pid):
+        mapped |= mapped_nameless(task, folder)
+        with suppress(OSError), os.scandir(f"{task}/fd") as content:
+            for entry in content:
+                with suppress(OSError):
+                    info = entry.stat()
+                    if stat.S_ISREG(info.st_mode) and info.st_nlink == 0 and not os.path.samestat(info, stdin):
+                        found[info.st_ino] = info.st_blocks * 512
+    return sys.maxsize if mapped - found.keys() else sum(found.values())
+
+
+def mapped_nameless(task: str, folder: Path) -> set[int]:
+    """Inodes of the files that were in a folder, have no name any more, and are mapped into memory."""
+    try:
+        lines = Path(f"{task}/maps").read_bytes().splitlines()
+    except OSError:
+        return set()
+    start, end = os.fsencode(folder) + b"/", b" (deleted)"
+    fields = (line.split(maxsplit=5) for line in lines if line.endswith(end))
+    return {int(inode) for *_, inode, path in fields if path.startswith(start)}
 
 
 def family(pid: int) -> Iterator[int]:
@@ -210,12 +228,13 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
-def threads(pid: int) -> int:
-    """How many threads a process has; 0 where that cannot be seen."""
+def tasks(pid: int) -> list[str]:
+    """Folders of /proc, one for each thread of a process; none where they cannot be seen."""
+    folder = f"/proc/{pid}/task"
     try:
-        return len(os.listdir(f"/proc/{pid}/task"))
+        return [f"{folder}/{thread}" for thread in os.listdir(folder)]
     except OSError:
-        return 0
+        return []
 
 
 def remove(base: Path) -> None:

@@ -1,8 +1,7 @@
 """Tasks whose answer is a Python function: `mbpp` (sanitized), `humaneval` and their plus variants.
 
 Prompts are those of the published evaluation, zero-shot. As there, the first fenced block of a completion counts, and
-of it the imports and definitions; other than there, assignments at the top level stay, since functions may need them.
-What is left runs in the sandbox, against the tests of the row.
+of it the imports and definitions alone. What is left runs in the sandbox, against the tests of the row.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from dmax.tasks.data import Benchmark, Hub, Row
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "python3", "py")  # what may stand after the fence of a block that counts
 START_OF_CODE = re.compile(r"(?:from [\w.]+ import |import \w|(?:async )?def \w|class \w|@\w)")
-KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 DELIMITERS = "Please enclose your code within delimiters as follows:\n```python\n# YOUR CODE HERE\n```\n\n"
 # Tests of the plus sets import numpy for one comparison and the names of its types. The sandbox has the standard
 # library alone, so that this stands for it; arrays do not leave a candidate.
@@ -84,16 +83,23 @@ def _parse(code: str) -> ast.Module | None:
 
 
 def definitions(code: str) -> str:
-    """Imports, definitions and assignments of a program, without calls, prints and tests beside them.
+    """Imports, definitions and constants of a program, without calls, prints and tests beside them.
 
     A program that cannot be read, or has none of them, is given back as it stands.
     """
     tree = _parse(code)
-    kept = [node for node in tree.body if isinstance(node, KEPT)] if tree else []
+    kept = [node for node in tree.body if _is_definition(node)] if tree else []
     try:
         return "\n\n".join(ast.unparse(node) for node in kept) or code
     except RecursionError:  # a sum of a thousand terms is a tree as deep
         return code
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    """Imports, functions, classes, and the constants they use: 3 of MBPP's own solutions have one. Not what reads."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        return not any(isinstance(name, ast.Name) and name.id == "input" for name in ast.walk(node))
+    return isinstance(node, KEPT)
 
 
 def defined(code: str) -> set[str]:

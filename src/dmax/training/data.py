@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ from dmax.errors import InputError
 from dmax.training.objectives import IGNORE
 
 KEYS = (("prompt", "response"), ("question", "answer"))
+
+
+class Conversation(NamedTuple):
+    """What a record says.
+
+    Attributes:
+        messages: of the prompt, each with `role` and `content`.
+        response: what is to be learnt.
+        where: file and line, or where else it comes from, for errors.
+    """
+
+    messages: list[dict[str, str]]
+    response: str
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +48,8 @@ class Encoded:
         return len(self.prompt) + len(self.response)
 
 
-def read_records(path: str | Path) -> list[tuple[list[dict[str, str]], str]]:
-    """Messages and response of every line of a JSONL file.
+def read_records(path: str | Path) -> list[Conversation]:
+    """The record of every line of a JSONL file that is not blank.
 
     Raises:
         InputError: the file is missing or empty, or a line is not such a record; names file and line.
@@ -52,18 +66,22 @@ def read_records(path: str | Path) -> list[tuple[list[dict[str, str]], str]]:
     return records
 
 
-def _parse(line: bytes, where: str) -> tuple[list[dict[str, str]], str]:
+def _parse(line: bytes, where: str) -> Conversation:
     try:
         record = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise InputError(f"{where}: not a JSON object ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
     if "messages" in record:
         messages = record["messages"]
-        if not messages or messages[-1].get("role") != "assistant":
-            raise InputError(f"{where}: the last of `messages` must be the assistant's, the response to learn")
-        messages, response = messages[:-1], messages[-1].get("content")
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise InputError(f"{where}: `messages` must be a list of objects whose `role` and `content` are texts")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise InputError(
+                f"{where}: the last of `messages` must be the assistant's, the response to learn, and others before it"
+            )
+        messages, response = messages[:-1], messages[-1]["content"]
     else:
         prompt, response = next(((record.get(p), record.get(r)) for p, r in KEYS if p in record), (None, None))
         if not isinstance(prompt, str):
@@ -71,36 +89,43 @@ def _parse(line: bytes, where: str) -> tuple[list[dict[str, str]], str]:
         messages = [{"role": "user", "content": prompt}]
     if not isinstance(response, str) or not response.strip():
         raise InputError(f"{where}: a record without a response")
-    return messages, response
+    try:
+        "".join((response, *(message["content"] for message in messages))).encode()
+    except UnicodeEncodeError:  # JSON can write what no text holds
+        raise InputError(f"{where}: a text holds half of a surrogate pair") from None
+    return Conversation(messages, response, where)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 class ResponseDataset(Dataset[Encoded]):
     """Encoded examples in memory.
 
     Args:
-        conversations: (messages, response) pairs.
+        conversations: prompts and responses.
         tokenizer: a transformers tokenizer with a chat template.
         max_length: longest prompt + response + one block of EOS that fits the context.
-        where: name of the source and of the example at an index, for errors.
 
     Raises:
-        InputError: an example is longer than `max_length`.
+        InputError: there is no example, or one is longer than `max_length`; says which.
     """
 
-    def __init__(
-        self, conversations: Sequence[tuple[list[dict[str, str]], str]], tokenizer: Any, max_length: int, where: str
-    ) -> None:
+    def __init__(self, conversations: Sequence[Conversation], tokenizer: Any, max_length: int) -> None:
         self.examples = [
             Encoded(
                 tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False),
                 tokenizer.encode(response, add_special_tokens=False),
             )
-            for messages, response in conversations
+            for messages, response, _ in conversations
         ]
-        for index, example in enumerate(self.examples):
+        if not self.examples:
+            raise InputError("there is no example to learn from")
+        for conversation, example in zip(conversations, self.examples, strict=True):
             if len(example) >= max_length:
                 raise InputError(
-                    f"{where}, record {index + 1}: {len(example.prompt)} prompt and {len(example.response)} response "
+                    f"{conversation.where}: {len(example.prompt)} prompt and {len(example.response)} response "
                     f"tokens leave no room for EOS in `max_length` {max_length}",
                     hint="drop the record or raise `max_length` up to the model's context",
                 )

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from dmax.errors import InputError, did_you_mean
 from dmax.training import noise
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
-from dmax.training.objectives import Batch, Loss, certainty_loss, d2f_loss, mdlm_loss, oput_loss, uniform_loss
+from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
+from dmax.training.rivals import certainty_loss, d2f_loss
 
 OBJECTIVES = ("mdlm", "uniform", "oput", "dparallel", "d2f")
 ROLLOUTS = ("argmax", "sample", "soft", "spd")
@@ -52,6 +53,16 @@ class DMaxConfig(TrainingArguments):
             if value not in choices:
                 hint = did_you_mean(value, choices)
                 raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}", hint)
+        for name, is_right, rule in (
+            ("learning_rate", self.learning_rate >= 0, "at least 0"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
+            ("rollout_temperature", self.rollout_temperature > 0, "above 0"),
+            ("certainty_temperature", self.certainty_temperature > 0, "above 0"),
+            ("eos_labels", self.eos_labels is None or self.eos_labels >= 0, "at least 0"),
+            ("pad_to", self.pad_to is None or self.pad_to >= 1, "at least 1"),
+        ):
+            if not is_right:
+                raise InputError(f"`{name}` must be {rule}, got {getattr(self, name)}")
         if not 0 <= self.mask_ratio_low <= self.mask_ratio_high <= 1:
             raise InputError(
                 f"mask ratios must satisfy 0 <= low <= high <= 1, got {self.mask_ratio_low} and {self.mask_ratio_high}"
@@ -90,6 +101,9 @@ class DMaxTrainer(Trainer):
         if eval_hook is not None:
             kwargs["eval_dataset"] = train_dataset  # never read: Trainer only insists that there is one
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
+        # Our losses are means over a micro-batch; models take **kwargs, from which Trainer would conclude that they are
+        # scaled by the caller, and add up the micro-batches of a step instead of averaging them.
+        self.model_accepts_loss_kwargs = False
         self.mask_token_id, self.block_length, self.eval_hook = mask_token_id, block_length, eval_hook
         objective: Callable[..., Loss] = self._objective
         self._loss = torch.compile(objective) if args.compile_objective else objective
