@@ -73,8 +73,11 @@ def test_auto_dtype_on_a_gpu_is_what_it_computes_in(
     assert f"sm{capability[0]}{capability[1]}" in reason
 
 
-def test_auto_dtype_on_the_cpu_is_float32_and_bfloat16_on_request() -> None:
-    assert select_dtype("auto", CPU) == (torch.float32, "the default on cpu, exact; bfloat16 on request")
+def test_auto_dtype_on_a_cpu_is_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: False)
+    assert select_dtype("auto", CPU) == (torch.float32, "cpu does not compute in bfloat16 by itself")
+    monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: True)
+    assert select_dtype("auto", CPU)[0] == torch.bfloat16
     assert select_dtype("bfloat16", CPU) == select_dtype(torch.bfloat16, CPU) == (torch.bfloat16, "asked for")
 
 

@@ -1,4 +1,7 @@
-"""The `dmax` command. Each command imports what it needs when it runs, so that `--help` is instant."""
+"""The `dmax` command. Each command imports what it needs when it runs; `--help` waits for transformers alone.
+
+That takes seconds, and all of them are the price of `import dmax` making the Auto classes know our models.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,11 @@ def generate(
     from dmax.llm import LLM
     from dmax.params import DecodingParams
 
-    texts = prompts or [sys.stdin.read().strip()]
+    try:
+        texts = prompts or [sys.stdin.read().strip()]
+        "".join(texts).encode()
+    except UnicodeError:
+        raise InputError("the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8") from None
     if not all(texts):
         raise InputError("no prompt given", hint='dmax generate "your question"')
     params = DecodingParams(
@@ -147,13 +154,13 @@ def generate(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
-    max_steps: Annotated[int | None, typer.Option(help="stop after this many steps instead")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="stop after this many steps instead", min=1)] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="start over even if there are checkpoints to resume from")
+        bool, typer.Option("--fresh", help="start over: drop an earlier run's checkpoints, replace its result")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train as a recipe says; interrupted runs continue from their last checkpoint.
+    """Train as a recipe says; interrupted runs continue from their last checkpoint, finished ones are left as they are.
 
     Example: dmax train recipes/tiny_oput_soft.yaml
     """
@@ -190,6 +197,7 @@ def distill(
     from dmax.decoding import get_strategy
     from dmax.distill import distill as run_distill
     from dmax.distill import read_prompts
+    from dmax.evaluation.run import check_writable
     from dmax.llm import LLM
     from dmax.params import DecodingParams
     from dmax.tasks.word_problems import problems
@@ -201,6 +209,7 @@ def distill(
         max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
     )
     get_strategy(params)  # an unknown one is an error before files and models are touched
+    check_writable(output)
     llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
     with progress_bar("distilling") as progress:
         report = run_distill(llm, questions, output, params, progress=progress)
@@ -271,6 +280,25 @@ def evaluate(
     )
 
 
+@app.command()
+def bench(
+    device: DeviceOption = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="fewer problems, sizes and repeats")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the results")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure speed: the bundled models on a CPU, or LLaDA-2.0-mini's shape with random weights on a CUDA GPU.
+
+    Example: dmax bench --quick
+    """
+    from dmax.benchmark.report import console as open_console
+    from dmax.benchmark.run import run_benchmark
+
+    record = run_benchmark(device, quick=quick, console=open_console(stderr=as_json), output=output)
+    if as_json:
+        _emit(record)
+
+
 @app.command("lm_eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with `dmax` among its models; all arguments are those of its command lm_eval.
@@ -304,6 +332,7 @@ def sweep(
 
     Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output runs/sweep
     """
+    from dmax.checkpoint import find_folder
     from dmax.evaluation.plots import draw, page
     from dmax.evaluation.run import check_writable, write_atomically
     from dmax.evaluation.sweep import curves_of, parse_grid, run_sweep
@@ -313,6 +342,8 @@ def sweep(
     names = [name.strip() for name in strategies.split(",")]
     curves, chosen = curves_of(model, names, parse_grid(thresholds)), get_task(task, data)
     check_writable(output / "sweep.json")
+    for checkpoint in model:
+        find_folder(checkpoint)  # an unknown one is an error before the first is measured
     record = run_sweep(
         curves,
         chosen,

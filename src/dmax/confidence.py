@@ -31,8 +31,22 @@ class Candidates:
     broken: Tensor
 
 
+CACHED = 2**17
+"""Logits that a CPU works on at once: they and their softmax stay in its cache, and in memory that is used again."""
+
+
 def candidates(logits: Tensor, k: int, mask_token_id: int) -> Candidates:
     """The k most probable tokens of logits [..., V], at most V - 1, in as few passes over them as can be."""
+    rows = max(1, CACHED // logits.shape[-1])
+    if logits.device.type != "cpu" or logits.numel() <= rows * logits.shape[-1]:
+        return _candidates(logits, k, mask_token_id)
+    parts = [_candidates(part, k, mask_token_id) for part in logits.flatten(0, -2).split(rows)]
+    ids, probs, broken = (torch.cat([getattr(part, name) for part in parts]) for name in Candidates.__slots__)
+    shape = logits.shape[:-1]
+    return Candidates(ids.view(*shape, -1), probs.view(*shape, -1), broken.view(shape))
+
+
+def _candidates(logits: Tensor, k: int, mask_token_id: int) -> Candidates:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(-LARGEST, LARGEST)  # a NaN stays
     shares = wide.softmax(dim=-1, dtype=precision(logits))
     wide[..., mask_token_id] = float("-inf")  # our own copy since the clamp

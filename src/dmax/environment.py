@@ -44,14 +44,16 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
 
 
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the weights and why; "auto" is bfloat16 on GPUs that compute in it (sm80 and later), else float32.
+    """The dtype of the weights and why; "auto" is bfloat16 where the hardware computes in it, else float32.
 
     Raises:
         InputError: a name or dtype that weights cannot have.
     """
     if dtype == "auto":
+        if device.type == "cpu" and _cpu_has_bfloat16():
+            return torch.bfloat16, "the processor computes in it; float32 on request, exact"
         if device.type != "cuda":
-            return torch.float32, f"the default on {device.type}, exact; bfloat16 on request"
+            return torch.float32, f"{device.type} does not compute in bfloat16 by itself"
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
             return torch.bfloat16, f"the GPU computes in it (sm{major}{minor})"
@@ -91,6 +93,12 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         record["gpu_power_limit_w"] = _power_limit(str(properties.uuid))
         record["cuda"] = torch.version.cuda
     return record
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16 (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def _output(command: Sequence[str]) -> str | None:

@@ -184,3 +184,14 @@ def test_the_page_is_whole_and_escapes_what_it_shows() -> None:
     assert "<title>a &lt; b</title>" in text and "echo &lt;i&gt;" in text and "a &amp; b" in text
     assert text.count("<svg") == 1 and "http-equiv" not in text and "<script" not in text
     assert "90.0 % to 94.0 %" in text and "184" in text and "200 examples" in text
+
+
+def test_accuracy_may_be_drawn_over_what_a_position_yields(tmp_path: Path) -> None:
+    points = [p | {"generated_tokens": 100, "num_positions": 400 * (1 + i)} for i, p in enumerate(RECORD["points"])]
+    many = [p | {"label": f"{p['label']} {i}"} for p in points for i in range(6)]  # the legend moves beside the plot
+    draw({**RECORD, "points": many}, tmp_path / "a.svg", x="tokens_per_position")
+    texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text}
+    assert {"tokens per computed position", "base 5", "new 0"} <= texts
+    assert [
+        p["tokens_per_position"] for p in pareto([{**points[0], "tokens_per_position": 0.25}], "tokens_per_position")
+    ] == [0.25]

@@ -44,7 +44,9 @@ def draw(record: Record, path: Path | io.StringIO, x: str = "tpf") -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [{**p, "tokens_per_position": p["generated_tokens"] / p["num_positions"]} for p in record["points"]]
+    points = record["points"]
+    if x == "tokens_per_position":
+        points = [{**p, x: p["generated_tokens"] / p["num_positions"]} for p in points]
     if not points:
         raise InputError("nothing was measured, so there is nothing to draw")
     labels = list(dict.fromkeys(point["label"] for point in points))
@@ -59,8 +61,10 @@ def draw(record: Record, path: Path | io.StringIO, x: str = "tpf") -> None:
         axes.set_ylim(0, 101)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(labels) > 10 else {}
-        axes.legend(fontsize=8, frameon=False, **beside)
+        if len(labels) <= 10:
+            axes.legend(fontsize=8, frameon=False)
+        else:
+            axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
         is_svg = isinstance(path, io.StringIO) or path.suffix == ".svg"
         if isinstance(path, Path):

@@ -1,0 +1,105 @@
+"""Every decoding method on the bundled models: accuracy, tokens per forward and what a token costs, in one record.
+
+    python bench/methods.py
+
+Writes `methods.json`, two plots and `methods.md` under `docs/results/`; an interrupted run goes on where it stopped.
+Methods that need no training, or a head that comes with the package, decode the base model; SPD and its windows decode
+the DMax model, and so do those that were made to be trained and are not (`d2f`, `dparallel`, `joint_threshold`), beside
+the base model. `d2f` and `dparallel` are also measured on what their recipes train, where it lies under `runs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dmax.evaluation.plots import draw
+from dmax.evaluation.run import write_atomically
+from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.llm import LLM
+from dmax.tasks import get_task
+
+BASE, DMAX = "tiny-base", "tiny-dmax"
+CAREFUL = (0.95, 0.7, 0.5)
+CURVES = (
+    Curve("autoregressive", BASE, "autoregressive", (1,)),
+    Curve("LLaDA, fixed schedule", BASE, "llada", (32, 16, 8)),
+    Curve("threshold (LLaDA-2.0)", BASE, "threshold", CAREFUL),
+    Curve("Fast-dLLM, factor", BASE, "fast_dllm_factor", (0.5, 1.0, 4.0)),
+    Curve("Hierarchy-dLLM", BASE, "hierarchy", (0.9, 0.7, 0.5)),
+    Curve("entropy bound (EB-Sampler)", BASE, "entropy_bound", (0.1, 0.3, 1.0)),
+    Curve("dParallel's rule, untrained", BASE, "dparallel", (0.1, 0.5, 1.0)),
+    Curve("SchED", BASE, "sched", (9.0, 6.0, 3.0)),
+    Curve("credit", BASE, "credit", CAREFUL),
+    Curve("joint threshold (LLaDA-2.1)", BASE, "joint_threshold", CAREFUL),
+    Curve("IterSmooth", BASE, "iter_smooth", (0.9, 0.7, 0.5)),
+    Curve("Learn2PD", BASE, "learn2pd", (0.99, 0.96, 0.8)),
+    Curve("DEMASK", BASE, "demask", (0.03, 0.1, 0.3)),
+    Curve("D2F's window, untrained", BASE, "d2f", (0.9, 0.7, 0.5)),
+    Curve("LoPA", BASE, "lopa", (0.9, 0.7, 0.5)),
+    Curve("D2F, trained", "runs/tiny-d2f", "d2f", (0.95, 0.9, 0.7)),
+    Curve("dParallel, trained", "runs/tiny-dparallel", "dparallel", (0.1, 0.3, 0.5)),
+    Curve("joint threshold on DMax", DMAX, "joint_threshold", CAREFUL),
+    Curve("SPD (DMax)", DMAX, "spd", (0.9, 0.7, 0.5, 0.3)),
+    Curve("SPD, two blocks (MBD)", DMAX, "mbd", (0.9, 0.7, 0.5, 0.3)),
+)
+
+
+def page(record: dict[str, Any]) -> str:
+    """The table of all points, Markdown."""
+    points = record["points"]
+    rows = [
+        f"| {p['label']} | `{p['strategy']}` | {p['knob']} {p['value']:g} | {p['correct']}/{p['total']} "
+        f"({100 * p['interval'][0]:.1f} to {100 * p['interval'][1]:.1f} %) | {p['tpf']:.2f} "
+        f"| {p['num_positions'] / p['generated_tokens']:.1f} |"
+        for p in points
+    ]
+    machine = record["environment"]
+    return TEMPLATE.format(
+        rows="\n".join(rows),
+        total=points[0]["total"],
+        seed=record["seed"],
+        machine=f"{machine['cpu']}, torch {machine['torch']}, {points[0]['dtype']}",
+    )
+
+
+TEMPLATE = """# Every method on the bundled models
+
+Written by `python bench/methods.py` from [methods.json](methods.json): {total} unseen word problems (seed {seed}),
+exact final answer with its 95 % interval. *Positions a token* is what a token costs where a forward's width is not free:
+positions computed in denoising and commit forwards, all open blocks and versions included, over generated tokens.
+[docs/methods.md](../methods.md) says what each method is and what it needs. Machine: {machine}.
+
+![Accuracy against tokens per forward](methods.svg)
+
+![Accuracy against tokens per computed position](methods-cost.svg)
+
+| method | strategy | setting | correct | TPF | positions a token |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+def main() -> None:
+    """Measure what is missing, draw, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=int, default=200, help="problems")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    record = run_sweep(
+        [c for c in CURVES if not c.model.startswith("runs/") or Path(c.model).is_dir()],
+        get_task("word_problems"),
+        options.output / "methods.json",
+        limit=options.limit,
+        seed=7,
+        open_model=lambda name: LLM(name, max_batch_size=64, dtype="bfloat16"),
+        report=lambda line: print(line, flush=True),
+    )
+    draw(record, options.output / "methods.svg")
+    draw(record, options.output / "methods-cost.svg", x="tokens_per_position")
+    write_atomically(options.output / "methods.md", page(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""`dmax bench` on a CPU: what parallel decoding, the engine and batching gain, and how far a forward is from its floor.
+
+All contenders of a table decode the same problems in one process, in turns; figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmax.benchmark import hub_loop
+from dmax.benchmark.measure import Spread, in_turns, milliseconds, open_block, spread, watched
+from dmax.benchmark.memory import measure_apart
+from dmax.benchmark.report import RATIO_COLUMNS, Row, Section, ratio
+from dmax.benchmark.shapes import llama_135m
+from dmax.checkpoint import Checkpoint
+from dmax.environment import DTYPES
+from dmax.errors import InputError
+from dmax.llm import LLM
+from dmax.params import DecodingParams
+from dmax.tasks import Example, get_task
+
+CPU = torch.device("cpu")
+CONTEXT = 256  # tokens before the open block of the dense backbone
+
+
+@dataclass(frozen=True, slots=True)
+class CpuOptions:
+    """What to measure.
+
+    Attributes:
+        limit: problems at batch 1.
+        batch_limit: problems at every batch size.
+        repeats: rounds, behind one that warms up.
+        batch_sizes: of the table of batch sizes; 1 is among them.
+        dtypes: of the tables of batch sizes and of the dense backbone; the first is also that of the others.
+        base_threshold: of `tiny-base`, the lowest that keeps its accuracy.
+        best_threshold: of `tiny-dmax`, the fastest that keeps its accuracy; 0.5 is measured too.
+        seed: of the problems.
+        dense_layers: of the dense backbone.
+    """
+
+    limit: int = 48
+    batch_limit: int = 128
+    repeats: int = 3
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    base_threshold: float = 0.95
+    best_threshold: float = 0.2
+    seed: int = 7
+    dense_layers: int = 30
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for an unknown dtype, or without the batch size that others are compared to."""
+        if 1 not in self.batch_sizes:
+            raise InputError(f"the batch sizes must hold 1, got {', '.join(map(str, self.batch_sizes))}")
+        if unknown := [name for name in self.dtypes if name not in DTYPES]:
+            raise InputError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
+
+
+QUICK = CpuOptions(limit=3, batch_limit=16, repeats=1, batch_sizes=(1, 16), dtypes=("float32",))
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A model with a way to decode, at batch 1."""
+
+    label: str
+    model: str
+    params: DecodingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over the problems."""
+
+    seconds: float
+    completions: tuple[tuple[int, ...], ...]
+    forwards: int
+
+    @property
+    def tokens(self) -> int:
+        """Generated, EOS left out."""
+        return sum(map(len, self.completions))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prefill included."""
+        return self.tokens / self.seconds
+
+
+def sections(options: CpuOptions) -> Iterator[Section]:
+    """The tables, each measured when it is asked for."""
+    first = options.dtypes[0]
+    llms = {name: LLM(name, dtype=first, device="cpu", max_batch_size=1) for name in ("tiny-base", "tiny-dmax")}
+    methods = decoding(llms, options)
+    yield methods
+    loops = against_hub_loop(llms, options)
+    yield loops
+    batches = batching(options)
+    yield batches
+    dense = dense_backbone(options)
+    yield dense
+    yield ratios(options, *(section.rows for section in (methods, loops, batches, dense)))
+
+
+# --- (a) methods ------------------------------------------------------------------------------------------------------
+
+
+def contenders(options: CpuOptions) -> list[Contender]:
+    """SPD at two thresholds, the base model by threshold, and one token a forward."""
+    return [
+        Contender("SPD", "tiny-dmax", DecodingParams("spd", 0.5)),
+        Contender("SPD, best", "tiny-dmax", DecodingParams("spd", options.best_threshold)),
+        Contender("threshold", "tiny-base", DecodingParams("threshold", options.base_threshold)),
+        Contender("one token", "tiny-base", DecodingParams("autoregressive")),
+        Contender("one token, block 1", "tiny-base", DecodingParams("autoregressive", block_length=1)),
+    ]
+
+
+def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
+    """Accuracy and speed of the contenders at batch 1."""
+    task = get_task("word_problems")
+    examples = task.examples(options.limit, options.seed)
+    chosen = contenders(options)
+    passes = in_turns(
+        {each.label: partial(solve, llms[each.model], each.params, examples) for each in chosen}, options.repeats
+    )
+    rows = []
+    for each in chosen:
+        done, tokenizer = passes[each.label], llms[each.model].tokenizer
+        assert tokenizer is not None, "the bundled models have one"
+        texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in done[0].completions]
+        correct = sum(task.score(text, example) for text, example in zip(texts, examples, strict=True))
+        rows.append(
+            {
+                "method": each.label,
+                "model": each.model,
+                "threshold": each.params.threshold,
+                "block_length": each.params.block_length or llms[each.model].checkpoint.block_length,
+                "correct": correct,
+                "score": f"{correct}/{len(examples)}",
+                "tokens": done[0].tokens,
+                "forwards": done[0].forwards,
+                "tpf": done[0].tokens / done[0].forwards,
+                "tokens_per_second": spread([one.tokens_per_second for one in done]),
+                "ms_per_forward": spread([one.seconds / one.forwards * 1e3 for one in done]),
+            }
+        )
+    columns = {
+        "method": "method",
+        "model": "model",
+        "threshold": "threshold:g",
+        "correct": "score:>",
+        "TPF": "tpf:.2f",
+        "tokens/s": "tokens_per_second:.0f",
+        "ms/forward": "ms_per_forward:.2f",
+    }
+    note = (
+        "Batch 1, keys and values cached, prefill included. One token: the leftmost mask of a block of 32 as the model "
+        "was trained, the last block to its end; block 1: cheaper forwards that the model was not trained for."
+    )
+    return Section("decoding", f"methods, {options.dtypes[0]}", columns, rows, note)
+
+
+def solve(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> Pass:
+    """Decode all problems."""
+    params = replace(params, max_new_tokens=get_task("word_problems").max_new_tokens)
+    prompts = [llm.encode(example.prompt) for example in examples]
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    seconds = time.perf_counter() - began
+    return Pass(seconds, tuple(output.token_ids for output in outputs), sum(output.num_forwards for output in outputs))
+
+
+# --- (b) the loop of the published checkpoints ------------------------------------------------------------------------
+
+
+def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
+    """The engine and the loop without a cache: the same model, the same problems, the same decisions."""
+    examples = get_task("word_problems").examples(max(1, options.limit // 2), options.seed)
+    methods = {
+        "tiny-base": DecodingParams("threshold", options.base_threshold),
+        "tiny-dmax": DecodingParams("spd", 0.5),
+    }
+    runs: dict[str, Callable[[], Pass]] = {}
+    for model, params in methods.items():
+        runs[f"{model} engine"] = partial(solve, llms[model], params, examples)
+        runs[f"{model} hub"] = partial(solve_by_hub_loop, llms[model], params, examples)
+    passes = in_turns(runs, max(1, options.repeats - 1))
+    rows = []
+    for model, params in methods.items():
+        engine, hub = passes[f"{model} engine"], passes[f"{model} hub"]
+        equal = sum(a == b for a, b in zip(engine[0].completions, hub[0].completions, strict=True))
+        rows.append(
+            {
+                "method": params.strategy,
+                "model": model,
+                "threshold": params.threshold,
+                "equal": equal,
+                "total": len(examples),
+                "equal_completions": f"{equal}/{len(examples)}",
+                "engine_forwards": engine[0].forwards,
+                "hub_forwards": hub[0].forwards,
+                "engine": spread([one.tokens_per_second for one in engine]),
+                "hub": spread([one.tokens_per_second for one in hub]),
+                "ratio": spread([a.tokens_per_second / b.tokens_per_second for a, b in zip(engine, hub, strict=True)]),
+            }
+        )
+    columns = {
+        "method": "method",
+        "model": "model",
+        "equal completions": "equal_completions:>",
+        "engine, tokens/s": "engine:.0f",
+        "hub loop, tokens/s": "hub:.0f",
+        "ratio": "ratio:.2f",
+    }
+    note = "Hub loop: no cache; the whole prefix, and logits of all its positions, anew in every step (hub_loop.py)."
+    return Section("hub_loop", f"engine and hub loop, batch 1, {options.dtypes[0]}", columns, rows, note)
+
+
+def solve_by_hub_loop(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> Pass:
+    """Decode all problems without a cache."""
+    limit, threshold = get_task("word_problems").max_new_tokens, params.threshold
+    assert threshold is not None, "the reference has no defaults"
+    prompts, soft = [llm.encode(example.prompt) for example in examples], params.strategy == "spd"
+    began = time.perf_counter()
+    done = [
+        hub_loop.generate(llm.checkpoint, prompt, threshold=threshold, soft=soft, max_new_tokens=limit)
+        for prompt in prompts
+    ]
+    seconds = time.perf_counter() - began
+    return Pass(seconds, tuple(ids for ids, _ in done), sum(forwards for _, forwards in done))
+
+
+# --- (c) batch sizes --------------------------------------------------------------------------------------------------
+
+
+def batching(options: CpuOptions) -> Section:
+    """SPD at batch sizes and in dtypes: speed, memory, and the loop's own share of a step."""
+    examples = get_task("word_problems").examples(options.batch_limit, options.seed)
+    params, rows = DecodingParams("spd", 0.5), []
+    loaded = {dtype: LLM("tiny-dmax", dtype=dtype, device="cpu").checkpoint for dtype in options.dtypes}
+    keys = [(dtype, size) for dtype in options.dtypes for size in options.batch_sizes]
+    llms = {key: LLM.from_checkpoint(loaded[key[0]], max_batch_size=key[1]) for key in keys}
+    passes = in_turns({str(key): partial(solve, llms[key], params, examples) for key in keys}, options.repeats)
+    for dtype, size in keys:
+        done, llm = passes[str((dtype, size))], llms[dtype, size]
+        shares, calls = zip(*(watch_once(llm, params, examples) for _ in range(options.repeats)), strict=True)
+        rows.append(
+            {
+                "dtype": dtype,
+                "batch": size,
+                "tokens_per_second": spread([one.tokens_per_second for one in done]),
+                "ms_per_forward": spread([one.seconds / calls[0] * 1e3 for one in done]),
+                "model_calls": calls[0],
+                "loop_overhead": spread(shares),
+                **measure_apart("tiny-dmax", dtype, size, options.batch_limit, options.seed),
+            }
+        )
+    columns = {
+        "dtype": "dtype",
+        "batch": "batch:d",
+        "tokens/s": "tokens_per_second:.0f",
+        "ms/forward": "ms_per_forward:.2f",
+        "loop overhead": "loop_overhead:.1%",
+        "peak MiB": "peak_mib:.0f",
+        "loaded MiB": "loaded_mib:.0f",
+    }
+    note = (
+        "Loop overhead: share of the wall time outside `base_model.forward` and the head's product (hidden states "
+        "times output embeddings, timed by running it once more). Forwards: calls of the model, prefill included. "
+        "Memory: resident, in a process of its own for each row (VmHWM; loaded: VmRSS before decoding)."
+    )
+    return Section("batching", f"batch sizes, tiny-dmax, SPD, {len(examples)} problems", columns, rows, note)
+
+
+def watch_once(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> tuple[float, int]:
+    """Share of a pass spent outside the model, and calls of the model."""
+    with watched(llm.model) as watch:
+        done = solve(llm, params, examples)
+    return watch.outside(done.seconds), watch.calls
+
+
+# --- (d) a dense backbone and its floor -------------------------------------------------------------------------------
+
+
+def dense_backbone(options: CpuOptions) -> Section:
+    """A 135M Llama, one open block behind a prefix, against its matrix products alone."""
+    repeats = 5 * options.repeats
+    rows = []
+    for dtype in options.dtypes:
+        checkpoint = llama_135m(DTYPES[dtype], num_hidden_layers=options.dense_layers)
+        forward, floor = dense_times(checkpoint, repeats)
+        rows.append(
+            {
+                "dtype": dtype,
+                "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+                "ms_per_forward": forward,
+                "floor_ms": floor,
+                "ratio": forward["median"] / floor["median"],
+            }
+        )
+    columns = {
+        "dtype": "dtype",
+        "ms/forward": "ms_per_forward:.1f",
+        "products alone, ms": "floor_ms:.1f",
+        "ratio": "ratio:.2f",
+    }
+    note = (
+        "One open block of 32 behind 256 cached tokens, head included, as the engine runs it. Products alone: the same "
+        "linear layers on inputs of the same shape, and the head; attention's own two products are left out."
+    )
+    return Section("dense", "135M dense backbone, random weights", columns, rows, note)
+
+
+@torch.no_grad()
+def dense_times(checkpoint: Checkpoint, repeats: int, context: int = CONTEXT) -> tuple[Spread, Spread]:
+    """Milliseconds of a denoising forward with its head, and of its matrix products alone, measured in turns."""
+    model: Any = checkpoint.model
+    length, head = checkpoint.block_length, model.get_output_embeddings().weight
+    products: list[tuple[Tensor, Tensor]] = [(torch.randn(length, head.shape[1]).to(head.dtype), head)]
+    forward = open_block(checkpoint, context + length)
+
+    def collect(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        products.append((arguments[0].clone(), layer.weight))
+
+    linear = [layer for layer in model.base_model.modules() if isinstance(layer, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(collect) for layer in linear]
+    forward()
+    for hook in hooks:
+        hook.remove()
+
+    def floor() -> None:
+        for left, weight in products:
+            F.linear(left, weight)
+
+    times = in_turns(
+        {"forward": lambda: milliseconds(forward, CPU), "floor": lambda: milliseconds(floor, CPU)}, repeats
+    )
+    return spread(times["forward"]), spread(times["floor"])
+
+
+# --- ratios -----------------------------------------------------------------------------------------------------------
+
+
+def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
+    """What the tables amount to, against what was aimed at."""
+    methods, loops, batches, dense = tables
+    speed = {row["method"]: row["tokens_per_second"]["median"] for row in methods}
+    by_size = {(row["dtype"], row["batch"]): row for row in batches}
+    rows = []
+    for spd in ("SPD", "SPD, best"):
+        rows.append(ratio(f"{spd} / threshold", speed[spd] / speed["threshold"], ">= 2.5"))
+        rows.append(ratio(f"{spd} / one token", speed[spd] / speed["one token"], ">= 5"))
+        rows.append(ratio(f"{spd} / one token, block 1", speed[spd] / speed["one token, block 1"]))
+    rows += [ratio(f"engine / hub loop, {row['method']}", row["ratio"]["median"], ">= 3") for row in loops]
+    for dtype in options.dtypes:
+        alone = by_size[dtype, 1]
+        rows.append(ratio(f"loop overhead, batch 1, {dtype}", alone["loop_overhead"]["median"], "<= 0.1"))
+        if (dtype, 16) in by_size:
+            sixteen = by_size[dtype, 16]
+            gain = sixteen["tokens_per_second"]["median"] / alone["tokens_per_second"]["median"]
+            rows.append(ratio(f"loop overhead, batch 16, {dtype}", sixteen["loop_overhead"]["median"], "<= 0.03"))
+            rows.append(ratio(f"batch 16 / batch 1, {dtype}", gain, ">= 6"))
+    rows += [ratio(f"135M forward / its products, {row['dtype']}", row["ratio"], "<= 1.5") for row in dense]
+    return Section("ratios", "ratios", RATIO_COLUMNS, rows)
