@@ -67,8 +67,8 @@ def page(record: dict[str, Any]) -> str:
 TEMPLATE = """# Every method on the bundled models
 
 Written by `python bench/methods.py` from [methods.json](methods.json): {total} unseen word problems (seed {seed}),
-exact final answer with its 95 % interval. *Positions a token* is what a token costs where a forward's width is not free:
-positions computed in denoising and commit forwards, all open blocks and versions included, over generated tokens.
+exact final answer with its 95 % interval. *Positions a token* is what a token costs where a forward's width is not
+free: positions computed in denoising and commit forwards, all open blocks and versions included, over generated tokens.
 [docs/methods.md](../methods.md) says what each method is and what it needs. Machine: {machine}.
 
 ![Accuracy against tokens per forward](methods.svg)

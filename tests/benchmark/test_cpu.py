@@ -102,7 +102,7 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert methods["SPD"]["tpf"] > methods["threshold"]["tpf"] > 1 >= methods["one token, block 1"]["tpf"]
     assert all(set(row["tokens_per_second"]) == {"median", "low", "high"} for row in methods.values())
 
-    assert [row["equal_completions"] for row in record["hub_loop"]] == ["1/1", "1/1"]
+    assert [row["equal_completions"] for row in record["hub_loop"]] == ["1/1", "1/1", "1/1"]
     assert all(row["engine_forwards"] == row["hub_forwards"] for row in record["hub_loop"])
 
     one, two = record["batching"]
@@ -143,7 +143,12 @@ def _measured() -> list[list[dict[str, Any]]]:
     methods += [{"method": name, "tokens_per_second": {"median": 10.0}} for name in ("one token", "one token, block 1")]
     methods.append({"method": "SPD", "tokens_per_second": {"median": 60.0}})
     batch = {"dtype": "float32", "batch": 1, "tokens_per_second": {"median": 10.0}, "loop_overhead": {"median": 0.1}}
-    return [methods, [{"method": "spd", "ratio": {"median": 2.9}}], [batch], [{"dtype": "float32", "ratio": 1.5}]]
+    return [
+        methods,
+        [{"method": "spd", "shots": 0, "ratio": {"median": 2.9}}],
+        [batch],
+        [{"dtype": "float32", "ratio": 1.5}],
+    ]
 
 
 def test_ratios_and_targets() -> None:

@@ -26,6 +26,7 @@ from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.tasks import Example, get_task
+from dmax.tasks.word_problems import problems
 
 CPU = torch.device("cpu")
 CONTEXT = 256  # tokens before the open block of the dense backbone
@@ -170,14 +171,21 @@ def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
     return Section("decoding", f"methods, {options.dtypes[0]}", columns, rows, note)
 
 
-def solve(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> Pass:
-    """Decode all problems."""
+def solve(llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: int = 0) -> Pass:
+    """Decode all problems, each behind so many solved ones."""
     params = replace(params, max_new_tokens=get_task("word_problems").max_new_tokens)
-    prompts = [llm.encode(example.prompt) for example in examples]
+    prompts = [encode(llm, example, shots) for example in examples]
     began = time.perf_counter()
     outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - began
     return Pass(seconds, tuple(output.token_ids for output in outputs), sum(output.num_forwards for output in outputs))
+
+
+def encode(llm: LLM, example: Example, shots: int) -> tuple[int, ...]:
+    """A problem as a chat, behind `shots` solved problems of another seed."""
+    before = [(p.question, p.response) for p in problems(shots, seed=11, split="test")]
+    turns = [*(text for pair in before for text in pair), example.prompt]
+    return llm.encode([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)])
 
 
 # --- (b) the loop of the published checkpoints ------------------------------------------------------------------------
@@ -186,27 +194,32 @@ def solve(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> Pass
 def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
     """The engine and the loop without a cache: the same model, the same problems, the same decisions."""
     examples = get_task("word_problems").examples(max(1, options.limit // 2), options.seed)
-    methods = {
-        "tiny-base": DecodingParams("threshold", options.base_threshold),
-        "tiny-dmax": DecodingParams("spd", 0.5),
-    }
+    few = examples[: max(1, len(examples) // 4)]
+    spd = DecodingParams("spd", 0.5)
+    contests = (
+        ("tiny-base", DecodingParams("threshold", options.base_threshold), examples, 0),
+        ("tiny-dmax", spd, examples, 0),
+        ("tiny-dmax", spd, few, 3),
+    )
     runs: dict[str, Callable[[], Pass]] = {}
-    for model, params in methods.items():
-        runs[f"{model} engine"] = partial(solve, llms[model], params, examples)
-        runs[f"{model} hub"] = partial(solve_by_hub_loop, llms[model], params, examples)
+    for number, (model, params, solved, shots) in enumerate(contests):
+        runs[f"{number} engine"] = partial(solve, llms[model], params, solved, shots)
+        runs[f"{number} hub"] = partial(solve_by_hub_loop, llms[model], params, solved, shots)
     passes = in_turns(runs, max(1, options.repeats - 1))
     rows = []
-    for model, params in methods.items():
-        engine, hub = passes[f"{model} engine"], passes[f"{model} hub"]
+    for number, (model, params, solved, shots) in enumerate(contests):
+        engine, hub = passes[f"{number} engine"], passes[f"{number} hub"]
         equal = sum(a == b for a, b in zip(engine[0].completions, hub[0].completions, strict=True))
         rows.append(
             {
                 "method": params.strategy,
                 "model": model,
                 "threshold": params.threshold,
+                "prompt_tokens": sum(len(encode(llms[model], example, shots)) for example in solved) / len(solved),
+                "shots": shots,
                 "equal": equal,
-                "total": len(examples),
-                "equal_completions": f"{equal}/{len(examples)}",
+                "total": len(solved),
+                "equal_completions": f"{equal}/{len(solved)}",
                 "engine_forwards": engine[0].forwards,
                 "hub_forwards": hub[0].forwards,
                 "engine": spread([one.tokens_per_second for one in engine]),
@@ -217,20 +230,24 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
     columns = {
         "method": "method",
         "model": "model",
+        "prompt tokens": "prompt_tokens:.0f",
         "equal completions": "equal_completions:>",
         "engine, tokens/s": "engine:.0f",
         "hub loop, tokens/s": "hub:.0f",
         "ratio": "ratio:.2f",
     }
-    note = "Hub loop: no cache; the whole prefix, and logits of all its positions, anew in every step (hub_loop.py)."
+    note = (
+        "Hub loop: no cache; the whole prefix, and logits of all its positions, anew in every step (hub_loop.py). "
+        "Last row: three solved problems before each."
+    )
     return Section("hub_loop", f"engine and hub loop, batch 1, {options.dtypes[0]}", columns, rows, note)
 
 
-def solve_by_hub_loop(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> Pass:
+def solve_by_hub_loop(llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: int = 0) -> Pass:
     """Decode all problems without a cache."""
     limit, threshold = get_task("word_problems").max_new_tokens, params.threshold
     assert threshold is not None, "the reference has no defaults"
-    prompts, soft = [llm.encode(example.prompt) for example in examples], params.strategy == "spd"
+    prompts, soft = [encode(llm, example, shots) for example in examples], params.strategy == "spd"
     began = time.perf_counter()
     done = [
         hub_loop.generate(llm.checkpoint, prompt, threshold=threshold, soft=soft, max_new_tokens=limit)
@@ -362,7 +379,9 @@ def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
         rows.append(ratio(f"{spd} / threshold", speed[spd] / speed["threshold"], ">= 2.5"))
         rows.append(ratio(f"{spd} / one token", speed[spd] / speed["one token"], ">= 5"))
         rows.append(ratio(f"{spd} / one token, block 1", speed[spd] / speed["one token, block 1"]))
-    rows += [ratio(f"engine / hub loop, {row['method']}", row["ratio"]["median"], ">= 3") for row in loops]
+    for row in loops:
+        behind = f", {row['shots']} examples before" if row["shots"] else ""
+        rows.append(ratio(f"engine / hub loop, {row['method']}{behind}", row["ratio"]["median"], ">= 3"))
     for dtype in options.dtypes:
         alone = by_size[dtype, 1]
         rows.append(ratio(f"loop overhead, batch 1, {dtype}", alone["loop_overhead"]["median"], "<= 0.1"))
