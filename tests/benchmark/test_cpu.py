@@ -193,13 +193,13 @@ def test_watching_a_model_counts_its_calls_and_leaves_no_trace(llm: LLM) -> None
         done = cpu.solve(llm, DecodingParams(), examples)
     assert watch.calls >= max(1, done.forwards // 2)  # two sequences share a call
     assert watch.forward > watch.head > 0
-    assert 0 < watch.outside(done.seconds) < 1
+    assert 0 < watch.picked(done.seconds) < watch.outside(done.seconds) < 1
     before = replace(watch)
     assert cpu.solve(llm, DecodingParams(), examples).completions == done.completions
     assert watch == before
     alone = LLM.from_checkpoint(llm.checkpoint, max_batch_size=1)
     (output,) = alone.generate([examples[0].prompt], DecodingParams())
-    _, calls = cpu.watch_once(alone, DecodingParams(), examples[:1])
+    _, _, calls = cpu.watch_once(alone, DecodingParams(), examples[:1])
     assert calls == output.num_forwards + output.num_prefill_forwards
 
 

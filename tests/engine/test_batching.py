@@ -271,6 +271,7 @@ def test_spd_steps_are_captured_with_their_soft_inputs(monkeypatch: pytest.Monke
     assert run(scripted(table, react=3.0, cuda_graphs=True), *requests) == run(scripted(table, react=3.0), *requests)
 
 
+@torch.inference_mode()
 def test_steps_of_one_shape_share_a_graph() -> None:
     engine = scripted(confident([1] * 160, 0.6), max_batch_size=4, max_length=160, cuda_graphs=False)
     for index in range(3):

@@ -270,7 +270,8 @@ def batching(options: CpuOptions) -> Section:
     passes = in_turns({str(key): partial(solve, llms[key], params, examples) for key in keys}, options.repeats)
     for dtype, size in keys:
         done, llm = passes[str((dtype, size))], llms[dtype, size]
-        shares, calls = zip(*(watch_once(llm, params, examples) for _ in range(options.repeats)), strict=True)
+        watches = [watch_once(llm, params, examples) for _ in range(options.repeats)]
+        shares, picking, calls = zip(*watches, strict=True)
         rows.append(
             {
                 "dtype": dtype,
@@ -279,6 +280,7 @@ def batching(options: CpuOptions) -> Section:
                 "ms_per_forward": spread([one.seconds / calls[0] * 1e3 for one in done]),
                 "model_calls": calls[0],
                 "loop_overhead": spread(shares),
+                "picking": spread(picking),
                 **measure_apart("tiny-dmax", dtype, size, options.batch_limit, options.seed),
             }
         )
@@ -288,6 +290,7 @@ def batching(options: CpuOptions) -> Section:
         "tokens/s": "tokens_per_second:.0f",
         "ms/forward": "ms_per_forward:.2f",
         "loop overhead": "loop_overhead:.1%",
+        "of it best tokens": "picking:.1%",
         "peak MiB": "peak_mib:.0f",
         "loaded MiB": "loaded_mib:.0f",
     }
@@ -299,11 +302,11 @@ def batching(options: CpuOptions) -> Section:
     return Section("batching", f"batch sizes, tiny-dmax, SPD, {len(examples)} problems", columns, rows, note)
 
 
-def watch_once(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> tuple[float, int]:
-    """Share of a pass spent outside the model, and calls of the model."""
+def watch_once(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> tuple[float, float, int]:
+    """Shares of a pass spent outside the model and on picking tokens, and calls of the model."""
     with watched(llm.model) as watch:
         done = solve(llm, params, examples)
-    return watch.outside(done.seconds), watch.calls
+    return watch.outside(done.seconds), watch.picked(done.seconds), watch.calls
 
 
 # --- (d) a dense backbone and its floor -------------------------------------------------------------------------------

@@ -98,11 +98,13 @@ class Watch:
     Attributes:
         forward: inside `base_model.forward`.
         head: of the head's product, hidden states times output embeddings.
+        picking: of the rest of the head: the best tokens of the logits and their probabilities.
         calls: forwards, prefill included.
     """
 
     forward: float = 0.0
     head: float = 0.0
+    picking: float = 0.0
     calls: int = 0
 
     def outside(self, seconds: float) -> float:
@@ -112,6 +114,10 @@ class Watch:
         """
         loop = seconds - self.head
         return (loop - self.head - self.forward) / loop
+
+    def picked(self, seconds: float) -> float:
+        """The part of that share that picks the best tokens out of the logits."""
+        return self.picking / (seconds - self.head)
 
 
 @contextmanager
@@ -128,10 +134,13 @@ def watched(model: Any) -> Iterator[Watch]:
         watch.calls += 1
 
     def head(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
-        found = head_top_k(hidden, weight, k, mask_token_id)
         start = time.perf_counter()
+        found = head_top_k(hidden, weight, k, mask_token_id)
+        middle = time.perf_counter()
         F.linear(hidden, weight)
-        watch.head += time.perf_counter() - start
+        product = time.perf_counter() - middle
+        watch.head += product
+        watch.picking += middle - start - product
         return found
 
     hooks = model.base_model.register_forward_pre_hook(before), model.base_model.register_forward_hook(after)

@@ -96,7 +96,7 @@ class Engine:
         """Whether there is anything to do."""
         return bool(self._flights or self._scheduler.waiting)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, *, provisional: bool = False) -> list[Event]:
         """One round: end what must end, admit, encode a bounded number of prompt tokens, denoise every open block.
 
