@@ -7,7 +7,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format typecheck setup clean
+.PHONY: help demo test lint format typecheck results setup clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -29,6 +29,11 @@ typecheck: .venv/.setup-stamp ## types only
 format: .venv/.setup-stamp ## rewrite the sources in the house style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+results: .venv/.setup-stamp ## train and measure everything under docs/results again; hours, goes on where it stopped
+	@$(PY) bench/ablation_training.py
+	@$(PY) bench/paper.py
+	@$(PY) bench/methods.py
 
 setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
 

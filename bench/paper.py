@@ -419,7 +419,8 @@ def _pooled(results: Results) -> str:
 TEMPLATE = """# The paper's experiments in miniature
 
 Written by `python bench/paper.py` from the records in this folder; the retrained models come from
-`python bench/ablation_training.py` ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)). Numbers in the
+`python bench/ablation_training.py` ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `make results`
+runs both and [every decoding method](methods.md). Numbers in the
 first column are those of the paper's claims as this project counts them. A verdict is computed: *holds* and *fails*
 mean that the 95 % interval of the difference leaves out zero (or that a ratio lies on that side), *within noise* that
 it does not. Accuracies of single settings come from {problems} unseen word problems, those of retrained models from
