@@ -114,8 +114,9 @@ def generate(
 ) -> None:
     """Complete one or more prompts.
 
-    Example: dmax generate --model tiny-dmax "Tom has 12 apples. Tom buys 5 apples at the market. How many apples does
-    Tom have now?"
+    Example: dmax generate --model tiny-dmax "Liam has 9 photos. Later Liam collects 5 photos more. Liam leaves 2 photos
+    at school. Liam throws away 6 broken photos. Liam throws away 2 broken photos. How many photos does Liam end up
+    with?"
     """
     from dmax.llm import LLM
     from dmax.params import DecodingParams
