@@ -47,6 +47,16 @@ def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:
     return Engine(model, mask_token_id=MASK, eos_token_ids=[EOS], block_length=L, **options)
 
 
+def engine_of(checkpoint: Any, **options: Any) -> Engine:
+    return Engine(
+        checkpoint.model,
+        mask_token_id=checkpoint.mask_token_id,
+        eos_token_ids=checkpoint.eos_token_ids,
+        block_length=checkpoint.block_length,
+        **options,
+    )
+
+
 def confident(tokens: list[int], probability: float = 0.99) -> Tensor:
     """A table whose argmax at position i is `tokens[i]` with the given probability."""
     rest = (1 - probability) / (V - 1)

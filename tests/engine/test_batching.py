@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import EOS, L, confident, request, run, scripted
+from parts import EOS, L, confident, engine_of, request, run, scripted
 
 from dmax.cache import BlockCache
 from dmax.engine.engine import Engine
@@ -26,16 +26,6 @@ def drain(engine: Engine) -> dict[int, Any]:
     while engine.is_busy():
         done |= {event.index: event.completion for event in engine.step() if isinstance(event, FinishedEvent)}
     return done
-
-
-def engine_of(checkpoint: Any, **options: Any) -> Engine:
-    return Engine(
-        checkpoint.model,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_ids=checkpoint.eos_token_ids,
-        block_length=checkpoint.block_length,
-        **options,
-    )
 
 
 def tokens_of(completions: dict[int, Completion]) -> dict[int, tuple[int, ...]]:

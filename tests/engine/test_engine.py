@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import EOS, MASK, L, V, confident, request, run, scripted
+from parts import EOS, MASK, L, V, confident, engine_of, request, run, scripted
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dmax.decoding import get_strategy, strategies
 from dmax.decoding.block import Window
-from dmax.engine.engine import Engine
 from dmax.engine.request import BlockEvent, Request
 from dmax.errors import InputError
 from dmax.params import DecodingParams
@@ -28,16 +27,6 @@ TRAJECTORIES = [
     for index, trajectory in enumerate(json.loads((folder / "expected.json").read_text())["spd"])
     if trajectory["float64_agrees"]
 ]
-
-
-def engine_of(checkpoint: Any, **options: Any) -> Engine:
-    return Engine(
-        checkpoint.model,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_ids=checkpoint.eos_token_ids,
-        block_length=checkpoint.block_length,
-        **options,
-    )
 
 
 def test_spd_repeats_the_published_trajectories(golden: tuple[str, Any, dict[str, Any]]) -> None:
