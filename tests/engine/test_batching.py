@@ -126,6 +126,23 @@ def test_nan_logits_end_one_request_and_not_the_others() -> None:
     assert drain(engine)[1].token_ids == tuple(COUNT[1:])
 
 
+def test_what_others_did_in_a_round_that_raised_is_told_in_the_next() -> None:
+    table = confident(COUNT * 5)
+    table[2 * L + 1] = torch.nan
+    engine = scripted(table, max_batch_size=4, max_length=5 * L)
+    engine.add(request((1,), 0, max_new_tokens=L - 1))  # settled before the broken one, done with its first step
+    engine.add(request((1,) * (2 * L), 1, max_new_tokens=L))
+    engine.add(request((1,), 2, max_new_tokens=2 * L - 1))  # settled behind it
+    engine.add(request((2,) * (2 * L), 3, max_new_tokens=L))
+    for broken in (1, 3):
+        with pytest.raises(InputError, match=f"NaN logits for prompt {broken}"):
+            engine.step()
+    finished = drain(engine)
+    assert list(finished) == [0, 2]
+    assert finished[0].token_ids == tuple(COUNT[1:])
+    assert finished[2] == run(scripted(confident(COUNT * 5)), request((1,), 2, max_new_tokens=2 * L - 1))[2]
+
+
 def test_a_run_that_is_given_up_leaves_nothing_behind() -> None:
     engine = scripted(confident(COUNT * 5, 0.6), max_batch_size=1)
     requests = [request((1,), index) for index in range(3)]
@@ -133,6 +150,7 @@ def test_a_run_that_is_given_up_leaves_nothing_behind() -> None:
         assert event.index == 0
         break
     assert not engine.is_busy()
+    assert not any(engine.cancel(index) for index in range(3))
     assert run(engine, *requests) == run(scripted(confident(COUNT * 5, 0.6), max_batch_size=1), *requests)
 
 

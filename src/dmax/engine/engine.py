@@ -73,6 +73,8 @@ class Engine:
         self._scheduler = Scheduler(0, self.prefill_tokens, clock)
         self._planned: ModelRunner | None = None
         self._graphs: GraphedSteps | None = None
+        self._held: list[Event] = []  # of a round that raised, for the next one
+        self._errors: list[InputError] = []  # of the same round, one for each further request
         if max_length is not None:
             self._plan(max_batch_size, self._blocks(max_length))
 
@@ -94,7 +96,7 @@ class Engine:
 
     def is_busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._flights or self._scheduler.waiting)
+        return bool(self._flights or self._scheduler.waiting or self._held or self._errors)
 
     @torch.inference_mode()
     def step(self, *, provisional: bool = False) -> list[Event]:
@@ -104,14 +106,23 @@ class Engine:
             provisional: also report every open block, at the price of copying it from the device.
 
         Raises:
-            InputError: the logits of a request are NaN. The request is gone, the others can go on.
+            InputError: the logits of a request are NaN. The request is gone, the others can go on; what happened to
+                them in this round comes with the next, or is raised by it.
         """
-        events: list[Event] = list(self._end_early())
+        if self._errors:
+            raise self._errors.pop(0)
+        events, self._held = [*self._held, *self._end_early()], []
         self._admit()
         self._prefill()
         ready = {slot: f for slot, f in sorted(self._flights.items()) if slot not in self._scheduler.unfilled}
         for slot, flags in self._denoise(ready).items():
-            events += self._settle(ready[slot], slot, flags, provisional)
+            try:
+                events += self._settle(ready[slot], flags, provisional)
+            except InputError as error:
+                self._errors.append(error)
+        if self._errors:
+            self._held = events
+            raise self._errors.pop(0)
         return events
 
     def run(self, requests: Sequence[Request], *, provisional: bool = False) -> Iterator[Event]:
@@ -140,7 +151,11 @@ class Engine:
         finally:  # the caller may have had enough
             for slot in list(self._flights):
                 self._release(slot)
+            for request in self._scheduler.waiting:
+                self._scheduler.forget(request)
             self._scheduler.waiting.clear()
+            self._held.clear()
+            self._errors.clear()
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `InputError` for a request that can never fit."""
@@ -307,9 +322,9 @@ class Engine:
             flight.num_pending = 0
         return flags
 
-    def _settle(self, flight: Flight, slot: int, flags: list[Flags], provisional: bool) -> Iterator[Event]:
+    def _settle(self, flight: Flight, flags: list[Flags], provisional: bool) -> Iterator[Event]:
         """After a step: report the open blocks, close those that are done from the first on, and open the next."""
-        lane, request, counters = flight.lane, flight.request, flight.counters
+        lane, slot, request, counters = flight.lane, flight.slot, flight.request, flight.counters
         self._refuse_broken(slot, request, flags)
         counters.num_forced += sum(block.forced for block in flags)
         blocks = [slot * lane.width + place for place in flight.places[: len(flags)]]
