@@ -58,6 +58,14 @@ class Head:
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         object.__setattr__(self, "digest", digest.hexdigest()[:16])
 
+    def check_length(self, length: int, name: str) -> None:
+        """Raises `InputError`, which calls it `name`, if a block is longer than those it was trained on."""
+        if length > self.block_length:
+            raise InputError(
+                f"the {name} takes blocks of up to {self.block_length} positions, got {length}",
+                hint=f"lower `block_length`, or train a {name.split()[0]} for this one",
+            )
+
     def on(self, device: torch.device) -> Tensors:
         """The tensors on a device, copied there once."""
         if device not in self._placed:

@@ -52,12 +52,7 @@ class Demask(Configured):
 
     def open(self, view: View) -> State:
         """Nothing to remember; raises `InputError` for a block that is longer than those the head was trained on."""
-        length = view.tokens.shape[1]
-        if length > self.influence.block_length:
-            raise InputError(
-                f"the head `{self.head}` takes blocks of up to {self.influence.block_length} positions, got {length}",
-                hint="lower `block_length`, or train a head for this one",
-            )
+        self.influence.check_length(view.tokens.shape[1], f"head `{self.head}`")
         return {}
 
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:

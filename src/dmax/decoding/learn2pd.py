@@ -8,7 +8,6 @@ from typing import ClassVar
 from dmax.decoding import selection
 from dmax.decoding.block import Decision, Output, State, View, predict
 from dmax.decoding.settings import Configured
-from dmax.errors import InputError
 from dmax.heads import Head, filter_logits, load_head
 
 
@@ -41,12 +40,7 @@ class Learn2PD(Configured):
 
     def open(self, view: View) -> State:
         """Nothing to remember; raises `InputError` for a block that is longer than the filter."""
-        length = view.tokens.shape[1]
-        if length > self.filter.block_length:
-            raise InputError(
-                f"the filter `{self.head}` takes blocks of up to {self.filter.block_length} positions, got {length}",
-                hint="lower `block_length`, or train a filter for this one",
-            )
+        self.filter.check_length(view.tokens.shape[1], f"filter `{self.head}`")
         return {}
 
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
