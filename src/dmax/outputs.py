@@ -18,7 +18,7 @@ class GenerationOutput:
         prompt_token_ids: the prompt as the model saw it.
         finish_reason: "stop" (EOS or a stop text), "length", "deadline" or "cancelled".
         num_forwards: denoising forwards.
-        num_prefill_forwards: forwards that encoded the prompt.
+        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first denoising forward.
         num_commit_forwards: forwards that only wrote keys and values of finished blocks.
         num_positions: positions computed in denoising and commit forwards, all open blocks and versions included.
     """

@@ -21,7 +21,7 @@ class ScriptedModel(nn.Module):
     def __init__(self, table: Tensor, react: float = 0.0) -> None:
         super().__init__()
         self.table, self.react = table, react  # [positions, V]
-        self.embedding = nn.Embedding(V, 4)
+        self.embedding, self.head = nn.Embedding(V, 4), nn.Identity()
         self.config = SimpleNamespace(
             num_hidden_layers=1, num_attention_heads=1, hidden_size=4, vocab_size=V, max_position_embeddings=len(table)
         )
@@ -29,16 +29,17 @@ class ScriptedModel(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
     def base_model(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=inputs_embeds)
 
-    def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, logits_to_keep: int = 0, **_: Any
-    ) -> SimpleNamespace:
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
         logits = self.table[position_ids]
         if self.react:
             logits = logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], hidden_states=(inputs_embeds,))
+        return SimpleNamespace(logits=self.head(logits), hidden_states=(inputs_embeds,))
 
 
 def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:

@@ -9,11 +9,11 @@ import torch
 from parts import EOS, L, confident, engine_of, request, run, scripted
 
 from dmax.cache import BlockCache
-from dmax.engine.engine import Engine
+from dmax.engine.engine import RIDING_BLOCKS, Engine
 from dmax.engine.graphs import GraphedSteps, Step
-from dmax.engine.lane import Row, Shape
 from dmax.engine.prefix import PrefixCache
 from dmax.engine.request import Completion, FinishedEvent, Request
+from dmax.engine.rows import Row, Rows, Shape
 from dmax.errors import InputError
 from dmax.params import DecodingParams
 
@@ -66,6 +66,28 @@ def test_a_long_prompt_is_encoded_between_the_steps_of_others() -> None:
     assert engine._flights[1].counters.num_prefill_forwards == 3
     assert engine._flights[1].counters.num_forwards == 0
     assert drain(engine)[1].counters.num_prefill_forwards == 6
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "prefills", "own"), [(0, 0, 0), (RIDING_BLOCKS, 1, 0), (5 + RIDING_BLOCKS, 2, 1)]
+)
+def test_a_short_prompt_goes_along_with_the_first_step(
+    golden: tuple[str, Any, dict[str, Any]], num_blocks: int, prefills: int, own: int
+) -> None:
+    _, checkpoint, _ = golden
+    length, calls = checkpoint.block_length, []
+    params = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=length)
+    (prompt,) = random_prompts(num_blocks * length + 3)
+    handle = checkpoint.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    folded = run(engine_of(checkpoint, prefill_tokens=5 * length), Request(0, prompt, params))[0]
+    handle.remove()
+    counters = folded.counters
+    assert counters.num_prefill_forwards == prefills
+    assert len(calls) == counters.num_forwards + own
+    apart = run(engine_of(checkpoint, commit="separate"), Request(0, prompt, params))[0]
+    assert apart.token_ids == folded.token_ids
+    assert apart.counters.num_commit_forwards == 1  # of the first block, none for the prompt
+    assert apart.counters.num_positions == counters.num_positions
 
 
 def test_chunks_do_not_change_what_is_decoded(golden: tuple[str, Any, dict[str, Any]]) -> None:
@@ -295,7 +317,7 @@ def test_steps_of_one_shape_share_a_graph() -> None:
 
     steps = GraphedSteps(3, 160, record)
     for num_rows in (3, 3, 3, 4, 2, 2):
-        rows = [Row(slot, 0, 0, slot) for slot in range(num_rows)]
-        flags = steps(engine._runner, lane, Shape.of(rows, num_rows, L), torch.tensor(rows).T)
+        rows, nothing = [Row(slot, 0, 0, slot) for slot in range(num_rows)], torch.zeros(0, L, dtype=torch.long)
+        flags = steps(engine._runner, lane, Shape.of(rows, num_rows, L), Rows(torch.tensor(rows).T, nothing))
         assert flags.shape == (6, num_rows)
     assert num_captures == 2  # three rows filled up to four, and two; four in order, read without a copy, came once

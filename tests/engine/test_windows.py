@@ -10,8 +10,8 @@ from parts import EOS, L, confident, request, run, scripted
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask
-from dmax.cache import CacheWindow
 from dmax.engine.request import BlockEvent, Counters
+from dmax.engine.rows import Row, Rows, Shape
 from dmax.engine.runner import ModelRunner
 
 PROMPT = (1,) * L  # one block, prefilled
@@ -130,10 +130,11 @@ def opened(golden: tuple[str, Any, dict[str, Any]]) -> tuple[ModelRunner, Any, i
 
 def forward(runner: ModelRunner, rows: list[tuple[int, int, int]], tokens: Tensor, num_open: int) -> Tensor:
     """Logits [R, L, V] of the last rows, MASK's at 0; each row is a slot, where it is written and where it stands."""
-    slots, starts, bases = torch.tensor(rows).T
-    length = tokens.shape[1]
-    window = CacheWindow(runner.cache, slots, starts, length, int(starts.max()) + length, False)
-    logits = runner.denoise(window, runner.embed(tokens), bases, num_open).logits
+    length, num_pending = tokens.shape[1], len(rows) - num_open
+    places = [Row(*row) for row in rows]
+    settled, opened = tokens[:num_pending].tolist(), runner.embed(tokens[num_pending:])
+    shape = Shape.of(places, num_open, length)
+    logits = runner.denoise(shape, Rows.of(places, settled, length), opened).logits
     return logits.index_fill(-1, torch.tensor([runner.mask_token_id]), 0.0)
 
 

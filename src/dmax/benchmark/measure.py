@@ -18,6 +18,7 @@ from torch import Tensor
 from dmax.checkpoint import Checkpoint
 from dmax.confidence import Candidates
 from dmax.engine import runner
+from dmax.engine.rows import Row, Rows, Shape
 from dmax.kernels.head import head_top_k
 
 T = TypeVar("T")
@@ -78,13 +79,12 @@ def open_block(checkpoint: Checkpoint, context: int) -> Callable[[], Tensor]:
     cache = model_runner.cache
     cache.keys.normal_()
     cache.values.normal_()
-    cache.commit([0], [context - length])
-    window = cache.write_at([0], length)
-    tokens = torch.randint(model.config.vocab_size, (1, length), device=cache.keys.device)
-    inputs, bases = model_runner.embed(tokens).detach(), window.positions[:, 0]
+    opened = [Row(0, context - length, context - length, 0)]
+    shape, rows = Shape.of(opened, 1, length), Rows.of(opened, [], length).to(model.device)
+    inputs = model_runner.embed(torch.randint(model.config.vocab_size, (1, length), device=model.device)).detach()
 
     def forward() -> Tensor:
-        return model_runner.denoise(window, inputs, bases, num_open=1).top(1).ids
+        return model_runner.denoise(shape, rows, inputs).top(1).ids
 
     return forward
 

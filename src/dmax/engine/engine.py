@@ -15,18 +15,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dmax.decoding import get_strategy
 from dmax.engine.flight import Flight, gumbel_noise, own_generator
 from dmax.engine.graphs import GraphedSteps
-from dmax.engine.lane import Flags, Lane, Shape
+from dmax.engine.lane import Flags, Lane
+from dmax.engine.limits import Limits
 from dmax.engine.prefix import PrefixCache
 from dmax.engine.request import Completion, Counters, Event, FinishedEvent, Request
+from dmax.engine.rows import Rows, Shape
 from dmax.engine.runner import ModelRunner
 from dmax.engine.scheduler import Scheduler
 from dmax.errors import InputError
 from dmax.params import DecodingParams
 
 Commit = Literal["cross_block", "separate"]
+
+RIDING_BLOCKS = 4
+"""Prompts of at most so many blocks go along with their first step. Every block of a forward reads its sequence's keys
+and values for itself, so that a forward of their own is cheaper for longer ones."""
 
 
 class Engine:
@@ -70,13 +75,15 @@ class Engine:
         self.prefix_cache, self.commit, self.cuda_graphs, self.clock = prefix_cache, commit, cuda_graphs, clock
         self._flights: dict[int, Flight] = {}  # by slot
         self._lanes: dict[DecodingParams, Lane] = {}
-        self._scheduler = Scheduler(0, self.prefill_tokens, clock)
+        self._scheduler = self._schedule(0)
         self._planned: ModelRunner | None = None
         self._graphs: GraphedSteps | None = None
         self._held: list[Event] = []  # of a round that raised, for the next one
         self._errors: list[InputError] = []  # of the same round, one for each further request
+        context, vocab_size = getattr(model.config, "max_position_embeddings", None), model.config.vocab_size
+        self._limits = Limits(block_length, vocab_size, context, max_length)
         if max_length is not None:
-            self._plan(max_batch_size, self._blocks(max_length))
+            self._plan(max_batch_size, self._limits.blocks(max_length))
 
     # --- what a server calls ------------------------------------------------------------------------------------------
 
@@ -86,8 +93,8 @@ class Engine:
         Raises:
             InputError: one that can never fit.
         """
-        self._check(request)
-        self._plan(self.max_batch_size, self._needs(request))
+        self._limits.check(request)
+        self._plan(self.max_batch_size, self._limits.needs(request))
         self._scheduler.add(request)
 
     def cancel(self, index: int) -> bool:
@@ -142,7 +149,7 @@ class Engine:
         if not requests:
             return
         if self.max_length is None:
-            self._plan(min(self.max_batch_size, len(requests)), max(map(self._needs, requests)))
+            self._plan(min(self.max_batch_size, len(requests)), max(map(self._limits.needs, requests)))
         for request in requests:
             self._scheduler.add(request)
         try:
@@ -160,41 +167,9 @@ class Engine:
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `InputError` for a request that can never fit."""
         for request in requests:
-            self._check(request)
+            self._limits.check(request)
 
     # --- memory -------------------------------------------------------------------------------------------------------
-
-    def _check(self, request: Request) -> None:
-        config = self.model.config
-        context, vocab_size = getattr(config, "max_position_embeddings", None), config.vocab_size
-        if not request.prompt_ids:
-            raise InputError(f"prompt {request.index} is empty", hint="give at least one token")
-        if not all(0 <= token < vocab_size for token in request.prompt_ids):
-            raise InputError(f"prompt {request.index} holds a token id outside the vocabulary of {vocab_size}")
-        self._check_room(request, self._end(request), "the model has", context)
-        if self.max_length is not None:
-            self._check_room(request, self._needs(request), "the engine was planned for", self._blocks(self.max_length))
-
-    def _check_room(self, request: Request, needed: int, who: str, room: int | None) -> None:
-        if room is not None and needed > room:
-            raise InputError(
-                f"prompt {request.index} has {len(request.prompt_ids)} tokens; with `max_new_tokens` "
-                f"{request.params.max_new_tokens} it needs {needed} positions, {who} {room}",
-                hint="shorten the prompt or lower `max_new_tokens` (on the command line --max-new-tokens)",
-            )
-
-    def _blocks(self, length: int) -> int:
-        """`length` rounded up to whole blocks: they are aligned to absolute multiples of the block length."""
-        return -(-length // self.block_length) * self.block_length
-
-    def _end(self, request: Request) -> int:
-        """First position past the last block."""
-        return self._blocks(len(request.prompt_ids) + request.params.max_new_tokens)
-
-    def _needs(self, request: Request) -> int:
-        """Positions a request takes in the cache, those of further versions of its open block included."""
-        versions = getattr(get_strategy(request.params), "num_branches", 1)
-        return self._end(request) + (versions - 1) * self.block_length
 
     def _plan(self, num_slots: int, capacity: int) -> None:
         """Reserve keys and values for so many sequences of so many positions, unless that much is there.
@@ -217,8 +192,11 @@ class Engine:
         rows = num_slots + graphs  # the last one fills up batches
         self._planned = ModelRunner(self.model, self.block_length, rows, capacity, self.mask_token_id)
         self._graphs = GraphedSteps(num_slots, capacity) if graphs else None
-        self._scheduler = Scheduler(num_slots, self.prefill_tokens, self.clock)
+        self._scheduler = self._schedule(num_slots)
         self._lanes.clear()
+
+    def _schedule(self, num_slots: int) -> Scheduler:
+        return Scheduler(num_slots, self.prefill_tokens, RIDING_BLOCKS * self.block_length, self.clock)
 
     @property
     def _runner(self) -> ModelRunner:
@@ -250,7 +228,8 @@ class Engine:
                 self._lanes[key] = Lane(key, rows, self.block_length, runner.device, tuple(self.eos_token_ids))
             lane = self._lanes[key]
             start = len(request.prompt_ids) // self.block_length * self.block_length
-            self._flights[slot] = Flight(request, lane, slot, start, self._end(request), own_generator(request.params))
+            end, generator = self._limits.end(request), own_generator(request.params)
+            self._flights[slot] = Flight(request, lane, slot, start, end, generator)
             lane.open(slot * lane.width, request.prompt_ids[start:], self.mask_token_id, runner.embed)
             runner.cache.rollback(slot)
             if self.prefix_cache is not None:
@@ -259,26 +238,47 @@ class Engine:
                 self._scheduler.unfilled[slot] = unfilled
 
     def _prefill(self) -> None:
-        """Encode prompts: one chunk if sequences are running, else all but the long ones, so that they start as one."""
+        """Encode prompts: short ones along with their first step, long ones in chunks.
+
+        One chunk if sequences are running, else all but the last chunks of the longest, so that they start as one.
+        """
         scheduler = self._scheduler
         waits = any(slot not in scheduler.unfilled for slot in self._flights)
         while True:
-            slots, size = scheduler.next_chunk()
-            if not slots:
+            riders, slots, size = scheduler.next_prompts(waits)
+            for slot in riders:
+                self._let_ride(slot)
+            if slots:
+                self._encode(slots, size)
+            waits = waits or bool(riders) or not any(n <= scheduler.prefill_tokens for n in scheduler.unfilled.values())
+            if waits or not slots:
                 return
-            runner, tokens = self._runner, []
-            for slot in slots:
-                flight, at = self._flights[slot], runner.cache.lengths[slot]
-                tokens.append(flight.request.prompt_ids[at : at + size])
-                flight.counters.num_prefill_forwards += 1
-            runner.prefill(slots, torch.tensor(tokens).to(runner.device))
-            for slot in slots:
-                scheduler.filled(slot, size)
-                if self.prefix_cache is not None and slot not in scheduler.unfilled:
-                    self.prefix_cache.store(runner.cache, slot, self._flights[slot].request.prompt_ids)
-            waits = waits or not any(left <= scheduler.prefill_tokens for left in scheduler.unfilled.values())
-            if waits:
-                return
+
+    def _let_ride(self, slot: int) -> None:
+        """Make what is left of a prompt blocks that go into the cache with the sequence's first step."""
+        flight, length = self._flights[slot], self.block_length
+        starts = range(self._runner.cache.lengths[slot], flight.start, length)
+        flight.pending = [flight.request.prompt_ids[start : start + length] for start in starts]
+        flight.num_prompt = len(starts)
+        self._scheduler.filled(slot, len(starts) * length)
+
+    def _encode(self, slots: list[int], size: int) -> None:
+        """Encode the next `size` tokens of prompts in a forward of their own."""
+        runner, tokens = self._runner, []
+        for slot in slots:
+            flight, at = self._flights[slot], runner.cache.lengths[slot]
+            tokens.append(flight.request.prompt_ids[at : at + size])
+            flight.counters.num_prefill_forwards += 1
+        runner.prefill(slots, torch.tensor(tokens).to(runner.device))
+        for slot in slots:
+            self._scheduler.filled(slot, size)
+            if slot not in self._scheduler.unfilled:
+                self._share_prefix(slot)
+
+    def _share_prefix(self, slot: int) -> None:
+        """Keep the encoded blocks of a prompt for others that begin alike."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.store(self._runner.cache, slot, self._flights[slot].request.prompt_ids)
 
     def _denoise(self, ready: dict[int, Flight]) -> dict[int, list[Flags]]:
         """One forward and one decision for every open block; the only wait for the device is for the flags."""
@@ -303,24 +303,33 @@ class Engine:
         committed = runner.cache.lengths
         pending = [row for flight in flights for row in flight.pending_rows(committed)]
         opened = [row for flight in flights for row in flight.open_rows(committed, versions)]
+        tokens = [block for flight in flights for block in flight.pending]
         if pending and not folded:
-            lane.commit(runner, Shape.of(pending, 0, self.block_length), torch.tensor(pending).T.to(runner.device))
-        listed = pending + opened if folded else opened
+            rows = Rows.of(pending, tokens, self.block_length).to(runner.device)
+            runner.commit(Shape.of(pending, 0, self.block_length), rows)
+        listed, tokens = (pending + opened, tokens) if folded else (opened, [])
         shape = Shape.of(listed, len(opened), self.block_length, versions)
-        where = torch.tensor(listed).T  # [5, P + R]
+        rows = Rows.of(listed, tokens, self.block_length)
         if self._graphs is not None and flights[0].generator is None:
-            flags = self._graphs(runner, lane, shape, where)
+            flags = self._graphs(runner, lane, shape, rows)
         else:
             gumbel = gumbel_noise(flights, self.block_length, self.model.config.vocab_size, runner.device)
-            flags = lane.denoise(runner, shape, where.to(runner.device), gumbel)
+            flags = lane.denoise(runner, shape, rows.to(runner.device), gumbel)
         for slot, flight in zip(slots, flights, strict=True):
-            counters, num_pending = flight.counters, flight.num_pending
-            runner.cache.lengths[slot] += num_pending * self.block_length
-            counters.num_forwards += 1
-            counters.num_commit_forwards += bool(num_pending) and not folded
-            counters.num_positions += (num_pending + len(flight.places)) * self.block_length
-            flight.num_pending = 0
+            self._count(flight, folded)
+            runner.cache.lengths[slot] += len(flight.pending) * self.block_length
+            if flight.num_prompt:
+                self._share_prefix(slot)
+            flight.pending, flight.num_prompt = [], 0
         return flags
+
+    def _count(self, flight: Flight, folded: bool) -> None:
+        """What a step costs a request; the positions of its prompt are not counted."""
+        counters, num_finished = flight.counters, len(flight.pending) - flight.num_prompt
+        counters.num_forwards += 1
+        counters.num_prefill_forwards += bool(flight.num_prompt)
+        counters.num_commit_forwards += bool(num_finished) and not folded
+        counters.num_positions += (num_finished + len(flight.places)) * self.block_length
 
     def _settle(self, flight: Flight, flags: list[Flags], provisional: bool) -> Iterator[Event]:
         """After a step: report the open blocks, close those that are done from the first on, and open the next."""
@@ -330,7 +339,7 @@ class Engine:
         blocks = [slot * lane.width + place for place in flight.places[: len(flags)]]
         num_done = next((index for index, block in enumerate(flags) if not block.done), len(flags))
         for row, block in zip(blocks[:num_done], flags, strict=False):
-            event = flight.event(row, flight.start, "committed")
+            event, start = flight.event(row, flight.start, "committed"), flight.start
             yield event
             counters.num_capped += block.capped
             flight.generated += event.token_ids
@@ -339,8 +348,8 @@ class Engine:
                 yield FinishedEvent(request.index, flight.complete(self.eos_token_ids))
                 self._release(slot)
                 return
-            lane.previous[slot * lane.width + flight.num_pending] = lane.tokens[row]
-            flight.num_pending += 1
+            known = request.prompt_ids[start:]  # the prompt's tail, in its first block
+            flight.pending.append((*known, *event.token_ids))
         if provisional:
             for ahead, row in enumerate(blocks[num_done:]):
                 yield flight.event(row, flight.start + ahead * self.block_length, "provisional")

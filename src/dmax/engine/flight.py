@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmax.engine.lane import Lane, Row
+from dmax.engine.lane import Lane
 from dmax.engine.request import BlockEvent, Completion, Counters, FinishReason, Request
+from dmax.engine.rows import Row
 from dmax.params import DecodingParams
 
 
@@ -23,7 +24,8 @@ class Flight:
         start, end: first position of the first open block, and first position past the last block there can be.
         places: rows of its lane, counted from the slot's first, that hold the open blocks in order; or, with a
             branching strategy, the versions of the one open block.
-        num_pending: finished blocks before the open ones that still need their clean keys and values.
+        pending: tokens of the blocks before the open ones that still need their clean keys and values.
+        num_prompt: how many of these are blocks of the prompt.
     """
 
     request: Request
@@ -35,18 +37,19 @@ class Flight:
     generated: list[int] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
     places: list[int] = field(default_factory=lambda: [0])
-    num_pending: int = 0
+    pending: list[tuple[int, ...]] = field(default_factory=list)
+    num_prompt: int = 0
 
     def pending_rows(self, committed: Sequence[int]) -> list[Row]:
-        """The finished blocks that are to be written, given the committed positions of all slots."""
-        length, first = self.lane.tokens.shape[1], self.slot * self.lane.width
-        starts = [committed[self.slot] + index * length for index in range(self.num_pending)]
-        return [Row(self.slot, start, start, first + index) for index, start in enumerate(starts)]
+        """The settled blocks that are to be written, given the committed positions of all slots."""
+        length = self.lane.tokens.shape[1]
+        starts = [committed[self.slot] + index * length for index in range(len(self.pending))]
+        return [Row(self.slot, start, start) for start in starts]
 
     def open_rows(self, committed: Sequence[int], versions: int) -> list[Row]:
         """The open blocks, or with several `versions` those of the one that is open."""
         length, first = self.lane.tokens.shape[1], self.slot * self.lane.width
-        base = committed[self.slot] + self.num_pending * length
+        base = committed[self.slot] + len(self.pending) * length
         rows = [first + place for place in self.places]
         starts = [base + index * length for index in range(len(rows))]
         if versions > 1:

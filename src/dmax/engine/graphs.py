@@ -1,8 +1,9 @@
 """Denoising steps as CUDA graphs: one launch for the some 250 kernels of a forward and its decision.
 
-A graph replays fixed addresses and shapes. What varies between steps of one shape, slots and positions, comes in
-through one small tensor; all else lives in tensors that the engine never moves. Batches are filled up to the next of a
-few sizes with rows of a slot that no request uses, and the span of the cache is rounded up, so that few graphs do.
+A graph replays fixed addresses and shapes. What varies between steps of one shape (slots, positions, finished tokens)
+comes in through two small tensors; all else lives in tensors that the engine never moves. Batches are filled up to the
+next of a few sizes with rows of a slot that no request uses, and the span of the cache is rounded up, so that few
+graphs do.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.engine.lane import Lane, Row, Shape
+from dmax.engine.lane import Lane
+from dmax.engine.rows import Row, Rows, Shape
 from dmax.engine.runner import ModelRunner
 
 SPAN = 512
@@ -24,9 +27,9 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A step ready to be replayed: where its input goes, and what runs it."""
+    """A step ready to be replayed: where its rows go, and what runs it."""
 
-    where: Tensor
+    rows: Rows
     replay: Step
 
 
@@ -72,37 +75,39 @@ class GraphedSteps:
         self._captured: dict[tuple[int, Shape], Captured] = {}
         self._seen: set[tuple[int, Shape]] = set()
 
-    def __call__(self, runner: ModelRunner, lane: Lane, shape: Shape, where: Tensor) -> Tensor:
-        """`Lane.denoise` with the host's `where` [5, P + R]; `Flags` [6, R], or [6, B] with versions of blocks."""
+    def __call__(self, runner: ModelRunner, lane: Lane, shape: Shape, rows: Rows) -> Tensor:
+        """`Lane.denoise` with rows that are on the host; `Flags` [6, R], or [6, B] with versions of blocks."""
         num_blocks = shape.num_open // shape.versions
-        shape, where = self._fill(lane, shape, where)
+        shape, rows = self._fill(lane, shape, rows)
         key = (id(lane), shape)
         if key not in self._seen:
             self._seen.add(key)
-            return lane.denoise(runner, shape, where.to(runner.device))[:, :num_blocks]
+            return lane.denoise(runner, shape, rows.to(runner.device))[:, :num_blocks]
         if key not in self._captured:
             # Warming up runs the step once more: on the spare slot's rows, so that no request notices.
-            idle = self._idle(lane, where.shape[1]).to(runner.device)
+            idle = Rows(self._idle(lane, rows.where.shape[1]), torch.zeros_like(rows.tokens)).to(runner.device)
             self._captured[key] = Captured(idle, self._capture(lambda: lane.denoise(runner, shape, idle)))
         captured = self._captured[key]
-        captured.where.copy_(where, non_blocking=True)
+        captured.rows.where.copy_(rows.where, non_blocking=True)
+        captured.rows.tokens.copy_(rows.tokens, non_blocking=True)
         return captured.replay()[:, :num_blocks]
 
-    def _fill(self, lane: Lane, shape: Shape, where: Tensor) -> tuple[Shape, Tensor]:
+    def _fill(self, lane: Lane, shape: Shape, rows: Rows) -> tuple[Shape, Rows]:
         """Pending and open rows filled up to powers of two with rows of the spare slot, the span rounded up."""
-        pending, opened = where.split((shape.num_pending, shape.num_open), dim=1)
+        pending, opened = rows.where.split((shape.num_pending, shape.num_open), dim=1)
         more_pending = _power_of_two(shape.num_pending) - shape.num_pending
         blocks = shape.num_open // shape.versions
         more_open = (_power_of_two(blocks) - blocks) * shape.versions
-        filled = torch.cat((pending, self._idle(lane, more_pending), opened, self._idle(lane, more_open)), dim=1)
+        where = torch.cat((pending, self._idle(lane, more_pending), opened, self._idle(lane, more_open)), dim=1)
         rounded = replace(
             shape,
             num_pending=shape.num_pending + more_pending,
             num_open=shape.num_open + more_open,
             span=min(-(-shape.span // SPAN) * SPAN, self.capacity),
             in_order=shape.in_order and not more_pending and not more_open,
+            aligned=False,  # the lane's rows come in, too: warming up must not touch those of requests
         )
-        return rounded, filled
+        return rounded, Rows(where, F.pad(rows.tokens, (0, 0, 0, more_pending)))
 
     def _idle(self, lane: Lane, num: int) -> Tensor:
         """Rows of the spare slot, nothing committed."""

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmax.blend import SoftTokens, embed_tokens
-from dmax.cache import CacheWindow
 from dmax.decoding import get_strategy
 from dmax.decoding.block import DecodingStrategy, Output, State, View, Window, apply
+from dmax.engine.rows import Rows, Shape
 from dmax.engine.runner import ModelRunner
 from dmax.engine.versions import branch, choose
 from dmax.params import DecodingParams
+
+Index = slice | Tensor
+"""Rows of a lane: a range of them, or int64 numbers [R]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,50 +40,6 @@ class Flags:
     invalid: bool
     broken: bool
     opens: bool
-
-
-class Row(NamedTuple):
-    """A block of a forward. On the device a step's rows are a tensor [5, P + R], P pending ones before R open ones.
-
-    Attributes:
-        slot: whose block it is.
-        start: position in the cache where its keys and values are written.
-        base: position of the block; `start`, but for further versions of a block.
-        row: of a pending block the row in `Lane.previous`, of an open one in the lane.
-        before: of an open block behind another open one that one's row, else -1.
-    """
-
-    slot: int
-    start: int
-    base: int
-    row: int
-    before: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What does not vary between steps that can share a captured graph.
-
-    Attributes:
-        num_pending: finished blocks P that the forward also writes into the cache.
-        num_open: open blocks R, versions of a block included.
-        versions: how many versions of each block these are.
-        span: positions of the cache that are read.
-        in_order: the slots are 0, 1, 2, …, each with one row.
-    """
-
-    num_pending: int
-    num_open: int
-    versions: int
-    span: int
-    in_order: bool
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], num_open: int, block_length: int, versions: int = 1) -> Shape:
-        """Of a step over these rows, the last `num_open` of which are open blocks."""
-        span = max(row.start for row in rows) + block_length
-        in_order = [row.slot for row in rows] == list(range(len(rows)))
-        return cls(len(rows) - num_open, num_open, versions, span, in_order)
 
 
 class Lane:
@@ -106,7 +65,6 @@ class Lane:
         self.max_steps = params.max_steps_per_block or block_length * self.window.size + extra
         shape = (num_slots * self.width, block_length)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.previous = torch.zeros(shape, dtype=torch.long, device=device)
         self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
         self.active = torch.zeros(shape, dtype=torch.bool, device=device)
         self.step = torch.zeros(shape[0], dtype=torch.long, device=device)
@@ -116,9 +74,9 @@ class Lane:
         self.state: State = {}
 
     def view(
-        self, rows: Tensor, mask_token_id: int, embed: Any, gumbel: Tensor | None = None, forced: Tensor | None = None
+        self, rows: Index, mask_token_id: int, embed: Any, gumbel: Tensor | None = None, forced: Tensor | None = None
     ) -> View:
-        """What the strategy may read of these rows [R]."""
+        """What the strategy may read of these R rows."""
         return View(
             tokens=self.tokens[rows],
             masked=self.masked[rows],
@@ -138,7 +96,7 @@ class Lane:
             return None
         return (before < 0) | (self._settled(before.clamp(min=0)) >= self.window.forces_at)
 
-    def _settled(self, rows: Tensor) -> Tensor:
+    def _settled(self, rows: Index) -> Tensor:
         """Share of each block's positions, the prompt's tail left out, that are decoded and sure, [R]."""
         settled = self.active[rows] & ~self.masked[rows] & (self.confidence[rows] >= self.window.settled_at)
         active = self.active[rows].sum(dim=-1)
@@ -154,17 +112,17 @@ class Lane:
         self.confidence[row] = 0
         if self.soft is not None:
             self.soft.where[row] = False
-        rows = torch.tensor([row], device=self.tokens.device)
+        rows = slice(row, row + 1)
         self._store_state(rows, self.strategy.open(self.view(rows, mask_token_id, embed)))
 
-    def inputs(self, rows: Tensor, mask_token_id: int, embed: Any) -> Tensor:
+    def inputs(self, rows: Index, mask_token_id: int, embed: Any) -> Tensor:
         """Input embeddings [R, L, D] of the rows' next forward: hard tokens, or what was decided last."""
         if self.embeds is not None:
             first = (self.step[rows] == 0)[:, None, None]
             return torch.where(first, embed(self.tokens[rows]), self.embeds[rows])
         return embed_tokens(embed, self.tokens[rows], _rows(self.soft, rows), mask_token_id)
 
-    def denoise(self, runner: ModelRunner, shape: Shape, where: Tensor, gumbel: Tensor | None = None) -> Tensor:
+    def denoise(self, runner: ModelRunner, shape: Shape, rows: Rows, gumbel: Tensor | None = None) -> Tensor:
         """The device's part of a step: a forward over the blocks, a decision, and what becomes of the open ones.
 
         Nothing here waits for the device or depends on values, so a CUDA graph can hold it.
@@ -172,61 +130,53 @@ class Lane:
         Args:
             runner: the model.
             shape: see `Shape`.
-            where: [5, P + R] int64, the fields of `Row`.
+            rows: on the device.
             gumbel: [R, L, V] noise, for temperatures above 0.
 
         Returns:
             `Flags` as bools [6, R]; with versions of blocks [6, B], one for each block.
         """
-        slots, starts, bases, rows, before = where
-        pending, rows = rows.split((shape.num_pending, shape.num_open))
+        places, before = rows.where[3:, shape.num_pending :]
+        aligned = shape.aligned and self.num_branches == 1
+        opened: Index = slice(0, shape.num_open) if aligned else places
         mask_token_id, embed = runner.mask_token_id, runner.embed
-        embeds = self.inputs(rows, mask_token_id, embed)
-        if shape.num_pending:
-            embeds = torch.cat((embed(self.previous[pending]), embeds))
-        window = CacheWindow(runner.cache, slots, starts, self.tokens.shape[1], shape.span, shape.in_order)
-        output = runner.denoise(window, embeds, bases, shape.num_open, self.needs_hidden_states)
-        forced = self._forced(before[shape.num_pending :])
-        return self.advance(rows, self.view(rows, mask_token_id, embed, gumbel, forced), output, shape.versions)
+        embeds = self.inputs(opened, mask_token_id, embed)
+        output = runner.denoise(shape, rows, embeds, self.needs_hidden_states)
+        view = self.view(opened, mask_token_id, embed, gumbel, self._forced(before))
+        return self.advance(opened, view, output, shape.versions)
 
-    def commit(self, runner: ModelRunner, shape: Shape, where: Tensor) -> None:
-        """Write the clean keys and values of pending blocks with a forward of their own."""
-        slots, starts, bases, rows, _ = where
-        window = CacheWindow(runner.cache, slots, starts, self.tokens.shape[1], shape.span, shape.in_order)
-        runner.commit(window, runner.embed(self.previous[rows]), bases)
-
-    def advance(self, rows: Tensor, view: View, output: Output, versions: int = 1) -> Tensor:
-        """One step of the strategy for open rows [R] and their forward; see `denoise`."""
+    def advance(self, rows: Index, view: View, output: Output, versions: int = 1) -> Tensor:
+        """One step of the strategy for R open rows and their forward; see `denoise`."""
         broken = output.broken.view(-1, versions).any(dim=1)
         state = {name: value[rows] for name, value in self.state.items()}
         if versions > 1:
             view, output, state = choose(self, versions, view, output, state)
         decision, state = self.strategy.step(view, output, state)
         result = apply(view, decision, self.max_steps)
-        held = rows[::versions]
+        held = rows[::versions] if isinstance(rows, Tensor) else rows
         self.tokens[held], self.masked[held], self.step[held] = result.tokens, result.masked, view.step + 1
         self._store_state(held, state)
         self._store_feed(held, decision.soft, decision.embeds)
         if decision.confidence is not None:
             self.confidence[held] = decision.confidence.float()
-        if self.num_branches > 1:
+        if self.num_branches > 1 and isinstance(held, Tensor):
             branch(self, held, decision, result, output)
         return torch.stack((result.done, result.forced, result.capped, result.invalid, broken, self._opens(held)))
 
-    def _opens(self, rows: Tensor) -> Tensor:
-        """Whether the block after each of the rows [B] may open."""
+    def _opens(self, rows: Index) -> Tensor:
+        """Whether the block after each of the rows may open, [B]."""
         if self.window.size == 1:
-            return torch.zeros_like(rows, dtype=torch.bool)
+            return torch.zeros_like(self.masked[rows, 0])
         ends = (torch.isin(self.tokens[rows], self.eos_token_ids) & self.active[rows] & ~self.masked[rows]).any(dim=1)
         return (self._settled(rows) >= self.window.opens_at) & ~ends
 
-    def _store_state(self, rows: Tensor, state: State) -> None:
+    def _store_state(self, rows: Index, state: State) -> None:
         for name, value in state.items():
             if name not in self.state:
                 self.state[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
             self.state[name][rows] = value
 
-    def _store_feed(self, rows: Tensor, soft: SoftTokens | None, embeds: Tensor | None) -> None:
+    def _store_feed(self, rows: Index, soft: SoftTokens | None, embeds: Tensor | None) -> None:
         if embeds is not None:
             if self.embeds is None:
                 self.embeds = embeds.new_zeros((len(self.tokens), *embeds.shape[1:]))
@@ -242,5 +192,5 @@ class Lane:
         self.soft.where[rows], self.soft.ids[rows], self.soft.probs[rows] = soft.where, soft.ids, soft.probs
 
 
-def _rows(soft: SoftTokens | None, rows: Tensor) -> SoftTokens | None:
+def _rows(soft: SoftTokens | None, rows: Index) -> SoftTokens | None:
     return soft and replace(soft, where=soft.where[rows], ids=soft.ids[rows], probs=soft.probs[rows])

@@ -35,7 +35,7 @@ class Counters:
 
     Attributes:
         num_forwards: denoising forwards, one per step of a block.
-        num_prefill_forwards: forwards that encoded the prompt.
+        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first denoising forward.
         num_commit_forwards: forwards that only wrote a finished block's keys and values (0 with cross-block commits).
         num_positions: positions that went through the model in denoising and commit forwards: those of every open
             block and of every version of it, and of finished blocks on their way into the cache.

@@ -16,11 +16,13 @@ class Scheduler:
     Args:
         num_slots: requests in flight at most.
         prefill_tokens: prompt tokens encoded between two denoising steps, at most.
+        riding_tokens: of prompts that need no forward of their own, at most.
         clock: seconds, for deadlines.
     """
 
-    def __init__(self, num_slots: int, prefill_tokens: int, clock: Callable[[], float]) -> None:
+    def __init__(self, num_slots: int, prefill_tokens: int, riding_tokens: int, clock: Callable[[], float]) -> None:
         self.num_slots, self.prefill_tokens, self.clock = num_slots, prefill_tokens, clock
+        self.riding_tokens = min(riding_tokens, prefill_tokens)
         self.waiting: deque[Request] = deque()
         self.unfilled: dict[int, int] = {}  # by slot in order of admission, prompt tokens still to encode
         self._free = list(range(num_slots))
@@ -63,18 +65,31 @@ class Scheduler:
         late = limit is not None and self.clock() - self._submitted[request.index] >= limit
         return "deadline" if late else None
 
-    def next_chunk(self) -> tuple[list[int], int]:
-        """Slots and the number of tokens that each of them encodes next; no slots if all prompts are in.
+    def next_prompts(self, running: bool) -> tuple[list[int], list[int], int]:
+        """What is encoded next, in order of admission and at most `prefill_tokens` of it.
 
-        The prompt that came first goes first; others with a chunk of the same length share its forward, so that no
-        row is padded and none depends on its neighbours.
+        Short prompts ride along with the first step of their sequence; if none is `running` and not all can, none does,
+        so that they start together. Of the others the first encodes a chunk in a forward of its own, which further
+        ones with a chunk of the same length share: no row is padded, and none depends on its neighbours.
+
+        Returns:
+            Slots whose prompts ride, slots that share a chunk, and the number of tokens that each of these encodes.
         """
-        sizes = {slot: min(left, self.prefill_tokens) for slot, left in self.unfilled.items()}
-        if not sizes:
-            return [], 0
-        size = next(iter(sizes.values()))
-        same = [slot for slot, other in sizes.items() if other == size]
-        return same[: max(1, self.prefill_tokens // size)], size
+        riders, chunk, size, room = list[int](), list[int](), 0, self.prefill_tokens
+        may_ride = running or sum(self.unfilled.values()) <= room
+        for slot, left in self.unfilled.items():
+            num = min(left, self.prefill_tokens)
+            if num > room:
+                break  # whoever came first goes first
+            if may_ride and left <= self.riding_tokens:
+                riders.append(slot)
+            elif not chunk or num == size:
+                chunk.append(slot)
+                size = num
+            else:
+                continue
+            room -= num
+        return riders, chunk, size
 
     def filled(self, slot: int, num: int) -> None:
         """`num` more tokens of the slot's prompt are encoded."""
