@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dmax import blend
 from dmax.blend import SoftTokens, embed_tokens
-from dmax.kernels import blend as kernels_blend
-from dmax.kernels.blend import embed_soft
 
 V, D, MASK = 20, 24, 19  # D fills no block
 
@@ -34,13 +33,6 @@ def fused(table: Tensor, tokens: Tensor, soft: SoftTokens, device: torch.device)
 
     there = SoftTokens(soft.where.to(device), soft.ids.to(device), soft.probs.to(device), soft.renormalize)
     return blend_triton.embed_soft(table.to(device), tokens.to(device), there, MASK).cpu()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_on_a_cpu_it_is_embed_tokens(dtype: torch.dtype) -> None:
-    table, tokens, soft = case(2, dtype)
-    assert torch.equal(embed_soft(table, tokens, soft, MASK), plain(table, tokens, soft))
-    assert torch.equal(embed_soft(table, tokens, None, MASK), table[tokens])
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -84,14 +76,44 @@ def test_opposite_vectors_stay_finite(triton_device: torch.device) -> None:
     assert fused(table, tokens, soft, triton_device).isfinite().all()
 
 
+class Scaled(nn.Embedding):
+    """As in models that multiply their embeddings by a constant."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
 @pytest.mark.usefixtures("triton_device")
-def test_the_kernel_runs_where_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_runs_for_plain_tables_where_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     from dmax.kernels import blend_triton
 
     sentinel = torch.zeros(1)
-    monkeypatch.setattr(kernels_blend, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(blend, "choose", lambda device: ("triton", "asked for"))
     monkeypatch.setattr(blend_triton, "embed_soft", lambda *_: sentinel)
-    table, tokens, soft = case(1, torch.float32)
-    assert embed_soft(table, tokens, soft, MASK) is sentinel
-    assert embed_soft(table, tokens, None, MASK) is not sentinel
-    assert embed_soft(table.double(), tokens, soft, MASK) is not sentinel
+    _, tokens, soft = case(1, torch.float32)
+
+    def fuses(embed: blend.Embed, soft: SoftTokens | None = soft) -> bool:
+        return embed_tokens(embed, tokens, soft, MASK) is sentinel
+
+    embed = nn.Embedding(V, D)
+    assert not fuses(embed)  # a gradient is wanted, and the kernel has none
+    with torch.no_grad():
+        assert fuses(embed)
+        assert not fuses(embed, None)
+        assert not fuses(nn.Embedding(V, D, dtype=torch.float64))
+        assert not fuses(nn.Embedding(V, D, max_norm=1.0))
+        assert not fuses(Scaled(V, D))
+        assert not fuses(lambda ids: embed(ids))
+        hook = embed.register_forward_hook(lambda *_: None)
+        assert not fuses(embed)
+        hook.remove()
+        embed.forward = partial(nn.Embedding.forward, embed)  # type: ignore[method-assign]
+        assert not fuses(embed)
+
+
+def test_a_plain_table_gives_what_any_embedding_gives() -> None:
+    _, tokens, soft = case(2, torch.float32)
+    for embed in (nn.Embedding(V, D), Scaled(V, D)):
+        with_gradient = embed_tokens(embed, tokens, soft, MASK)
+        with torch.no_grad():
+            assert torch.equal(embed_tokens(embed, tokens, soft, MASK), with_gradient)

@@ -3,6 +3,8 @@
 B sequences, L block positions, V vocabulary, k candidates. A strategy is a pure function of tensors: it turns the
 logits of a forward into a `Decision`; `apply` turns the decision into the block's next contents and enforces, once for
 every strategy, that blocks progress, end, stay free of MASK and leave the prompt alone.
+
+Of bools, `a > b` is `a & ~b` in one operation instead of two: at batch 1 their number counts.
 """
 
 from __future__ import annotations
@@ -224,7 +226,6 @@ class Advance:
     Attributes:
         tokens: [B, L] int64.
         masked: [B, L] bool.
-        changed: [B, L] bool, positions that hold another token than before.
         done: [B] bool, the block is finished.
         forced: [B] bool, the engine decoded a token because the strategy committed none.
         capped: [B] bool, the step cap closed the block before it had converged.
@@ -233,7 +234,6 @@ class Advance:
 
     tokens: Tensor
     masked: Tensor
-    changed: Tensor
     done: Tensor
     forced: Tensor
     capped: Tensor
@@ -274,27 +274,23 @@ def apply(view: View, decision: Decision, max_steps: int) -> Advance:
     - at the step cap remaining masks take the proposed tokens and the block closes (`capped`);
     - a block is done only without masks, and at once if it never had any; writing MASK makes the row `invalid`.
     """
-    masked, decoded = view.masked, view.active & ~view.masked
-    commit = decision.commit & masked
-    stuck = masked.any(dim=1) & ~commit.any(dim=1)
+    commit = decision.commit & view.masked
+    forced = leftmost(view.masked) > commit.any(dim=1, keepdim=True)
     if view.forced is not None:
-        stuck = stuck & view.forced
-    commit = commit | (leftmost(masked) & stuck[:, None])
-    last = view.step + 1 >= max_steps
-    open_masks = masked & ~commit
-    write = commit | (masked & last[:, None])
-    if decision.edit is not None:
-        write = write | (decision.edit & decoded)
+        forced = forced & view.forced[:, None]
+    commit = commit | forced
+    last = view.step >= max_steps - 1
+    left = view.masked > commit  # [B, L], masks that no decision was made about
+    masked = left > last[:, None]
+    writable = view.masked if decision.edit is None else view.active & (view.masked | decision.edit)
+    write = writable > masked
     tokens = torch.where(write, decision.tokens, view.tokens)
-    masked = masked & ~write
     if decision.remask is not None:
-        remask = decision.remask & decoded
-        gains = (remask.sum(dim=1) < commit.sum(dim=1)) & ~last
-        remask = remask & gains[:, None]
-        tokens, masked = tokens.masked_fill(remask, view.mask_token_id), masked | remask
-    full = ~masked.any(dim=1)
-    converged = full if decision.done is None else full & decision.done
-    converged = converged | ~view.active.any(dim=1)
-    capped = last & (open_masks.any(dim=1) | ~converged)
+        remask = decision.remask & (view.active > view.masked)
+        gains = remask.sum(dim=1) < commit.sum(dim=1)
+        remask = remask & (gains > last)[:, None]
+        tokens, left, masked = tokens.masked_fill(remask, view.mask_token_id), left | remask, masked | remask
+    unfinished = left.any(dim=1)
+    converged = ~unfinished if decision.done is None else (decision.done > unfinished) | ~view.active.any(dim=1)
     invalid = (write & (decision.tokens == view.mask_token_id)).any(dim=1)
-    return Advance(tokens, masked, tokens != view.tokens, converged | last, stuck, capped, invalid)
+    return Advance(tokens, masked, converged | last, forced.any(dim=1), last > converged, invalid)

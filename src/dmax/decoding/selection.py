@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmax.decoding.block import leftmost
-
 
 def most_confident(masked: Tensor, confidence: Tensor) -> Tensor:
     """The masked position of highest confidence in each row; ties go to the leftmost."""
-    best = torch.where(masked, confidence, float("-inf")).argmax(dim=1, keepdim=True)
-    return torch.zeros_like(masked).scatter(1, best, True) & masked
+    return masked & torch.zeros_like(masked).scatter(1, _surest(masked, confidence), True)
+
+
+def _surest(masked: Tensor, confidence: Tensor) -> Tensor:
+    """Where it stands, [B, 1]; anywhere in a row without masks."""
+    return torch.where(masked, confidence, float("-inf")).argmax(dim=1, keepdim=True)
 
 
 def prefix(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None) -> Tensor:
@@ -24,18 +26,16 @@ def prefix(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced
 
     Scanning the masked positions left to right, stop at the first below the threshold.
     """
-    low = masked & (confidence < threshold)
-    before_first_low = masked & (low.cumsum(dim=1) == 0)
-    return before_first_low | _where_forced(leftmost(masked), forced)
+    seen, sure = masked.cumsum(dim=1), (masked & (confidence >= threshold)).cumsum(dim=1)
+    return masked & (seen <= sure.clamp(min=1 if forced is None else forced[:, None]))
 
 
 def above(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None) -> Tensor:
     """Every confident masked position, else the most confident one (LLaDA-2.0, section 5.4)."""
-    return (masked & (confidence >= threshold)) | _where_forced(most_confident(masked, confidence), forced)
-
-
-def _where_forced(fallback: Tensor, forced: Tensor | None) -> Tensor:
-    return fallback if forced is None else fallback & forced[:, None]
+    sure, surest = confidence >= threshold, _surest(masked, confidence)
+    if forced is None:
+        return masked & sure.scatter(1, surest, True)
+    return masked & sure.scatter(1, surest, sure.gather(1, surest) | forced[:, None])
 
 
 def top(masked: Tensor, score: Tensor, count: Tensor) -> Tensor:

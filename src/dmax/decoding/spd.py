@@ -52,19 +52,20 @@ class SoftParallelDecoding(Configured):
         promoted = select(view.masked, confidence, self.threshold, view.forced)
 
         # 3. Revise every position decoded earlier, however unsure the new token.
-        decoded = view.active & ~view.masked
-        changed = promoted | (decoded & (tokens != view.tokens))
+        decoded = view.active > view.masked
+        revised = decoded & (tokens != view.tokens)
 
-        # 4. Converged? A promotion counts as a change.
-        masked = view.masked & ~promoted
-        done = torch.zeros_like(masked[:, 0])
+        # 4. Converged? A promotion counts as a change, so no mask may have been left before.
+        masked = view.masked > promoted
         if self.stop_on_consistency:
-            done |= stop.consistent(masked, changed)
+            done = stop.consistent(view.masked, revised)
+        else:
+            done = torch.zeros_like(view.step, dtype=torch.bool)
         if self.stop_on_confidence:
-            done |= stop.confident(view.active, masked, confidence, self.stop_confidence)
+            done = done | stop.confident(view.active, masked, confidence, self.stop_confidence)
 
         # 5. Feed all decoded positions, the new ones included, as blends.
         soft = None
         if self.soft_inputs:
-            soft = feed.soft_feed(view.active & ~masked, prediction, renormalize=self.renormalize)
+            soft = feed.soft_feed(view.active > masked, prediction, renormalize=self.renormalize)
         return Decision(tokens, promoted, edit=decoded, soft=soft, done=done, confidence=confidence), state

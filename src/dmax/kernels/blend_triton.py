@@ -1,4 +1,8 @@
-"""The Triton path of `blend.py`. Importing this imports triton."""
+"""Soft inputs straight from the embedding table, the Triton path of `dmax.blend.embed_tokens`: gather, mix, rescale.
+
+The plain path stores the k gathered rows of every position, in float32 too; this one reads k + 1 rows and writes one.
+Importing this imports triton.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ def _blend_kernel(  # type: ignore[no-untyped-def]
 
 
 def embed_soft(table: Tensor, tokens: Tensor, soft: SoftTokens, mask_token_id: int) -> Tensor:
-    """`dmax.kernels.blend.embed_soft` for float32, float16 and bfloat16: one program for each position."""
+    """`dmax.blend.embed_tokens` from a table [V, D] in float32, float16 or bfloat16: one program for each position."""
     size = table.shape[1]
     table = table.contiguous()
     out = torch.empty(*tokens.shape, size, dtype=table.dtype, device=table.device)

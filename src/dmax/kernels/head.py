@@ -52,7 +52,7 @@ def head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Ca
 def head_top_k_torch(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
     """The twin of the kernel, for any device; see `head_top_k`. Here k is at most V - 1."""
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    if len(hidden) <= rows:
+        return candidates(F.linear(hidden, weight), k, mask_token_id)
     parts = [candidates(F.linear(part, weight), k, mask_token_id) for part in hidden.split(rows)]
-    if len(parts) == 1:
-        return parts[0]
     return Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in Candidates.__slots__))
