@@ -30,9 +30,9 @@ def test_rows_stand_at_their_own_positions() -> None:
     window = cache.write_at([2, 0], 4)
     assert window.positions.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
     window.update(block(5.0, rows=2), block(5.0, rows=2), 0)
-    assert cache.keys[0, 2, 4:8].eq(5).all()
-    assert cache.keys[0, 0, 8:].eq(5).all()
-    assert cache.keys[0, 1].eq(0).all()
+    assert cache.keys[0][2, 4:8].eq(5).all()
+    assert cache.keys[0][0, 8:].eq(5).all()
+    assert cache.keys[0][1].eq(0).all()
 
 
 def test_reading_in_order_and_gathered_agree() -> None:
@@ -42,6 +42,19 @@ def test_reading_in_order_and_gathered_agree() -> None:
     straight, _ = cache.write_at([0, 1], 4).update(new, new, 0)
     swapped, _ = cache.write_at([1, 0], 4).update(new.flip(0), new.flip(0), 0)
     assert torch.equal(straight, swapped.flip(0))
+
+
+def test_what_is_read_can_be_written_elsewhere() -> None:
+    cache = BlockCache(2, 3, 12, 2, 3)
+    for layer in range(2):
+        cache.write_at([1], 4).update(block(layer + 1.0), block(-layer - 1.0), layer)
+    keys, values = cache.read(1, 1, 4)
+    assert keys[:, 2, 1, 0].tolist() == [1, 2] and values[:, 2, 1, 0].tolist() == [-1, -2]
+    cache.commit([2], [8])
+    cache.write(2, keys, values)
+    assert cache.lengths == [0, 0, 11]
+    assert [store[2, 8:11].unique().tolist() for store in (*cache.keys, *cache.values)] == [[1], [2], [-1], [-2]]
+    assert cache.num_bytes == 2 * 2 * 3 * 12 * 2 * 3 * 4
 
 
 def test_rollback_frees_a_slot() -> None:

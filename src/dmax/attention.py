@@ -78,8 +78,7 @@ def prepare_mask(mask: Any, dtype: torch.dtype, implementation: str | None) -> A
         # transformers would index the dense mask inside the kernel, out of bounds where one mask serves a batch.
         return flex_from_dense(mask if mask.dtype == torch.bool else mask == 0)
     if mask.dtype == torch.bool:
-        if implementation == "sdpa":
-            return mask
-        additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return additive.masked_fill_(~mask, torch.finfo(dtype).min)
+        # `sdpa` would turn it into these very numbers in every layer; `eager` has no answer where nothing is visible.
+        hidden = float("-inf") if implementation == "sdpa" else torch.finfo(dtype).min
+        return torch.full(mask.shape, hidden, dtype=dtype, device=mask.device).masked_fill_(mask, 0.0)
     return mask.to(dtype)

@@ -57,6 +57,7 @@ class BlockCache:
 
     A slot holds its committed prefix, `lengths[slot]` positions whose keys and values come from final tokens. A
     forward writes its block in place behind the prefix; the next forward overwrites it, unless it was committed.
+    Each layer has a tensor [slots, T, G, d] of its own; compiled code that writes into a part of one copies all of it.
     """
 
     def __init__(
@@ -70,20 +71,20 @@ class BlockCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_layers, num_slots, capacity, num_key_value_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (num_slots, capacity, num_key_value_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.lengths = [0] * num_slots
 
     @property
     def capacity(self) -> int:
         """Positions a slot can hold."""
-        return self.keys.shape[2]
+        return self.keys[0].shape[1]
 
     @property
     def num_bytes(self) -> int:
         """Memory it holds, all of it from the start."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(store.nbytes for store in (*self.keys, *self.values))
 
     def write_at(self, slots: list[int], length: int) -> CacheWindow:
         """A window for one forward of `length` new positions behind the prefix of each of the `slots`.
@@ -94,19 +95,21 @@ class BlockCache:
         starts = [self.lengths[slot] for slot in slots]
         if max(starts) + length > self.capacity:
             raise ValueError(f"{max(starts)} committed and {length} new positions exceed the capacity {self.capacity}")
-        places = torch.tensor((slots, starts)).to(self.keys.device)  # one transfer, not two
+        places = torch.tensor((slots, starts)).to(self.keys[0].device)  # one transfer, not two
         in_order = slots == list(range(len(slots)))
         return CacheWindow(self, places[0], places[1], length, max(starts) + length, in_order)
 
     def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """A copy of the keys and values of positions start..end-1 of a slot, each [layers, end - start, G, d]."""
-        return self.keys[:, slot, start:end].clone(), self.values[:, slot, start:end].clone()
+        keys, values = ([store[slot, start:end] for store in stores] for stores in (self.keys, self.values))
+        return torch.stack(keys), torch.stack(values)
 
     def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
         """Append keys and values [layers, n, G, d] to what is committed in a slot, and commit them."""
         start = self.lengths[slot]
         end = self.lengths[slot] = start + keys.shape[1]
-        self.keys[:, slot, start:end], self.values[:, slot, start:end] = keys, values
+        for store, new in zip((*self.keys, *self.values), (*keys, *values), strict=True):
+            store[slot, start:end] = new
 
     def commit(self, slots: list[int], lengths: list[int]) -> None:
         """Declare the first `lengths[slot]` positions written so far final."""

@@ -260,7 +260,7 @@ def test_the_prefix_cache_drops_the_oldest_leaves() -> None:
     put(1, 2, 5, 6)
     assert cache.num_bytes == 3 * block
     assert known(1, 2, 3, 4) == 4
-    assert store.keys[0, 0, :, 0, 0].tolist() == [1, 2, 3, 4]
+    assert store.keys[0][0, :, 0, 0].tolist() == [1, 2, 3, 4]
     put(7, 8)
     assert (known(1, 2, 5, 6), known(1, 2, 3, 4), known(7, 8)) == (2, 4, 2)  # the stem stays as long as it has leaves
     assert cache.num_bytes == 3 * block

@@ -76,7 +76,7 @@ def test_one_expert_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 600])  # on both sides of where `dense_mm` changes its way
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 127, 128])  # on both sides of where `dense_mm` changes its way
 @pytest.mark.parametrize("implementation", ["dense_mm", "fused_moe"])
 def test_forwards_equal_eager(implementation: str, num_tokens: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(num_tokens, 4, dtype)
@@ -100,6 +100,17 @@ def test_gradients_equal_those_of_eager(num_tokens: int, implementation: str) ->
     for expected, actual in zip(*found, strict=True):
         assert actual is not None
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 200])
+def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
+    inputs, experts = make_inputs(num_tokens, 4), make_experts("dense_mm")
+    with torch.no_grad():
+        expected = experts(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = experts(*inputs)
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, expected) <= 2e-2
 
 
 # ---- which forward --------------------------------------------------------------------------------------------------

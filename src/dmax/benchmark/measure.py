@@ -76,9 +76,8 @@ def open_block(checkpoint: Checkpoint, context: int) -> Callable[[], Tensor]:
     model: Any = checkpoint.model
     length = checkpoint.block_length
     model_runner = runner.ModelRunner(model, length, 1, context, checkpoint.mask_token_id)
-    cache = model_runner.cache
-    cache.keys.normal_()
-    cache.values.normal_()
+    for layer in (*model_runner.cache.keys, *model_runner.cache.values):
+        layer.normal_()
     opened = [Row(0, context - length, context - length, 0)]
     shape, rows = Shape.of(opened, 1, length), Rows.of(opened, [], length).to(model.device)
     inputs = model_runner.embed(torch.randint(model.config.vocab_size, (1, length), device=model.device)).detach()

@@ -8,6 +8,7 @@ a position sees, which is what lets one network be trained on [noisy | clean] an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -21,9 +22,9 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dmax.attention import prepare_mask
+from dmax.kernels.attention import ATTENTION_FUNCTIONS
 from dmax.kernels.quant import check_savable
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
@@ -38,9 +39,9 @@ class LLaDA2MoeRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype)
+    def forward(self, x: Tensor, is_normal: bool = False) -> Tensor:
+        """`x` [..., D]; where it `is_normal` already, only the weight is applied."""
+        return self.weight * (x if is_normal else F.rms_norm(x, self.weight.shape, eps=self.eps))
 
 
 class LLaDA2MoeRotaryEmbedding(nn.Module):
@@ -68,18 +69,18 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`position_ids` [B, L] int64 to cosine and sine, each [B, 1, L, rotary_dim] in `dtype`."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()  # [B, 1, L, rotary_dim / 2]
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+        """`position_ids` [B, L] int64 to cosine, and sine with a sign, each [B, L, 1, rotary_dim] in `dtype`."""
+        angles = position_ids[..., None, None].float() * self.inv_freq.float()  # [B, L, 1, rotary_dim / 2]
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of `x` [B, heads, L, d]; dimensions past the rotary ones pass through."""
-    rotary, passthrough = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    first, second = rotary.chunk(2, dim=-1)
-    rotated = rotary * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated, passthrough), dim=-1)
+    """Rotate the leading dimensions of `x` [B, L, heads, d]; dimensions past the rotary ones pass through."""
+    rotary_dim = cos.shape[-1]
+    rotary, passthrough = x.split_with_sizes((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+    swapped = rotary.roll(rotary_dim // 2, dims=-1)  # its halves
+    return torch.cat((rotary * cos + swapped * sin, passthrough), dim=-1)
 
 
 def eager_attention_forward(
@@ -114,11 +115,11 @@ class LLaDA2MoeAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.num_heads = (config.num_attention_heads, config.num_key_value_heads)
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = False
-        rows = sum(self.num_heads) * config.head_dim
+        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_qkv_bias)
         self.query_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
         self.key_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
@@ -134,13 +135,18 @@ class LLaDA2MoeAttention(nn.Module):
     ) -> Tensor:
         """`hidden_states` [B, L, D] to [B, L, D]; keys and values go through `cache.update` if given."""
         batch, length, _ = hidden_states.shape
-        heads = self.query_key_value(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        query, key, value = heads.split(self.num_heads, dim=1)  # [B, H, L, d], 2 × [B, G, L, d]
-        query = apply_rotary(self.query_layernorm(query), *rotary)
-        key = apply_rotary(self.key_layernorm(key), *rotary)
+        heads = self.query_key_value(hidden_states).view(batch, length, -1, self.head_dim)
+        query_key, value = heads.split_with_sizes((sum(self.num_heads), self.num_heads[1]), dim=2)
+        # Norm and rotation take queries and keys together, [B, L, H + G, d]; only the norms' weights differ.
+        query_key = F.rms_norm(query_key, (self.head_dim,), eps=self.query_layernorm.eps)
+        query, key = query_key.split_with_sizes(self.num_heads, dim=2)
+        query_key = torch.cat((self.query_layernorm(query, True), self.key_layernorm(key, True)), dim=2)
+        query_key = apply_rotary(query_key, *rotary).transpose(1, 2)
+        query, key = query_key.split_with_sizes(self.num_heads, dim=1)  # [B, H, L, d], [B, G, L, d]
+        value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -196,35 +202,38 @@ class LLaDA2MoeExperts(nn.Module):
 class LLaDA2MoeRouter(nn.Module):
     """Sigmoid router in float32 with group-limited selection; `expert_bias` steers the choice, never the weights."""
 
-    expert_bias: Tensor
+    expert_bias: Tensor | None
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
-        self.config = config
+        # Copies, as reading an attribute of a configuration takes as long as a small operation.
+        self.top_k, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.num_groups, self.num_kept_groups = config.n_group, config.topk_group
+        self.normalizes = config.norm_topk_prob and config.num_experts_per_tok > 1
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        if config.moe_router_enable_expert_bias:
-            self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
-        config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type  # to leave autocast costs as much as a small product, so only where it is on
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             wide = torch.promote_types(x.dtype, torch.float32)
             scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # [N, E]
-        choice = scores + self.expert_bias.float() if config.moe_router_enable_expert_bias else scores
-        if config.topk_group < config.n_group:
+        choice = scores if self.expert_bias is None else scores + self.expert_bias
+        if self.num_kept_groups < self.num_groups:
             choice = self._keep_best_groups(choice)
-        index = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        index = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(-1, index)
-        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        if self.normalizes:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return index, weights * config.routed_scaling_factor
+        return index, weights if self.scaling == 1 else weights * self.scaling
 
     def _keep_best_groups(self, choice: Tensor) -> Tensor:
         """Bar experts outside the `topk_group` groups whose two best experts score highest together."""
-        grouped = choice.unflatten(-1, (self.config.n_group, -1))  # [N, groups, E / groups]
+        grouped = choice.unflatten(-1, (self.num_groups, -1))  # [N, groups, E / groups]
         strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-        kept = strength.topk(self.config.topk_group, dim=-1, sorted=False).indices
+        kept = strength.topk(self.num_kept_groups, dim=-1, sorted=False).indices
         barred = torch.ones_like(strength, dtype=torch.bool).scatter(-1, kept, False)
         return grouped.masked_fill(barred[..., None], float("-inf")).flatten(-2)
 
@@ -245,8 +254,10 @@ class LLaDA2MoeSparseBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.flatten(0, 1)  # [B * L, D]
         index, weights = self.gate(tokens)
-        routed = self.experts(tokens, index, weights.to(tokens.dtype)).view_as(hidden_states)
-        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
+        output = self.experts(tokens, index, weights.to(tokens.dtype))
+        if self.shared_experts is not None:
+            output = self.shared_experts(tokens) + output
+        return output.view_as(hidden_states)
 
 
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
@@ -299,7 +310,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.down_proj, std=std)
         elif isinstance(module, LLaDA2MoeRouter):
             nn.init.normal_(module.weight, std=std)
-            if module.config.moe_router_enable_expert_bias:
+            if module.expert_bias is not None:
                 nn.init.zeros_(module.expert_bias)
 
 
