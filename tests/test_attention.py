@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
-from dmax.attention import Predicate, block_causal, dense_mask, flex_from_dense, flex_mask, noisy_clean
+from dmax.attention import Predicate, block_causal, dense_mask, flex_from_dense, flex_mask, noisy_clean, prepare_mask
 
 
 def square(predicate: Predicate, length: int) -> Tensor:
@@ -94,3 +94,15 @@ def test_dense_mask_takes_any_index_shapes() -> None:
     assert visible.shape == (2, 4, 10)
     assert visible[0].sum(dim=-1).tolist() == [8] * 4
     assert visible[1].sum(dim=-1).tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_gets_the_mask_that_it_would_make_itself(dtype: torch.dtype) -> None:
+    visible = torch.tensor([[True, False], [False, False]])[None, None]
+    query, key, value = torch.randn(3, 1, 2, 2, 8).to(dtype)
+    mask = prepare_mask(visible, dtype, "sdpa")
+    assert mask.dtype == dtype and torch.equal(mask == 0, visible)
+    assert torch.equal(prepare_mask(mask, dtype, "sdpa"), mask)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(attend(query, key, value, mask), attend(query, key, value, visible))
+    assert prepare_mask(visible, dtype, "eager").isfinite().all()

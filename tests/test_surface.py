@@ -48,16 +48,17 @@ COMMANDS = {
     "demo": "--json",
     "generate": (
         "prompts --model -m --strategy --threshold --max-new-tokens --top-k --soft-inputs --hard-inputs --option "
-        "--block-length --temperature --seed --dtype --device --json"
+        "--block-length --temperature --seed --stop --ignore-eos --dtype --quantization --device --json"
     ),
     "train": "recipe --max-steps --fresh --json",
     "distill": (
         "--output -o --model -m --num --prompts --strategy --threshold --max-new-tokens --seed --batch-size "
-        "--dtype --device --json"
+        "--dtype --compile --device --json"
     ),
     "eval": (
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs "
-        "--hard-inputs --option --block-length --batch-size --dtype --device --output -o --overwrite --json"
+        "--hard-inputs --option --block-length --batch-size --dtype --quantization --compile --device --output -o "
+        "--overwrite --json"
     ),
     "bench": "--device --quick --output -o --json",
     "lm_eval": "",  # hands its arguments on

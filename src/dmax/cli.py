@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.text import Text
 from transformers.utils import logging
 
 from dmax.errors import InputError
+
+if TYPE_CHECKING:
+    from dmax.evaluation.run import Summary
 
 app = typer.Typer(
     help="Train, decode and measure self-revising diffusion language models.",
@@ -44,6 +47,8 @@ DataOption = Annotated[Path | None, typer.Option("--data", help="JSONL of the ta
 BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="compile the model; pays in long runs")]
+QuantizationOption = Annotated[str | None, typer.Option(help="of the experts: int8, fp8 or int4")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 
@@ -108,7 +113,10 @@ def generate(
     block_length: BlockOption = None,
     temperature: TemperatureOption = 0.0,
     seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="text that ends a completion")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on to the longest completion")] = False,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -138,8 +146,11 @@ def generate(
         block_length=block_length,
         temperature=temperature,
         seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
     )
-    outputs = LLM(model, dtype=dtype, device=device).generate(list(texts), params)
+    llm = LLM(model, dtype=dtype, device=device, quantization=cast(Any, quantization))
+    outputs = llm.generate(list(texts), params)
     if as_json:
         _emit([{**asdict(output), "tokens_per_forward": output.tokens_per_forward} for output in outputs])
         return
@@ -188,6 +199,7 @@ def distill(
     seed: Annotated[int, typer.Option(help="of the problems")] = 1,
     batch_size: BatchOption = 64,
     dtype: DtypeOption = "auto",
+    compile_model: CompileOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -211,7 +223,7 @@ def distill(
     )
     get_strategy(params)  # an unknown one is an error before files and models are touched
     check_writable(output)
-    llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
+    llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size, compile_model=compile_model)
     with progress_bar("distilling") as progress:
         report = run_distill(llm, questions, output, params, progress=progress)
     if as_json:
@@ -236,6 +248,8 @@ def evaluate(
     block_length: BlockOption = None,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
+    compile_model: CompileOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the summary")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the results in --output")] = False,
@@ -262,7 +276,8 @@ def evaluate(
         block_length=block_length,
     )
     files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
-    llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size)
+    options = {"max_batch_size": batch_size, "quantization": quantization, "compile_model": compile_model}
+    llm = LLM(model, dtype=dtype, device=device, **cast(Any, options))
     with progress_bar(f"{model} on {task}") as progress:
         summary, samples = run_evaluation(
             llm, chosen, params, limit=limit, seed=seed, model_name=model, progress=progress, journal=files
@@ -271,12 +286,16 @@ def evaluate(
         files.finish(summary, samples)
     if as_json:
         _emit(asdict(summary))
-        return
+    else:
+        sys.stdout.write(_in_words(summary))
+
+
+def _in_words(summary: Summary) -> str:
     low, high = summary.interval
-    sys.stdout.write(
+    return (
         f"accuracy  {summary.accuracy:.1%} ({summary.correct}/{summary.total}), 95 % interval {low:.1%} to {high:.1%}\n"
-        f"TPF       {summary.tpf:.2f} ({summary.generated_tokens} tokens / {summary.num_forwards} forwards, "
-        f"{summary.num_prefill_forwards} prefill and {summary.num_commit_forwards} commit forwards beside them)\n"
+        f"TPF       {summary.tpf:.2f} ({summary.generated_tokens} tokens / {summary.num_forwards} forwards; "
+        f"{summary.num_prefill_forwards} encoded prompts, {summary.num_commit_forwards} only finished blocks)\n"
         f"speed     {summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}\n"
     )
 

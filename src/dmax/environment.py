@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +67,12 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
             did_you_mean(str(dtype), ("auto", *DTYPES)),
         )
     return chosen, "asked for"
+
+
+def lacks_compiler(device: torch.device) -> str | None:
+    """The C++ compiler that `torch.compile` would call for a CPU, if it is not there; None where nothing is missing."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return name if device.type == "cpu" and shutil.which(name) is None else None
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:

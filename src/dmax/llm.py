@@ -13,7 +13,7 @@ from dmax.decoding import get_strategy
 from dmax.engine.engine import Commit, Engine
 from dmax.engine.prefix import PrefixCache
 from dmax.engine.request import BlockEvent, Completion, Request
-from dmax.environment import select_device, select_dtype
+from dmax.environment import lacks_compiler, select_device, select_dtype
 from dmax.errors import InputError
 from dmax.kernels.quant import Format
 from dmax.outputs import GenerationOutput, StreamEvent
@@ -37,9 +37,11 @@ class LLM:
         commit: how finished blocks get their clean keys and values (see `Engine`).
         attn_implementation, experts_implementation: as in transformers; None chooses.
         quantization: of the experts, "int8", "fp8" or "int4"; None leaves them as they are.
+        compile_model: have `torch.compile` fuse the small operations of a forward. The first two forwards take half a
+            minute longer, which long jobs earn back (docs/performance.md); on a CPU it takes a C++ compiler.
 
     Raises:
-        InputError: an unknown model, a damaged checkpoint, or ids that it does not define.
+        InputError: an unknown model, a damaged checkpoint, ids that it does not define, or no C++ compiler.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LLM:
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
         quantization: Format | None = None,
+        compile_model: bool = False,
     ) -> None:
         place, _ = select_device(device)
         kind, _ = select_dtype(dtype, place)
@@ -71,7 +74,7 @@ class LLM:
             experts_implementation=experts_implementation,
             quantization=quantization,
         )
-        self._setup(checkpoint, max_batch_size, prefix_cache_mib, commit)
+        self._setup(checkpoint, max_batch_size, prefix_cache_mib, commit, compile_model)
 
     @classmethod
     def from_checkpoint(
@@ -81,20 +84,28 @@ class LLM:
         max_batch_size: int = 16,
         prefix_cache_mib: int = 0,
         commit: Commit = "cross_block",
+        compile_model: bool = False,
     ) -> LLM:
         """An `LLM` over a model that is already in memory, such as one in training."""
         llm = cls.__new__(cls)
-        llm._setup(checkpoint, max_batch_size, prefix_cache_mib, commit)
+        llm._setup(checkpoint, max_batch_size, prefix_cache_mib, commit, compile_model)
         return llm
 
-    def _setup(self, checkpoint: Checkpoint, max_batch_size: int, prefix_cache_mib: int, commit: Commit) -> None:
+    def _setup(
+        self, checkpoint: Checkpoint, max_batch_size: int, prefix_cache_mib: int, commit: Commit, compile_model: bool
+    ) -> None:
         check_number("max_batch_size", max_batch_size, low=1, whole=True)
         check_number("prefix_cache_mib", prefix_cache_mib, low=0, whole=True)
         if commit not in get_args(Commit):
             raise InputError(f"`commit` must be one of {', '.join(get_args(Commit))}, got {commit!r}")
+        if compile_model and (name := lacks_compiler(checkpoint.model.device)):
+            raise InputError(
+                f"compiling a model takes a C++ compiler, and {name} is not here", "install it, or set CXX"
+            )
         checkpoint.model.eval()
         self.checkpoint, self.model, self.tokenizer = checkpoint, checkpoint.model, checkpoint.tokenizer
         self.max_batch_size, self.prefix_cache_mib, self.commit = max_batch_size, prefix_cache_mib, commit
+        self.compile_model = compile_model
         self._engines: dict[int, Engine] = {}  # by block length
 
     def generate(
@@ -199,7 +210,12 @@ class LLM:
             mask_token_id=self.checkpoint.mask_token_id,
             eos_token_ids=self.checkpoint.eos_token_ids,
             block_length=length,
-            **{"max_batch_size": self.max_batch_size, "commit": self.commit} | options,
+            **{
+                "max_batch_size": self.max_batch_size,
+                "commit": self.commit,
+                "compile_model": self.compile_model,
+            }
+            | options,
         )
 
     def _engine(self, block_length: int) -> Engine:

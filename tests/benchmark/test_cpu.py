@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from dmax import cli
-from dmax.benchmark import cpu, hub_loop, memory
+from dmax.benchmark import compiled, cpu, hub_loop, memory
 from dmax.benchmark.measure import Watch, in_turns, spread, watched
 from dmax.benchmark.report import cell, ratio
 from dmax.benchmark.run import command, result_path, run_cpu
@@ -28,7 +28,9 @@ from dmax.params import DecodingParams
 from dmax.tasks import get_task
 from dmax.tasks.word_problems import WordProblems
 
-TINY = cpu.CpuOptions(limit=1, batch_limit=2, repeats=1, batch_sizes=(1, 2), dtypes=("float32",), dense_layers=1)
+TINY = cpu.CpuOptions(
+    limit=1, batch_limit=2, repeats=1, batch_sizes=(1, 2), dtypes=("float32",), dense_layers=1, compiles=False
+)
 SECTIONS = "decoding hub_loop batching dense ratios".split()
 
 
@@ -145,7 +147,7 @@ def _measured() -> list[list[dict[str, Any]]]:
     batch = {"dtype": "float32", "batch": 1, "tokens_per_second": {"median": 10.0}, "loop_overhead": {"median": 0.1}}
     return [
         methods,
-        [{"method": "spd", "shots": 0, "ratio": {"median": 2.9}}],
+        [{"method": "spd", "shots": 0, "ratio": {"median": 2.9}, "compiled_ratio": {"median": 3.1}}],
         [batch],
         [{"dtype": "float32", "ratio": 1.5}],
     ]
@@ -157,6 +159,7 @@ def test_ratios_and_targets() -> None:
     assert rows["SPD, best / threshold"]["met"] is False
     assert rows["SPD / one token, block 1"]["met"] is None
     assert rows["engine / hub loop, spd"]["met"] is False
+    assert rows["compiled engine / hub loop, spd"]["met"] is True
     assert rows["loop overhead, batch 1, float32"]["met"] is True
     assert rows["135M forward / its products, float32"]["met"] is True
     assert ratio("a", 0.11, "<= 0.1")["met"] is False
@@ -201,6 +204,20 @@ def test_watching_a_model_counts_its_calls_and_leaves_no_trace(llm: LLM) -> None
     (output,) = alone.generate([examples[0].prompt], DecodingParams())
     _, _, calls = cpu.watch_once(alone, DecodingParams(), examples[:1])
     assert calls == output.num_forwards  # the prompt goes along with the first
+
+
+def test_what_compiling_gains_and_costs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"plain": {"median": 100.0}, "compiled": {"median": 200.0}}
+    processes = iter([{**figures, "start_up": 30.0}, {**figures, "start_up": 6.0}])
+    monkeypatch.setattr(compiled, "_two_processes", lambda *_: processes)
+    (row,) = compiled.section(["float32"], [1], 3, 7, 1).rows
+    assert (row["gain"], row["start_up"], row["start_up_cached"]) == (2.0, 30.0, 6.0)
+    assert row["pays_after"] == 6000  # 5 ms saved each
+
+    monkeypatch.setattr("torch.compile", lambda encode: encode)
+    measured = compiled.measure("float32", 2, 2, 7, 1)
+    assert measured["plain"]["median"] > 0 and measured["compiled"]["median"] > 0
+    assert measured["start_up"] < 60
 
 
 def test_products_of_a_dense_backbone() -> None:

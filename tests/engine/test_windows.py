@@ -159,6 +159,30 @@ def test_an_open_block_sees_the_open_ones_before_it(golden: tuple[str, Any, dict
         torch.testing.assert_close(found, expected[slot, start : start + length], atol=2e-5, rtol=1e-4)
 
 
+def test_logits_are_made_of_open_rows_alone(
+    golden: tuple[str, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a model that makes them itself, because they are more than a product."""
+    _, checkpoint, _ = golden
+    expected, seen = forward(*settled_and_open(opened(golden))), []
+    monkeypatch.setattr(checkpoint.model, "has_linear_head", False)
+    head = checkpoint.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[0]))
+    logits = forward(*settled_and_open(opened(golden)))
+    handle.remove()
+    assert seen == [2]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def settled_and_open(
+    given: tuple[ModelRunner, Any, int, Tensor],
+) -> tuple[ModelRunner, list[tuple[int, int, int]], Tensor, int]:
+    """Arguments of `forward`: the next block of each slot on its way into the cache, and the open ones behind them."""
+    runner, _, length, tokens = given
+    rows = [(0, length, length), (1, 2 * length, 2 * length), (0, 2 * length, 2 * length), (1, 3 * length, 3 * length)]
+    return runner, rows, torch.stack([tokens[slot, start : start + length] for slot, start, _ in rows]), 2
+
+
 def test_versions_share_positions_and_do_not_see_each_other(golden: tuple[str, Any, dict[str, Any]]) -> None:
     runner, model, length, tokens = opened(golden)
     # The block behind the committed ones is pending: it is written by the same forward, and seen by the versions.

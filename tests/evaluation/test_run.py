@@ -45,7 +45,7 @@ class Canned:
 
     checkpoint = SimpleNamespace(path="canned", block_length=32)
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, state_dict=dict)
-    max_batch_size = 1
+    max_batch_size, compile_model = 1, False
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

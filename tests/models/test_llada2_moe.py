@@ -313,3 +313,14 @@ def test_optional_parts_can_be_absent(ids: Tensor) -> None:
     assert not any("shared_experts" in name or "expert_bias" in name for name in names)
     assert "model.layers.0.attention.query_key_value.bias" in names
     assert model(input_ids=ids).logits.shape == (*ids.shape, config.vocab_size)
+
+
+@torch.no_grad()
+def test_weights_may_arrive_module_by_module(ids: Tensor) -> None:
+    """As offloading and sharding have it: a weight is there while the module that owns it runs, and not before."""
+    accelerate = pytest.importorskip("accelerate")
+    model = LLaDA2MoeModelLM(tiny_config()).eval()
+    expected = model(input_ids=ids).logits
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert model.model.layers[0].attention.key_layernorm.weight.is_meta
+    assert torch.equal(model(input_ids=ids).logits, expected)

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmax.benchmark import hub_loop
+from dmax.benchmark import compiled, hub_loop
 from dmax.benchmark.measure import Spread, in_turns, milliseconds, open_block, spread, watched
 from dmax.benchmark.memory import measure_apart
+from dmax.benchmark.passes import Pass, encode, solve
 from dmax.benchmark.report import RATIO_COLUMNS, Row, Section, ratio
 from dmax.benchmark.shapes import llama_135m
 from dmax.checkpoint import Checkpoint
-from dmax.environment import DTYPES
+from dmax.environment import DTYPES, lacks_compiler
 from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.tasks import Example, get_task
-from dmax.tasks.word_problems import problems
 
 CPU = torch.device("cpu")
 CONTEXT = 256  # tokens before the open block of the dense backbone
@@ -46,6 +46,7 @@ class CpuOptions:
         best_threshold: of `tiny-dmax`, the fastest that keeps its accuracy; 0.5 is measured too.
         seed: of the problems.
         dense_layers: of the dense backbone.
+        compiles: whether the engine is also measured with a compiled model, where there is a C++ compiler.
     """
 
     limit: int = 48
@@ -57,6 +58,7 @@ class CpuOptions:
     best_threshold: float = 0.2
     seed: int = 7
     dense_layers: int = 30
+    compiles: bool = True
 
     def __post_init__(self) -> None:
         """Raises `InputError` for an unknown dtype, or without the batch size that others are compared to."""
@@ -66,7 +68,7 @@ class CpuOptions:
             raise InputError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
 
 
-QUICK = CpuOptions(limit=3, batch_limit=16, repeats=1, batch_sizes=(1, 16), dtypes=("float32",))
+QUICK = CpuOptions(limit=3, batch_limit=16, repeats=1, batch_sizes=(1, 16), dtypes=("float32",), compiles=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +80,9 @@ class Contender:
     params: DecodingParams
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One pass over the problems."""
-
-    seconds: float
-    completions: tuple[tuple[int, ...], ...]
-    forwards: int
-
-    @property
-    def tokens(self) -> int:
-        """Generated, EOS left out."""
-        return sum(map(len, self.completions))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Prefill included."""
-        return self.tokens / self.seconds
-
-
 def sections(options: CpuOptions) -> Iterator[Section]:
     """The tables, each measured when it is asked for."""
+    options = replace(options, compiles=options.compiles and not lacks_compiler(CPU))
     first = options.dtypes[0]
     llms = {name: LLM(name, dtype=first, device="cpu", max_batch_size=1) for name in ("tiny-base", "tiny-dmax")}
     methods = decoding(llms, options)
@@ -107,6 +91,9 @@ def sections(options: CpuOptions) -> Iterator[Section]:
     yield loops
     batches = batching(options)
     yield batches
+    if options.compiles:
+        sizes = [size for size in options.batch_sizes if size in (1, 16)]
+        yield compiled.section(options.dtypes, sizes, options.batch_limit, options.seed, options.repeats)
     dense = dense_backbone(options)
     yield dense
     yield ratios(options, *(section.rows for section in (methods, loops, batches, dense)))
@@ -171,23 +158,6 @@ def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
     return Section("decoding", f"methods, {options.dtypes[0]}", columns, rows, note)
 
 
-def solve(llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: int = 0) -> Pass:
-    """Decode all problems, each behind so many solved ones."""
-    params = replace(params, max_new_tokens=get_task("word_problems").max_new_tokens)
-    prompts = [encode(llm, example, shots) for example in examples]
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, params)
-    seconds = time.perf_counter() - began
-    return Pass(seconds, tuple(output.token_ids for output in outputs), sum(output.num_forwards for output in outputs))
-
-
-def encode(llm: LLM, example: Example, shots: int) -> tuple[int, ...]:
-    """A problem as a chat, behind `shots` solved problems of another seed."""
-    before = [(p.question, p.response) for p in problems(shots, seed=11, split="test")]
-    turns = [*(text for pair in before for text in pair), example.prompt]
-    return llm.encode([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)])
-
-
 # --- (b) the loop of the published checkpoints ------------------------------------------------------------------------
 
 
@@ -204,11 +174,15 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
     runs: dict[str, Callable[[], Pass]] = {}
     for number, (model, params, solved, shots) in enumerate(contests):
         runs[f"{number} engine"] = partial(solve, llms[model], params, solved, shots)
+        if options.compiles:
+            fast = LLM.from_checkpoint(llms[model].checkpoint, max_batch_size=1, compile_model=True)
+            runs[f"{number} compiled"] = partial(solve, fast, params, solved, shots)
         runs[f"{number} hub"] = partial(solve_by_hub_loop, llms[model], params, solved, shots)
     passes = in_turns(runs, max(1, options.repeats - 1))
     rows = []
     for number, (model, params, solved, shots) in enumerate(contests):
         engine, hub = passes[f"{number} engine"], passes[f"{number} hub"]
+        compiled_engine = passes.get(f"{number} compiled", [])
         equal = sum(a == b for a, b in zip(engine[0].completions, hub[0].completions, strict=True))
         rows.append(
             {
@@ -224,7 +198,9 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
                 "hub_forwards": hub[0].forwards,
                 "engine": spread([one.tokens_per_second for one in engine]),
                 "hub": spread([one.tokens_per_second for one in hub]),
-                "ratio": spread([a.tokens_per_second / b.tokens_per_second for a, b in zip(engine, hub, strict=True)]),
+                "ratio": faster(engine, hub),
+                "compiled": spread([one.tokens_per_second for one in compiled_engine]) if compiled_engine else None,
+                "compiled_ratio": faster(compiled_engine, hub) if compiled_engine else None,
             }
         )
     columns = {
@@ -235,12 +211,19 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
         "engine, tokens/s": "engine:.0f",
         "hub loop, tokens/s": "hub:.0f",
         "ratio": "ratio:.2f",
+        "compiled, tokens/s": "compiled:.0f",
+        "its ratio": "compiled_ratio:.2f",
     }
     note = (
         "Hub loop: no cache; the whole prefix, and logits of all its positions, anew in every step (hub_loop.py). "
         "Last row: three solved problems before each."
     )
     return Section("hub_loop", f"engine and hub loop, batch 1, {options.dtypes[0]}", columns, rows, note)
+
+
+def faster(one: Sequence[Pass], other: Sequence[Pass]) -> Spread:
+    """How many times as fast, round by round."""
+    return spread([a.tokens_per_second / b.tokens_per_second for a, b in zip(one, other, strict=True)])
 
 
 def solve_by_hub_loop(llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: int = 0) -> Pass:
@@ -385,6 +368,9 @@ def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
     for row in loops:
         behind = f", {row['shots']} examples before" if row["shots"] else ""
         rows.append(ratio(f"engine / hub loop, {row['method']}{behind}", row["ratio"]["median"], ">= 3"))
+        if row.get("compiled_ratio"):
+            name = f"compiled engine / hub loop, {row['method']}{behind}"
+            rows.append(ratio(name, row["compiled_ratio"]["median"], ">= 3"))
     for dtype in options.dtypes:
         alone = by_size[dtype, 1]
         rows.append(ratio(f"loop overhead, batch 1, {dtype}", alone["loop_overhead"]["median"], "<= 0.1"))

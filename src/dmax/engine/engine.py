@@ -51,6 +51,7 @@ class Engine:
         commit: how a finished block's clean keys and values are written: `cross_block`, by the next block's first
             forward over 2L positions, or `separate`, by a forward of their own.
         cuda_graphs: whether denoising steps are captured; None: on a CUDA device.
+        compile_model: whether denoising forwards are compiled (see `ModelRunner`).
         clock: seconds, for deadlines.
     """
 
@@ -67,12 +68,14 @@ class Engine:
         prefix_cache: PrefixCache | None = None,
         commit: Commit = "cross_block",
         cuda_graphs: bool | None = None,
+        compile_model: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.mask_token_id, self.eos_token_ids = model, mask_token_id, frozenset(eos_token_ids)
         self.block_length, self.max_batch_size, self.max_length = block_length, max_batch_size, max_length
         self.prefill_tokens = max(prefill_tokens // block_length, 1) * block_length
         self.prefix_cache, self.commit, self.cuda_graphs, self.clock = prefix_cache, commit, cuda_graphs, clock
+        self.compile_model = compile_model
         self._flights: dict[int, Flight] = {}  # by slot
         self._lanes: dict[DecodingParams, Lane] = {}
         self._scheduler = self._schedule(0)
@@ -190,7 +193,9 @@ class Engine:
         embeddings = self.model.get_input_embeddings().weight
         graphs = embeddings.is_cuda if self.cuda_graphs is None else self.cuda_graphs
         rows = num_slots + graphs  # the last one fills up batches
-        self._planned = ModelRunner(self.model, self.block_length, rows, capacity, self.mask_token_id)
+        self._planned = ModelRunner(
+            self.model, self.block_length, rows, capacity, self.mask_token_id, compiled=self.compile_model
+        )
         self._graphs = GraphedSteps(num_slots, capacity) if graphs else None
         self._scheduler = self._schedule(num_slots)
         self._lanes.clear()

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     def of(cls, rows: Sequence[Row], tokens: Sequence[Sequence[int]], block_length: int) -> Rows:
         """On the host."""
         blocks = torch.tensor(tokens, dtype=torch.long).view(len(tokens), block_length)
-        return cls(torch.tensor(rows).T.contiguous(), blocks)
+        return cls(torch.tensor(list(zip(*rows, strict=True))), blocks)
 
     def to(self, device: torch.device) -> Rows:
         """The same on a device."""

@@ -69,10 +69,12 @@ class ModelRunner:
         self.head: Tensor | None = None
         if getattr(model, "has_linear_head", False):
             self.head = model.get_output_embeddings().weight
-        self.cache = BlockCache(
-            config.num_hidden_layers, num_slots, capacity, heads, head_dim, dtype=weight.dtype, device=weight.device
-        )
+        shape = config.num_hidden_layers, max(num_slots, 1 + compiled), capacity, heads, head_dim
+        self.cache = BlockCache(*shape, dtype=weight.dtype, device=weight.device)
         self._compiled = torch.compile(self._encode) if compiled else None
+        if compiled:  # another runner, for more or longer sequences, uses the same code
+            for layer in (*self.cache.keys, *self.cache.values):
+                _mark_dynamic(layer, 0, 1)
 
     @torch.no_grad()
     def prefill(self, slots: list[int], tokens: Tensor) -> None:
@@ -120,8 +122,7 @@ class ModelRunner:
         if self._compiled is None:
             return self._encode(embeds, place)
         for tensor in (embeds, place.slots, place.starts, place.bases, place.keys):
-            if len(tensor) > 1:  # a single row has code of its own
-                torch._dynamo.mark_dynamic(tensor, 0)
+            _mark_dynamic(tensor, 0)
         return self._compiled(embeds, place._replace(in_order=False))
 
     def _place(self, shape: Shape, rows: Rows) -> Place:
@@ -156,6 +157,13 @@ class ModelRunner:
 def _arguments(embeds: Tensor, mask: Tensor, positions: Tensor, window: CacheWindow) -> dict[str, Any]:
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
     return inputs | {"past_key_values": window}
+
+
+def _mark_dynamic(tensor: Tensor, *dims: int) -> None:
+    """Have one piece of compiled code serve all sizes of these dimensions but 1, which always gets its own."""
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def _settings(
         "batch_size": llm.max_batch_size,
         "limit": limit,
         "seed": seed,
-        "environment": environment(llm.model.device),
+        "environment": environment(llm.model.device) | {"compiled": llm.compile_model},
     }
 
 

@@ -1,0 +1,65 @@
+"""Compiled forwards: one graph for a single row, one for any number of rows, and what they decode."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from parts import engine_of, run
+from torch._dynamo.testing import CompileCounter
+
+from dmax.engine import runner
+from dmax.engine.request import Request
+from dmax.environment import lacks_compiler
+from dmax.errors import InputError
+from dmax.llm import LLM
+from dmax.params import DecodingParams
+
+THRESHOLD = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=40)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def requests(*lengths: int) -> list[Request]:
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(index, tuple(prompt), THRESHOLD) for index, prompt in enumerate(prompts)]
+
+
+def test_two_graphs_serve_every_batch_and_length(
+    golden: tuple[str, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, checkpoint, _ = golden
+    counter, compile_ = CompileCounter(), torch.compile
+
+    def without_breaks(encode: Callable[..., Any]) -> Any:
+        return compile_(encode, backend=counter, fullgraph=True)
+
+    monkeypatch.setattr(runner.torch, "compile", without_breaks)
+    engine = engine_of(checkpoint, compile_model=True)
+    for batch in (requests(9), requests(3, 40, 17), requests(3, 20, 35, 60, 1), requests(70, 130), requests(5)):
+        assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("golden", ["llada2_moe_a"], indirect=True)  # the compiler takes half a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_code_decodes_the_same(golden: tuple[str, Any, dict[str, Any]]) -> None:
+    _, checkpoint, _ = golden
+    batch = requests(3, 40, 17)
+    assert run(engine_of(checkpoint, compile_model=True), *batch) == run(engine_of(checkpoint), *batch)
+
+
+def test_a_missing_compiler_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="takes a C\\+\\+ compiler, and no-such-compiler is not here"):
+        LLM("tiny-dmax", device="cpu", compile_model=True)
+    assert lacks_compiler(torch.device("meta")) is None  # another compiler makes its code
