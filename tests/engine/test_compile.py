@@ -11,6 +11,7 @@ import torch
 from parts import engine_of, run
 from torch._dynamo.testing import CompileCounter
 
+from dmax.benchmark.shapes import llama_135m
 from dmax.engine import runner
 from dmax.engine.request import Request
 from dmax.environment import lacks_compiler
@@ -34,20 +35,36 @@ def requests(*lengths: int) -> list[Request]:
     return [Request(index, tuple(prompt), THRESHOLD) for index, prompt in enumerate(prompts)]
 
 
-def test_two_graphs_serve_every_batch_and_length(
-    golden: tuple[str, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, checkpoint, _ = golden
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """Counts graphs, which run as they are; a break in one is an error."""
     counter, compile_ = CompileCounter(), torch.compile
 
     def without_breaks(encode: Callable[..., Any]) -> Any:
         return compile_(encode, backend=counter, fullgraph=True)
 
     monkeypatch.setattr(runner.torch, "compile", without_breaks)
+    return counter
+
+
+def test_two_graphs_serve_every_batch_and_length(
+    golden: tuple[str, Any, dict[str, Any]], graphs: CompileCounter
+) -> None:
+    _, checkpoint, _ = golden
     engine = engine_of(checkpoint, compile_model=True)
     for batch in (requests(9), requests(3, 40, 17), requests(3, 20, 35, 60, 1), requests(70, 130), requests(5)):
         assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
-    assert counter.frame_count == 2
+    assert graphs.frame_count == 2
+
+
+def test_dense_decoders_compile_too(graphs: CompileCounter) -> None:
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3}
+    checkpoint = llama_135m(vocab_size=400, **small)
+    engine = engine_of(checkpoint, compile_model=True)
+    for batch in (requests(9), requests(3, 40, 17), requests(70, 130)):
+        assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
+    assert graphs.frame_count == 2
 
 
 @pytest.mark.parametrize("golden", ["llada2_moe_a"], indirect=True)  # the compiler takes half a minute
