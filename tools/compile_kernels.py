@@ -1,0 +1,135 @@
+"""Compiles the Triton kernels for an NVIDIA GPU that need not be there, and prints what became of them as JSON lines.
+
+    python tools/compile_kernels.py 90    # compute capability 9.0: H100, H200
+
+The wrappers of `dmax.kernels` are called as they are, with tensors that have no data; a driver that names the GPU
+stands in for the real one, and launches end after the compiler. Sizes are those of LLaDA-2.0-mini.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from dmax.blend import SoftTokens
+from dmax.kernels import blend_triton, head_triton, moe_triton
+from dmax.kernels.quant import FP8, QuantizedWeight
+
+VOCABULARY, HIDDEN, INNER, EXPERTS, CHOSEN, MASK = 157_184, 2048, 512, 256, 8, 156_895
+BF16 = torch.bfloat16
+
+
+class AbsentGPU:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(rows: int, columns: int, form: str) -> Tensor | QuantizedWeight:
+    """Stacked matrices [E, rows, columns]."""
+    if form == "bf16":
+        return new(EXPERTS, rows, columns)
+    if form == "int4":
+        return QuantizedWeight(new(EXPERTS, rows, columns // 2, dtype=torch.uint8), new(EXPERTS, rows, columns // 128))
+    values = new(EXPERTS, rows, columns, dtype=torch.int8 if form == "int8" else FP8)
+    return QuantizedWeight(values, new(EXPERTS, rows, 1, dtype=torch.float32))
+
+
+def experts(num_tokens: int, form: str) -> None:
+    index = new(num_tokens, CHOSEN, dtype=torch.int64)
+    gate_up, down = weight(2 * INNER, HIDDEN, form), weight(HIDDEN, INNER, form)
+    moe_triton.fused_moe(new(num_tokens, HIDDEN), index, new(num_tokens, CHOSEN), gate_up, down)
+
+
+def head(num_tokens: int, k: int) -> None:
+    head_triton.head_top_k(new(num_tokens, HIDDEN), new(VOCABULARY, HIDDEN), k, MASK)
+
+
+def blend(k: int) -> None:
+    where, ids = new(1, 32, dtype=torch.bool), new(1, 32, k, dtype=torch.int64)
+    soft = SoftTokens(where, ids, new(1, 32, k, dtype=torch.float32))
+    blend_triton.embed_soft(new(VOCABULARY, HIDDEN), new(1, 32, dtype=torch.int64), soft, MASK)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    for form in ("bf16", "int8", "fp8", "int4"):
+        for num_tokens in (32, 512):
+            yield f"{form} experts, {num_tokens} tokens", partial(experts, num_tokens, form)
+    yield "bf16 experts, 64 tokens", partial(experts, 64, "bf16")
+    for num_tokens, k in ((32, 1), (32, 4), (64, 1), (512, 4)):
+        yield f"head, {num_tokens} tokens, top {k}", partial(head, num_tokens, k)
+    for k in (1, 4):
+        yield f"blend of {k}", partial(blend, k)
+
+
+def facts(name: str, kernel: Any) -> dict[str, Any]:
+    """Of a compiled kernel: bytes of shared memory, registers, bytes spilled, and what the assembler was given."""
+    ptx: str = kernel.asm["ptx"]
+    return {
+        "kernel": name,
+        "shared": kernel.metadata.shared,
+        **resources(kernel.asm["cubin"]),
+        "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
+        "async_copies": sorted({int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)}),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes it keeps outside of them."""
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
+
+
+def main(capability: int) -> None:
+    driver.set_active(AbsentGPU(capability))
+    run, compiled = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    for case, call in cases():
+        call()
+        for name, kernel in compiled:
+            print(json.dumps({"case": case} | facts(name, kernel)), flush=True)
+        compiled.clear()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
