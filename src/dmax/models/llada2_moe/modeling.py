@@ -217,7 +217,8 @@ class LLaDA2MoeRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
         device = x.device.type  # to leave autocast costs as much as a small product, so only where it is on
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        is_on = not x.is_meta and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_on else nullcontext():
             wide = torch.promote_types(x.dtype, torch.float32)
             scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # [N, E]
         choice = scores if self.expert_bias is None else scores + self.expert_bias
