@@ -106,6 +106,7 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     assert [row["equal_completions"] for row in record["hub_loop"]] == ["1/1", "1/1", "1/1"]
     assert all(row["engine_forwards"] == row["hub_forwards"] for row in record["hub_loop"])
+    assert all(row["together_ratio"]["median"] > 0 and "compiled" not in row for row in record["hub_loop"])
 
     one, two = record["batching"]
     assert (one["batch"], two["batch"]) == (1, 2) and two["model_calls"] < one["model_calls"]
@@ -145,11 +146,12 @@ def _measured() -> list[list[dict[str, Any]]]:
     methods += [{"method": name, "tokens_per_second": {"median": 10.0}} for name in ("one token", "one token, block 1")]
     methods.append({"method": "SPD", "tokens_per_second": {"median": 60.0}})
     batch = {"dtype": "float32", "batch": 1, "tokens_per_second": {"median": 10.0}, "loop_overhead": {"median": 0.1}}
+    loops = {"engine": 2.9, "compiled": 3.1, "together": 3.0}
     return [
         methods,
-        [{"method": "spd", "shots": 0, "ratio": {"median": 2.9}, "compiled_ratio": {"median": 3.1}}],
+        [{"method": "spd", "shots": 0, **{f"{name}_ratio": {"median": value} for name, value in loops.items()}}],
         [batch],
-        [{"dtype": "float32", "ratio": 1.5}],
+        [{"dtype": "float32", "ratio": 1.6, "compiled_ratio": 1.5}],
     ]
 
 
@@ -161,7 +163,9 @@ def test_ratios_and_targets() -> None:
     assert rows["engine / hub loop, spd"]["met"] is False
     assert rows["compiled engine / hub loop, spd"]["met"] is True
     assert rows["loop overhead, batch 1, float32"]["met"] is True
-    assert rows["135M forward / its products, float32"]["met"] is True
+    assert rows["engine, 16 at once, / hub loop, spd"]["met"] is True
+    assert rows["135M forward / its products, float32"]["met"] is False
+    assert rows["135M forward, compiled, / its products, float32"]["met"] is True
     assert ratio("a", 0.11, "<= 0.1")["met"] is False
 
 
@@ -220,10 +224,13 @@ def test_what_compiling_gains_and_costs(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert measured["start_up"] < 60
 
 
-def test_products_of_a_dense_backbone() -> None:
+def test_products_of_a_dense_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     small = llama_135m(num_hidden_layers=2, vocab_size=64, hidden_size=48, intermediate_size=96, num_attention_heads=3)
-    forward, floor = cpu.dense_times(small, 2, context=32)
-    assert forward["low"] > 0 and floor["low"] > 0
+    times = cpu.dense_times(small, 2, compiles=False, context=32)
+    assert times.keys() == {"ms_per_forward", "floor_ms"}
+    assert times["ms_per_forward"]["low"] > 0 and times["floor_ms"]["low"] > 0
+    monkeypatch.setattr("torch.compile", lambda encode: encode)
+    assert cpu.dense_times(small, 1, compiles=True, context=32)["compiled_ms"]["low"] > 0
 
 
 def test_the_backbone_has_the_published_shape() -> None:

@@ -30,6 +30,7 @@ from dmax.tasks import Example, get_task
 
 CPU = torch.device("cpu")
 CONTEXT = 256  # tokens before the open block of the dense backbone
+TOGETHER = 16  # sequences in flight, beside one
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,54 +172,56 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
         ("tiny-dmax", spd, examples, 0),
         ("tiny-dmax", spd, few, 3),
     )
+    variants: dict[str, dict[str, Any]] = {"engine": {"max_batch_size": 1}, "together": {"max_batch_size": TOGETHER}}
+    if options.compiles:
+        variants["compiled"] = {"max_batch_size": 1, "compile_model": True}
     runs: dict[str, Callable[[], Pass]] = {}
     for number, (model, params, solved, shots) in enumerate(contests):
-        runs[f"{number} engine"] = partial(solve, llms[model], params, solved, shots)
-        if options.compiles:
-            fast = LLM.from_checkpoint(llms[model].checkpoint, max_batch_size=1, compile_model=True)
-            runs[f"{number} compiled"] = partial(solve, fast, params, solved, shots)
+        for name, variant in variants.items():
+            llm = LLM.from_checkpoint(llms[model].checkpoint, **variant)
+            runs[f"{number} {name}"] = partial(solve, llm, params, solved, shots)
         runs[f"{number} hub"] = partial(solve_by_hub_loop, llms[model], params, solved, shots)
     passes = in_turns(runs, max(1, options.repeats - 1))
     rows = []
     for number, (model, params, solved, shots) in enumerate(contests):
         engine, hub = passes[f"{number} engine"], passes[f"{number} hub"]
-        compiled_engine = passes.get(f"{number} compiled", [])
         equal = sum(a == b for a, b in zip(engine[0].completions, hub[0].completions, strict=True))
-        rows.append(
-            {
-                "method": params.strategy,
-                "model": model,
-                "threshold": params.threshold,
-                "prompt_tokens": sum(len(encode(llms[model], example, shots)) for example in solved) / len(solved),
-                "shots": shots,
-                "equal": equal,
-                "total": len(solved),
-                "equal_completions": f"{equal}/{len(solved)}",
-                "engine_forwards": engine[0].forwards,
-                "hub_forwards": hub[0].forwards,
-                "engine": spread([one.tokens_per_second for one in engine]),
-                "hub": spread([one.tokens_per_second for one in hub]),
-                "ratio": faster(engine, hub),
-                "compiled": spread([one.tokens_per_second for one in compiled_engine]) if compiled_engine else None,
-                "compiled_ratio": faster(compiled_engine, hub) if compiled_engine else None,
-            }
-        )
+        row: Row = {
+            "method": params.strategy,
+            "model": model,
+            "threshold": params.threshold,
+            "prompt_tokens": sum(len(encode(llms[model], example, shots)) for example in solved) / len(solved),
+            "shots": shots,
+            "equal": equal,
+            "total": len(solved),
+            "equal_completions": f"{equal}/{len(solved)}",
+            "engine_forwards": engine[0].forwards,
+            "hub_forwards": hub[0].forwards,
+            "hub": spread([one.tokens_per_second for one in hub]),
+        }
+        for name in variants:
+            done = passes[f"{number} {name}"]
+            row |= {name: spread([one.tokens_per_second for one in done]), f"{name}_ratio": faster(done, hub)}
+        rows.append(row)
     columns = {
         "method": "method",
         "model": "model",
         "prompt tokens": "prompt_tokens:.0f",
         "equal completions": "equal_completions:>",
-        "engine, tokens/s": "engine:.0f",
         "hub loop, tokens/s": "hub:.0f",
-        "ratio": "ratio:.2f",
-        "compiled, tokens/s": "compiled:.0f",
+        "engine": "engine:.0f",
+        "ratio": "engine_ratio:.2f",
+        "compiled": "compiled:.0f",
         "its ratio": "compiled_ratio:.2f",
+        "together": "together:.0f",
+        "their ratio": "together_ratio:.2f",
     }
     note = (
-        "Hub loop: no cache; the whole prefix, and logits of all its positions, anew in every step (hub_loop.py). "
-        "Last row: three solved problems before each."
+        "Tokens/s. Hub loop: one sequence, no cache; the whole prefix, and logits of all its positions, anew in every "
+        f"step (hub_loop.py). Engine: batch 1, as it is and compiled; together: {TOGETHER} sequences. Last row: three "
+        "solved problems before each."
     )
-    return Section("hub_loop", f"engine and hub loop, batch 1, {options.dtypes[0]}", columns, rows, note)
+    return Section("hub_loop", f"engine and hub loop, {options.dtypes[0]}", columns, rows, note)
 
 
 def faster(one: Sequence[Pass], other: Sequence[Pass]) -> Spread:
@@ -301,21 +304,23 @@ def dense_backbone(options: CpuOptions) -> Section:
     rows = []
     for dtype in options.dtypes:
         checkpoint = llama_135m(DTYPES[dtype], num_hidden_layers=options.dense_layers)
-        forward, floor = dense_times(checkpoint, repeats)
-        rows.append(
-            {
-                "dtype": dtype,
-                "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
-                "ms_per_forward": forward,
-                "floor_ms": floor,
-                "ratio": forward["median"] / floor["median"],
-            }
-        )
+        times = dense_times(checkpoint, repeats, options.compiles)
+        row: Row = {
+            "dtype": dtype,
+            "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+            **times,
+            "ratio": times["ms_per_forward"]["median"] / times["floor_ms"]["median"],
+        }
+        if options.compiles:
+            row["compiled_ratio"] = times["compiled_ms"]["median"] / times["floor_ms"]["median"]
+        rows.append(row)
     columns = {
         "dtype": "dtype",
-        "ms/forward": "ms_per_forward:.1f",
         "products alone, ms": "floor_ms:.1f",
+        "ms/forward": "ms_per_forward:.1f",
         "ratio": "ratio:.2f",
+        "compiled": "compiled_ms:.1f",
+        "its ratio": "compiled_ratio:.2f",
     }
     note = (
         "One open block of 32 behind 256 cached tokens, head included, as the engine runs it. Products alone: the same "
@@ -325,8 +330,8 @@ def dense_backbone(options: CpuOptions) -> Section:
 
 
 @torch.no_grad()
-def dense_times(checkpoint: Checkpoint, repeats: int, context: int = CONTEXT) -> tuple[Spread, Spread]:
-    """Milliseconds of a denoising forward with its head, and of its matrix products alone, measured in turns."""
+def dense_times(checkpoint: Checkpoint, repeats: int, compiles: bool, context: int = CONTEXT) -> dict[str, Spread]:
+    """Milliseconds of a denoising forward with its head, as it is and compiled, and of its products, all in turns."""
     model: Any = checkpoint.model
     length, head = checkpoint.block_length, model.get_output_embeddings().weight
     products: list[tuple[Tensor, Tensor]] = [(torch.randn(length, head.shape[1]).to(head.dtype), head)]
@@ -346,10 +351,11 @@ def dense_times(checkpoint: Checkpoint, repeats: int, context: int = CONTEXT) ->
         for left, weight in products:
             F.linear(left, weight)
 
-    times = in_turns(
-        {"forward": lambda: milliseconds(forward, CPU), "floor": lambda: milliseconds(floor, CPU)}, repeats
-    )
-    return spread(times["forward"]), spread(times["floor"])
+    runs: dict[str, Callable[[], object]] = {"ms_per_forward": forward, "floor_ms": floor}
+    if compiles:
+        runs["compiled_ms"] = open_block(checkpoint, context + length, compiled=True)
+    times = in_turns({name: partial(milliseconds, run, CPU) for name, run in runs.items()}, repeats)
+    return {name: spread(each) for name, each in times.items()}
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------
@@ -367,10 +373,10 @@ def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
         rows.append(ratio(f"{spd} / one token, block 1", speed[spd] / speed["one token, block 1"]))
     for row in loops:
         behind = f", {row['shots']} examples before" if row["shots"] else ""
-        rows.append(ratio(f"engine / hub loop, {row['method']}{behind}", row["ratio"]["median"], ">= 3"))
-        if row.get("compiled_ratio"):
-            name = f"compiled engine / hub loop, {row['method']}{behind}"
-            rows.append(ratio(name, row["compiled_ratio"]["median"], ">= 3"))
+        names = {"engine": "engine", "compiled": "compiled engine", "together": f"engine, {TOGETHER} at once,"}
+        for key, name in names.items():
+            if gain := row.get(f"{key}_ratio"):
+                rows.append(ratio(f"{name} / hub loop, {row['method']}{behind}", gain["median"], ">= 3"))
     for dtype in options.dtypes:
         alone = by_size[dtype, 1]
         rows.append(ratio(f"loop overhead, batch 1, {dtype}", alone["loop_overhead"]["median"], "<= 0.1"))
@@ -379,5 +385,11 @@ def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
             gain = sixteen["tokens_per_second"]["median"] / alone["tokens_per_second"]["median"]
             rows.append(ratio(f"loop overhead, batch 16, {dtype}", sixteen["loop_overhead"]["median"], "<= 0.03"))
             rows.append(ratio(f"batch 16 / batch 1, {dtype}", gain, ">= 6"))
-    rows += [ratio(f"135M forward / its products, {row['dtype']}", row["ratio"], "<= 1.5") for row in dense]
+    for row in dense:
+        names = {"ratio": "135M forward", "compiled_ratio": "135M forward, compiled,"}
+        rows += [
+            ratio(f"{name} / its products, {row['dtype']}", row[key], "<= 1.5")
+            for key, name in names.items()
+            if row.get(key)
+        ]
     return Section("ratios", "ratios", RATIO_COLUMNS, rows)

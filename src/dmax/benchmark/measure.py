@@ -68,14 +68,14 @@ def copy_bandwidth(device: torch.device, num_bytes: int, repeats: int = 20) -> S
     return spread([2 * num_bytes / (each / 1e3) for each in times["copy"]])
 
 
-def open_block(checkpoint: Checkpoint, context: int) -> Callable[[], Tensor]:
+def open_block(checkpoint: Checkpoint, context: int, *, compiled: bool = False) -> Callable[[], Tensor]:
     """What runs one denoising forward as the engine does: an open block at the end of a context, head included.
 
     Keys and values of the `context` positions, the block's own among them, are random. Gives the best tokens [1, L, 1].
     """
     model: Any = checkpoint.model
     length = checkpoint.block_length
-    model_runner = runner.ModelRunner(model, length, 1, context, checkpoint.mask_token_id)
+    model_runner = runner.ModelRunner(model, length, 1, context, checkpoint.mask_token_id, compiled=compiled)
     for layer in (*model_runner.cache.keys, *model_runner.cache.values):
         layer.normal_()
     opened = [Row(0, context - length, context - length, 0)]
