@@ -131,12 +131,22 @@ class CacheWindow:
         length: new positions L.
         span: positions that are read, at least the highest start + L.
         in_order: the slots are 0..B-1, the common case, and are read without a copy.
+        bases: [B] int64, if each row is a block that sees the positions before its base, and itself; None: it is for
+            the attention mask alone to say.
     """
 
     def __init__(
-        self, cache: BlockCache, slots: Tensor, starts: Tensor, length: int, span: int, in_order: bool
+        self,
+        cache: BlockCache,
+        slots: Tensor,
+        starts: Tensor,
+        length: int,
+        span: int,
+        in_order: bool,
+        bases: Tensor | None = None,
     ) -> None:
         self.cache, self.span, self.slots, self.in_order = cache, span, slots, in_order
+        self.starts, self.bases = starts, bases
         # [B, L] positions the rows' queries stand at
         self.positions = starts[:, None] + torch.arange(length, device=starts.device)
         self._places = slots[:, None], self.positions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmax import kernels
 from dmax.errors import InputError
-from dmax.kernels import choose, moe
+from dmax.kernels import choose, moe, plain
 from dmax.kernels.moe import best_experts_implementation, fused_moe, routed
 from dmax.models import LLaDA2MoeConfig
 from dmax.models.llada2_moe.modeling import LLaDA2MoeExperts
@@ -117,7 +117,7 @@ def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
 
 
 def test_the_implementation_follows_from_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose.cache_clear()
+    kernels.has_triton.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert choose(CPU) == ("torch", "Triton does not compile for cpu")
     assert choose(torch.device("cuda")) == ("torch", "triton is not installed")
@@ -128,12 +128,15 @@ def test_the_implementation_follows_from_device_and_installation(monkeypatch: py
         choose(CPU, "tritn")
     assert error.value.hint == "did you mean `triton`?"
     assert best_experts_implementation(256, torch.device("cuda")) is None
-    choose.cache_clear()
+    kernels.has_triton.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    assert choose(torch.device("cuda"))[0] == "triton"
+    with plain():
+        assert choose(torch.device("cuda")) == ("torch", "nothing else is wanted")
     assert choose(torch.device("cuda"))[0] == "triton"
     assert best_experts_implementation(256, torch.device("cuda")) == "fused_moe"
     assert [best_experts_implementation(num, CPU) for num in (4, 16, 17)] == ["dense_mm", "dense_mm", None]
-    choose.cache_clear()
+    kernels.has_triton.cache_clear()
 
 
 @pytest.mark.parametrize(

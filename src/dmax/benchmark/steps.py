@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from dmax.benchmark.routing import counted, prescribe
 from dmax.checkpoint import Checkpoint
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
+from dmax.kernels import plain
 from dmax.kernels.quant import Format, quantize_experts
 from dmax.params import DecodingParams
 
@@ -31,6 +33,7 @@ def measure_steps(
     steps: int,
     repeats: int,
     cuda_graphs: bool,
+    compiled: bool = False,
     prefill_tokens: int | None = None,
 ) -> Row:
     """Milliseconds of SPD's steps on random prompts, and tokens per second behind the first block.
@@ -43,6 +46,7 @@ def measure_steps(
         steps: of each block, at least two.
         repeats: completions timed.
         cuda_graphs: whether steps are captured.
+        compiled: whether forwards are compiled.
         prefill_tokens: prompt tokens of one forward; None: the whole prompt.
 
     Returns:
@@ -61,6 +65,7 @@ def measure_steps(
         max_length=context,
         prefill_tokens=prefill_tokens or context,
         cuda_graphs=cuda_graphs,
+        compile_model=compiled,
     )
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (batch, context - new_tokens), generator=generator).tolist()
@@ -110,24 +115,27 @@ def step_times(engine: Engine, requests: Sequence[Request]) -> list[tuple[float,
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to run the engine; what is on by default is what `LLM` does."""
+    """A way to run the engine; what is on by default is what `LLM` does on a GPU."""
 
     label: str
     experts: str = "fused_moe"
+    kernels: bool = True  # ours, of any kind
     fused_head: bool = True
     graphs: bool = True
+    compiled: bool = False
     routing: Literal["replayed", "uniform"] = "replayed"
 
 
 VARIANTS = (
     Variant("engine"),
     Variant("engine, uniform routing", routing="uniform"),
+    Variant("compiled", compiled=True),
     Variant("without CUDA graphs", graphs=False),
     Variant("without the fused head", fused_head=False),
-    Variant("grouped_mm, CUDA graphs", experts="grouped_mm"),
-    Variant("grouped_mm", experts="grouped_mm", fused_head=False, graphs=False),
-    Variant("batched_mm", experts="batched_mm", fused_head=False, graphs=False),
-    Variant("eager", experts="eager", fused_head=False, graphs=False),
+    Variant("grouped_mm, CUDA graphs", experts="grouped_mm", kernels=False),
+    Variant("grouped_mm", experts="grouped_mm", kernels=False, graphs=False),
+    Variant("batched_mm", experts="batched_mm", kernels=False, graphs=False),
+    Variant("eager", experts="eager", kernels=False, graphs=False),
 )
 STEP_COLUMNS = {
     "distinct": "distinct:.1f",
@@ -161,7 +169,9 @@ def variant_row(rig: Rig, variant: Variant) -> Row:
     model.set_experts_implementation(variant.experts)
     model.has_linear_head = variant.fused_head
     try:
-        return steps_row(rig, graphs=variant.graphs, prefill_tokens=256)  # batched_mm copies weights for each token
+        with nullcontext() if variant.kernels else plain():
+            # batched_mm copies weights for each token
+            return steps_row(rig, graphs=variant.graphs, compiled=variant.compiled, prefill_tokens=256)
     finally:
         model.set_experts_implementation("fused_moe")
         model.has_linear_head = True
@@ -173,6 +183,7 @@ def steps_row(
     batch: int = 1,
     context: int | None = None,
     graphs: bool = True,
+    compiled: bool = False,
     prefill_tokens: int | None = None,
     quantization: Format | None = None,
 ) -> Row:
@@ -188,6 +199,7 @@ def steps_row(
             steps=options.steps,
             repeats=options.repeats,
             cuda_graphs=graphs and rig.on_gpu,
+            compiled=compiled and rig.on_gpu,
             prefill_tokens=prefill_tokens,
         )
     except RuntimeError as error:

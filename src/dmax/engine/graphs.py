@@ -1,4 +1,4 @@
-"""Denoising steps as CUDA graphs: one launch for the some 250 kernels of a forward and its decision.
+"""Denoising steps as CUDA graphs: one launch for the some 500 kernels of a forward and its decision.
 
 A graph replays fixed addresses and shapes. What varies between steps of one shape (slots, positions, finished tokens)
 comes in through two small tensors; all else lives in tensors that the engine never moves. Batches are filled up to the

@@ -137,7 +137,7 @@ class ModelRunner:
     def _inputs(self, embeds: Tensor, place: Place) -> dict[str, Any]:
         """The model's arguments for inputs [N, L, D]."""
         slots, starts, bases, keys, in_order = place
-        window = CacheWindow(self.cache, slots, starts, self.block_length, len(keys), in_order)
+        window = CacheWindow(self.cache, slots, starts, self.block_length, len(keys), in_order, bases)
         first, bases = starts[:, None], bases[:, None]
         visible = (keys < bases) | ((keys >= first) & (keys < first + self.block_length))  # [N, span]
         mask = visible[:, None, None].expand(-1, 1, self.block_length, -1)

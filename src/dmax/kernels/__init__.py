@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -14,12 +16,30 @@ from dmax.errors import InputError, did_you_mean
 
 IMPLEMENTATIONS = ("triton", "torch")
 
+_plain = False
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """PyTorch alone within, on every device: for comparisons, and to tell a kernel's fault from a model's."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
 
 @cache
+def has_triton() -> bool:
+    """Whether it is installed; asking takes a search through the path."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose(device: torch.device, override: str | None = None) -> tuple[str, str]:
     """The implementation to use on a device, "triton" or "torch", and why.
 
-    Only the device and the installed packages decide, so the answer is the same in a whole process.
+    Only the device and the installed packages decide, so the answer is the same in a whole process (but for `plain`).
 
     Args:
         device: where the tensors are.
@@ -28,14 +48,15 @@ def choose(device: torch.device, override: str | None = None) -> tuple[str, str]
     Raises:
         InputError: an unknown implementation, or Triton asked for where it is not installed.
     """
-    installed = importlib.util.find_spec("triton") is not None
     if override is not None:
         if override not in IMPLEMENTATIONS:
             message = f"unknown implementation {override!r}; choose from {', '.join(IMPLEMENTATIONS)}"
             raise InputError(message, did_you_mean(override, IMPLEMENTATIONS))
-        if override == "triton" and not installed:
+        if override == "triton" and not has_triton():
             raise InputError("triton is not installed", hint="install it, or ask for `torch`")
         return override, "asked for"
     if device.type != "cuda":
         return "torch", f"Triton does not compile for {device.type}"
-    return ("triton", "a CUDA GPU and triton are present") if installed else ("torch", "triton is not installed")
+    if _plain:
+        return "torch", "nothing else is wanted"
+    return ("triton", "a CUDA GPU and triton are present") if has_triton() else ("torch", "triton is not installed")

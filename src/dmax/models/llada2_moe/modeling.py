@@ -8,7 +8,6 @@ a position sees, which is what lets one network be trained on [noisy | clean] an
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -25,7 +24,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dmax.attention import prepare_mask
 from dmax.kernels.attention import ATTENTION_FUNCTIONS
+from dmax.kernels.block_attention import block_attention, can_attend
+from dmax.kernels.norm import add_rms_norm, rms_norm
 from dmax.kernels.quant import check_savable
+from dmax.kernels.router import Routing, route
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
 from dmax.models.llada2_moe.files import check_before_loading
@@ -39,9 +41,11 @@ class LLaDA2MoeRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: Tensor, is_normal: bool = False) -> Tensor:
-        """`x` [..., D]; where it `is_normal` already, only the weight is applied."""
-        return self.weight * (x if is_normal else F.rms_norm(x, self.weight.shape, eps=self.eps))
+    def forward(self, x: Tensor, more: Tensor | None = None, *, is_normal: bool = False) -> Any:
+        """Of `x` [..., D], or with `more` of their sum, which comes first; `is_normal`: only the weight is applied."""
+        if is_normal:
+            return self.weight * x
+        return rms_norm(x, self.weight, self.eps) if more is None else add_rms_norm(x, more, self.weight, self.eps)
 
 
 class LLaDA2MoeRotaryEmbedding(nn.Module):
@@ -136,11 +140,17 @@ class LLaDA2MoeAttention(nn.Module):
         """`hidden_states` [B, L, D] to [B, L, D]; keys and values go through `cache.update` if given."""
         batch, length, _ = hidden_states.shape
         heads = self.query_key_value(hidden_states).view(batch, length, -1, self.head_dim)
+        norms = self.query_layernorm.weight, self.key_layernorm.weight
+        if can_attend(heads, norms, cache):
+            eps = self.query_layernorm.eps
+            return self.dense(block_attention(heads, norms, eps, rotary, cache, self.layer_idx, self.scaling))
         query_key, value = heads.split_with_sizes((sum(self.num_heads), self.num_heads[1]), dim=2)
         # Norm and rotation take queries and keys together, [B, L, H + G, d]; only the norms' weights differ.
         query_key = F.rms_norm(query_key, (self.head_dim,), eps=self.query_layernorm.eps)
         query, key = query_key.split_with_sizes(self.num_heads, dim=2)
-        query_key = torch.cat((self.query_layernorm(query, True), self.key_layernorm(key, True)), dim=2)
+        query_key = torch.cat(
+            (self.query_layernorm(query, is_normal=True), self.key_layernorm(key, is_normal=True)), dim=2
+        )
         query_key = apply_rotary(query_key, *rotary).transpose(1, 2)
         query, key = query_key.split_with_sizes(self.num_heads, dim=1)  # [B, H, L, d], [B, G, L, d]
         value = value.transpose(1, 2)
@@ -206,37 +216,16 @@ class LLaDA2MoeRouter(nn.Module):
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
-        # Copies, as reading an attribute of a configuration takes as long as a small operation.
-        self.top_k, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
-        self.num_groups, self.num_kept_groups = config.n_group, config.topk_group
-        self.normalizes = config.norm_topk_prob and config.num_experts_per_tok > 1
+        top_k = config.num_experts_per_tok
+        normalizes = config.norm_topk_prob and top_k > 1
+        self.routing = Routing(top_k, config.n_group, config.topk_group, normalizes, config.routed_scaling_factor)
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
-        device = x.device.type  # to leave autocast costs as much as a small product, so only where it is on
-        is_on = not x.is_meta and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if is_on else nullcontext():
-            wide = torch.promote_types(x.dtype, torch.float32)
-            scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # [N, E]
-        choice = scores if self.expert_bias is None else scores + self.expert_bias
-        if self.num_kept_groups < self.num_groups:
-            choice = self._keep_best_groups(choice)
-        index = choice.topk(self.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(-1, index)
-        if self.normalizes:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return index, weights if self.scaling == 1 else weights * self.scaling
-
-    def _keep_best_groups(self, choice: Tensor) -> Tensor:
-        """Bar experts outside the `topk_group` groups whose two best experts score highest together."""
-        grouped = choice.unflatten(-1, (self.num_groups, -1))  # [N, groups, E / groups]
-        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-        kept = strength.topk(self.num_kept_groups, dim=-1, sorted=False).indices
-        barred = torch.ones_like(strength, dtype=torch.bool).scatter(-1, kept, False)
-        return grouped.masked_fill(barred[..., None], float("-inf")).flatten(-2)
+        return route(x, self.weight, self.expert_bias, self.routing)
 
 
 class LLaDA2MoeSparseBlock(nn.Module):
@@ -279,8 +268,9 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        hidden_states = hidden_states + self.attention(self.input_layernorm(hidden_states), **kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended = self.attention(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states, normal = self.post_attention_layernorm(hidden_states, attended)
+        return hidden_states + self.mlp(normal)
 
 
 class LLaDA2MoePreTrainedModel(PreTrainedModel):

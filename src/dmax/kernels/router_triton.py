@@ -1,0 +1,77 @@
+"""The Triton path of `router.py`. Importing this imports triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax.kernels import router
+from dmax.kernels.router import Routing
+
+
+@triton.jit
+def _select_kernel(  # type: ignore[no-untyped-def]
+    logits, bias, index, weights, num_experts, scaling,
+    K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One token. BLOCK_G groups of BLOCK_E places; places without an expert never win."""
+    token = tl.program_id(0)
+    group, member = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_E)[None, :]
+    expert = group * SIZE + member  # [BLOCK_G, BLOCK_E]
+    exists = (group < GROUPS) & (member < SIZE)
+    score = tl.sigmoid(tl.load(logits + token * num_experts + expert, mask=exists, other=0.0))
+    choice = score
+    if HAS_BIAS:
+        choice += tl.load(bias + expert, mask=exists, other=0.0)
+    choice = tl.where(exists, choice, float("-inf"))
+    if KEPT < GROUPS:
+        strength, best = tl.max(choice, axis=1, return_indices=True)  # [BLOCK_G]
+        if SIZE > 1:
+            strength += tl.max(tl.where(member == best[:, None], float("-inf"), choice), axis=1)
+        order = tl.arange(0, BLOCK_G)
+        ahead = (strength[None, :] > strength[:, None]) | (
+            (strength[None, :] == strength[:, None]) & (order[None, :] < order[:, None])
+        )
+        rank = tl.sum(ahead.to(tl.int32), axis=1)
+        choice = tl.where((rank < KEPT)[:, None], choice, float("-inf"))
+
+    choice, score = tl.reshape(choice, (BLOCK_G * BLOCK_E,)), tl.reshape(score, (BLOCK_G * BLOCK_E,))
+    place, column = tl.arange(0, BLOCK_G * BLOCK_E), tl.arange(0, BLOCK_K)
+    chosen = tl.zeros((BLOCK_K,), tl.float32)
+    for rank in tl.static_range(K):
+        _, best = tl.max(choice, axis=0, return_indices=True)
+        choice = tl.where(place == best, float("-inf"), choice)
+        chosen = tl.where(column == rank, tl.sum(tl.where(place == best, score, 0.0), axis=0), chosen)
+        found = best // BLOCK_E * SIZE + best % BLOCK_E
+        tl.store(index + token * K + rank, tl.minimum(found, num_experts - 1).to(tl.int64))  # NaNs may win anywhere
+    if NORMALIZE:
+        chosen = chosen / (tl.sum(chosen, axis=0) + 1e-20)
+    tl.store(weights + token * K + column, chosen * scaling, mask=column < K)
+
+
+def select(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`dmax.kernels.router.select` of float32 logits; ties go to the lowest index."""
+    num_tokens, num_experts = logits.shape
+    index = torch.empty(num_tokens, routing.top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(num_tokens, routing.top_k, dtype=torch.float32, device=logits.device)
+    size = num_experts // routing.num_groups
+    kernel: Any = _select_kernel
+    kernel[(num_tokens,)](
+        logits.contiguous(), bias, index, weights, num_experts, routing.scaling,
+        K=routing.top_k, GROUPS=routing.num_groups, KEPT=routing.num_kept_groups, SIZE=size,
+        HAS_BIAS=bias is not None, NORMALIZE=routing.normalizes, BLOCK_G=triton.next_power_of_2(routing.num_groups),
+        BLOCK_E=triton.next_power_of_2(size), BLOCK_K=triton.next_power_of_2(routing.top_k), num_warps=1,
+    )  # fmt: skip
+    return index, weights
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """`dmax.kernels.router.router_logits`; of 16 bits without wide copies, as their products are exact in float32."""
+    if x.device.type != "cpu" and x.dtype.itemsize == 2 and x.dtype == weight.dtype:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return router.router_logits(x, weight)

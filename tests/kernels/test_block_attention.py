@@ -1,0 +1,121 @@
+"""Attention over the cache in place: the kernels against the model's own way, in a model and its cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmax.checkpoint import new_checkpoint
+from dmax.engine.rows import Row, Rows, Shape
+from dmax.engine.runner import ModelRunner
+from dmax.kernels import block_attention
+from dmax.kernels.block_attention import can_attend
+from dmax.models import LLaDA2MoeConfig
+
+L, SLOTS, CAPACITY, VOCABULARY = 8, 3, 320, 40
+BEHIND_A_PREFIX = [Row(1, 136, 136)]
+CASES = {
+    "the first block": [Row(0, 0, 0)],
+    "a block behind a long prefix": BEHIND_A_PREFIX,
+    "a settled block and the open one behind it": [Row(2, 296, 296), Row(2, 304, 304)],
+    "sequences in different states": [Row(1, 64, 64), Row(0, 0, 0), Row(1, 72, 72), Row(2, 200, 200)],
+    "versions of a block": [Row(0, 24, 24), Row(0, 32, 24), Row(0, 40, 24)],
+}
+
+
+def model(**changes: Any) -> Any:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16} | changes
+    config = LLaDA2MoeConfig(
+        vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, eos_token_id=0, block_length=L, hidden_size=32,
+        intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, moe_intermediate_size=16, **shape,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = new_checkpoint(config, experts_implementation="eager").model
+    for name, weight in made.named_parameters():
+        if "layernorm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+        elif weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    return made
+
+
+def run(made: Any, rows: list[Row], device: torch.device, stale: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+    """Last hidden states of the rows, and the cache afterwards; `stale` is what stands where nothing was written."""
+    runner = ModelRunner(made.to(device), L, SLOTS, CAPACITY, VOCABULARY - 1)
+    generator, stores = torch.Generator().manual_seed(1), [*runner.cache.keys, *runner.cache.values]
+    for store in stores:
+        store.copy_(torch.randn(store.shape, generator=generator))
+        for slot in range(SLOTS):
+            store[slot, max((row.base for row in rows if row.slot == slot), default=0) :] = stale
+    embeds = torch.randn(len(rows), L, 32, generator=generator).to(device)
+    with torch.no_grad():
+        hidden = runner._run(Shape.of(rows, len(rows), L), Rows.of(rows, [], L).to(device), embeds)
+    return hidden.cpu(), [store.cpu() for store in stores]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
+    """Where they run from now on."""
+    monkeypatch.setattr(block_attention, "choose", lambda device: ("triton", "asked for"))
+    return triton_device
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_model_without_them(case: str, request: pytest.FixtureRequest) -> None:
+    made, rows = model(), CASES[case]
+    expected, caches = run(made, rows, torch.device("cpu"))
+    actual, written = run(made, rows, request.getfixturevalue("kernels"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(written, caches, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 2, "num_key_value_heads": 2},
+        {"num_attention_heads": 3, "num_key_value_heads": 1},
+        {"head_dim": 24},
+        {"partial_rotary_factor": 1.0},
+    ],
+    ids=str,
+)
+def test_shapes_of_heads(changes: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    made = model(**changes)
+    expected, _ = run(made, BEHIND_A_PREFIX, torch.device("cpu"))
+    actual, _ = run(made, BEHIND_A_PREFIX, request.getfixturevalue("kernels"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_behind_a_row_is_never_read(request: pytest.FixtureRequest) -> None:
+    made, rows = model(), CASES["sequences in different states"]
+    expected, _ = run(made, rows, torch.device("cpu"))
+    actual, _ = run(made, rows, request.getfixturevalue("kernels"), stale=float("nan"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dmax.kernels import block_attention_triton
+
+    made, rows = model(), CASES["sequences in different states"]
+    together, _ = run(made, rows, kernels)
+    monkeypatch.setattr(block_attention_triton, "PROGRAMS", 1)  # all keys of a row in one program
+    alone, _ = run(made, rows, kernels)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
+    runner = ModelRunner(model(), L, SLOTS, CAPACITY, VOCABULARY - 1)
+    place = runner._place(Shape.of(BEHIND_A_PREFIX, 1, L), Rows.of(BEHIND_A_PREFIX, [], L))
+    window = runner._inputs(torch.zeros(1, L, 32), place)["past_key_values"]
+    heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
+    assert can_attend(heads, norms, window)
+    assert not can_attend(heads, norms, None)
+    assert not can_attend(heads, (norms[0].to("meta"), norms[1]), window)  # weights that are not loaded yet
+    assert not can_attend(heads.half(), norms, window)  # the cache is float32
+    assert not can_attend(heads.clone().requires_grad_(), norms, window)
+    assert not can_attend(torch.randn(1, 65, 8, 16), norms, window)  # more queries than registers hold
+    assert not can_attend(heads, norms, runner.cache.write_at([0], L))  # a chunk of a prompt, with its own mask

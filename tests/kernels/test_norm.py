@@ -1,0 +1,72 @@
+"""Norms: the kernel against its twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmax.kernels import norm
+from dmax.kernels.norm import add_rms_norm, rms_norm
+
+EPS = 1e-6
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
+    """Where they run from now on."""
+    monkeypatch.setattr(norm, "choose", lambda device: ("triton", "asked for"))
+    return triton_device
+
+
+def case(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 3, size).to(dtype), 3 * torch.randn(2, 3, size).to(dtype), torch.rand(size).to(dtype) + 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [5, 64, 576])
+def test_the_kernel_equals_the_twin(size: int, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    x, more, weight = case(size, dtype)
+    alone, (total, behind) = rms_norm(x, weight, EPS), add_rms_norm(x, more, weight, EPS)
+    device = request.getfixturevalue("kernels")
+    x, more, weight = (each.to(device) for each in (x, more, weight))
+    found_total, found = add_rms_norm(x, more, weight, EPS)
+    last = torch.finfo(dtype).eps  # the mean of squares is summed in another order
+    if dtype == torch.bfloat16 and device.type == "cpu":  # Triton's interpreter cuts digits off where a GPU rounds
+        torch.testing.assert_close(found_total.cpu(), total, rtol=last, atol=0.0)
+        last *= 4
+    else:
+        assert torch.equal(found_total.cpu(), total)
+    torch.testing.assert_close(found.cpu(), behind, rtol=2 * last, atol=last)
+    torch.testing.assert_close(rms_norm(x, weight, EPS).cpu(), alone, rtol=2 * last, atol=last)
+
+
+def test_views_are_taken(kernels: torch.device) -> None:
+    x, _, weight = case(8, torch.float32)
+    turned = x.to(kernels).mT.contiguous().mT
+    torch.testing.assert_close(
+        rms_norm(turned, weight.to(kernels), EPS).cpu(), weight * x / x.square().mean(-1, True).sqrt()
+    )
+
+
+@pytest.mark.usefixtures("triton_device")
+def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dmax.kernels import norm_triton
+
+    sentinel = torch.zeros(1)
+    monkeypatch.setattr(norm, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(norm_triton, "add_rms_norm", lambda *_: (sentinel, sentinel))
+    x, more, weight = case(8, torch.float32)
+
+    def fuses(x: Tensor, more: Tensor, weight: Tensor) -> bool:
+        alone, (_, behind) = rms_norm(x, weight, EPS), add_rms_norm(x, more, weight, EPS)
+        assert (alone is sentinel) == (behind is sentinel)
+        return alone is sentinel
+
+    assert fuses(x, more, weight)
+    assert not fuses(x.double(), more.double(), weight.double())
+    assert not fuses(x.half(), more.half(), weight)  # a norm in float32 of 16 bits promotes
+    learned = weight.clone().requires_grad_()
+    assert not fuses(x, more, learned)  # a gradient is wanted, and the kernel has none
+    with torch.no_grad():
+        assert fuses(x, more, learned)
