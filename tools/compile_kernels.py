@@ -26,10 +26,13 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dmax.blend import SoftTokens
-from dmax.kernels import blend_triton, head_triton, moe_triton
+from dmax.cache import BlockCache, CacheWindow
+from dmax.kernels import blend_triton, block_attention_triton, head_triton, moe_triton, norm_triton, router_triton
 from dmax.kernels.quant import FP8, QuantizedWeight
+from dmax.kernels.router import Routing
 
 VOCABULARY, HIDDEN, INNER, EXPERTS, CHOSEN, MASK = 157_184, 2048, 512, 256, 8, 156_895
+HEADS, KEY_VALUE_HEADS, HEAD_SIZE = 16, 4, 128
 BF16 = torch.bfloat16
 
 
@@ -79,6 +82,24 @@ def blend(k: int) -> None:
     blend_triton.embed_soft(new(VOCABULARY, HIDDEN), new(1, 32, dtype=torch.int64), soft, MASK)
 
 
+def attention(num_rows: int, span: int) -> None:
+    cache = BlockCache(1, num_rows, 4096, KEY_VALUE_HEADS, HEAD_SIZE, dtype=BF16, device="meta")
+    numbers = new(num_rows, dtype=torch.int64)
+    window = CacheWindow(cache, numbers, numbers, 32, span, False, numbers)
+    heads, norm = new(num_rows, 32, HEADS + 2 * KEY_VALUE_HEADS, HEAD_SIZE), new(HEAD_SIZE)
+    rotary = new(num_rows, 32, 1, HEAD_SIZE // 2), new(num_rows, 32, 1, HEAD_SIZE // 2)
+    block_attention_triton.block_attention(heads, (norm, norm), 1e-6, rotary, window, 0, HEAD_SIZE**-0.5)
+
+
+def router(num_tokens: int) -> None:
+    bias = new(EXPERTS, dtype=torch.float32)
+    router_triton.select(new(num_tokens, EXPERTS, dtype=torch.float32), bias, Routing(CHOSEN, 8, 4, scaling=2.5))
+
+
+def norm(num_tokens: int) -> None:
+    norm_triton.add_rms_norm(new(num_tokens, HIDDEN), new(num_tokens, HIDDEN), new(HIDDEN), 1e-6)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for form in ("bf16", "int8", "fp8", "int4"):
         for num_tokens in (32, 512):
@@ -88,6 +109,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"head, {num_tokens} tokens, top {k}", partial(head, num_tokens, k)
     for k in (1, 4):
         yield f"blend of {k}", partial(blend, k)
+    for num_rows, span in ((1, 1024), (32, 512)):
+        yield f"attention, {num_rows} rows, {span} positions", partial(attention, num_rows, span)
+    yield "router", partial(router, 32)
+    yield "norm", partial(norm, 32)
 
 
 def facts(name: str, kernel: Any) -> dict[str, Any]:

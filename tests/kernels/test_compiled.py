@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,34 +12,49 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 SHARED = 227 * 1024  # bytes that a program can have at most
 REGISTERS = 255  # that a thread can have at most, and has if it spills
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def output(cache: Path, tool: str, *arguments: str) -> list[str]:
+    """What a program prints that has Triton's compiler, not its interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    cache = str(tmp_path_factory.mktemp("triton"))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(PROGRAM), "90"]
+    command = [sys.executable, str(TOOLS / tool), *arguments]
     done = subprocess.run(
-        command, env=environment | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=False
+        command, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output(tmp_path_factory.mktemp("triton"), "compile_kernels.py", "90")]
 
 
 def test_every_kernel_fits_an_h100(kernels: list[dict[str, Any]]) -> None:
     assert {each["kernel"] for each in kernels} == {
-        "_route_kernel", "_gate_up_kernel", "_down_kernel", "_tile_kernel", "_blend_kernel"
+        "_route_kernel", "_gate_up_kernel", "_down_kernel", "_tile_kernel", "_blend_kernel", "_select_kernel",
+        "_prepare_kernel", "_attend_kernel", "_merge_kernel", "_norm_kernel",
     }  # fmt: skip
     assert [each for each in kernels if each["shared"] > SHARED or each["registers"] >= REGISTERS] == []
     assert [each for each in kernels if each["spilled"]] == []
 
 
 def test_products_run_on_tensor_cores_and_weights_come_in_wide_copies(kernels: list[dict[str, Any]]) -> None:
-    products = [each for each in kernels if each["kernel"] in ("_gate_up_kernel", "_down_kernel", "_tile_kernel")]
+    names = ("_gate_up_kernel", "_down_kernel", "_tile_kernel", "_attend_kernel")
+    products = [each for each in kernels if each["kernel"] in names]
     assert [each for each in products if not each["tensor_cores"]] == []
     for each in products:  # half a group of int4 weights is 64 bytes a row; the rest comes in lines of 16 bytes
         assert each["async_copies"] == ([8, 16] if each["case"].startswith("int4") else [16]), each
+
+
+def test_a_step_has_few_kernels(tmp_path: Path) -> None:
+    """Each takes a GPU a microsecond or two, whatever it does; a step has three milliseconds to read weights."""
+    lines = output(tmp_path, "count_kernels.py")
+    told = [re.match(r"(with\w*) Triton (\d+) kernels, (\d+) of each layer", line) for line in lines]
+    found = {match[1]: (int(match[2]), int(match[3])) for match in told if match}
+    assert found["without"] > (1000, 50)
+    assert found["with"] <= (520, 21)

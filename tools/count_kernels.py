@@ -1,0 +1,118 @@
+"""Counts the kernels of a denoising step of LLaDA-2.0-mini on an NVIDIA GPU, with none there.
+
+    python tools/count_kernels.py
+
+The step runs on a device without numbers. An operation of PyTorch counts as one kernel, views as none; what is one
+kernel on a GPU and several operations here (norms, attention) counts as one. Launches of Triton kernels are counted and
+not made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from dmax.benchmark.shapes import llada2_mini
+from dmax.engine.lane import Lane
+from dmax.engine.rows import Row, Rows, Shape
+from dmax.engine.runner import ModelRunner
+from dmax.params import DecodingParams
+
+DEVICE, LENGTH, SPAN = torch.device("meta"), 32, 1024
+CHOOSERS = (
+    "dmax.blend",
+    "dmax.kernels.head",
+    "dmax.kernels.moe",
+    "dmax.kernels.router",
+    "dmax.kernels.block_attention",
+    "dmax.kernels.norm",
+)
+WITHOUT_KERNEL = """alias as_strided chunk detach empty empty_like empty_strided expand lift_fresh new_empty permute
+    promote_types select slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view""".split()
+
+
+class Count(TorchDispatchMode):
+    """Operations that run a kernel, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.within = 0  # operations that are one kernel on a GPU
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name not in WITHOUT_KERNEL and not self.within:
+            self.kernels[name] += 1
+        return function(*args, **(kwargs or {}))
+
+    def as_one(self, name: str, function: Any) -> Any:
+        """The function, counted as a kernel of that name whatever it does."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.kernels[name] += not self.within
+            self.within += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.within -= 1
+
+        return counted
+
+    def launch(self, kernel: Any, *args: Any, **kwargs: Any) -> None:
+        """In place of a launch by Triton."""
+        self.kernels[kernel.fn.__name__] += 1
+
+
+@contextmanager
+def counting(fused: bool) -> Iterator[Count]:
+    """Count within, with Triton's kernels or without."""
+    count = Count()
+    with ExitStack() as stack:
+        for name in ("rms_norm", "scaled_dot_product_attention"):
+            stack.enter_context(patch.object(F, name, count.as_one(name, getattr(F, name))))
+        stack.enter_context(patch.object(JITFunction, "run", lambda *args, **kwargs: count.launch(*args, **kwargs)))
+        for module in CHOOSERS if fused else ():
+            stack.enter_context(patch(f"{module}.choose", lambda *_: ("triton", "asked for")))
+        yield count
+
+
+@torch.no_grad()
+def kernels_of_a_step(fused: bool, **changes: Any) -> Counter[str]:
+    """Of SPD's step over an open block; `changes` to the model's configuration."""
+    checkpoint = llada2_mini(torch.bfloat16, DEVICE, **changes)
+    checkpoint.model.set_experts_implementation("fused_moe" if fused else "batched_mm")
+    runner = ModelRunner(checkpoint.model, LENGTH, 2, SPAN, checkpoint.mask_token_id)
+    lane = Lane(DecodingParams("spd"), 2, LENGTH, DEVICE, (0,))
+    lane.open(0, (), checkpoint.mask_token_id, runner.embed)
+    shape = Shape(num_pending=0, num_open=1, versions=1, span=SPAN, in_order=True, aligned=False)
+    rows = Rows.of([Row(0, SPAN - LENGTH, SPAN - LENGTH, 0)], [], LENGTH).to(DEVICE)
+    with counting(fused) as count:
+        lane.denoise(runner, shape, rows)  # makes what later steps find in its place
+        count.kernels.clear()
+        with count:
+            lane.denoise(runner, shape, rows)
+    return count.kernels
+
+
+def main() -> None:
+    """Count with and without Triton's kernels, in all and for each layer of experts."""
+    for fused in (False, True):
+        few, more = (kernels_of_a_step(fused, num_hidden_layers=number) for number in (2, 3))
+        whole = kernels_of_a_step(fused)
+        layer = more - few
+        print("with Triton" if fused else "without Triton", f"{whole.total()} kernels, {layer.total()} of each layer:")
+        print("   ", ", ".join(f"{name} {number}" for name, number in layer.most_common()))
+        rest = few - layer - layer
+        print("    and outside the layers and the first:", ", ".join(f"{n} {c}" for n, c in rest.most_common()))
+
+
+if __name__ == "__main__":
+    main()
