@@ -32,7 +32,7 @@ from dmax.kernels.quant import FP8, QuantizedWeight
 from dmax.kernels.router import Routing
 
 VOCABULARY, HIDDEN, INNER, EXPERTS, CHOSEN, MASK = 157_184, 2048, 512, 256, 8, 156_895
-HEADS, KEY_VALUE_HEADS, HEAD_SIZE = 16, 4, 128
+KEY_VALUE_HEADS, HEAD_SIZE = 4, 128
 BF16 = torch.bfloat16
 
 
@@ -82,11 +82,11 @@ def blend(k: int) -> None:
     blend_triton.embed_soft(new(VOCABULARY, HIDDEN), new(1, 32, dtype=torch.int64), soft, MASK)
 
 
-def attention(num_rows: int, span: int) -> None:
+def attention(num_rows: int, span: int, num_heads: int = 16) -> None:
     cache = BlockCache(1, num_rows, 4096, KEY_VALUE_HEADS, HEAD_SIZE, dtype=BF16, device="meta")
     numbers = new(num_rows, dtype=torch.int64)
     window = CacheWindow(cache, numbers, numbers, 32, span, False, numbers)
-    heads, norm = new(num_rows, 32, HEADS + 2 * KEY_VALUE_HEADS, HEAD_SIZE), new(HEAD_SIZE)
+    heads, norm = new(num_rows, 32, num_heads + 2 * KEY_VALUE_HEADS, HEAD_SIZE), new(HEAD_SIZE)
     rotary = new(num_rows, 32, 1, HEAD_SIZE // 2), new(num_rows, 32, 1, HEAD_SIZE // 2)
     block_attention_triton.block_attention(heads, (norm, norm), 1e-6, rotary, window, 0, HEAD_SIZE**-0.5)
 
@@ -111,6 +111,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"blend of {k}", partial(blend, k)
     for num_rows, span in ((1, 1024), (32, 512)):
         yield f"attention, {num_rows} rows, {span} positions", partial(attention, num_rows, span)
+    yield "attention of 32 heads", partial(attention, 1, 1024, 32)  # LLaDA-2.0-flash
     yield "router", partial(router, 32)
     yield "norm", partial(norm, 32)
 

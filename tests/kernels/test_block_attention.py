@@ -78,6 +78,7 @@ def test_kernels_equal_the_model_without_them(case: str, request: pytest.Fixture
     [
         {"num_attention_heads": 2, "num_key_value_heads": 2},
         {"num_attention_heads": 3, "num_key_value_heads": 1},
+        {"num_attention_heads": 18, "num_key_value_heads": 1},  # more queries than a program holds
         {"head_dim": 24},
         {"partial_rotary_factor": 1.0},
     ],
@@ -117,5 +118,4 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     assert not can_attend(heads, (norms[0].to("meta"), norms[1]), window)  # weights that are not loaded yet
     assert not can_attend(heads.half(), norms, window)  # the cache is float32
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
-    assert not can_attend(torch.randn(1, 65, 8, 16), norms, window)  # more queries than registers hold
     assert not can_attend(heads, norms, runner.cache.write_at([0], L))  # a chunk of a prompt, with its own mask

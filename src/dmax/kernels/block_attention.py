@@ -14,7 +14,6 @@ from torch import Tensor
 from dmax.kernels import choose
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_QUERIES = 128  # a block's positions times the heads that share keys: what registers hold
 
 
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
@@ -25,13 +24,10 @@ def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
     """
     if choose(heads.device)[0] != "triton" or getattr(cache, "bases", None) is None:
         return False
-    keys = cache.cache.keys[0]
-    num_queries = heads.shape[1] * (heads.shape[2] // keys.shape[2] - 2)
     return (
         heads.dtype in DTYPES
-        and heads.dtype == keys.dtype
+        and heads.dtype == cache.cache.keys[0].dtype
         and all(weight.device == heads.device for weight in norms)
-        and num_queries <= MAX_QUERIES
         and not (torch.is_grad_enabled() and heads.requires_grad)
     )
 

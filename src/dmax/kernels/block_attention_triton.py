@@ -24,6 +24,7 @@ from dmax.cache import CacheWindow
 
 PROGRAMS = 256  # that are wanted at once, about two for each multiprocessor of a large GPU
 KEYS = 64  # that a program reads in a step
+QUERIES = 128  # that a program holds at most
 
 
 @triton.jit
@@ -61,15 +62,19 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _attend_kernel(  # type: ignore[no-untyped-def]
     query, keys, values, slots, starts, bases, out, peak, mass, scaling, capacity, length,
-    SHARE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    SHARE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Every SPLITS-th tile of the keys that a row sees; `out` [SPLITS, R, L, H, d] float32, not yet divided."""
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Every SPLITS-th tile of the keys that a row sees; `out` [SPLITS, R, L, H, d] float32, not yet divided.
+
+    The queries of a row that share keys are in TILES tiles.
+    """
+    row, kv_head, split = tl.program_id(0), tl.program_id(1) // TILES, tl.program_id(2)
     slot, start, base = tl.load(slots + row), tl.load(starts + row), tl.load(bases + row)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
-    each = tl.arange(0, BLOCK_Q)  # the SHARE heads of a position, then those of the next
+    # The SHARE heads of a position, then those of the next.
+    each = tl.program_id(1) % TILES * BLOCK_Q + tl.arange(0, BLOCK_Q)
     asks = each < length * SHARE
     head = (row * length + each // SHARE).to(tl.int64) * (G * SHARE) + kv_head * SHARE + each % SHARE
     q = tl.load(query + head[:, None] * D + column[None, :], mask=asks[:, None] & inside[None, :], other=0.0)
@@ -148,15 +153,17 @@ def block_attention(
         heads, *norms, cos, sin, slots, starts, query, keys, values, length, capacity, eps,
         H=num_heads, G=shared, D=size, ROTARY=cos.shape[-1], BLOCK_D=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip
-    splits = num_splits(num_rows * shared, window.span)
+    queries = length * num_heads // shared
+    block_q = min(QUERIES, max(16, triton.next_power_of_2(queries)))
+    tiles = triton.cdiv(queries, block_q)
+    splits = num_splits(num_rows * shared * tiles, window.span)
     parts = new(splits, num_rows, length, num_heads, size)
     peak, mass = new(splits, num_rows, length, num_heads), new(splits, num_rows, length, num_heads)
-    queries = max(16, triton.next_power_of_2(length * num_heads // shared))
     attend: Any = _attend_kernel
-    attend[num_rows, shared, splits](
+    attend[num_rows, shared * tiles, splits](
         query, keys, values, slots, starts, bases, parts, peak, mass, scaling, capacity, length,
-        SHARE=num_heads // shared, G=shared, D=size, SPLITS=splits, BLOCK_Q=queries, BLOCK_S=KEYS, BLOCK_D=block_d,
-        num_warps=8 if queries >= 128 else 4, num_stages=2,
+        SHARE=num_heads // shared, G=shared, D=size, SPLITS=splits, TILES=tiles, BLOCK_Q=block_q, BLOCK_S=KEYS,
+        BLOCK_D=block_d, num_warps=8 if block_q >= 128 else 4, num_stages=2,
     )  # fmt: skip
     out = new(num_rows, length, num_heads * size, dtype=heads.dtype)
     merge: Any = _merge_kernel
