@@ -106,7 +106,7 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     assert [row["equal_completions"] for row in record["hub_loop"]] == ["1/1", "1/1", "1/1"]
     assert all(row["engine_forwards"] == row["hub_forwards"] for row in record["hub_loop"])
-    assert all(row["together_ratio"]["median"] > 0 and "compiled" not in row for row in record["hub_loop"])
+    assert not any("compiled" in row or "together" in row for row in record["hub_loop"])  # not asked for; too few
 
     one, two = record["batching"]
     assert (one["batch"], two["batch"]) == (1, 2) and two["model_calls"] < one["model_calls"]
@@ -118,6 +118,12 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ratios["SPD, best / threshold"]["value"] == best / base
     assert ratios["SPD, best / threshold"]["met"] == (best / base >= 2.5)
     assert "loop overhead, batch 16, float32" not in ratios
+
+
+def test_prompts_are_also_given_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "TOGETHER", 1)
+    rows = cpu.against_hub_loop({"tiny-base": llm, "tiny-dmax": llm}, TINY).rows
+    assert all(row["together"]["median"] > 0 and row["together_ratio"]["median"] > 0 for row in rows)
 
 
 def test_right_answers_are_counted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
