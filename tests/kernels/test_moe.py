@@ -241,15 +241,13 @@ def compile(kernel, capability, weight, scale, group):
 compile(moe_triton._route_kernel, 80, "constexpr", "constexpr", 0)
 compile(moe_triton._gate_up_kernel, 80, "*bf16", "constexpr", 0)
 compile(moe_triton._down_kernel, 80, "*i8", "*fp32", 0)
-compile(moe_triton._down_kernel, 90, "*fp8e4nv", "*fp32", 0)
-compile(moe_triton._gate_up_kernel, 90, "*u8", "*bf16", 128)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA GPUs runs on Linux")
-def test_kernels_compile_for_gpus_that_are_not_here() -> None:
-    """The interpreter accepts what the compiler may not; tensor cores and asynchronous copies are what they are for."""
+def test_kernels_compile_for_an_a100() -> None:
+    """Tensor cores and asynchronous copies are what they are for; `test_compiled.py` has more, for an H100."""
     pytest.importorskip("triton", minversion="3.4")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)

@@ -161,6 +161,20 @@ def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
 
 # --- (b) the loop of the published checkpoints ------------------------------------------------------------------------
 
+HUB_COLUMNS = {
+    "method": "method",
+    "model": "model",
+    "prompt tokens": "prompt_tokens:.0f",
+    "equal completions": "equal_completions:>",
+    "hub loop, tokens/s": "hub:.0f",
+    "engine": "engine:.0f",
+    "ratio": "engine_ratio:.2f",
+    "compiled": "compiled:.0f",
+    "its ratio": "compiled_ratio:.2f",
+    "together": "together:.0f",
+    "their ratio": "together_ratio:.2f",
+}
+
 
 def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
     """The engine and the loop without a cache: the same model, the same problems, the same decisions."""
@@ -205,25 +219,12 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
             done = passes[f"{number} {name}"]
             row |= {name: spread([one.tokens_per_second for one in done]), f"{name}_ratio": faster(done, hub)}
         rows.append(row)
-    columns = {
-        "method": "method",
-        "model": "model",
-        "prompt tokens": "prompt_tokens:.0f",
-        "equal completions": "equal_completions:>",
-        "hub loop, tokens/s": "hub:.0f",
-        "engine": "engine:.0f",
-        "ratio": "engine_ratio:.2f",
-        "compiled": "compiled:.0f",
-        "its ratio": "compiled_ratio:.2f",
-        "together": "together:.0f",
-        "their ratio": "together_ratio:.2f",
-    }
     note = (
         "Tokens/s. Hub loop: one sequence, no cache; the whole prefix, and logits of all its positions, anew in every "
         f"step (hub_loop.py). Engine: batch 1, as it is and compiled; together: up to {TOGETHER} sequences. Last row: "
         "three solved problems before each."
     )
-    return Section("hub_loop", f"engine and hub loop, {options.dtypes[0]}", columns, rows, note)
+    return Section("hub_loop", f"engine and hub loop, {options.dtypes[0]}", HUB_COLUMNS, rows, note)
 
 
 def faster(one: Sequence[Pass], other: Sequence[Pass]) -> Spread:
