@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for an NVIDIA GPU that need not be there, and prints what became of them as JSON lines.
 
-    python tools/compile_kernels.py 90    # compute capability 9.0: H100, H200
+    python tools/compile_kernels.py 90                # compute capability 9.0: H100, H200
+    python tools/compile_kernels.py 80 "32 tokens"    # only what has that in its name
 
 The wrappers of `dmax.kernels` are called as they are, with tensors that have no data; a driver that names the GPU
 stands in for the real one, and launches end after the compiler. Sizes are those of LLaDA-2.0-mini.
@@ -8,12 +9,12 @@ stands in for the real one, and launches end after the compiler. Sizes are those
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from dmax.kernels.router import Routing
 VOCABULARY, HIDDEN, INNER, EXPERTS, CHOSEN, MASK = 157_184, 2048, 512, 256, 8, 156_895
 KEY_VALUE_HEADS, HEAD_SIZE = 4, 128
 BF16 = torch.bfloat16
+FORMATS, FP8_FROM = ("bf16", "int8", "fp8", "int4"), 89  # the compute capability that has fp8
 
 
 class AbsentGPU:
@@ -100,8 +102,8 @@ def norm(num_tokens: int) -> None:
     norm_triton.add_rms_norm(new(num_tokens, HIDDEN), new(num_tokens, HIDDEN), new(HIDDEN), 1e-6)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    for form in ("bf16", "int8", "fp8", "int4"):
+def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    for form in formats:
         for num_tokens in (32, 512):
             yield f"{form} experts, {num_tokens} tokens", partial(experts, num_tokens, form)
     yield "bf16 experts, 64 tokens", partial(experts, 64, "bf16")
@@ -140,8 +142,18 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
 
 
-def main(capability: int) -> None:
-    driver.set_active(AbsentGPU(capability))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", type=int, help="of the GPU, 80 or more: 90 for 9.0")
+    parser.add_argument("part", nargs="?", default="", help="of the names of what is compiled")
+    given = parser.parse_args()
+    if given.capability < 80:
+        parser.error(f"the kernels are for compute capability 8.0 and later; give 80 or more, got {given.capability}")
+    formats = FORMATS if given.capability >= FP8_FROM else [form for form in FORMATS if form != "fp8"]
+    chosen = [(name, call) for name, call in cases(formats) if given.part in name]
+    if not chosen:
+        parser.error(f"nothing has {given.part!r} in its name; there are: {'; '.join(n for n, _ in cases(formats))}")
+    driver.set_active(AbsentGPU(given.capability))
     run, compiled = JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -150,7 +162,7 @@ def main(capability: int) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    for case, call in cases():
+    for case, call in chosen:
         call()
         for name, kernel in compiled:
             print(json.dumps({"case": case} | facts(name, kernel)), flush=True)
@@ -158,4 +170,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

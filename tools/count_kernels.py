@@ -24,17 +24,10 @@ from dmax.benchmark.shapes import llada2_mini
 from dmax.engine.lane import Lane
 from dmax.engine.rows import Row, Rows, Shape
 from dmax.engine.runner import ModelRunner
+from dmax.kernels import using
 from dmax.params import DecodingParams
 
 DEVICE, LENGTH, SPAN = torch.device("meta"), 32, 1024
-CHOOSERS = (
-    "dmax.blend",
-    "dmax.kernels.head",
-    "dmax.kernels.moe",
-    "dmax.kernels.router",
-    "dmax.kernels.block_attention",
-    "dmax.kernels.norm",
-)
 WITHOUT_KERNEL = """alias as_strided chunk detach empty empty_like empty_strided expand lift_fresh new_empty permute
     promote_types select slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view""".split()
 
@@ -79,8 +72,7 @@ def counting(fused: bool) -> Iterator[Count]:
         for name in ("rms_norm", "scaled_dot_product_attention"):
             stack.enter_context(patch.object(F, name, count.as_one(name, getattr(F, name))))
         stack.enter_context(patch.object(JITFunction, "run", lambda *args, **kwargs: count.launch(*args, **kwargs)))
-        for module in CHOOSERS if fused else ():
-            stack.enter_context(patch(f"{module}.choose", lambda *_: ("triton", "asked for")))
+        stack.enter_context(using("triton" if fused else "torch"))
         yield count
 
 

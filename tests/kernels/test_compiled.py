@@ -51,10 +51,20 @@ def test_products_run_on_tensor_cores_and_weights_come_in_wide_copies(kernels: l
         assert each["async_copies"] == ([8, 16] if each["case"].startswith("int4") else [16]), each
 
 
+def test_experts_compile_for_an_a100(tmp_path: Path) -> None:
+    kernels = [json.loads(line) for line in output(tmp_path, "compile_kernels.py", "80", "experts, 32 tokens")]
+    assert {each["kernel"] for each in kernels} == {"_route_kernel", "_gate_up_kernel", "_down_kernel"}
+    assert {each["case"].partition(" ")[0] for each in kernels} == {"bf16", "int8", "int4"}  # fp8 is of later ones
+    products = [each for each in kernels if each["kernel"] != "_route_kernel"]
+    assert [each for each in products if each["tensor_cores"] != "mma" or not each["async_copies"]] == []
+
+
 def test_a_step_has_few_kernels(tmp_path: Path) -> None:
     """Each takes a GPU a microsecond or two, whatever it does; a step has three milliseconds to read weights."""
     lines = output(tmp_path, "count_kernels.py")
     told = [re.match(r"(with\w*) Triton (\d+) kernels, (\d+) of each layer", line) for line in lines]
     found = {match[1]: (int(match[2]), int(match[3])) for match in told if match}
-    assert found["without"] > (1000, 50)
-    assert found["with"] <= (520, 21)
+    in_all, of_each_layer = found["without"]
+    assert in_all > 1000 and of_each_layer > 50
+    in_all, of_each_layer = found["with"]
+    assert in_all <= 520 and of_each_layer <= 21

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from dmax import kernels
 from dmax.errors import InputError
-from dmax.kernels import choose, moe, plain
+from dmax.kernels import choose, moe, using
 from dmax.kernels.moe import best_experts_implementation, fused_moe, routed
 from dmax.models import LLaDA2MoeConfig
 from dmax.models.llada2_moe.modeling import LLaDA2MoeExperts
@@ -131,7 +128,7 @@ def test_the_implementation_follows_from_device_and_installation(monkeypatch: py
     kernels.has_triton.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     assert choose(torch.device("cuda"))[0] == "triton"
-    with plain():
+    with using("torch"):
         assert choose(torch.device("cuda")) == ("torch", "nothing else is wanted")
     assert choose(torch.device("cuda"))[0] == "triton"
     assert best_experts_implementation(256, torch.device("cuda")) == "fused_moe"
@@ -217,38 +214,3 @@ def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch
     assert torch.equal(together, fused_moe(tokens, index, weights, *stacked, **options))
     some = torch.tensor([33, 2, 17], device=triton_device)
     assert torch.equal(together[some], fused_moe(tokens[some], index[some], weights[some], *stacked, **options))
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dmax.kernels import moe_triton
-
-def compile(kernel, capability, weight, scale, group):
-    types = {"weight": weight, "scale": scale, "pairs": "*i32", "counts": "*i32", "tokens": "*bf16", "inner": "*bf16"}
-    types |= {"out": "*bf16", "routing": "*bf16", "index": "*i64", "num_pairs": "i32", "hidden": "i32", "width": "i32"}
-    values = {"K": 8, "SCALED": scale != "constexpr", "GROUP": group}
-    values |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "BLOCK": 256}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    constants = {(i,): values.get(name) for i, name in enumerate(signature) if signature[name] == "constexpr"}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name] != "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 3})
-    ptx = compiled.asm["ptx"]
-    assert kernel is moe_triton._route_kernel or ("mma" in ptx and "cp.async" in ptx)
-
-compile(moe_triton._route_kernel, 80, "constexpr", "constexpr", 0)
-compile(moe_triton._gate_up_kernel, 80, "*bf16", "constexpr", 0)
-compile(moe_triton._down_kernel, 80, "*i8", "*fp32", 0)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA GPUs runs on Linux")
-def test_kernels_compile_for_an_a100() -> None:
-    """Tensor cores and asynchronous copies are what they are for; `test_compiled.py` has more, for an H100."""
-    pytest.importorskip("triton", minversion="3.4")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]

@@ -14,7 +14,7 @@ from dmax.benchmark.report import Row, Section
 from dmax.benchmark.rig import Rig, failure
 from dmax.benchmark.routing import counted, prescribe
 from dmax.engine.graphs import CudaCapture
-from dmax.kernels import plain
+from dmax.kernels import using
 
 IMPLEMENTATIONS = ("fused_moe", "grouped_mm", "batched_mm", "eager")
 
@@ -80,13 +80,13 @@ def timed_forward(rig: Rig, forward: Callable[[], Tensor], name: str, graph: boo
     model: Any = rig.checkpoint.model
     ours = name == "fused_moe"
     model.set_experts_implementation(name)
-    with nullcontext() if ours else plain():
+    with nullcontext() if ours else using("torch"):
         run = CudaCapture()(forward) if graph else forward
         run()
 
     def timed() -> float:
         model.set_experts_implementation(name)
-        with nullcontext() if ours else plain():
+        with nullcontext() if ours else using("torch"):
             return milliseconds(run, rig.device)
 
     return timed

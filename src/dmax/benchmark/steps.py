@@ -17,7 +17,7 @@ from dmax.benchmark.routing import counted, prescribe
 from dmax.checkpoint import Checkpoint
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
-from dmax.kernels import plain
+from dmax.kernels import using
 from dmax.kernels.quant import Format, quantize_experts
 from dmax.params import DecodingParams
 
@@ -169,7 +169,7 @@ def variant_row(rig: Rig, variant: Variant) -> Row:
     model.set_experts_implementation(variant.experts)
     model.has_linear_head = variant.fused_head
     try:
-        with nullcontext() if variant.kernels else plain():
+        with nullcontext() if variant.kernels else using("torch"):
             # batched_mm copies weights for each token
             return steps_row(rig, graphs=variant.graphs, compiled=variant.compiled, prefill_tokens=256)
     finally:

@@ -15,19 +15,24 @@ import torch
 from dmax.errors import InputError, did_you_mean
 
 IMPLEMENTATIONS = ("triton", "torch")
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels compute in
 
-_plain = False
+_wanted: str | None = None
 
 
 @contextmanager
-def plain() -> Iterator[None]:
-    """PyTorch alone within, on every device: for comparisons, and to tell a kernel's fault from a model's."""
-    global _plain
-    before, _plain = _plain, True
+def using(implementation: str) -> Iterator[None]:
+    """One implementation within, on every device: for comparisons, and to tell a kernel's fault from a model's.
+
+    Raises:
+        InputError: as `choose` does.
+    """
+    global _wanted
+    before, _wanted = _wanted, choose(torch.device("cpu"), implementation)[0]
     try:
         yield
     finally:
-        _plain = before
+        _wanted = before
 
 
 @cache
@@ -39,7 +44,7 @@ def has_triton() -> bool:
 def choose(device: torch.device, override: str | None = None) -> tuple[str, str]:
     """The implementation to use on a device, "triton" or "torch", and why.
 
-    Only the device and the installed packages decide, so the answer is the same in a whole process (but for `plain`).
+    Only the device and the installed packages decide, so the answer is the same in a whole process (but for `using`).
 
     Args:
         device: where the tensors are.
@@ -55,8 +60,13 @@ def choose(device: torch.device, override: str | None = None) -> tuple[str, str]
         if override == "triton" and not has_triton():
             raise InputError("triton is not installed", hint="install it, or ask for `torch`")
         return override, "asked for"
+    if _wanted is not None:
+        return _wanted, "nothing else is wanted"
     if device.type != "cuda":
         return "torch", f"Triton does not compile for {device.type}"
-    if _plain:
-        return "torch", "nothing else is wanted"
     return ("triton", "a CUDA GPU and triton are present") if has_triton() else ("torch", "triton is not installed")
+
+
+def wants_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether something computed of these is to have a gradient, which no kernel here has."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dmax.kernels import choose
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
 
 
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
@@ -25,10 +22,10 @@ def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
     if choose(heads.device)[0] != "triton" or getattr(cache, "bases", None) is None:
         return False
     return (
-        heads.dtype in DTYPES
+        heads.dtype in FUSED_DTYPES
         and heads.dtype == cache.cache.keys[0].dtype
         and all(weight.device == heads.device for weight in norms)
-        and not (torch.is_grad_enabled() and heads.requires_grad)
+        and not wants_gradient(heads)
     )
 
 

@@ -176,6 +176,10 @@ def block_attention(
 
 
 def num_splits(num_programs: int, span: int) -> int:
-    """Into how many shares the keys go, so that there is work for the whole GPU and a tile for every share."""
+    """Into how many shares the keys go, so that there is work for the whole GPU and a tile for every share.
+
+    More programs mean fewer shares, which are summed in another order: other rows change the last bits of a result, as
+    they do in PyTorch's own products on a GPU.
+    """
     tiles = span // KEYS + 1
     return max(1, min(tiles, PROGRAMS // num_programs))

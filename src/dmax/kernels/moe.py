@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dmax.kernels import choose
+from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
 
 if TYPE_CHECKING:
     from dmax.kernels.moe_triton import Tile
     from dmax.kernels.quant import QuantizedWeight
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
-FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Above this many pairs per expert the weights no longer bound the time, and large matrix products win.
 MAX_FUSED_PAIRS_PER_EXPERT = 16
 
@@ -58,7 +57,7 @@ def fused_moe_experts_forward(
         and isinstance(experts.act_fn, SILU)
         and hidden_states.dtype == gate_up.dtype
         and hidden_states.dtype in FUSED_DTYPES
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not wants_gradient(*tensors)
         and not getattr(experts, "_is_expert_parallel", False)
     ):
         return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)

@@ -6,18 +6,17 @@ kernels, three with the addition; the Triton path (`norm_triton.py`) is one, and
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import choose
+from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
 
 MAX_SIZE = 8192  # of what is normed: a program holds all of it
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of `x` [..., D], times `weight` [D]."""
-    if _can_fuse(x, weight):
+    if _can_fuse(weight, x):
         from dmax.kernels import norm_triton  # imports triton
 
         return norm_triton.add_rms_norm(x, None, weight, eps)[1]
@@ -26,18 +25,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The sum of `x` and `more`, both [..., D], and its norm times `weight` [D]."""
-    if _can_fuse(x, weight) and x.dtype == more.dtype and not (torch.is_grad_enabled() and more.requires_grad):
+    if _can_fuse(weight, x, more):
         from dmax.kernels import norm_triton  # imports triton
 
         return norm_triton.add_rms_norm(x, more, weight, eps)
     total = x + more
-    return total, weight * F.rms_norm(total, weight.shape, eps=eps)
+    return total, rms_norm(total, weight, eps)
 
 
-def _can_fuse(x: Tensor, weight: Tensor) -> bool:
+def _can_fuse(weight: Tensor, *inputs: Tensor) -> bool:
     return (
-        choose(x.device)[0] == "triton"
-        and x.shape[-1] <= MAX_SIZE
-        and x.dtype == weight.dtype != torch.float64
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        choose(weight.device)[0] == "triton"
+        and len(weight) <= MAX_SIZE
+        and weight.dtype in FUSED_DTYPES
+        and all(each.dtype == weight.dtype for each in inputs)
+        and not wants_gradient(weight, *inputs)
     )

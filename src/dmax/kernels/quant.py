@@ -21,8 +21,8 @@ import torch
 from torch import Size, Tensor, nn
 
 from dmax.errors import InputError, did_you_mean
-from dmax.kernels import choose
-from dmax.kernels.moe import FUSED_DTYPES, SILU, fused_moe, routed
+from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels.moe import SILU, fused_moe, routed
 
 Format = Literal["int8", "fp8", "int4"]
 GROUP_SIZES = (128, 64, 32)
@@ -152,7 +152,7 @@ class QuantizedExperts(nn.Module):
         Raises:
             InputError: a gradient is wanted, which rounded weights do not have.
         """
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
+        if wants_gradient(hidden_states):
             raise InputError("a model with quantised experts cannot be trained", hint="load it without quantisation")
         arguments = (hidden_states, top_k_index, top_k_weights, self.gate_up, self.down)
         is_fused = isinstance(self.act_fn, SILU) and hidden_states.dtype in FUSED_DTYPES and self._gpu_has_format()

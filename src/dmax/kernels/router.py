@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import choose
+from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> t
         bias: [E] float32, steers the choice and never the weights.
         routing: see there.
     """
-    has_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if choose(x.device)[0] == "triton" and not has_gradient and x.dtype != torch.float64:
+    if choose(x.device)[0] == "triton" and x.dtype in FUSED_DTYPES and not wants_gradient(x, weight):
         from dmax.kernels import router_triton  # imports triton
 
         return router_triton.select(router_triton.router_logits(x, weight), bias, routing)
