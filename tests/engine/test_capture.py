@@ -100,14 +100,18 @@ def test_a_graph_can_hold_dense_decoders() -> None:
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:
-    numbers = torch.empty(3, device=DEVICE)
+    numbers, on_host = torch.empty(3, device=DEVICE), torch.ones(3)
+    one = numbers.new_ones(())
     with Capture():
-        for wrong in (
-            lambda: torch.tensor([1.0, 2.0, 3.0]).to(DEVICE),
-            lambda: numbers.cpu(),
-            lambda: numbers[numbers > 0],
-            lambda: numbers.index_put_((numbers > 0,), numbers.new_ones(())),
-            lambda: numbers.sum().item(),
+        numbers + 1.0  # a single number is no array
+        for wrong, reason in (
+            (lambda: on_host.to(DEVICE), "_to_copy.* to or from the host"),
+            (lambda: numbers.copy_(on_host), "copy_.* to or from the host"),
+            (lambda: torch.tensor([1.0, 2.0, 3.0]), "with an array on the host"),
+            (lambda: numbers.index_put_((numbers > 0,), one), "by a mask"),
+            (lambda: numbers[numbers > 0], "nonzero"),
+            (lambda: numbers.cpu(), "Cannot copy out of meta tensor"),
+            (lambda: numbers.sum().item(), "item"),
         ):
-            with pytest.raises((Refused, RuntimeError)):
+            with pytest.raises((Refused, RuntimeError), match=reason):
                 wrong()
