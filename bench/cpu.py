@@ -18,6 +18,7 @@ from transformers.utils import logging
 from dmax.benchmark import cpu
 from dmax.benchmark.report import console
 from dmax.benchmark.run import result_path, run_cpu
+from dmax.errors import InputError
 
 
 def main() -> None:
@@ -36,7 +37,10 @@ def main() -> None:
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     quick, output = given.pop("quick"), given.pop("output")
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    options = replace(cpu.QUICK if quick else cpu.CpuOptions(), **given | lists)
+    try:
+        options = replace(cpu.QUICK if quick else cpu.CpuOptions(), **given | lists)
+    except InputError as error:
+        parser.error(str(error))
     logging.disable_progress_bar()
     record = run_cpu(options, console=console(), output=output)
     print(json.dumps(record))

@@ -18,6 +18,7 @@ from dmax.benchmark import rig
 from dmax.benchmark.report import console
 from dmax.benchmark.run import result_path, run_gpu
 from dmax.environment import select_device
+from dmax.errors import InputError
 
 OPTIONS = {"full": rig.FULL, "quick": rig.QUICK, "tiny": rig.SMALL}
 
@@ -35,11 +36,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="completions timed")
     parser.add_argument("--output", type=Path)
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    device, scale, output = select_device(given.pop("device"))[0], given.pop("scale"), given.pop("output", None)
+    scale, output = given.pop("scale"), given.pop("output", None)
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    try:
+        device = select_device(given.pop("device"))[0]
+        options = replace(OPTIONS[scale], **given | lists)
+    except InputError as error:
+        parser.error(str(error))
     if output is None and scale != "tiny":
         output = result_path(Path("bench/results"), "gpu", device)
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    options = replace(OPTIONS[scale], **given | lists)
     record = run_gpu(options, device, console=console(), output=output)
     print(json.dumps(record))
 
