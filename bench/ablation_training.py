@@ -2,7 +2,8 @@
 
     python bench/ablation_training.py
 
-An interrupted run goes on where it stopped. The base model's responses are made first if they are not there.
+An interrupted run goes on where it stopped. The base model's responses are made first if they are
+not there.
 """
 
 from __future__ import annotations

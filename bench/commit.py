@@ -52,8 +52,12 @@ def main() -> None:
             f"{mode:12} {statistics.median(speeds[mode]):8.0f} tokens/s, {each[0]['correct']}/{options.limit} correct, "
             f"{each[0]['num_forwards']} denoising + {each[0]['num_commit_forwards']} commit forwards"
         )
-    print(f"cross_block / separate: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    print(json.dumps({"runs": runs, "ratios": ratios, **vars(options), "environment": environment()}))
+    print(
+        f"cross_block / separate: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+    print(
+        json.dumps({"runs": runs, "ratios": ratios, **vars(options), "environment": environment()})
+    )
 
 
 if __name__ == "__main__":

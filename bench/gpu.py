@@ -3,8 +3,8 @@
     python bench/gpu.py
     python bench/gpu.py --device cpu --scale tiny    # only shows that everything runs
 
-Weights are random and drawn on the device. The last line on stdout is the JSON record, which also goes to
-bench/results/ unless the scale is tiny.
+Weights are random and drawn on the device. The last line on stdout is the JSON record, which also
+goes to bench/results/ unless the scale is tiny.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ def main() -> None:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--scale", choices=OPTIONS, default="full", help="quick: fewer rows; tiny: a small model")
-    parser.add_argument("--distinct", type=float, help="experts that a block hits in a layer, on average")
+    parser.add_argument(
+        "--scale", choices=OPTIONS, default="full", help="quick: fewer rows; tiny: a small model"
+    )
+    parser.add_argument(
+        "--distinct", type=float, help="experts that a block hits in a layer, on average"
+    )
     parser.add_argument("--context", type=int, help="positions at the end of a completion")
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--batch-sizes", type=int, nargs="+")
@@ -36,7 +40,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="completions timed")
     parser.add_argument("--output", type=Path)
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    scale, output = given.pop("scale"), given.pop("output", None)
+    scale = given.pop("scale")
+    output = given.pop("output", None)
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     try:
         device = select_device(given.pop("device"))[0]

@@ -2,10 +2,11 @@
 
     python bench/methods.py
 
-Writes `methods.json`, two plots and `methods.md` under `docs/results/`; an interrupted run goes on where it stopped.
-Methods that need no training, or a head that comes with the package, decode the base model; SPD and its windows decode
-the DMax model, and so do those that were made to be trained and are not (`d2f`, `dparallel`, `joint_threshold`), beside
-the base model. `d2f` and `dparallel` are also measured on what their recipes train, where it lies under `runs/`.
+Writes `methods.json`, two plots and `methods.md` under `docs/results/`; an interrupted run goes on
+where it stopped. Methods that need no training, or a head that comes with the package, decode the
+base model; SPD and its windows decode the DMax model, and so do those that were made to be trained
+and are not (`d2f`, `dparallel`, `joint_threshold`), beside the base model. `d2f` and `dparallel`
+are also measured on what their recipes train, where it lies under `runs/`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.llm import LLM
 from dmax.tasks import get_task
 
-BASE, DMAX = "tiny-base", "tiny-dmax"
+BASE = "tiny-base"
+DMAX = "tiny-dmax"
 CAREFUL = (0.95, 0.7, 0.5)
 CURVES = (
     Curve("autoregressive", BASE, "autoregressive", (1,)),

@@ -3,8 +3,8 @@
     python bench/ablation_training.py   # the retrained models, about an hour on two cores
     python bench/paper.py               # decode, measure, draw, write the page
 
-Both go on where they were interrupted. Which claims hold is computed from the figures: a difference of two shares
-counts when its 95 % interval (Newcombe's, from two Wilson intervals) leaves out zero.
+Both go on where they were interrupted. Which claims hold is computed from the figures: a difference
+of two shares counts when its 95 % interval (Newcombe's, from two Wilson intervals) leaves out zero.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from dmax.training.data import Collator, Conversation, ResponseDataset
 from dmax.training.objectives import IGNORE, Batch, CleanStream, roll_out
 
 Record = dict[str, Any]
-HARD, ANYWHERE = ("soft_inputs", False), ("prefix_only", False)
+HARD = ("soft_inputs", False)
+ANYWHERE = ("prefix_only", False)
 TAUS = (0.0, 0.5, 0.95)  # of the paper's Table 3
 DECODING = (
     Curve("base, threshold", "tiny-base", "threshold", (0.0, 0.3, 0.5, 0.7, 0.95)),
@@ -46,8 +47,12 @@ DECODING = (
     Curve("DMax, no prefix rule", "tiny-dmax", "spd", TAUS, (ANYWHERE,)),
     Curve("DMax, hard tokens, no prefix rule", "tiny-dmax", "spd", TAUS, (HARD, ANYWHERE)),
     Curve("DMax, no renormalisation", "tiny-dmax", "spd", TAUS, (("renormalize", False),)),
-    Curve("DMax, consistency stop alone", "tiny-dmax", "spd", TAUS, (("stop_on_confidence", False),)),
-    Curve("DMax, confidence stop alone", "tiny-dmax", "spd", TAUS, (("stop_on_consistency", False),)),
+    Curve(
+        "DMax, consistency stop alone", "tiny-dmax", "spd", TAUS, (("stop_on_confidence", False),)
+    ),
+    Curve(
+        "DMax, confidence stop alone", "tiny-dmax", "spd", TAUS, (("stop_on_consistency", False),)
+    ),
     Curve("DMax, top-k 2", "tiny-dmax", "spd", TAUS, (("top_k", 2),)),
     Curve("DMax, top-k 4", "tiny-dmax", "spd", TAUS, (("top_k", 4),)),
     *(
@@ -78,7 +83,7 @@ MEASURED = {
 }
 
 
-# --- what the sweeps do not measure ----------------------------------------------------------------------------------
+# --- what the sweeps do not measure ---------------------------------------------------------------
 
 
 def revisions(llm: LLM, questions: Sequence[str], params: DecodingParams) -> Record:
@@ -101,27 +106,38 @@ def revisions(llm: LLM, questions: Sequence[str], params: DecodingParams) -> Rec
 def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
     """One pass over the model's own predictions: wrong tokens mended, right ones broken.
 
-    Reference answers are masked at `ratio`, predicted in one pass by argmax, and the predictions are predicted anew.
-    A valid paraphrase counts as wrong, for every model alike.
+    Reference answers are masked at `ratio`, predicted in one pass by argmax, and the predictions
+    are predicted anew. A valid paraphrase counts as wrong, for every model alike.
     """
     drawn = problems(num, seed=7, split="test")
-    data = [Conversation([{"role": "user", "content": p.question}], p.response, "word_problems") for p in drawn]
-    checkpoint, eos = llm.checkpoint, llm.checkpoint.eos_token_ids[0]
-    length, mask = checkpoint.block_length, checkpoint.mask_token_id
+    data = [
+        Conversation([{"role": "user", "content": p.question}], p.response, "word_problems")
+        for p in drawn
+    ]
+    checkpoint = llm.checkpoint
+    eos = llm.checkpoint.eos_token_ids[0]
+    length = checkpoint.block_length
+    mask = checkpoint.mask_token_id
     dataset = ResponseDataset(data, checkpoint.tokenizer, 1024)
-    collate, generator = Collator(length, eos, 0, None), torch.Generator().manual_seed(0)
+    collate = Collator(length, eos, 0, None)
+    generator = torch.Generator().manual_seed(0)
     counts = dict.fromkeys(("wrong", "mended", "right", "broken"), 0)
     for start in range(0, num, 32):
         inputs = collate([dataset[i] for i in range(start, min(start + 32, num))])
-        clean, labels, first = inputs["clean_ids"], inputs["labels"], 0
-        noisy = noise.mask_tokens(clean, inputs["corruptible"], torch.full((len(clean),), ratio), mask, generator)
+        clean = inputs["clean_ids"]
+        labels = inputs["labels"]
+        first = 0
+        noisy = noise.mask_tokens(
+            clean, inputs["corruptible"], torch.full((len(clean),), ratio), mask, generator
+        )
         stream = CleanStream(llm.model, Batch(clean, noisy, labels, first), length)
         embed = llm.model.get_input_embeddings()
         predicted, _ = roll_out(stream.denoise(embed(noisy)), mask, "argmax", 1.0, None)
         was_masked = (noisy == mask) & (labels != IGNORE)
         fed = torch.where(noisy == mask, predicted, noisy)
         again, _ = roll_out(stream.denoise(embed(fed)), mask, "argmax", 1.0, None)
-        before, after = predicted == labels, again == labels
+        before = predicted == labels
+        after = again == labels
         counts["wrong"] += int((was_masked & ~before).sum())
         counts["mended"] += int((was_masked & ~before & after).sum())
         counts["right"] += int((was_masked & before).sum())
@@ -132,24 +148,34 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
 def forward_times(llm: LLM, num: int = 24, repeats: int = 5) -> Record:
     """Milliseconds a forward at batch 1, threshold decoding and SPD in turn, A B A B …"""
     task = get_task("word_problems")
-    ways = {"threshold": DecodingParams(strategy="threshold"), "spd": DecodingParams(strategy="spd")}
+    ways = {
+        "threshold": DecodingParams(strategy="threshold"),
+        "spd": DecodingParams(strategy="spd"),
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, params in ways.items():
             run, _ = evaluate(llm, task, params, limit=num, seed=7)
             times[name].append(1000 * run.seconds / (run.num_forwards + run.num_prefill_forwards))
-    ratios = [spd / threshold for spd, threshold in zip(times["spd"], times["threshold"], strict=True)]
+    ratios = [
+        spd / threshold for spd, threshold in zip(times["spd"], times["threshold"], strict=True)
+    ]
     return {"milliseconds": times, "ratios": ratios, "ratio": statistics.median(ratios)}
 
 
 def measure(output: Path) -> Record:
     """All of the above, each written as soon as it is known and not repeated."""
-    record: Record = json.loads(output.read_text()) if output.exists() else {"environment": environment()}
+    record: Record = (
+        json.loads(output.read_text()) if output.exists() else {"environment": environment()}
+    )
     questions = [p.question for p in problems(64, seed=7, split="test")]
-    hard, soft = DecodingParams(threshold=0.5, soft_inputs=False), DecodingParams(threshold=0.5)
+    hard = DecodingParams(threshold=0.5, soft_inputs=False)
+    soft = DecodingParams(threshold=0.5)
     jobs: dict[str, Callable[[], Record]] = {}
     for name, path in MEASURED.items():
-        jobs[f"revisions, hard tokens, {name}"] = lambda path=path: revisions(LLM(path), questions, hard)  # type: ignore[misc]
+        jobs[f"revisions, hard tokens, {name}"] = lambda path=path: revisions(
+            LLM(path), questions, hard
+        )  # type: ignore[misc]
         jobs[f"revisions, SPD, {name}"] = lambda path=path: revisions(LLM(path), questions, soft)  # type: ignore[misc]
         jobs[f"corrections, {name}"] = lambda path=path: corrections(LLM(path))  # type: ignore[misc]
     jobs["forward times"] = lambda: forward_times(LLM("tiny-dmax", max_batch_size=1))
@@ -161,7 +187,7 @@ def measure(output: Path) -> Record:
     return record
 
 
-# --- what the paper says, and whether it holds here ------------------------------------------------------------------
+# --- what the paper says, and whether it holds here -----------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,7 +209,8 @@ class Share:
 
 def difference(a: Share, b: Share) -> tuple[float, float, float]:
     """a - b in points with its 95 % interval (Newcombe's hybrid score interval)."""
-    (low_a, high_a), (low_b, high_b) = wilson_interval(a.correct, a.total), wilson_interval(b.correct, b.total)
+    (low_a, high_a) = wilson_interval(a.correct, a.total)
+    (low_b, high_b) = wilson_interval(b.correct, b.total)
     delta = a.rate - b.rate
     low = delta - math.hypot(a.rate - low_a, high_b - b.rate)
     high = delta + math.hypot(high_a - a.rate, b.rate - low_b)
@@ -206,26 +233,38 @@ class Results:
     """The three records, by label and value."""
 
     def __init__(self, decoding: Record, training: Record, measures: Record) -> None:
-        self.decoding, self.training, self.measures = decoding, training, measures
+        self.decoding = decoding
+        self.training = training
+        self.measures = measures
 
     def at(self, label: str, value: float) -> Share:
         """A point of the decoding sweep."""
-        (point,) = (p for p in self.decoding["points"] if (p["label"], p["value"]) == (label, value))
+        (point,) = (
+            p for p in self.decoding["points"] if (p["label"], p["value"]) == (label, value)
+        )
         return Share(point["correct"], point["total"], point["tpf"])
 
     def pooled(self, variant: str, how: str, value: float) -> Share:
         """A retrained variant over all seeds."""
         labels = {f"{variant}, {how}, seed {seed}" for seed in SEEDS}
-        points = [p for p in self.training["points"] if p["label"] in labels and p["value"] == value]
-        tokens, forwards = (sum(p[name] for p in points) for name in ("generated_tokens", "num_forwards"))
-        return Share(sum(p["correct"] for p in points), sum(p["total"] for p in points), tokens / forwards)
+        points = [
+            p for p in self.training["points"] if p["label"] in labels and p["value"] == value
+        ]
+        tokens, forwards = (
+            sum(p[name] for p in points) for name in ("generated_tokens", "num_forwards")
+        )
+        return Share(
+            sum(p["correct"] for p in points), sum(p["total"] for p in points), tokens / forwards
+        )
 
 
 Finding = tuple[str, str]  # verdict, figures
 CLAIMS: list[tuple[str, str, str, Callable[[Results], Finding]]] = []
 
 
-def claim(number: str, text: str, paper: str) -> Callable[[Callable[[Results], Finding]], Callable[[Results], Finding]]:
+def claim(
+    number: str, text: str, paper: str
+) -> Callable[[Callable[[Results], Finding]], Callable[[Results], Finding]]:
     """Register a claim of the paper and how it is judged."""
 
     def register(judge: Callable[[Results], Finding]) -> Callable[[Results], Finding]:
@@ -246,16 +285,25 @@ def _(r: Results) -> Finding:
     return worst(better(careful, middle), better(middle, bold)), f"{careful}; {middle}; {bold}"
 
 
-@claim("18", "SPD on the base model, without OPUT, collapses at every threshold", "0.0 % at TPF 1.04, 1.73, 5.39")
+@claim(
+    "18",
+    "SPD on the base model, without OPUT, collapses at every threshold",
+    "0.0 % at TPF 1.04, 1.73, 5.39",
+)
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("base, SPD", value)) for value in TAUS]
     return worst(*(better(*pair) for pair in pairs)), "; ".join(str(base) for _, base in pairs)
 
 
-@claim("19", "OPUT alone, hard tokens: no loss at 0.95, a gain at 0.5", "92.6 at 0.95, 90.1 against 78.0 at 0.5")
+@claim(
+    "19",
+    "OPUT alone, hard tokens: no loss at 0.95, a gain at 0.5",
+    "92.6 at 0.95, 90.1 against 78.0 at 0.5",
+)
 def _(r: Results) -> Finding:
     name = "DMax, hard tokens, no prefix rule"
-    careful, bold = r.at(name, 0.95), r.at(name, 0.5)
+    careful = r.at(name, 0.95)
+    bold = r.at(name, 0.5)
     loss = better(r.at("base, threshold", 0.95), careful)
     kept = "fails" if loss == "holds" else "holds"
     return worst(kept, better(bold, r.at("base, threshold", 0.5))), f"{careful}; {bold}"
@@ -263,38 +311,61 @@ def _(r: Results) -> Finding:
 
 @claim("20", "At threshold 0, soft inputs keep what hard tokens lose", "90.4 against 68 to 70 %")
 def _(r: Results) -> Finding:
-    soft, hard = r.at("DMax, SPD", 0.0), r.at("DMax, hard tokens", 0.0)
+    soft = r.at("DMax, SPD", 0.0)
+    hard = r.at("DMax, hard tokens", 0.0)
     return better(soft, hard), f"soft {soft}; hard {hard}: {gap(soft, hard)}"
 
 
-@claim("21", "At mild thresholds soft and hard differ little", "93.3 against 93.0, 92.1 against 91.3")
+@claim(
+    "21", "At mild thresholds soft and hard differ little", "93.3 against 93.0, 92.1 against 91.3"
+)
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("DMax, hard tokens", value)) for value in (0.95, 0.5)]
     little = all(abs(difference(*pair)[0]) <= 2 for pair in pairs)
-    return "holds" if little else "fails", "; ".join(f"soft {a}, hard {b}: {gap(a, b)}" for a, b in pairs)
+    return "holds" if little else "fails", "; ".join(
+        f"soft {a}, hard {b}: {gap(a, b)}" for a, b in pairs
+    )
 
 
-@claim("22", "The prefix rule trades TPF for accuracy at 0.5", "5.64 / 91.4 without, 5.48 / 92.1 with it")
+@claim(
+    "22",
+    "The prefix rule trades TPF for accuracy at 0.5",
+    "5.64 / 91.4 without, 5.48 / 92.1 with it",
+)
 def _(r: Results) -> Finding:
-    with_rule, without = r.at("DMax, SPD", 0.5), r.at("DMax, no prefix rule", 0.5)
+    with_rule = r.at("DMax, SPD", 0.5)
+    without = r.at("DMax, no prefix rule", 0.5)
     verdict = better(with_rule, without) if with_rule.tpf < without.tpf else "fails"
     return verdict, f"with {with_rule}; without {without}: {gap(with_rule, without)}"
 
 
 @claim("23", "Random-token training is worse than OPUT, and oscillates", "68.7 % at TPF 2.26")
 def _(r: Results) -> Finding:
-    oput, random = r.pooled("sampled rollouts", "hard tokens", 0.5), r.pooled("random tokens", "hard tokens", 0.5)
-    rates = {n: r.measures[f"revisions, hard tokens, {n}"] for n in ("sampled rollouts", "random tokens")}
+    oput = r.pooled("sampled rollouts", "hard tokens", 0.5)
+    random = r.pooled("random tokens", "hard tokens", 0.5)
+    rates = {
+        n: r.measures[f"revisions, hard tokens, {n}"] for n in ("sampled rollouts", "random tokens")
+    }
     flips = {n: 100 * m["changes"] / m["chances"] for n, m in rates.items()}
-    verdict = better(oput, random) if flips["random tokens"] > flips["sampled rollouts"] else "fails"
+    verdict = (
+        better(oput, random) if flips["random tokens"] > flips["sampled rollouts"] else "fails"
+    )
     shown = ", ".join(f"{n} {value:.1f} %" for n, value in flips.items())
-    return verdict, f"OPUT {oput}; random tokens {random}. Decoded tokens that change at a forward: {shown}"
+    return (
+        verdict,
+        f"OPUT {oput}; random tokens {random}. Decoded tokens that change at a forward: {shown}",
+    )
 
 
-@claim("24", "Stopping on confidence alone costs TPF, on consistency alone a little", "5.48; 2.28 and 5.13")
+@claim(
+    "24",
+    "Stopping on confidence alone costs TPF, on consistency alone a little",
+    "5.48; 2.28 and 5.13",
+)
 def _(r: Results) -> Finding:
     both, consistent, confident = (
-        r.at(name, 0.5) for name in ("DMax, SPD", "DMax, consistency stop alone", "DMax, confidence stop alone")
+        r.at(name, 0.5)
+        for name in ("DMax, SPD", "DMax, consistency stop alone", "DMax, confidence stop alone")
     )
     verdict = "holds" if confident.tpf < consistent.tpf < both.tpf else "fails"
     return verdict, f"both {both}; consistency alone {consistent}; confidence alone {confident}"
@@ -305,21 +376,34 @@ def _(r: Results) -> Finding:
     base = r.at("base, threshold", 0.95)
     oput, masks = (r.pooled(name, "threshold", 0.95) for name in ("sampled rollouts", "masks only"))
     verdict = "holds" if oput.tpf > base.tpf else "fails"
-    return verdict, f"base {base}; OPUT {oput}; the control on the same data with masks only {masks}"
+    return (
+        verdict,
+        f"base {base}; OPUT {oput}; the control on the same data with masks only {masks}",
+    )
 
 
-@claim("26", "At equal TPF DMax dominates, and when careful it is no worse than the base", "+0.8 to +3.0 points")
+@claim(
+    "26",
+    "At equal TPF DMax dominates, and when careful it is no worse than the base",
+    "+0.8 to +3.0 points",
+)
 def _(r: Results) -> Finding:
-    base, careful, bold = r.at("base, threshold", 0.95), r.at("DMax, SPD", 0.7), r.at("DMax, SPD", 0.5)
+    base = r.at("base, threshold", 0.95)
+    careful = r.at("DMax, SPD", 0.7)
+    bold = r.at("DMax, SPD", 0.5)
     pushed = r.at("base, threshold", 0.3)
     kept = "fails" if better(base, careful) == "holds" else "holds"
-    return worst(kept, better(bold, pushed)), f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
+    return worst(
+        kept, better(bold, pushed)
+    ), f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
 
 
 @claim("27", "Blends need their length restored", "asserted, not measured")
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("DMax, no renormalisation", value)) for value in TAUS]
-    return worst(*(better(*pair) for pair in pairs)), "; ".join(f"with {a}, without {b}" for a, b in pairs)
+    return worst(*(better(*pair) for pair in pairs)), "; ".join(
+        f"with {a}, without {b}" for a, b in pairs
+    )
 
 
 @claim("27", "More candidates in a blend (top-k 2, 4) help", "an option of the code, not measured")
@@ -331,18 +415,31 @@ def _(r: Results) -> Finding:
 @claim("28", "A forward of SPD takes 10 to 20 % longer", "4.4 ms in place of 4.0")
 def _(r: Results) -> Finding:
     measured = r.measures["forward times"]
-    low, high = min(measured["ratios"]), max(measured["ratios"])
+    low = min(measured["ratios"])
+    high = max(measured["ratios"])
     verdict = "holds" if 1.1 <= measured["ratio"] <= 1.2 else "fails"
-    return verdict, f"{measured['ratio']:.2f} times as long on a CPU at batch 1 ({low:.2f} to {high:.2f})"
+    return (
+        verdict,
+        f"{measured['ratio']:.2f} times as long on a CPU at batch 1 ({low:.2f} to {high:.2f})",
+    )
 
 
-@claim("29", "OPUT mends more wrong tokens than the base, and breaks fewer right ones than random tokens", "figure")
+@claim(
+    "29",
+    "OPUT mends more wrong tokens than the base, and breaks fewer right ones than random tokens",
+    "figure",
+)
 def _(r: Results) -> Finding:
-    counts = {n: r.measures[f"corrections, {n}"] for n in ("base", "random tokens", "sampled rollouts")}
+    counts = {
+        n: r.measures[f"corrections, {n}"] for n in ("base", "random tokens", "sampled rollouts")
+    }
     mended = {n: c["mended"] / c["wrong"] for n, c in counts.items()}
     broken = {n: c["broken"] / c["right"] for n, c in counts.items()}
     oput = "sampled rollouts"
-    good = mended[oput] > max(mended["base"], mended["random tokens"]) and broken[oput] < broken["random tokens"]
+    good = (
+        mended[oput] > max(mended["base"], mended["random tokens"])
+        and broken[oput] < broken["random tokens"]
+    )
     shown = "; ".join(
         f"{n}: mended {c['mended']}/{c['wrong']} ({100 * mended[n]:.1f} %), broken {c['broken']}/{c['right']} "
         f"({100 * broken[n]:.1f} %)"
@@ -353,7 +450,10 @@ def _(r: Results) -> Finding:
 
 @claim("ours", "Sampled rollouts are as good as the published argmax ones", "not measured")
 def _(r: Results) -> Finding:
-    pairs = [(r.pooled("sampled rollouts", "SPD", t), r.pooled("argmax rollouts", "SPD", t)) for t in (0.5, 0.0)]
+    pairs = [
+        (r.pooled("sampled rollouts", "SPD", t), r.pooled("argmax rollouts", "SPD", t))
+        for t in (0.5, 0.0)
+    ]
     verdict = worst(*("fails" if better(b, a) == "holds" else "holds" for a, b in pairs))
     return verdict, "; ".join(f"sampled {a}, argmax {b}: {gap(a, b)}" for a, b in pairs)
 
@@ -365,15 +465,23 @@ def _(r: Results) -> Finding:
     return worst(better(middle, low), better(middle, high)), f"0.75 {middle}; 0.5 {low}; 1 {high}"
 
 
-@claim("ours", "OPUT is better than the same data with masks only, decoded as is best for each", "the missing control")
+@claim(
+    "ours",
+    "OPUT is better than the same data with masks only, decoded as is best for each",
+    "the missing control",
+)
 def _(r: Results) -> Finding:
-    oput, masks = r.pooled("sampled rollouts", "SPD", 0.5), r.pooled("masks only", "threshold", 0.5)
+    oput = r.pooled("sampled rollouts", "SPD", 0.5)
+    masks = r.pooled("masks only", "threshold", 0.5)
     revised = r.pooled("masks only", "hard tokens", 0.5)
     verdict = worst(better(oput, masks), better(oput, revised))
-    return verdict, f"OPUT, SPD {oput}; masks only, threshold {masks}; masks only, revised {revised}"
+    return (
+        verdict,
+        f"OPUT, SPD {oput}; masks only, threshold {masks}; masks only, revised {revised}",
+    )
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def page(results: Results) -> str:
@@ -396,23 +504,37 @@ def page(results: Results) -> str:
 
 
 def _points(points: Sequence[Record]) -> str:
-    rows = ["| model, decoding | threshold | correct | 95 % interval | TPF |", "|---|---|---|---|---|"]
+    rows = [
+        "| model, decoding | threshold | correct | 95 % interval | TPF |",
+        "|---|---|---|---|---|",
+    ]
     for p in points:
         low, high = (100 * bound for bound in p["interval"])
         share = f"{p['correct']}/{p['total']}"
-        rows.append(f"| {p['label']} | {p['value']:g} | {share} | {low:.1f} to {high:.1f} | {p['tpf']:.2f} |")
+        rows.append(
+            f"| {p['label']} | {p['value']:g} | {share} | {low:.1f} to {high:.1f} | {p['tpf']:.2f} |"
+        )
     return "\n".join(rows)
 
 
 def _pooled(results: Results) -> str:
-    rows = ["| trained with | decoded by | threshold | each seed | pooled |", "|---|---|---|---|---|"]
+    rows = [
+        "| trained with | decoded by | threshold | each seed | pooled |",
+        "|---|---|---|---|---|",
+    ]
     for variant in VARIANTS:
         for how, values in (("SPD", TAUS), ("hard tokens", (0.5,)), ("threshold", (0.5, 0.95))):
             for value in values:
                 labels = [f"{variant}, {how}, seed {seed}" for seed in SEEDS]
-                found = {p["label"]: p["correct"] for p in results.training["points"] if p["value"] == value}
+                found = {
+                    p["label"]: p["correct"]
+                    for p in results.training["points"]
+                    if p["value"] == value
+                }
                 each = ", ".join(str(found[label]) for label in labels)
-                rows.append(f"| {variant} | {how} | {value:g} | {each} | {results.pooled(variant, how, value)} |")
+                rows.append(
+                    f"| {variant} | {how} | {value:g} | {each} | {results.pooled(variant, how, value)} |"
+                )
     return "\n".join(rows)
 
 
@@ -448,10 +570,13 @@ def main() -> None:
     """Measure what is missing, write the page, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=500, help="problems for a decoding setting")
-    parser.add_argument("--retrained-limit", type=int, default=200, help="problems for a retrained model")
+    parser.add_argument(
+        "--retrained-limit", type=int, default=200, help="problems for a retrained model"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
-    task, output = get_task("word_problems"), options.output
+    task = get_task("word_problems")
+    output = options.output
 
     def sweep(curves: Sequence[Curve], name: str, limit: int) -> Record:
         return run_sweep(
@@ -467,7 +592,9 @@ def main() -> None:
     decoding = sweep(DECODING, "decoding.json", options.limit)
     training = sweep(TRAINING, "training.json", options.retrained_limit)
     results = Results(decoding, training, measure(output / "measures.json"))
-    shown = [p for p in decoding["points"] if "block" not in p["label"] and "top-k" not in p["label"]]
+    shown = [
+        p for p in decoding["points"] if "block" not in p["label"] and "top-k" not in p["label"]
+    ]
     draw({**decoding, "points": shown}, output / "decoding.svg")
     write_atomically(output / "README.md", page(results))
 

@@ -2,9 +2,10 @@
 
     python bench/tiny.py --limit 500 --output bench/results/tiny.json --plot docs/images/tiny.svg
 
-Every model decodes the same unseen problems. The controls (`recipes/tiny_mdlm.yaml`, `tiny_uniform.yaml`,
-`tiny_oput_*.yaml`) are measured where their checkpoints lie under `runs/`. The output grows point by point; points
-it already holds are not measured again unless the weights have changed. The last line on stdout is the JSON document.
+Every model decodes the same unseen problems. The controls (`recipes/tiny_mdlm.yaml`,
+`tiny_uniform.yaml`, `tiny_oput_*.yaml`) are measured where their checkpoints lie under `runs/`. The
+output grows point by point; points it already holds are not measured again unless the weights have
+changed. The last line on stdout is the JSON document.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results/tiny.json"))
     parser.add_argument("--plot", type=Path, help="SVG to draw (needs matplotlib)")
     options = parser.parse_args()
-    present = [curve for curve in CURVES if not curve.model.startswith("runs/") or Path(curve.model).is_dir()]
+    present = [
+        curve
+        for curve in CURVES
+        if not curve.model.startswith("runs/") or Path(curve.model).is_dir()
+    ]
     record = run_sweep(
         [curve for curve in present if not options.only or curve.label in options.only],
         get_task("word_problems"),
@@ -76,7 +81,9 @@ def main() -> None:
         report=lambda line: print(line, flush=True),
     )
     if options.plot:
-        draw({**record, "points": [p for p in record["points"] if p["label"] in DRAWN]}, options.plot)
+        draw(
+            {**record, "points": [p for p in record["points"] if p["label"] in DRAWN]}, options.plot
+        )
     print(json.dumps(record))
 
 

@@ -16,9 +16,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before triton is imported, which dmax does
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # kernels run on CPU tensors; before triton is imported, which dmax does
+    )
 
-torch.set_num_threads(1)  # small tensors gain nothing from more, and results do not depend on the machine's load
+torch.set_num_threads(
+    1
+)  # small tensors gain nothing from more, and results do not depend on the machine's load
 hypothesis.settings.register_profile("dmax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dmax")
 
@@ -30,7 +34,10 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder, generator = tmp_path_factory.mktemp("heads"), torch.Generator().manual_seed(0)
     for kind in KINDS:
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes(kind, 8, 4, 3).items()}
+        tensors = {
+            name: torch.randn(shape, generator=generator)
+            for name, shape in shapes(kind, 8, 4, 3).items()
+        }
         save_head(Head(kind, "0" * 16, 8, 4, 1, tensors), folder / f"{kind}.safetensors")
     return folder
 

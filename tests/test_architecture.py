@@ -10,17 +10,32 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
 
-# Module or package -> layer; the longest matching name decides. A module imports its own layer and those below.
+# Module or package -> layer; the longest matching name decides. A module imports its own layer and
+# those below.
 LAYERS = {
-    **dict.fromkeys(("dmax.errors", "dmax.params", "dmax.environment", "dmax.sandbox", "dmax.tiny", "dmax.heads"), 0),
-    **dict.fromkeys(("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence", "dmax.kernels"), 1),
+    **dict.fromkeys(
+        (
+            "dmax.errors",
+            "dmax.params",
+            "dmax.environment",
+            "dmax.sandbox",
+            "dmax.tiny",
+            "dmax.heads",
+        ),
+        0,
+    ),
+    **dict.fromkeys(
+        ("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence", "dmax.kernels"), 1
+    ),
     **dict.fromkeys(("dmax.models", "dmax.checkpoint"), 2),
     **dict.fromkeys(("dmax.decoding", "dmax.training"), 3),
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs", "dmax.distill"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.serve", "dmax.integrations", "dmax.cli", "dmax.demo", "dmax"), 6),
     **dict.fromkeys(("dmax.recipe", "dmax.recipe_file", "dmax.run_folder"), 6),
-    **dict.fromkeys(("dmax.tiny.build", "dmax.tiny.tokenizer"), 6),  # the package itself only knows paths
+    **dict.fromkeys(
+        ("dmax.tiny.build", "dmax.tiny.tokenizer"), 6
+    ),  # the package itself only knows paths
 }
 # Narrower than the layers: what these packages may import besides themselves and layer 0.
 ONLY = {"dmax.decoding": ("dmax.blend", "dmax.confidence"), "dmax.tasks": ()}
@@ -36,10 +51,10 @@ THIRD_PARTY = {
     "ray": ("dmax.integrations",),
     "sglang": ("dmax.integrations",),
 }
-MAX_FILE, MAX_FUNCTION = 400, 60
-MAX_HEART = 2750  # 2,500 before requests could join and leave at any step, share forwards and end early
+MAX_FILE, MAX_FUNCTION = 500, 80  # 400 and 60 at 120 columns
+MAX_HEART = 3120  # lines of 100 columns, one assignment each; 2,750 of 120 columns
 LONGER = {  # file or file:function -> lines it may have, and why
-    "dmax/models/llada2_moe/modeling.py": 450,  # one architecture, one file
+    "dmax/models/llada2_moe/modeling.py": 500,  # one architecture, one file
 }
 HEART = (
     "attention cache blend confidence models/llada2_moe/modeling training/noise training/objectives "
@@ -71,8 +86,12 @@ def imports(path: Path) -> Iterator[str]:
                 full = [f"{module}.{alias.name}" for alias in names]
                 yield from (name if name in MODULES else module for name in full)
             case ast.ImportFrom(level=level) if level > 0:
-                raise AssertionError(f"{path.relative_to(SRC)}:{node.lineno} has a relative import; write it in full")
-            case ast.Constant(value=str(text)) if (name := text.partition(":")[0]) in MODULES and name != "dmax":
+                raise AssertionError(
+                    f"{path.relative_to(SRC)}:{node.lineno} has a relative import; write it in full"
+                )
+            case ast.Constant(value=str(text)) if (
+                name := text.partition(":")[0]
+            ) in MODULES and name != "dmax":
                 yield name
 
 
@@ -87,7 +106,9 @@ def complaint(module: str, target: str) -> str | None:
         return f"layer {layer(module)} may not know layer {layer(target)}"
     for package, others in ONLY.items():
         if inside(module, package) and layer(target) > 0 and not inside(target, package, *others):
-            return f"{package} may import layer 0{''.join(f' and {other}' for other in others)} only"
+            return (
+                f"{package} may import layer 0{''.join(f' and {other}' for other in others)} only"
+            )
     if inside(module, "dmax.training") and inside(target, "dmax.decoding"):
         return "training and decoding do not know each other"
     return None
@@ -104,7 +125,11 @@ def test_imports_go_down() -> None:
 
 
 def test_every_module_has_a_layer() -> None:
-    homeless = [module for module in MODULES if module != "dmax" and not inside(module, *(LAYERS.keys() - {"dmax"}))]
+    homeless = [
+        module
+        for module in MODULES
+        if module != "dmax" and not inside(module, *(LAYERS.keys() - {"dmax"}))
+    ]
     assert not homeless, f"not in the table of layers: {', '.join(homeless)}"
 
 
@@ -117,7 +142,11 @@ def test_files_and_functions_are_small() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 key = f"{name}:{node.name}"
                 sizes[key] = (node.end_lineno or 0) - node.lineno + 1, LONGER.get(key, MAX_FUNCTION)
-    wrong = [f"{name} has {size} lines, {limit} are allowed" for name, (size, limit) in sizes.items() if size > limit]
+    wrong = [
+        f"{name} has {size} lines, {limit} are allowed"
+        for name, (size, limit) in sizes.items()
+        if size > limit
+    ]
     assert not wrong, "usually two ideas; split, or say why in LONGER:\n" + "\n".join(wrong)
     assert not LONGER.keys() - sizes.keys(), "LONGER names files or functions that are gone"
 
@@ -129,8 +158,11 @@ def test_the_heart_reads_in_an_evening() -> None:
 
 
 def test_no_machine_is_named() -> None:
-    # Folders of one machine; a path after a letter, dot, tilde or slash belongs to an address or is relative.
-    machine_path = re.compile(r"(?<![\w.~/-])/(?:home|root|work|Users|mnt|scratch|opt|data)/\w[^\s\"'`]*")
+    # Folders of one machine; a path after a letter, dot, tilde or slash belongs to an address or is
+    # relative.
+    machine_path = re.compile(
+        r"(?<![\w.~/-])/(?:home|root|work|Users|mnt|scratch|opt|data)/\w[^\s\"'`]*"
+    )
     kinds = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jsonl", ".html", ".sh"}
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {found[0]}"

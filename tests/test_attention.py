@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
-from dmax.attention import Predicate, block_causal, dense_mask, flex_from_dense, flex_mask, noisy_clean, prepare_mask
+from dmax.attention import (
+    Predicate,
+    block_causal,
+    dense_mask,
+    flex_from_dense,
+    flex_mask,
+    noisy_clean,
+    prepare_mask,
+)
 
 
 def square(predicate: Predicate, length: int) -> Tensor:
@@ -60,7 +68,9 @@ def test_flex_equals_dense_block_causal(length: int, block_length: int) -> None:
     assert torch.equal(materialized(mask), square(predicate, length))
 
 
-@pytest.mark.parametrize(("length", "block_length"), [(8, 4), (64, 32), (96, 32), (128, 16), (160, 32), (132, 12)])
+@pytest.mark.parametrize(
+    ("length", "block_length"), [(8, 4), (64, 32), (96, 32), (128, 16), (160, 32), (132, 12)]
+)
 def test_flex_equals_dense_noisy_clean(length: int, block_length: int) -> None:
     predicate = noisy_clean(block_length, length)
     mask = flex_mask(predicate, 2 * length, 2 * length, "cpu")
@@ -75,14 +85,23 @@ def test_flex_skips_invisible_tiles(length: int, kept: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @settings(deadline=None, max_examples=15)
-@given(masks=st.sampled_from([1, 3]), queries=st.integers(1, 140), past=st.integers(0, 140), seed=st.integers(0, 2**31))
+@given(
+    masks=st.sampled_from([1, 3]),
+    queries=st.integers(1, 140),
+    past=st.integers(0, 140),
+    seed=st.integers(0, 2**31),
+)
 def test_dense_masks_mean_the_same_to_flex(masks: int, queries: int, past: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     keys = past + queries
     visible = torch.rand(masks, 1, queries, keys, generator=generator) < 0.5
     visible[..., 0] = True
-    query, key, value = (torch.randn(3, 2, n, 16, generator=generator) for n in (queries, keys, keys))
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    query, key, value = (
+        torch.randn(3, 2, n, 16, generator=generator) for n in (queries, keys, keys)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible
+    )
     found = flex_attention(query, key, value, block_mask=flex_from_dense(visible))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 

@@ -17,11 +17,16 @@ def naive(tokens: list[Tensor], mask: Tensor, probs: list[float]) -> Tensor:
     """Equations 8-10, one position, in float64."""
     rest = 1 - sum(probs)
     mixed = sum((p * e.double() for p, e in zip(probs, tokens, strict=True)), rest * mask.double())
-    length = sum(p * e.double().norm().item() for p, e in zip(probs, tokens, strict=True)) + rest * mask.norm().item()
+    length = (
+        sum(p * e.double().norm().item() for p, e in zip(probs, tokens, strict=True))
+        + rest * mask.norm().item()
+    )
     return mixed / mixed.norm() * length
 
 
-def random_case(candidates: int, seed: int, positions: int = 6, size: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+def random_case(
+    candidates: int, seed: int, positions: int = 6, size: int = 24
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(positions, candidates, size, generator=generator) * 3
     mask = torch.randn(size, generator=generator)
@@ -58,9 +63,14 @@ def test_certainty_gives_the_token_and_doubt_gives_the_mask() -> None:
 def test_without_renormalization_length_collapses() -> None:
     """Nearly orthogonal vectors of one length, mixed half and half, shrink to 1 / sqrt(2)."""
     generator = torch.Generator().manual_seed(0)
-    tokens, mask = torch.randn(200, 1, 2048, generator=generator), torch.randn(2048, generator=generator)
+    tokens, mask = (
+        torch.randn(200, 1, 2048, generator=generator),
+        torch.randn(2048, generator=generator),
+    )
     half = torch.full((200, 1), 0.5)
-    ratio = blend(tokens, mask, half, renormalize=False).norm(dim=-1) / blend(tokens, mask, half).norm(dim=-1)
+    ratio = blend(tokens, mask, half, renormalize=False).norm(dim=-1) / blend(
+        tokens, mask, half
+    ).norm(dim=-1)
     assert ratio.mean() == pytest.approx(0.5**0.5, abs=0.01)
 
 
@@ -81,14 +91,18 @@ def test_blend_keeps_the_dtype_and_computes_in_float32(dtype: torch.dtype) -> No
     tokens, mask, probs = random_case(2, 2)
     soft = blend(tokens.to(dtype), mask.to(dtype), probs)
     assert soft.dtype == dtype
-    assert torch.equal(soft, blend(tokens.to(dtype).float(), mask.to(dtype).float(), probs).to(dtype))
+    assert torch.equal(
+        soft, blend(tokens.to(dtype).float(), mask.to(dtype).float(), probs).to(dtype)
+    )
 
 
 def test_gradient_reaches_tokens_and_mask() -> None:
     tokens, mask, probs = random_case(2, 3)
     tokens.requires_grad_(), mask.requires_grad_()
     blend(tokens, mask, probs).square().sum().backward()
-    assert tokens.grad is not None and mask.grad is not None and tokens.grad.any() and mask.grad.any()
+    assert (
+        tokens.grad is not None and mask.grad is not None and tokens.grad.any() and mask.grad.any()
+    )
 
 
 # ---- embed_tokens -------------------------------------------------------------------------------------------------

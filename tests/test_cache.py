@@ -53,7 +53,12 @@ def test_what_is_read_can_be_written_elsewhere() -> None:
     cache.commit([2], [8])
     cache.write(2, keys, values)
     assert cache.lengths == [0, 0, 11]
-    assert [store[2, 8:11].unique().tolist() for store in (*cache.keys, *cache.values)] == [[1], [2], [-1], [-2]]
+    assert [store[2, 8:11].unique().tolist() for store in (*cache.keys, *cache.values)] == [
+        [1],
+        [2],
+        [-1],
+        [-2],
+    ]
     assert cache.num_bytes == 2 * 2 * 3 * 12 * 2 * 3 * 4
 
 

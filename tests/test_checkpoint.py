@@ -70,7 +70,9 @@ def test_mask_comes_from_argument_config_tokenizer_vocabulary_in_that_order(fold
     assert load(folder, mask_token_id=7).mask_token_id == 7
 
 
-def test_eos_comes_from_argument_generation_config_config_tokenizer_in_that_order(folder: Path) -> None:
+def test_eos_comes_from_argument_generation_config_config_tokenizer_in_that_order(
+    folder: Path,
+) -> None:
     add_tokenizer(folder, eos_token="<eos>")
     assert load(folder).eos_token_ids == (490,)
     edit(folder / "config.json", eos_token_id=[5, 6])
@@ -104,7 +106,9 @@ def test_what_nobody_names_must_be_passed(folder: Path) -> None:
         assert str(error.value.hint).startswith(f"pass `{missing}`")
 
 
-@pytest.mark.parametrize("wrong", [{"mask_token_id": 512}, {"mask_token_id": -1}, {"eos_token_id": [508, 600]}])
+@pytest.mark.parametrize(
+    "wrong", [{"mask_token_id": 512}, {"mask_token_id": -1}, {"eos_token_id": [508, 600]}]
+)
 def test_ids_outside_the_vocabulary_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="outside the vocabulary of 512"):
         load(folder, **{**IDS, **wrong})
@@ -128,7 +132,11 @@ def tiny_qwen() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes: dict[str, Any] = dict(
-        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
     )
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=32, num_hidden_layers=1, **sizes))
 
@@ -141,20 +149,32 @@ def test_bundled_names_lead_to_folders_of_the_package() -> None:
     assert tiny.bundled("tiny") is None
 
 
-def test_bundled_checkpoints_are_found_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmax.checkpoint.bundled", lambda name: folder if name == "tiny-dmax" else None)
+def test_bundled_checkpoints_are_found_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "dmax.checkpoint.bundled", lambda name: folder if name == "tiny-dmax" else None
+    )
     assert load("tiny-dmax", **IDS).path == str(folder)
 
 
-def test_hub_repositories_are_downloaded_then_read_as_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: {"someone/model": folder}[name])
+def test_hub_repositories_are_downloaded_then_read_as_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: {"someone/model": folder}[name]
+    )
     assert load("someone/model", **IDS).path == str(folder)
 
 
 @pytest.mark.parametrize("name", ["someone/model", "/no/such/folder", "./nothing", "tiny-typo"])
-def test_unreachable_names_get_one_clear_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_names_get_one_clear_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"neither bundled \(tiny-base, tiny-dmax\), nor a folder, nor reachable"):
+    with pytest.raises(
+        InputError, match=r"neither bundled \(tiny-base, tiny-dmax\), nor a folder, nor reachable"
+    ):
         load(name)
 
 
@@ -163,7 +183,9 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no-such-type"}', '{"model_type": "llada2_moe"'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"model_type": "no-such-type"}', '{"model_type": "llada2_moe"']
+)
 def test_unusable_configurations_get_one_clear_sentence(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(InputError, match="is not a usable checkpoint"):
@@ -176,7 +198,9 @@ def test_contradictory_configurations_get_one_clear_sentence(folder: Path) -> No
         load(folder, **IDS)
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
 @pytest.mark.parametrize("content", ["{", "[]", "null", "\xff"])
 def test_damaged_files_of_settings_are_named(folder: Path, name: str, content: str) -> None:
     add_tokenizer(folder)
@@ -188,17 +212,47 @@ def test_damaged_files_of_settings_are_named(folder: Path, name: str, content: s
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("generation_config.json", {"eos_token_id": "x"}, "`eos_token_id` must be a token id, got 'x'"),
-        ("generation_config.json", {"eos_token_id": [508, {}]}, "`eos_token_id` must be a token id, got {}"),
-        ("generation_config.json", {"eos_token_id": True}, "`eos_token_id` must be a token id, got True"),
-        ("generation_config.json", {"max_new_tokens": -1}, "generation_config.json is not usable: `max_new_tokens`"),
+        (
+            "generation_config.json",
+            {"eos_token_id": "x"},
+            "`eos_token_id` must be a token id, got 'x'",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [508, {}]},
+            "`eos_token_id` must be a token id, got {}",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": True},
+            "`eos_token_id` must be a token id, got True",
+        ),
+        (
+            "generation_config.json",
+            {"max_new_tokens": -1},
+            "generation_config.json is not usable: `max_new_tokens`",
+        ),
         ("config.json", {"mask_token_id": 1.5}, "`mask_token_id` must be a token id, got 1.5"),
-        ("config.json", {"block_length": "x"}, "`block_length` must be a whole number of at least 1, got 'x'"),
-        ("config.json", {"vocab_size": "a"}, "is not a usable checkpoint: `vocab_size` must be int, got 'a'"),
-        ("config.json", {"rms_norm_eps": "a"}, "is not a usable checkpoint: `rms_norm_eps` must be float, got 'a'"),
+        (
+            "config.json",
+            {"block_length": "x"},
+            "`block_length` must be a whole number of at least 1, got 'x'",
+        ),
+        (
+            "config.json",
+            {"vocab_size": "a"},
+            "is not a usable checkpoint: `vocab_size` must be int, got 'a'",
+        ),
+        (
+            "config.json",
+            {"rms_norm_eps": "a"},
+            "is not a usable checkpoint: `rms_norm_eps` must be float, got 'a'",
+        ),
     ],
 )
-def test_settings_of_a_wrong_type_are_named(folder: Path, name: str, change: dict[str, Any], message: str) -> None:
+def test_settings_of_a_wrong_type_are_named(
+    folder: Path, name: str, change: dict[str, Any], message: str
+) -> None:
     ids = {} if "eos_token_id" in change or "mask_token_id" in change else IDS
     edit(folder / "config.json", mask_token_id=511)
     edit(folder / name, **change)
@@ -228,7 +282,9 @@ def test_folders_without_weights_are_refused(folder: Path) -> None:
         load(folder, **IDS)
 
 
-def test_damaged_weights_are_refused_for_our_and_other_architectures(folder: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_for_our_and_other_architectures(
+    folder: Path, tmp_path: Path
+) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(InputError, match="truncated"):
@@ -261,7 +317,13 @@ def test_remote_code_is_never_touched(folder: Path) -> None:
 
 
 def test_implementations_and_dtype_are_passed_on(folder: Path) -> None:
-    found = load(folder, **IDS, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="batched_mm")
+    found = load(
+        folder,
+        **IDS,
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        experts_implementation="batched_mm",
+    )
     assert found.model.dtype == torch.bfloat16
     assert found.model.config._attn_implementation == "eager"
     assert found.model.config._experts_implementation == "batched_mm"
@@ -315,7 +377,10 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
     model, target = load(folder, **IDS).model, tmp_path / "saved"
     save_checkpoint(model, None, target, **SAVED)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
-    for failure, expected in ((OSError(28, "No space left on device"), InputError), (KeyboardInterrupt(), None)):
+    for failure, expected in (
+        (OSError(28, "No space left on device"), InputError),
+        (KeyboardInterrupt(), None),
+    ):
 
         def fail(*_: Any, error: BaseException = failure, **__: Any) -> None:
             raise error

@@ -83,7 +83,13 @@ def test_generate_json(dmax: Dmax, folder: Path) -> None:
     records = one_object(dmax("generate", "--model", folder, "--json", *SMALL, *TEXTS))
     assert len(records) == len(TEXTS)
     for record in records:
-        assert record.keys() >= {"text", "token_ids", "finish_reason", "num_forwards", "num_prefill_forwards"}
+        assert record.keys() >= {
+            "text",
+            "token_ids",
+            "finish_reason",
+            "num_forwards",
+            "num_prefill_forwards",
+        }
         assert record["tokens_per_forward"] == len(record["token_ids"]) / record["num_forwards"]
     assert records[:1] == one_object(dmax("generate", "-m", folder, "--json", *SMALL, TEXTS[0]))
 
@@ -95,7 +101,18 @@ def test_sampling_repeats_with_its_seed(dmax: Dmax, folder: Path) -> None:
 
 def test_eval_json(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "result.json"
-    words = ("eval", "-m", folder, "--limit", "3", "--strategy", "threshold", "--threshold", "0.3", *SMALL)
+    words = (
+        "eval",
+        "-m",
+        folder,
+        "--limit",
+        "3",
+        "--strategy",
+        "threshold",
+        "--threshold",
+        "0.3",
+        *SMALL,
+    )
     record = one_object(dmax(*words, "--json", "--output", output))
     promised = "accuracy correct total tpf generated_tokens num_forwards num_prefill_forwards tokens_per_second".split()
     assert record.keys() >= set(promised)
@@ -104,23 +121,35 @@ def test_eval_json(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     assert record["model"] == str(folder)
     assert (record["params"]["strategy"], record["params"]["threshold"]) == ("threshold", 0.3)
     assert json.loads(output.read_text()) == record
-    samples = [json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()
+    ]
     assert sum(sample["generated_tokens"] for sample in samples) == record["generated_tokens"]
 
 
 def test_eval_and_sweep_over_a_file_of_rows(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    data, other, output = tmp_path / "rows.jsonl", tmp_path / "other.jsonl", tmp_path / "result.json"
-    rows = [{"question": f"Tom has {n} apples. How many?", "answer": f"#### {n}"} for n in (3, 4, 5)]
+    data, other, output = (
+        tmp_path / "rows.jsonl",
+        tmp_path / "other.jsonl",
+        tmp_path / "result.json",
+    )
+    rows = [
+        {"question": f"Tom has {n} apples. How many?", "answer": f"#### {n}"} for n in (3, 4, 5)
+    ]
     for path in (data, other):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ("-m", folder, "--task", "gsm8k", "--data", data, "--limit", "8", *SMALL)
     record = one_object(dmax("eval", *words, "--json", "--output", output))
     assert (record["task"], record["limit"], record["total"]) == ("gsm8k", 8, 3)
-    samples = [json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in output.with_suffix(".samples.jsonl").read_text().splitlines()
+    ]
     assert [sample["expected"] for sample in samples] == ["3", "4", "5"]
     assert record["correct"] == sum(sample["is_correct"] for sample in samples)
-    too_long = dmax("eval", *words[: -len(SMALL)], "--json")  # 2,048 tokens, as the task usually takes
+    too_long = dmax(
+        "eval", *words[: -len(SMALL)], "--json"
+    )  # 2,048 tokens, as the task usually takes
     assert_refused(too_long, "the model has 512", "hint: ", "--max-new-tokens")
     sweep = ("sweep", "-o", tmp_path / "s", "--strategies", "threshold", "--thresholds", "0.5")
     assert one_object(dmax(*sweep, *words, "--json"))["data"] == str(data)
@@ -131,8 +160,14 @@ def test_rows_that_are_refused_before_a_model_is_opened(dmax: Dmax, tmp_path: Pa
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "Why?"}\n')
     for words in (("eval", "-m", "no/such"), ("sweep", "-m", "no/such", "-o", tmp_path / "s")):
-        assert_refused(dmax(*words, "--task", "gsm8k", "--data", data), f"{data}:1: `answer` is missing")
-        assert_refused(dmax(*words, "--data", data), "'word_problems' makes its own examples", "leave out --data")
+        assert_refused(
+            dmax(*words, "--task", "gsm8k", "--data", data), f"{data}:1: `answer` is missing"
+        )
+        assert_refused(
+            dmax(*words, "--data", data),
+            "'word_problems' makes its own examples",
+            "leave out --data",
+        )
 
 
 def test_eval_goes_on_and_keeps_what_is_finished(
@@ -152,13 +187,20 @@ def test_eval_goes_on_and_keeps_what_is_finished(
     assert dmax(*words, "-o", output).code != 0
     assert calls == [4, 1]
     monkeypatch.setattr(LLM, "generate", generate)
-    assert_refused(dmax(*words[:-1], "9", "-o", output), "params.max_new_tokens was 8 and is 9", "--overwrite")
+    assert_refused(
+        dmax(*words[:-1], "9", "-o", output), "params.max_new_tokens was 8 and is 9", "--overwrite"
+    )
     result = dmax(*words, "-o", output)
     assert "going on with an interrupted run: 4 samples are finished already" in result.err
     record = one_object(result)
     own = ("seconds", "tokens_per_second", "environment")
-    assert {k: v for k, v in record.items() if k not in own} == {k: v for k, v in whole.items() if k not in own}
-    assert output.with_suffix(".samples.jsonl").read_bytes() == (tmp_path / "whole.samples.jsonl").read_bytes()
+    assert {k: v for k, v in record.items() if k not in own} == {
+        k: v for k, v in whole.items() if k not in own
+    }
+    assert (
+        output.with_suffix(".samples.jsonl").read_bytes()
+        == (tmp_path / "whole.samples.jsonl").read_bytes()
+    )
     for limit in ("5", "6"):
         again = dmax("eval", "-m", folder, "--limit", limit, *SMALL, "-o", output)
         assert_refused(again, f"{output} holds the results of a finished run", "--overwrite")
@@ -169,15 +211,37 @@ def test_eval_goes_on_and_keeps_what_is_finished(
 
 def test_sweep_writes_a_record_plots_and_a_page(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    words = ("sweep", "-m", folder, "-o", tmp_path / "s", "--strategies", "spd, llada", "--thresholds", "0:1:0.5")
+    words = (
+        "sweep",
+        "-m",
+        folder,
+        "-o",
+        tmp_path / "s",
+        "--strategies",
+        "spd, llada",
+        "--thresholds",
+        "0:1:0.5",
+    )
     record = one_object(dmax(*words, "--limit", "2", *SMALL, "--json"))
     assert record == json.loads((tmp_path / "s" / "sweep.json").read_text())
-    assert {(p["strategy"], p["value"]) for p in record["points"]} >= {("spd", 0.0), ("spd", 0.5), ("llada", 32)}
-    assert {file.name for file in (tmp_path / "s").iterdir()} == {"sweep.json", "plot.svg", "plot.png", "report.html"}
+    assert {(p["strategy"], p["value"]) for p in record["points"]} >= {
+        ("spd", 0.0),
+        ("spd", 0.5),
+        ("llada", 32),
+    }
+    assert {file.name for file in (tmp_path / "s").iterdir()} == {
+        "sweep.json",
+        "plot.svg",
+        "plot.png",
+        "report.html",
+    }
     again = dmax(*words, "--limit", "2", *SMALL)
     assert again.out == f"{tmp_path / 's' / 'report.html'}\n"
     assert_refused(dmax(*words, "--limit", "3", *SMALL), "holds a sweep of")
-    assert_refused(dmax("sweep", "-m", folder, "-o", tmp_path / "t", "--thresholds", "x"), "cannot read the grid")
+    assert_refused(
+        dmax("sweep", "-m", folder, "-o", tmp_path / "t", "--thresholds", "x"),
+        "cannot read the grid",
+    )
 
 
 def test_eval_in_words(dmax: Dmax, folder: Path) -> None:
@@ -201,12 +265,28 @@ def test_distill_json_and_going_on(dmax: Dmax, folder: Path, tmp_path: Path) -> 
 
 
 def test_distill_takes_training_problems(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
-    words = ("distill", "-m", folder, "--num", "2", "-o", tmp_path / "responses.jsonl", *SMALL, "--json")
+    words = (
+        "distill",
+        "-m",
+        folder,
+        "--num",
+        "2",
+        "-o",
+        tmp_path / "responses.jsonl",
+        *SMALL,
+        "--json",
+    )
     assert one_object(dmax(*words))["prompts"] == 2
 
 
 def write_recipe(folder: Path, **changes: Any) -> Path:
-    training = {"max_steps": 4, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "seed": 1}
+    training = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "seed": 1,
+    }
     recipe = {
         "output_dir": str(folder / "out"),
         "model": {"config": CONFIG, "experts_implementation": "dense_mm"},
@@ -225,7 +305,9 @@ def test_train_json(dmax: Dmax, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
     again = dmax("train", tmp_path / "recipe.yaml", "--max-steps", "1", "--json")
     assert one_object(again) == one_object(result) and "already finished: " in again.err
-    assert_refused(dmax("train", tmp_path / "recipe.yaml"), "differs in `training.max_steps`", "--fresh")
+    assert_refused(
+        dmax("train", tmp_path / "recipe.yaml"), "differs in `training.max_steps`", "--fresh"
+    )
 
 
 def test_demo(dmax: Dmax, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +315,9 @@ def test_demo(dmax: Dmax, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("dmax.demo.NUM_PROBLEMS", 2)
     monkeypatch.setattr("dmax.tasks.word_problems.WordProblems.max_new_tokens", 8)
     rows = one_object(dmax("demo", "--json"))["rows"]
-    assert [(row["model"], row["total"]) for row in rows] == [("tiny-base", 2)] * 3 + [("tiny-dmax", 2)] * 3
+    assert [(row["model"], row["total"]) for row in rows] == [("tiny-base", 2)] * 3 + [
+        ("tiny-dmax", 2)
+    ] * 3
     assert all(row.keys() >= {"label", "accuracy", "tpf", "tokens_per_second"} for row in rows)
     shown = dmax("demo")
     assert shown.code == 0
@@ -258,24 +342,32 @@ def test_an_unknown_model(dmax: Dmax, tmp_path: Path) -> None:
     for words in (("generate", "Hi"), ("eval",), ("distill", "-o", tmp_path / "a.jsonl")):
         assert_refused(dmax(*words, "--model", "no/such-model"), "`no/such-model`", *BUNDLED)
     assert_refused(dmax("eval", "-m", tmp_path), "config.json")
-    assert_refused(dmax("generate", "Hi", "--model", ""), "the name of the model is empty", *BUNDLED)
+    assert_refused(
+        dmax("generate", "Hi", "--model", ""), "the name of the model is empty", *BUNDLED
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "distill"])
 def test_an_unknown_strategy(dmax: Dmax, folder: Path, tmp_path: Path, command: str) -> None:
     words = {"generate": ["Hi"], "eval": [], "distill": ["-o", tmp_path / "a.jsonl"]}[command]
     result = dmax(command, *words, "-m", folder, "--strategy", "spdd")
-    assert_refused(result, "unknown strategy 'spdd'; choose from autoregressive, ", "did you mean `spd`?")
+    assert_refused(
+        result, "unknown strategy 'spdd'; choose from autoregressive, ", "did you mean `spd`?"
+    )
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
 def test_an_unknown_task(dmax: Dmax, folder: Path) -> None:
-    assert_refused(dmax("eval", "-m", folder, "--task", "word_problem"), "'word_problem'; choose from ")
+    assert_refused(
+        dmax("eval", "-m", folder, "--task", "word_problem"), "'word_problem'; choose from "
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "distill"])
 @pytest.mark.parametrize("threshold", ["1.5", "-0.1", "nan"])
-def test_a_threshold_that_is_no_probability(dmax: Dmax, tmp_path: Path, command: str, threshold: str) -> None:
+def test_a_threshold_that_is_no_probability(
+    dmax: Dmax, tmp_path: Path, command: str, threshold: str
+) -> None:
     words = {"generate": ["Hi"], "eval": [], "distill": ["-o", tmp_path / "a.jsonl"]}[command]
     result = dmax(command, *words, "--threshold", threshold)
     assert_refused(result, f"`threshold` must be a number between 0 and 1, got {float(threshold)}")
@@ -284,7 +376,11 @@ def test_a_threshold_that_is_no_probability(dmax: Dmax, tmp_path: Path, command:
 @pytest.mark.parametrize("command", ["generate", "eval", "distill"])
 @pytest.mark.parametrize("count", ["0", "-3"])
 def test_no_new_tokens(dmax: Dmax, folder: Path, tmp_path: Path, command: str, count: str) -> None:
-    words = {"generate": ["Hi"], "eval": ["--limit", "1"], "distill": ["-o", tmp_path / "a.jsonl", "--num", "1"]}
+    words = {
+        "generate": ["Hi"],
+        "eval": ["--limit", "1"],
+        "distill": ["-o", tmp_path / "a.jsonl", "--num", "1"],
+    }
     result = dmax(command, *words[command], "-m", folder, "--max-new-tokens", count)
     assert_refused(result, "`max_new_tokens` must be a whole number of at least 1")
 
@@ -298,13 +394,17 @@ def test_an_output_that_cannot_be_written(dmax: Dmax, folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("command", ["eval", "distill"])
 def test_a_folder_is_no_output(dmax: Dmax, folder: Path, tmp_path: Path, command: str) -> None:
-    assert_refused(dmax(command, "-m", folder, "--output", tmp_path, *SMALL), f"cannot write {tmp_path}")
+    assert_refused(
+        dmax(command, "-m", folder, "--output", tmp_path, *SMALL), f"cannot write {tmp_path}"
+    )
 
 
 def test_an_output_is_tried_before_the_model_is_loaded(dmax: Dmax, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for command in ("eval", "distill", "sweep"):
-        assert_refused(dmax(command, "-m", "no/such-model", "-o", tmp_path / "file" / "a.json"), "cannot write")
+        assert_refused(
+            dmax(command, "-m", "no/such-model", "-o", tmp_path / "file" / "a.json"), "cannot write"
+        )
 
 
 def test_names_of_outputs_that_cannot_be(dmax: Dmax, folder: Path) -> None:
@@ -312,8 +412,21 @@ def test_names_of_outputs_that_cannot_be(dmax: Dmax, folder: Path) -> None:
         assert_refused(dmax("eval", "-m", folder, "--output", name, *SMALL), "cannot write", part)
 
 
-def test_a_sweep_names_an_unknown_model_before_it_measures_the_first(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
-    words = ("sweep", "-m", folder, "-m", "no/such-model", "--limit", 1, "-o", tmp_path / "out", *SMALL)
+def test_a_sweep_names_an_unknown_model_before_it_measures_the_first(
+    dmax: Dmax, folder: Path, tmp_path: Path
+) -> None:
+    words = (
+        "sweep",
+        "-m",
+        folder,
+        "-m",
+        "no/such-model",
+        "--limit",
+        1,
+        "-o",
+        tmp_path / "out",
+        *SMALL,
+    )
     assert_refused(dmax(*words), "`no/such-model`")
     assert not list((tmp_path / "out").iterdir())
 
@@ -332,10 +445,17 @@ def test_a_missing_recipe(dmax: Dmax, tmp_path: Path) -> None:
     ("change", "parts"),
     [
         ({"trainig": {}}, ["recipe.yaml:", "unknown key `trainig`", "did you mean `training`?"]),
-        ({"training": {"objektive": "oput"}}, ["unknown key `training.objektive`", "did you mean `objective`?"]),
+        (
+            {"training": {"objektive": "oput"}},
+            ["unknown key `training.objektive`", "did you mean `objective`?"],
+        ),
         (
             {"training": {"objective": "opud"}},
-            ["`objective` must be one of mdlm, uniform, oput, ", "got 'opud'", "did you mean `oput`?"],
+            [
+                "`objective` must be one of mdlm, uniform, oput, ",
+                "got 'opud'",
+                "did you mean `oput`?",
+            ],
         ),
         ({"data": {"file": "nowhere.jsonl"}}, ["nowhere.jsonl` is not a file", "dmax distill"]),
         ({"model": {"path": "no/such-model"}}, ["`no/such-model`", *BUNDLED]),
@@ -362,7 +482,9 @@ def test_a_bad_recipe(dmax: Dmax, tmp_path: Path, change: dict[str, Any], parts:
         ({3: "x"}, "3"),
     ],
 )
-def test_a_recipe_with_a_value_of_the_wrong_kind(dmax: Dmax, tmp_path: Path, change: dict[Any, Any], part: str) -> None:
+def test_a_recipe_with_a_value_of_the_wrong_kind(
+    dmax: Dmax, tmp_path: Path, change: dict[Any, Any], part: str
+) -> None:
     pytest.importorskip("accelerate")
     path = write_recipe(tmp_path)
     recipe = yaml.safe_load(path.read_text())
@@ -388,14 +510,26 @@ def test_bad_prompts(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
 def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:
     generate = ("generate", "-m", folder, "Hi")
     assert_refused(dmax("generate", "-m", folder, stdin=" \n"), "no prompt given")
-    assert_refused(dmax("generate", "-m", folder, stdin="caf\udce9"), "not UTF-8 text")  # as stdin has a stray byte
+    assert_refused(
+        dmax("generate", "-m", folder, stdin="caf\udce9"), "not UTF-8 text"
+    )  # as stdin has a stray byte
     assert_refused(dmax("generate", "-m", folder, "caf\udce9"), "not UTF-8 text")
     assert_refused(dmax("generate", "-m", bare_folder, "Hi"), "no tokenizer")
-    assert_refused(dmax(*generate, "--dtype", "float61"), "unknown dtype 'float61'; choose from auto, float32")
-    assert_refused(dmax(*generate, "--device", "cdua"), "unknown device 'cdua'; choose from auto, cpu, cuda")
-    assert_refused(dmax(*generate, "--max-new-tokens", "600"), "the model has 512", "lower", "--max-new-tokens")
-    assert_refused(dmax(*generate, "--top-k", "0"), "`top_k` must be a whole number of at least 1, got 0")
-    assert_refused(dmax(*generate, "--temperature", "-1"), "`temperature` must be a number of at least 0")
+    assert_refused(
+        dmax(*generate, "--dtype", "float61"), "unknown dtype 'float61'; choose from auto, float32"
+    )
+    assert_refused(
+        dmax(*generate, "--device", "cdua"), "unknown device 'cdua'; choose from auto, cpu, cuda"
+    )
+    assert_refused(
+        dmax(*generate, "--max-new-tokens", "600"), "the model has 512", "lower", "--max-new-tokens"
+    )
+    assert_refused(
+        dmax(*generate, "--top-k", "0"), "`top_k` must be a whole number of at least 1, got 0"
+    )
+    assert_refused(
+        dmax(*generate, "--temperature", "-1"), "`temperature` must be a number of at least 0"
+    )
 
 
 @pytest.mark.parametrize(

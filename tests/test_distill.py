@@ -41,7 +41,9 @@ class Responder:
         return GenerationOutput(response, (1, 2), (1,), reason, 1, 0, 0)
 
 
-def run(output: Path, responder: Responder, prompts: Sequence[str] = PROMPTS, **options: Any) -> DistillReport:
+def run(
+    output: Path, responder: Responder, prompts: Sequence[str] = PROMPTS, **options: Any
+) -> DistillReport:
     return distill(responder, prompts, output, PARAMS, **options)  # type: ignore[arg-type]
 
 
@@ -56,11 +58,17 @@ def output(tmp_path: Path) -> Path:
 
 def test_a22_finished_responses_are_kept_unfiltered_and_the_others_set_apart(output: Path) -> None:
     told: list[tuple[int, int]] = []
-    report = run(output, Responder(), chunk=3, progress=lambda done, total: told.append((done, total)))
+    report = run(
+        output, Responder(), chunk=3, progress=lambda done, total: told.append((done, total))
+    )
     assert report == DistillReport(prompts=7, kept=5, unfinished=2)
     assert told == [(3, 7), (6, 7), (7, 7)]
     assert [record["index"] for record in lines(output)] == [0, 1, 3, 5, 6]
-    assert lines(output)[3] == {"index": 5, "prompt": "six für ☃", "response": "answer to six für ☃"}
+    assert lines(output)[3] == {
+        "index": 5,
+        "prompt": "six für ☃",
+        "response": "answer to six für ☃",
+    }
     apart = lines(output.with_suffix(".unfinished.jsonl"))
     assert [record["prompt"] for record in apart] == ["endless three", "silent five"]
 
@@ -73,7 +81,9 @@ def test_training_reads_what_distillation_writes(output: Path) -> None:
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 2])
-def test_an_interrupted_run_goes_on_where_it_stopped(output: Path, tmp_path: Path, dies_at: int) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    output: Path, tmp_path: Path, dies_at: int
+) -> None:
     whole = tmp_path / "whole.jsonl"
     run(whole, Responder(), chunk=3)
     with pytest.raises(KeyboardInterrupt):
@@ -173,7 +183,10 @@ def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
 
 def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n{"question": "b", "answer": "c"}\n{"prompt": "ü\u2028"}\n', encoding="utf-8")
+    path.write_text(
+        '{"prompt": "a"}\n{"question": "b", "answer": "c"}\n{"prompt": "ü\u2028"}\n',
+        encoding="utf-8",
+    )
     assert read_prompts(path) == ["a", "b", "ü\u2028"]
 
 

@@ -16,8 +16,12 @@ from dmax.tiny import BUNDLED, bundled
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-NOT_RUN = "<!-- not run"  # in the line above a block that needs the network or a GPU, with the reason
-HAS_MODELS = all((folder := bundled(name)) and (folder / "config.json").is_file() for name in BUNDLED)
+NOT_RUN = (
+    "<!-- not run"  # in the line above a block that needs the network or a GPU, with the reason
+)
+HAS_MODELS = all(
+    (folder := bundled(name)) and (folder / "config.json").is_file() for name in BUNDLED
+)
 
 needs_readme = pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
 needs_models = pytest.mark.skipif(not HAS_MODELS, reason="the bundled models are not built yet")
@@ -25,9 +29,16 @@ needs_models = pytest.mark.skipif(not HAS_MODELS, reason="the bundled models are
 
 def blocks(text: str) -> Iterator[tuple[int, str, str, bool]]:
     """First line, language and content of every fenced block, and whether it is to be run."""
-    for found in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", text, flags=re.MULTILINE | re.DOTALL):
+    for found in re.finditer(
+        r"^```(\w*)[^\n]*\n(.*?)^```\s*$", text, flags=re.MULTILINE | re.DOTALL
+    ):
         above = text[: found.start()].rstrip().rpartition("\n")[2]
-        yield text[: found.start(2)].count("\n") + 1, found[1], found[2], not above.startswith(NOT_RUN)
+        yield (
+            text[: found.start(2)].count("\n") + 1,
+            found[1],
+            found[2],
+            not above.startswith(NOT_RUN),
+        )
 
 
 def commands(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -35,13 +46,22 @@ def commands(text: str) -> Iterator[tuple[int, list[str]]]:
     for first, language, content, _ in blocks(text):
         if language == "python":
             continue
-        joined = re.sub(r"\\\n", lambda _: "\0", content)  # a command over several lines keeps its number
+        joined = re.sub(
+            r"\\\n", lambda _: "\0", content
+        )  # a command over several lines keeps its number
         number = first
         for line in joined.split("\n"):
             bare = line.replace("\0", " ").strip().removeprefix("$ ")
             if bare.startswith("dmax "):
                 words = shlex.split(bare, comments=True)
-                end = next((index for index, word in enumerate(words) if word in {"|", ">", "&&", ";", "<"}), None)
+                end = next(
+                    (
+                        index
+                        for index, word in enumerate(words)
+                        if word in {"|", ">", "&&", ";", "<"}
+                    ),
+                    None,
+                )
                 yield number, words[1:end]
             number += 1 + line.count("\0")
 
@@ -56,7 +76,9 @@ def complaint(words: list[str]) -> str | None:
     if words[0] == "lm_eval":
         return None  # its flags are those of another program
     options = (
-        option for parameter in known[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)
+        option
+        for parameter in known[words[0]].params
+        for option in (*parameter.opts, *parameter.secondary_opts)
     )
     flags = {"--help", *options}
     given = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)]
@@ -82,7 +104,9 @@ def test_blocks_and_commands_are_found() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_shown_commands_and_flags_exist(page: Path) -> None:
     found = list(commands(page.read_text(encoding="utf-8")))
-    wrong = [f"{page.name}:{line}: {reason}" for line, words in found if (reason := complaint(words))]
+    wrong = [
+        f"{page.name}:{line}: {reason}" for line, words in found if (reason := complaint(words))
+    ]
     assert not wrong, "\n" + "\n".join(wrong)
 
 
@@ -104,11 +128,17 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 def test_the_map_of_the_paper_names_tests_that_exist_and_leaves_no_choice_out() -> None:
     text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
+    )
     existing = set(re.findall(r"^def (test_\w+)", sources, flags=re.MULTILINE))
     assert set(re.findall(r"`(test_\w+)`", text)) <= existing
     tested = {
-        int(number) for name in existing for number in re.findall(r"_a(\d+)(?=_)", f"_{name.removeprefix('test_')}")
+        int(number)
+        for name in existing
+        for number in re.findall(r"_a(\d+)(?=_)", f"_{name.removeprefix('test_')}")
     }
     assert tested >= set(range(1, 23))
-    assert [int(row) for row in re.findall(r"^\| A(\d+) \|", text, flags=re.MULTILINE)] == list(range(1, 23))
+    assert [int(row) for row in re.findall(r"^\| A(\d+) \|", text, flags=re.MULTILINE)] == list(
+        range(1, 23)
+    )

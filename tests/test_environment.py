@@ -22,8 +22,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_an_error_reads_as_message_then_hint() -> None:
     error = InputError("`threshold` must lie in [0, 1], got 1.5", hint="0.5 is the paper's setting")
-    assert str(error) == "`threshold` must lie in [0, 1], got 1.5\n\nhint: 0.5 is the paper's setting"
-    assert (error.message, error.hint) == ("`threshold` must lie in [0, 1], got 1.5", "0.5 is the paper's setting")
+    assert (
+        str(error) == "`threshold` must lie in [0, 1], got 1.5\n\nhint: 0.5 is the paper's setting"
+    )
+    assert (error.message, error.hint) == (
+        "`threshold` must lie in [0, 1], got 1.5",
+        "0.5 is the paper's setting",
+    )
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
@@ -50,7 +55,9 @@ def test_a_device_that_is_asked_for_is_taken(device: Any) -> None:
 
 
 def test_an_unknown_device_is_answered_with_the_choices() -> None:
-    with pytest.raises(InputError, match=re.escape("unknown device 'cdua'; choose from auto, cpu, cuda, mps")) as error:
+    with pytest.raises(
+        InputError, match=re.escape("unknown device 'cdua'; choose from auto, cpu, cuda, mps")
+    ) as error:
         select_device("cdua")
     assert error.value.hint == "did you mean `cuda`?"
 
@@ -62,7 +69,8 @@ def test_a_device_this_machine_lacks_is_said_to_be_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+    ("capability", "dtype"),
+    [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
 )
 def test_auto_dtype_on_a_gpu_is_what_it_computes_in(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
@@ -75,10 +83,17 @@ def test_auto_dtype_on_a_gpu_is_what_it_computes_in(
 
 def test_auto_dtype_on_a_cpu_is_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: False)
-    assert select_dtype("auto", CPU) == (torch.float32, "cpu does not compute in bfloat16 by itself")
+    assert select_dtype("auto", CPU) == (
+        torch.float32,
+        "cpu does not compute in bfloat16 by itself",
+    )
     monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: True)
     assert select_dtype("auto", CPU)[0] == torch.bfloat16
-    assert select_dtype("bfloat16", CPU) == select_dtype(torch.bfloat16, CPU) == (torch.bfloat16, "asked for")
+    assert (
+        select_dtype("bfloat16", CPU)
+        == select_dtype(torch.bfloat16, CPU)
+        == (torch.bfloat16, "asked for")
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat61", "int8", torch.int64])
@@ -89,9 +104,22 @@ def test_an_unknown_dtype_is_answered_with_the_choices(dtype: Any) -> None:
 
 def test_the_record_is_json_with_versions() -> None:
     record = json.loads(json.dumps(environment()))
-    assert record.keys() >= {"date", "dmax", "commit", "python", "torch", "transformers", "cpu", "cores", "threads"}
+    assert record.keys() >= {
+        "date",
+        "dmax",
+        "commit",
+        "python",
+        "torch",
+        "transformers",
+        "cpu",
+        "cores",
+        "threads",
+    }
     assert record["device"] == "cpu"
-    assert record["dmax"] in (dmax.__version__, None)  # None: run from a checkout that is not installed
+    assert record["dmax"] in (
+        dmax.__version__,
+        None,
+    )  # None: run from a checkout that is not installed
     assert record["torch"] == torch.__version__
     assert record["threads"] == torch.get_num_threads()
 
@@ -99,13 +127,21 @@ def test_the_record_is_json_with_versions() -> None:
 def test_the_record_names_a_gpu_and_its_power_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, uuid="1b2c")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(module, "_output", lambda command: "700.00" if "--id=GPU-1b2c" in command else None)
+    monkeypatch.setattr(
+        module, "_output", lambda command: "700.00" if "--id=GPU-1b2c" in command else None
+    )
     record = environment("cuda")
-    assert (record["gpu"], record["gpu_memory_gib"], record["gpu_power_limit_w"]) == ("NVIDIA H100", 80.0, 700.0)
+    assert (record["gpu"], record["gpu_memory_gib"], record["gpu_power_limit_w"]) == (
+        "NVIDIA H100",
+        80.0,
+        700.0,
+    )
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("git", 5)])
-def test_missing_or_hanging_programs_leave_a_gap(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_missing_or_hanging_programs_leave_a_gap(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def run(*arguments: Any, **options: Any) -> None:
         raise error
 

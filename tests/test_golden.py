@@ -42,7 +42,9 @@ def load_golden(name: str) -> Golden:
     record = json.loads((path / "expected.json").read_text())
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tensors = load_file(path / "expected.safetensors")
-    return Golden(path, model, tensors, record["block_length"], record["mask_token_id"], len(record["spd"]))
+    return Golden(
+        path, model, tensors, record["block_length"], record["mask_token_id"], len(record["spd"])
+    )
 
 
 @pytest.fixture(scope="module", params=["llada2_moe_a", "llada2_moe_c"])
@@ -50,14 +52,19 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return load_golden(request.param)
 
 
-def block_causal_logits(golden: Golden, *, attention: str, experts: str, form: str = "dense") -> Tensor:
+def block_causal_logits(
+    golden: Golden, *, attention: str, experts: str, form: str = "dense"
+) -> Tensor:
     ids = golden.tensors["block_causal.input_ids"]
     length, predicate = ids.shape[1], block_causal(golden.block_length)
     position = torch.arange(length)
     dense = dense_mask(predicate, position, position)[None, None]
     mask = flex_mask(predicate, length, length, "cpu") if form == "flex" else dense
     model: Any = AutoModelForCausalLM.from_pretrained(
-        golden.path, dtype=torch.float32, attn_implementation=attention, experts_implementation=experts
+        golden.path,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        experts_implementation=experts,
     )
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask).logits
@@ -78,7 +85,9 @@ def test_flex_logits_match_the_published_code(
 ) -> None:
     """Uncompiled, which is the same arithmetic without seconds of compilation; one compiled case follows."""
 
-    def uncompiled(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **kwargs: Any) -> Any:
+    def uncompiled(
+        query: Tensor, key: Tensor, value: Tensor, training: bool = False, **kwargs: Any
+    ) -> Any:
         return flex_attention(query, key, value, **kwargs)
 
     monkeypatch.setattr(flex_integration, "compile_friendly_flex_attention", uncompiled)
@@ -86,7 +95,9 @@ def test_flex_logits_match_the_published_code(
     torch.testing.assert_close(logits, golden.tensors["block_causal.logits"], atol=2e-4, rtol=0)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="compiling needs a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="compiling needs a C++ compiler"
+)
 @pytest.mark.parametrize(("name", "form"), [("llada2_moe_a", "flex"), ("llada2_moe_c", "dense")])
 def test_compiled_flex_logits_match_the_published_code(name: str, form: str) -> None:
     """A dense mask once crashed the process here: transformers would index it inside the compiled kernel."""
@@ -98,16 +109,24 @@ def test_compiled_flex_logits_match_the_published_code(name: str, form: str) -> 
 def test_training_mask_matches_the_published_code(golden: Golden) -> None:
     expected = golden.tensors["oput.train_mask"]
     position = torch.arange(len(expected))
-    assert torch.equal(dense_mask(noisy_clean(golden.block_length, len(expected) // 2), position, position), expected)
+    assert torch.equal(
+        dense_mask(noisy_clean(golden.block_length, len(expected) // 2), position, position),
+        expected,
+    )
 
 
 def golden_batch(golden: Golden) -> Batch:
-    clean, noisy, labels = (golden.tensors[f"oput.{name}"] for name in ("clean_ids", "noisy_ids", "labels"))
+    clean, noisy, labels = (
+        golden.tensors[f"oput.{name}"] for name in ("clean_ids", "noisy_ids", "labels")
+    )
     return Batch(clean, noisy, labels)
 
 
 def test_losses_match_the_published_code(golden: Golden) -> None:
-    options: dict[str, Any] = {"block_length": golden.block_length, "mask_token_id": golden.mask_token_id}
+    options: dict[str, Any] = {
+        "block_length": golden.block_length,
+        "mask_token_id": golden.mask_token_id,
+    }
     loss = oput_loss(golden.model, golden_batch(golden), **options)
     masked = golden.tensors["oput.loss_masked_per_sequence"]
     predicted = golden.tensors["oput.loss_predicted_per_sequence"]
@@ -124,7 +143,9 @@ def test_rollout_matches_the_published_code(golden: Golden) -> None:
     mask = dense_mask(noisy_clean(golden.block_length, length), position, position)[None, None]
     with torch.no_grad():
         both = torch.cat((batch.noisy_ids, batch.clean_ids), dim=1)
-        logits = golden.model(input_ids=both, attention_mask=mask, position_ids=(position % length)[None]).logits
+        logits = golden.model(
+            input_ids=both, attention_mask=mask, position_ids=(position % length)[None]
+        ).logits
     tokens, _ = roll_out(logits[:, :length], golden.mask_token_id, "argmax", 1.0, None)
     predicted = torch.where(batch.noisy_ids == golden.mask_token_id, tokens, batch.noisy_ids)
     assert torch.equal(predicted, golden.tensors["oput.predicted_ids"])
@@ -156,9 +177,13 @@ def test_soft_inputs_match_the_published_code(golden: Golden) -> None:
                 published = golden.tensors.get(f"spd.{trajectory}.step{step}.input_embeds_next")
                 if published is None:
                     break
-                logits = model(inputs_embeds=torch.cat((context, inputs))[None], attention_mask=mask).logits[0, start:]
+                logits = model(
+                    inputs_embeds=torch.cat((context, inputs))[None], attention_mask=mask
+                ).logits[0, start:]
                 after = golden.tensors[f"spd.{trajectory}.step{step}.block"]
-                soft_where = (after != golden.mask_token_id) & (torch.arange(golden.block_length) >= tail)
+                soft_where = (after != golden.mask_token_id) & (
+                    torch.arange(golden.block_length) >= tail
+                )
                 probs = logits.softmax(-1).gather(-1, after[:, None])
                 soft = SoftTokens(soft_where[None], after[None, :, None], probs[None])
                 ours = embed_tokens(embed, after[None], soft, golden.mask_token_id)[0]

@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmax.errors import InputError
-from dmax.heads import KINDS, Head, Kind, dependency_logits, filter_logits, load_head, save_head, shapes
+from dmax.heads import (
+    KINDS,
+    Head,
+    Kind,
+    dependency_logits,
+    filter_logits,
+    load_head,
+    save_head,
+    shapes,
+)
 from dmax.tiny import BUNDLED, bundled_head
 
 
@@ -27,7 +36,9 @@ def test_the_filter_on_numbers_worked_out_by_hand() -> None:
     logits = filter_logits(tensors, torch.tensor([[0.5, 0.75], [0.9, 0.1]]))
     torch.testing.assert_close(logits, torch.tensor([[2.0, 1.0], [0.8, 3.0]]))
     # A block of one position: the other one counts as 0. (0.2, -0.2 + 0.25) gives 0.4 + 0.2 - 1.
-    torch.testing.assert_close(filter_logits(tensors, torch.tensor([[0.2]])), torch.tensor([[-0.4]]))
+    torch.testing.assert_close(
+        filter_logits(tensors, torch.tensor([[0.2]])), torch.tensor([[-0.4]])
+    )
 
 
 def test_the_dependency_on_numbers_worked_out_by_hand() -> None:
@@ -40,7 +51,9 @@ def test_the_dependency_on_numbers_worked_out_by_hand() -> None:
     # queries (1, 0), (1, 2), keys (3, 0), (3, 1); products over √4, and 10 (j - i)
     expected = [[3 / 2, 3 / 2 + 10], [3 / 2 - 10, 5 / 2]]
     torch.testing.assert_close(dependency_logits(tensors, hidden), torch.tensor([expected]))
-    torch.testing.assert_close(dependency_logits(tensors, hidden.bfloat16()), torch.tensor([expected]))
+    torch.testing.assert_close(
+        dependency_logits(tensors, hidden.bfloat16()), torch.tensor([expected])
+    )
 
 
 @pytest.fixture(params=KINDS)
@@ -70,7 +83,9 @@ def test_a_changed_file_is_read_again(head: Head, tmp_path: Path) -> None:
 
 
 def test_two_heads_are_told_apart_where_settings_are_written_down(head: Head) -> None:
-    other = Head(head.kind, "abc", 4, 6, 10, {name: value + 1 for name, value in head.tensors.items()})
+    other = Head(
+        head.kind, "abc", 4, 6, 10, {name: value + 1 for name, value in head.tensors.items()}
+    )
     assert repr(other) != repr(head) and head.digest in repr(head)
 
 
@@ -83,7 +98,10 @@ def test_no_head_is_one_error_that_says_how_to_get_one(kind: Kind, name: Any) ->
 
 
 def damage(file: Path, what: str) -> None:
-    tensors, about = load_file(file), {"kind": "learn2pd", "model": "a", "block_length": "4", "hidden_size": "6"}
+    tensors, about = (
+        load_file(file),
+        {"kind": "learn2pd", "model": "a", "block_length": "4", "hidden_size": "6"},
+    )
     about["steps"] = "1"
     match what:
         case "bytes":
@@ -120,7 +138,9 @@ def damage(file: Path, what: str) -> None:
         ("metadata", "`kind` is missing"),
     ],
 )
-def test_an_unsound_file_is_one_error_that_says_how_to_get_a_sound_one(tmp_path: Path, what: str, reason: str) -> None:
+def test_an_unsound_file_is_one_error_that_says_how_to_get_a_sound_one(
+    tmp_path: Path, what: str, reason: str
+) -> None:
     file = tmp_path / "head.safetensors"
     tensors = {name: torch.rand(shape) for name, shape in shapes("learn2pd", 4, 6, 0).items()}
     save_head(Head("learn2pd", "a", 4, 6, 1, tensors), file)

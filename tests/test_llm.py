@@ -1,6 +1,7 @@
 """`LLM`: every form of prompt, one or many, alone or together; streams; limits; checkpoints without a tokenizer.
 
-The fixtures `folder` and `bare_folder` are here for all tests of the edges: a random model that takes milliseconds.
+The fixtures `folder` and `bare_folder` are here for all tests of the edges: a random model that
+takes milliseconds.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ def bare(bare_folder: Path) -> LLM:
 
 
 PARAMS = DecodingParams(max_new_tokens=16)
-TEXTS = ["Tom has 3 apples.", "Tom buys 5 apples at the market. How many apples does Tom have now?", "Hi"]
+TEXTS = [
+    "Tom has 3 apples.",
+    "Tom buys 5 apples at the market. How many apples does Tom have now?",
+    "Hi",
+]
 
 
 def messages(text: str) -> list[dict[str, str]]:
@@ -88,7 +93,10 @@ def messages(text: str) -> list[dict[str, str]]:
 
 def test_a_text_its_messages_and_its_ids_are_one_prompt(llm: LLM) -> None:
     ids = llm.encode(TEXTS[0])
-    assert llm.tokenizer.decode(ids) == f"<role>HUMAN</role>{TEXTS[0]}<|role_end|><role>ASSISTANT</role>"
+    assert (
+        llm.tokenizer.decode(ids)
+        == f"<role>HUMAN</role>{TEXTS[0]}<|role_end|><role>ASSISTANT</role>"
+    )
     assert llm.encode(messages(TEXTS[0])) == llm.encode(list(ids)) == llm.encode(ids) == ids
     forms: list[Any] = [TEXTS[0], messages(TEXTS[0]), list(ids), ids]
     singles = [llm.generate(form, PARAMS) for form in forms]
@@ -102,7 +110,9 @@ def test_a_text_its_messages_and_its_ids_are_one_prompt(llm: LLM) -> None:
 def test_a_list_keeps_its_order_and_every_prompt_its_result(llm: LLM) -> None:
     prompts: list[Any] = [*TEXTS, messages(TEXTS[1][:20]), list(range(5)), [7], messages("a")]
     alone = [llm.generate(prompt, PARAMS)[0] for prompt in prompts]
-    assert len({output.token_ids for output in alone}) == len(prompts)  # else the order would not show
+    assert len({output.token_ids for output in alone}) == len(
+        prompts
+    )  # else the order would not show
     assert llm.generate(prompts, PARAMS) == alone
     assert llm.generate(prompts[::-1], PARAMS) == alone[::-1]
     few = LLM.from_checkpoint(llm.checkpoint, max_batch_size=2)
@@ -135,11 +145,15 @@ def test_a_text_goes_through_the_chat_template_only_if_there_is_one(llm: LLM) ->
     ],
 )
 def test_a_prompt_of_no_known_form_is_refused(llm: LLM, prompts: Any) -> None:
-    with pytest.raises(InputError, match="a prompt must be a text, a list of token ids or a list of chat messages"):
+    with pytest.raises(
+        InputError, match="a prompt must be a text, a list of token ids or a list of chat messages"
+    ):
         llm.generate(prompts)
 
 
-@pytest.mark.parametrize("prompts", [None, 3, {"role": "user", "content": "a"}, torch.tensor([1, 2])])
+@pytest.mark.parametrize(
+    "prompts", [None, 3, {"role": "user", "content": "a"}, torch.tensor([1, 2])]
+)
 def test_what_is_no_list_of_prompts_is_refused(llm: LLM, prompts: Any) -> None:
     with pytest.raises(InputError, match="prompts must be a text or a list"):
         llm.generate(prompts)
@@ -147,7 +161,9 @@ def test_what_is_no_list_of_prompts_is_refused(llm: LLM, prompts: Any) -> None:
 
 @pytest.mark.parametrize("prompt", [[], [-1], [10_000]])
 def test_ids_that_are_none_are_refused(llm: LLM, prompt: list[int]) -> None:
-    with pytest.raises(InputError, match="prompt 1 (is empty|holds a token id outside the vocabulary)"):
+    with pytest.raises(
+        InputError, match="prompt 1 (is empty|holds a token id outside the vocabulary)"
+    ):
         llm.generate([[1], prompt])
 
 
@@ -170,7 +186,9 @@ def test_params_are_for_all_or_one_for_each(llm: LLM) -> None:
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_a_wrong_number_of_params_is_refused(llm: LLM, count: int) -> None:
-    with pytest.raises(InputError, match=f"got 3 prompts and {count} params; give one for all or one for each"):
+    with pytest.raises(
+        InputError, match=f"got 3 prompts and {count} params; give one for all or one for each"
+    ):
         llm.generate(TEXTS, [PARAMS] * count)
 
 
@@ -185,7 +203,9 @@ def test_a_block_length_belongs_to_its_request(llm: LLM, folder: Path) -> None:
         assert output.num_prefill_forwards == 1
 
 
-def test_an_unknown_strategy_is_an_error_before_any_compute(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_strategy_is_an_error_before_any_compute(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise AssertionError("computed")
 
@@ -198,7 +218,9 @@ def test_an_unknown_strategy_is_an_error_before_any_compute(llm: LLM, monkeypatc
 
 
 def test_what_does_not_fit_the_context_is_refused(llm: LLM) -> None:
-    with pytest.raises(InputError, match="prompt 1 has 1 tokens; with `max_new_tokens` 512 it needs 520 positions"):
+    with pytest.raises(
+        InputError, match="prompt 1 has 1 tokens; with `max_new_tokens` 512 it needs 520 positions"
+    ):
         llm.generate([[1], [1]], [PARAMS, DecodingParams(max_new_tokens=512)])
     assert len(llm.generate([1] * 504, DecodingParams(max_new_tokens=8))[0].token_ids) <= 8
 
@@ -231,8 +253,12 @@ def test_max_new_tokens_cuts_the_completion(llm: LLM, limit: int) -> None:
 def with_eos(llm: LLM, prompt: Any) -> tuple[LLM, tuple[int, ...]]:
     """The same model with another EOS, one that its completion holds, and the completion before it."""
     tokens = llm.generate(prompt, DecodingParams(max_new_tokens=32))[0].token_ids
-    eos = next(token for index, token in enumerate(tokens) if index >= 10 and token not in tokens[:index])
-    return LLM.from_checkpoint(replace(llm.checkpoint, eos_token_ids=(eos,))), tokens[: tokens.index(eos)]
+    eos = next(
+        token for index, token in enumerate(tokens) if index >= 10 and token not in tokens[:index]
+    )
+    return LLM.from_checkpoint(replace(llm.checkpoint, eos_token_ids=(eos,))), tokens[
+        : tokens.index(eos)
+    ]
 
 
 def test_eos_ends_the_completion_and_is_no_part_of_it(llm: LLM) -> None:
@@ -264,9 +290,13 @@ def test_forwards_are_counted_and_commits_shown(llm: LLM) -> None:
 # ---- streams ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("params", [DecodingParams(max_new_tokens=20), DecodingParams(strategy="threshold")])
+@pytest.mark.parametrize(
+    "params", [DecodingParams(max_new_tokens=20), DecodingParams(strategy="threshold")]
+)
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_stream_tells_the_story_of_its_output(llm: LLM, params: DecodingParams, ends: bool) -> None:
+def test_a_stream_tells_the_story_of_its_output(
+    llm: LLM, params: DecodingParams, ends: bool
+) -> None:
     prompt = TEXTS[2]
     params = replace(params, max_new_tokens=20)
     streaming = with_eos(llm, prompt)[0] if ends else llm
@@ -357,7 +387,9 @@ def test_stop_texts_need_a_tokenizer(bare: LLM) -> None:
 
 
 def test_known_prefixes_are_not_encoded_again(folder: Path, llm: LLM) -> None:
-    sharing = LLM.from_checkpoint(load_checkpoint(folder, dtype=torch.float32, device="cpu"), prefix_cache_mib=1)
+    sharing = LLM.from_checkpoint(
+        load_checkpoint(folder, dtype=torch.float32, device="cpu"), prefix_cache_mib=1
+    )
     first, again = (sharing.generate(TEXTS[1], PARAMS)[0] for _ in range(2))
     assert first == llm.generate(TEXTS[1], PARAMS)[0]
     assert (first.num_prefill_forwards, again.num_prefill_forwards) == (1, 0)
@@ -384,13 +416,17 @@ def test_streams_of_one_model_may_run_at_once(llm: LLM) -> None:
         ({"commit": "both"}, "`commit` must be one of cross_block, separate, got 'both'"),
     ],
 )
-def test_settings_of_the_engine_are_checked(llm: LLM, options: dict[str, Any], message: str) -> None:
+def test_settings_of_the_engine_are_checked(
+    llm: LLM, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         LLM.from_checkpoint(llm.checkpoint, **options)
 
 
 def test_params_of_another_kind_are_refused(llm: LLM) -> None:
-    with pytest.raises(InputError, match="`params` must be a `DecodingParams` or a list of them, got 3"):
+    with pytest.raises(
+        InputError, match="`params` must be a `DecodingParams` or a list of them, got 3"
+    ):
         llm.generate("Hi", 3)  # type: ignore[arg-type]
 
 
@@ -398,8 +434,19 @@ def test_params_of_another_kind_are_refused(llm: LLM) -> None:
 
 
 def test_ids_given_to_the_constructor_win(folder: Path) -> None:
-    llm = LLM(str(folder), dtype=torch.float32, device="cpu", mask_token_id=3, eos_token_id=5, block_length=16)
-    assert (llm.checkpoint.mask_token_id, llm.checkpoint.eos_token_ids, llm.checkpoint.block_length) == (3, (5,), 16)
+    llm = LLM(
+        str(folder),
+        dtype=torch.float32,
+        device="cpu",
+        mask_token_id=3,
+        eos_token_id=5,
+        block_length=16,
+    )
+    assert (
+        llm.checkpoint.mask_token_id,
+        llm.checkpoint.eos_token_ids,
+        llm.checkpoint.block_length,
+    ) == (3, (5,), 16)
     assert not llm.model.training
 
 

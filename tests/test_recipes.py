@@ -19,7 +19,12 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"tiny_base_1", "tiny_base_2", "tiny_base_3", "tiny_oput_soft"}
+    assert {path.stem for path in RECIPES} >= {
+        "tiny_base_1",
+        "tiny_base_2",
+        "tiny_base_3",
+        "tiny_oput_soft",
+    }
 
 
 @each_recipe
@@ -42,12 +47,18 @@ def test_overrides_replace_fields_of_its_training(path: Path) -> None:
 
 
 def test_there_is_one_for_every_kind_of_head() -> None:
-    heads = {path.stem: recipe.head for path in RECIPES if (recipe := load_recipe(path)).head is not None}
-    assert {name: head.kind for name, head in heads.items()} == {f"tiny_{kind}": kind for kind in KINDS}
+    heads = {
+        path.stem: recipe.head for path in RECIPES if (recipe := load_recipe(path)).head is not None
+    }
+    assert {name: head.kind for name, head in heads.items()} == {
+        f"tiny_{kind}": kind for kind in KINDS
+    }
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in RECIPES if "\nhead:" not in path.read_text(encoding="utf-8")], ids=lambda path: path.stem
+    "path",
+    [path for path in RECIPES if "\nhead:" not in path.read_text(encoding="utf-8")],
+    ids=lambda path: path.stem,
 )
 def test_its_training_is_one_that_the_trainer_takes(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

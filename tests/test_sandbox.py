@@ -48,7 +48,11 @@ def system(*arguments):
 def successes(kind: str, actions: str, **names: object) -> list[str]:
     """Those of some expressions, one a line, that a sandboxed program evaluates without an error."""
     lines = [f"{name} = {value!r}" for name, value in names.items()]
-    lines += [f"if succeeds(lambda: {action}): print({action!r})" for action in actions.split("\n") if action]
+    lines += [
+        f"if succeeds(lambda: {action}): print({action!r})"
+        for action in actions.split("\n")
+        if action
+    ]
     outcome = run_python(TRY + "\n".join(lines), isolation=kind, limits=Limits(seconds=LONG))
     assert outcome.passed, outcome
     return outcome.stdout.splitlines()
@@ -120,7 +124,11 @@ os.mknod('node')
 """
     assert successes(kind, actions, file=str(file), folder=str(folder)) == []
     after = file.stat()
-    assert (after.st_mode, after.st_uid, after.st_mtime) == (before.st_mode, before.st_uid, before.st_mtime)
+    assert (after.st_mode, after.st_uid, after.st_mtime) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_mtime,
+    )
     assert file.read_text() == "precious" and os.listdir(folder) == ["file"]
 
 
@@ -154,7 +162,9 @@ socket.socketpair()[0].sendto(b'x', path)
 system(425, 1, 0)
 """  # the last sets up io_uring, whose operations no filter sees
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as local:
-        local.bind(path := os.path.relpath(tmp_path / "s"))  # relative, since the name has to be short
+        local.bind(
+            path := os.path.relpath(tmp_path / "s")
+        )  # relative, since the name has to be short
         local.listen()
         assert successes(kind, actions, port=tcp.getsockname()[1], path=os.path.abspath(path)) == []
 
@@ -186,7 +196,9 @@ while True:
 
 
 @every_isolation
-@pytest.mark.parametrize("step", ["hoard.append(bytearray(1 << 24))", "hoard.append(mmap.mmap(-1, 1 << 24))", "x += x"])
+@pytest.mark.parametrize(
+    "step", ["hoard.append(bytearray(1 << 24))", "hoard.append(mmap.mmap(-1, 1 << 24))", "x += x"]
+)
 def test_fill_memory(kind: str, step: str) -> None:
     program = f"""
 import mmap
@@ -227,12 +239,16 @@ while True:
     count += 1
 """
     outcome = run_python(program, limits=Limits(seconds=LONG, disk=4 << 20), isolation=kind)
-    assert outcome.status == "disk" or (outcome.status == "failed" and "OSError" in outcome.detail), outcome
+    assert outcome.status == "disk" or (
+        outcome.status == "failed" and "OSError" in outcome.detail
+    ), outcome
     assert os.listdir(scratch) == []
 
 
 @pytest.mark.parametrize(("wait", "expected"), [("hold.wait()", 8192), ("map_page()", sys.maxsize)])
-def test_files_without_a_name_are_seen_behind_a_thread_that_has_ended(wait: str, expected: int, tmp_path: Path) -> None:
+def test_files_without_a_name_are_seen_behind_a_thread_that_has_ended(
+    wait: str, expected: int, tmp_path: Path
+) -> None:
     """The first thread's entry in /proc shows no descriptors any more; the others keep theirs."""
     program = f"""
 import ctypes, os, threading
@@ -255,7 +271,9 @@ threading.Thread(target=work).start()
 libc.syscall({60 if platform.machine() == "x86_64" else 93}, 0)  # ends this thread alone
 """
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path
+    ) as process:
         assert process.stdout and process.stdout.readline() == b"1\n"
         assert nameless(process.pid, tmp_path.resolve(), os.stat(os.devnull)) == expected
         process.kill()
@@ -263,13 +281,18 @@ libc.syscall({60 if platform.machine() == "x86_64" else 93}, 0)  # ends this thr
 
 @every_isolation
 def test_sleep_for_ever(kind: str) -> None:
-    assert run_python("import time\ntime.sleep(1e6)", limits=SHORT, isolation=kind).status == "timeout"
+    assert (
+        run_python("import time\ntime.sleep(1e6)", limits=SHORT, isolation=kind).status == "timeout"
+    )
 
 
 @every_isolation
 def test_spin_for_ever(kind: str) -> None:
     program = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
-    assert run_python(program, limits=Limits(seconds=LONG, cpu_seconds=1), isolation=kind).status == "timeout"
+    assert (
+        run_python(program, limits=Limits(seconds=LONG, cpu_seconds=1), isolation=kind).status
+        == "timeout"
+    )
 
 
 @every_isolation
@@ -315,7 +338,9 @@ os.setuid(1)
 
 
 @every_isolation
-def test_inherits_neither_environment_nor_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inherits_neither_environment_nor_descriptors(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET", "secret")
     program = """
 import os
@@ -328,12 +353,16 @@ print(sorted(os.environ.keys() - {"LC_CTYPE", "PWD"}), [number for number in ran
 """
     with tempfile.TemporaryFile() as file:
         os.set_inheritable(file.fileno(), True)
-        assert run_python(program, isolation=kind).stdout == "[] [0, 1, 2]\n"  # Python itself sets LC_CTYPE
+        assert (
+            run_python(program, isolation=kind).stdout == "[] [0, 1, 2]\n"
+        )  # Python itself sets LC_CTYPE
 
 
 @every_isolation
 def test_no_process_is_left(kind: str) -> None:
-    with Job(kind, SHORT, {"role": "run", "program": "print(1, flush=True)\nwhile True:\n    pass"}) as job:
+    with Job(
+        kind, SHORT, {"role": "run", "program": "print(1, flush=True)\nwhile True:\n    pass"}
+    ) as job:
         select.select([job.streams[1]], [], [], LONG)  # it runs
         handles = [os.pidfd_open(pid) for pid in family(job.pid)]
         assert supervise([job], SHORT)[0] == "timeout"
@@ -355,7 +384,9 @@ with contextlib.ExitStack() as stack:
     input()
 """
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", harness], stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", harness], stdin=pipe, stdout=pipe, text=True
+    ) as process:
         assert process.stdout
         handles = [os.pidfd_open(int(pid)) for pid in process.stdout.readline().split()]
         process.kill()
@@ -496,7 +527,9 @@ def verdict(program: str, tests: str | list[str], **options: Any) -> Outcome:
 def test_a_right_solution_passes() -> None:
     for kind in HELD:
         tests = [f"assert {addition}" for addition in ADDITIONS]
-        outcome = verdict("def add(a, b):\n    print('adding')\n    return a + b", tests, isolation=kind)
+        outcome = verdict(
+            "def add(a, b):\n    print('adding')\n    return a + b", tests, isolation=kind
+        )
         assert (outcome.status, outcome.detail, outcome.isolation) == ("passed", "", kind)
         assert outcome.stdout.startswith("adding\n") and outcome.stderr == ""
 
@@ -504,7 +537,9 @@ def test_a_right_solution_passes() -> None:
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forge_the_verdict(name: str) -> None:
     limits = SHORT if name.startswith("sleep") else Limits(seconds=LONG)
-    tests = f"tests = [{', '.join(f'lambda: {addition}' for addition in ADDITIONS)}]" + ONE_IS_ENOUGH
+    tests = (
+        f"tests = [{', '.join(f'lambda: {addition}' for addition in ADDITIONS)}]" + ONE_IS_ENOUGH
+    )
     outcome = verdict(FORGERIES[name], tests, limits=limits)
     assert not outcome.passed and outcome.detail, outcome
 
@@ -514,8 +549,12 @@ def test_the_detail_says_why() -> None:
         return verdict(program, test).detail
 
     assert detail("def f(x): return 1", "assert f(1) == 2") == "AssertionError in: assert f(1) == 2"
-    assert detail("def f(x): return x.y", "f(1)").startswith("AttributeError: 'int' object has no attribute 'y' in: ")
-    assert detail("def f(x): 1 +", "assert f(1)").startswith("Exception: SyntaxError: invalid syntax")
+    assert detail("def f(x): return x.y", "f(1)").startswith(
+        "AttributeError: 'int' object has no attribute 'y' in: "
+    )
+    assert detail("def f(x): 1 +", "assert f(1)").startswith(
+        "Exception: SyntaxError: invalid syntax"
+    )
     assert detail("import os\nos._exit(0)", "f(1)") == "the candidate ended before it answered"
     assert run_python("1 / 0").detail == "ZeroDivisionError: division by zero"
     assert verdict("def f(): return [0] * 10**10", "f()").status == "memory"
@@ -525,11 +564,23 @@ def test_the_detail_says_why() -> None:
 
 USES = {
     "keywords": ("def f(*a, **k): return [a, k]", "assert f(1, b=2) == [(1,), {'b': 2}]"),
-    "floats": ("import math\ndef f(x): return math.sqrt(x)", "import math\nassert math.isclose(f(4), 2)"),
+    "floats": (
+        "import math\ndef f(x): return math.sqrt(x)",
+        "import math\nassert math.isclose(f(4), 2)",
+    ),
     "long integers": ("def f(x): return 2 ** x", "assert f(20_000) == 2 ** 20_000"),
-    "change a list": ("def f(x):\n    x.sort()\n    x.append(9)", "x = [2, 1]\nassert f(x) is None and x == [1, 2, 9]"),
-    "change a dictionary": ("def f(x, y): x[y] = {}", "x = {}\nf(x, y=(1, 2))\nassert x == {(1, 2): {}}"),
-    "generator": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2] and f(3) != [0, 1, 2]"),
+    "change a list": (
+        "def f(x):\n    x.sort()\n    x.append(9)",
+        "x = [2, 1]\nassert f(x) is None and x == [1, 2, 9]",
+    ),
+    "change a dictionary": (
+        "def f(x, y): x[y] = {}",
+        "x = {}\nf(x, y=(1, 2))\nassert x == {(1, 2): {}}",
+    ),
+    "generator": (
+        "def f(n):\n    yield from range(n)",
+        "assert list(f(3)) == [0, 1, 2] and f(3) != [0, 1, 2]",
+    ),
     "endless iterator": ("def f(): return iter(int, 1)", "assert next(iter(f())) == 0"),
     "closure": ("def f(x): return lambda y: x + y", "assert f(1)(2) == 3"),
     "class": (
@@ -540,7 +591,10 @@ USES = {
         "class Bad(ValueError): pass\ndef f(): raise Bad('x')",
         "try:\n    f()\nexcept ValueError as error:\n    assert str(error) == 'x'\nelse:\n    assert False",
     ),
-    "subclass": ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}"),
+    "subclass": (
+        "from collections import Counter\ndef f(x): return Counter(x)",
+        "assert f('aab') == {'a': 2, 'b': 1}",
+    ),
     "dataclass": (
         "from dataclasses import dataclass\n@dataclass\nclass D:\n    x: int\ndef f(): return D(3)",
         "assert f().x == 3 and f() != f()",
@@ -553,8 +607,14 @@ USES = {
         "def f(): return None, True, float('nan')",
         "a, b, c = f()\nassert a is None and b is True and c != c",
     ),
-    "asyncio": ("import asyncio\nasync def g(): return 1\ndef f(): return asyncio.run(g())", "assert f() == 1"),
-    "main guard": ("if __name__ == '__main__':\n    raise SystemExit\ndef f(): return 1", "assert f() == 1"),
+    "asyncio": (
+        "import asyncio\nasync def g(): return 1\ndef f(): return asyncio.run(g())",
+        "assert f() == 1",
+    ),
+    "main guard": (
+        "if __name__ == '__main__':\n    raise SystemExit\ndef f(): return 1",
+        "assert f() == 1",
+    ),
 }
 
 
@@ -565,26 +625,39 @@ def test_tests_use_a_candidate_as_if_it_were_here(name: str) -> None:
 
 
 def test_humaneval_and_mbpp_run_unchanged() -> None:
-    prompt = "def twice(s):\n    return s + s\n\n\ndef half(s: str) -> str:\n    '''The first half.'''\n"
+    prompt = (
+        "def twice(s):\n    return s + s\n\n\ndef half(s: str) -> str:\n    '''The first half.'''\n"
+    )
     tests = "def check(candidate):\n    for s in 'ab', '':\n        assert candidate(twice(s)) == s\n\ncheck(half)"
     humaneval = {"setup": prompt, "names": ["half"]}
     assert verdict(prompt + "    return s[:len(s) // 2]", tests, **humaneval).passed
     assert not verdict(prompt, tests, **humaneval).passed
     cheat = prompt + "    return ''\ntwice = lambda s: s"
-    assert not verdict(cheat, tests, **humaneval).passed  # the helper is the prompt's, not the candidate's
+    assert not verdict(
+        cheat, tests, **humaneval
+    ).passed  # the helper is the prompt's, not the candidate's
     mbpp = {"setup": "import math", "names": ["sum"]}
-    assert verdict("def sum(a, b): return a + b", ["assert sum(1, 2) == 3", "assert math.pi > 3"], **mbpp).passed
+    assert verdict(
+        "def sum(a, b): return a + b", ["assert sum(1, 2) == 3", "assert math.pi > 3"], **mbpp
+    ).passed
     assert verdict("def f(x): return x", "assert f(1) == 1 and sys.maxsize > 1").passed
 
 
 def test_callables_cannot_be_handed_over() -> None:
-    assert "cannot be handed" in verdict("def f(g): return g(1)", "assert f(lambda x: x) == 1").detail
+    assert (
+        "cannot be handed" in verdict("def f(g): return g(1)", "assert f(lambda x: x) == 1").detail
+    )
 
 
 numbers = st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
-hashable = st.none() | st.booleans() | numbers | st.text() | st.binary() | st.frozensets(st.integers())
+hashable = (
+    st.none() | st.booleans() | numbers | st.text() | st.binary() | st.frozensets(st.integers())
+)
 plain = st.recursive(
-    hashable | st.sets(hashable) | st.builds(range, st.integers(), st.integers()) | st.builds(bytearray, st.binary()),
+    hashable
+    | st.sets(hashable)
+    | st.builds(range, st.integers(), st.integers())
+    | st.builds(bytearray, st.binary()),
     lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(hashable, inner),
     max_leaves=10,
 )
@@ -604,17 +677,25 @@ def test_values_survive_the_way(value: object) -> None:
 
 
 def test_run_python_gives_input_and_output() -> None:
-    outcome = run_python("import sys\nprint(input() + '!')\nprint('err', file=sys.stderr)\nexit(0)", stdin="hä\n")
+    outcome = run_python(
+        "import sys\nprint(input() + '!')\nprint('err', file=sys.stderr)\nexit(0)", stdin="hä\n"
+    )
     assert (outcome.status, outcome.stdout, outcome.stderr) == ("passed", "hä!\n", "err\n")
     assert outcome.isolation == HELD[0]
     long = run_python("print(len(input()))", stdin="x" * (1 << 20), limits=Limits(disk=1 << 16))
     assert long.stdout == f"{1 << 20}\n"  # what it is given is not what it writes
     failed = run_python("def f():\n    raise ValueError('bad')\nf()")
-    assert failed.status == "failed" and failed.stderr.count("File") == 2 and 'File "<main>", line 3' in failed.stderr
+    assert (
+        failed.status == "failed"
+        and failed.stderr.count("File") == 2
+        and 'File "<main>", line 3' in failed.stderr
+    )
     assert run_python("exit(3)").detail == "exit status 3"
 
 
-def test_a_fallback_is_named_loudly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fallback_is_named_loudly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(choice, "works", lambda kind: kind == "landlock")
     choice.announce.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -623,7 +704,9 @@ def test_a_fallback_is_named_loudly(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert "weaker fallback 'landlock'" in record.message
 
 
-def test_without_isolation_it_refuses(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_isolation_it_refuses(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(choice, "works", lambda kind: False)
     choice.announce.cache_clear()
     with pytest.raises(InputError, match="nothing stronger"):
@@ -638,7 +721,10 @@ def test_without_isolation_it_refuses(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmax.sandbox.process.SOURCES", {"jail_source": "def confine(_): 1 / 0", "remote_source": ""})
+    monkeypatch.setattr(
+        "dmax.sandbox.process.SOURCES",
+        {"jail_source": "def confine(_): 1 / 0", "remote_source": ""},
+    )
     with pytest.raises(RuntimeError, match="could not be set up: ZeroDivisionError"):
         run_python("print(1)")
 
@@ -656,7 +742,9 @@ def test_bad_input_is_one_sentence(arguments: dict[str, Any], message: str) -> N
         check("def f(): pass", **arguments)
 
 
-@pytest.mark.parametrize("limit", ["seconds=0", "memory=-1", "disk=1.5", "output=True", "seconds=inf", "threads=None"])
+@pytest.mark.parametrize(
+    "limit", ["seconds=0", "memory=-1", "disk=1.5", "output=True", "seconds=inf", "threads=None"]
+)
 def test_limits_are_checked(limit: str) -> None:
     name, _, value = limit.partition("=")
     with pytest.raises(InputError, match=f"`{name}` must be a positive"):

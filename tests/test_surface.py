@@ -16,7 +16,9 @@ from typer.main import get_command
 import dmax
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
-EXPORTS = "__version__ DecodingParams GenerationOutput InputError LLM StreamEvent strategies".split()
+EXPORTS = (
+    "__version__ DecodingParams GenerationOutput InputError LLM StreamEvent strategies".split()
+)
 
 DECODING_PARAMS = {
     "strategy": "spd",
@@ -107,7 +109,10 @@ def test_decoding_params() -> None:
 )
 def test_results(kind: type, names: list[str], properties: list[str]) -> None:
     assert [field.name for field in dataclasses.fields(kind)] == names  # type: ignore[arg-type]
-    assert sorted(name for name, value in vars(kind).items() if isinstance(value, property)) == properties
+    assert (
+        sorted(name for name, value in vars(kind).items() if isinstance(value, property))
+        == properties
+    )
     assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
@@ -129,7 +134,8 @@ def test_commands_and_their_flags() -> None:
 
 
 def test_import_is_light() -> None:
-    # transformers imports some by itself where they are installed; what counts is what comes on top of it.
+    # transformers imports some by itself where they are installed; what counts is what comes on top
+    # of it.
     source = Path(dmax.__file__).parents[1]
     program = (
         "import sys; import transformers, transformers.modeling_utils; before = set(sys.modules)\n"
@@ -138,7 +144,9 @@ def test_import_is_light() -> None:
         "added = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(added.intersection(heavy)))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert result.stdout.strip() == "[]", result.stderr
 
 
@@ -150,7 +158,9 @@ def test_auto_classes_give_ours(folder: Path) -> None:
     ids = torch.tensor([tokenizer.encode("Tom has 3 apples.")])
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
     with torch.no_grad():
-        logits = model(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]).logits
+        logits = model(
+            ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]
+        ).logits
         embeds = model.get_input_embeddings()(ids)
         from_embeds = model(inputs_embeds=embeds, attention_mask=mask).logits
     assert logits.shape == (1, ids.shape[1], model.config.vocab_size)

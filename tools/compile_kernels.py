@@ -3,8 +3,9 @@
     python tools/compile_kernels.py 90                # compute capability 9.0: H100, H200
     python tools/compile_kernels.py 80 "32 tokens"    # only what has that in its name
 
-The wrappers of `dmax.kernels` are called as they are, with tensors that have no data; a driver that names the GPU
-stands in for the real one, and launches end after the compiler. Sizes are those of LLaDA-2.0-mini.
+The wrappers of `dmax.kernels` are called as they are, with tensors that have no data; a driver that
+names the GPU stands in for the real one, and launches end after the compiler. Sizes are those of
+LLaDA-2.0-mini.
 """
 
 from __future__ import annotations
@@ -28,14 +29,29 @@ from triton.runtime.jit import JITFunction
 
 from dmax.blend import SoftTokens
 from dmax.cache import BlockCache, CacheWindow
-from dmax.kernels import blend_triton, block_attention_triton, head_triton, moe_triton, norm_triton, router_triton
+from dmax.kernels import (
+    blend_triton,
+    block_attention_triton,
+    head_triton,
+    moe_triton,
+    norm_triton,
+    router_triton,
+)
 from dmax.kernels.quant import FP8, QuantizedWeight
 from dmax.kernels.router import Routing
 
-VOCABULARY, HIDDEN, INNER, EXPERTS, CHOSEN, MASK = 157_184, 2048, 512, 256, 8, 156_895
-KEY_VALUE_HEADS, HEAD_SIZE = 4, 128
+VOCABULARY = 157_184
+HIDDEN = 2048
+INNER = 512
+EXPERTS = 256
+CHOSEN = 8
+MASK = 156_895
+KEY_VALUE_HEADS = 4
+HEAD_SIZE = 128
 BF16 = torch.bfloat16
-FORMATS, FP8_FROM = ("bf16", "int8", "fp8", "int4"), 89  # the compute capability that has fp8
+# the compute capability that has fp8
+FORMATS = ("bf16", "int8", "fp8", "int4")
+FP8_FROM = 89
 
 
 class AbsentGPU:
@@ -63,14 +79,17 @@ def weight(rows: int, columns: int, form: str) -> Tensor | QuantizedWeight:
     if form == "bf16":
         return new(EXPERTS, rows, columns)
     if form == "int4":
-        return QuantizedWeight(new(EXPERTS, rows, columns // 2, dtype=torch.uint8), new(EXPERTS, rows, columns // 128))
+        return QuantizedWeight(
+            new(EXPERTS, rows, columns // 2, dtype=torch.uint8), new(EXPERTS, rows, columns // 128)
+        )
     values = new(EXPERTS, rows, columns, dtype=torch.int8 if form == "int8" else FP8)
     return QuantizedWeight(values, new(EXPERTS, rows, 1, dtype=torch.float32))
 
 
 def experts(num_tokens: int, form: str) -> None:
     index = new(num_tokens, CHOSEN, dtype=torch.int64)
-    gate_up, down = weight(2 * INNER, HIDDEN, form), weight(HIDDEN, INNER, form)
+    gate_up = weight(2 * INNER, HIDDEN, form)
+    down = weight(HIDDEN, INNER, form)
     moe_triton.fused_moe(new(num_tokens, HIDDEN), index, new(num_tokens, CHOSEN), gate_up, down)
 
 
@@ -79,7 +98,8 @@ def head(num_tokens: int, k: int) -> None:
 
 
 def blend(k: int) -> None:
-    where, ids = new(1, 32, dtype=torch.bool), new(1, 32, k, dtype=torch.int64)
+    where = new(1, 32, dtype=torch.bool)
+    ids = new(1, 32, k, dtype=torch.int64)
     soft = SoftTokens(where, ids, new(1, 32, k, dtype=torch.float32))
     blend_triton.embed_soft(new(VOCABULARY, HIDDEN), new(1, 32, dtype=torch.int64), soft, MASK)
 
@@ -88,14 +108,19 @@ def attention(num_rows: int, span: int, num_heads: int = 16) -> None:
     cache = BlockCache(1, num_rows, 4096, KEY_VALUE_HEADS, HEAD_SIZE, dtype=BF16, device="meta")
     numbers = new(num_rows, dtype=torch.int64)
     window = CacheWindow(cache, numbers, numbers, 32, span, False, numbers)
-    heads, norm = new(num_rows, 32, num_heads + 2 * KEY_VALUE_HEADS, HEAD_SIZE), new(HEAD_SIZE)
+    heads = new(num_rows, 32, num_heads + 2 * KEY_VALUE_HEADS, HEAD_SIZE)
+    norm = new(HEAD_SIZE)
     rotary = new(num_rows, 32, 1, HEAD_SIZE // 2), new(num_rows, 32, 1, HEAD_SIZE // 2)
-    block_attention_triton.block_attention(heads, (norm, norm), 1e-6, rotary, window, 0, HEAD_SIZE**-0.5)
+    block_attention_triton.block_attention(
+        heads, (norm, norm), 1e-6, rotary, window, 0, HEAD_SIZE**-0.5
+    )
 
 
 def router(num_tokens: int) -> None:
     bias = new(EXPERTS, dtype=torch.float32)
-    router_triton.select(new(num_tokens, EXPERTS, dtype=torch.float32), bias, Routing(CHOSEN, 8, 4, scaling=2.5))
+    router_triton.select(
+        new(num_tokens, EXPERTS, dtype=torch.float32), bias, Routing(CHOSEN, 8, 4, scaling=2.5)
+    )
 
 
 def norm(num_tokens: int) -> None:
@@ -126,7 +151,9 @@ def facts(name: str, kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         **resources(kernel.asm["cubin"]),
         "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
-        "async_copies": sorted({int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)}),
+        "async_copies": sorted(
+            {int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)}
+        ),
     }
 
 
@@ -143,18 +170,27 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("capability", type=int, help="of the GPU, 80 or more: 90 for 9.0")
     parser.add_argument("part", nargs="?", default="", help="of the names of what is compiled")
     given = parser.parse_args()
     if given.capability < 80:
-        parser.error(f"the kernels are for compute capability 8.0 and later; give 80 or more, got {given.capability}")
-    formats = FORMATS if given.capability >= FP8_FROM else [form for form in FORMATS if form != "fp8"]
+        parser.error(
+            f"the kernels are for compute capability 8.0 and later; give 80 or more, got {given.capability}"
+        )
+    formats = (
+        FORMATS if given.capability >= FP8_FROM else [form for form in FORMATS if form != "fp8"]
+    )
     chosen = [(name, call) for name, call in cases(formats) if given.part in name]
     if not chosen:
-        parser.error(f"nothing has {given.part!r} in its name; there are: {'; '.join(n for n, _ in cases(formats))}")
+        parser.error(
+            f"nothing has {given.part!r} in its name; there are: {'; '.join(n for n, _ in cases(formats))}"
+        )
     driver.set_active(AbsentGPU(given.capability))
-    run, compiled = JITFunction.run, []
+    run = JITFunction.run
+    compiled = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)

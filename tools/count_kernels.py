@@ -2,9 +2,9 @@
 
     python tools/count_kernels.py
 
-The step runs on a device without numbers. An operation of PyTorch counts as one kernel, views as none; what is one
-kernel on a GPU and several operations here (norms, attention) counts as one. Launches of Triton kernels are counted and
-not made.
+The step runs on a device without numbers. An operation of PyTorch counts as one kernel, views as
+none; what is one kernel on a GPU and several operations here (norms, attention) counts as one.
+Launches of Triton kernels are counted and not made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from dmax.engine.runner import ModelRunner
 from dmax.kernels import using
 from dmax.params import DecodingParams
 
-DEVICE, LENGTH, SPAN = torch.device("meta"), 32, 1024
+DEVICE = torch.device("meta")
+LENGTH = 32
+SPAN = 1024
 WITHOUT_KERNEL = """alias as_strided chunk detach empty empty_like empty_strided expand lift_fresh new_empty permute
     promote_types select slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view""".split()
 
@@ -40,7 +42,9 @@ class Count(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.within = 0  # operations that are one kernel on a GPU
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = function.overloadpacket.__name__
         if name not in WITHOUT_KERNEL and not self.within:
             self.kernels[name] += 1
@@ -71,7 +75,9 @@ def counting(fused: bool) -> Iterator[Count]:
     with ExitStack() as stack:
         for name in ("rms_norm", "scaled_dot_product_attention"):
             stack.enter_context(patch.object(F, name, count.as_one(name, getattr(F, name))))
-        stack.enter_context(patch.object(JITFunction, "run", lambda *args, **kwargs: count.launch(*args, **kwargs)))
+        stack.enter_context(
+            patch.object(JITFunction, "run", lambda *args, **kwargs: count.launch(*args, **kwargs))
+        )
         stack.enter_context(using("triton" if fused else "torch"))
         yield count
 
@@ -100,10 +106,16 @@ def main() -> None:
         few, more = (kernels_of_a_step(fused, num_hidden_layers=number) for number in (2, 3))
         whole = kernels_of_a_step(fused)
         layer = more - few
-        print("with Triton" if fused else "without Triton", f"{whole.total()} kernels, {layer.total()} of each layer:")
+        print(
+            "with Triton" if fused else "without Triton",
+            f"{whole.total()} kernels, {layer.total()} of each layer:",
+        )
         print("   ", ", ".join(f"{name} {number}" for name, number in layer.most_common()))
         rest = few - layer - layer
-        print("    and outside the layers and the first:", ", ".join(f"{n} {c}" for n, c in rest.most_common()))
+        print(
+            "    and outside the layers and the first:",
+            ", ".join(f"{n} {c}" for n, c in rest.most_common()),
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Install PyTorch into the running environment, as small as the machine allows.
 
-An existing suitable torch stays. A machine without an NVIDIA GPU gets the CPU build and no CUDA packages. A machine
-with one uses the torch of the Python that `--reuse` names, if that has a CUDA build, else installs the default build.
+An existing suitable torch stays. A machine without an NVIDIA GPU gets the CPU build and no CUDA
+packages. A machine with one uses the torch of the Python that `--reuse` names, if that has a CUDA
+build, else installs the default build.
 
 usage: .venv/bin/python tools/install_torch.py [--reuse PYTHON]
 """
@@ -29,14 +30,19 @@ print(json.dumps([home, torch.__version__, torch.version.cuda, sys.version_info[
 
 
 def torch_requirement() -> str:
-    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    pyproject = tomllib.loads(
+        (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    )
     return next(line for line in pyproject["project"]["dependencies"] if line.startswith("torch>"))
 
 
 def satisfies(found: str, requirement: str) -> bool:
     """Whether a version lies in a requirement of the form `torch>=2.9,<3`."""
     lowest, highest = re.fullmatch(r"torch>=([\d.]+),<([\d.]+)", requirement).groups()
-    numbers = [tuple(map(int, re.match(r"[\d.]*\d", text)[0].split("."))) for text in (lowest, found, highest)]
+    numbers = [
+        tuple(map(int, re.match(r"[\d.]*\d", text)[0].split(".")))
+        for text in (lowest, found, highest)
+    ]
     return numbers[0] <= numbers[1] < numbers[2]
 
 
@@ -49,7 +55,9 @@ def installed() -> str | None:
 
 def has_nvidia_gpu() -> bool:
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listing.returncode == 0 and "GPU" in listing.stdout
@@ -63,7 +71,9 @@ def reuse(python: str, requirement: str) -> bool:
     folder, found, cuda, language = json.loads(probe.stdout.splitlines()[-1])
     if cuda is None or language != list(sys.version_info[:2]) or not satisfies(found, requirement):
         return False
-    Path(sysconfig.get_path("purelib"), "global_torch.pth").write_text(folder + "\n", encoding="utf-8")
+    Path(sysconfig.get_path("purelib"), "global_torch.pth").write_text(
+        folder + "\n", encoding="utf-8"
+    )
     print(f"torch {found} of {python} is used")
     return True
 
@@ -74,8 +84,12 @@ def pip_install(*arguments: str, quiet: bool = False) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reuse", metavar="PYTHON", help="a Python whose CUDA build of torch may be used")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--reuse", metavar="PYTHON", help="a Python whose CUDA build of torch may be used"
+    )
     arguments = parser.parse_args()
 
     requirement = torch_requirement()

@@ -1,6 +1,7 @@
 """DMax: train, decode, measure and serve self-revising diffusion language models.
 
-Importing the package registers its model classes with transformers; everything else loads on first use.
+Importing the package registers its model classes with transformers; everything else loads on first
+use.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# An idle OpenMP thread of torch spins for milliseconds before it sleeps: worth a tenth when the cores are ours alone,
-# ten times slower and worse when they are shared. Read once, when torch is loaded.
+# An idle OpenMP thread of torch spins for milliseconds before it sleeps: worth a tenth when the
+# cores are ours alone, ten times slower and worse when they are shared. Read once, when torch is
+# loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

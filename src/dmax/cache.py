@@ -1,6 +1,7 @@
 """Keys and values of what is already settled: for decoding block by block, and for training on one clean stream.
 
-Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head size. Further
+Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head
+    size. Further
 arguments of `update`, which newer releases of transformers pass, are of no use here.
 """
 
@@ -15,12 +16,15 @@ from torch import Tensor
 class ContextCache:
     """Keys and values of one forward, kept with their gradient so that other forwards can attend to them (training).
 
-    A forward through the cache sees only itself; forwards through its `view()` see the recorded ones before their own
-    and leave no trace. Repeating either changes nothing, which gradient checkpointing relies on.
+    A forward through the cache sees only itself; forwards through its `view()` see the recorded
+    ones before their own and leave no trace. Repeating either changes nothing, which gradient
+    checkpointing relies on.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer index, keys and values [B, G, T, d]
+        self.layers: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by layer index, keys and values [B, G, T, d]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen before the new ones: none."""
@@ -55,9 +59,10 @@ class ContextView:
 class BlockCache:
     """Preallocated keys and values for block-by-block decoding of several sequences ("slots").
 
-    A slot holds its committed prefix, `lengths[slot]` positions whose keys and values come from final tokens. A
-    forward writes its block in place behind the prefix; the next forward overwrites it, unless it was committed.
-    Each layer has a tensor [slots, T, G, d] of its own; compiled code that writes into a part of one copies all of it.
+    A slot holds its committed prefix, `lengths[slot]` positions whose keys and values come from
+    final tokens. A forward writes its block in place behind the prefix; the next forward overwrites
+    it, unless it was committed. Each layer has a tensor [slots, T, G, d] of its own; compiled code
+    that writes into a part of one copies all of it.
     """
 
     def __init__(
@@ -94,14 +99,18 @@ class BlockCache:
         """
         starts = [self.lengths[slot] for slot in slots]
         if max(starts) + length > self.capacity:
-            raise ValueError(f"{max(starts)} committed and {length} new positions exceed the capacity {self.capacity}")
+            raise ValueError(
+                f"{max(starts)} committed and {length} new positions exceed the capacity {self.capacity}"
+            )
         places = torch.tensor((slots, starts)).to(self.keys[0].device)  # one transfer, not two
         in_order = slots == list(range(len(slots)))
         return CacheWindow(self, places[0], places[1], length, max(starts) + length, in_order)
 
     def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """A copy of the keys and values of positions start..end-1 of a slot, each [layers, end - start, G, d]."""
-        keys, values = ([store[slot, start:end] for store in stores] for stores in (self.keys, self.values))
+        keys, values = (
+            [store[slot, start:end] for store in stores] for stores in (self.keys, self.values)
+        )
         return torch.stack(keys), torch.stack(values)
 
     def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
@@ -131,8 +140,8 @@ class CacheWindow:
         length: new positions L.
         span: positions that are read, at least the highest start + L.
         in_order: the slots are 0..B-1, the common case, and are read without a copy.
-        bases: [B] int64, if each row is a block that sees the positions before its base, and itself; None: it is for
-            the attention mask alone to say.
+        bases: [B] int64, if each row is a block that sees the positions before its base, and
+            itself; None: it is for the attention mask alone to say.
     """
 
     def __init__(
@@ -145,8 +154,12 @@ class CacheWindow:
         in_order: bool,
         bases: Tensor | None = None,
     ) -> None:
-        self.cache, self.span, self.slots, self.in_order = cache, span, slots, in_order
-        self.starts, self.bases = starts, bases
+        self.cache = cache
+        self.span = span
+        self.slots = slots
+        self.in_order = in_order
+        self.starts = starts
+        self.bases = bases
         # [B, L] positions the rows' queries stand at
         self.positions = starts[:, None] + torch.arange(length, device=starts.device)
         self._places = slots[:, None], self.positions
@@ -161,8 +174,15 @@ class CacheWindow:
         Positions past a row's own end are stale: the attention mask must hide them.
         """
         seen = []
-        for store, new in ((self.cache.keys[layer_idx], key), (self.cache.values[layer_idx], value)):
+        for store, new in (
+            (self.cache.keys[layer_idx], key),
+            (self.cache.values[layer_idx], value),
+        ):
             store.index_put_(self._places, new.transpose(1, 2).to(store.dtype))
-            rows = store[: len(self.slots), : self.span] if self.in_order else store[self.slots, : self.span]
+            rows = (
+                store[: len(self.slots), : self.span]
+                if self.in_order
+                else store[self.slots, : self.span]
+            )
             seen.append(rows.transpose(1, 2))
         return seen[0], seen[1]

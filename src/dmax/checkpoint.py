@@ -1,7 +1,8 @@
 """From a name to a model that is ready to decode, and back to files.
 
-The one place where special token ids and the block length are settled: an explicit argument, else what the
-checkpoint's files say, never a constant of ours. Published files do not agree on where they say it.
+The one place where special token ids and the block length are settled: an explicit argument, else
+what the checkpoint's files say, never a constant of ours. Published files do not agree on where
+they say it.
 """
 
 from __future__ import annotations
@@ -39,12 +40,28 @@ from dmax.models.backbone import MASK_TOKEN
 from dmax.params import check_number
 from dmax.tiny import BUNDLED, bundled
 
-# LLaDA-2.x configurations name no block length; every published checkpoint of the family was trained with this one.
+# LLaDA-2.x configurations name no block length; every published checkpoint of the family was
+# trained with this one.
 FAMILY_BLOCK_LENGTH = {"llada2_moe": 32}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-SETTINGS_FILES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError)
-MISSHAPEN = (*UNREADABLE, TypeError, AttributeError)  # what transformers raises for JSON of another shape
+MISSHAPEN = (
+    *UNREADABLE,
+    TypeError,
+    AttributeError,
+)  # what transformers raises for JSON of another shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +113,15 @@ def load_checkpoint(
         block_length: overrides the checkpoint's.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
-        add_mask_token: give an autoregressive checkpoint the mask token it lacks, to be trained; needs a tokenizer.
-        quantization: of the experts, "int8", "fp8" or "int4" (`dmax.kernels.quant`), for decoding only.
+        add_mask_token: give an autoregressive checkpoint the mask token it lacks, to be trained;
+            needs a tokenizer.
+        quantization: of the experts, "int8", "fp8" or "int4" (`dmax.kernels.quant`), for decoding
+            only.
 
     Raises:
-        InputError: the name leads nowhere, files are damaged, an id is neither given nor in the files, the
-            architecture cannot be used, or a mask token is to be added to a checkpoint that has one.
+        InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
+            files, the architecture cannot be used, or a mask token is to be added to a checkpoint
+            that has one.
     """
     models.register()
     folder = find_folder(name_or_path)
@@ -120,9 +140,16 @@ def load_checkpoint(
     eos, pad = resolve_eos_and_pad(folder, config, tokenizer, eos_token_id)
     length = resolve_block_length(config, block_length)
     if experts_implementation is None and hasattr(config, "num_experts"):
-        experts_implementation = best_experts_implementation(config.num_experts, torch.device(device))
-    implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
-    model: Any = _load_model(folder, config, dtype, {name: value for name, value in implementations.items() if value})
+        experts_implementation = best_experts_implementation(
+            config.num_experts, torch.device(device)
+        )
+    implementations = {
+        "attn_implementation": attn_implementation,
+        "experts_implementation": experts_implementation,
+    }
+    model: Any = _load_model(
+        folder, config, dtype, {name: value for name, value in implementations.items() if value}
+    )
     if mask is None:
         mask = backbone.add_mask_token(model, tokenizer)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
@@ -141,7 +168,8 @@ def new_checkpoint(
     """A new model with random weights, of our own architectures or a dense decoder of transformers.
 
     Args:
-        config: says the shape and `block_length`; `mask_token_id` and `eos_token_id` too, unless the tokenizer does.
+        config: says the shape and `block_length`; `mask_token_id` and `eos_token_id` too, unless
+            the tokenizer does.
         tokenizer: None for a model that takes and gives token ids.
         dtype: of the weights.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
@@ -154,12 +182,19 @@ def new_checkpoint(
     mask = resolve_mask_token_id(config, tokenizer)
     eos, pad = resolve_eos_and_pad(None, config, tokenizer)
     length = resolve_block_length(config)
-    implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
+    implementations = {
+        "attn_implementation": attn_implementation,
+        "experts_implementation": experts_implementation,
+    }
     chosen = {name: value for name, value in implementations.items() if value}
     try:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False, **chosen
+        )
     except ValueError as error:
-        raise InputError(f"no model can be made from this configuration: {_first_line(error)}") from error
+        raise InputError(
+            f"no model can be made from this configuration: {_first_line(error)}"
+        ) from error
     return Checkpoint(_ready(model).eval(), tokenizer, mask, eos, pad, length, "")
 
 
@@ -167,10 +202,16 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The local folder of a bundled name, a path or a hub id, downloaded if need be."""
     name = os.fspath(name_or_path)
     if not name:
-        raise InputError("the name of the model is empty", hint=f"choose {' or '.join(BUNDLED)}, a folder or a hub id")
+        raise InputError(
+            "the name of the model is empty",
+            hint=f"choose {' or '.join(BUNDLED)}, a folder or a hub id",
+        )
     folder = bundled(name) or Path(os.path.expanduser(name))
     if bundled(name) and not folder.is_dir():
-        raise InputError(f"the bundled checkpoint `{name}` is missing from this installation", hint="reinstall dmax")
+        raise InputError(
+            f"the bundled checkpoint `{name}` is missing from this installation",
+            hint="reinstall dmax",
+        )
     if os.path.isdir(folder):  # unlike Path.is_dir, no name is too long for it
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
@@ -206,14 +247,24 @@ def resolve_eos_and_pad(
 ) -> tuple[tuple[int, ...], int]:
     """EOS ids (`given`, else generation config, config, tokenizer) and the pad id (tokenizer, config, else EOS)."""
     generation = _load_generation_config(folder)
-    candidates = (given, *(getattr(source, "eos_token_id", None) for source in (generation, config, tokenizer)))
-    found: int | list[int] | None = next((ids for ids in candidates if ids is not None and ids != []), None)
+    candidates = (
+        given,
+        *(getattr(source, "eos_token_id", None) for source in (generation, config, tokenizer)),
+    )
+    found: int | list[int] | None = next(
+        (ids for ids in candidates if ids is not None and ids != []), None
+    )
     if found is None:
-        raise InputError("the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`")
+        raise InputError(
+            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
+        )
     every = found if isinstance(found, (list, tuple)) else [found]
     eos = tuple(dict.fromkeys(_in_vocabulary("eos_token_id", token, config) for token in every))
     pads = (getattr(source, "pad_token_id", None) for source in (tokenizer, config))
-    pad = next((token for token in pads if isinstance(token, int) and 0 <= token < config.vocab_size), eos[0])
+    pad = next(
+        (token for token in pads if isinstance(token, int) and 0 <= token < config.vocab_size),
+        eos[0],
+    )
     return eos, pad
 
 
@@ -258,15 +309,20 @@ def save_checkpoint(
         try:
             model.save_pretrained(partial)
             config = copy.deepcopy(model.config)
-            config.mask_token_id, config.block_length = mask_token_id, block_length
+            config.mask_token_id = mask_token_id
+            config.block_length = block_length
             config.eos_token_id = eos_token_id
             config.save_pretrained(partial)
-            GenerationConfig(eos_token_id=eos_token_id, pad_token_id=config.pad_token_id).save_pretrained(partial)
+            GenerationConfig(
+                eos_token_id=eos_token_id, pad_token_id=config.pad_token_id
+            ).save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if extra is not None:
                 (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
-            readable = (partial / "config.json").stat().st_mode  # safetensors writes for its owner alone
+            readable = (
+                (partial / "config.json").stat().st_mode
+            )  # safetensors writes for its owner alone
             for file in partial.iterdir():
                 file.chmod(readable)
             _swap(partial, folder)
@@ -286,7 +342,9 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     probe = _partial(folder)
     try:
         if folder.exists() and not _is_replaceable(folder):
-            raise InputError(f"{folder} exists and is not a checkpoint", hint="choose another output folder")
+            raise InputError(
+                f"{folder} exists and is not a checkpoint", hint="choose another output folder"
+            )
         probe.mkdir(parents=True)
         probe.rmdir()
     except OSError as error:
@@ -323,10 +381,14 @@ def _is_replaceable(folder: Path) -> bool:
 def _check_settings_files(folder: Path) -> None:
     for name in SETTINGS_FILES:
         try:
-            if (folder / name).is_file() and not isinstance(json.loads((folder / name).read_bytes()), dict):
+            if (folder / name).is_file() and not isinstance(
+                json.loads((folder / name).read_bytes()), dict
+            ):
                 raise ValueError("no JSON object")
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{folder} is not a usable checkpoint: {name} is damaged ({_first_line(error)})") from None
+            raise InputError(
+                f"{folder} is not a usable checkpoint: {name} is damaged ({_first_line(error)})"
+            ) from None
 
 
 def _load_generation_config(folder: Path | None) -> GenerationConfig | None:
@@ -335,13 +397,17 @@ def _load_generation_config(folder: Path | None) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(folder)
     except MISSHAPEN as error:
-        raise InputError(f"{folder / 'generation_config.json'} is not usable: {_first_line(error)}") from error
+        raise InputError(
+            f"{folder / 'generation_config.json'} is not usable: {_first_line(error)}"
+        ) from error
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -350,7 +416,12 @@ def _load_model(
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except InputError:
         raise
@@ -358,10 +429,13 @@ def _load_model(
         raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel
     model, report = loaded
-    # Our own classes have checked their files; for others transformers would fill gaps with random weights.
+    # Our own classes have checked their files; for others transformers would fill gaps with random
+    # weights.
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"{folder} lacks {len(missing)} weights of the model, the first is `{missing[0]}`")
+        raise InputError(
+            f"{folder} lacks {len(missing)} weights of the model, the first is `{missing[0]}`"
+        )
     return _ready(model)
 
 
@@ -378,7 +452,9 @@ def _named_mask(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
     return found
 
 
-def _check_lacks_mask(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _check_lacks_mask(
+    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer that a mask token could be added to")
     if _named_mask(config, tokenizer) is not None:
@@ -389,12 +465,17 @@ def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
     if not isinstance(token, int) or isinstance(token, bool):
         raise InputError(f"`{name}` must be a token id, got {token!r}", hint=f"pass `{name}`")
     if not 0 <= token < config.vocab_size:
-        raise InputError(f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}", hint=f"pass `{name}`")
+        raise InputError(
+            f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}",
+            hint=f"pass `{name}`",
+        )
     return int(token)
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, StrictDataclassError):  # its first line names the field, its second the reason
+    if isinstance(
+        error, StrictDataclassError
+    ):  # its first line names the field, its second the reason
         return " ".join(str(error).split())
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,7 @@
 """The `dmax` command. Each command imports what it needs when it runs; `--help` waits for transformers alone.
 
-That takes seconds, and all of them are the price of `import dmax` making the Auto classes know our models.
+That takes seconds, and all of them are the price of `import dmax` making the Auto classes know our
+models.
 """
 
 from __future__ import annotations
@@ -33,21 +34,37 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
-StrategyOption = Annotated[str, typer.Option(help="decoding strategy: spd, threshold, … (docs/methods.md)")]
-SettingsOption = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, of the strategy alone")]
-ThresholdOption = Annotated[float | None, typer.Option(help="confidence to decode at [default: the strategy's]")]
+StrategyOption = Annotated[
+    str, typer.Option(help="decoding strategy: spd, threshold, … (docs/methods.md)")
+]
+SettingsOption = Annotated[
+    list[str] | None, typer.Option("--option", help="NAME=VALUE, of the strategy alone")
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="confidence to decode at [default: the strategy's]")
+]
 TokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
 TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
 SoftOption = Annotated[
-    bool, typer.Option("--soft-inputs/--hard-inputs", help="SPD feeds decoded positions back as blends, or as tokens")
+    bool,
+    typer.Option(
+        "--soft-inputs/--hard-inputs",
+        help="SPD feeds decoded positions back as blends, or as tokens",
+    ),
 ]
-BlockOption = Annotated[int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")]
+BlockOption = Annotated[
+    int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")
+]
 TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
-DataOption = Annotated[Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
+]
 BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="compile the model; pays in long runs")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="compile the model; pays in long runs")
+]
 QuantizationOption = Annotated[str | None, typer.Option(help="of the experts: int8, fp8 or int4")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
@@ -65,7 +82,12 @@ def main() -> None:
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr that is fed `(done, total)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -77,7 +99,10 @@ def _settings(given: list[str]) -> dict[str, Any]:
     for text in given:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise InputError(f"`--option` must be NAME=VALUE, got {text!r}", hint="for example --option alpha=0.7")
+            raise InputError(
+                f"`--option` must be NAME=VALUE, got {text!r}",
+                hint="for example --option alpha=0.7",
+            )
         try:
             settings[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -102,7 +127,9 @@ def demo(as_json: JsonOption = False) -> None:
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; read from stdin if none is given")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="prompts; read from stdin if none is given")
+    ] = None,
     model: ModelOption = "tiny-dmax",
     strategy: StrategyOption = "spd",
     threshold: ThresholdOption = None,
@@ -113,8 +140,12 @@ def generate(
     block_length: BlockOption = None,
     temperature: TemperatureOption = 0.0,
     seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="text that ends a completion")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on to the longest completion")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="text that ends a completion")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="go on to the longest completion")
+    ] = False,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
@@ -122,9 +153,10 @@ def generate(
 ) -> None:
     """Complete one or more prompts.
 
-    Example: dmax generate --model tiny-dmax "Liam has 9 photos. Later Liam collects 5 photos more. Liam leaves 2 photos
-    at school. Liam throws away 6 broken photos. Liam throws away 2 broken photos. How many photos does Liam end up
-    with?"
+    Example: dmax generate --model tiny-dmax "Liam has 9 photos. Later Liam collects 5 photos more.
+        Liam leaves 2 photos
+    at school. Liam throws away 6 broken photos. Liam throws away 2 broken photos. How many photos
+    does Liam end up with?"
     """
     from dmax.llm import LLM
     from dmax.params import DecodingParams
@@ -133,13 +165,17 @@ def generate(
         texts = prompts or [sys.stdin.read().strip()]
         "".join(texts).encode()
     except UnicodeError:
-        raise InputError("the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8") from None
+        raise InputError(
+            "the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
+        ) from None
     if not all(texts):
         raise InputError("no prompt given", hint='dmax generate "your question"')
     params = DecodingParams(
         strategy=strategy,
         threshold=threshold,
-        max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=DecodingParams().max_new_tokens
+        if max_new_tokens is None
+        else max_new_tokens,
         top_k=top_k,
         soft_inputs=soft_inputs,
         options=_settings(option or []),
@@ -152,7 +188,12 @@ def generate(
     llm = LLM(model, dtype=dtype, device=device, quantization=cast(Any, quantization))
     outputs = llm.generate(list(texts), params)
     if as_json:
-        _emit([{**asdict(output), "tokens_per_forward": output.tokens_per_forward} for output in outputs])
+        _emit(
+            [
+                {**asdict(output), "tokens_per_forward": output.tokens_per_forward}
+                for output in outputs
+            ]
+        )
         return
     for output in outputs:
         sys.stdout.write(output.text + "\n")
@@ -166,9 +207,14 @@ def generate(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
-    max_steps: Annotated[int | None, typer.Option(help="stop after this many steps instead", min=1)] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="stop after this many steps instead", min=1)
+    ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="start over: drop an earlier run's checkpoints, replace its result")
+        bool,
+        typer.Option(
+            "--fresh", help="start over: drop an earlier run's checkpoints, replace its result"
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -179,8 +225,14 @@ def train(
     from dmax.recipe import load_recipe, run_recipe
 
     overrides = {} if max_steps is None else {"max_steps": max_steps}
-    with redirect_stdout(sys.stderr):  # where the Trainer's log lines belong: stdout is for the result
-        folder = run_recipe(load_recipe(recipe, overrides), resume=not fresh, report=lambda line: console.print(line))
+    with redirect_stdout(
+        sys.stderr
+    ):  # where the Trainer's log lines belong: stdout is for the result
+        folder = run_recipe(
+            load_recipe(recipe, overrides),
+            resume=not fresh,
+            report=lambda line: console.print(line),
+        )
     if as_json:
         _emit({"checkpoint": str(folder)})
     else:
@@ -189,10 +241,14 @@ def train(
 
 @app.command()
 def distill(
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")
+    ],
     model: ModelOption = "tiny-base",
     num: Annotated[int, typer.Option(help="training problems to answer", min=1)] = 1000,
-    prompts: Annotated[Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")
+    ] = None,
     strategy: StrategyOption = "threshold",
     threshold: ThresholdOption = 0.95,
     max_new_tokens: TokensOption = None,
@@ -215,21 +271,31 @@ def distill(
     from dmax.params import DecodingParams
     from dmax.tasks.word_problems import problems
 
-    questions = read_prompts(prompts) if prompts else [problem.question for problem in problems(num, seed=seed)]
+    questions = (
+        read_prompts(prompts)
+        if prompts
+        else [problem.question for problem in problems(num, seed=seed)]
+    )
     params = DecodingParams(
         strategy=strategy,
         threshold=threshold,
-        max_new_tokens=DecodingParams().max_new_tokens if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=DecodingParams().max_new_tokens
+        if max_new_tokens is None
+        else max_new_tokens,
     )
     get_strategy(params)  # an unknown one is an error before files and models are touched
     check_writable(output)
-    llm = LLM(model, dtype=dtype, device=device, max_batch_size=batch_size, compile_model=compile_model)
+    llm = LLM(
+        model, dtype=dtype, device=device, max_batch_size=batch_size, compile_model=compile_model
+    )
     with progress_bar("distilling") as progress:
         report = run_distill(llm, questions, output, params, progress=progress)
     if as_json:
         _emit({"output": str(output), **asdict(report)})
     else:
-        sys.stdout.write(f"{output}: {report.kept} responses, {report.unfinished} unfinished ones dropped\n")
+        sys.stdout.write(
+            f"{output}: {report.kept} responses, {report.unfinished} unfinished ones dropped\n"
+        )
 
 
 @app.command("eval")
@@ -251,13 +317,18 @@ def evaluate(
     quantization: QuantizationOption = None,
     compile_model: CompileOption = False,
     device: DeviceOption = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the summary")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the results in --output")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for the summary")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the results in --output")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy, tokens per forward and speed on a task; with --output an interrupted run goes on.
 
-    Example: dmax eval --model tiny-dmax --task word_problems --strategy spd --threshold 0.5 --limit 200 --seed 7
+    Example: dmax eval --model tiny-dmax --task word_problems --strategy spd --threshold 0.5 --limit
+        200 --seed 7
     """
     from dmax.evaluation.results import ResultFiles
     from dmax.evaluation.run import evaluate as run_evaluation
@@ -276,11 +347,22 @@ def evaluate(
         block_length=block_length,
     )
     files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
-    options = {"max_batch_size": batch_size, "quantization": quantization, "compile_model": compile_model}
+    options = {
+        "max_batch_size": batch_size,
+        "quantization": quantization,
+        "compile_model": compile_model,
+    }
     llm = LLM(model, dtype=dtype, device=device, **cast(Any, options))
     with progress_bar(f"{model} on {task}") as progress:
         summary, samples = run_evaluation(
-            llm, chosen, params, limit=limit, seed=seed, model_name=model, progress=progress, journal=files
+            llm,
+            chosen,
+            params,
+            limit=limit,
+            seed=seed,
+            model_name=model,
+            progress=progress,
+            journal=files,
         )
     if files:
         files.finish(summary, samples)
@@ -303,8 +385,12 @@ def _in_words(summary: Summary) -> str:
 @app.command()
 def bench(
     device: DeviceOption = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="fewer problems, sizes and repeats")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the results")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="fewer problems, sizes and repeats")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file for the results")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed: the bundled models on a CPU, or LLaDA-2.0-mini's shape with random weights on a CUDA GPU.
@@ -323,7 +409,8 @@ def bench(
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with `dmax` among its models; all arguments are those of its command lm_eval.
 
-    Example: dmax lm_eval --model dmax --model_args pretrained=tiny-dmax,strategy=spd,threshold=0.5 --tasks gsm8k
+    Example: dmax lm_eval --model dmax --model_args pretrained=tiny-dmax,strategy=spd,threshold=0.5
+        --tasks gsm8k
     """
     from dmax.evaluation.harness import main as run_lm_eval
 
@@ -332,10 +419,19 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def sweep(
-    model: Annotated[list[str], typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for sweep.json, plots and report.html")],
-    strategies: Annotated[str, typer.Option(help="decoding strategies, separated by commas")] = "spd,threshold",
-    thresholds: Annotated[str, typer.Option(help="start:stop:step, or a list separated by commas")] = "0:1:0.1",
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more"),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for sweep.json, plots and report.html")
+    ],
+    strategies: Annotated[
+        str, typer.Option(help="decoding strategies, separated by commas")
+    ] = "spd,threshold",
+    thresholds: Annotated[
+        str, typer.Option(help="start:stop:step, or a list separated by commas")
+    ] = "0:1:0.1",
     task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
     data: DataOption = None,
     limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
@@ -348,9 +444,11 @@ def sweep(
 ) -> None:
     """Trace accuracy against tokens per forward: models x methods x thresholds, as a table, a plot and a page.
 
-    An interrupted sweep goes on where it stopped. Methods without a threshold are swept over their own setting.
+    An interrupted sweep goes on where it stopped. Methods without a threshold are swept over their
+    own setting.
 
-    Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output runs/sweep
+    Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output
+        runs/sweep
     """
     from dmax.checkpoint import find_folder
     from dmax.evaluation.plots import draw, page
@@ -360,7 +458,8 @@ def sweep(
     from dmax.tasks import get_task
 
     names = [name.strip() for name in strategies.split(",")]
-    curves, chosen = curves_of(model, names, parse_grid(thresholds)), get_task(task, data)
+    curves = curves_of(model, names, parse_grid(thresholds))
+    chosen = get_task(task, data)
     check_writable(output / "sweep.json")
     for checkpoint in model:
         find_folder(checkpoint)  # an unknown one is an error before the first is measured

@@ -38,12 +38,18 @@ class Setting:
     @property
     def params(self) -> DecodingParams:
         """Decoding parameters of the row, with room for the longest answer."""
-        return DecodingParams(strategy=self.strategy, threshold=self.threshold, soft_inputs=self.soft_inputs)
+        return DecodingParams(
+            strategy=self.strategy, threshold=self.threshold, soft_inputs=self.soft_inputs
+        )
 
     @property
     def method(self) -> str:
         """The strategy, and for SPD how decoded positions are fed back."""
-        return self.strategy if self.strategy != "spd" else f"spd, {'soft' if self.soft_inputs else 'hard'}"
+        return (
+            self.strategy
+            if self.strategy != "spd"
+            else f"spd, {'soft' if self.soft_inputs else 'hard'}"
+        )
 
 
 SETTINGS = (
@@ -66,11 +72,19 @@ def run_demo(*, as_json: bool = False) -> None:
     for setting in SETTINGS:
         with console.status(f"decoding: {setting.label}"):
             summary, _ = evaluate(
-                models[setting.model], task, setting.params, limit=NUM_PROBLEMS, seed=SEED, model_name=setting.model
+                models[setting.model],
+                task,
+                setting.params,
+                limit=NUM_PROBLEMS,
+                seed=SEED,
+                model_name=setting.model,
             )
         summaries.append(summary)
     if as_json:
-        rows = [{"label": setting.label, **asdict(s)} for setting, s in zip(SETTINGS, summaries, strict=True)]
+        rows = [
+            {"label": setting.label, **asdict(s)}
+            for setting, s in zip(SETTINGS, summaries, strict=True)
+        ]
         sys.stdout.write(json.dumps({"rows": rows}) + "\n")
         return
     console.print(_table(summaries))
@@ -80,7 +94,10 @@ def run_demo(*, as_json: bool = False) -> None:
     began = time.perf_counter()
     for line in watch(models[SETTINGS[-1].model], example.prompt, SETTINGS[-1].params):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"{time.perf_counter() - began:.2f} s at batch 1; expected answer {example.answer}", style="dim")
+    console.print(
+        f"{time.perf_counter() - began:.2f} s at batch 1; expected answer {example.answer}",
+        style="dim",
+    )
 
 
 def _machine() -> str:
@@ -91,7 +108,9 @@ def _machine() -> str:
 def _table(summaries: list[Summary]) -> Table:
     table = Table(title="exact final answer, block length 32")
     for column in ("setting", "strategy", "threshold", "correct", "TPF", "tokens/s"):
-        table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in TEXT_COLUMNS else "right", no_wrap=True
+        )
     for setting, summary in zip(SETTINGS, summaries, strict=True):
         table.add_row(
             setting.label,
@@ -118,7 +137,10 @@ def watch(llm: LLM, prompt: str, params: DecodingParams) -> Iterator[Text]:
         if event.output is not None:
             output = event.output
             tpf = f"TPF {output.tokens_per_forward:.2f}"
-            yield Text(f"\n{len(output.token_ids)} tokens, {output.num_forwards} forwards, {tpf}", style="bold")
+            yield Text(
+                f"\n{len(output.token_ids)} tokens, {output.num_forwards} forwards, {tpf}",
+                style="bold",
+            )
             return
         same_block = previous is not None and previous.position == event.position
         yield _line(llm, event, previous if same_block else None)

@@ -25,7 +25,8 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
     """The device to use and why; "auto" is the first CUDA GPU, else the CPU. Others, like "mps", only if asked for.
 
     Raises:
-        InputError: an unknown device, or one that this machine or this build of torch does not have.
+        InputError: an unknown device, or one that this machine or this build of torch does not
+            have.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -35,7 +36,9 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
         chosen = torch.device(device)
     except RuntimeError:
         choices = f"choose from {', '.join(DEVICES)} or, with an index, cuda:1"
-        raise InputError(f"unknown device {device!r}; {choices}", did_you_mean(str(device), DEVICES)) from None
+        raise InputError(
+            f"unknown device {device!r}; {choices}", did_you_mean(str(device), DEVICES)
+        ) from None
     try:
         torch.zeros(1, device=chosen).item()  # the meta device has tensors, but no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -79,7 +82,8 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     """A JSON-ready record of hardware and versions; fields that cannot be found out are None.
 
     Args:
-        device: what the numbers were computed on; the GPU's name and power limit are recorded for a CUDA device only.
+        device: what the numbers were computed on; the GPU's name and power limit are recorded for a
+            CUDA device only.
     """
     chosen = torch.device("cpu" if device is None else device)
     record: dict[str, Any] = {
@@ -112,7 +116,9 @@ def _cpu_has_bfloat16() -> bool:
 def _output(command: Sequence[str]) -> str | None:
     """What a program prints, or None if it is missing, fails or hangs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -129,7 +135,9 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    return _output(["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"])
+    return _output(
+        ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    )
 
 
 def _cpu_name() -> str:
@@ -137,12 +145,22 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _power_limit(uuid: str) -> float | None:
     """Watts the GPU may draw, by its UUID: the indices of nvidia-smi and of torch differ under CUDA_VISIBLE_DEVICES."""
-    watts = _output(["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"])
+    watts = _output(
+        [
+            "nvidia-smi",
+            f"--id=GPU-{uuid}",
+            "--query-gpu=power.limit",
+            "--format=csv,noheader,nounits",
+        ]
+    )
     try:
         return float(watts or "")
     except ValueError:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input, said in one sentence.
 
-    Commands print it and exit with code 2; `str(error)` is the message and, as a second paragraph, the hint.
+    Commands print it and exit with code 2; `str(error)` is the message and, as a second paragraph,
+    the hint.
 
     Attributes:
         message: what is wrong, with the value that was given.

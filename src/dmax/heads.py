@@ -1,8 +1,8 @@
 """Small trained heads that say which positions may be decoded together, and the files they come in.
 
-Learn2PD's filter sees the confidences of a block, DEMASK's head its hidden states. A head is a few tensors fitted to
-one model: training fits them and decoding applies them with the functions below. B blocks, L positions, D hidden, K
-inner.
+Learn2PD's filter sees the confidences of a block, DEMASK's head its hidden states. A head is a few
+tensors fitted to one model: training fits them and decoding applies them with the functions below.
+B blocks, L positions, D hidden, K inner.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Head:
 
     Attributes:
         kind: the strategy it belongs to.
-        model: digest of the weights whose confidences or hidden states it learnt from (`checkpoint.weights_digest`).
+        model: digest of the weights whose confidences or hidden states it learnt from
+            (`checkpoint.weights_digest`).
         block_length: L of that model.
         hidden_size: D of that model.
         steps: of training.
@@ -50,7 +51,9 @@ class Head:
     steps: int
     tensors: Tensors = field(repr=False, compare=False)
     digest: str = field(init=False)
-    _placed: dict[torch.device, Tensors] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _placed: dict[torch.device, Tensors] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()
@@ -69,16 +72,30 @@ class Head:
     def on(self, device: torch.device) -> Tensors:
         """The tensors on a device, copied there once."""
         if device not in self._placed:
-            self._placed[device] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+            self._placed[device] = {
+                name: tensor.to(device) for name, tensor in self.tensors.items()
+            }
         return self._placed[device]
 
 
-def shapes(kind: Kind, block_length: int, hidden_size: int, inner: int) -> dict[str, tuple[int, ...]]:
+def shapes(
+    kind: Kind, block_length: int, hidden_size: int, inner: int
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a head's tensors; `inner` K is of the dependency head alone."""
     if kind == "learn2pd":
-        square, line = (block_length, block_length), (block_length,)
-        return {"inner.weight": square, "inner.bias": line, "outer.weight": square, "outer.bias": line}
-    return {"query": (hidden_size, inner), "key": (hidden_size, inner), "distance": (2 * block_length - 1,)}
+        square = (block_length, block_length)
+        line = (block_length,)
+        return {
+            "inner.weight": square,
+            "inner.bias": line,
+            "outer.weight": square,
+            "outer.bias": line,
+        }
+    return {
+        "query": (hidden_size, inner),
+        "key": (hidden_size, inner),
+        "distance": (2 * block_length - 1,),
+    }
 
 
 def filter_logits(tensors: Tensors, confidence: Tensor) -> Tensor:
@@ -88,7 +105,8 @@ def filter_logits(tensors: Tensors, confidence: Tensor) -> Tensor:
 
     Args:
         tensors: of a `learn2pd` head for blocks of L positions.
-        confidence: [B, L'] float32 of all positions of the block, decoded ones included; L' <= L, the rest counts as 0.
+        confidence: [B, L'] float32 of all positions of the block, decoded ones included; L' <= L,
+            the rest counts as 0.
     """
     length = confidence.shape[1]
     padded = F.pad(confidence, (0, len(tensors["inner.bias"]) - length))  # [B, L]
@@ -101,17 +119,21 @@ def dependency_logits(tensors: Tensors, hidden_states: Tensor) -> Tensor:
 
         D_ij = sigmoid(q_i · k_j / √K + b_{j - i}),   q = h W_q,   k = h W_k
 
-    The scaled dot product is the source's; the sigmoid (the target lies in [0, 1]) and the bias for the distance
-    (the last hidden states need not carry positions) are ours.
+    The scaled dot product is the source's; the sigmoid (the target lies in [0, 1]) and the bias for
+    the distance (the last hidden states need not carry positions) are ours.
 
     Args:
         tensors: of a `demask` head for blocks of L positions.
         hidden_states: [B, L', D] of the model's last layer; L' <= L.
     """
     hidden_states = hidden_states.float()
-    query, key = hidden_states @ tensors["query"], hidden_states @ tensors["key"]  # [B, L', K]
+    # [B, L', K]
+    query = hidden_states @ tensors["query"]
+    key = hidden_states @ tensors["key"]
     position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    apart = position[None] - position[:, None] + len(tensors["distance"]) // 2  # [L', L'], j - i from 0 on
+    apart = (
+        position[None] - position[:, None] + len(tensors["distance"]) // 2
+    )  # [L', L'], j - i from 0 on
     return query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]) + tensors["distance"][apart]
 
 
@@ -124,47 +146,72 @@ def load_head(name: object, kind: Kind) -> Head:
         InputError: no name, no such file, or not a sound head of that kind.
     """
     have = [model for model in BUNDLED if bundled_head(model, kind).is_file()]
-    hint = f"train one as recipes/tiny_{kind}.yaml does" + (f", or take that of {' or '.join(have)}" if have else "")
+    hint = f"train one as recipes/tiny_{kind}.yaml does" + (
+        f", or take that of {' or '.join(have)}" if have else ""
+    )
     if not isinstance(name, str) or not name:
-        raise InputError(f"strategy `{kind}` needs the option `head`, the file of a trained head, got {name!r}", hint)
+        raise InputError(
+            f"strategy `{kind}` needs the option `head`, the file of a trained head, got {name!r}",
+            hint,
+        )
     path = bundled_head(name, kind) if name in BUNDLED else Path(name).expanduser()
     path = path / f"{kind}.safetensors" if path.is_dir() else path
     try:
         return _read(path, path.stat().st_mtime_ns, kind)
     except OSError:
-        raise InputError(f"strategy `{kind}` has no head `{name}`: {path} cannot be read", hint) from None
+        raise InputError(
+            f"strategy `{kind}` has no head `{name}`: {path} cannot be read", hint
+        ) from None
     except (SafetensorError, KeyError, ValueError) as error:
         reason = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path} is not a sound head of strategy `{kind}`: {reason}", hint) from None
+        raise InputError(
+            f"{path} is not a sound head of strategy `{kind}`: {reason}", hint
+        ) from None
 
 
 @lru_cache(maxsize=16)
 def _read(path: Path, _modified: int, kind: Kind) -> Head:
     """Raises OSError, SafetensorError, KeyError or ValueError."""
     with safe_open(path, "pt") as file:
-        about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about["kind"] != kind:
         raise ValueError(f"it belongs to strategy `{about['kind']}`")
-    length, hidden = int(about["block_length"]), int(about["hidden_size"])
+    length = int(about["block_length"])
+    hidden = int(about["hidden_size"])
     wanted = shapes(kind, length, hidden, tensors["query"].shape[-1] if "query" in tensors else 0)
     for key, shape in wanted.items():
         if tensors[key].shape != shape or not tensors[key].isfinite().all():
-            raise ValueError(f"`{key}` must be {list(shape)} finite numbers, got {list(tensors[key].shape)}")
+            raise ValueError(
+                f"`{key}` must be {list(shape)} finite numbers, got {list(tensors[key].shape)}"
+            )
     return Head(
-        kind, about["model"], length, hidden, int(about["steps"]), {key: tensors[key].float() for key in wanted}
+        kind,
+        about["model"],
+        length,
+        hidden,
+        int(about["steps"]),
+        {key: tensors[key].float() for key in wanted},
     )
 
 
 def save_head(head: Head, path: Path) -> None:
     """Write a head, whole or not at all; raises `InputError` if the place cannot be written."""
-    about = {name: str(getattr(head, name)) for name in ("kind", "model", "block_length", "hidden_size", "steps")}
+    about = {
+        name: str(getattr(head, name))
+        for name in ("kind", "model", "block_length", "hidden_size", "steps")
+    }
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(save({name: tensor.contiguous() for name, tensor in head.tensors.items()}, about))
+            partial.write_bytes(
+                save({name: tensor.contiguous() for name, tensor in head.tensors.items()}, about)
+            )
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another `output_dir`") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", hint="choose another `output_dir`"
+        ) from None

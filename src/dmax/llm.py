@@ -32,16 +32,19 @@ class LLM:
         device: "auto", "cpu", "cuda", …
         mask_token_id, eos_token_id, block_length: override what the checkpoint says.
         max_batch_size: sequences decoded together; more wait their turn.
-        prefix_cache_mib: memory for prompts' leading blocks that are encoded once for all requests that begin alike;
+        prefix_cache_mib: memory for prompts' leading blocks that are encoded once for all requests
+            that begin alike;
             0: none, so that a result's last bits do not depend on what was decoded before.
         commit: how finished blocks get their clean keys and values (see `Engine`).
         attn_implementation, experts_implementation: as in transformers; None chooses.
         quantization: of the experts, "int8", "fp8" or "int4"; None leaves them as they are.
-        compile_model: have `torch.compile` fuse the small operations of a forward. The first two forwards take half a
-            minute longer, which long jobs earn back (docs/performance.md); on a CPU it takes a C++ compiler.
+        compile_model: have `torch.compile` fuse the small operations of a forward. The first two
+            forwards take half a minute longer, which long jobs earn back (docs/performance.md); on
+            a CPU it takes a C++ compiler.
 
     Raises:
-        InputError: an unknown model, a damaged checkpoint, ids that it does not define, or no C++ compiler.
+        InputError: an unknown model, a damaged checkpoint, ids that it does not define, or no C++
+            compiler.
     """
 
     def __init__(
@@ -92,19 +95,31 @@ class LLM:
         return llm
 
     def _setup(
-        self, checkpoint: Checkpoint, max_batch_size: int, prefix_cache_mib: int, commit: Commit, compile_model: bool
+        self,
+        checkpoint: Checkpoint,
+        max_batch_size: int,
+        prefix_cache_mib: int,
+        commit: Commit,
+        compile_model: bool,
     ) -> None:
         check_number("max_batch_size", max_batch_size, low=1, whole=True)
         check_number("prefix_cache_mib", prefix_cache_mib, low=0, whole=True)
         if commit not in get_args(Commit):
-            raise InputError(f"`commit` must be one of {', '.join(get_args(Commit))}, got {commit!r}")
+            raise InputError(
+                f"`commit` must be one of {', '.join(get_args(Commit))}, got {commit!r}"
+            )
         if compile_model and (name := lacks_compiler(checkpoint.model.device)):
             raise InputError(
-                f"compiling a model takes a C++ compiler, and {name} is not here", "install it, or set CXX"
+                f"compiling a model takes a C++ compiler, and {name} is not here",
+                "install it, or set CXX",
             )
         checkpoint.model.eval()
-        self.checkpoint, self.model, self.tokenizer = checkpoint, checkpoint.model, checkpoint.tokenizer
-        self.max_batch_size, self.prefix_cache_mib, self.commit = max_batch_size, prefix_cache_mib, commit
+        self.checkpoint = checkpoint
+        self.model = checkpoint.model
+        self.tokenizer = checkpoint.tokenizer
+        self.max_batch_size = max_batch_size
+        self.prefix_cache_mib = prefix_cache_mib
+        self.commit = commit
         self.compile_model = compile_model
         self._engines: dict[int, Engine] = {}  # by block length
 
@@ -116,9 +131,10 @@ class LLM:
         """Complete prompts; always a list, in the order of the prompts.
 
         Args:
-            prompts: a text, a list of token ids, a list of chat messages, or a list of any of these. A text is one
-                user message if the tokenizer has a chat template (these models are instruction-tuned), else it is
-                continued as it is; to continue raw text with a chat model, pass its token ids.
+            prompts: a text, a list of token ids, a list of chat messages, or a list of any of
+                these. A text is one user message if the tokenizer has a chat template (these models
+                are instruction-tuned), else it is continued as it is; to continue raw text with a
+                chat model, pass its token ids.
             params: one for all, or one for each.
 
         Raises:
@@ -126,7 +142,10 @@ class LLM:
         """
         requests = self._requests(prompts, params)
         outputs: list[GenerationOutput | None] = [None] * len(requests)
-        groups = [(self._engine(length), group) for length, group in self._by_block_length(requests).items()]
+        groups = [
+            (self._engine(length), group)
+            for length, group in self._by_block_length(requests).items()
+        ]
         for engine, group in groups:
             engine.check(group)  # of all groups, before the first is decoded
         for engine, group in groups:
@@ -154,20 +173,28 @@ class LLM:
         """Token ids of a prompt of any form, the chat template applied to messages and texts."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise InputError("this checkpoint has no tokenizer", hint="pass prompts as lists of token ids")
+                raise InputError(
+                    "this checkpoint has no tokenizer", hint="pass prompts as lists of token ids"
+                )
             if not self.tokenizer.chat_template:
                 return tuple(self.tokenizer.encode(prompt))
             prompt = [{"role": "user", "content": prompt}]
         is_list = isinstance(prompt, Sequence)
         if is_list and prompt and all(isinstance(message, Mapping) for message in prompt):
             if self.tokenizer is None or not self.tokenizer.chat_template:
-                raise InputError("this checkpoint has no chat template", hint="pass texts or lists of token ids")
+                raise InputError(
+                    "this checkpoint has no chat template", hint="pass texts or lists of token ids"
+                )
             messages: list[dict[str, str]] = [dict(message) for message in prompt]  # type: ignore[arg-type]
             if not all({"role", "content"} <= message.keys() for message in messages):
                 raise InputError("a chat message is a mapping with `role` and `content`")
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
             return tuple(ids)
-        if is_list and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        if is_list and all(
+            isinstance(token, int) and not isinstance(token, bool) for token in prompt
+        ):
             return tuple(prompt)  # type: ignore[arg-type]
         raise InputError(
             f"a prompt must be a text, a list of token ids or a list of chat messages, got {prompt!r:.80}",
@@ -176,14 +203,23 @@ class LLM:
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
         several = [prompts] if _is_single(prompts) else list(prompts)
-        each = params if isinstance(params, Sequence) else [params or DecodingParams()] * len(several)
+        each = (
+            params if isinstance(params, Sequence) else [params or DecodingParams()] * len(several)
+        )
         if len(each) != len(several):
-            raise InputError(f"got {len(several)} prompts and {len(each)} params; give one for all or one for each")
+            raise InputError(
+                f"got {len(several)} prompts and {len(each)} params; give one for all or one for each"
+            )
         for settings in each:
             if not isinstance(settings, DecodingParams):
-                raise InputError(f"`params` must be a `DecodingParams` or a list of them, got {settings!r:.80}")
+                raise InputError(
+                    f"`params` must be a `DecodingParams` or a list of them, got {settings!r:.80}"
+                )
             if settings.stop and self.tokenizer is None:
-                raise InputError("this checkpoint has no tokenizer to find stop texts with", hint="leave out `stop`")
+                raise InputError(
+                    "this checkpoint has no tokenizer to find stop texts with",
+                    hint="leave out `stop`",
+                )
         for settings in set(each):
             get_strategy(settings)  # an unknown strategy is an error before any compute
         return [
@@ -194,7 +230,9 @@ class LLM:
     def _by_block_length(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
         groups: dict[int, list[Request]] = {}
         for request in requests:
-            groups.setdefault(request.params.block_length or self.checkpoint.block_length, []).append(request)
+            groups.setdefault(
+                request.params.block_length or self.checkpoint.block_length, []
+            ).append(request)
         return groups
 
     def engine(self, block_length: int | None = None, **options: Any) -> Engine:
@@ -233,7 +271,11 @@ class LLM:
         """How many of the tokens to keep so that their text ends in the first of the stop `texts`; None without one."""
         if not any(text in self._text(token_ids) for text in texts):
             return None
-        return next(n for n in range(1, len(token_ids) + 1) if any(t in self._text(token_ids[:n]) for t in texts))
+        return next(
+            n
+            for n in range(1, len(token_ids) + 1)
+            if any(t in self._text(token_ids[:n]) for t in texts)
+        )
 
     def _text(self, token_ids: Sequence[int]) -> str:
         if self.tokenizer is None:
@@ -241,7 +283,8 @@ class LLM:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _output(self, request: Request, completion: Completion) -> GenerationOutput:
-        counters, text = completion.counters, self._text(completion.token_ids)
+        counters = completion.counters
+        text = self._text(completion.token_ids)
         ends = [found for stop in request.params.stop if (found := text.find(stop)) >= 0]
         return GenerationOutput(
             text=text[: min(ends, default=len(text))],
@@ -256,8 +299,14 @@ class LLM:
 
     def _stream_event(self, event: BlockEvent) -> StreamEvent:
         eos = self.checkpoint.eos_token_ids
-        end = next((i for i, token in enumerate(event.token_ids) if token in eos), len(event.token_ids))
-        shown = [token for token, hidden in zip(event.token_ids[:end], event.masked, strict=False) if not hidden]
+        end = next(
+            (i for i, token in enumerate(event.token_ids) if token in eos), len(event.token_ids)
+        )
+        shown = [
+            token
+            for token, hidden in zip(event.token_ids[:end], event.masked, strict=False)
+            if not hidden
+        ]
         return StreamEvent(
             kind=event.kind,
             text=self._text(shown),

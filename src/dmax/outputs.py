@@ -18,9 +18,11 @@ class GenerationOutput:
         prompt_token_ids: the prompt as the model saw it.
         finish_reason: "stop" (EOS or a stop text), "length", "deadline" or "cancelled".
         num_forwards: denoising forwards.
-        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first denoising forward.
+        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first
+            denoising forward.
         num_commit_forwards: forwards that only wrote keys and values of finished blocks.
-        num_positions: positions computed in denoising and commit forwards, all open blocks and versions included.
+        num_positions: positions computed in denoising and commit forwards, all open blocks and
+            versions included.
     """
 
     text: str
@@ -53,8 +55,10 @@ class StreamEvent:
     """What happened in one step of a streamed generation.
 
     Attributes:
-        kind: "provisional" (the open block, still subject to revision), "committed" (a final block) or "finished".
-        text: text of the block's decoded tokens up to the first EOS; for "finished" the whole completion.
+        kind: "provisional" (the open block, still subject to revision), "committed" (a final block)
+            or "finished".
+        text: text of the block's decoded tokens up to the first EOS; for "finished" the whole
+            completion.
         token_ids: the block's generated positions; for "finished" the whole completion.
         masked: which of them are undecided.
         confidence: probability of each.

@@ -9,7 +9,14 @@ from typing import Any
 
 from dmax.errors import InputError
 
-SWITCHES = ("ignore_eos", "prefix_only", "soft_inputs", "renormalize", "stop_on_confidence", "stop_on_consistency")
+SWITCHES = (
+    "ignore_eos",
+    "prefix_only",
+    "soft_inputs",
+    "renormalize",
+    "stop_on_confidence",
+    "stop_on_consistency",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,27 +25,33 @@ class DecodingParams:
 
     Attributes:
         strategy: name of a decoding strategy (`dmax.strategies()` lists them).
-        threshold: confidence from which a masked position is decoded, in [0, 1]; None: the strategy's own default
-            (0.5 for `spd`, 0.95 for `threshold`).
+        threshold: confidence from which a masked position is decoded, in [0, 1]; None: the
+            strategy's own default (0.5 for `spd`, 0.95 for `threshold`).
         stop_confidence: a block whose every position is at least this sure is finished, in (0, 1].
         top_k: candidates mixed into a soft input.
         block_length: positions decoded together; None: the checkpoint's own.
         max_new_tokens: longest completion; the last block is still decoded whole.
         temperature: 0 decodes greedily; above, tokens are sampled.
         seed: of the sampling, below 2^63; None draws a fresh one.
-        stop: texts that end the completion where they first appear; the text is cut before, the token ids behind them.
+        stop: texts that end the completion where they first appear; the text is cut before, the
+            token ids behind them.
         ignore_eos: go on behind an EOS, to `max_new_tokens`; for measuring speed.
-        deadline: seconds after its submission at which a request ends with what it has by then; None: no limit.
-        max_steps_per_block: cap on forwards per block; None: the block length, times the blocks open at once.
-        prefix_only: SPD decodes the confident prefix of the masks only; off: any confident position.
+        deadline: seconds after its submission at which a request ends with what it has by then;
+            None: no limit.
+        max_steps_per_block: cap on forwards per block; None: the block length, times the blocks
+            open at once.
+        prefix_only: SPD decodes the confident prefix of the masks only; off: any confident
+            position.
         soft_inputs: SPD feeds decoded positions back as blends; off: as hard tokens.
         renormalize: blends keep their length (eq. 10).
         stop_on_confidence: SPD may stop when every position is sure.
         stop_on_consistency: SPD may stop when nothing changed.
-        options: what only the chosen strategy knows, by name (`{"alpha": 0.7}` for `credit`); kept as sorted pairs.
+        options: what only the chosen strategy knows, by name (`{"alpha": 0.7}` for `credit`); kept
+            as sorted pairs.
 
     Raises:
-        InputError: a value out of range or of the wrong type. Whether the strategy exists is known when it is made.
+        InputError: a value out of range or of the wrong type. Whether the strategy exists is known
+            when it is made.
     """
 
     strategy: str = "spd"
@@ -73,8 +86,12 @@ class DecodingParams:
         check_number("seed", self.seed, low=0, high=2**63 - 1, whole=True, optional=True)
         check_number("deadline", self.deadline, low=0, optional=True)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise InputError(f"`stop` must be a text or a list of texts, none of them empty, got {self.stop!r}")
+        if not isinstance(stop, Sequence) or not all(
+            isinstance(text, str) and text for text in stop
+        ):
+            raise InputError(
+                f"`stop` must be a text or a list of texts, none of them empty, got {self.stop!r}"
+            )
         object.__setattr__(self, "stop", tuple(stop))
         for name in SWITCHES:
             if not isinstance(value := getattr(self, name), bool):

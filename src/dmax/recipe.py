@@ -48,10 +48,11 @@ from dmax.training.trainer import DMaxConfig, DMaxTrainer
 class ModelSection:
     """Where the model comes from: `path` of a checkpoint to continue, or `config` for a new one.
 
-    `add_mask_token` and `block_length` turn an autoregressive checkpoint at `path` into a block-diffusion model.
-    `config` holds the fields of its `model_type`'s configuration: llada2_moe, or a dense decoder such as llama.
-    `keep_start` is the share of the weights at `path` in what is saved in the end: a mean of both ends of a run often
-    beats either (WiSE-FT, arXiv 2109.01903).
+    `add_mask_token` and `block_length` turn an autoregressive checkpoint at `path` into a
+    block-diffusion model. `config` holds the fields of its `model_type`'s configuration:
+    llada2_moe, or a dense decoder such as llama. `keep_start` is the share of the weights at `path`
+    in what is saved in the end: a mean of both ends of a run often beats either (WiSE-FT, arXiv
+    2109.01903).
     """
 
     path: str | None = None
@@ -104,7 +105,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read and check a recipe; `overrides` replace fields of its `training`, or `head`. Nothing is computed yet.
 
     Raises:
-        InputError: naming file, line and key: not YAML, unknown or missing key, or a value of the wrong kind.
+        InputError: naming file, line and key: not YAML, unknown or missing key, or a value of the
+            wrong kind.
     """
     file = read_recipe_file(Path(path))
     content = file.content
@@ -118,7 +120,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise file.wrong(key, f"a recipe with `head` has no `{key}`: a head alone is trained")
     output_dir = content["output_dir"]
     if not isinstance(output_dir, str) or Path(output_dir).name in ("", ".."):
-        raise file.wrong("output_dir", f"`output_dir` must be the path of a folder, got {output_dir!r}")
+        raise file.wrong(
+            "output_dir", f"`output_dir` must be the path of a folder, got {output_dir!r}"
+        )
     sections: dict[str, Any] = {}
     for key, kind in (("model", ModelSection), ("data", DataSection), ("eval", EvalSection)):
         if key != "eval" or content.get(key) is not None:
@@ -139,7 +143,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def _check_together(recipe: Recipe) -> None:
     """What only several keys together, or the keys of mappings within a section, can get wrong."""
-    file, model, data = recipe.file, recipe.model, recipe.data
+    file = recipe.file
+    model = recipe.model
+    data = recipe.data
     if (model.path is None) == (model.config is None):
         raise file.wrong("model", "`model` needs exactly one of `path` and `config`")
     if model.path is None and (model.add_mask_token or model.block_length):
@@ -150,7 +156,9 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.head is not None and model.path is None:
         raise file.wrong("model", "a head belongs to a trained model, so `model` needs a `path`")
-    if not 0 <= model.keep_start <= 1 or (model.keep_start and (model.path is None or recipe.head is not None)):
+    if not 0 <= model.keep_start <= 1 or (
+        model.keep_start and (model.path is None or recipe.head is not None)
+    ):
         raise file.wrong(
             "model.keep_start",
             "`model.keep_start` must be a share between 0 and 1 of the weights at `model.path`, "
@@ -193,11 +201,14 @@ def _names(kind: Any) -> set[str]:
     return {entry.name for entry in dataclasses.fields(kind)}
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], None] = lambda _: None) -> Path:
+def run_recipe(
+    recipe: Recipe, *, resume: bool = True, report: Callable[[str], None] = lambda _: None
+) -> Path:
     """Train as the recipe says and write the checkpoint to its `output_dir`; returns that folder, or a head's file.
 
-    Intermediate checkpoints go to `<output_dir>-run`; if there are some of the same recipe and `resume` holds, training
-    continues there, and a finished run is left as it is. Data is read and checked before the first step.
+    Intermediate checkpoints go to `<output_dir>-run`; if there are some of the same recipe and
+    `resume` holds, training continues there, and a finished run is left as it is. Data is read and
+    checked before the first step.
     """
     if recipe.head is not None:
         return _run_head(recipe, recipe.head, replace=not resume, report=report)
@@ -212,11 +223,15 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, report: Callable[[str], N
             report(f"already finished: {recipe.output_dir}")
             return recipe.output_dir
         if is_written and resume and run.last_checkpoint() is None:
-            raise InputError(f"{recipe.output_dir} holds a checkpoint that is not of this run", ANEW)
+            raise InputError(
+                f"{recipe.output_dir} holds a checkpoint that is not of this run", ANEW
+            )
     set_seed(args.seed)
     checkpoint = _build_checkpoint(recipe.model)
     dataset = _build_data(recipe, checkpoint)
-    report(f"{len(dataset)} examples, {sum(p.numel() for p in checkpoint.model.parameters()):,} parameters")
+    report(
+        f"{len(dataset)} examples, {sum(p.numel() for p in checkpoint.model.parameters()):,} parameters"
+    )
     trainer = DMaxTrainer(
         checkpoint.model,
         args,
@@ -276,12 +291,23 @@ def _task(recipe: Recipe) -> Task | None:
 
 
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
-UNTRACKED = ("disable_tqdm", "eval", "hub", "log", "output_dir", "push_to_hub", "report_to", "run_name", "save")
+UNTRACKED = (
+    "disable_tqdm",
+    "eval",
+    "hub",
+    "log",
+    "output_dir",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "save",
+)
 
 
 def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
     """All that the weights depend on; of the training arguments what is not their default."""
-    data, defaults = asdict(recipe.data), {entry.name: entry.default for entry in dataclasses.fields(args)}
+    data = asdict(recipe.data)
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
     if data["file"] is not None and os.path.isfile(data["file"]):
         data["sha256"] = hashlib.sha256(Path(data["file"]).read_bytes()).hexdigest()
     training = {
@@ -292,15 +318,20 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
     return {"model": asdict(recipe.model), "data": data, "training": training}
 
 
-def _run_head(recipe: Recipe, config: HeadConfig, *, replace: bool, report: Callable[[str], None]) -> Path:
+def _run_head(
+    recipe: Recipe, config: HeadConfig, *, replace: bool, report: Callable[[str], None]
+) -> Path:
     """Record states in the model, fit the head to them and write `<output_dir>/<kind>.safetensors`.
 
-    A run takes minutes, so it begins anew each time; what a longer run wrote is kept unless `replace` says otherwise.
+    A run takes minutes, so it begins anew each time; what a longer run wrote is kept unless
+    `replace` says otherwise.
     """
     file = recipe.output_dir / f"{config.kind}.safetensors"
     with recipe.file.at("output_dir"):
         check_writable(file)
-    held = load_head(str(file), cast(Kind, config.kind)).steps if file.exists() and not replace else 0
+    held = (
+        load_head(str(file), cast(Kind, config.kind)).steps if file.exists() and not replace else 0
+    )
     if held > config.max_steps:
         raise InputError(
             f"{file} was trained for {held} steps, this run has only {config.max_steps}",
@@ -308,18 +339,26 @@ def _run_head(recipe: Recipe, config: HeadConfig, *, replace: bool, report: Call
         )
     checkpoint = _build_checkpoint(recipe.model)
     dataset = _build_data(recipe, checkpoint)
-    special = Special(checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0])
+    special = Special(
+        checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0]
+    )
     states = record(checkpoint.model, dataset.examples, special, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
-    digest, hidden_size = weights_digest(checkpoint.model), checkpoint.model.config.hidden_size
-    save_head(fit(states, config, model_digest=digest, hidden_size=hidden_size, report=report), file)
+    digest = weights_digest(checkpoint.model)
+    hidden_size = checkpoint.model.config.hidden_size
+    save_head(
+        fit(states, config, model_digest=digest, hidden_size=hidden_size, report=report), file
+    )
     return file
 
 
 @torch.no_grad()
 def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
     """Replace every weight by (1 - share) of itself + share of `other`'s, router biases included."""
-    for name, value in (*model.named_parameters(), *model.named_buffers()):  # tied weights come once
+    for name, value in (
+        *model.named_parameters(),
+        *model.named_buffers(),
+    ):  # tied weights come once
         if name in other:  # buffers that follow from the config are in no file
             value.lerp_(other[name].to(value), share)
 
@@ -347,25 +386,41 @@ def _build_checkpoint(section: ModelSection) -> Checkpoint:
 
 def _model_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration of a new model for a tokenizer; raises what its class raises."""
-    mask, eos, pad = tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    fields = {"vocab_size": len(tokenizer), "mask_token_id": mask, "eos_token_id": eos, "pad_token_id": pad} | config
+    mask = tokenizer.mask_token_id
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    fields = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": mask,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    } | config
     return CONFIG_MAPPING[fields.pop("model_type", LLaDA2MoeConfig.model_type)](**fields)
 
 
 def _build_data(recipe: Recipe, checkpoint: Checkpoint) -> ResponseDataset:
-    data, context = recipe.data, checkpoint.model.config.max_position_embeddings
+    data = recipe.data
+    context = checkpoint.model.config.max_position_embeddings
     limit = min(data.max_length or context, context)
     if data.file is not None:
         return ResponseDataset(read_records(data.file), checkpoint.tokenizer, limit)
-    drawn = problems(data.problems or 0, seed=data.seed, split="train", numbers=Numbers(**data.numbers))
+    drawn = problems(
+        data.problems or 0, seed=data.seed, split="train", numbers=Numbers(**data.numbers)
+    )
     records = [
-        Conversation([{"role": "user", "content": problem.question}], problem.response, f"word_problems, {number}")
+        Conversation(
+            [{"role": "user", "content": problem.question}],
+            problem.response,
+            f"word_problems, {number}",
+        )
         for number, problem in enumerate(drawn, 1)
     ]
     return ResponseDataset(records, checkpoint.tokenizer, limit)
 
 
-def _eval_hook(section: EvalSection, task: Task, checkpoint: Checkpoint) -> Callable[[nn.Module], dict[str, float]]:
+def _eval_hook(
+    section: EvalSection, task: Task, checkpoint: Checkpoint
+) -> Callable[[nn.Module], dict[str, float]]:
     params = DecodingParams(**{"max_new_tokens": task.max_new_tokens, **section.decoding})
     llm = LLM.from_checkpoint(checkpoint, max_batch_size=32)
 

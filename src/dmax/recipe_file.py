@@ -48,33 +48,46 @@ class RecipeFile:
         for key in section:
             if key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
-                raise self.wrong(name, f"unknown key `{name}`", did_you_mean(str(key), sorted(known)))
+                raise self.wrong(
+                    name, f"unknown key `{name}`", did_you_mean(str(key), sorted(known))
+                )
 
     def check_types(self, prefix: str, section: dict[str, Any], kind: type) -> None:
         """Raise `InputError` for a value that is not of the type its field has in the dataclass `kind`.
 
-        Fields of plain types only: what transformers converts by itself is left to it. YAML reads 5e-4 as a text.
+        Fields of plain types only: what transformers converts by itself is left to it. YAML reads
+        5e-4 as a text.
         """
         hints = get_type_hints(kind)
         for key, value in section.items():
-            members = (hints[key],) if get_origin(hints[key]) is dict else get_args(hints[key]) or (hints[key],)
+            members = (
+                (hints[key],)
+                if get_origin(hints[key]) is dict
+                else get_args(hints[key]) or (hints[key],)
+            )
             types = {get_origin(member) or member for member in members}
             if not types <= {int, float, str, bool, dict, type(None)}:
                 continue
             if type(value) not in types | ({int} if float in types else set()):
                 names = " or ".join(sorted(member.__name__ for member in types - {type(None)}))
-                raise self.wrong(f"{prefix}.{key}", f"`{prefix}.{key}` must be {names}, got {value!r}")
+                raise self.wrong(
+                    f"{prefix}.{key}", f"`{prefix}.{key}` must be {names}, got {value!r}"
+                )
 
 
 def read_recipe_file(path: Path) -> RecipeFile:
     """Read a YAML file.
 
     Raises:
-        InputError: naming file and line: no such file, not UTF-8, not YAML, not a mapping, or a key stands twice.
+        InputError: naming file and line: no such file, not UTF-8, not YAML, not a mapping, or a key
+            stands twice.
     """
     if not path.is_file():
-        raise InputError(f"recipe `{path}` is not a file", hint="see recipes/ for the ones that come with dmax")
-    raw, lines = path.read_bytes(), dict[str, int]()
+        raise InputError(
+            f"recipe `{path}` is not a file", hint="see recipes/ for the ones that come with dmax"
+        )
+    raw = path.read_bytes()
+    lines = dict[str, int]()
     try:
         text = raw.decode("utf-8")
         content = yaml.safe_load(text)
@@ -83,11 +96,21 @@ def read_recipe_file(path: Path) -> RecipeFile:
         raise
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text", hint="convert it, for example with iconv -t UTF-8") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such date; an anchor that contains itself
-        raise InputError(f"{path}:{_line_of(error, text)}: not valid YAML ({type(error).__name__})") from None
+        raise InputError(
+            f"{path}:{line}: not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
+        ) from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # no such date; an anchor that contains itself
+        raise InputError(
+            f"{path}:{_line_of(error, text)}: not valid YAML ({type(error).__name__})"
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}:1: a recipe is a mapping with output_dir, model, data and training")
+        raise InputError(
+            f"{path}:1: a recipe is a mapping with output_dir, model, data and training"
+        )
     return RecipeFile(path, content, lines)
 
 
@@ -100,8 +123,12 @@ def _line_of(error: Exception, text: str) -> int:
 
 def _collect_lines(node: Any, prefix: str, lines: dict[str, int], path: Path) -> None:
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        name = f"{prefix}{key.value}"
+        line = key.start_mark.line + 1
         if name in lines:
-            raise InputError(f"{path}:{line}: the key `{name}` stands in line {lines[name]} already", "keep only one")
+            raise InputError(
+                f"{path}:{line}: the key `{name}` stands in line {lines[name]} already",
+                "keep only one",
+            )
         lines[name] = line
         _collect_lines(value, f"{name}.", lines, path)

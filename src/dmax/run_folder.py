@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from dmax.errors import InputError
 from dmax.evaluation.run import write_atomically
 
-STATE, TRAINER_STATE = "run.json", "trainer_state.json"
+STATE = "run.json"
+TRAINER_STATE = "trainer_state.json"
 ANEW = "start over with --fresh, or choose another `output_dir`"
 
 
@@ -36,21 +37,30 @@ class RunFolder(TrainerCallback):
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
-        self.path, self._settings, self._fresh = path, json.loads(json.dumps(settings, default=str)), fresh
-        self.seconds, self.is_finished, self._since = 0.0, False, 0.0
+        self.path = path
+        self._settings = json.loads(json.dumps(settings, default=str))
+        self._fresh = fresh
+        self.seconds = 0.0
+        self.is_finished = False
+        self._since = 0.0
         if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is not a folder", hint="move it away, or choose another `output_dir`")
+            raise InputError(
+                f"{path} is not a folder", hint="move it away, or choose another `output_dir`"
+            )
         if fresh:
             return
         held = self._read()
         if held is None and self._checkpoints():
-            raise InputError(f"{path} holds checkpoints and no record of what trained them", hint=ANEW)
+            raise InputError(
+                f"{path} holds checkpoints and no record of what trained them", hint=ANEW
+            )
         if held is None or not (held["is_finished"] or self._checkpoints()):
             return  # nothing was trained yet
         if others := sorted(differing(held["settings"], self._settings)):
             names = ", ".join(f"`{name}`" for name in others)
             raise InputError(f"{path} holds a run of a recipe that differs in {names}", hint=ANEW)
-        self.seconds, self.is_finished = held["seconds"], held["is_finished"]
+        self.seconds = held["seconds"]
+        self.is_finished = held["is_finished"]
 
     def begin(self) -> None:
         """Write the settings down and start the clock; with `fresh`, what an earlier run left goes first."""
@@ -83,7 +93,8 @@ class RunFolder(TrainerCallback):
     def stop_clock(self) -> None:
         """Add the time since it was last stopped."""
         now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
+        self.seconds = self.seconds + now - self._since
+        self._since = now
 
     def finish(self) -> None:
         """Write down that the result is written."""
@@ -93,7 +104,11 @@ class RunFolder(TrainerCallback):
     def _checkpoints(self) -> list[Path]:
         """Trainer's folders, by their step."""
         entries = self.path.iterdir() if self.path.is_dir() else ()
-        numbered = {int(entry.name[11:]): entry for entry in entries if re.fullmatch(r"checkpoint-\d+", entry.name)}
+        numbered = {
+            int(entry.name[11:]): entry
+            for entry in entries
+            if re.fullmatch(r"checkpoint-\d+", entry.name)
+        }
         return [numbered[step] for step in sorted(numbered) if numbered[step].is_dir()]
 
     def _empty(self) -> None:
@@ -111,22 +126,32 @@ class RunFolder(TrainerCallback):
         file = self.path / STATE
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
-            seconds, is_finished = float(held["seconds"]), bool(held["is_finished"])
-            return {"settings": dict(held["settings"]), "seconds": seconds, "is_finished": is_finished}
+            seconds = float(held["seconds"])
+            is_finished = bool(held["is_finished"])
+            return {
+                "settings": dict(held["settings"]),
+                "seconds": seconds,
+                "is_finished": is_finished,
+            }
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{file} is not the record of a training run", hint=ANEW) from None
 
     def _write(self) -> None:
-        record = {"settings": self._settings, "seconds": self.seconds, "is_finished": self.is_finished}
+        record = {
+            "settings": self._settings,
+            "seconds": self.seconds,
+            "is_finished": self.is_finished,
+        }
         write_atomically(self.path / STATE, json.dumps(record, indent=1) + "\n")
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of the settings that are not the same in both; one that is missing counts as None."""
     for name in old.keys() | new.keys():
-        before, now = old.get(name), new.get(name)
+        before = old.get(name)
+        now = new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from differing(before, now, f"{prefix}{name}.")
         elif before != now:

@@ -29,7 +29,13 @@ from dmax.tasks import get_task
 from dmax.tasks.word_problems import WordProblems
 
 TINY = cpu.CpuOptions(
-    limit=1, batch_limit=2, repeats=1, batch_sizes=(1, 2), dtypes=("float32",), dense_layers=1, compiles=False
+    limit=1,
+    batch_limit=2,
+    repeats=1,
+    batch_sizes=(1, 2),
+    dtypes=("float32",),
+    dense_layers=1,
+    compiles=False,
 )
 SECTIONS = "decoding hub_loop batching dense ratios".split()
 
@@ -45,15 +51,22 @@ def llm() -> LLM:
 
 
 @pytest.mark.parametrize(
-    ("model", "strategy", "threshold"), [("tiny-base", "threshold", 0.95), ("tiny-dmax", "spd", 0.5)]
+    ("model", "strategy", "threshold"),
+    [("tiny-base", "threshold", 0.95), ("tiny-dmax", "spd", 0.5)],
 )
-def test_the_hub_loop_decides_as_the_engine_does(model: str, strategy: str, threshold: float) -> None:
+def test_the_hub_loop_decides_as_the_engine_does(
+    model: str, strategy: str, threshold: float
+) -> None:
     llm = LLM(model, dtype=torch.float32, device="cpu")
     examples = get_task("word_problems").examples(2, 11)
     outputs = llm.generate([each.prompt for each in examples], DecodingParams(strategy, threshold))
     for output in outputs:
         completion, forwards = hub_loop.generate(
-            llm.checkpoint, output.prompt_token_ids, threshold=threshold, soft=strategy == "spd", max_new_tokens=256
+            llm.checkpoint,
+            output.prompt_token_ids,
+            threshold=threshold,
+            soft=strategy == "spd",
+            max_new_tokens=256,
         )
         assert completion == output.token_ids
         assert forwards == output.num_forwards
@@ -62,7 +75,9 @@ def test_the_hub_loop_decides_as_the_engine_does(model: str, strategy: str, thre
 def test_the_hub_loop_ends_at_the_limit(llm: LLM) -> None:
     prompt = llm.encode(get_task("word_problems").examples(1, 11)[0].prompt)
     output = llm.generate([prompt], DecodingParams("spd", 0.5, max_new_tokens=9))[0]
-    assert hub_loop.generate(llm.checkpoint, prompt, threshold=0.5, soft=True, max_new_tokens=9) == (
+    assert hub_loop.generate(
+        llm.checkpoint, prompt, threshold=0.5, soft=True, max_new_tokens=9
+    ) == (
         output.token_ids,
         output.num_forwards,
     )
@@ -74,17 +89,25 @@ def test_positions_the_hub_loop_selects() -> None:
     confidence = torch.tensor([0.1, 0.9, 0.4, 0.95, 0.99])
 
     def chosen(threshold: float, leftmost: bool) -> list[int]:
-        return hub_loop.select(masked, confidence, threshold, leftmost=leftmost).nonzero()[:, 0].tolist()
+        return (
+            hub_loop.select(masked, confidence, threshold, leftmost=leftmost)
+            .nonzero()[:, 0]
+            .tolist()
+        )
 
     assert chosen(0.9, False) == [1, 3]
     assert chosen(0.9, True) == [1]
     assert chosen(0.97, False) == [3]
     assert chosen(0.97, True) == [1]
-    assert not hub_loop.select(torch.zeros(5, dtype=torch.bool), confidence, 0.0, leftmost=False).any()
+    assert not hub_loop.select(
+        torch.zeros(5, dtype=torch.bool), confidence, 0.0, leftmost=False
+    ).any()
 
 
 def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WordProblems, "max_new_tokens", 32)  # for speed; no answer ends within so few
+    monkeypatch.setattr(
+        WordProblems, "max_new_tokens", 32
+    )  # for speed; no answer ends within so few
     output = tmp_path / "results" / "cpu.json"
     record = run_cpu(TINY, console=Console(file=io.StringIO()), output=output)
     assert json.loads(output.read_text()) == json.loads(json.dumps(record))
@@ -101,12 +124,21 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("tiny-base", None, 1),
     ]
     assert methods["SPD"]["correct"] == 0 and methods["SPD"]["score"] == "0/1"
-    assert methods["SPD"]["tpf"] > methods["threshold"]["tpf"] > 1 >= methods["one token, block 1"]["tpf"]
-    assert all(set(row["tokens_per_second"]) == {"median", "low", "high"} for row in methods.values())
+    assert (
+        methods["SPD"]["tpf"]
+        > methods["threshold"]["tpf"]
+        > 1
+        >= methods["one token, block 1"]["tpf"]
+    )
+    assert all(
+        set(row["tokens_per_second"]) == {"median", "low", "high"} for row in methods.values()
+    )
 
     assert [row["equal_completions"] for row in record["hub_loop"]] == ["1/1", "1/1", "1/1"]
     assert all(row["engine_forwards"] == row["hub_forwards"] for row in record["hub_loop"])
-    assert not any("compiled" in row or "together" in row for row in record["hub_loop"])  # not asked for; too few
+    assert not any(
+        "compiled" in row or "together" in row for row in record["hub_loop"]
+    )  # not asked for; too few
 
     one, two = record["batching"]
     assert (one["batch"], two["batch"]) == (1, 2) and two["model_calls"] < one["model_calls"]
@@ -114,7 +146,9 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert record["dense"][0]["floor_ms"]["low"] > 0
 
     ratios = {row["name"]: row for row in record["ratios"]}
-    best, base = (methods[name]["tokens_per_second"]["median"] for name in ("SPD, best", "threshold"))
+    best, base = (
+        methods[name]["tokens_per_second"]["median"] for name in ("SPD, best", "threshold")
+    )
     assert ratios["SPD, best / threshold"]["value"] == best / base
     assert ratios["SPD, best / threshold"]["met"] == (best / base >= 2.5)
     assert "loop overhead, batch 16, float32" not in ratios
@@ -123,7 +157,9 @@ def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_prompts_are_also_given_together(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "TOGETHER", 1)
     rows = cpu.against_hub_loop({"tiny-base": llm, "tiny-dmax": llm}, TINY).rows
-    assert all(row["together"]["median"] > 0 and row["together_ratio"]["median"] > 0 for row in rows)
+    assert all(
+        row["together"]["median"] > 0 and row["together_ratio"]["median"] > 0 for row in rows
+    )
 
 
 def test_right_answers_are_counted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,20 +178,40 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         cli.main()
     out, err = capsys.readouterr()
     assert not stop.value.code
-    assert out.count("\n") == 1 and json.loads(out)["command"] == "dmax bench --device cpu --quick --json"
+    assert (
+        out.count("\n") == 1
+        and json.loads(out)["command"] == "dmax bench --device cpu --quick --json"
+    )
     assert "SPD / one token" in err
 
 
 def _measured() -> list[list[dict[str, Any]]]:
     """Rows of every table, all speeds 10 but for SPD's, which is 60."""
-    methods = [{"method": name, "tokens_per_second": {"median": 10.0}} for name in ("SPD, best", "threshold")]
-    methods += [{"method": name, "tokens_per_second": {"median": 10.0}} for name in ("one token", "one token, block 1")]
+    methods = [
+        {"method": name, "tokens_per_second": {"median": 10.0}}
+        for name in ("SPD, best", "threshold")
+    ]
+    methods += [
+        {"method": name, "tokens_per_second": {"median": 10.0}}
+        for name in ("one token", "one token, block 1")
+    ]
     methods.append({"method": "SPD", "tokens_per_second": {"median": 60.0}})
-    batch = {"dtype": "float32", "batch": 1, "tokens_per_second": {"median": 10.0}, "loop_overhead": {"median": 0.1}}
+    batch = {
+        "dtype": "float32",
+        "batch": 1,
+        "tokens_per_second": {"median": 10.0},
+        "loop_overhead": {"median": 0.1},
+    }
     loops = {"engine": 2.9, "compiled": 3.1, "together": 3.0}
     return [
         methods,
-        [{"method": "spd", "shots": 0, **{f"{name}_ratio": {"median": value} for name, value in loops.items()}}],
+        [
+            {
+                "method": "spd",
+                "shots": 0,
+                **{f"{name}_ratio": {"median": value} for name, value in loops.items()},
+            }
+        ],
         [batch],
         [{"dtype": "float32", "ratio": 1.6, "compiled_ratio": 1.5}],
     ]
@@ -163,7 +219,12 @@ def _measured() -> list[list[dict[str, Any]]]:
 
 def test_ratios_and_targets() -> None:
     rows = {row["name"]: row for row in cpu.ratios(TINY, *_measured()).rows}
-    assert rows["SPD / one token"] == {"name": "SPD / one token", "value": 6.0, "target": ">= 5", "met": True}
+    assert rows["SPD / one token"] == {
+        "name": "SPD / one token",
+        "value": 6.0,
+        "target": ">= 5",
+        "met": True,
+    }
     assert rows["SPD, best / threshold"]["met"] is False
     assert rows["SPD / one token, block 1"]["met"] is None
     assert rows["engine / hub loop, spd"]["met"] is False
@@ -196,7 +257,8 @@ def test_repeats_take_turns() -> None:
 
 
 def test_the_share_outside_the_model() -> None:
-    # 10 s, of which the model 6 s and its head 1 s, and 1 s for timing the head: 2 of 9 s are the loop's own.
+    # 10 s, of which the model 6 s and its head 1 s, and 1 s for timing the head: 2 of 9 s are the
+    # loop's own.
     assert Watch(forward=6.0, head=1.0).outside(10.0) == pytest.approx(2 / 9)
 
 
@@ -231,7 +293,13 @@ def test_what_compiling_gains_and_costs(llm: LLM, monkeypatch: pytest.MonkeyPatc
 
 
 def test_products_of_a_dense_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = llama_135m(num_hidden_layers=2, vocab_size=64, hidden_size=48, intermediate_size=96, num_attention_heads=3)
+    small = llama_135m(
+        num_hidden_layers=2,
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_attention_heads=3,
+    )
     times = cpu.dense_times(small, 2, compiles=False, context=32)
     assert times.keys() == {"ms_per_forward", "floor_ms"}
     assert times["ms_per_forward"]["low"] > 0 and times["floor_ms"]["low"] > 0
@@ -272,11 +340,17 @@ def test_cells() -> None:
     ]
 
 
-def test_commands_and_files_name_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_files_name_no_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     script = [str(tmp_path / "bench" / "cpu.py"), "--output", str(tmp_path / "my file.json")]
     assert command(script) == "python bench/cpu.py --output 'my file.json'"
     assert command(["/somewhere/bin/dmax", "bench"]) == "dmax bench"
     path = result_path(Path("bench/results"), "cpu", torch.device("cpu"))
-    assert path.parent == Path("bench/results") and path.name.startswith("cpu_") and path.suffix == ".json"
+    assert (
+        path.parent == Path("bench/results")
+        and path.name.startswith("cpu_")
+        and path.suffix == ".json"
+    )
     assert " " not in path.name

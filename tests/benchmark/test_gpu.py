@@ -43,8 +43,16 @@ def test_everything_runs_on_a_small_model() -> None:
     assert record["environment"]["device"] == "cpu" and "gpu" not in record["environment"]
     assert not [row for name in SECTIONS for row in record[name] if "error" in row]
 
-    assert [row["experts"] for row in record["forwards"]] == ["fused_moe", "grouped_mm", "batched_mm", "eager"] * 2
-    assert [row["distinct"] for row in record["forwards"][::4]] == [8.5, pytest.approx(31.5, abs=0.6)]
+    assert [row["experts"] for row in record["forwards"]] == [
+        "fused_moe",
+        "grouped_mm",
+        "batched_mm",
+        "eager",
+    ] * 2
+    assert [row["distinct"] for row in record["forwards"][::4]] == [
+        8.5,
+        pytest.approx(31.5, abs=0.6),
+    ]
     assert [row["batch"] for row in record["batches"]] == [1, 2]
     assert [row["context"] for row in record["contexts"]] == [128, 192]
     assert [row["format"] for row in record["quantised"]] == ["int8", "fp8", "int4"]
@@ -65,7 +73,10 @@ def test_everything_runs_on_a_small_model() -> None:
 
 def test_the_full_model_is_drawn_on_its_device() -> None:
     model = llada2_mini(torch.bfloat16, torch.device("meta")).model
-    tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "expert_bias" in name)]
+    tensors = [
+        *model.parameters(),
+        *(buffer for name, buffer in model.named_buffers() if "expert_bias" in name),
+    ]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert sum(tensor.numel() for tensor in tensors) == 16_255_643_392
 
@@ -81,15 +92,27 @@ def test_too_few_steps() -> None:
         replace(SMALL, steps=1)
 
 
-def test_targets_belong_to_a_gpu_and_the_full_size(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_belong_to_a_gpu_and_the_full_size(
+    small: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     steps = [_steps("engine", 4.0, of_floor=0.8), _steps("grouped_mm", 24.0)]
     quantised = [_steps("int8 experts", 3.0)]
     on_h100 = rig.Rig(small, rig.FULL, torch.device("cuda"), {"median": 3e12})
     rows = {row["name"]: row for row in gpu.ratios(on_h100, steps, quantised).rows}
     assert rows["share of the floor"]["met"] is True
-    assert rows["tokens/s at TPF 6"] == {"name": "tokens/s at TPF 6", "value": 1500, "target": ">= 1395", "met": True}
-    assert rows["engine / grouped_mm"] == {"name": "engine / grouped_mm", "value": 6, "target": ">= 5", "met": True}
+    assert rows["tokens/s at TPF 6"] == {
+        "name": "tokens/s at TPF 6",
+        "value": 1500,
+        "target": ">= 1395",
+        "met": True,
+    }
+    assert rows["engine / grouped_mm"] == {
+        "name": "engine / grouped_mm",
+        "value": 6,
+        "target": ">= 5",
+        "met": True,
+    }
     assert rows["tokens/s at TPF 6, int8 experts"]["met"] is False
     assert rows["tokens/s at TPF 6 / published on two H200"]["value"] == pytest.approx(1500 / 1338)
     assert gpu.ratios(on_h100, [{"case": "engine", "error": "out of memory"}], []).rows == []
@@ -104,20 +127,31 @@ def test_failures_become_rows() -> None:
     assert failure(torch.OutOfMemoryError()) == {"error": "OutOfMemoryError"}
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "distinct"), [(16, 102.0), (32, 163.3), (64, 222.4), (128, 251.6), (256, 255.9)])
+@pytest.mark.parametrize(
+    ("tokens", "distinct"), [(16, 102.0), (32, 163.3), (64, 222.4), (128, 251.6), (256, 255.9)]
+)
 def test_distinct_experts_of_uniform_routing(tokens: int, distinct: float) -> None:
     assert expected_distinct(256, 8, tokens) == pytest.approx(distinct, abs=0.05)
 
 
-@pytest.mark.parametrize(("distinct", "experts", "total"), [(163.3, 19_522, 20.83), (69.5, 8_308, 9.62)])
+@pytest.mark.parametrize(
+    ("distinct", "experts", "total"), [(163.3, 19_522, 20.83), (69.5, 8_308, 9.62)]
+)
 def test_bytes_of_a_forward(distinct: float, experts: float, total: float) -> None:
     parts = forward_bytes(MINI, distinct=distinct, context=1024)
     mega = {name: value / 1e6 for name, value in parts.items()}
     assert mega["experts"] == pytest.approx(experts, rel=1e-3)
-    others = {"attention": 419, "shared_experts": 120, "router": 20, "dense_layers": 63, "head": 644, "cache": 42}
+    others = {
+        "attention": 419,
+        "shared_experts": 120,
+        "router": 20,
+        "dense_layers": 63,
+        "head": 644,
+        "cache": 42,
+    }
     assert {name: round(value) for name, value in mega.items() if name != "experts"} == others
     assert sum(parts.values()) / 1e9 == pytest.approx(total, abs=0.01)
 
@@ -137,11 +171,14 @@ def test_bytes_of_quantised_experts_are_those_they_hold(small: Checkpoint) -> No
     for form in ("int8", "fp8", "int4"):
         model: Any = llada2_mini(torch.bfloat16, CPU, **TINY).model
         quantize_experts(model, form)  # type: ignore[arg-type]
-        held = sum(each.numel() * each.element_size() for each in model.model.layers[1].mlp.experts.buffers())
+        held = sum(
+            each.numel() * each.element_size()
+            for each in model.model.layers[1].mlp.experts.buffers()
+        )
         assert held == model.config.num_experts * expert_bytes(model.config, 2, form)  # type: ignore[arg-type]
 
 
-# --- routing ----------------------------------------------------------------------------------------------------------
+# --- routing --------------------------------------------------------------------------------------
 
 
 def test_counts_have_the_mean_that_was_asked_for() -> None:
@@ -181,14 +218,21 @@ def test_a_model_reads_the_experts_it_is_told_to(small: Checkpoint) -> None:
         assert found == alike
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def test_every_block_takes_the_steps_it_is_told_to(small: Checkpoint) -> None:
     engine = Engine(
-        small.model, mask_token_id=510, eos_token_ids=[511], block_length=32, max_batch_size=2, prefill_tokens=64
+        small.model,
+        mask_token_id=510,
+        eos_token_ids=[511],
+        block_length=32,
+        max_batch_size=2,
+        prefill_tokens=64,
     )
-    requests = [Request(index, tuple(range(index, index + 64)), never_sure(96, 3)) for index in range(2)]
+    requests = [
+        Request(index, tuple(range(index, index + 64)), never_sure(96, 3)) for index in range(2)
+    ]
     times = step_times(engine, requests)
     assert [is_first for _, is_first in times] == [True, False, False] * 3
     assert all(ms > 0 for ms, _ in times)
@@ -196,8 +240,17 @@ def test_every_block_takes_the_steps_it_is_told_to(small: Checkpoint) -> None:
 
 def test_steps_are_those_behind_the_first_block(small: Checkpoint) -> None:
     row = measure_steps(
-        small, batch=1, context=128, new_tokens=64, steps=4, repeats=1, cuda_graphs=False, prefill_tokens=32
+        small,
+        batch=1,
+        context=128,
+        new_tokens=64,
+        steps=4,
+        repeats=1,
+        cuda_graphs=False,
+        prefill_tokens=32,
     )
     assert row["tpf"] == 8 and row["peak_gib"] is None
-    seconds = (3 * row["step_ms"]["low"] + row["first_step_ms"]["median"]) / 1e3  # at least, for 32 tokens
+    seconds = (
+        3 * row["step_ms"]["low"] + row["first_step_ms"]["median"]
+    ) / 1e3  # at least, for 32 tokens
     assert 32 / row["tokens_per_second"]["median"] >= seconds

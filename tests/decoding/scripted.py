@@ -39,12 +39,21 @@ def opened(prompt_tail: Sequence[int], length: int, batch: int = 1, **options: A
     tokens[:, : len(prompt_tail)] = torch.tensor(prompt_tail, dtype=torch.long)
     active = (torch.arange(length) >= len(prompt_tail)).expand(batch, -1)
     step = torch.zeros(batch, dtype=torch.long)
-    return View(tokens, active.clone(), active, step, MASK, **{"max_steps": length, "embed": embed, **options})
+    return View(
+        tokens,
+        active.clone(),
+        active,
+        step,
+        MASK,
+        **{"max_steps": length, "embed": embed, **options},
+    )
 
 
 def after(view: View, advance: Advance) -> View:
     """The view of the next step."""
-    return replace(view, tokens=advance.tokens, masked=advance.masked, step=view.step + 1, gumbel=None)
+    return replace(
+        view, tokens=advance.tokens, masked=advance.masked, step=view.step + 1, gumbel=None
+    )
 
 
 @dataclass
@@ -55,7 +64,10 @@ class Step:
 
 
 def play(
-    strategy: DecodingStrategy | DecodingParams, logits: Callable[[int, View], Tensor], view: View, limit: int = 1000
+    strategy: DecodingStrategy | DecodingParams,
+    logits: Callable[[int, View], Tensor],
+    view: View,
+    limit: int = 1000,
 ) -> list[Step]:
     """Decode the blocks of `view` until all are done; `logits(step, view)` plays the model."""
     if isinstance(strategy, DecodingParams):

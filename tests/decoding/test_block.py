@@ -21,7 +21,7 @@ def prediction(logits: Tensor, top_k: int = 1, **options: Any) -> Any:
     return predict(opened((), logits.shape[1], len(logits), **options), Output(logits, MASK), top_k)
 
 
-# --- Output -----------------------------------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 def test_nan_marks_its_row_and_no_other() -> None:
@@ -45,7 +45,12 @@ def test_reading_an_output_leaves_the_logits_alone() -> None:
 
 
 def test_infinities_keep_their_meaning() -> None:
-    rows_of_logits = [[0, 0, 0, INF, 0, 0, 0, 0], [-INF] * V, [0, INF, 0, INF, 0, 0, 0, 0], [9, *[-INF] * (V - 1)]]
+    rows_of_logits = [
+        [0, 0, 0, INF, 0, 0, 0, 0],
+        [-INF] * V,
+        [0, INF, 0, INF, 0, 0, 0, 0],
+        [9, *[-INF] * (V - 1)],
+    ]
     result = prediction(torch.tensor([rows_of_logits]))
     assert result.tokens.tolist() == [[3, 0, 1, 0]]
     torch.testing.assert_close(result.confidence, torch.tensor([[1.0, 1 / V, 0.5, 1.0]]))
@@ -56,7 +61,7 @@ def test_low_precision_is_computed_in_float32() -> None:
     assert (output.logits.dtype, output.probs.dtype) == (torch.float32, torch.float32)
 
 
-# --- predict ----------------------------------------------------------------------------------------------------------
+# --- predict --------------------------------------------------------------------------------------
 
 
 def test_confidence_is_the_probability_of_the_token() -> None:
@@ -77,10 +82,14 @@ def test_a9_mask_is_never_predicted_but_its_probability_counts() -> None:
 @pytest.mark.parametrize("size", [V, 1000, 40_001])
 def test_ties_go_to_the_lowest_id(size: int) -> None:
     logits = torch.zeros(2, 3, size)
-    logits[:, :, size // 2 :] = 1.0  # ties begin inside, where a vectorised argmax might pick another lane
+    logits[:, :, size // 2 :] = (
+        1.0  # ties begin inside, where a vectorised argmax might pick another lane
+    )
     view = opened((), 3, 2)
     assert (predict(view, Output(logits, size - 1)).tokens == size // 2).all()
-    assert (predict(view, Output(torch.zeros(2, 3, size), 0)).tokens == 1).all()  # MASK is 0: the next one
+    assert (
+        predict(view, Output(torch.zeros(2, 3, size), 0)).tokens == 1
+    ).all()  # MASK is 0: the next one
 
 
 def test_candidates_come_most_probable_first() -> None:
@@ -123,28 +132,37 @@ def test_sampling_from_nothing_but_minus_infinity_spares_mask() -> None:
     assert predict(view, Output(torch.full((1, 1, V), -INF), 0)).tokens.item() != 0
 
 
-# --- apply ------------------------------------------------------------------------------------------------------------
+# --- apply ----------------------------------------------------------------------------------------
 
 
 def block(tokens: list[int], masked: str, active: str, step: int = 0) -> View:
-    return View(torch.tensor([tokens]), rows([masked]), rows([active]), torch.tensor([step]), MASK, 8)
+    return View(
+        torch.tensor([tokens]), rows([masked]), rows([active]), torch.tensor([step]), MASK, 8
+    )
 
 
 def decide(tokens: list[int], commit: str, done: bool | None = None, **sets: str) -> Decision:
     flags = None if done is None else torch.tensor([done])
     return Decision(
-        torch.tensor([tokens]), rows([commit]), done=flags, **{name: rows([value]) for name, value in sets.items()}
+        torch.tensor([tokens]),
+        rows([commit]),
+        done=flags,
+        **{name: rows([value]) for name, value in sets.items()},
     )
 
 
 def flags(advance: Advance) -> set[str]:
-    return {name for name in ("done", "forced", "capped", "invalid") if getattr(advance, name).item()}
+    return {
+        name for name in ("done", "forced", "capped", "invalid") if getattr(advance, name).item()
+    }
 
 
 def test_commits_and_edits_reach_the_positions_they_may() -> None:
     view = block([5, 1, 2, MASK, MASK], "...xx", ".xxxx")
     result = apply(view, decide([0, 3, 2, 4, 4], "xxxx.", edit="xxxxx"), 8)
-    assert result.tokens.tolist() == [[5, 3, 2, 4, MASK]]  # the prompt's 5 stays; edits do not decode masks
+    assert result.tokens.tolist() == [
+        [5, 3, 2, 4, MASK]
+    ]  # the prompt's 5 stays; edits do not decode masks
     assert torch.equal(result.masked, rows(["....x"]))
     assert flags(result) == set()
 
@@ -165,13 +183,17 @@ def test_a_row_that_commits_nothing_has_its_leftmost_mask_decoded() -> None:
     [("..xx.", "x....", "x...x"), ("..xx.", "xx...", "....x"), (".....", "x....", "...xx")],
 )
 def test_remasking_holds_only_with_net_progress(commit: str, remask: str, kept: str) -> None:
-    result = apply(block([1, 1, *[MASK] * 3], "..xxx", "xxxxx"), decide([4] * 5, commit, remask=remask), 8)
+    result = apply(
+        block([1, 1, *[MASK] * 3], "..xxx", "xxxxx"), decide([4] * 5, commit, remask=remask), 8
+    )
     assert torch.equal(result.masked, rows([kept]))
     assert torch.equal(result.tokens == MASK, result.masked)
 
 
 def test_remasking_spares_the_prompt_and_masks_committed_now() -> None:
-    result = apply(block([5, 1, *[MASK] * 3], "..xxx", ".xxxx"), decide([4] * 5, "..xxx", remask="x.x.."), 8)
+    result = apply(
+        block([5, 1, *[MASK] * 3], "..xxx", ".xxxx"), decide([4] * 5, "..xxx", remask="x.x.."), 8
+    )
     assert result.tokens.tolist() == [[5, 1, 4, 4, 4]]
 
 
@@ -183,13 +205,22 @@ def test_a10_the_step_cap_fills_the_block_and_closes_it() -> None:
     assert flags(result) == {"done", "capped"}
 
 
-@pytest.mark.parametrize(("done", "expected"), [(None, {"done"}), (True, {"done"}), (False, {"done", "capped"})])
-def test_a10_capped_means_that_the_block_had_not_converged(done: bool | None, expected: set[str]) -> None:
-    assert flags(apply(block([1, MASK], ".x", "xx", step=7), decide([1, 2], ".x", done=done), 8)) == expected
+@pytest.mark.parametrize(
+    ("done", "expected"), [(None, {"done"}), (True, {"done"}), (False, {"done", "capped"})]
+)
+def test_a10_capped_means_that_the_block_had_not_converged(
+    done: bool | None, expected: set[str]
+) -> None:
+    assert (
+        flags(apply(block([1, MASK], ".x", "xx", step=7), decide([1, 2], ".x", done=done), 8))
+        == expected
+    )
 
 
 def test_a8_done_never_leaves_masks() -> None:
-    assert flags(apply(block([MASK, MASK], "xx", "xx"), decide([1, 2], "x.", done=True), 8)) == set()
+    assert (
+        flags(apply(block([MASK, MASK], "xx", "xx"), decide([1, 2], "x.", done=True), 8)) == set()
+    )
 
 
 def test_without_a_verdict_a_full_block_is_done() -> None:
@@ -198,7 +229,9 @@ def test_without_a_verdict_a_full_block_is_done() -> None:
 
 @pytest.mark.parametrize("step", [0, 7])
 def test_a_block_with_nothing_to_decode_is_done_at_once(step: int) -> None:
-    result = apply(block([1, 2], "..", "..", step), decide([3, 3], "xx", done=False, edit="xx", remask="xx"), 8)
+    result = apply(
+        block([1, 2], "..", "..", step), decide([3, 3], "xx", done=False, edit="xx", remask="xx"), 8
+    )
     assert result.tokens.tolist() == [[1, 2]]
     assert flags(result) == {"done"}
 
@@ -213,8 +246,13 @@ def test_a_block_with_nothing_to_decode_is_done_at_once(step: int) -> None:
         ([0, 1, MASK], ".x.", "..x", {"done"}),  # the prompt is not written
     ],
 )
-def test_writing_mask_is_invalid(tokens: list[int], commit: str, edit: str, expected: set[str]) -> None:
-    assert flags(apply(block([1, MASK, 5], ".x.", "xx."), decide(tokens, commit, edit=edit), 8)) == expected
+def test_writing_mask_is_invalid(
+    tokens: list[int], commit: str, edit: str, expected: set[str]
+) -> None:
+    assert (
+        flags(apply(block([1, MASK, 5], ".x.", "xx."), decide(tokens, commit, edit=edit), 8))
+        == expected
+    )
 
 
 def test_mask_id_in_the_prompt_is_a_token_like_any_other() -> None:
@@ -229,9 +267,9 @@ def test_no_decision_breaks_the_rules(data: st.DataObject) -> None:
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
 
     def draw(elements: st.SearchStrategy[Any]) -> Tensor:
-        return torch.tensor(data.draw(st.lists(elements, min_size=batch * length, max_size=batch * length))).view(
-            batch, length
-        )
+        return torch.tensor(
+            data.draw(st.lists(elements, min_size=batch * length, max_size=batch * length))
+        ).view(batch, length)
 
     active = draw(st.booleans())
     masked = active & draw(st.booleans())

@@ -33,14 +33,18 @@ def test_each_strategy_has_its_own_default_threshold() -> None:
 def test_an_unknown_name_is_answered_with_the_choices() -> None:
     with pytest.raises(InputError) as error:
         get_strategy(DecodingParams(strategy="treshold"))
-    assert f"unknown strategy 'treshold'; choose from {', '.join(strategies())}" in error.value.message
+    assert (
+        f"unknown strategy 'treshold'; choose from {', '.join(strategies())}" in error.value.message
+    )
     assert error.value.hint == "did you mean `threshold`?"
 
 
 def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     target = "dmax.decoding.threshold:ThresholdDecoding"
     found = [EntryPoint(name, target, "dmax.strategies") for name in ("mine", "spd")]
-    monkeypatch.setattr(dmax.decoding, "entry_points", lambda group: found if group == "dmax.strategies" else [])
+    monkeypatch.setattr(
+        dmax.decoding, "entry_points", lambda group: found if group == "dmax.strategies" else []
+    )
     assert "mine" in strategies() and strategies().count("spd") == 1
     assert isinstance(get_strategy(DecodingParams(strategy="mine")), ThresholdDecoding)
     assert isinstance(get_strategy(DecodingParams(strategy="spd")), SoftParallelDecoding)

@@ -34,7 +34,7 @@ def run(logits: Any, length: int, tail: tuple[int, ...] = (), **params: Any) -> 
     return play(DecodingParams(**params), lambda n, view: script(n), opened(tail, length))
 
 
-# --- selection --------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 @given(line=LINES, count=st.integers(0, 13))
@@ -42,7 +42,10 @@ def test_top_takes_the_most_confident(line: list[tuple[bool, float]], count: int
     masked, score = torch.tensor([[m for m, _ in line]]), torch.tensor([[c for _, c in line]])
     ranked = sorted((i for i, (m, _) in enumerate(line) if m), key=lambda i: (-line[i][1], i))
     expected = set(ranked[: max(count, 1)])
-    assert set(selection.top(masked, score, torch.tensor([count]))[0].nonzero().flatten().tolist()) == expected
+    assert (
+        set(selection.top(masked, score, torch.tensor([count]))[0].nonzero().flatten().tolist())
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,31 +61,46 @@ def test_top_takes_the_most_confident(line: list[tuple[bool, float]], count: int
 )
 def test_factor_rule(confidence: list[float], factor: float, expected: str) -> None:
     masked = torch.ones(1, len(confidence), dtype=torch.bool)
-    assert torch.equal(selection.within_error(masked, torch.tensor([confidence]), factor), rows([expected]))
+    assert torch.equal(
+        selection.within_error(masked, torch.tensor([confidence]), factor), rows([expected])
+    )
 
 
 @given(line=LINES, factor=st.floats(0, 3))
 def test_factor_rule_equals_a_loop(line: list[tuple[bool, float]], factor: float) -> None:
     masked, confidence = torch.tensor([[m for m, _ in line]]), torch.tensor([[c for _, c in line]])
-    ranked = sorted((i for i, (m, _) in enumerate(line) if m), key=lambda i: (-confidence[0, i].item(), i))
+    ranked = sorted(
+        (i for i, (m, _) in enumerate(line) if m), key=lambda i: (-confidence[0, i].item(), i)
+    )
     count = 0
-    while count < len(ranked) and confidence[0, ranked[count]] >= torch.tensor(1 - factor / (count + 2)):
+    while count < len(ranked) and confidence[0, ranked[count]] >= torch.tensor(
+        1 - factor / (count + 2)
+    ):
         count += 1
     expected = set(ranked[: max(count, 1)])
-    assert set(selection.within_error(masked, confidence, factor)[0].nonzero().flatten().tolist()) == expected
+    assert (
+        set(selection.within_error(masked, confidence, factor)[0].nonzero().flatten().tolist())
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("masked", "confidence", "expected"),
     [
         ("xxx.xx", [0.2, 0.5, 0.4, 0.9, 0.1, 0.3], ".x...x"),
-        ("x.x.xx", [0.2, 0.9, 0.4, 0.9, 0.3, 0.3], "x.x.x."),  # equals: the leftmost of its run alone
+        (
+            "x.x.xx",
+            [0.2, 0.9, 0.4, 0.9, 0.3, 0.3],
+            "x.x.x.",
+        ),  # equals: the leftmost of its run alone
         ("......", [0.9] * 6, "......"),
         ("xxxxxx", [0.0] * 6, "x....."),
     ],
 )
 def test_run_maxima(masked: str, confidence: list[float], expected: str) -> None:
-    assert torch.equal(selection.run_maxima(rows([masked]), torch.tensor([confidence])), rows([expected]))
+    assert torch.equal(
+        selection.run_maxima(rows([masked]), torch.tensor([confidence])), rows([expected])
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +124,7 @@ def test_entropy_leaves_mask_out() -> None:
     torch.testing.assert_close(selection.entropy(output.logits), expected)
 
 
-# --- strategies -------------------------------------------------------------------------------------------------------
+# --- strategies -----------------------------------------------------------------------------------
 
 FOUR = logits_of([1, 2, 3, 4], [0.5, 0.95, 0.7, 0.92])
 
@@ -125,8 +143,14 @@ FOUR = logits_of([1, 2, 3, 4], [0.5, 0.95, 0.7, 0.92])
         ({"strategy": "hierarchy", "options": {"low": 0.6}}, [2, 1, 1]),
         ({"strategy": "dparallel", "threshold": 0.0}, [1, 1, 1, 1]),
         ({"strategy": "dparallel", "threshold": 1.0}, [2, 1, 1]),
-        ({"strategy": "joint_threshold", "threshold": 0.9}, [2, 1, 1, 0]),  # one more forward that edits nothing
-        ({"strategy": "joint_threshold", "threshold": 0.9, "options": {"edit_threshold": None}}, [2, 1, 1]),
+        (
+            {"strategy": "joint_threshold", "threshold": 0.9},
+            [2, 1, 1, 0],
+        ),  # one more forward that edits nothing
+        (
+            {"strategy": "joint_threshold", "threshold": 0.9, "options": {"edit_threshold": None}},
+            [2, 1, 1],
+        ),
     ],
 )
 def test_how_many_are_decoded_at_each_step(params: dict[str, Any], expected: list[int]) -> None:
@@ -146,11 +170,18 @@ def test_joint_threshold_edits_what_it_is_sure_is_wrong() -> None:
         logits_of([4, 2, 3], [0.95, 0.95, 0.97]),
     ]
     steps = run(lambda n: script[min(n, 2)], 3, strategy="joint_threshold")
-    assert [step.advance.tokens[0].tolist() for step in steps] == [[1, 2, MASK], [4, 2, 3], [4, 2, 3]]
+    assert [step.advance.tokens[0].tolist() for step in steps] == [
+        [1, 2, MASK],
+        [4, 2, 3],
+        [4, 2, 3],
+    ]
 
 
 def test_joint_threshold_gives_up_after_its_post_steps() -> None:
-    script = [logits_of([1, 2], [0.97, 0.97]), logits_of([2, 1], [0.97, 0.97])]  # changes its mind for ever
+    script = [
+        logits_of([1, 2], [0.97, 0.97]),
+        logits_of([2, 1], [0.97, 0.97]),
+    ]  # changes its mind for ever
     params = DecodingParams(strategy="joint_threshold", options={"post_steps": 3})
     steps = play(params, lambda n, view: script[n % 2], opened((), 2, max_steps=20))
     assert len(steps) == 1 + 3
@@ -199,7 +230,10 @@ def test_sched_leaves_once_the_margin_reaches_the_bound() -> None:
     assert decoded(run(clear(5.1), 3, strategy="sched", options=options)) == [1, 2]
     assert decoded(run(clear(1.9), 3, strategy="sched", options=options)) == [1, 1, 1]
     steady = {**options, "steady": True}
-    assert decoded(run(clear(8.1), 3, strategy="sched", options=steady)) == [1, 2]  # there is no step before the first
+    assert decoded(run(clear(8.1), 3, strategy="sched", options=steady)) == [
+        1,
+        2,
+    ]  # there is no step before the first
 
 
 @pytest.mark.parametrize(
@@ -236,15 +270,19 @@ def test_iter_smooth_grows_more_lenient_from_step_to_step() -> None:
     assert decoded(run(logits, 4, strategy="iter_smooth")) == [1, 1, 2]
 
 
-# --- windows and branches ---------------------------------------------------------------------------------------------
+# --- windows and branches -------------------------------------------------------------------------
 
 
 def test_what_need_not_progress_may_wait() -> None:
     masked, confidence = rows(["xxxx", "xxxx", "xxxx"]), torch.tensor([[0.5, 0.95, 0.7, 0.92]] * 3)
     forced = torch.tensor([True, False, False])
-    assert torch.equal(selection.above(masked, confidence, 0.99, forced), rows([".x..", "....", "...."]))
+    assert torch.equal(
+        selection.above(masked, confidence, 0.99, forced), rows([".x..", "....", "...."])
+    )
     assert torch.equal(selection.above(masked, confidence, 0.9, forced), rows([".x.x"] * 3))
-    assert torch.equal(selection.prefix(masked, confidence, 0.9, forced), rows(["x...", "....", "...."]))
+    assert torch.equal(
+        selection.prefix(masked, confidence, 0.9, forced), rows(["x...", "....", "...."])
+    )
     assert torch.equal(selection.prefix(masked, confidence, 0.5, forced), rows(["xxxx"] * 3))
 
 
@@ -253,7 +291,9 @@ def test_lopa_branches_on_the_surest_masks() -> None:
     output = Output(FOUR, MASK)
     branches = strategy.branch(rows(["x.xx"]), output)
     assert torch.equal(branches, rows(["...x", "..x.", "x..."])[None])
-    assert torch.equal(strategy.branch(rows([".x.."]), output), rows([".x..", "....", "...."])[None])
+    assert torch.equal(
+        strategy.branch(rows([".x.."]), output), rows([".x..", "....", "...."])[None]
+    )
 
 
 def test_lopa_chooses_the_version_that_is_surest_on_average() -> None:
@@ -271,13 +311,17 @@ def test_lopa_chooses_the_version_that_is_surest_on_average() -> None:
     assert strategy.choose(view, Output(logits, MASK)).tolist() == [1]  # all decoded: 1
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
-        ("credit", {"alfa": 1}, "strategy `credit` has no option `alfa`; it has only alpha, decay, power"),
+        (
+            "credit",
+            {"alfa": 1},
+            "strategy `credit` has no option `alfa`; it has only alpha, decay, power",
+        ),
         ("threshold", {"x": 1}, "strategy `threshold` has no option `x`; it has none"),
         ("spd", {"threshold": 1}, "strategy `spd` has no option `threshold`"),
         ("credit", {"decay": 2}, "`decay` must be a number between 0 and 1, got 2"),
@@ -285,7 +329,11 @@ def test_lopa_chooses_the_version_that_is_surest_on_average() -> None:
         ("fast_dllm_factor", {"factor": -1}, "`factor` must be"),
         ("hierarchy", {"low": "x"}, "`low` must be"),
         ("entropy_bound", {"bound": -0.1}, "`bound` must be"),
-        ("sched", {"schedule": "step"}, "`schedule` must be one of cosine, linear, exponential, got 'step'"),
+        (
+            "sched",
+            {"schedule": "step"},
+            "`schedule` must be one of cosine, linear, exponential, got 'step'",
+        ),
         ("sched", {"high": 1.0}, "`high` must be a number of at least 2.5, got 1.0"),
         ("joint_threshold", {"post_steps": 1.5}, "`post_steps` must be a whole number"),
         ("iter_smooth", {"weight": -1}, "`weight` must be"),
@@ -294,7 +342,9 @@ def test_lopa_chooses_the_version_that_is_surest_on_average() -> None:
         ("lopa", {"num_branches": 0}, "`num_branches` must be"),
     ],
 )
-def test_a_wrong_option_is_one_clear_error(strategy: str, options: dict[str, Any], message: str) -> None:
+def test_a_wrong_option_is_one_clear_error(
+    strategy: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError) as error:
         get_strategy(DecodingParams(strategy=strategy, options=options))
     assert message in error.value.message

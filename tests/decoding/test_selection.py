@@ -23,7 +23,11 @@ BLOCKS = st.lists(st.tuples(st.booleans(), st.sampled_from(CONFIDENCES)), min_si
 @pytest.mark.parametrize(
     ("masked", "confidence", "expected"),
     [
-        ("xxxxx", [0.9, 0.6, 0.51, 0.4, 0.95], "xxx.."),  # stops at the first below, whatever follows
+        (
+            "xxxxx",
+            [0.9, 0.6, 0.51, 0.4, 0.95],
+            "xxx..",
+        ),  # stops at the first below, whatever follows
         ("xxxxx", [0.4, 0.9, 0.9, 0.9, 0.9], "x...."),  # none qualifies: the leftmost
         ("..xxx", [0.1, 0.1, 0.9, 0.4, 0.9], "..x.."),  # decoded positions do not end the run
         ("x.x.x", [0.9, 0.1, 0.9, 0.1, 0.9], "x.x.x"),
@@ -38,7 +42,11 @@ def test_prefix(masked: str, confidence: list[float], expected: str) -> None:
     ("masked", "confidence", "expected"),
     [
         ("xxxxx", [0.9, 0.4, 0.6, 0.4, 0.95], "x.x.x"),
-        ("xxxxx", [0.1, 0.4, 0.3, 0.4, 0.2], ".x..."),  # none qualifies: the most confident, the leftmost of equals
+        (
+            "xxxxx",
+            [0.1, 0.4, 0.3, 0.4, 0.2],
+            ".x...",
+        ),  # none qualifies: the most confident, the leftmost of equals
         ("..xxx", [0.9, 0.9, 0.1, 0.3, 0.2], "...x."),  # decoded positions do not count
         (".....", [0.9, 0.9, 0.9, 0.9, 0.9], "....."),
     ],
@@ -58,7 +66,9 @@ def test_a7_a_confidence_equal_to_the_threshold_qualifies(select: Select) -> Non
 
 
 @pytest.mark.parametrize("select", [prefix, above])
-def test_a7_threshold_zero_decodes_everything_and_above_one_a_single_position(select: Select) -> None:
+def test_a7_threshold_zero_decodes_everything_and_above_one_a_single_position(
+    select: Select,
+) -> None:
     masked, confidence = rows([".xx.x"]), torch.tensor([[0.0, 0.0, 0.4, 0.1, 1.0]])
     assert torch.equal(select(masked, confidence, 0.0), masked)
     assert select(masked, confidence, 1.1).sum() == 1
@@ -89,7 +99,9 @@ def test_selections_equal_naive_scans(block: list[tuple[bool, float]], threshold
         run.append(position)
     high = [position for position in candidates if block[position][1] >= threshold]
     best = sorted(candidates, key=lambda position: -block[position][1])[:1]
-    assert prefix(masked, confidence, threshold)[0].nonzero().flatten().tolist() == (run or candidates[:1])
+    assert prefix(masked, confidence, threshold)[0].nonzero().flatten().tolist() == (
+        run or candidates[:1]
+    )
     assert above(masked, confidence, threshold)[0].nonzero().flatten().tolist() == (high or best)
 
 
@@ -98,5 +110,8 @@ def test_a_lower_threshold_never_decodes_less(block: list[tuple[bool, float]]) -
     masked = torch.tensor([[is_masked for is_masked, _ in block]])
     confidence = torch.tensor([[value for _, value in block]])
     for select in (prefix, above):
-        counts = [int(select(masked, confidence, threshold).sum()) for threshold in (0.0, 0.3, 0.5, 0.9, 1.0)]
+        counts = [
+            int(select(masked, confidence, threshold).sum())
+            for threshold in (0.0, 0.3, 0.5, 0.9, 1.0)
+        ]
         assert counts == sorted(counts, reverse=True)

@@ -17,7 +17,9 @@ from dmax.params import DecodingParams
 V, MASK = 6, 5
 
 
-def view(tokens: list[int], masked: list[int], active: list[int] | None = None, step: int = 0) -> View:
+def view(
+    tokens: list[int], masked: list[int], active: list[int] | None = None, step: int = 0
+) -> View:
     return View(
         tokens=torch.tensor([tokens]),
         masked=torch.tensor([masked], dtype=torch.bool),
@@ -118,7 +120,9 @@ def test_one_forward_suffices_when_everything_is_sure() -> None:
         ({"stop_confidence": 0.99}, False),
     ],
 )
-def test_the_confidence_rule_can_be_moved_and_switched_off(settings: dict[str, Any], is_done: bool) -> None:
+def test_the_confidence_rule_can_be_moved_and_switched_off(
+    settings: dict[str, Any], is_done: bool
+) -> None:
     _, after = step(view([MASK] * 3, [1] * 3), logits([0, 1, 2], [0.95] * 3), **settings)
     assert bool(after.done) is is_done
 
@@ -134,7 +138,10 @@ def test_the_prompts_tail_is_never_written_nor_fed_softly() -> None:
 def test_threshold_zero_promotes_all_with_or_without_the_prefix_rule() -> None:
     given = view([MASK] * 4, [1] * 4)
     raw = logits([0, 1, 2, 3], [0.3, 0.9, 0.2, 0.4])
-    with_rule, without = step(given, raw, threshold=0.0), step(given, raw, threshold=0.0, prefix_only=False)
+    with_rule, without = (
+        step(given, raw, threshold=0.0),
+        step(given, raw, threshold=0.0, prefix_only=False),
+    )
     assert torch.equal(with_rule[1].tokens, without[1].tokens)
     assert not with_rule[1].masked.any()
 

@@ -16,7 +16,10 @@ def test_a11_consistent_needs_every_position_decoded_and_unchanged() -> None:
 
 def test_a8_confident_needs_every_position_decoded() -> None:
     confidence = torch.full((2, 3), 0.99)
-    assert confident(rows(["xxx", "xxx"]), rows(["...", "..x"]), confidence, 0.9).tolist() == [True, False]
+    assert confident(rows(["xxx", "xxx"]), rows(["...", "..x"]), confidence, 0.9).tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_confidence_counts_at_active_positions_only() -> None:
@@ -28,4 +31,6 @@ def test_confidence_counts_at_active_positions_only() -> None:
 def test_a7_confidence_equal_to_the_bound_stops() -> None:
     confidence = torch.full((1, 2), 0.9)
     assert confident(rows(["xx"]), rows([".."]), confidence, 0.9).all()
-    assert not confident(rows(["xx"]), rows([".."]), confidence.nextafter(torch.zeros(())), 0.9).any()
+    assert not confident(
+        rows(["xx"]), rows([".."]), confidence.nextafter(torch.zeros(())), 0.9
+    ).any()

@@ -45,7 +45,9 @@ def decoded(logits: Tensor, params: DecodingParams) -> list[int]:
 FOUR = logits_of([1, 2, 3, 4], [0.5, 0.95, 0.7, 0.92])
 
 
-@pytest.mark.parametrize(("threshold", "expected"), [(0.5, [3, 1]), (0.9, [2, 1, 1]), (1.0, [1, 1, 1, 1]), (0.0, [4])])
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(0.5, [3, 1]), (0.9, [2, 1, 1]), (1.0, [1, 1, 1, 1]), (0.0, [4])]
+)
 def test_learn2pd_decodes_what_the_filter_accepts_and_always_one(
     tmp_path: Path, threshold: float, expected: list[int]
 ) -> None:
@@ -89,7 +91,9 @@ CONFIDENCE = torch.tensor([[0.9, 0.6, 0.8, 0.7]])  # in the order 0, 2, 3, 1
         (1.15, "xxxx"),
     ],
 )
-def test_the_set_grows_by_confidence_while_the_dependency_stays_within_the_bound(bound: float, expected: str) -> None:
+def test_the_set_grows_by_confidence_while_the_dependency_stays_within_the_bound(
+    bound: float, expected: str
+) -> None:
     every = rows(["xxxx"])
     assert torch.equal(within_dependency(every, every, CONFIDENCE, D, bound), rows([expected]))
 
@@ -126,13 +130,21 @@ def test_the_set_equals_a_loop(masked: list[list[bool]], seed: int, bound: float
 
 def influence(bias: float) -> Tensors:
     """A head for which every position moves every other by sigmoid(bias)."""
-    return {"query": torch.zeros(4, 2), "key": torch.zeros(4, 2), "distance": torch.full((7,), bias)}
+    return {
+        "query": torch.zeros(4, 2),
+        "key": torch.zeros(4, 2),
+        "distance": torch.full((7,), bias),
+    }
 
 
 @pytest.mark.parametrize(
     ("threshold", "bound", "expected"),
     [
-        (0.0, 1.5, [3, 1]),  # half a unit a pair: 1 pair for the second, 2 for the third, 3 for the fourth
+        (
+            0.0,
+            1.5,
+            [3, 1],
+        ),  # half a unit a pair: 1 pair for the second, 2 for the third, 3 for the fourth
         (0.0, 3.0, [4]),
         (0.0, 0.49, [1, 1, 1, 1]),
         (0.9, 9.0, [2, 1, 1]),  # 0.95 and 0.92; then only the surest
@@ -142,7 +154,10 @@ def test_demask_keeps_to_its_bound_and_its_threshold(
     tmp_path: Path, threshold: float, bound: float, expected: list[int]
 ) -> None:
     head = saved(tmp_path, "demask", 4, influence(0.0))
-    assert decoded(FOUR, DecodingParams("demask", threshold, options={"head": head, "bound": bound})) == expected
+    assert (
+        decoded(FOUR, DecodingParams("demask", threshold, options={"head": head, "bound": bound}))
+        == expected
+    )
 
 
 def test_demask_wants_the_hidden_states_its_head_was_trained_on(tmp_path: Path) -> None:
@@ -166,7 +181,9 @@ def test_demask_wants_the_hidden_states_its_head_was_trained_on(tmp_path: Path) 
         ("demask", {}, "strategy `demask` needs the option `head`"),
     ],
 )
-def test_a_wrong_option_is_one_clear_error(strategy: str, options: dict[str, object], message: str) -> None:
+def test_a_wrong_option_is_one_clear_error(
+    strategy: str, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(InputError) as error:
         get_strategy(DecodingParams(strategy=strategy, options=options))
     assert message in error.value.message

@@ -29,13 +29,21 @@ def trajectory(steps: list[Step]) -> list[Any]:
     return [step.advance.tokens.tolist() for step in steps]
 
 
-# --- SPD --------------------------------------------------------------------------------------------------------------
+# --- SPD ------------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 1000), threshold=st.sampled_from([0.0, 0.3, 0.5, 0.9]), tail=st.integers(0, L - 1))
-def test_masks_are_always_a_suffix_and_every_step_promotes(seed: int, threshold: float, tail: int) -> None:
+@given(
+    seed=st.integers(0, 1000),
+    threshold=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
+    tail=st.integers(0, L - 1),
+)
+def test_masks_are_always_a_suffix_and_every_step_promotes(
+    seed: int, threshold: float, tail: int
+) -> None:
     script = noise(seed)
-    for step in play(DecodingParams(threshold=threshold), lambda n, view: script[n], opened([1] * tail, L)):
+    for step in play(
+        DecodingParams(threshold=threshold), lambda n, view: script[n], opened([1] * tail, L)
+    ):
         before, masked = step.view.masked[0], step.advance.masked[0].int()
         assert (masked.diff() >= 0).all()
         assert not before.any() or masked.sum() < before.sum()
@@ -46,7 +54,9 @@ def test_masks_are_always_a_suffix_and_every_step_promotes(seed: int, threshold:
 def test_a15_at_threshold_zero_the_prefix_rule_makes_no_difference(seed: int) -> None:
     script = noise(seed)
     runs = [
-        play(DecodingParams(threshold=0.0, prefix_only=on), lambda n, view: script[n], opened([1], L))
+        play(
+            DecodingParams(threshold=0.0, prefix_only=on), lambda n, view: script[n], opened([1], L)
+        )
         for on in (True, False)
     ]
     assert not runs[0][0].advance.masked.any()
@@ -92,7 +102,9 @@ def test_a16_soft_or_hard_inputs_decide_alike_on_the_same_logits(soft_inputs: bo
     script = noise(3)
     params = DecodingParams(soft_inputs=soft_inputs)
     steps = play(params, lambda n, view: script[n], opened([1], L))
-    assert trajectory(steps) == trajectory(play(DecodingParams(), lambda n, view: script[n], opened([1], L)))
+    assert trajectory(steps) == trajectory(
+        play(DecodingParams(), lambda n, view: script[n], opened([1], L))
+    )
     assert all((step.decision.soft is not None) is soft_inputs for step in steps)
 
 
@@ -117,7 +129,7 @@ def test_stop_rules_can_be_switched_off(rules: dict[str, bool], forwards: int) -
     assert len(play(DecodingParams(**rules), lambda n, view: logits, opened((), L))) == forwards
 
 
-# --- promises ---------------------------------------------------------------------------------------------------------
+# --- promises -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,9 @@ class Hostile:
         if self.kind == "mask":
             tokens = torch.full_like(tokens, MASK)
         commit = every if self.kind in ("vandal", "mask") else ~every
-        return Decision(tokens, commit, edit=every, remask=every if self.kind != "mask" else None, done=done), state
+        return Decision(
+            tokens, commit, edit=every, remask=every if self.kind != "mask" else None, done=done
+        ), state
 
 
 def hostile_scripts() -> st.SearchStrategy[Tensor]:
@@ -172,11 +186,19 @@ Needed = dict[str, dict[str, str]]
 
 def ready(strategy: Any, needed: Needed) -> Any:
     """The parameters with the options that their strategy cannot do without."""
-    return strategy if isinstance(strategy, Hostile) else replace(strategy, options=needed[strategy.strategy])
+    return (
+        strategy
+        if isinstance(strategy, Hostile)
+        else replace(strategy, options=needed[strategy.strategy])
+    )
 
 
 @settings(max_examples=150)
-@given(script=hostile_scripts(), strategy=STRATEGIES, tail=st.lists(st.integers(0, V - 1), max_size=L - 1))
+@given(
+    script=hostile_scripts(),
+    strategy=STRATEGIES,
+    tail=st.lists(st.integers(0, V - 1), max_size=L - 1),
+)
 def test_any_strategy_on_any_logits_ends_in_time_without_mask(
     needed: Needed, script: Tensor, strategy: Any, tail: list[int]
 ) -> None:
@@ -200,7 +222,13 @@ def test_rows_are_bit_for_bit_what_they_are_alone(
 
     def three_steps(rows: slice) -> tuple[Decision, Any]:
         count = rows.stop - rows.start
-        view = opened([1], L, batch=count, temperature=temperature, gumbel=gumbel[rows] if temperature else None)
+        view = opened(
+            [1],
+            L,
+            batch=count,
+            temperature=temperature,
+            gumbel=gumbel[rows] if temperature else None,
+        )
         player = strategy if isinstance(strategy, Hostile) else get_strategy(strategy)
         state = player.open(view)
         for n in range(3):

@@ -23,7 +23,11 @@ class ScriptedModel(nn.Module):
         self.table, self.react = table, react  # [positions, V]
         self.embedding, self.head = nn.Embedding(V, 4), nn.Identity()
         self.config = SimpleNamespace(
-            num_hidden_layers=1, num_attention_heads=1, hidden_size=4, vocab_size=V, max_position_embeddings=len(table)
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            hidden_size=4,
+            vocab_size=V,
+            max_position_embeddings=len(table),
         )
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -38,7 +42,9 @@ class ScriptedModel(nn.Module):
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
         logits = self.table[position_ids]
         if self.react:
-            logits = logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
+            logits = (
+                logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
+            )
         return SimpleNamespace(logits=self.head(logits), hidden_states=(inputs_embeds,))
 
 
@@ -71,4 +77,6 @@ def request(prompt: tuple[int, ...], index: int = 0, **params: Any) -> Request:
 
 
 def run(engine: Engine, *requests: Request) -> dict[int, Completion]:
-    return {event.index: event.completion for event in engine.run(requests) if event.kind == "finished"}
+    return {
+        event.index: event.completion for event in engine.run(requests) if event.kind == "finished"
+    }

@@ -24,7 +24,11 @@ def drain(engine: Engine) -> dict[int, Any]:
     """Steps until nothing is left; the completions by request."""
     done = {}
     while engine.is_busy():
-        done |= {event.index: event.completion for event in engine.step() if isinstance(event, FinishedEvent)}
+        done |= {
+            event.index: event.completion
+            for event in engine.step()
+            if isinstance(event, FinishedEvent)
+        }
     return done
 
 
@@ -38,7 +42,7 @@ def random_prompts(*lengths: int, shared: int = 0) -> list[tuple[int, ...]]:
     return [tuple(start + torch.randint(300, (n,), generator=generator).tolist()) for n in lengths]
 
 
-# --- joining and leaving ----------------------------------------------------------------------------------------------
+# --- joining and leaving --------------------------------------------------------------------------
 
 
 def test_requests_join_at_any_step_and_free_their_slot_at_once() -> None:
@@ -55,7 +59,9 @@ def test_requests_join_at_any_step_and_free_their_slot_at_once() -> None:
 
 
 def test_a_long_prompt_is_encoded_between_the_steps_of_others() -> None:
-    engine = scripted(confident([1] * 160, 0.6), max_batch_size=2, max_length=160, prefill_tokens=2 * L)
+    engine = scripted(
+        confident([1] * 160, 0.6), max_batch_size=2, max_length=160, prefill_tokens=2 * L
+    )
     engine.add(request((1,) * 3, 0, max_new_tokens=2 * L))
     engine.step()
     engine.add(request((1,) * (12 * L), 1, max_new_tokens=L))
@@ -100,7 +106,7 @@ def test_chunks_do_not_change_what_is_decoded(golden: tuple[str, Any, dict[str, 
     assert chunked[0].counters.num_prefill_forwards == 70 // checkpoint.block_length
 
 
-# --- early ends -------------------------------------------------------------------------------------------------------
+# --- early ends -----------------------------------------------------------------------------------
 
 
 def test_a_cancelled_request_keeps_its_finished_blocks_and_frees_its_slot() -> None:
@@ -126,7 +132,9 @@ def test_a_waiting_request_can_be_cancelled() -> None:
 
 def test_a_deadline_ends_a_request_with_what_it_has() -> None:
     now = [0.0]
-    engine = scripted(confident(COUNT * 5), max_batch_size=1, max_length=5 * L, clock=lambda: now[0])
+    engine = scripted(
+        confident(COUNT * 5), max_batch_size=1, max_length=5 * L, clock=lambda: now[0]
+    )
     engine.add(request((1,), 0, max_new_tokens=4 * L, deadline=5.0))
     engine.add(request((1,), 1, deadline=5.0))
     engine.step()
@@ -152,7 +160,9 @@ def test_what_others_did_in_a_round_that_raised_is_told_in_the_next() -> None:
     table = confident(COUNT * 5)
     table[2 * L + 1] = torch.nan
     engine = scripted(table, max_batch_size=4, max_length=5 * L)
-    engine.add(request((1,), 0, max_new_tokens=L - 1))  # settled before the broken one, done with its first step
+    engine.add(
+        request((1,), 0, max_new_tokens=L - 1)
+    )  # settled before the broken one, done with its first step
     engine.add(request((1,) * (2 * L), 1, max_new_tokens=L))
     engine.add(request((1,), 2, max_new_tokens=2 * L - 1))  # settled behind it
     engine.add(request((2,) * (2 * L), 3, max_new_tokens=L))
@@ -162,7 +172,10 @@ def test_what_others_did_in_a_round_that_raised_is_told_in_the_next() -> None:
     finished = drain(engine)
     assert list(finished) == [0, 2]
     assert finished[0].token_ids == tuple(COUNT[1:])
-    assert finished[2] == run(scripted(confident(COUNT * 5)), request((1,), 2, max_new_tokens=2 * L - 1))[2]
+    assert (
+        finished[2]
+        == run(scripted(confident(COUNT * 5)), request((1,), 2, max_new_tokens=2 * L - 1))[2]
+    )
 
 
 def test_a_run_that_is_given_up_leaves_nothing_behind() -> None:
@@ -173,12 +186,16 @@ def test_a_run_that_is_given_up_leaves_nothing_behind() -> None:
         break
     assert not engine.is_busy()
     assert not any(engine.cancel(index) for index in range(3))
-    assert run(engine, *requests) == run(scripted(confident(COUNT * 5, 0.6), max_batch_size=1), *requests)
+    assert run(engine, *requests) == run(
+        scripted(confident(COUNT * 5, 0.6), max_batch_size=1), *requests
+    )
 
 
 def test_ignoring_eos_goes_on_to_the_limit() -> None:
     tokens = [1, 2, 3, EOS, 5, 6, 7, 8] * 4
-    completion = run(scripted(confident(tokens)), request((1, 2), max_new_tokens=12, ignore_eos=True))[0]
+    completion = run(
+        scripted(confident(tokens)), request((1, 2), max_new_tokens=12, ignore_eos=True)
+    )[0]
     assert completion.token_ids == (3, EOS, 5, 6, 7, 8, 1, 2, 3, EOS, 5, 6)
     assert completion.finish_reason == "length"
 
@@ -188,13 +205,15 @@ def test_a_stop_ends_the_request_with_its_block() -> None:
         return next((n for n in range(2, len(ids) + 1) if tuple(ids[n - 2 : n]) == (8, 1)), None)
 
     asked = request((1, 2), max_new_tokens=4 * L)
-    completion = run(scripted(confident(COUNT * 6)), Request(0, asked.prompt_ids, asked.params, find_stop))[0]
+    completion = run(
+        scripted(confident(COUNT * 6)), Request(0, asked.prompt_ids, asked.params, find_stop)
+    )[0]
     assert completion.token_ids == (3, 4, 5, 6, 7, 8, 1)  # over the border of two blocks
     assert completion.finish_reason == "stop"
     assert completion.counters.num_forwards == 2
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def test_memory_is_planned_at_the_start() -> None:
@@ -211,7 +230,9 @@ def test_memory_is_planned_at_the_start() -> None:
 def test_versions_of_a_block_count_against_the_plan() -> None:
     engine = scripted(confident(COUNT * 9), max_length=4 * L)
     with pytest.raises(InputError, match=r"needs 48 positions"):
-        engine.add(request((1,), 1, max_new_tokens=4 * L - 1, strategy="lopa", options={"num_branches": 3}))
+        engine.add(
+            request((1,), 1, max_new_tokens=4 * L - 1, strategy="lopa", options={"num_branches": 3})
+        )
 
 
 def test_a_busy_engine_without_a_plan_refuses_what_does_not_fit() -> None:
@@ -224,7 +245,7 @@ def test_a_busy_engine_without_a_plan_refuses_what_does_not_fit() -> None:
     assert len(drain(engine)[1].token_ids) == 4 * L
 
 
-# --- shared prefixes --------------------------------------------------------------------------------------------------
+# --- shared prefixes ------------------------------------------------------------------------------
 
 
 def test_a_shared_prefix_is_encoded_once(golden: tuple[str, Any, dict[str, Any]]) -> None:
@@ -262,13 +283,17 @@ def test_the_prefix_cache_drops_the_oldest_leaves() -> None:
     assert known(1, 2, 3, 4) == 4
     assert store.keys[0][0, :, 0, 0].tolist() == [1, 2, 3, 4]
     put(7, 8)
-    assert (known(1, 2, 5, 6), known(1, 2, 3, 4), known(7, 8)) == (2, 4, 2)  # the stem stays as long as it has leaves
+    assert (known(1, 2, 5, 6), known(1, 2, 3, 4), known(7, 8)) == (
+        2,
+        4,
+        2,
+    )  # the stem stays as long as it has leaves
     assert cache.num_bytes == 3 * block
     assert known(1, 9, 3, 4) == 0
     assert PrefixCache(2, block - 1).store(store, 0, (1, 2)) is None
 
 
-# --- captured steps ---------------------------------------------------------------------------------------------------
+# --- captured steps -------------------------------------------------------------------------------
 
 
 def test_captured_steps_decode_the_same(
@@ -290,7 +315,9 @@ def test_captured_steps_decode_the_same(
         requests = [Request(index, ids, params) for index, ids in enumerate(prompts)]
         eager = run(engine_of(checkpoint), *requests)
         assert run(engine_of(checkpoint, cuda_graphs=True), *requests) == eager
-        assert run(engine_of(checkpoint, cuda_graphs=True, max_batch_size=3), *requests[::-1]) == eager
+        assert (
+            run(engine_of(checkpoint, cuda_graphs=True, max_batch_size=3), *requests[::-1]) == eager
+        )
     assert captured
 
 
@@ -298,12 +325,16 @@ def test_spd_steps_are_captured_with_their_soft_inputs(monkeypatch: pytest.Monke
     monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: lambda step: step)
     table = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
     requests = [request((1,) * n, n, threshold=0.3, max_new_tokens=3 * L) for n in (1, 9, 20)]
-    assert run(scripted(table, react=3.0, cuda_graphs=True), *requests) == run(scripted(table, react=3.0), *requests)
+    assert run(scripted(table, react=3.0, cuda_graphs=True), *requests) == run(
+        scripted(table, react=3.0), *requests
+    )
 
 
 @torch.inference_mode()
 def test_steps_of_one_shape_share_a_graph() -> None:
-    engine = scripted(confident([1] * 160, 0.6), max_batch_size=4, max_length=160, cuda_graphs=False)
+    engine = scripted(
+        confident([1] * 160, 0.6), max_batch_size=4, max_length=160, cuda_graphs=False
+    )
     for index in range(3):
         engine.add(request((1,), index, max_new_tokens=2 * L))
     engine.step()
@@ -317,7 +348,14 @@ def test_steps_of_one_shape_share_a_graph() -> None:
 
     steps = GraphedSteps(3, 160, record)
     for num_rows in (3, 3, 3, 4, 2, 2):
-        rows, nothing = [Row(slot, 0, 0, slot) for slot in range(num_rows)], torch.zeros(0, L, dtype=torch.long)
-        flags = steps(engine._runner, lane, Shape.of(rows, num_rows, L), Rows(torch.tensor(rows).T, nothing))
+        rows, nothing = (
+            [Row(slot, 0, 0, slot) for slot in range(num_rows)],
+            torch.zeros(0, L, dtype=torch.long),
+        )
+        flags = steps(
+            engine._runner, lane, Shape.of(rows, num_rows, L), Rows(torch.tensor(rows).T, nothing)
+        )
         assert flags.shape == (6, num_rows)
-    assert num_captures == 2  # three rows filled up to four, and two; four in order, read without a copy, came once
+    assert (
+        num_captures == 2
+    )  # three rows filled up to four, and two; four in order, read without a copy, came once

@@ -1,7 +1,7 @@
 """What a CUDA graph can hold: steps of every strategy on a device that has sizes and no numbers.
 
-A step there shows every operation it would have on a GPU without Triton, whose kernels' twins stand in for them, and
-fails where a value is asked for; what else a capture refuses is watched for.
+A step there shows every operation it would have on a GPU without Triton, whose kernels' twins stand
+in for them, and fails where a value is asked for; what else a capture refuses is watched for.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ class Refused(Exception):
 class Capture(TorchDispatchMode):
     """Refuses copies between host and device, arrays on the host, and indices whose number depends on values."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
         if function.overloadpacket in (aten._to_copy, aten.copy_) and on_host:
             raise Refused(f"{function} to or from the host")
-        if any(tensor.dim() for tensor in on_host):  # a single number becomes an argument of the kernel
+        if any(
+            tensor.dim() for tensor in on_host
+        ):  # a single number becomes an argument of the kernel
             raise Refused(f"{function} with an array on the host")
         if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
             indices = [index for index in args[1] if index is not None]
@@ -88,12 +92,20 @@ def step(checkpoint: Checkpoint, params: DecodingParams, num_sequences: int = 2)
 @pytest.mark.parametrize("name", strategies())
 def test_a_graph_can_hold_the_step_of(name: str, needed: dict[str, dict[str, str]]) -> None:
     params = DecodingParams(strategy=name, options=needed[name])
-    flags, window = step(mixture_of_experts(), params), getattr(get_strategy(params), "window", Window())
+    flags, window = (
+        step(mixture_of_experts(), params),
+        getattr(get_strategy(params), "window", Window()),
+    )
     assert flags.device == DEVICE and flags.shape == (6, 2 * window.size)
 
 
 def test_a_graph_can_hold_dense_decoders() -> None:
-    small = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3}
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_attention_heads": 3,
+    }
     with DEVICE:
         checkpoint = llama_135m(vocab_size=VOCABULARY, **small)
     assert step(checkpoint, DecodingParams(strategy="spd")).shape == (6, 2)

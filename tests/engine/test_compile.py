@@ -52,14 +52,25 @@ def test_two_graphs_serve_every_batch_and_length(
 ) -> None:
     _, checkpoint, _ = golden
     engine = engine_of(checkpoint, compile_model=True)
-    for batch in (requests(9), requests(3, 40, 17), requests(3, 20, 35, 60, 1), requests(70, 130), requests(5)):
+    for batch in (
+        requests(9),
+        requests(3, 40, 17),
+        requests(3, 20, 35, 60, 1),
+        requests(70, 130),
+        requests(5),
+    ):
         assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
     assert graphs.frame_count == 2
 
 
 def test_dense_decoders_compile_too(graphs: CompileCounter) -> None:
     torch.manual_seed(0)
-    small = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3}
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_attention_heads": 3,
+    }
     checkpoint = llama_135m(vocab_size=400, **small)
     engine = engine_of(checkpoint, compile_model=True)
     for batch in (requests(9), requests(3, 40, 17), requests(70, 130)):
@@ -67,16 +78,22 @@ def test_dense_decoders_compile_too(graphs: CompileCounter) -> None:
     assert graphs.frame_count == 2
 
 
-@pytest.mark.parametrize("golden", ["llada2_moe_a"], indirect=True)  # the compiler takes half a minute
+@pytest.mark.parametrize(
+    "golden", ["llada2_moe_a"], indirect=True
+)  # the compiler takes half a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_code_decodes_the_same(golden: tuple[str, Any, dict[str, Any]]) -> None:
     _, checkpoint, _ = golden
     batch = requests(3, 40, 17)
-    assert run(engine_of(checkpoint, compile_model=True), *batch) == run(engine_of(checkpoint), *batch)
+    assert run(engine_of(checkpoint, compile_model=True), *batch) == run(
+        engine_of(checkpoint), *batch
+    )
 
 
 def test_a_missing_compiler_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match="takes a C\\+\\+ compiler, and no-such-compiler is not here"):
+    with pytest.raises(
+        InputError, match="takes a C\\+\\+ compiler, and no-such-compiler is not here"
+    ):
         LLM("tiny-dmax", device="cpu", compile_model=True)
     assert lacks_compiler(torch.device("meta")) is None  # another compiler makes its code

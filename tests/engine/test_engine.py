@@ -49,14 +49,16 @@ def test_spd_repeats_the_published_trajectories(golden: tuple[str, Any, dict[str
                 counters = event.completion.counters
         assert counters is not None
         assert counters.num_forwards == trajectory["nfe"], f"{name} trajectory {index}"
-        assert tokens == tensors[f"spd.{index}.tokens"].flatten().tolist(), f"{name} trajectory {index}"
+        assert tokens == tensors[f"spd.{index}.tokens"].flatten().tolist(), (
+            f"{name} trajectory {index}"
+        )
 
 
 def test_there_are_trajectories_to_repeat() -> None:
     assert len(TRAJECTORIES) == 7
 
 
-# --- prescribed logits ------------------------------------------------------------------------------------------------
+# --- prescribed logits ----------------------------------------------------------------------------
 
 
 def test_confident_blocks_take_one_forward_each() -> None:
@@ -72,7 +74,11 @@ def test_a13_commits_are_folded_or_counted() -> None:
     table = confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)
     folded = run(scripted(table), request((1,) * 9))[0].counters
     apart = run(scripted(table, commit="separate"), request((1,) * 9))[0].counters
-    assert (folded.num_forwards, folded.num_prefill_forwards, folded.num_commit_forwards) == (3, 1, 0)
+    assert (folded.num_forwards, folded.num_prefill_forwards, folded.num_commit_forwards) == (
+        3,
+        1,
+        0,
+    )
     assert (apart.num_forwards, apart.num_prefill_forwards, apart.num_commit_forwards) == (3, 1, 2)
 
 
@@ -102,11 +108,16 @@ def test_eos_first_gives_an_empty_completion() -> None:
 def test_a20_a_prompt_shorter_than_a_block_needs_no_prefill() -> None:
     table = confident([1] * 40)
     for length, prefills in ((1, 0), (L - 1, 0), (L, 1), (2 * L + 3, 1)):
-        assert run(scripted(table), request((1,) * length))[0].counters.num_prefill_forwards == prefills
+        assert (
+            run(scripted(table), request((1,) * length))[0].counters.num_prefill_forwards
+            == prefills
+        )
 
 
 def test_max_new_tokens_truncates_but_decodes_the_block() -> None:
-    completion = run(scripted(confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)), request((1, 2), max_new_tokens=3))[0]
+    completion = run(
+        scripted(confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)), request((1, 2), max_new_tokens=3)
+    )[0]
     assert completion.token_ids == (3, 4, 5)
     assert completion.finish_reason == "length"
     assert completion.counters.num_forwards == 1
@@ -114,8 +125,14 @@ def test_max_new_tokens_truncates_but_decodes_the_block() -> None:
 
 def test_eos_past_the_limit_is_a_length_stop() -> None:
     tokens = [1, 2, 3, 4, 5, 6, EOS, 8] + [1] * 24
-    assert run(scripted(confident(tokens)), request((1, 2), max_new_tokens=2))[0].finish_reason == "length"
-    assert run(scripted(confident(tokens)), request((1, 2), max_new_tokens=4))[0].finish_reason == "stop"
+    assert (
+        run(scripted(confident(tokens)), request((1, 2), max_new_tokens=2))[0].finish_reason
+        == "length"
+    )
+    assert (
+        run(scripted(confident(tokens)), request((1, 2), max_new_tokens=4))[0].finish_reason
+        == "stop"
+    )
 
 
 def test_nan_logits_are_a_clear_error() -> None:
@@ -143,9 +160,13 @@ def test_what_cannot_fit_is_refused_before_any_compute(
 def hostile_tables() -> st.SearchStrategy[Tensor]:
     values = st.sampled_from([0.0, 1.0, -1.0, 30.0, float("inf"), float("-inf")])
     rows = st.lists(values, min_size=V, max_size=V)
-    shaped = st.lists(rows, min_size=8, max_size=8).map(lambda rows: torch.tensor(rows).repeat(5, 1))
+    shaped = st.lists(rows, min_size=8, max_size=8).map(
+        lambda rows: torch.tensor(rows).repeat(5, 1)
+    )
     mask_wins = shaped.map(lambda table: table.index_fill(1, torch.tensor([MASK]), float("inf")))
-    return st.one_of(shaped, mask_wins, st.just(torch.zeros(40, V)), st.just(torch.full((40, V), float("-inf"))))
+    return st.one_of(
+        shaped, mask_wins, st.just(torch.zeros(40, V)), st.just(torch.full((40, V), float("-inf")))
+    )
 
 
 def policies() -> st.SearchStrategy[dict[str, Any]]:
@@ -161,7 +182,11 @@ def policies() -> st.SearchStrategy[dict[str, Any]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(table=hostile_tables(), policy=policies(), prompt=st.lists(st.integers(0, 9), min_size=1, max_size=12))
+@given(
+    table=hostile_tables(),
+    policy=policies(),
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+)
 def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
     needed: dict[str, Any], table: Tensor, policy: dict[str, Any], prompt: list[int]
 ) -> None:
@@ -186,7 +211,11 @@ def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
     slots=st.integers(1, 4),
 )
 def test_a_request_does_not_depend_on_its_neighbours(
-    needed: dict[str, Any], table: Tensor, policy: dict[str, Any], prompts: list[list[int]], slots: int
+    needed: dict[str, Any],
+    table: Tensor,
+    policy: dict[str, Any],
+    prompts: list[list[int]],
+    slots: int,
 ) -> None:
     policy = {**policy, "options": needed[policy["strategy"]]}
     requests = [request(tuple(prompt), index, **policy) for index, prompt in enumerate(prompts)]
@@ -218,10 +247,15 @@ def test_sampling_depends_on_the_seed_alone() -> None:
     assert sample(seed=1) != sample(seed=2)
 
 
-def test_batched_rows_of_a_real_model_decode_as_alone(golden: tuple[str, Any, dict[str, Any]]) -> None:
+def test_batched_rows_of_a_real_model_decode_as_alone(
+    golden: tuple[str, Any, dict[str, Any]],
+) -> None:
     _, checkpoint, _ = golden
     generator = torch.Generator().manual_seed(3)
-    prompts = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in (3, 17, 16, 40, 1, 25)]
+    prompts = [
+        tuple(torch.randint(300, (length,), generator=generator).tolist())
+        for length in (3, 17, 16, 40, 1, 25)
+    ]
     for strategy, threshold in (("threshold", 0.9), ("threshold", 0.3)):
         params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=24)
         requests = [Request(index, prompt, params) for index, prompt in enumerate(prompts)]

@@ -42,7 +42,11 @@ def test_first_come_first_served_into_the_lowest_free_slot() -> None:
 def test_chunks_are_bounded_and_of_one_length() -> None:
     plan = scheduler(num_slots=5)
     plan.unfilled.update({0: 32, 1: 160, 2: 32, 3: 32, 4: 64})
-    assert plan.next_prompts(True) == ([], [0], 32)  # 2 would share it, but 1 came first and wants a whole round
+    assert plan.next_prompts(True) == (
+        [],
+        [0],
+        32,
+    )  # 2 would share it, but 1 came first and wants a whole round
     plan.filled(0, 32)
     for left in (96, 32):
         assert plan.next_prompts(True) == ([], [1], 64)
@@ -72,7 +76,11 @@ def test_short_prompts_ride_within_the_same_bounds() -> None:
     assert plan.next_prompts(True) == ([4], [], 0)  # what is left of a long prompt rides as well
     plan.filled(4, 32)
     plan.unfilled.update({0: 32, 1: 32, 2: 32, 3: 32})
-    assert plan.next_prompts(False) == ([], [0, 1, 2], 32)  # nobody waits for them: they start together
+    assert plan.next_prompts(False) == (
+        [],
+        [0, 1, 2],
+        32,
+    )  # nobody waits for them: they start together
     for slot in (0, 1, 2):
         plan.filled(slot, 32)
     assert plan.next_prompts(False) == ([3], [], 0)

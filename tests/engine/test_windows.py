@@ -31,7 +31,9 @@ HALF = [0.99] * 4 + [0.6] * 4
 
 def cost(script: Tensor, num_blocks: int = 2, **params: Any) -> Counters:
     """Counters of decoding `num_blocks` blocks behind the prompt."""
-    return run(scripted(script), request(PROMPT, max_new_tokens=num_blocks * L, **params))[0].counters
+    return run(scripted(script), request(PROMPT, max_new_tokens=num_blocks * L, **params))[
+        0
+    ].counters
 
 
 def d2f(script: Tensor, num_blocks: int = 2, **options: Any) -> Counters:
@@ -43,7 +45,10 @@ def test_d2f_decodes_the_next_block_meanwhile() -> None:
     counters = d2f(table(HALF, 0.99), opens_at=0.5)
     assert (counters.num_forwards, counters.num_positions) == (5, L + 4 * 2 * L)
     alone = d2f(table(HALF, 0.99), blocks=1)
-    assert (alone.num_forwards, alone.num_positions) == (6, 5 * L + 2 * L)  # the last commits block 1 as well
+    assert (alone.num_forwards, alone.num_positions) == (
+        6,
+        5 * L + 2 * L,
+    )  # the last commits block 1 as well
 
 
 def test_d2f_a_block_opens_once_the_one_before_is_decoded_far_enough() -> None:
@@ -56,7 +61,8 @@ def test_d2f_a_block_opens_once_the_one_before_is_decoded_far_enough() -> None:
 def test_d2f_a_block_must_progress_once_the_one_before_is_decoded_far_enough(
     forces_at: float, num_forwards: int
 ) -> None:
-    # Block 2 is never confident: one position a forward from the second, the fourth or the sixth forward on.
+    # Block 2 is never confident: one position a forward from the second, the fourth or the sixth
+    # forward on.
     assert d2f(table(HALF, 0.6), opens_at=0.5, forces_at=forces_at).num_forwards == num_forwards
 
 
@@ -64,26 +70,37 @@ def test_the_window_never_holds_more_blocks_than_it_may_nor_passes_the_end() -> 
     script = table(HALF, 0.6, 0.6, 0.6)
     assert d2f(script, 4, blocks=2, opens_at=0.0).num_positions <= 4 * 8 * 2 * L + 4 * L
     wide = d2f(script, 4, blocks=64, opens_at=0.0, forces_at=0.0)
-    # Four blocks, each opening a forward after the one before: decoded after forwards 5, 9, 10 and 11. The head
-    # commits with the next forward, so two finished blocks went through forwards 6 and 10.
+    # Four blocks, each opening a forward after the one before: decoded after forwards 5, 9, 10 and
+    # 11. The head commits with the next forward, so two finished blocks went through forwards 6 and
+    # 10.
     assert wide.num_forwards == 11
 
 
 def test_blocks_close_in_order_and_may_close_together() -> None:
     engine = scripted(table(HALF, 0.99))
     events = list(
-        engine.run([request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5})], provisional=True)
+        engine.run(
+            [request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5})],
+            provisional=True,
+        )
     )
     blocks = [event for event in events if isinstance(event, BlockEvent)]
-    assert [(block.kind, block.position) for block in blocks[-2:]] == [("committed", 0), ("committed", L)]
+    assert [(block.kind, block.position) for block in blocks[-2:]] == [
+        ("committed", 0),
+        ("committed", L),
+    ]
     assert [block.position for block in blocks if block.kind == "provisional"] == [0] + [0, L] * 3
-    assert all(any(block.masked) for block in blocks if block.kind == "provisional" and block.position == 0)
+    assert all(
+        any(block.masked) for block in blocks if block.kind == "provisional" and block.position == 0
+    )
 
 
 def test_no_block_opens_behind_an_eos() -> None:
     script = table(HALF, 0.99)
     script[L + 2] = confident([EOS])[0]
-    completion = run(scripted(script), request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5}))[0]
+    completion = run(
+        scripted(script), request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5})
+    )[0]
     assert completion.token_ids == (1, 1)
     assert completion.counters.num_positions == 5 * L
 
@@ -91,7 +108,9 @@ def test_no_block_opens_behind_an_eos() -> None:
 def test_an_eos_in_the_first_block_drops_what_was_decoded_behind_it() -> None:
     script = table(HALF, 0.99)
     script[2 * L - 1] = confident([EOS], 0.6)[0]  # the last position of block 1, decoded last
-    completion = run(scripted(script), request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5}))[0]
+    completion = run(
+        scripted(script), request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5})
+    )[0]
     assert completion.token_ids == (1,) * 7
     assert completion.finish_reason == "stop"
 
@@ -101,9 +120,14 @@ def test_mbd_revises_two_blocks_at_once() -> None:
     script, settings = table(0.6, 0.6), {"threshold": 0.5, "stop_confidence": 0.9}
     assert cost(script, strategy="spd", **settings).num_forwards == 4
     assert cost(script, strategy="mbd", options={"opens_at": 0.0}, **settings).num_forwards == 3
-    assert cost(script, strategy="mbd", options={"opens_at": 0.5}, **settings).num_forwards == 4  # nothing is sure
+    assert (
+        cost(script, strategy="mbd", options={"opens_at": 0.5}, **settings).num_forwards == 4
+    )  # nothing is sure
     # Half of it is sure: the next block opens.
-    assert cost(table(HALF, 0.6), strategy="mbd", options={"opens_at": 0.5}, **settings).num_forwards == 3
+    assert (
+        cost(table(HALF, 0.6), strategy="mbd", options={"opens_at": 0.5}, **settings).num_forwards
+        == 3
+    )
 
 
 def test_lopa_counts_all_versions() -> None:
@@ -114,7 +138,7 @@ def test_lopa_counts_all_versions() -> None:
     assert plain == cost(table(0.6), 1, strategy="threshold", threshold=0.9)
 
 
-# --- a real model -----------------------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 def opened(golden: tuple[str, Any, dict[str, Any]]) -> tuple[ModelRunner, Any, int, Tensor]:
@@ -128,7 +152,9 @@ def opened(golden: tuple[str, Any, dict[str, Any]]) -> tuple[ModelRunner, Any, i
     return runner, checkpoint.model, length, tokens
 
 
-def forward(runner: ModelRunner, rows: list[tuple[int, int, int]], tokens: Tensor, num_open: int) -> Tensor:
+def forward(
+    runner: ModelRunner, rows: list[tuple[int, int, int]], tokens: Tensor, num_open: int
+) -> Tensor:
     """Logits [R, L, V] of the last rows, MASK's at 0; each row is a slot, where it is written and where it stands."""
     length, num_pending = tokens.shape[1], len(rows) - num_open
     places = [Row(*row) for row in rows]
@@ -147,7 +173,9 @@ def full_logits(model: Any, tokens: Tensor, length: int, mask: int) -> Tensor:
     return logits.index_fill(-1, torch.tensor([mask]), 0.0)
 
 
-def test_an_open_block_sees_the_open_ones_before_it(golden: tuple[str, Any, dict[str, Any]]) -> None:
+def test_an_open_block_sees_the_open_ones_before_it(
+    golden: tuple[str, Any, dict[str, Any]],
+) -> None:
     """Rows of one forward, of two sequences, in no order."""
     runner, model, length, tokens = opened(golden)
     rows = [(slot, start, start) for slot, start in ((1, 3), (0, 1), (1, 2), (0, 2))]
@@ -156,7 +184,9 @@ def test_an_open_block_sees_the_open_ones_before_it(golden: tuple[str, Any, dict
     logits = forward(runner, rows, blocks, 4)
     expected = full_logits(model, tokens, length, runner.mask_token_id)
     for found, (slot, start, _) in zip(logits, rows, strict=True):
-        torch.testing.assert_close(found, expected[slot, start : start + length], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found, expected[slot, start : start + length], atol=2e-5, rtol=1e-4
+        )
 
 
 def test_logits_are_made_of_open_rows_alone(
@@ -179,25 +209,44 @@ def settled_and_open(
 ) -> tuple[ModelRunner, list[tuple[int, int, int]], Tensor, int]:
     """Arguments of `forward`: the next block of each slot on its way into the cache, and the open ones behind them."""
     runner, _, length, tokens = given
-    rows = [(0, length, length), (1, 2 * length, 2 * length), (0, 2 * length, 2 * length), (1, 3 * length, 3 * length)]
-    return runner, rows, torch.stack([tokens[slot, start : start + length] for slot, start, _ in rows]), 2
+    rows = [
+        (0, length, length),
+        (1, 2 * length, 2 * length),
+        (0, 2 * length, 2 * length),
+        (1, 3 * length, 3 * length),
+    ]
+    return (
+        runner,
+        rows,
+        torch.stack([tokens[slot, start : start + length] for slot, start, _ in rows]),
+        2,
+    )
 
 
-def test_versions_share_positions_and_do_not_see_each_other(golden: tuple[str, Any, dict[str, Any]]) -> None:
+def test_versions_share_positions_and_do_not_see_each_other(
+    golden: tuple[str, Any, dict[str, Any]],
+) -> None:
     runner, model, length, tokens = opened(golden)
-    # The block behind the committed ones is pending: it is written by the same forward, and seen by the versions.
+    # The block behind the committed ones is pending: it is written by the same forward, and seen by
+    # the versions.
     starts = (length, 2 * length)
-    pending = torch.stack([tokens[slot, start : start + length] for slot, start in enumerate(starts)])
+    pending = torch.stack(
+        [tokens[slot, start : start + length] for slot, start in enumerate(starts)]
+    )
     versions = torch.randint(300, (2, 3, length), generator=torch.Generator().manual_seed(4))
     rows = [(slot, start, start) for slot, start in enumerate(starts)]
     for slot, start in enumerate(starts):
         rows += [(slot, start + (1 + version) * length, start + length) for version in range(3)]
-    logits = forward(runner, rows, torch.cat((pending, versions.flatten(0, 1))), 6).unflatten(0, (2, 3))
+    logits = forward(runner, rows, torch.cat((pending, versions.flatten(0, 1))), 6).unflatten(
+        0, (2, 3)
+    )
     for slot, start in enumerate(starts):
         for version in range(3):
             prefix = tokens[slot, : start + length]
             alone = torch.cat((prefix, versions[slot, version]))[None]
             expected = full_logits(model, alone, length, runner.mask_token_id)[0, -length:]
             torch.testing.assert_close(logits[slot, version], expected, atol=2e-5, rtol=1e-4)
-    again = forward(runner, [(0, 2 * length, 2 * length), (1, 3 * length, 3 * length)], versions[:, 0], 2)
+    again = forward(
+        runner, [(0, 2 * length, 2 * length), (1, 3 * length, 3 * length)], versions[:, 0], 2
+    )
     torch.testing.assert_close(again, logits[:, 0], atol=2e-5, rtol=1e-4)

@@ -21,7 +21,11 @@ ROOT = Path(__file__).parents[2]
 def margins(blocks: list[list[tuple[float, bool]]], steps: int) -> Margins:
     """Of each block the margin at every step, and whether all predictions were final."""
     shape = (steps, len(blocks))
-    margin, final, open_ = torch.zeros(shape), torch.ones(shape, dtype=torch.bool), torch.zeros(shape).bool()
+    margin, final, open_ = (
+        torch.zeros(shape),
+        torch.ones(shape, dtype=torch.bool),
+        torch.zeros(shape).bool(),
+    )
     for n, block in enumerate(blocks):
         for t, (value, is_final) in enumerate(block):
             margin[t, n], final[t, n], open_[t, n] = value, is_final, True
@@ -43,8 +47,18 @@ FOUR = margins(
 @pytest.mark.parametrize(
     ("risk", "high", "premature", "forwards"),
     [
-        (0.0, 5.01, 0.0, (3 + 3 + 1 + 2) / 4),  # bounds 5.01, 3.34, 1.67: after steps 3, no step, 1 and 2
-        (0.3, 3.01, 0.25, (3 + 3 + 1 + 1) / 4),  # 3.01, 2.01, 1.003: the first two miss the second by a hair
+        (
+            0.0,
+            5.01,
+            0.0,
+            (3 + 3 + 1 + 2) / 4,
+        ),  # bounds 5.01, 3.34, 1.67: after steps 3, no step, 1 and 2
+        (
+            0.3,
+            3.01,
+            0.25,
+            (3 + 3 + 1 + 1) / 4,
+        ),  # 3.01, 2.01, 1.003: the first two miss the second by a hair
         (0.6, 1.01, 0.5, (2 + 2 + 1 + 1) / 4),  # 1.01, 0.673
         (1.0, 0.01, 0.75, 1.0),
     ],
@@ -77,12 +91,24 @@ def test_calibration_follows_the_decoding_it_is_for(llm: LLM) -> None:
 
     def decode(options: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
         params = DecodingParams("sched", options=options)
-        return [(output.token_ids, output.num_forwards) for output in llm.generate(questions, params)]
+        return [
+            (output.token_ids, output.num_forwards) for output in llm.generate(questions, params)
+        ]
 
-    sequential, early = decode({"high": 1e9, "low": 1e9}), decode({"high": found.high, "low": found.low})
-    assert [tokens for tokens, _ in early] == [tokens for tokens, _ in sequential]  # no risk: nothing changes
-    assert sum(forwards for _, forwards in sequential) == found.num_blocks * found.sequential_forwards_per_block
-    assert sum(forwards for _, forwards in early) == pytest.approx(found.num_blocks * found.forwards_per_block)
+    sequential, early = (
+        decode({"high": 1e9, "low": 1e9}),
+        decode({"high": found.high, "low": found.low}),
+    )
+    assert [tokens for tokens, _ in early] == [
+        tokens for tokens, _ in sequential
+    ]  # no risk: nothing changes
+    assert (
+        sum(forwards for _, forwards in sequential)
+        == found.num_blocks * found.sequential_forwards_per_block
+    )
+    assert sum(forwards for _, forwards in early) == pytest.approx(
+        found.num_blocks * found.forwards_per_block
+    )
     assert found.forwards_per_block <= found.sequential_forwards_per_block
 
 
@@ -95,7 +121,11 @@ def test_what_cannot_be_calibrated_on_is_one_clear_error(llm: LLM) -> None:
 
 def test_the_snippet_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "calibrate" in code]
+    (snippet,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        if "calibrate" in code
+    ]
     assert "problems(100," in snippet
     exec(snippet.replace("problems(100,", "problems(1,"), {})
     assert "high" in capsys.readouterr().out

@@ -22,7 +22,9 @@ from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.tasks import get_task
 from dmax.tiny import bundled
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's and those of what it stands on are not ours
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # lm_eval's and those of what it stands on are not ours
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval import simple_evaluate  # noqa: E402
@@ -34,11 +36,19 @@ from dmax.evaluation import harness  # noqa: E402
 from dmax.evaluation.harness import DMaxLM, cut, model_settings, request_settings  # noqa: E402
 
 LIMIT, SEED, TOKENS = 6, 11, 96
-ARGUMENTS = {"pretrained": "tiny-dmax", "strategy": "spd", "threshold": 0.7, "soft_inputs": False, "dtype": "float32"}
+ARGUMENTS = {
+    "pretrained": "tiny-dmax",
+    "strategy": "spd",
+    "threshold": 0.7,
+    "soft_inputs": False,
+    "dtype": "float32",
+}
 PARAMS = DecodingParams(strategy="spd", threshold=0.7, soft_inputs=False, max_new_tokens=TOKENS)
 COUNTS = "generated_tokens num_forwards num_prefill_forwards num_commit_forwards num_positions tpf tpf_paper".split()
 
-needs_model = pytest.mark.skipif(not (bundled("tiny-dmax") or Path()).is_dir(), reason="tiny-dmax is not built yet")
+needs_model = pytest.mark.skipif(
+    not (bundled("tiny-dmax") or Path()).is_dir(), reason="tiny-dmax is not built yet"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +72,9 @@ def task_fixture(tmp_path: Path) -> dict[str, Any]:
     """Our word problems, written as a task of lm_eval over a file."""
     examples = get_task("word_problems").examples(LIMIT, SEED)
     data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps({"question": e.prompt, "answer": e.answer}) + "\n" for e in examples))
+    data.write_text(
+        "".join(json.dumps({"question": e.prompt, "answer": e.answer}) + "\n" for e in examples)
+    )
     return {
         "task": "local_word_problems",
         "dataset_path": "json",
@@ -71,7 +83,11 @@ def task_fixture(tmp_path: Path) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["<|endoftext|>"], "do_sample": False, "max_gen_toks": TOKENS},
+        "generation_kwargs": {
+            "until": ["<|endoftext|>"],
+            "do_sample": False,
+            "max_gen_toks": TOKENS,
+        },
         "filter_list": [
             {
                 "name": "strict",
@@ -86,22 +102,36 @@ def task_fixture(tmp_path: Path) -> dict[str, Any]:
 
 
 def run(task: dict[str, Any], **options: Any) -> Any:
-    options = {"model_args": ARGUMENTS, "device": "cpu", "batch_size": 4, "apply_chat_template": True, **options}
+    options = {
+        "model_args": ARGUMENTS,
+        "device": "cpu",
+        "batch_size": 4,
+        "apply_chat_template": True,
+        **options,
+    }
     manager = TaskManager(include_defaults=False)  # else thousands of task files are read
-    return simple_evaluate(model="dmax", tasks=[task], task_manager=manager, bootstrap_iters=0, **options)
+    return simple_evaluate(
+        model="dmax", tasks=[task], task_manager=manager, bootstrap_iters=0, **options
+    )
 
 
 # ---- the same as our own evaluation -------------------------------------------------------------------------------
 
 
 @needs_model
-def test_lm_eval_measures_what_dmax_eval_measures(task: dict[str, Any], ours: tuple[Summary, list[Sample]]) -> None:
+def test_lm_eval_measures_what_dmax_eval_measures(
+    task: dict[str, Any], ours: tuple[Summary, list[Sample]]
+) -> None:
     summary, samples = ours
     results = run(task)
     assert results["results"]["local_word_problems"]["exact_match,strict"] == summary.accuracy > 0
     info = results["config"]["dmax"]
-    assert {name: info[name] for name in COUNTS} == {name: getattr(summary, name) for name in COUNTS}
-    assert info["tasks"]["local_word_problems"] == {name: info[name] for name in ("requests", *COUNTS)}
+    assert {name: info[name] for name in COUNTS} == {
+        name: getattr(summary, name) for name in COUNTS
+    }
+    assert info["tasks"]["local_word_problems"] == {
+        name: info[name] for name in ("requests", *COUNTS)
+    }
     assert (info["requests"], info["truncated_prompts"], info["batch_size"]) == (LIMIT, 0, 4)
     assert (info["weights"], info["decoding"]) == (summary.weights, summary.decoding)
     found = sorted(results["samples"]["local_word_problems"], key=lambda sample: sample["doc_id"])
@@ -122,7 +152,9 @@ def test_the_command_line_runs_gsm8k_and_writes_the_counts(
         f"---\n{yaml.safe_dump({'configs': [{'config_name': 'main', 'data_files': files}]})}---\n"
     )
     examples = get_task("word_problems").examples(LIMIT, SEED)
-    rows = "".join(json.dumps({"question": e.prompt, "answer": f"#### {e.answer}"}) + "\n" for e in examples)
+    rows = "".join(
+        json.dumps({"question": e.prompt, "answer": f"#### {e.answer}"}) + "\n" for e in examples
+    )
     for split in ("train", "test"):
         (place / f"{split}.jsonl").write_text(rows)
     monkeypatch.chdir(tmp_path)
@@ -141,7 +173,9 @@ def test_the_command_line_runs_gsm8k_and_writes_the_counts(
     results = json.loads(written.read_text())
     assert set(results["results"]) == {"gsm8k"}
     info = results["config"]["dmax"]
-    assert info["requests"] == 2 and info["tpf"] == info["generated_tokens"] / info["num_forwards"] > 0
+    assert (
+        info["requests"] == 2 and info["tpf"] == info["generated_tokens"] / info["num_forwards"] > 0
+    )
     assert (info["params"]["strategy"], info["params"]["threshold"]) == ("spd", 0.5)
     assert f"{info['num_forwards']} forwards, TPF {info['tpf']:.2f}" in shown.err
     (samples,) = (tmp_path / "out").rglob("samples_gsm8k_*.jsonl")
@@ -164,7 +198,9 @@ def test_it_is_found_beside_the_built_in_models() -> None:
 
 
 def test_the_entry_point_leads_to_it() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(
+        (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    )["project"]
     value = project["entry-points"]["lm_eval.models"]["dmax"]
     assert EntryPoint("dmax", value, "lm_eval.models").load() is DMaxLM
 
@@ -174,33 +210,49 @@ def test_model_arguments_go_before_those_lm_eval_adds(folder: Path) -> None:
         f"pretrained={folder},threshold=0.5,strategy=credit,option.alpha=0.25,batch_size=3,seed=4,device=cpu",
         {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"},
     )
-    assert lm.params == DecodingParams(strategy="credit", threshold=0.5, seed=4, options={"alpha": 0.25})
+    assert lm.params == DecodingParams(
+        strategy="credit", threshold=0.5, seed=4, options={"alpha": 0.25}
+    )
     assert lm.llm.max_batch_size == 3
     assert (lm.device.type, lm.rank, lm.world_size) == ("cpu", 0, 1)
 
 
-def test_the_default_device_of_lm_eval_is_none_without_cuda(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_device_of_lm_eval_is_none_without_cuda(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert DMaxLM.create_from_arg_obj({"pretrained": str(folder)}, {"device": "cuda:0"}).device.type != "cuda"
+    assert (
+        DMaxLM.create_from_arg_obj({"pretrained": str(folder)}, {"device": "cuda:0"}).device.type
+        != "cuda"
+    )
     with pytest.raises(InputError, match="cuda"):
         DMaxLM.create_from_arg_obj({"pretrained": str(folder), "device": "cuda:0"})
 
 
 def test_automatic_batch_sizes(folder: Path) -> None:
     assert DMaxLM(str(folder), device="cpu", batch_size="auto:4").llm.max_batch_size == 16
-    assert DMaxLM(str(folder), device="cpu", batch_size="auto", max_batch_size=5).llm.max_batch_size == 5
+    assert (
+        DMaxLM(str(folder), device="cpu", batch_size="auto", max_batch_size=5).llm.max_batch_size
+        == 5
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         ("strategy=spd", "no model given"),
-        ("pretrained=X,treshold=0.5", "unknown model argument `treshold`; choose from pretrained, "),
+        (
+            "pretrained=X,treshold=0.5",
+            "unknown model argument `treshold`; choose from pretrained, ",
+        ),
         ("pretrained=X,threshold=1.5", "`threshold` must be a number between 0 and 1, got 1.5"),
         ("pretrained=X,strategy=spdd", "unknown strategy 'spdd'"),
         ("pretrained=X,option.beta=1", "strategy `spd` has no option `beta`"),
         ("pretrained=X,temperature=0.8", "`temperature` is a task's matter"),
-        ("pretrained=X,batch_size=many", "`batch_size` must be a whole number of at least 1 or auto, got 'many'"),
+        (
+            "pretrained=X,batch_size=many",
+            "`batch_size` must be a whole number of at least 1 or auto, got 'many'",
+        ),
         ("pretrained=no/such", "`no/such` is neither bundled"),
     ],
 )
@@ -226,11 +278,21 @@ def test_a_model_without_a_tokenizer(bare_folder: Path) -> None:
         ({"max_gen_toks": 32, "max_tokens": 64}, {"max_new_tokens": 32}, []),
         ({"temperature": 0.7}, {"temperature": 0.7}, []),
         ({"do_sample": True}, {"temperature": 1.0}, []),
-        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"temperature": 0.0}, []),
-        ({"do_sample": True, "temperature": 0.2, "top_p": 1.0, "num_beams": 1}, {"temperature": 0.2}, []),
+        (
+            {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
+            {"temperature": 0.0},
+            [],
+        ),
+        (
+            {"do_sample": True, "temperature": 0.2, "top_p": 1.0, "num_beams": 1},
+            {"temperature": 0.2},
+            [],
+        ),
     ],
 )
-def test_what_a_task_says_about_generation(given: dict[str, Any], change: dict[str, Any], stops: list[str]) -> None:
+def test_what_a_task_says_about_generation(
+    given: dict[str, Any], change: dict[str, Any], stops: list[str]
+) -> None:
     assert request_settings(given, PARAMS) == (replace(PARAMS, **change), stops)
 
 
@@ -251,7 +313,9 @@ def test_what_decoding_does_not_have_is_refused(given: dict[str, Any], part: str
 
 def test_settings_are_those_of_decoding_params() -> None:
     assert model_settings({}) == DecodingParams()
-    assert model_settings({"top_k": 3, "block_length": 8}) == DecodingParams(top_k=3, block_length=8)
+    assert model_settings({"top_k": 3, "block_length": 8}) == DecodingParams(
+        top_k=3, block_length=8
+    )
 
 
 def test_a_text_is_cut_at_its_first_stop_string() -> None:
@@ -262,15 +326,29 @@ def test_a_text_is_cut_at_its_first_stop_string() -> None:
 
 @pytest.fixture(name="lm")
 def lm_fixture(folder: Path) -> DMaxLM:
-    return DMaxLM(str(folder), device="cpu", batch_size=2, max_new_tokens=8, strategy="threshold", threshold=0.3)
+    return DMaxLM(
+        str(folder),
+        device="cpu",
+        batch_size=2,
+        max_new_tokens=8,
+        strategy="threshold",
+        threshold=0.3,
+    )
 
 
 def ask(lm: DMaxLM, texts: list[str], repeats: int = 1, **kwargs: Any) -> list[str]:
-    requests = [Instance("generate_until", {}, (text, kwargs), 0, ("t", i, repeats)) for i, text in enumerate(texts)]
-    return lm.generate_until([request for request in requests for _ in range(repeats)], disable_tqdm=True)
+    requests = [
+        Instance("generate_until", {}, (text, kwargs), 0, ("t", i, repeats))
+        for i, text in enumerate(texts)
+    ]
+    return lm.generate_until(
+        [request for request in requests for _ in range(repeats)], disable_tqdm=True
+    )
 
 
-def test_prompts_without_a_template_are_continued_as_they_are(lm: DMaxLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_without_a_template_are_continued_as_they_are(
+    lm: DMaxLM, caplog: pytest.LogCaptureFixture
+) -> None:
     text = "Tom has 3 apples."
     (answer,) = ask(lm, [text])
     (expected,) = lm.llm.generate([lm.tokenizer.encode(text)], lm.params)
@@ -286,7 +364,9 @@ def test_counts_cover_what_a_stop_string_cuts_off(lm: DMaxLM) -> None:
     before = lm.get_model_info()["dmax"]
     assert ask(lm, ["Tom has 3 apples."], until=whole[:1]) == [""]
     after = lm.get_model_info()["dmax"]
-    assert all(after[name] == 2 * before[name] for name in ("requests", "generated_tokens", "num_forwards"))
+    assert all(
+        after[name] == 2 * before[name] for name in ("requests", "generated_tokens", "num_forwards")
+    )
 
 
 def test_nothing_asked_counts_nothing(lm: DMaxLM) -> None:
@@ -304,7 +384,9 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(lm: DMaxLM) -> None:
 
 
 def test_several_samples_of_a_request_differ_and_repeat(folder: Path) -> None:
-    lm = DMaxLM(str(folder), device="cpu", batch_size=2, max_new_tokens=8, strategy="threshold", seed=5)
+    lm = DMaxLM(
+        str(folder), device="cpu", batch_size=2, max_new_tokens=8, strategy="threshold", seed=5
+    )
     first = ask(lm, ["Tom has 3 apples."], repeats=3, do_sample=True, temperature=1.0)
     assert len(set(first)) > 1
     assert ask(lm, ["Tom has 3 apples."], repeats=3, do_sample=True, temperature=1.0) == first
@@ -312,7 +394,9 @@ def test_several_samples_of_a_request_differ_and_repeat(folder: Path) -> None:
 
 def test_likelihoods_are_refused_in_a_sentence(lm: DMaxLM) -> None:
     for method in (lm.loglikelihood, lm.loglikelihood_rolling):
-        with pytest.raises(InputError, match="no exact log-likelihood, so dmax runs generative tasks only"):
+        with pytest.raises(
+            InputError, match="no exact log-likelihood, so dmax runs generative tasks only"
+        ):
             method([])
 
 

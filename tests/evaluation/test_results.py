@@ -31,7 +31,10 @@ class Repeating(Canned):
         if len(self.sizes) == self.dies_at:
             raise KeyboardInterrupt
         self.asked += [message["content"] for (message,) in prompts]
-        shortened = [[{**message, "content": message["content"].replace(".5)", ".1)")}] for (message,) in prompts]
+        shortened = [
+            [{**message, "content": message["content"].replace(".5)", ".1)")}]
+            for (message,) in prompts
+        ]
         return super().generate(shortened, PARAMS)
 
 
@@ -41,7 +44,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(
-    path: Path, llm: Repeating | None = None, params: DecodingParams = PARAMS, limit: int = SIX, **options: Any
+    path: Path,
+    llm: Repeating | None = None,
+    params: DecodingParams = PARAMS,
+    limit: int = SIX,
+    **options: Any,
 ) -> tuple[Summary, list[Sample]]:
     files, model = ResultFiles(path, **options), llm or Repeating()
     summary, samples = evaluate(model, Sums(), params, limit=limit, seed=7, journal=files)  # type: ignore[arg-type]
@@ -81,7 +88,15 @@ def test_a_summary_names_all_that_its_figures_depend_on(path: Path) -> None:
     assert record["params"].keys() == asdict(PARAMS).keys()
     assert record["params"]["threshold"] is None and "threshold=0.5" in record["decoding"]
     assert (record["dtype"], record["block_length"], record["batch_size"]) == ("float32", 32, 1)
-    assert record["environment"].keys() >= {"dmax", "torch", "transformers", "python", "cpu", "device", "date"}
+    assert record["environment"].keys() >= {
+        "dmax",
+        "torch",
+        "transformers",
+        "python",
+        "cpu",
+        "device",
+        "date",
+    }
     low, high = record["interval"]
     assert low < record["accuracy"] < high
 
@@ -130,7 +145,9 @@ def test_a_run_cut_anywhere_gives_the_same_summary(path: Path, tmp_path: Path) -
         assert (timeless(summary), resumed) == (timeless(whole), samples)
 
 
-def test_a_run_that_only_lacked_its_summary_decodes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_only_lacked_its_summary_decodes_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(file: Path, text: str) -> None:
         if file == path:
             raise InputError("disk full")
@@ -163,19 +180,29 @@ def test_a_finished_run_is_not_overwritten(path: Path, kept: str) -> None:
 
 
 def retrained(llm: Repeating) -> None:
-    llm.model = SimpleNamespace(**vars(Canned.model) | {"state_dict": lambda: {"weight": torch.ones(1)}})
+    llm.model = SimpleNamespace(
+        **vars(Canned.model) | {"state_dict": lambda: {"weight": torch.ones(1)}}
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "part"),
     [
         ({"limit": 7}, "limit was 6 and is 7"),
-        ({"params": replace(PARAMS, threshold=0.7)}, "params.threshold was None and is 0.7, decoding was "),
-        ({"params": replace(PARAMS, strategy="credit", options={"alpha": 0.1})}, "params.strategy was 'spd' and is"),
+        (
+            {"params": replace(PARAMS, threshold=0.7)},
+            "params.threshold was None and is 0.7, decoding was ",
+        ),
+        (
+            {"params": replace(PARAMS, strategy="credit", options={"alpha": 0.1})},
+            "params.strategy was 'spd' and is",
+        ),
         ({"llm": retrained}, "weights was "),
     ],
 )
-def test_an_interrupted_run_of_other_settings_is_refused(path: Path, change: dict[str, Any], part: str) -> None:
+def test_an_interrupted_run_of_other_settings_is_refused(
+    path: Path, change: dict[str, Any], part: str
+) -> None:
     partial = interrupt(path)
     before, llm = partial.read_bytes(), Repeating()
     prepare: Callable[[Repeating], None] = change.pop("llm", lambda llm: None)
@@ -197,7 +224,9 @@ def test_differences_are_named_but_for_the_date() -> None:
     ]
 
 
-@pytest.mark.parametrize("content", ["", "notes", "{}\n", "[]\n", '{"settings": {}}\n{"index": 1}\n', "a\nb\n"])
+@pytest.mark.parametrize(
+    "content", ["", "notes", "{}\n", "[]\n", '{"settings": {}}\n{"index": 1}\n', "a\nb\n"]
+)
 def test_a_file_of_something_else_is_left_alone(path: Path, content: str) -> None:
     partial = path.with_name("tiny_spd_0.5.partial.jsonl")
     partial.parent.mkdir()

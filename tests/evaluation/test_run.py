@@ -21,7 +21,13 @@ from dmax.tasks import Example, get_task
 
 PARAMS = DecodingParams(max_new_tokens=16)
 # text, tokens, denoising forwards, prefill forwards, commit forwards of each example
-OUTPUTS = (("4", 12, 4, 1, 1), ("so 4", 2, 8, 2, 0), ("none", 0, 1, 0, 0), ("4", 30, 5, 1, 2), ("5", 6, 2, 0, 0))
+OUTPUTS = (
+    ("4", 12, 4, 1, 1),
+    ("so 4", 2, 8, 2, 0),
+    ("none", 0, 1, 0, 0),
+    ("4", 30, 5, 1, 2),
+    ("5", 6, 2, 0, 0),
+)
 
 
 class Sums:
@@ -108,7 +114,12 @@ def test_progress_is_told_chunk_by_chunk_and_the_name_is_the_callers() -> None:
 def test_nothing_measured_divides_by_nothing() -> None:
     summary, samples = measure(limit=0)
     assert samples == []
-    assert (summary.accuracy, summary.tpf, summary.tpf_paper, summary.interval) == (0.0, 0.0, 0.0, (0.0, 1.0))
+    assert (summary.accuracy, summary.tpf, summary.tpf_paper, summary.interval) == (
+        0.0,
+        0.0,
+        0.0,
+        (0.0, 1.0),
+    )
 
 
 def test_a_model_is_measured_on_what_it_generates(llm: LLM) -> None:
@@ -153,7 +164,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         monkeypatch.setattr(Path, "write_text", fails_half_way)
     else:
         monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(InputError, match="cannot write .*a.json: (No space left on device|Input/output error)"):
+    with pytest.raises(
+        InputError, match="cannot write .*a.json: (No space left on device|Input/output error)"
+    ):
         write_atomically(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"

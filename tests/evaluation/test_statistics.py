@@ -20,7 +20,9 @@ def test_known_values() -> None:
 def test_its_ends_are_the_shares_just_compatible_with_the_count(correct: int, total: int) -> None:
     share = correct / total
     for end in wilson_interval(correct, total):  # |share - end| = z * standard error at `end`
-        assert abs(share - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / total), abs=1e-7)
+        assert abs(share - end) == pytest.approx(
+            1.96 * math.sqrt(end * (1 - end) / total), abs=1e-7
+        )
 
 
 @pytest.mark.parametrize(("correct", "total"), COUNTS)
@@ -43,8 +45,9 @@ def test_nothing_counted_says_nothing() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
-# Figure 4 of the DMax paper, (TPF, accuracy): the base model, DMax, and the AUP of Table 1 for each. The figure prints
-# accuracies; TPF was read off its axis to 0.03, which alone is worth up to 2 AUP at 70 %.
+# Figure 4 of the DMax paper, (TPF, accuracy): the base model, DMax, and the AUP of Table 1 for
+# each. The figure prints accuracies; TPF was read off its axis to 0.03, which alone is worth up to
+# 2 AUP at 70 %.
 FIGURE_4 = {
     "gsm8k": (
         [(2.04, 92.6), (3.82, 88.4), (4.47, 78.0), (4.92, 53.5), (5.78, 42.1)],
@@ -74,7 +77,9 @@ def test_a21_the_papers_curves_give_the_papers_aup(task: str) -> None:
     base, dmax, reported = FIGURE_4[task]
     careful = base[0][1]
     for curve, expected in zip((base, dmax), reported, strict=True):
-        assert accuracy_under_parallelism(curve, best=careful, floor=careful - 10) == pytest.approx(expected, abs=2.5)
+        assert accuracy_under_parallelism(curve, best=careful, floor=careful - 10) == pytest.approx(
+            expected, abs=2.5
+        )
 
 
 def test_a21_aup_as_d3llm_defines_it() -> None:

@@ -48,14 +48,18 @@ def test_grids(text: str, expected: tuple[float, ...]) -> None:
     assert parse_grid(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:-0.1", "0:1:0.00001", "0:inf:1"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:-0.1", "0:1:0.00001", "0:inf:1"]
+)
 def test_bad_grids_are_one_clear_error(text: str) -> None:
     with pytest.raises(InputError, match="cannot read the grid"):
         parse_grid(text)
 
 
 def test_every_method_can_be_swept(heads: Path) -> None:
-    curves = curves_of([str(heads)], strategies(), (0.0, 1.0))  # a model's folder, so far as strategies look there
+    curves = curves_of(
+        [str(heads)], strategies(), (0.0, 1.0)
+    )  # a model's folder, so far as strategies look there
     assert [curve.strategy for curve in curves] == list(strategies())
     for curve in curves:
         made = [get_strategy(curve.params(value, 8)) for value in curve.values]
@@ -108,7 +112,11 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(opened: Any, tmp_path: Pa
         return [{k: v for k, v in point.items() if k != "tokens_per_second"} for point in points]
 
     assert timeless(resumed) == timeless(whole)
-    assert [(p["label"], p["value"]) for p in whole["points"]] == [("one", 0.0), ("one", 0.9), ("two", 0.5)]
+    assert [(p["label"], p["value"]) for p in whole["points"]] == [
+        ("one", 0.0),
+        ("one", 0.9),
+        ("two", 0.5),
+    ]
     assert all(p["total"] == 3 and p["tpf"] > 0 for p in whole["points"])
 
 
@@ -125,11 +133,15 @@ def test_other_weights_are_measured_anew_and_other_questions_refused(
     changed, told = weight.detach().clone(), list[str]()
     changed[0] += 1
     monkeypatch.setattr(weight, "data", changed)
-    record = run_sweep(CURVES[1:], Echo(), output, limit=2, seed=1, open_model=opened, report=told.append)
+    record = run_sweep(
+        CURVES[1:], Echo(), output, limit=2, seed=1, open_model=opened, report=told.append
+    )
     assert len(told) == len(record["points"]) == 1
 
 
-@pytest.mark.parametrize("content", ["no json", "[]", "{}", '{"task": "echo", "limit": 2, "seed": 1}'])
+@pytest.mark.parametrize(
+    "content", ["no json", "[]", "{}", '{"task": "echo", "limit": 2, "seed": 1}']
+)
 def test_a_file_of_something_else_is_refused(content: str, opened: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(InputError, match="not the record of a sweep"):
@@ -139,8 +151,18 @@ def test_a_file_of_something_else_is_refused(content: str, opened: Any, tmp_path
 
 def point(label: str, tpf: float, accuracy: float) -> dict[str, Any]:
     return {
-        **{"label": label, "knob": "threshold", "value": 0.5, "correct": round(accuracy * 200), "total": 200},
-        **{"accuracy": accuracy, "interval": [accuracy - 0.02, min(accuracy + 0.02, 1.0)], "tpf": tpf},
+        **{
+            "label": label,
+            "knob": "threshold",
+            "value": 0.5,
+            "correct": round(accuracy * 200),
+            "total": 200,
+        },
+        **{
+            "accuracy": accuracy,
+            "interval": [accuracy - 0.02, min(accuracy + 0.02, 1.0)],
+            "tpf": tpf,
+        },
         **{"tpf_paper": tpf, "tokens_per_second": 10.0},
     }
 
@@ -150,12 +172,23 @@ RECORD = {
     "limit": 1000,  # more than the task has
     "seed": 7,
     "environment": {"cpu": "a & b"},
-    "points": [point("base", 2.0, 0.92), point("base", 4.0, 0.5), point("new", 2.0, 0.91), point("new", 5.0, 0.92)],
+    "points": [
+        point("base", 2.0, 0.92),
+        point("base", 4.0, 0.5),
+        point("new", 2.0, 0.91),
+        point("new", 5.0, 0.92),
+    ],
 }
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
-    points = [point("a", 1, 0.9), point("a", 2, 0.8), point("b", 2, 0.85), point("b", 1.5, 0.7), point("c", 3, 0.2)]
+    points = [
+        point("a", 1, 0.9),
+        point("a", 2, 0.8),
+        point("b", 2, 0.85),
+        point("b", 1.5, 0.7),
+        point("c", 3, 0.2),
+    ]
     assert [(p["tpf"], p["accuracy"]) for p in pareto(points)] == [(1, 0.9), (2, 0.85), (3, 0.2)]
     assert pareto([]) == []
 
@@ -163,7 +196,9 @@ def test_the_front_holds_what_nothing_beats() -> None:
 def test_aup_of_every_curve() -> None:
     base, new = aup_table(RECORD)
     assert (base["label"], new["label"]) == ("base", "new")
-    assert base["aup"] == base["aup_paper"] == pytest.approx(2 * 92)  # its second point is below both floors
+    assert (
+        base["aup"] == base["aup_paper"] == pytest.approx(2 * 92)
+    )  # its second point is below both floors
     assert new["aup"] > base["aup"]
     assert aup_table({"points": []}) == []
 
@@ -172,7 +207,9 @@ def test_plots_are_pictures_and_the_same_each_time(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg", "c.png"):
         draw(RECORD, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text}
+    texts = {
+        element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text
+    }
     assert {"base", "new", "tokens per forward (TPF)", "correct answers, % of 200"} <= texts
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="nothing was measured"):
@@ -187,11 +224,19 @@ def test_the_page_is_whole_and_escapes_what_it_shows() -> None:
 
 
 def test_accuracy_may_be_drawn_over_what_a_position_yields(tmp_path: Path) -> None:
-    points = [p | {"generated_tokens": 100, "num_positions": 400 * (1 + i)} for i, p in enumerate(RECORD["points"])]
-    many = [p | {"label": f"{p['label']} {i}"} for p in points for i in range(6)]  # the legend moves beside the plot
+    points = [
+        p | {"generated_tokens": 100, "num_positions": 400 * (1 + i)}
+        for i, p in enumerate(RECORD["points"])
+    ]
+    many = [
+        p | {"label": f"{p['label']} {i}"} for p in points for i in range(6)
+    ]  # the legend moves beside the plot
     draw({**RECORD, "points": many}, tmp_path / "a.svg", x="tokens_per_position")
-    texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text}
+    texts = {
+        element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text
+    }
     assert {"tokens per computed position", "base 5", "new 0"} <= texts
     assert [
-        p["tokens_per_position"] for p in pareto([{**points[0], "tokens_per_position": 0.25}], "tokens_per_position")
+        p["tokens_per_position"]
+        for p in pareto([{**points[0], "tokens_per_position": 0.25}], "tokens_per_position")
     ] == [0.25]

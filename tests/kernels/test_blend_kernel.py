@@ -15,7 +15,9 @@ from dmax.blend import SoftTokens, embed_tokens
 V, D, MASK = 20, 24, 19  # D fills no block
 
 
-def case(candidates: int, dtype: torch.dtype, renormalize: bool = True) -> tuple[Tensor, Tensor, SoftTokens]:
+def case(
+    candidates: int, dtype: torch.dtype, renormalize: bool = True
+) -> tuple[Tensor, Tensor, SoftTokens]:
     table = (torch.randn(V, D) * 3).to(dtype)
     tokens = torch.randint(MASK, (2, 5))
     ids = torch.cat((tokens[..., None], torch.randint(MASK, (2, 5, candidates - 1))), dim=-1)
@@ -31,7 +33,9 @@ def plain(table: Tensor, tokens: Tensor, soft: SoftTokens | None) -> Tensor:
 def fused(table: Tensor, tokens: Tensor, soft: SoftTokens, device: torch.device) -> Tensor:
     from dmax.kernels import blend_triton
 
-    there = SoftTokens(soft.where.to(device), soft.ids.to(device), soft.probs.to(device), soft.renormalize)
+    there = SoftTokens(
+        soft.where.to(device), soft.ids.to(device), soft.probs.to(device), soft.renormalize
+    )
     return blend_triton.embed_soft(table.to(device), tokens.to(device), there, MASK).cpu()
 
 
@@ -45,7 +49,9 @@ def test_the_kernel_equals_embed_tokens(
     result, expected = fused(table, tokens, soft, triton_device), plain(table, tokens, soft)
     assert result.dtype == dtype
     assert torch.equal(result[~soft.where], table[tokens][~soft.where])
-    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps  # one unit in the last place
+    rounding = (
+        1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    )  # one unit in the last place
     torch.testing.assert_close(result, expected, rtol=rounding, atol=1e-5)
 
 
@@ -62,7 +68,11 @@ def test_the_kernel_by_hand(triton_device: torch.device) -> None:
 
 def test_descriptors_may_be_views(triton_device: torch.device) -> None:
     table, tokens, soft = case(3, torch.float32)
-    views = SoftTokens(soft.where[:1].expand(2, -1), soft.ids.flip(1)[..., :2], soft.probs.mT.contiguous().mT[..., :2])
+    views = SoftTokens(
+        soft.where[:1].expand(2, -1),
+        soft.ids.flip(1)[..., :2],
+        soft.probs.mT.contiguous().mT[..., :2],
+    )
     result = fused(table.T.contiguous().T, tokens, views, triton_device)
     torch.testing.assert_close(result, plain(table, tokens, views))
 
@@ -72,7 +82,9 @@ def test_opposite_vectors_stay_finite(triton_device: torch.device) -> None:
     table = torch.ones(V, D)
     table[0] = -1
     tokens = torch.zeros(1, 1, dtype=torch.long)
-    soft = SoftTokens(torch.ones(1, 1, dtype=torch.bool), tokens[..., None], torch.tensor([[[0.5]]]))
+    soft = SoftTokens(
+        torch.ones(1, 1, dtype=torch.bool), tokens[..., None], torch.tensor([[[0.5]]])
+    )
     assert fused(table, tokens, soft, triton_device).isfinite().all()
 
 
@@ -84,7 +96,9 @@ class Scaled(nn.Embedding):
 
 
 @pytest.mark.usefixtures("triton_device")
-def test_the_kernel_runs_for_plain_tables_where_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_runs_for_plain_tables_where_triton_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from dmax.kernels import blend_triton
 
     sentinel = torch.zeros(1)

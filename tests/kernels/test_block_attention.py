@@ -21,7 +21,12 @@ CASES = {
     "the first block": [Row(0, 0, 0)],
     "a block behind a long prefix": BEHIND_A_PREFIX,
     "a settled block and the open one behind it": [Row(2, 296, 296), Row(2, 304, 304)],
-    "sequences in different states": [Row(1, 64, 64), Row(0, 0, 0), Row(1, 72, 72), Row(2, 200, 200)],
+    "sequences in different states": [
+        Row(1, 64, 64),
+        Row(0, 0, 0),
+        Row(1, 72, 72),
+        Row(2, 200, 200),
+    ],
     "versions of a block": [Row(0, 24, 24), Row(0, 32, 24), Row(0, 40, 24)],
 }
 
@@ -43,7 +48,9 @@ def model(**changes: Any) -> Any:
     return made
 
 
-def run(made: Any, rows: list[Row], device: torch.device, stale: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+def run(
+    made: Any, rows: list[Row], device: torch.device, stale: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
     """Last hidden states of the rows, and the cache afterwards; `stale` is what stands where nothing was written."""
     runner = ModelRunner(made.to(device), L, SLOTS, CAPACITY, VOCABULARY - 1)
     generator, stores = torch.Generator().manual_seed(1), [*runner.cache.keys, *runner.cache.values]
@@ -98,7 +105,9 @@ def test_what_stands_behind_a_row_is_never_read(request: pytest.FixtureRequest) 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_keys_may_go_in_any_number_of_shares(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_may_go_in_any_number_of_shares(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dmax.kernels import block_attention_triton
 
     made, rows = model(), CASES["sequences in different states"]
@@ -115,7 +124,11 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
     assert can_attend(heads, norms, window)
     assert not can_attend(heads, norms, None)
-    assert not can_attend(heads, (norms[0].to("meta"), norms[1]), window)  # weights that are not loaded yet
+    assert not can_attend(
+        heads, (norms[0].to("meta"), norms[1]), window
+    )  # weights that are not loaded yet
     assert not can_attend(heads.half(), norms, window)  # the cache is float32
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
-    assert not can_attend(heads, norms, runner.cache.write_at([0], L))  # a chunk of a prompt, with its own mask
+    assert not can_attend(
+        heads, norms, runner.cache.write_at([0], L)
+    )  # a chunk of a prompt, with its own mask

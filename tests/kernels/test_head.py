@@ -29,7 +29,9 @@ def grid(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def product(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states [N, N] and weights [V, N] whose product is `logits` [N, V]; infinities come by overflow."""
     huge = torch.finfo(logits.dtype).max * 0.9
-    return 2 * torch.eye(len(logits), dtype=logits.dtype), (logits / 2).clamp(-huge, huge).T.contiguous()
+    return 2 * torch.eye(len(logits), dtype=logits.dtype), (logits / 2).clamp(
+        -huge, huge
+    ).T.contiguous()
 
 
 def reference(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
@@ -37,7 +39,9 @@ def reference(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Can
     output = Output((hidden @ weight.T)[:, None], mask_token_id)  # [N, 1, V]
     broken = output.broken
     ids = output.logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    view = View(ids[..., 0], ids[..., 0] >= 0, ids[..., 0] >= 0, broken.long(), mask_token_id, max_steps=1)
+    view = View(
+        ids[..., 0], ids[..., 0] >= 0, ids[..., 0] >= 0, broken.long(), mask_token_id, max_steps=1
+    )
     prediction = predict(view, output, k)
     assert torch.equal(prediction.tokens, ids[..., 0])
     assert torch.equal(prediction.probs, output.probs.gather(-1, ids))
@@ -59,7 +63,9 @@ def triton_head(triton_device: torch.device) -> Head:
         if weight.dtype == torch.bfloat16 and triton_device.type == "cpu":
             pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
         tile = head_triton.Tile(vocabulary=16, size=16, warps=4, stages=2)
-        result = head_triton.head_top_k(hidden.to(triton_device), weight.to(triton_device), k, mask_token_id, tile)
+        result = head_triton.head_top_k(
+            hidden.to(triton_device), weight.to(triton_device), k, mask_token_id, tile
+        )
         return Candidates(result.ids.cpu(), result.probs.cpu(), result.broken.cpu())
 
     return run
@@ -76,7 +82,10 @@ def either(request: pytest.FixtureRequest) -> Head:
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_twin_gives_the_numbers_of_decoding(dtype: torch.dtype, k: int) -> None:
-    hidden, weight = torch.randn(9, 12, dtype=torch.float64).to(dtype), torch.randn(70, 12).to(dtype)
+    hidden, weight = (
+        torch.randn(9, 12, dtype=torch.float64).to(dtype),
+        torch.randn(70, 12).to(dtype),
+    )
     assert_equal(head_top_k(hidden, weight, k, 69), reference(hidden, weight, k, 69))
     hidden, weight = grid(9, 12, dtype=dtype), grid(70, 12, dtype=dtype, seed=1)
     assert_equal(head_top_k(hidden, weight, k, 3), reference(hidden, weight, k, 3))
@@ -128,9 +137,13 @@ def test_hostile_logits_by_hand(either: Head, dtype: torch.dtype) -> None:
     logits = torch.tensor([row for row, _, _ in BY_HAND.values()])
     logits[6] = logits[6].log()  # given as probabilities
     result = either(*product(logits.to(dtype)), 3, 2)
-    assert dict(zip(BY_HAND, result.ids.tolist(), strict=True)) == {name: ids for name, (_, ids, _) in BY_HAND.items()}
+    assert dict(zip(BY_HAND, result.ids.tolist(), strict=True)) == {
+        name: ids for name, (_, ids, _) in BY_HAND.items()
+    }
     expected = torch.tensor([probs for _, _, probs in BY_HAND.values()])
-    torch.testing.assert_close(result.probs, expected, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(
+        result.probs, expected, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2e-2
+    )
     assert not result.broken.any()
 
 
@@ -147,7 +160,9 @@ def test_nan_marks_its_row_and_no_other(either: Head) -> None:
     assert result.broken.tolist() == [False, True, False, False, True]
     assert torch.equal(result.ids[[0, 2, 3]], clean.ids[[0, 2, 3]])
     assert torch.equal(result.probs[[0, 2, 3]], clean.probs[[0, 2, 3]])
-    assert (result.ids >= 0).all() and (result.ids < 40).all()  # they are looked up before the error is seen
+    assert (result.ids >= 0).all() and (
+        result.ids < 40
+    ).all()  # they are looked up before the error is seen
 
 
 @overflows
@@ -176,7 +191,10 @@ def test_the_kernel_equals_the_twin(triton_head: Head, dtype: torch.dtype, k: in
 
 def test_low_precision_logits_are_compared_after_rounding(triton_head: Head) -> None:
     """2049 and 2048 are one number in float16, so the lower id has it."""
-    hidden, weight = torch.ones(1, 16, dtype=torch.float16), torch.zeros(40, 16, dtype=torch.float16)
+    hidden, weight = (
+        torch.ones(1, 16, dtype=torch.float16),
+        torch.zeros(40, 16, dtype=torch.float16),
+    )
     weight[7, 0] = 2048
     weight[30, :2] = torch.tensor([2048, 1])
     assert triton_head(hidden, weight, 2, 0).ids.tolist() == [[7, 30]]
@@ -186,20 +204,28 @@ def test_low_precision_logits_are_compared_after_rounding(triton_head: Head) -> 
 @pytest.mark.parametrize("num_tokens", [1, 16, 33, 130])
 def test_any_number_of_positions(triton_head: Head, num_tokens: int) -> None:
     hidden, weight = torch.randn(num_tokens, 16), torch.randn(40, 16)
-    assert_equal(triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5)
+    assert_equal(
+        triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
+    )
 
 
 def test_every_token_but_mask_may_be_a_candidate(triton_head: Head) -> None:
     """A tile that holds MASK alone, and tiles with fewer tokens than candidates."""
     hidden, weight = grid(3, 16, dtype=torch.float32), grid(17, 16, dtype=torch.float32, seed=1)
-    assert_equal(triton_head(hidden, weight, 8, 16), head_top_k_torch(hidden, weight, 8, 16), tolerance=1e-5)
+    assert_equal(
+        triton_head(hidden, weight, 8, 16), head_top_k_torch(hidden, weight, 8, 16), tolerance=1e-5
+    )
     small = weight[:3]
-    assert_equal(triton_head(hidden, small, 2, 1), head_top_k_torch(hidden, small, 2, 1), tolerance=1e-5)
+    assert_equal(
+        triton_head(hidden, small, 2, 1), head_top_k_torch(hidden, small, 2, 1), tolerance=1e-5
+    )
 
 
 def test_hidden_states_may_be_a_slice(triton_head: Head) -> None:
     hidden, weight = torch.randn(12, 32)[::2, :16], torch.randn(40, 16)
-    assert_equal(triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5)
+    assert_equal(
+        triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
+    )
 
 
 @pytest.mark.usefixtures("triton_device")

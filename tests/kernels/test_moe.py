@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 EXPERTS, TOP_K = 8, 2
 
 
-def make_experts(implementation: str, num_experts: int = 4, dtype: torch.dtype = torch.float32) -> LLaDA2MoeExperts:
+def make_experts(
+    implementation: str, num_experts: int = 4, dtype: torch.dtype = torch.float32
+) -> LLaDA2MoeExperts:
     config = LLaDA2MoeConfig(
         hidden_size=64,
         moe_intermediate_size=32,
@@ -38,14 +40,21 @@ def make_experts(implementation: str, num_experts: int = 4, dtype: torch.dtype =
 
 
 def make_inputs(
-    num_tokens: int, num_experts: int, dtype: torch.dtype = torch.float32, hidden: int = 64, top_k: int = TOP_K
+    num_tokens: int,
+    num_experts: int,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 64,
+    top_k: int = TOP_K,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.rand(num_tokens, num_experts).topk(top_k).indices
     return torch.randn(num_tokens, hidden).to(dtype), index, torch.rand(num_tokens, top_k).to(dtype)
 
 
 def make_weights(dtype: torch.dtype, hidden: int = 64, width: int = 32) -> tuple[Tensor, Tensor]:
-    gate_up, down = torch.randn(EXPERTS, 2 * width, hidden) * 0.2, torch.randn(EXPERTS, hidden, width) * 0.2
+    gate_up, down = (
+        torch.randn(EXPERTS, 2 * width, hidden) * 0.2,
+        torch.randn(EXPERTS, hidden, width) * 0.2,
+    )
     return gate_up.to(dtype), down.to(dtype)
 
 
@@ -73,7 +82,9 @@ def test_one_expert_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 127, 128])  # on both sides of where `dense_mm` changes its way
+@pytest.mark.parametrize(
+    "num_tokens", [1, 63, 64, 127, 128]
+)  # on both sides of where `dense_mm` changes its way
 @pytest.mark.parametrize("implementation", ["dense_mm", "fused_moe"])
 def test_forwards_equal_eager(implementation: str, num_tokens: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(num_tokens, 4, dtype)
@@ -86,12 +97,17 @@ def test_forwards_equal_eager(implementation: str, num_tokens: int, dtype: torch
     assert relative_error(actual, expected) <= (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize(("num_tokens", "implementation"), [(3, "dense_mm"), (70, "dense_mm"), (70, "fused_moe")])
+@pytest.mark.parametrize(
+    ("num_tokens", "implementation"), [(3, "dense_mm"), (70, "dense_mm"), (70, "fused_moe")]
+)
 def test_gradients_equal_those_of_eager(num_tokens: int, implementation: str) -> None:
     tokens, index, weights = make_inputs(num_tokens, 3)  # the last of four experts gets no token
     found = []
     for name in ("eager", implementation):
-        experts, leaves = make_experts(name), (tokens.clone().requires_grad_(), weights.clone().requires_grad_())
+        experts, leaves = (
+            make_experts(name),
+            (tokens.clone().requires_grad_(), weights.clone().requires_grad_()),
+        )
         experts(leaves[0], index, leaves[1]).square().sum().backward()
         found.append([leaf.grad for leaf in (*leaves, *experts.parameters())])
     for expected, actual in zip(*found, strict=True):
@@ -113,7 +129,9 @@ def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
 # ---- which forward --------------------------------------------------------------------------------------------------
 
 
-def test_the_implementation_follows_from_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_implementation_follows_from_device_and_installation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     kernels.has_triton.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert choose(CPU) == ("torch", "Triton does not compile for cpu")
@@ -132,7 +150,11 @@ def test_the_implementation_follows_from_device_and_installation(monkeypatch: py
         assert choose(torch.device("cuda")) == ("torch", "nothing else is wanted")
     assert choose(torch.device("cuda"))[0] == "triton"
     assert best_experts_implementation(256, torch.device("cuda")) == "fused_moe"
-    assert [best_experts_implementation(num, CPU) for num in (4, 16, 17)] == ["dense_mm", "dense_mm", None]
+    assert [best_experts_implementation(num, CPU) for num in (4, 16, 17)] == [
+        "dense_mm",
+        "dense_mm",
+        None,
+    ]
     kernels.has_triton.cache_clear()
 
 
@@ -159,7 +181,10 @@ def test_every_expert_lists_its_pairs_in_order(triton_device: torch.device) -> N
     from dmax.kernels import moe_triton
 
     index = torch.tensor([[0, 2], [2, 1], [0, 2]], device=triton_device)  # pairs 0 to 5
-    pairs, counts = torch.full((4, 6), -1, dtype=torch.int32), torch.full((4,), -1, dtype=torch.int32)
+    pairs, counts = (
+        torch.full((4, 6), -1, dtype=torch.int32),
+        torch.full((4,), -1, dtype=torch.int32),
+    )
     pairs, counts = on(triton_device, pairs, counts)
     moe_triton._route_kernel[(4,)](index, pairs, counts, 6, BLOCK=4)  # expert 2's go over two steps
     assert counts.tolist() == [2, 1, 3, 0]
@@ -169,14 +194,19 @@ def test_every_expert_lists_its_pairs_in_order(triton_device: torch.device) -> N
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_kernels_equal_their_twin(triton_device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
+def test_kernels_equal_their_twin(
+    triton_device: torch.device, dtype: torch.dtype, num_tokens: int
+) -> None:
     if dtype == torch.bfloat16 and triton_device.type == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 products")
     arguments = on(triton_device, *make_inputs(num_tokens, EXPERTS, dtype), *make_weights(dtype))
     actual = fused_moe(*arguments, override="triton")
     assert actual.dtype == dtype
     expected = fused_moe(*in_float64(*arguments), override="torch")
-    assert relative_error(actual, expected) <= {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (
+        relative_error(actual, expected)
+        <= {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    )
 
 
 @pytest.mark.parametrize("routing", ["one expert for all", "idle experts", "the same expert twice"])
@@ -194,10 +224,15 @@ def test_kernels_take_any_routing(triton_device: torch.device, routing: str) -> 
 
 
 @pytest.mark.parametrize("tile", [(16, 16, 32), (32, 32, 16)])
-def test_tiles_need_not_divide_the_sizes(triton_device: torch.device, tile: tuple[int, int, int]) -> None:
+def test_tiles_need_not_divide_the_sizes(
+    triton_device: torch.device, tile: tuple[int, int, int]
+) -> None:
     from dmax.kernels.moe_triton import Tile
 
-    inputs, weights = make_inputs(21, EXPERTS, hidden=72, top_k=3), make_weights(torch.float32, hidden=72, width=40)
+    inputs, weights = (
+        make_inputs(21, EXPERTS, hidden=72, top_k=3),
+        make_weights(torch.float32, hidden=72, width=40),
+    )
     arguments = on(triton_device, *inputs, *weights)
     actual = fused_moe(*arguments, tile=Tile(*tile), override="triton")
     assert relative_error(actual, fused_moe(*arguments, override="torch")) <= 1e-6
@@ -213,4 +248,6 @@ def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch
     together = fused_moe(tokens, index, weights, *stacked, **options)
     assert torch.equal(together, fused_moe(tokens, index, weights, *stacked, **options))
     some = torch.tensor([33, 2, 17], device=triton_device)
-    assert torch.equal(together[some], fused_moe(tokens[some], index[some], weights[some], *stacked, **options))
+    assert torch.equal(
+        together[some], fused_moe(tokens[some], index[some], weights[some], *stacked, **options)
+    )

@@ -20,19 +20,27 @@ def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> tor
 
 
 def case(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, 3, size).to(dtype), 3 * torch.randn(2, 3, size).to(dtype), torch.rand(size).to(dtype) + 0.5
+    return (
+        torch.randn(2, 3, size).to(dtype),
+        3 * torch.randn(2, 3, size).to(dtype),
+        torch.rand(size).to(dtype) + 0.5,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [5, 64, 576])
-def test_the_kernel_equals_the_twin(size: int, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+def test_the_kernel_equals_the_twin(
+    size: int, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     x, more, weight = case(size, dtype)
     alone, (total, behind) = rms_norm(x, weight, EPS), add_rms_norm(x, more, weight, EPS)
     device = request.getfixturevalue("kernels")
     x, more, weight = (each.to(device) for each in (x, more, weight))
     found_total, found = add_rms_norm(x, more, weight, EPS)
     last = torch.finfo(dtype).eps  # the mean of squares is summed in another order
-    if dtype == torch.bfloat16 and device.type == "cpu":  # Triton's interpreter cuts digits off where a GPU rounds
+    if (
+        dtype == torch.bfloat16 and device.type == "cpu"
+    ):  # Triton's interpreter cuts digits off where a GPU rounds
         torch.testing.assert_close(found_total.cpu(), total, rtol=last, atol=0.0)
         last *= 4
     else:
@@ -45,7 +53,8 @@ def test_views_are_taken(kernels: torch.device) -> None:
     x, _, weight = case(8, torch.float32)
     turned = x.to(kernels).mT.contiguous().mT
     torch.testing.assert_close(
-        rms_norm(turned, weight.to(kernels), EPS).cpu(), weight * x / x.square().mean(-1, True).sqrt()
+        rms_norm(turned, weight.to(kernels), EPS).cpu(),
+        weight * x / x.square().mean(-1, True).sqrt(),
     )
 
 

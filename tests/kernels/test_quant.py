@@ -38,14 +38,19 @@ def dequantized(weight: Tensor, form: Format) -> Tensor:
 def test_int8_by_hand() -> None:
     # The largest becomes -128: scales 0.02 and, with turned signs, -0.02.
     stored = quantize(torch.tensor([[[-2.56, 1.27, 0.0, 0.031], [2.56, -2.54, 0.5, 0.0]]]), "int8")
-    assert stored.values.tolist() == [[[-128, 64, 0, 2], [-128, 127, -25, 0]]]  # 63.5 to the even 64
+    assert stored.values.tolist() == [
+        [[-128, 64, 0, 2], [-128, 127, -25, 0]]
+    ]  # 63.5 to the even 64
     torch.testing.assert_close(stored.scale, torch.tensor([[[0.02], [-0.02]]]))
-    torch.testing.assert_close(stored[0], torch.tensor([[-2.56, 1.28, 0.0, 0.04], [2.56, -2.54, 0.5, 0.0]]))
+    torch.testing.assert_close(
+        stored[0], torch.tensor([[-2.56, 1.28, 0.0, 0.04], [2.56, -2.54, 0.5, 0.0]])
+    )
     assert stored.shape == (1, 2, 4)
 
 
 def test_fp8_by_hand() -> None:
-    # The scale is 1; e4m3 has four binary digits, so 17 lies between 16 and 18, and a tie goes to the even digit.
+    # The scale is 1; e4m3 has four binary digits, so 17 lies between 16 and 18, and a tie goes to
+    # the even digit.
     stored = quantize(torch.tensor([[[-448.0, 17.0, 19.0, 0.0]]]), "fp8")
     assert stored.values.dtype == torch.float8_e4m3fn
     assert stored[0].tolist() == [[-448.0, 16.0, 20.0, 0.0]]
@@ -53,7 +58,12 @@ def test_fp8_by_hand() -> None:
 
 def test_int4_by_hand() -> None:
     row = torch.zeros(32)
-    row[0], row[1], row[16], row[17] = -4.0, 3.0, 1.0, 2.5  # -4 becomes -8, so the scale is 0.5 and these -8, 6, 2, 5
+    row[0], row[1], row[16], row[17] = (
+        -4.0,
+        3.0,
+        1.0,
+        2.5,
+    )  # -4 becomes -8, so the scale is 0.5 and these -8, 6, 2, 5
     stored = quantize(row.repeat(1, 1, 3), "int4")  # 96 columns make three groups of 32
     assert stored.scale.tolist() == [[[0.5, 0.5, 0.5]]]
     # Low halves hold columns 0 to 15 of a group, high halves 16 to 31, each with 8 added.
@@ -66,7 +76,11 @@ def test_int4_by_hand() -> None:
 def test_int4_takes_the_largest_group_that_divides(columns: int, group: int) -> None:
     stored = quantize(torch.randn(2, 3, columns), "int4")
     assert stored.group_size == group
-    assert stored.values.shape == (2, 3, columns // 2) and stored.scale.shape == (2, 3, columns // group)
+    assert stored.values.shape == (2, 3, columns // 2) and stored.scale.shape == (
+        2,
+        3,
+        columns // group,
+    )
 
 
 @pytest.mark.parametrize(("form", "bound"), [("int8", 0.01), ("fp8", 0.03), ("int4", 0.11)])
@@ -109,11 +123,20 @@ def test_kernels_equal_their_twin(
 ) -> None:
     if dtype == torch.bfloat16 and triton_device.type == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 products")
-    if triton_device.type == "cuda" and form == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+    if (
+        triton_device.type == "cuda"
+        and form == "fp8"
+        and torch.cuda.get_device_capability() < (8, 9)
+    ):
         pytest.skip("this GPU has no e4m3")
     index = torch.rand(num_tokens, EXPERTS).topk(TOP_K).indices.to(triton_device)
-    tokens, weights = (torch.randn(num_tokens, size, device=triton_device, dtype=dtype) for size in (64, TOP_K))
-    gate_up, down = (quantize((torch.randn(EXPERTS, 64, size) * 0.2).to(triton_device), form) for size in (64, 32))
+    tokens, weights = (
+        torch.randn(num_tokens, size, device=triton_device, dtype=dtype) for size in (64, TOP_K)
+    )
+    gate_up, down = (
+        quantize((torch.randn(EXPERTS, 64, size) * 0.2).to(triton_device), form)
+        for size in (64, 32)
+    )
     actual = fused_moe(tokens, index, weights, gate_up, down, override="triton")
     exact = fused_moe(tokens.double(), index, weights.double(), gate_up, down, override="torch")
     error = ((actual.double() - exact).norm() / exact.norm()).item()
@@ -159,23 +182,33 @@ def test_the_experts_take_less_memory_and_the_old_ones_are_gone() -> None:
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if ".experts." in name
         )
-        assert any(isinstance(module, QuantizedExperts) for module in model.modules()) == (form is not None)
+        assert any(isinstance(module, QuantizedExperts) for module in model.modules()) == (
+            form is not None
+        )
     numbers = sizes[None] // 4
     assert numbers == 3 * 4 * 3 * 160 * 256  # layers, experts, projections
-    assert numbers <= min(sizes["int8"], sizes["fp8"]) and max(sizes["int8"], sizes["fp8"]) <= 1.03 * numbers
+    assert (
+        numbers <= min(sizes["int8"], sizes["fp8"])
+        and max(sizes["int8"], sizes["fp8"]) <= 1.03 * numbers
+    )
     assert 0.5 * numbers <= sizes["int4"] <= 0.55 * numbers
 
 
 @pytest.mark.parametrize(
-    ("form", "agreement", "distance"), [("int8", 0.985, 0.005), ("fp8", 0.97, 0.02), ("int4", 0.9, 0.08)]
+    ("form", "agreement", "distance"),
+    [("int8", 0.985, 0.005), ("fp8", 0.97, 0.02), ("int4", 0.9, 0.08)],
 )
-def test_the_bundled_model_predicts_the_same_tokens(form: Format, agreement: float, distance: float) -> None:
+def test_the_bundled_model_predicts_the_same_tokens(
+    form: Format, agreement: float, distance: float
+) -> None:
     plain, rounded = load(), load(quantization=form)
     assert plain.tokenizer is not None
     same, apart = [], []
     for problem in problems(12, seed=5, split="test"):
         ids = plain.tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": problem.question}],
+            add_generation_prompt=True,
+            return_dict=False,
         )
         ids = torch.tensor([[*ids, *[plain.mask_token_id] * plain.block_length]])
         with torch.no_grad():
@@ -193,7 +226,10 @@ def test_a_quantised_model_decodes() -> None:
     (problem,) = problems(1, seed=5, split="test")
     plain = LLM("tiny-dmax", device="cpu")
     params = DecodingParams(max_new_tokens=32)
-    assert llm.generate(problem.question, params)[0].text == plain.generate(problem.question, params)[0].text
+    assert (
+        llm.generate(problem.question, params)[0].text
+        == plain.generate(problem.question, params)[0].text
+    )
     assert weights_digest(llm.model) != weights_digest(plain.model)
 
 

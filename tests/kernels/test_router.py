@@ -43,7 +43,9 @@ def test_the_kernel_equals_the_twin(name: str, biased: bool, triton_device: torc
 def test_ties_go_to_the_lowest_index(triton_device: torch.device) -> None:
     from dmax.kernels import router_triton
 
-    index, weights = router_triton.select(torch.zeros(2, 8, device=triton_device), None, Routing(2, 4, 2))
+    index, weights = router_triton.select(
+        torch.zeros(2, 8, device=triton_device), None, Routing(2, 4, 2)
+    )
     assert index.tolist() == [[0, 1]] * 2
     assert weights.tolist() == [[0.5, 0.5]] * 2
 
@@ -52,19 +54,29 @@ def test_a_nan_chooses_no_expert_that_is_not_there(triton_device: torch.device) 
     from dmax.kernels import router_triton
 
     logits = torch.randn(4, 6)
-    logits[0, 5], logits[1, 2] = float("nan"), float("nan")  # the interpreter has no answer where all are
+    logits[0, 5], logits[1, 2] = (
+        float("nan"),
+        float("nan"),
+    )  # the interpreter has no answer where all are
     logits[2], logits[3] = float("inf"), float("-inf")
     index, _ = router_triton.select(logits.to(triton_device), None, Routing(3, 3, 2))
     assert set(index.flatten().tolist()) <= set(range(6))
 
 
-def test_the_kernel_runs_where_triton_is_chosen(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> None:
+def test_the_kernel_runs_where_triton_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
     from dmax.kernels import router_triton
 
     chosen = []
     monkeypatch.setattr(router, "choose", lambda device: ("triton", "asked for"))
-    monkeypatch.setattr(router_triton, "select", lambda *arguments: chosen.append(arguments) or select(*arguments))
-    x, weight = torch.randn(5, 16, device=triton_device), torch.randn(8, 16, device=triton_device, requires_grad=True)
+    monkeypatch.setattr(
+        router_triton, "select", lambda *arguments: chosen.append(arguments) or select(*arguments)
+    )
+    x, weight = (
+        torch.randn(5, 16, device=triton_device),
+        torch.randn(8, 16, device=triton_device, requires_grad=True),
+    )
     route(x, weight, None, Routing(2))
     assert not chosen  # a gradient is wanted, and the kernel has none
     with torch.no_grad():

@@ -20,8 +20,15 @@ class Layer(nn.Module):
 
 def make_inputs(dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(0)
-    shapes = ((QUERIES, HEADS), (KEYS, GROUPS), (KEYS, GROUPS))  # heads last, as projections and caches have them
-    return [torch.randn(BATCH, *shape, SIZE).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+    shapes = (
+        (QUERIES, HEADS),
+        (KEYS, GROUPS),
+        (KEYS, GROUPS),
+    )  # heads last, as projections and caches have them
+    return [
+        torch.randn(BATCH, *shape, SIZE).to(dtype).transpose(1, 2).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def make_mask(dtype: torch.dtype) -> Tensor:
@@ -36,17 +43,23 @@ def test_sdpa_equals_that_of_transformers(dtype: torch.dtype, masked: bool) -> N
     found = []
     for function in (ALL_ATTENTION_FUNCTIONS["sdpa"], ATTENTION_FUNCTIONS["sdpa"]):
         inputs = make_inputs(dtype)
-        output, _ = function(Layer(), *inputs, make_mask(dtype) if masked else None, scaling=0.3, is_causal=False)
+        output, _ = function(
+            Layer(), *inputs, make_mask(dtype) if masked else None, scaling=0.3, is_causal=False
+        )
         output.float().square().sum().backward()
         found.append([output, *(each.grad for each in inputs)])
     assert torch.equal(found[0][0], found[1][0])
     for expected, actual in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=2e-2)
+        torch.testing.assert_close(
+            actual, expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=2e-2
+        )
 
 
 def test_other_devices_use_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *inputs, **options: calls.append(options))
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *inputs, **options: calls.append(options)
+    )
     query, key, value = (each.to("meta") for each in make_inputs(torch.float32))
     sdpa_attention_forward(Layer(), query, key, value, None, scaling=0.3, is_causal=False)
     assert calls == [{"scaling": 0.3, "dropout": 0.0, "is_causal": False}]

@@ -100,13 +100,21 @@ def test_block_by_block_through_the_cache_equals_one_block_causal_forward(
 @torch.no_grad()
 @each_kind
 @each_attention
-def test_the_mask_alone_decides_what_a_position_sees(kind: str, attention: str, ids: Tensor) -> None:
+def test_the_mask_alone_decides_what_a_position_sees(
+    kind: str, attention: str, ids: Tensor
+) -> None:
     model = tiny(kind, attention).model
     changed = ids.clone()
-    changed[:, 2 * BLOCK - 1] = 4 + (changed[:, 2 * BLOCK - 1] - 3) % (VOCAB - 4)  # last token of the second block
-    before, after = (model(input_ids=x, attention_mask=causal(x.shape[1])).logits for x in (ids, changed))
+    changed[:, 2 * BLOCK - 1] = 4 + (changed[:, 2 * BLOCK - 1] - 3) % (
+        VOCAB - 4
+    )  # last token of the second block
+    before, after = (
+        model(input_ids=x, attention_mask=causal(x.shape[1])).logits for x in (ids, changed)
+    )
     assert torch.equal(before[:, :BLOCK], after[:, :BLOCK])
-    moved = (before - after).abs().amax(dim=-1)[:, BLOCK:]  # the second block and the third, all of which see it
+    moved = (
+        (before - after).abs().amax(dim=-1)[:, BLOCK:]
+    )  # the second block and the third, all of which see it
     assert (moved > 1e-3).all()
 
 
@@ -118,11 +126,16 @@ def test_without_a_mask_everything_is_visible(kind: str, attention: str, ids: Te
     assert not any(layer.self_attn.is_causal for layer in model.model.layers)
     everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
     expected = model(input_ids=ids, attention_mask=everything).logits
-    for logits in (model(ids).logits, model(inputs_embeds=model.get_input_embeddings()(ids)).logits):
+    for logits in (
+        model(ids).logits,
+        model(inputs_embeds=model.get_input_embeddings()(ids)).logits,
+    ):
         torch.testing.assert_close(logits, expected)
     base = model.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(model.get_output_embeddings()(base), expected)
-    assert not torch.allclose(expected, model(ids, attention_mask=causal(ids.shape[1])).logits, atol=1e-2)
+    assert not torch.allclose(
+        expected, model(ids, attention_mask=causal(ids.shape[1])).logits, atol=1e-2
+    )
 
 
 @torch.no_grad()
@@ -133,18 +146,24 @@ def test_without_a_mask_what_the_cache_holds_is_visible_too(ids: Tensor) -> None
     model(ids[:, :BLOCK], **inputs, position_ids=window.positions, past_key_values=window)
     cache.commit([0, 1], [BLOCK, BLOCK])
     window = cache.write_at([0, 1], BLOCK)
-    logits = model(ids[:, BLOCK : 2 * BLOCK], position_ids=window.positions, past_key_values=window).logits
+    logits = model(
+        ids[:, BLOCK : 2 * BLOCK], position_ids=window.positions, past_key_values=window
+    ).logits
     expected = model(ids[:, : 2 * BLOCK], attention_mask=causal(2 * BLOCK)).logits[:, BLOCK:]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", backbone.LINEAR_HEADS)
-def test_logits_of_a_linear_head_are_hidden_states_times_output_embeddings(kind: str, ids: Tensor) -> None:
+def test_logits_of_a_linear_head_are_hidden_states_times_output_embeddings(
+    kind: str, ids: Tensor
+) -> None:
     model: Any = tiny(kind).model
     assert model.has_linear_head
     hidden = model.base_model(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(hidden @ model.get_output_embeddings().weight.T, model(input_ids=ids).logits)
+    torch.testing.assert_close(
+        hidden @ model.get_output_embeddings().weight.T, model(input_ids=ids).logits
+    )
 
 
 def test_a_head_that_scales_its_logits_is_not_linear() -> None:
@@ -160,7 +179,10 @@ def test_a_folder_is_decoded_alone_as_in_a_batch(kind: str, strategy: str, tmp_p
     checkpoint = tiny(kind)
     ids: dict[str, Any] = {"mask_token_id": MASK, "eos_token_id": EOS, "block_length": BLOCK}
     save_checkpoint(checkpoint.model, None, tmp_path / "model", **ids)
-    llm, params = LLM(str(tmp_path / "model"), dtype="float32"), DecodingParams(strategy=strategy, max_new_tokens=20)
+    llm, params = (
+        LLM(str(tmp_path / "model"), dtype="float32"),
+        DecodingParams(strategy=strategy, max_new_tokens=20),
+    )
     prompts = [[5, 6, 7], list(range(10, 10 + 2 * BLOCK)), [9] * (BLOCK + 1)]
     together = llm.generate(prompts, params)
     assert [llm.generate(prompt, params)[0] for prompt in prompts] == together
@@ -203,7 +225,9 @@ def test_gradient_checkpointing_keeps_the_clean_context(kind: str, ids: Tensor) 
 
 def test_weights_are_averaged_once_though_they_are_tied() -> None:
     one, other = tiny("llama").model, tiny("llama", initializer_range=0.1).model
-    expected = {name: 0.75 * w + 0.25 * other.state_dict()[name] for name, w in one.state_dict().items()}
+    expected = {
+        name: 0.75 * w + 0.25 * other.state_dict()[name] for name, w in one.state_dict().items()
+    }
     blend_weights(one, other.state_dict(), 0.25)
     for name, weight in one.state_dict().items():
         torch.testing.assert_close(weight, expected[name], msg=name)
@@ -216,24 +240,36 @@ def test_weights_are_averaged_once_though_they_are_tied() -> None:
 @each_kind
 def test_plain_transformers_reads_what_is_saved(kind: str, tmp_path: Path, ids: Tensor) -> None:
     model = tiny(kind).model
-    save_checkpoint(model, None, tmp_path / "model", mask_token_id=MASK, eos_token_id=EOS, block_length=BLOCK)
+    save_checkpoint(
+        model, None, tmp_path / "model", mask_token_id=MASK, eos_token_id=EOS, block_length=BLOCK
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert (type(plain), plain.config.architectures) == (type(model), [type(model).__name__])
-    assert "model.layers.0.self_attn.q_proj.weight" in load_file(tmp_path / "model" / "model.safetensors")
+    assert "model.layers.0.self_attn.q_proj.weight" in load_file(
+        tmp_path / "model" / "model.safetensors"
+    )
     visible = causal(ids.shape[1])  # of the two only ours is told what "no mask" means
-    torch.testing.assert_close(plain(ids, attention_mask=visible).logits, model(ids, attention_mask=visible).logits)
+    torch.testing.assert_close(
+        plain(ids, attention_mask=visible).logits, model(ids, attention_mask=visible).logits
+    )
     assert not torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-2)
 
 
 def autoregressive(folder: Path, vocab_size: int = 10) -> Path:
     """A Llama and its tokenizer of ten words, as published: no mask token, no block length."""
     words = ["<pad>", "<bos>", "<eos>", "one", "two", "three", "plus", "is", "what", "?"]
-    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    backend = Tokenizer(
+        WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>")
+    )
     backend.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=vocab_size)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=vocab_size)).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -246,13 +282,17 @@ def test_an_autoregressive_checkpoint_says_what_it_lacks(tmp_path: Path) -> None
     folder = autoregressive(tmp_path / "llama")
     with pytest.raises(InputError, match="names no mask token") as error:
         load(folder)
-    assert str(error.value.hint).startswith("pass `mask_token_id`; an autoregressive model gets one in training")
+    assert str(error.value.hint).startswith(
+        "pass `mask_token_id`; an autoregressive model gets one in training"
+    )
     with pytest.raises(InputError, match="names no block length"):
         load(folder, mask_token_id=9)
     assert load(folder, mask_token_id=9, block_length=4).mask_token_id == 9
 
 
-@pytest.mark.parametrize(("vocab_size", "expected"), [(10, 11), (16, 16)])  # the second has rows to spare
+@pytest.mark.parametrize(
+    ("vocab_size", "expected"), [(10, 11), (16, 16)]
+)  # the second has rows to spare
 def test_a_mask_token_is_added(tmp_path: Path, vocab_size: int, expected: int) -> None:
     folder = autoregressive(tmp_path / "llama", vocab_size)
     checkpoint = load(folder, add_mask_token=True, block_length=4)
@@ -283,7 +323,12 @@ def write_recipe(folder: Path, model: dict[str, Any], **training: Any) -> Path:
     file = folder / "data.jsonl"
     lines = [{"prompt": "what is one plus two ?", "response": "one plus two is three"}] * 4
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    fields = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "use_cpu": True}
+    fields = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+    }
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     recipe = {
         "output_dir": str(folder / "out"),
@@ -298,13 +343,19 @@ def write_recipe(folder: Path, model: dict[str, Any], **training: Any) -> Path:
 
 def test_a_recipe_turns_an_autoregressive_checkpoint_into_a_diffusion_model(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    model = {"path": str(autoregressive(tmp_path / "llama")), "add_mask_token": True, "block_length": 4}
+    model = {
+        "path": str(autoregressive(tmp_path / "llama")),
+        "add_mask_token": True,
+        "block_length": 4,
+    }
     folder = run_recipe(load_recipe(write_recipe(tmp_path, model)))
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert (config["mask_token_id"], config["block_length"], config["vocab_size"]) == (10, 4, 11)
     assert AutoTokenizer.from_pretrained(folder).mask_token == "<|mask|>"
-    (output,) = LLM(str(folder)).generate("what is one plus two ?", DecodingParams(max_new_tokens=8))
+    (output,) = LLM(str(folder)).generate(
+        "what is one plus two ?", DecodingParams(max_new_tokens=8)
+    )
     assert 10 not in output.token_ids
     (tmp_path / "again").mkdir()
     with pytest.raises(InputError, match="has a mask token already"):
@@ -312,11 +363,26 @@ def test_a_recipe_turns_an_autoregressive_checkpoint_into_a_diffusion_model(tmp_
 
 
 @pytest.mark.parametrize("objective", ["oput", "d2f"])  # two streams over a cache, and one without
-def test_a_recipe_trains_a_new_model_of_another_architecture(tmp_path: Path, objective: str) -> None:
+def test_a_recipe_trains_a_new_model_of_another_architecture(
+    tmp_path: Path, objective: str
+) -> None:
     pytest.importorskip("accelerate")
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = {"model_type": "qwen3", "block_length": 8, "head_dim": 8, "num_key_value_heads": 1, **shape}
-    folder = run_recipe(load_recipe(write_recipe(tmp_path, {"config": config}, objective=objective)))
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = {
+        "model_type": "qwen3",
+        "block_length": 8,
+        "head_dim": 8,
+        "num_key_value_heads": 1,
+        **shape,
+    }
+    folder = run_recipe(
+        load_recipe(write_recipe(tmp_path, {"config": config}, objective=objective))
+    )
     assert load(folder).block_length == 8
     assert type(load(folder).model).__name__ == "Qwen3ForCausalLM"
 
@@ -325,12 +391,17 @@ def test_a_recipe_trains_a_new_model_of_another_architecture(tmp_path: Path, obj
     ("model", "message"),
     [
         ({"config": {"model_type": "lama"}}, r":\d+: unknown model type 'lama'"),
-        ({"config": {"model_type": "llama", "num_experts": 4}}, "unknown key `model.config.num_experts`"),
+        (
+            {"config": {"model_type": "llama", "num_experts": 4}},
+            "unknown key `model.config.num_experts`",
+        ),
         ({"config": {"model_type": "llama"}, "block_length": 8}, "belong to a `path`"),
         ({"config": {"model_type": "llama"}, "add_mask_token": True}, "belong to a `path`"),
     ],
 )
-def test_recipes_name_what_is_wrong_with_a_model(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+def test_recipes_name_what_is_wrong_with_a_model(
+    tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(write_recipe(tmp_path, model))
 
@@ -365,7 +436,9 @@ def test_recipes_name_what_is_wrong_with_a_model(tmp_path: Path, model: dict[str
         ),
     ],
 )
-def test_models_that_would_not_obey_the_mask_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+def test_models_that_would_not_obey_the_mask_are_refused(
+    kind: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message) as error:
         tiny(kind, "eager", **changes)
     assert "Llama" in str(error.value.hint)
@@ -378,13 +451,17 @@ def test_a_window_as_long_as_the_context_is_no_window(ids: Tensor) -> None:
 def test_attention_that_takes_no_mask_is_refused() -> None:
     model = tiny("llama").model
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(InputError, match="must be one of sdpa, eager, flex_attention, got 'flash_attention_2'"):
+    with pytest.raises(
+        InputError, match="must be one of sdpa, eager, flex_attention, got 'flash_attention_2'"
+    ):
         backbone.as_block_diffusion(model)
 
 
 def test_configurations_without_a_causal_language_model_are_refused() -> None:
     with pytest.raises(InputError, match="no model can be made"):
-        new_checkpoint(PreTrainedConfig(mask_token_id=1, eos_token_id=2, block_length=8, vocab_size=4))
+        new_checkpoint(
+            PreTrainedConfig(mask_token_id=1, eos_token_id=2, block_length=8, vocab_size=4)
+        )
 
 
 # ---- documentation ------------------------------------------------------------------------------------------------

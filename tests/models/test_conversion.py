@@ -31,7 +31,9 @@ FLASH: dict[str, Any] = dict(
 )
 
 
-def table(layers: int, hidden: int, dense: int, inner: int, qkv: int, experts: int = 256) -> dict[str, list[int]]:
+def table(
+    layers: int, hidden: int, dense: int, inner: int, qkv: int, experts: int = 256
+) -> dict[str, list[int]]:
     """Names and shapes, row by row as the published files have them; written without looking at the code."""
     rows = {"model.word_embeddings.weight": [157184, hidden], "model.norm.weight": [hidden]}
     rows["lm_head.weight"] = [157184, hidden]
@@ -47,7 +49,9 @@ def table(layers: int, hidden: int, dense: int, inner: int, qkv: int, experts: i
         if layer:
             rows[stem + "mlp.gate.weight"] = [experts, hidden]
             rows[stem + "mlp.gate.expert_bias"] = [experts]
-            parts = [(f"mlp.experts.{expert}.", inner) for expert in range(experts)] + [("mlp.shared_experts.", inner)]
+            parts = [(f"mlp.experts.{expert}.", inner) for expert in range(experts)] + [
+                ("mlp.shared_experts.", inner)
+            ]
         for part, width in parts:
             rows[stem + part + "gate_proj.weight"] = [width, hidden]
             rows[stem + part + "up_proj.weight"] = [width, hidden]
@@ -83,7 +87,11 @@ def load(folder: Path, **options: Any) -> LLaDA2MoeModelLM:
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("model*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same_weights(one: LLaDA2MoeModelLM, other: LLaDA2MoeModelLM) -> None:
@@ -119,7 +127,10 @@ def merged(published: Path, tmp_path: Path) -> Path:
     for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
         stem = f"model.layers.{layer}.mlp.experts."
         for part in ("gate_proj", "up_proj", "down_proj"):
-            rows = [tensors.pop(f"{stem}{expert}.{part}.weight") for expert in range(config["num_experts"])]
+            rows = [
+                tensors.pop(f"{stem}{expert}.{part}.weight")
+                for expert in range(config["num_experts"])
+            ]
             tensors[stem + part] = torch.stack(rows)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llada2_moe_veomni"}))
@@ -138,7 +149,9 @@ def test_saving_and_loading_is_bit_exact(tmp_path: Path) -> None:
 def test_a_fresh_model_is_saved_in_the_published_layout(tmp_path: Path) -> None:
     model = LLaDA2MoeModelLM(AutoConfig.from_pretrained(GOLDEN))
     model.save_pretrained(tmp_path)
-    assert {name: tensor.shape for name, tensor in stored(tmp_path).items()} == published_layout(model)
+    assert {name: tensor.shape for name, tensor in stored(tmp_path).items()} == published_layout(
+        model
+    )
     assert_same_weights(load(tmp_path), model)
 
 
@@ -146,12 +159,16 @@ def test_shards_load_to_the_same_weights(sharded: Path) -> None:
     assert_same_weights(load(sharded), load(GOLDEN))
 
 
-def test_merged_files_load_to_the_same_weights_and_are_saved_per_expert(merged: Path, tmp_path: Path) -> None:
+def test_merged_files_load_to_the_same_weights_and_are_saved_per_expert(
+    merged: Path, tmp_path: Path
+) -> None:
     model = load(merged)
     assert_same_weights(model, load(GOLDEN))
     model.save_pretrained(tmp_path / "saved")
     assert stored(tmp_path / "saved").keys() == stored(GOLDEN).keys()
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "llada2_moe"
+    assert (
+        json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "llada2_moe"
+    )
     assert_same_weights(load(tmp_path / "saved"), model)
 
 
@@ -160,15 +177,23 @@ def test_half_merged_files_load_too(published: Path, merged: Path) -> None:
     per_expert, stacked = stored(published), stored(merged)
     is_half = {name: name.endswith(("experts.gate_proj", "experts.up_proj")) for name in stacked}
     mixed = {name: tensor for name, tensor in stacked.items() if is_half[name]}
-    mixed |= {name: t for name, t in per_expert.items() if ".experts." not in name or ".down_proj." in name}
+    mixed |= {
+        name: t
+        for name, t in per_expert.items()
+        if ".experts." not in name or ".down_proj." in name
+    }
     save_file(mixed, published / "model.safetensors", {"format": "pt"})
     assert_same_weights(load(published), load(GOLDEN))
 
 
-def test_bfloat16_keeps_router_bias_and_rotary_frequencies_in_float32(published: Path, tmp_path: Path) -> None:
+def test_bfloat16_keeps_router_bias_and_rotary_frequencies_in_float32(
+    published: Path, tmp_path: Path
+) -> None:
     tensors = stored(published)
     bias = next(name for name in tensors if name.endswith("expert_bias"))
-    tensors[bias] = torch.rand_like(tensors[bias]) * 1e-3 + 1.0  # differences that bfloat16 would drop
+    tensors[bias] = (
+        torch.rand_like(tensors[bias]) * 1e-3 + 1.0
+    )  # differences that bfloat16 would drop
     save_file(tensors, published / "model.safetensors", {"format": "pt"})
     model = load(published, dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -208,10 +233,16 @@ def test_saved_configuration_keeps_what_other_engines_read(published: Path, tmp_
     after = json.loads((tmp_path / "saved" / "config.json").read_text())
     # These say nothing about the network, or are renamed by every transformers release.
     ignored = {"transformers_version", "torch_dtype", "rope_scaling"}
-    assert {name: value for name, value in after.items() if name in before and name not in ignored} == {
-        name: value for name, value in before.items() if name not in ignored
-    }
-    assert {"rope_theta", "partial_rotary_factor", "rotary_dim", "head_dim", "architectures"} <= after.keys()
+    assert {
+        name: value for name, value in after.items() if name in before and name not in ignored
+    } == {name: value for name, value in before.items() if name not in ignored}
+    assert {
+        "rope_theta",
+        "partial_rotary_factor",
+        "rotary_dim",
+        "head_dim",
+        "architectures",
+    } <= after.keys()
     again = AutoConfig.from_pretrained(tmp_path / "saved")
     assert again.rope_parameters["rope_theta"] == before["rope_theta"]
 
@@ -230,38 +261,53 @@ NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 def test_missing_tensors_are_named(published: Path) -> None:
     rewrite(published, lambda tensors: tensors.pop(NAME))
-    with pytest.raises(InputError, match=r"model\.safetensors lacks tensor .*experts\.3\.up_proj.*\[32, 64\]"):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors lacks tensor .*experts\.3\.up_proj.*\[32, 64\]"
+    ):
         load(published)
 
 
 def test_misshapen_tensors_are_named(published: Path) -> None:
     rewrite(published, lambda tensors: tensors.update({NAME: torch.zeros(31, 64)}))
-    with pytest.raises(InputError, match=r"experts\.3\.up_proj.* has shape \[31, 64\], expected \[32, 64\]"):
+    with pytest.raises(
+        InputError, match=r"experts\.3\.up_proj.* has shape \[31, 64\], expected \[32, 64\]"
+    ):
         load(published)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_integers_are_no_weights(published: Path, dtype: torch.dtype) -> None:
     rewrite(published, lambda tensors: tensors.update({NAME: tensors[NAME].to(dtype)}))
-    with pytest.raises(InputError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.* holds integers \("):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: tensor .*experts\.3\.up_proj.* holds integers \("
+    ):
         load(published)
 
 
 def test_unexpected_tensors_are_named(published: Path) -> None:
-    rewrite(published, lambda tensors: tensors.update({f"extra.{index}": torch.zeros(1) for index in range(5)}))
-    with pytest.raises(InputError, match=r"holds 5 tensors \(`extra\.0`, `extra\.1`, `extra\.2`, …\)"):
+    rewrite(
+        published,
+        lambda tensors: tensors.update({f"extra.{index}": torch.zeros(1) for index in range(5)}),
+    )
+    with pytest.raises(
+        InputError, match=r"holds 5 tensors \(`extra\.0`, `extra\.1`, `extra\.2`, …\)"
+    ):
         load(published)
 
 
 def test_stored_rotary_frequencies_are_harmless(published: Path) -> None:
-    rewrite(published, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.zeros(4)}))
+    rewrite(
+        published, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.zeros(4)})
+    )
     assert_same_weights(load(published), load(GOLDEN))
 
 
 def test_misshapen_merged_tensors_are_named(merged: Path) -> None:
     name = "model.layers.2.mlp.experts.gate_proj"
     rewrite(merged, lambda tensors: tensors.update({name: tensors[name][:-1]}))
-    with pytest.raises(InputError, match=r"experts\.gate_proj` has shape \[7, 32, 64\], expected \[8, 32, 64\]"):
+    with pytest.raises(
+        InputError, match=r"experts\.gate_proj` has shape \[7, 32, 64\], expected \[8, 32, 64\]"
+    ):
         load(merged)
 
 
@@ -273,7 +319,9 @@ def test_truncated_files_are_named(published: Path, size: int) -> None:
         load(published)
 
 
-@pytest.mark.parametrize("header", [b"not json at all", b"[1, 2]", b'{"a": {"shape": 3}}', b'{"a": []}', b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "header", [b"not json at all", b"[1, 2]", b'{"a": {"shape": 3}}', b'{"a": []}', b"\xff\xfe{}"]
+)
 def test_unreadable_headers_are_named(published: Path, header: bytes) -> None:
     (published / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(InputError, match=r"model\.safetensors is not a readable"):
@@ -312,11 +360,15 @@ def test_unusual_requests_are_left_to_transformers(published: Path) -> None:
     """Weights given by hand: the damaged file is never looked at."""
     tensors = load(GOLDEN).state_dict()
     (published / "model.safetensors").write_bytes(b"")
-    model = LLaDA2MoeModelLM.from_pretrained(None, config=AutoConfig.from_pretrained(published), state_dict=tensors)
+    model = LLaDA2MoeModelLM.from_pretrained(
+        None, config=AutoConfig.from_pretrained(published), state_dict=tensors
+    )
     assert_same_weights(model, load(GOLDEN))
 
 
-def test_loading_is_checked_before_any_weight_is_read(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_is_checked_before_any_weight_is_read(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rewrite(published, lambda tensors: tensors.pop(NAME))
 
     def forbidden(*_: Any, **__: Any) -> None:

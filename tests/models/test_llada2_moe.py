@@ -65,7 +65,9 @@ def causal(length: int) -> Tensor:
 def test_embeddings_and_ids_are_the_same_input(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
     from_ids = model(input_ids=ids, attention_mask=causal(ids.shape[1])).logits
     embeds = model.get_input_embeddings()(ids)
-    assert torch.equal(model(inputs_embeds=embeds, attention_mask=causal(ids.shape[1])).logits, from_ids)
+    assert torch.equal(
+        model(inputs_embeds=embeds, attention_mask=causal(ids.shape[1])).logits, from_ids
+    )
 
 
 def test_exactly_one_input_is_required(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
@@ -106,19 +108,29 @@ def test_other_mask_ranks_are_refused(model: LLaDA2MoeModelLM, ids: Tensor) -> N
 
 
 @torch.no_grad()
-def test_positions_count_from_zero_and_only_differences_matter(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
+def test_positions_count_from_zero_and_only_differences_matter(
+    model: LLaDA2MoeModelLM, ids: Tensor
+) -> None:
     position = torch.arange(ids.shape[1])[None]
     expected = model(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids, position_ids=position).logits, expected)
-    torch.testing.assert_close(model(input_ids=ids, position_ids=position + 17).logits, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(model(input_ids=ids, position_ids=position * 3).logits, expected, atol=1e-2)
+    torch.testing.assert_close(
+        model(input_ids=ids, position_ids=position + 17).logits, expected, atol=1e-4, rtol=1e-4
+    )
+    assert not torch.allclose(
+        model(input_ids=ids, position_ids=position * 3).logits, expected, atol=1e-2
+    )
 
 
 @torch.no_grad()
 def test_logits_to_keep(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
     expected = model(input_ids=ids).logits
-    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=BLOCK).logits, expected[:, -BLOCK:])
-    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=slice(2, 5)).logits, expected[:, 2:5])
+    torch.testing.assert_close(
+        model(input_ids=ids, logits_to_keep=BLOCK).logits, expected[:, -BLOCK:]
+    )
+    torch.testing.assert_close(
+        model(input_ids=ids, logits_to_keep=slice(2, 5)).logits, expected[:, 2:5]
+    )
 
 
 def test_loss_is_not_shifted(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
@@ -133,10 +145,14 @@ def test_loss_is_not_shifted(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_cached_prefix_and_block_equal_one_block_causal_forward(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
+def test_cached_prefix_and_block_equal_one_block_causal_forward(
+    model: LLaDA2MoeModelLM, ids: Tensor
+) -> None:
     expected = model(input_ids=ids, attention_mask=causal(ids.shape[1])).logits
     prefix, cache = 2 * BLOCK, DynamicCache()
-    first = model(input_ids=ids[:, :prefix], attention_mask=causal(prefix), past_key_values=cache).logits
+    first = model(
+        input_ids=ids[:, :prefix], attention_mask=causal(prefix), past_key_values=cache
+    ).logits
     assert cache.get_seq_length() == prefix
     # Positions are counted on from the cache, and a block sees all of it.
     block = model(input_ids=ids[:, prefix:], past_key_values=cache).logits
@@ -159,7 +175,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids: Tensor, reentrant:
     def gradients() -> list[Tensor]:
         model.zero_grad()
         model(input_ids=ids, attention_mask=causal(ids.shape[1]), labels=ids).loss.backward()
-        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        return [
+            parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+        ]
 
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -185,19 +203,25 @@ def test_bfloat16_stays_close(ids: Tensor, tmp_path: Path) -> None:
 # ---- router and experts -------------------------------------------------------------------------------------------
 
 
-def naive_route(x: Tensor, weight: Tensor, bias: Tensor, config: LLaDA2MoeConfig) -> dict[int, float]:
+def naive_route(
+    x: Tensor, weight: Tensor, bias: Tensor, config: LLaDA2MoeConfig
+) -> dict[int, float]:
     """One token's experts and weights, as prose: formats.md, 'Forward, in order'."""
     scores = [1 / (1 + torch.exp(-(row.double() @ x.double())).item()) for row in weight]
     choice = [score + shift for score, shift in zip(scores, bias.tolist(), strict=True)]
     size = config.num_experts // config.n_group
     groups = [range(first, first + size) for first in range(0, config.num_experts, size)]
-    strength = [sum(sorted((choice[expert] for expert in group), reverse=True)[:2]) for group in groups]
+    strength = [
+        sum(sorted((choice[expert] for expert in group), reverse=True)[:2]) for group in groups
+    ]
     best = sorted(range(config.n_group), key=lambda group: -strength[group])[: config.topk_group]
     allowed = [expert for group in best for expert in groups[group]]
     chosen = sorted(allowed, key=lambda expert: -choice[expert])[: config.num_experts_per_tok]
     total = sum(scores[expert] for expert in chosen) + 1e-20
     is_normed = config.norm_topk_prob and config.num_experts_per_tok > 1
-    return {e: scores[e] / (total if is_normed else 1) * config.routed_scaling_factor for e in chosen}
+    return {
+        e: scores[e] / (total if is_normed else 1) * config.routed_scaling_factor for e in chosen
+    }
 
 
 @st.composite
@@ -258,7 +282,9 @@ def test_experts_equal_a_naive_loop(
     implementation: str, num_experts: int, num_tokens: int, seed: int, data: st.DataObject
 ) -> None:
     top_k = data.draw(st.integers(1, num_experts))
-    config = tiny_config(num_experts=num_experts, n_group=1, topk_group=1, num_experts_per_tok=top_k)
+    config = tiny_config(
+        num_experts=num_experts, n_group=1, topk_group=1, num_experts_per_tok=top_k
+    )
     config._experts_implementation = implementation
     generator = torch.Generator().manual_seed(seed)
     experts = LLaDA2MoeExperts(config)
@@ -276,13 +302,19 @@ def test_experts_equal_a_naive_loop(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_gradients_reach_every_part_in_every_experts_implementation(ids: Tensor, implementation: str) -> None:
+def test_gradients_reach_every_part_in_every_experts_implementation(
+    ids: Tensor, implementation: str
+) -> None:
     torch.manual_seed(0)
     config = tiny_config()
     config._experts_implementation = implementation
     model = LLaDA2MoeModelLM(config).train()
     model(input_ids=ids, labels=ids).loss.backward()
-    dead = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    dead = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
     assert not dead
 
 
@@ -296,7 +328,10 @@ def test_gradients_reach_every_part_in_every_experts_implementation(ids: Tensor,
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_experts": 7}, "num_experts"),
         ({"rotary_dim": 6}, "rotary_dim"),
-        ({"num_experts_per_tok": 5}, r"`num_experts_per_tok` \(5\) .* the 4 experts of the `topk_group` \(1\)"),
+        (
+            {"num_experts_per_tok": 5},
+            r"`num_experts_per_tok` \(5\) .* the 4 experts of the `topk_group` \(1\)",
+        ),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
         ({"topk_group": 0}, "topk_group"),
     ],
@@ -307,7 +342,9 @@ def test_contradictory_configurations_are_refused(changes: dict[str, Any], field
 
 
 def test_optional_parts_can_be_absent(ids: Tensor) -> None:
-    config = tiny_config(num_shared_experts=0, moe_router_enable_expert_bias=False, use_qkv_bias=True, use_bias=True)
+    config = tiny_config(
+        num_shared_experts=0, moe_router_enable_expert_bias=False, use_qkv_bias=True, use_bias=True
+    )
     model = LLaDA2MoeModelLM(config)
     names = set(model.state_dict())
     assert not any("shared_experts" in name or "expert_bias" in name for name in names)

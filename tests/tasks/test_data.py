@@ -85,7 +85,9 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_a_task_that_makes_its_examples_reads_no_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'word_problems' makes its own examples and reads no file"):
+    with pytest.raises(
+        InputError, match="'word_problems' makes its own examples and reads no file"
+    ):
         get_task("word_problems", tmp_path / "a.jsonl")
 
 
@@ -111,13 +113,19 @@ def test_rows_come_from_the_hub_without_a_file(monkeypatch: pytest.MonkeyPatch) 
         ([], "`openai/gsm8k` on the hub holds no rows"),
     ],
 )
-def test_a_hub_that_gives_something_else(monkeypatch: pytest.MonkeyPatch, rows: list[Any], reason: str) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *words, **named: rows))
+def test_a_hub_that_gives_something_else(
+    monkeypatch: pytest.MonkeyPatch, rows: list[Any], reason: str
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *words, **named: rows)
+    )
     with pytest.raises(InputError, match=reason):
         get_task("gsm8k")
 
 
-def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def load_dataset(*words: Any, **named: Any) -> None:
         raise ConnectionError("Couldn't reach the Hub\nwith a long tale")
 
@@ -128,7 +136,9 @@ def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_out(monkeypatch: 
     assert caught.value.hint == "give the rows as a JSONL file: --data FILE"
 
 
-def test_datasets_is_asked_for_only_by_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_is_asked_for_only_by_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     assert len(get_task("gsm8k", write(tmp_path / "a.jsonl", *ROWS)).examples(9, 0)) == 5
     with pytest.raises(InputError, match="needs the package `datasets`") as caught:
@@ -136,15 +146,21 @@ def test_datasets_is_asked_for_only_by_the_hub(tmp_path: Path, monkeypatch: pyte
     assert "dmax[eval]" in str(caught.value) and "--data FILE" in str(caught.value)
 
 
-def test_math_verify_is_asked_for_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_math_verify_is_asked_for_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dmax.tasks.equality.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs the package `math-verify`") as caught:
         Gsm8k(tmp_path / "missing.jsonl")
     assert caught.value.hint == 'pip install "dmax[eval]"'
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
-def test_the_real_package_offline_ends_in_the_same_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="datasets is not installed"
+)
+def test_the_real_package_offline_ends_in_the_same_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"cannot read `nobody/nothing` from the hub: "):
         list(rows_of_hub(Hub("nobody/nothing", None, "test")))

@@ -43,7 +43,10 @@ def test_answers_are_compared_as_mathematics() -> None:
 
 def test_any_thread_may_ask() -> None:
     verdicts: list[bool] = []
-    threads = [threading.Thread(target=lambda n=n: verdicts.append(equal("1/2", f"{n}/4"))) for n in range(4)]
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append(equal("1/2", f"{n}/4")))
+        for n in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -51,7 +54,9 @@ def test_any_thread_may_ask() -> None:
     assert sorted(verdicts) == [False, False, False, True]
 
 
-@pytest.mark.parametrize("answer", ["", "{", "\\", "\x00", "\n", r"\frac{1}{", "}" * 50, "\ud800", "a" * 1000])
+@pytest.mark.parametrize(
+    "answer", ["", "{", "\\", "\x00", "\n", r"\frac{1}{", "}" * 50, "\ud800", "a" * 1000]
+)
 def test_what_cannot_be_read_is_not_equal_and_does_no_harm(answer: str) -> None:
     assert not equal("1", answer)
     assert equal("1", "1")
@@ -84,7 +89,10 @@ def test_a_process_that_died_between_two_questions_costs_no_answer(comparer: Com
 
 @pytest.mark.parametrize(
     ("worker", "reason"),
-    [("print('\"no antlr\"')", "math-verify does not start: no antlr"), ("", "math-verify does not start: no reply")],
+    [
+        ("print('\"no antlr\"')", "math-verify does not start: no antlr"),
+        ("", "math-verify does not start: no reply"),
+    ],
 )
 def test_a_math_verify_that_does_not_start_is_said(
     tmp_path: Path, comparer: Comparer, worker: str, reason: str

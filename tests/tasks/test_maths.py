@@ -22,11 +22,18 @@ def task_of(folder: Path, name: str, *rows: dict[str, Any]) -> Task:
 # ---- prompts and gold answers -------------------------------------------------------------------------------------
 
 
-def test_gsm8k_asks_as_published_and_takes_the_gold_number_from_the_last_line(tmp_path: Path) -> None:
-    row = {"question": "Ann had 3 pens and got 1,200. How many?", "answer": "3 + 1200 = <<3+1200=1203>>\n#### 1,203"}
+def test_gsm8k_asks_as_published_and_takes_the_gold_number_from_the_last_line(
+    tmp_path: Path,
+) -> None:
+    row = {
+        "question": "Ann had 3 pens and got 1,200. How many?",
+        "answer": "3 + 1200 = <<3+1200=1203>>\n#### 1,203",
+    }
     task = task_of(tmp_path, "gsm8k", row)
     [example] = task.examples(5, seed=0)
-    assert example.prompt == ("Question: Ann had 3 pens and got 1,200. How many?\nLet's think step by step\nAnswer:")
+    assert example.prompt == (
+        "Question: Ann had 3 pens and got 1,200. How many?\nLet's think step by step\nAnswer:"
+    )
     assert (example.answer, example.reference) == ("1203", row["answer"])
     assert task.max_new_tokens == 2048
     assert task.score(row["answer"], example)
@@ -35,8 +42,16 @@ def test_gsm8k_asks_as_published_and_takes_the_gold_number_from_the_last_line(tm
 @pytest.mark.parametrize(
     ("row", "question", "answer"),
     [
-        ({"body": "Ben has 4 figs.", "question": "How many?", "answer": "4 (figs)"}, "Ben has 4 figs. How many?", "4"),
-        ({"body": "Half.", "question": "How much?", "answer": "1/2 (of the cake)"}, "Half. How much?", "1/2"),
+        (
+            {"body": "Ben has 4 figs.", "question": "How many?", "answer": "4 (figs)"},
+            "Ben has 4 figs. How many?",
+            "4",
+        ),
+        (
+            {"body": "Half.", "question": "How much?", "answer": "1/2 (of the cake)"},
+            "Half. How much?",
+            "1/2",
+        ),
         ({"body": "Two.", "question": "Each?", "answer": "3 (cats); 5 (dogs)"}, "Two. Each?", "3"),
         ({"body": "Clock.", "question": "When?", "answer": "12:30"}, "Clock. When?", "12:30"),
         ({"question": "What is 2 + 2?", "answer": "4"}, " What is 2 + 2?", "4"),
@@ -54,8 +69,18 @@ def test_asdiv_joins_body_and_question_and_leaves_the_unit_out(
 @pytest.mark.parametrize(
     ("row", "answer"),
     [
-        ({"problem": "Solve.", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"}, r"\frac{1}{2}"),
-        ({"problem": "Solve.", "solution": r"First \boxed{1}, then $\boxed{(2, \infty)}$."}, r"(2, \infty)"),
+        (
+            {
+                "problem": "Solve.",
+                "solution": r"So $x=\boxed{\frac{1}{2}}$.",
+                "answer": r"\frac{1}{2}",
+            },
+            r"\frac{1}{2}",
+        ),
+        (
+            {"problem": "Solve.", "solution": r"First \boxed{1}, then $\boxed{(2, \infty)}$."},
+            r"(2, \infty)",
+        ),
         ({"problem": "Solve.", "solution": r"It is $\boxed 7$."}, "7"),
         ({"question": "Solve.", "ground_truth_answer": "p - q"}, "p - q"),
     ],
@@ -64,24 +89,47 @@ def test_math_asks_for_a_box_and_takes_the_gold_answer_where_it_is(
     tmp_path: Path, name: str, row: dict[str, str], answer: str
 ) -> None:
     [example] = task_of(tmp_path, name, row).examples(1, seed=0)
-    assert example.prompt == "Solve.\nLet's think step by step, and put your final answer within \\boxed{}."
+    assert (
+        example.prompt
+        == "Solve.\nLet's think step by step, and put your final answer within \\boxed{}."
+    )
     assert (example.answer, example.reference) == (answer, row.get("solution"))
 
 
 @pytest.mark.parametrize(
     ("name", "row", "reason"),
     [
-        ("gsm8k", {"question": "How many?", "answer": "18"}, "`answer` has no line `#### N` with the final number"),
-        ("gsm8k", {"question": "How many?", "answer": "#### many"}, "`answer` has no line `#### N`"),
+        (
+            "gsm8k",
+            {"question": "How many?", "answer": "18"},
+            "`answer` has no line `#### N` with the final number",
+        ),
+        (
+            "gsm8k",
+            {"question": "How many?", "answer": "#### many"},
+            "`answer` has no line `#### N`",
+        ),
         ("gsm8k", {"question": " ", "answer": "#### 1"}, "`question` is empty"),
         ("gsm8k", {"answer": "#### 1"}, "`question` is missing"),
         ("gsm8k", {"question": "How many?", "answer": 18}, "`answer` must be a text, got 18"),
-        ("asdiv", {"body": "A.", "question": "B?", "answer": " (apples)"}, "`answer` has nothing before its unit"),
+        (
+            "asdiv",
+            {"body": "A.", "question": "B?", "answer": " (apples)"},
+            "`answer` has nothing before its unit",
+        ),
         ("asdiv", {"body": 3, "question": "B?", "answer": "1"}, "`body` must be a text, got 3"),
         ("math500", {"answer": "1"}, "`problem` or `question` is missing"),
         ("math500", {"problem": "A?"}, "`answer` is missing, and there is no `solution`"),
-        ("math500", {"problem": "A?", "answer": ""}, "`answer` is missing, and there is no `solution`"),
-        ("minerva_algebra", {"problem": "A?", "solution": r"It is \boxed{2"}, "`answer` is missing, and there is no"),
+        (
+            "math500",
+            {"problem": "A?", "answer": ""},
+            "`answer` is missing, and there is no `solution`",
+        ),
+        (
+            "minerva_algebra",
+            {"problem": "A?", "solution": r"It is \boxed{2"},
+            "`answer` is missing, and there is no",
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_file_line_and_reason(
@@ -132,7 +180,11 @@ NUMBERS = [  # completion, gold number, verdict
     ("#### 18\n\\boxed{16}", "18", False),
     ("#### 2. Add up\nThe total is 18", "18", True),  # a heading, no answer
     (r"She has 18 eggs, so the answer is \boxed{20}.", "18", False),  # right in the reasoning only
-    ("16 - 3 - 4 = 9. Then 9 * 2 = 18. So she gets 18 in 1 day", "18", False),  # no mark: the last number counts
+    (
+        "16 - 3 - 4 = 9. Then 9 * 2 = 18. So she gets 18 in 1 day",
+        "18",
+        False,
+    ),  # no mark: the last number counts
     (r"9 * 2 = 18, so \boxed{18", "18", False),  # cut off
     ("16 - 3 - 4 =", "4", True),  # cut off, and right by luck, as lm-eval has it too
     ("", "18", False),
@@ -148,7 +200,9 @@ NUMBERS = [  # completion, gold number, verdict
 
 @pytest.mark.parametrize("name", ["gsm8k", "asdiv"])
 @pytest.mark.parametrize(("text", "gold", "verdict"), NUMBERS)
-def test_word_problems_scored_by_hand(tmp_path: Path, name: str, text: str, gold: str, verdict: bool) -> None:
+def test_word_problems_scored_by_hand(
+    tmp_path: Path, name: str, text: str, gold: str, verdict: bool
+) -> None:
     answer = f"#### {gold}" if name == "gsm8k" else f"{gold} (units)"
     task = task_of(tmp_path, name, {"question": "How many?", "answer": answer})
     [example] = task.examples(1, seed=0)
@@ -190,7 +244,11 @@ FORMULAS = [  # completion, gold answer, verdict
     (r"\boxed{\text{Evan}}", r"\text{Evelyn}", False),
     (r"\boxed{C}", r"\text{(C)}", True),
     (r"\boxed{\text{(B)}}", r"\text{(C)}", False),
-    (r"\boxed{\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix}}", r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", True),
+    (
+        r"\boxed{\begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix}}",
+        r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+        True,
+    ),
     (r"\boxed{2x}", "2", False),
     (r"\boxed{6 - 5i}", "6 - 5i", True),
     (r"\boxed{6 + 5i}", "6 - 5i", False),
@@ -206,7 +264,9 @@ FORMULAS = [  # completion, gold answer, verdict
 
 
 @pytest.mark.parametrize(("text", "gold", "verdict"), FORMULAS)
-def test_competition_problems_scored_by_hand(tmp_path: Path, text: str, gold: str, verdict: bool) -> None:
+def test_competition_problems_scored_by_hand(
+    tmp_path: Path, text: str, gold: str, verdict: bool
+) -> None:
     task = task_of(tmp_path, "math500", {"problem": "Solve.", "answer": gold})
     [example] = task.examples(1, seed=0)
     assert task.score(text, example) is verdict
@@ -216,7 +276,10 @@ def test_competition_problems_scored_by_hand(tmp_path: Path, text: str, gold: st
     ("text", "box"),
     [
         (r"\boxed{\left\{ a \mid a > 0 \right\}}", r"\left\{ a \mid a > 0 \right\}"),
-        (r"\boxed{\left\{ a \right.}", r"\left\{ a \right"),  # an escaped brace opens nothing; a last point is dropped
+        (
+            r"\boxed{\left\{ a \right.}",
+            r"\left\{ a \right",
+        ),  # an escaped brace opens nothing; a last point is dropped
         (r"\boxed {3}", "3"),
         (r"\boxed{a} and \boxed{b} end", "b"),
         ("\\boxed{\n 4 \n}", "4"),
@@ -231,7 +294,14 @@ def test_the_last_box(text: str, box: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("a1 = 4.5.", "4.5"), ("10,000,000!", "10000000"), ("$-5$", "-5"), ("3 / 4", "4"), ("x", None), ("7\\%", "7%")],
+    [
+        ("a1 = 4.5.", "4.5"),
+        ("10,000,000!", "10000000"),
+        ("$-5$", "-5"),
+        ("3 / 4", "4"),
+        ("x", None),
+        ("7\\%", "7%"),
+    ],
 )
 def test_the_last_number_where_nothing_is_marked(text: str, number: str | None) -> None:
     assert final_number(text) == number
@@ -241,4 +311,7 @@ def test_extraction_is_what_was_scored(tmp_path: Path) -> None:
     task = task_of(tmp_path, "gsm8k", {"question": "How many?", "answer": "#### 18"})
     assert task.extract("It is $1,800 in all.") == "1800"
     assert task.extract("Nothing.") is None
-    assert task_of(tmp_path, "math500", {"problem": "A?", "answer": "1"}).extract(r"\boxed{\frac12}") == r"\frac12"
+    assert (
+        task_of(tmp_path, "math500", {"problem": "A?", "answer": "1"}).extract(r"\boxed{\frac12}")
+        == r"\frac12"
+    )

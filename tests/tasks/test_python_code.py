@@ -14,7 +14,9 @@ from dmax.sandbox import KINDS, works
 from dmax.tasks import Task, get_task
 from dmax.tasks.python_code import NUMPY, Problem, complete, definitions, extract_code
 
-pytestmark = pytest.mark.skipif(not any(map(works, KINDS)), reason="no isolation for foreign code works here")
+pytestmark = pytest.mark.skipif(
+    not any(map(works, KINDS)), reason="no isolation for foreign code works here"
+)
 
 MBPP = {
     "source_file": "by hand",
@@ -86,7 +88,11 @@ def test_reference_solutions_pass(tmp_path: Path, name: str, row: dict[str, Any]
 
 
 def test_plus_tests_count_and_those_shown_are_not_enough(tmp_path: Path) -> None:
-    row = {**MBPP, "test_list": ["assert double(2) == 4"], "test": "assert double(2) == 4\nassert double(3) == 6"}
+    row = {
+        **MBPP,
+        "test_list": ["assert double(2) == 4"],
+        "test": "assert double(2) == 4\nassert double(3) == 6",
+    }
     by_luck = "```python\ndef double(x):\n    return x ** 2\n```"
     for name, verdict in (("mbpp", True), ("mbpp_plus", False)):
         task = task_of(tmp_path, name, row)
@@ -99,15 +105,35 @@ def test_plus_tests_count_and_those_shown_are_not_enough(tmp_path: Path) -> None
     ("name", "row", "reason"),
     [
         ("mbpp", {**MBPP, "test_list": []}, "`test_list` is missing or empty"),
-        ("mbpp", {**MBPP, "test_list": "assert True"}, "`test_list` must be a list of texts, got 'assert True'"),
+        (
+            "mbpp",
+            {**MBPP, "test_list": "assert True"},
+            "`test_list` must be a list of texts, got 'assert True'",
+        ),
         ("mbpp", {**MBPP, "test_list": [1]}, "`test_list` must be a list of texts, got [1]"),
         ("mbpp", {**MBPP, "prompt": ""}, "`prompt` is empty"),
         ("mbpp_plus", MBPP, "`test` is missing"),
-        ("mbpp", {**MBPP, "code": "def twice(x):\n    return 2 * x"}, "the tests use nothing that `code` defines"),
+        (
+            "mbpp",
+            {**MBPP, "code": "def twice(x):\n    return 2 * x"},
+            "the tests use nothing that `code` defines",
+        ),
         ("mbpp", {**MBPP, "code": "def double(x:"}, "the tests use nothing that `code` defines"),
-        ("humaneval", {**HUMANEVAL, "entry_point": "thirds"}, "`prompt` is no Python that defines its `entry_point`"),
-        ("humaneval", {**HUMANEVAL, "prompt": "def halves("}, "`prompt` is no Python that defines its `entry_point`"),
-        ("humaneval", {key: HUMANEVAL[key] for key in ("prompt", "entry_point")}, "`canonical_solution` is missing"),
+        (
+            "humaneval",
+            {**HUMANEVAL, "entry_point": "thirds"},
+            "`prompt` is no Python that defines its `entry_point`",
+        ),
+        (
+            "humaneval",
+            {**HUMANEVAL, "prompt": "def halves("},
+            "`prompt` is no Python that defines its `entry_point`",
+        ),
+        (
+            "humaneval",
+            {key: HUMANEVAL[key] for key in ("prompt", "entry_point")},
+            "`canonical_solution` is missing",
+        ),
         ("humaneval_plus", {**HUMANEVAL, "test": None}, "`test` is missing"),
     ],
 )
@@ -155,7 +181,10 @@ def test_the_code_is_found(text: str) -> None:
         ("import duties are high", "import duties are high"),
         ("    return x", "    return x"),
         ("```python\n    return x\n```", "    return x"),
-        (f"from math import pi\n\n@cache\n{CODE}\nThat is all.", f"from math import pi\n\n@cache\n{CODE}"),
+        (
+            f"from math import pi\n\n@cache\n{CODE}\nThat is all.",
+            f"from math import pi\n\n@cache\n{CODE}",
+        ),
     ],
 )
 def test_what_else_may_come(text: str, code: str | None) -> None:
@@ -175,7 +204,9 @@ def test_definitions_leave_out_what_runs_beside_them() -> None:
     assert definitions("def f(:") == "def f(:"
 
 
-@pytest.mark.parametrize("code", ["x = " + " + ".join(["1"] * 20_000), "x = " + "(" * 5000, "x = '\0'"])
+@pytest.mark.parametrize(
+    "code", ["x = " + " + ".join(["1"] * 20_000), "x = " + "(" * 5000, "x = '\0'"]
+)
 def test_code_that_no_parser_survives_is_run_as_it_stands(code: str) -> None:
     assert definitions(code) == code
 
@@ -196,14 +227,26 @@ def test_a_completion_gives_the_body_or_repeats_the_signature() -> None:
         ("```python\ndef double(x):\n    return x + x\n```", True),
         ("Use addition:\n```python\ndef double(x):\n    return x + x\n```\nDone.", True),
         ("def double(x):\n    return x + x", True),
-        ("```python\ndef double(x):\n    return x + x\n\nassert double(2) == 5\n```", True),  # its own test is not run
-        ("```python\nn = int(input())\ndef double(x):\n    return x + x\nprint(double(n))\n```", True),
+        (
+            "```python\ndef double(x):\n    return x + x\n\nassert double(2) == 5\n```",
+            True,
+        ),  # its own test is not run
+        (
+            "```python\nn = int(input())\ndef double(x):\n    return x + x\nprint(double(n))\n```",
+            True,
+        ),
         (
             "```python\nFACTOR = 2\ndef double(x):\n    return FACTOR * x\n```",
             True,
         ),  # constants are kept, unlike as published
-        ("```python\ndef double(x):\n    return 2 * int(input())\n```", False),  # there is nothing to read
-        ("```python\ndef double(x):\n    return 2\n```\n```python\ndef double(x):\n    return x + x\n```", False),
+        (
+            "```python\ndef double(x):\n    return 2 * int(input())\n```",
+            False,
+        ),  # there is nothing to read
+        (
+            "```python\ndef double(x):\n    return 2\n```\n```python\ndef double(x):\n    return x + x\n```",
+            False,
+        ),
         ("```python\ndef twice(x):\n    return x + x\n```", False),
         ("```python\ndef double(x):\n    return x + \n```", False),
         ("```python\ndef double(x):\n    return x +", False),
@@ -222,7 +265,10 @@ def test_mbpp_scored_by_hand(tmp_path: Path, text: str, verdict: bool) -> None:
     ("text", "verdict"),
     [
         (f"```python\n{STUB}    return [half(x) for x in xs]\n```", True),
-        ("```python\ndef halves(xs: List[int]) -> List[int]:\n    return [x // 2 for x in xs]\n```", True),
+        (
+            "```python\ndef halves(xs: List[int]) -> List[int]:\n    return [x // 2 for x in xs]\n```",
+            True,
+        ),
         ("```python\n    return [half(x) for x in xs]\n```", True),
         ("    return [half(x) for x in xs]", True),
         ("return [half(x) for x in xs]", True),
@@ -249,7 +295,11 @@ def test_a_problem_knows_its_tests_and_its_stub(tmp_path: Path) -> None:
 
 
 def test_a_function_may_have_the_name_of_a_builtin(tmp_path: Path) -> None:
-    row = {**MBPP, "code": "def sum(a, b):\n    return a + b", "test_list": ["assert sum(1, 2) == 3"]}
+    row = {
+        **MBPP,
+        "code": "def sum(a, b):\n    return a + b",
+        "test_list": ["assert sum(1, 2) == 3"],
+    }
     task = task_of(tmp_path, "mbpp", row)
     [problem] = task.examples(1, seed=0)
     assert isinstance(problem, Problem)
@@ -273,9 +323,17 @@ for given, expected in (({given}, {expected}),):
 
 @pytest.mark.parametrize(
     ("given", "expected", "verdict"),
-    [("2", "4", True), ("2", "5", False), ("0.1", "0.2000001", True), ("0.1", "0.21", False), ("'a'", "2.0", False)],
+    [
+        ("2", "4", True),
+        ("2", "5", False),
+        ("0.1", "0.2000001", True),
+        ("0.1", "0.21", False),
+        ("'a'", "2.0", False),
+    ],
 )
-def test_plus_tests_compare_numbers_without_numpy(tmp_path: Path, given: str, expected: str, verdict: bool) -> None:
+def test_plus_tests_compare_numbers_without_numpy(
+    tmp_path: Path, given: str, expected: str, verdict: bool
+) -> None:
     tests = PLUS.replace("{given}", given).replace("{expected}", expected)
     task = task_of(tmp_path, "mbpp_plus", {**MBPP, "test": tests})
     [example] = task.examples(1, seed=0)
@@ -297,6 +355,8 @@ def test_plus_tests_compare_numbers_without_numpy(tmp_path: Path, given: str, ex
 def test_what_stands_for_numpy_compares_as_numpy_does(
     a: str, b: str, verdict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "numpy", sys.modules["numpy"])  # what stands for it is gone after the test
+    monkeypatch.setitem(
+        sys.modules, "numpy", sys.modules["numpy"]
+    )  # what stands for it is gone after the test
     exec(NUMPY, namespace := {})  # type: ignore[var-annotated]
     assert eval(f"allclose({a}, {b}, rtol=1e-07, atol=1e-06)", namespace) is verdict

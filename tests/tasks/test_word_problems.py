@@ -13,13 +13,32 @@ from hypothesis import strategies as st
 from dmax.errors import InputError
 from dmax.tasks import get_task, task_names
 from dmax.tasks import word_problem_patterns as patterns
-from dmax.tasks.word_problems import Numbers, apply_step, extract_answer, generate, problems, score, split_of
+from dmax.tasks.word_problems import (
+    Numbers,
+    apply_step,
+    extract_answer,
+    generate,
+    problems,
+    score,
+    split_of,
+)
 from dmax.tiny.tokenizer import build_tokenizer
 
-# What each clause says, read back from the text: pattern with old value a, operand b and result c, and the operation.
-SPOKEN = {"+": "+", "plus": "+", "-": "-", "minus": "-", "x": "*", "times": "*", "/": "/", "divided by": "/"}
+# What each clause says, read back from the text: pattern with old value a, operand b and result c,
+# and the operation.
+SPOKEN = {
+    "+": "+",
+    "plus": "+",
+    "-": "-",
+    "minus": "-",
+    "x": "*",
+    "times": "*",
+    "/": "/",
+    "divided by": "/",
+}
 EQUATION = (
-    r"(?P<a>\d+) (?P<op>[-+x/]|plus|minus|times|divided by) (?P<b>\d+) (?:which )?(?:equals|is|makes|gives) (?P<c>\d+)"
+    r"(?P<a>\d+) (?P<op>[-+x/]|plus|minus|times|divided by) (?P<b>\d+) "
+    r"(?:which )?(?:equals|is|makes|gives) (?P<c>\d+)"
 )
 CLAUSES = (
     (r"adding (?P<b>\d+) to the (?P<a>\d+) .* with (?P<c>\d+) ", "+"),
@@ -57,7 +76,9 @@ def test_there_are_at_least_forty_sentence_patterns_over_four_operations() -> No
 
 
 @pytest.mark.parametrize("operation", sorted(patterns.STEPS))
-def test_every_operation_is_worked_out_in_several_forms_that_state_all_numbers(operation: str) -> None:
+def test_every_operation_is_worked_out_in_several_forms_that_state_all_numbers(
+    operation: str,
+) -> None:
     forms = patterns.FORMS + patterns.FORMS_BY_OPERATION[operation]
     assert len(set(forms)) == len(forms) >= 6
     for form in forms:
@@ -119,13 +140,17 @@ def test_leads_follow_their_preference_and_never_repeat() -> None:
     counts = dict.fromkeys(leads, 0)
     for index in range(1000):
         before = None
-        for position, sentence in enumerate(re.findall(r"\s*([^.]+)\.", generate(12, index).response)):
+        for position, sentence in enumerate(
+            re.findall(r"\s*([^.]+)\.", generate(12, index).response)
+        ):
             lead = next(lead for lead in leads if sentence.startswith(f"{lead} "))
             assert lead != before
             assert lead in (patterns.LEADS if position else patterns.OPENING_LEADS)
             before = lead
             counts[lead] += position > 0
-    assert [lead for lead in sorted(leads, key=lambda lead: -counts[lead]) if counts[lead]] == list(patterns.LEADS)
+    assert [lead for lead in sorted(leads, key=lambda lead: -counts[lead]) if counts[lead]] == list(
+        patterns.LEADS
+    )
 
 
 def test_train_and_test_never_share_a_chain() -> None:
@@ -142,7 +167,9 @@ def test_train_and_test_never_share_a_chain() -> None:
         (Numbers(largest=99, largest_operand=20), {"train": "fcde7465b3", "test": "abe0918226"}),
     ],
 )
-def test_the_stream_stays_what_the_bundled_models_learned(numbers: Numbers, expected: dict[str, str]) -> None:
+def test_the_stream_stays_what_the_bundled_models_learned(
+    numbers: Numbers, expected: dict[str, str]
+) -> None:
     digests = {}
     for split in ("train", "test"):
         drawn = problems(500, seed=0, split=split, numbers=numbers)
@@ -152,7 +179,12 @@ def test_the_stream_stays_what_the_bundled_models_learned(numbers: Numbers, expe
 
 
 def test_one_chain_in_ten_is_for_testing() -> None:
-    sides = [split_of(start, (("+", b), ("*", n))) for start in range(100) for b in range(2, 21) for n in (2, 3, 4)]
+    sides = [
+        split_of(start, (("+", b), ("*", n)))
+        for start in range(100)
+        for b in range(2, 21)
+        for n in (2, 3, 4)
+    ]
     assert sides.count("test") / len(sides) == pytest.approx(0.1, abs=0.015)
 
 
@@ -223,6 +255,8 @@ def test_the_task_scores_references_right_and_others_wrong() -> None:
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown task 'word_problem'; choose from asdiv, .*, word_problems"):
+    with pytest.raises(
+        InputError, match="unknown task 'word_problem'; choose from asdiv, .*, word_problems"
+    ):
         get_task("word_problem")
     assert "word_problems" in task_names()

@@ -39,30 +39,63 @@ def test_numbers_are_whole_tokens() -> None:
 
 
 def test_generated_texts_need_no_bytes() -> None:
-    alphabet = {token for token in TOKENIZER.get_vocab() if len(token) == 1} - {"A", "Ċ", ",", ".", "?", "+", "-"}
+    alphabet = {token for token in TOKENIZER.get_vocab() if len(token) == 1} - {
+        "A",
+        "Ċ",
+        ",",
+        ".",
+        "?",
+        "+",
+        "-",
+    }
     for problem in problems(1000, seed=4):
         for text in (problem.question, problem.response):
             assert not alphabet & set(TOKENIZER.tokenize(text)), text
 
 
 def test_no_pattern_needs_bytes() -> None:
-    # Independent of what a sample happens to contain: every pattern, name, item and choice of words.
+    # Independent of what a sample happens to contain: every pattern, name, item and choice of
+    # words.
     openings = (*patterns.OPENERS, *(step for steps in patterns.STEPS.values() for step in steps))
-    forms = (*patterns.FORMS, *(form for forms in patterns.FORMS_BY_OPERATION.values() for form in forms))
+    forms = (
+        *patterns.FORMS,
+        *(form for forms in patterns.FORMS_BY_OPERATION.values() for form in forms),
+    )
     operators = [word for choices in patterns.OPERATORS.values() for word in choices]
-    fill = {"a": 12, "b": 3, "c": 36, "op": "plus", "eq": "is", "owner": "he", "whom": "him", "things": "of them"}
-    people = [(name, patterns.OBJECT_PRONOUNS[word]) for word, names in patterns.NAMES.items() for name in names]
-    texts = [f"{lead} {form}".format(name="Tom", items="toys", **fill) for lead in patterns.LEADS for form in forms]
+    fill = {
+        "a": 12,
+        "b": 3,
+        "c": 36,
+        "op": "plus",
+        "eq": "is",
+        "owner": "he",
+        "whom": "him",
+        "things": "of them",
+    }
+    people = [
+        (name, patterns.OBJECT_PRONOUNS[word])
+        for word, names in patterns.NAMES.items()
+        for name in names
+    ]
+    texts = [
+        f"{lead} {form}".format(name="Tom", items="toys", **fill)
+        for lead in patterns.LEADS
+        for form in forms
+    ]
     for (name, whom), items in product(people, patterns.ITEMS):
         texts.append(f"{name} has 1 {items}, {whom} {name}.")
     for operator, equals, things in product(operators, patterns.EQUALS, patterns.THINGS):
-        texts.append(f"First he has 1 {operator} 2 which {equals} 3 {things.format(items='toys')}, she")
+        texts.append(
+            f"First he has 1 {operator} 2 which {equals} 3 {things.format(items='toys')}, she"
+        )
     for first, second in product(openings, (*openings, *patterns.QUESTIONS)):
         pair = [sentence.format(name="Tom", items="toys", **fill) for sentence in (first, second)]
         texts.append(" ".join(sentence[0].upper() + sentence[1:] for sentence in pair))
     for text in texts:
         pieces = TOKENIZER.tokenize(text)
-        words = [piece for piece, _ in TOKENIZER.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        words = [
+            piece for piece, _ in TOKENIZER.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        ]
         assert pieces == words, text  # one token each, so none fell to bytes
 
 
@@ -87,7 +120,10 @@ def test_each_part_of_the_chat_frame_is_one_token() -> None:
 def test_a_save_keeps_ids_and_template(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "Tom has 3 apples."}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "Tom has 3 apples."},
+    ]
     for tokenizer in (TOKENIZER, loaded):
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert text == (

@@ -23,7 +23,10 @@ from dmax.training.heads import HeadConfig, fit, record
 
 BLOCK, MASK, EOS = 4, 47, 46
 SPECIAL = Special(BLOCK, MASK, EOS)
-SHORT, LONG = Encoded([1, 2, 3, 4, 5], [6, 7]), Encoded([8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19])
+SHORT, LONG = (
+    Encoded([1, 2, 3, 4, 5], [6, 7]),
+    Encoded([8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19]),
+)
 
 
 @pytest.fixture
@@ -50,12 +53,13 @@ def model() -> LLaDA2MoeModelLM:
     return LLaDA2MoeModelLM(config).eval()
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 
 def test_blocks_are_those_that_a_response_fills(model: Any) -> None:
     blocks = Blocks(model, [SHORT, LONG], SPECIAL)
-    # Both start at position 4. The short one ends with EOS at 7, the long one at 12, and its last block is filled up.
+    # Both start at position 4. The short one ends with EOS at 7, the long one at 12, and its last
+    # block is filled up.
     final = [[5, 6, 7, EOS], [EOS] * 4, [EOS] * 4, [12, 13, 14, 15], [16, 17, 18, 19], [EOS] * 4]
     masked = [".xxx", "....", "....", "..xx", "xxxx", "xxxx"]
     assert blocks.final.tolist() == final
@@ -67,11 +71,14 @@ def test_blocks_are_denoised_behind_clean_ones(model: Any) -> None:
     blocks = Blocks(model, [LONG], SPECIAL)
     masked = blocks.masked & torch.tensor([[True, False, True, False]])
     logits = blocks.denoise(masked)
-    # The second block by itself: what precedes is clean and each block sees itself and what is before it.
+    # The second block by itself: what precedes is clean and each block sees itself and what is
+    # before it.
     ids = torch.tensor([[*LONG.prompt, *LONG.response[:2], MASK, 17, MASK, 19]])
     block = torch.arange(12) // BLOCK
     mask = (block[:, None] >= block[None])[None, None]
-    alone = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None]).logits[0, 8:]
+    alone = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None]).logits[
+        0, 8:
+    ]
     torch.testing.assert_close(logits[1], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -110,7 +117,9 @@ def test_the_greedy_oracle_decodes_what_is_right_or_else_the_surest() -> None:
         (True, True, True): says([1, 5, 5], [0.6, 0.9, 0.8]),  # 0 is right
         (False, True, True): says([1, 5, 5], [0.7, 0.9, 0.8]),  # none of the masks is: the surest
         (False, False, True): says([1, 2, 3], [0.7, 0.2, 0.4]),
-        (False, False, False): says([4, 4, 4], [0.7, 0.2, 0.4]),  # the first block, while the second goes on
+        (False, False, False): says(
+            [4, 4, 4], [0.7, 0.2, 0.4]
+        ),  # the first block, while the second goes on
     }
     right = says([1, 2, 3], [0.5, 0.5, 0.5])
     script = lambda masked, _: torch.stack([right, answers[tuple(masked[1].tolist())]])  # noqa: E731
@@ -120,7 +129,9 @@ def test_the_greedy_oracle_decodes_what_is_right_or_else_the_surest() -> None:
     assert examples[0]["right"].tolist() == [[True] * 3, [True, False, False]]
     assert examples[1]["right"].tolist() == [[True, False, False]]
     assert examples[2]["right"].tolist() == [[True, True, True]]
-    torch.testing.assert_close(examples[1]["confidence"], torch.tensor([[0.7, 0.9, 0.8]]))  # decoded ones included
+    torch.testing.assert_close(
+        examples[1]["confidence"], torch.tensor([[0.7, 0.9, 0.8]])
+    )  # decoded ones included
 
 
 def test_the_dependency_is_how_far_a_token_moves_the_others() -> None:
@@ -129,7 +140,8 @@ def test_the_dependency_is_how_far_a_token_moves_the_others() -> None:
 
     def script(masked: Tensor, tokens: Tensor) -> Tensor:
         probs = undecided.repeat(len(masked), 1, 1)
-        # Once position 0 is told its likeliest token, 3, position 1 is sure of 5; the final token 9 changes nothing.
+        # Once position 0 is told its likeliest token, 3, position 1 is sure of 5; the final token 9
+        # changes nothing.
         told = ~masked[:, 0] & (tokens[:, 0] == 3)
         probs[told, 1] = 1e-9
         probs[told, 1, 5] = 1.0
@@ -144,7 +156,7 @@ def test_the_dependency_is_how_far_a_token_moves_the_others() -> None:
     assert example["hidden"].shape == (len(example["masked"]), 2, 1)
 
 
-# --- fitting ----------------------------------------------------------------------------------------------------------
+# --- fitting --------------------------------------------------------------------------------------
 
 
 def fitted(states: dict[str, Tensor], **config: Any) -> Head:
@@ -154,14 +166,29 @@ def fitted(states: dict[str, Tensor], **config: Any) -> Head:
 def test_a_filter_learns_which_neighbour_tells_it() -> None:
     confidence = torch.rand(400, 4)
     right = confidence.roll(1, dims=1) >= 0.5  # a position is final if the one before it is sure
-    states = {"confidence": confidence, "right": right, "masked": torch.ones(400, 4, dtype=torch.bool)}
+    states = {
+        "confidence": confidence,
+        "right": right,
+        "masked": torch.ones(400, 4, dtype=torch.bool),
+    }
     head = fitted(states, kind="learn2pd", max_steps=400, learning_rate=0.03)
     found = filter_logits(head.tensors, confidence) >= 0
-    assert (found == right).float().mean() > 0.8  # by its own confidence alone it would be right half of the time
-    assert (head.kind, head.model, head.block_length, head.hidden_size, head.steps) == ("learn2pd", "m", 4, 4, 400)
+    assert (
+        found == right
+    ).float().mean() > 0.8  # by its own confidence alone it would be right half of the time
+    assert (head.kind, head.model, head.block_length, head.hidden_size, head.steps) == (
+        "learn2pd",
+        "m",
+        4,
+        4,
+        400,
+    )
     again = fitted(states, kind="learn2pd", max_steps=400, learning_rate=0.03)
     assert again.digest == head.digest
-    assert fitted(states, kind="learn2pd", max_steps=400, learning_rate=0.03, seed=1).digest != head.digest
+    assert (
+        fitted(states, kind="learn2pd", max_steps=400, learning_rate=0.03, seed=1).digest
+        != head.digest
+    )
 
 
 def test_what_is_decoded_is_no_example() -> None:
@@ -182,7 +209,9 @@ def test_a_dependency_head_learns_from_hidden_states_and_distance() -> None:
     masked = torch.ones(300, 3, dtype=torch.bool)
     states = {"hidden": hidden, "dependency": target, "masked": masked}
     head = fitted(states, kind="demask", max_steps=500, learning_rate=0.03, inner_size=4)
-    error = (dependency_logits(head.tensors, hidden).sigmoid() - target).abs()[:, ~torch.eye(3, dtype=torch.bool)]
+    error = (dependency_logits(head.tensors, hidden).sigmoid() - target).abs()[
+        :, ~torch.eye(3, dtype=torch.bool)
+    ]
     assert error.mean() < 0.1  # from a constant it would be 0.27
 
 
@@ -191,7 +220,10 @@ def test_a_dependency_head_learns_from_hidden_states_and_distance() -> None:
     [
         ({"kind": "learn2dp"}, "`kind` must be one of learn2pd, demask, got 'learn2dp'"),
         ({"kind": "demask", "learning_rate": 0}, "`learning_rate` must be a number above 0"),
-        ({"kind": "demask", "inner_size": 0}, "`inner_size` must be a whole number of at least 1, got 0"),
+        (
+            {"kind": "demask", "inner_size": 0},
+            "`inner_size` must be a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(config: dict[str, Any], message: str) -> None:
@@ -206,11 +238,13 @@ def test_recording_is_the_same_each_time_and_of_every_response(model: Any, kind:
     first, again = (record(model, [SHORT, LONG], SPECIAL, config) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert first["masked"].shape[1] == BLOCK
-    if kind == "learn2pd":  # a block of m masks is over after m steps at the latest, and takes one at least
+    if (
+        kind == "learn2pd"
+    ):  # a block of m masks is over after m steps at the latest, and takes one at least
         assert 4 <= len(first["masked"]) <= 3 + 2 + 4 + 4
 
 
-# --- dmax train -------------------------------------------------------------------------------------------------------
+# --- dmax train -----------------------------------------------------------------------------------
 
 
 def write(folder: Path, model: Path | str, /, **changes: Any) -> Path:
@@ -243,7 +277,9 @@ def test_a_recipe_trains_a_head_that_decodes(trained: Path, tmp_path: Path, kind
     assert (head.block_length, head.hidden_size, head.steps) == (8, 16, 3)
     assert any("states of 3 responses" in line for line in lines)
     llm = LLM(str(trained), dtype="float32")
-    (output,) = llm.generate("Tom has 3 apples.", DecodingParams(kind, max_new_tokens=16, options={"head": str(file)}))
+    (output,) = llm.generate(
+        "Tom has 3 apples.", DecodingParams(kind, max_new_tokens=16, options={"head": str(file)})
+    )
     assert 1 <= output.num_forwards <= 24
 
 
@@ -263,24 +299,44 @@ def test_what_is_not_a_head_is_not_replaced(trained: Path, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     file = tmp_path / "out" / "learn2pd.safetensors"
     save_head(Head("demask", "m", 4, 2, 1, {"query": torch.zeros(2, 1)}), file)
-    with pytest.raises(InputError, match="is not a sound head of strategy `learn2pd`: it belongs to strategy `demask`"):
+    with pytest.raises(
+        InputError,
+        match="is not a sound head of strategy `learn2pd`: it belongs to strategy `demask`",
+    ):
         run_recipe(load_recipe(write(tmp_path, trained)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": {"kind": "learn2pd", "max_step": 1}}, r"head.yaml:\d+: unknown key `head.max_step`"),
-        ({"head": {"kind": "filter"}}, r"head.yaml:\d+: in `head`, `kind` must be one of learn2pd, demask"),
-        ({"head": {"max_steps": 5}}, r"head.yaml:\d+: in `head`, `kind` must be one of learn2pd, demask, got ''"),
-        ({"head": {"kind": "demask", "max_steps": "many"}}, r"head.yaml:\d+: `head.max_steps` must be int, got 'many'"),
+        (
+            {"head": {"kind": "learn2pd", "max_step": 1}},
+            r"head.yaml:\d+: unknown key `head.max_step`",
+        ),
+        (
+            {"head": {"kind": "filter"}},
+            r"head.yaml:\d+: in `head`, `kind` must be one of learn2pd, demask",
+        ),
+        (
+            {"head": {"max_steps": 5}},
+            r"head.yaml:\d+: in `head`, `kind` must be one of learn2pd, demask, got ''",
+        ),
+        (
+            {"head": {"kind": "demask", "max_steps": "many"}},
+            r"head.yaml:\d+: `head.max_steps` must be int, got 'many'",
+        ),
         ({"head": None}, r"head.yaml:\d+: `head` must be a mapping"),
         ({"training": {}}, r"head.yaml:\d+: a recipe with `head` has no `training`"),
         ({"eval": {}}, r"head.yaml:\d+: a recipe with `head` has no `eval`"),
-        ({"model": {"config": {}}}, r"head.yaml:\d+: a head belongs to a trained model, so `model` needs a `path`"),
+        (
+            {"model": {"config": {}}},
+            r"head.yaml:\d+: a head belongs to a trained model, so `model` needs a `path`",
+        ),
         ({"model": {"path": "m", "keep_start": 0.5}}, r"head.yaml:\d+: `model.keep_start`"),
     ],
 )
-def test_a_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_bad_recipe_is_one_clear_error(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(write(tmp_path, "tiny-base", **change))

@@ -69,7 +69,9 @@ def test_random_tokens_are_uniform_over_everything_but_mask() -> None:
 @pytest.mark.parametrize("mask_token_id", [0, VOCAB - 1])
 def test_random_tokens_skip_mask_at_either_end_of_the_vocabulary(mask_token_id: int) -> None:
     ids = torch.full((1, 5000), 3)
-    noisy = random_tokens(ids, torch.ones_like(ids).bool(), torch.ones(1), VOCAB, mask_token_id, seeded())
+    noisy = random_tokens(
+        ids, torch.ones_like(ids).bool(), torch.ones(1), VOCAB, mask_token_id, seeded()
+    )
     assert noisy.unique().tolist() == [token for token in range(VOCAB) if token != mask_token_id]
 
 
@@ -77,7 +79,9 @@ def test_random_ratio_counts_positions_drawn() -> None:
     ids = clean()
     noisy = random_tokens(ids, response(ids, 0), torch.full((8,), 0.5), VOCAB, MASK, seeded())
     changed = (noisy != ids).float().mean().item()
-    assert changed == pytest.approx(0.5 * (1 - 1 / (VOCAB - 1)), abs=0.02)  # a draw may repeat the clean token
+    assert changed == pytest.approx(
+        0.5 * (1 - 1 / (VOCAB - 1)), abs=0.02
+    )  # a draw may repeat the clean token
 
 
 def test_noise_is_reproducible_and_leaves_its_input_alone() -> None:

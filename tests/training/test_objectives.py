@@ -72,7 +72,9 @@ def concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch, noisy_embeds: Ten
     position = torch.arange(2 * length)
     mask = dense_mask(noisy_clean(BLOCK, length), position, position)[None, None]
     embeds = torch.cat((noisy_embeds, model.model.word_embeddings(batch.clean_ids)), dim=1)
-    return model(inputs_embeds=embeds, attention_mask=mask, position_ids=(position % length)[None]).logits[:, :length]
+    return model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=(position % length)[None]
+    ).logits[:, :length]
 
 
 def plain_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -108,18 +110,27 @@ def recorded_streams(model: LLaDA2MoeModelLM) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def test_shared_clean_stream_gives_the_concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_shared_clean_stream_gives_the_concatenated_logits(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     embed = model.model.word_embeddings
     stream = CleanStream(model, batch, BLOCK)
-    for ids in (batch.noisy_ids, batch.clean_ids.flip(1)):  # a second stream is not disturbed by the first
+    for ids in (
+        batch.noisy_ids,
+        batch.clean_ids.flip(1),
+    ):  # a second stream is not disturbed by the first
         expected = concatenated_logits(model, batch, embed(ids))
         torch.testing.assert_close(stream.denoise(embed(ids)), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_mdlm_gradients_are_those_of_the_concatenated_forward(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_mdlm_gradients_are_those_of_the_concatenated_forward(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     ours = mdlm_loss(model, batch, **OPTIONS)
     found = gradients(model, ours.total)
-    expected = plain_loss(concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)), batch)
+    expected = plain_loss(
+        concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)), batch
+    )
     torch.testing.assert_close(ours.total, expected)
     assert_same_gradients(found, gradients(model, expected))
 
@@ -149,7 +160,9 @@ def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
 
 
 @torch.no_grad()
-def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     embed, block = model.model.word_embeddings, slice(3 * BLOCK, 4 * BLOCK)
 
     def logits(changed: Batch) -> Tensor:
@@ -166,13 +179,17 @@ def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(model: LLaDA2Mo
 
 
 @pytest.mark.parametrize("objective", ["mdlm", "oput", "soft", "uniform"])
-def test_a_later_start_drops_work_but_not_loss(model: LLaDA2MoeModelLM, batch: Batch, objective: str) -> None:
+def test_a_later_start_drops_work_but_not_loss(
+    model: LLaDA2MoeModelLM, batch: Batch, objective: str
+) -> None:
     def loss(chosen: Batch) -> Any:
         if objective == "mdlm":
             return mdlm_loss(model, chosen, **OPTIONS)
         if objective == "uniform":
             return uniform_loss(model, chosen, batch.noisy_ids.clamp(max=EOS), **OPTIONS)
-        return oput_loss(model, chosen, **OPTIONS, rollout="soft" if objective == "soft" else "argmax")
+        return oput_loss(
+            model, chosen, **OPTIONS, rollout="soft" if objective == "soft" else "argmax"
+        )
 
     late = replace(batch, start=2 * BLOCK)  # both prompts are at least that long
     with recorded_streams(model) as inputs:
@@ -191,7 +208,9 @@ def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batc
     clean = torch.where(batch.clean_ids == only_clean, 0, batch.clean_ids)
     noisy = torch.where(batch.noisy_ids == only_clean, 0, batch.noisy_ids)
     clean[:, 0] = only_clean
-    gradient = gradients(model, mdlm_loss(model, Batch(clean, noisy, batch.labels), **OPTIONS).total)
+    gradient = gradients(
+        model, mdlm_loss(model, Batch(clean, noisy, batch.labels), **OPTIONS).total
+    )
     assert gradient["model.word_embeddings.weight"][only_clean].any()
 
 
@@ -216,7 +235,9 @@ def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
 
 
 @torch.no_grad()
-def test_soft_rollout_feeds_the_blend_that_decoding_feeds(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_soft_rollout_feeds_the_blend_that_decoding_feeds(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
     with recorded_streams(model) as inputs:
         oput_loss(model, batch, **OPTIONS, rollout="soft")
@@ -249,7 +270,9 @@ def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> 
         oput_loss(model, batch, **OPTIONS).total.backward()
         optimizer.step()
         with torch.no_grad():
-            logits = CleanStream(model, batch, BLOCK).denoise(model.model.word_embeddings(batch.noisy_ids))
+            logits = CleanStream(model, batch, BLOCK).denoise(
+                model.model.word_embeddings(batch.noisy_ids)
+            )
         expected, _ = roll_out(logits, MASK, "argmax", 1.0, None)
         after = second_stream()
         assert torch.equal(after, torch.where(batch.noisy_ids == MASK, expected, batch.noisy_ids))
@@ -275,10 +298,14 @@ def test_sampling_frequencies_are_the_models_probabilities() -> None:
     torch.testing.assert_close(confidence, expected[tokens])
 
 
-def test_rollout_error_is_the_share_of_wrong_predictions(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_rollout_error_is_the_share_of_wrong_predictions(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     masked = batch.noisy_ids == MASK
     with torch.no_grad():
-        logits = CleanStream(model, batch, BLOCK).denoise(model.model.word_embeddings(batch.noisy_ids))
+        logits = CleanStream(model, batch, BLOCK).denoise(
+            model.model.word_embeddings(batch.noisy_ids)
+        )
     predicted, _ = roll_out(logits, MASK, "argmax", 1.0, None)
     expected = (predicted != batch.clean_ids)[masked].float().mean()
     torch.testing.assert_close(oput_loss(model, batch, **OPTIONS).parts["rollout_error"], expected)
@@ -287,7 +314,9 @@ def test_rollout_error_is_the_share_of_wrong_predictions(model: LLaDA2MoeModelLM
 # ---- what is counted ----------------------------------------------------------------------------------------------
 
 
-def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     """Both streams share their labels; unmasked response positions are among them."""
     embed = model.model.word_embeddings
     with torch.no_grad():
@@ -297,9 +326,13 @@ def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(model: L
     assert (labelled & (batch.noisy_ids != MASK)).any()
     loss = oput_loss(model, batch, **OPTIONS)
     torch.testing.assert_close(loss.parts["loss_masked"], each[labelled].mean())
-    expected = torch.stack([row[counted].mean() for row, counted in zip(each, labelled, strict=True)])
+    expected = torch.stack(
+        [row[counted].mean() for row, counted in zip(each, labelled, strict=True)]
+    )
     torch.testing.assert_close(loss.per_sequence["masked"], expected)
-    torch.testing.assert_close(loss.total.detach(), (loss.parts["loss_masked"] + loss.parts["loss_predicted"]) / 2)
+    torch.testing.assert_close(
+        loss.total.detach(), (loss.parts["loss_masked"] + loss.parts["loss_predicted"]) / 2
+    )
 
 
 def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: Batch) -> None:
@@ -309,12 +342,15 @@ def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: 
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss.total).values())
 
 
-def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     random_ids = batch.noisy_ids.clamp(max=EOS)
     ours = uniform_loss(model, batch, random_ids, **OPTIONS)
     embed = model.model.word_embeddings
     expected = [
-        plain_loss(concatenated_logits(model, batch, embed(ids)), batch) for ids in (batch.noisy_ids, random_ids)
+        plain_loss(concatenated_logits(model, batch, embed(ids)), batch)
+        for ids in (batch.noisy_ids, random_ids)
     ]
     torch.testing.assert_close(ours.total, sum(expected) / 2)
     torch.testing.assert_close(ours.parts["loss_random"], expected[1].detach())
@@ -323,7 +359,9 @@ def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(model: LLaDA2
 def test_the_batch_is_left_alone(model: LLaDA2MoeModelLM, batch: Batch) -> None:
     before = [tensor.clone() for tensor in (batch.clean_ids, batch.noisy_ids, batch.labels)]
     oput_loss(model, batch, **OPTIONS).total.backward()
-    for tensor, expected in zip((batch.clean_ids, batch.noisy_ids, batch.labels), before, strict=True):
+    for tensor, expected in zip(
+        (batch.clean_ids, batch.noisy_ids, batch.labels), before, strict=True
+    ):
         assert torch.equal(tensor, expected)
 
 
@@ -335,7 +373,7 @@ def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: 
     assert_same_gradients(gradients(model, oput_loss(model, batch, **OPTIONS).total), expected)
 
 
-# --- objectives of rivals ---------------------------------------------------------------------------------------------
+# --- objectives of rivals -------------------------------------------------------------------------
 
 
 def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch: Batch) -> None:
@@ -359,12 +397,16 @@ def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch
     assert_same_gradients(gradients(model, loss.total), gradients(model, expected))
 
 
-def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     corruptible = batch.labels != IGNORE
     ratios = rising_ratios(corruptible, BLOCK, 0.3, 0.7)
     position = torch.arange(batch.noisy_ids.shape[1])
     mask = dense_mask(block_causal(BLOCK), position, position)[None, None]
-    logits = model(input_ids=batch.noisy_ids, attention_mask=mask, position_ids=position[None]).logits
+    logits = model(
+        input_ids=batch.noisy_ids, attention_mask=mask, position_ids=position[None]
+    ).logits
     loss_sum, weight_sum = torch.zeros(()), torch.zeros(())
     for row, place in ((batch.noisy_ids == MASK) & corruptible).nonzero().tolist():
         weight = 1 / ratios[row, place]
@@ -385,13 +427,17 @@ def test_confident_prefixes_end_at_the_first_unsure_mask_of_each_block() -> None
     ]
 
 
-def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_behind_it(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_behind_it(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
     model.get_output_embeddings().weight.data.mul_(20.0)  # an untrained model is sure of nothing
     generator = torch.Generator().manual_seed(8)
     with recorded_streams(model) as streams:
         oput_loss(model, batch, rollout="spd", generator=generator, **OPTIONS)
     thresholds = torch.rand(2, 1, generator=torch.Generator().manual_seed(8))
-    logits = concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)).detach()
+    logits = concatenated_logits(
+        model, batch, model.model.word_embeddings(batch.noisy_ids)
+    ).detach()
     tokens, confidence = roll_out(logits, MASK, "spd", 1.0, None)
     masked = batch.noisy_ids == MASK
     promoted = confident_prefix(masked, confidence, thresholds, BLOCK)
@@ -400,6 +446,8 @@ def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_behind_it(model: LLaD
     expected = embed(batch.noisy_ids)  # clean tokens, and masks where nothing was promoted
     for row, position in promoted.nonzero().tolist():
         here = (slice(row, row + 1), slice(position, position + 1))
-        blended = blend(embed(tokens[here][..., None]), embed.weight[MASK], confidence[here][..., None])
+        blended = blend(
+            embed(tokens[here][..., None]), embed.weight[MASK], confidence[here][..., None]
+        )
         expected[row, position] = blended[0, 0]
     torch.testing.assert_close(streams[-1], expected)

@@ -61,7 +61,7 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
             run(path)
 
 
-# --- a second start ---------------------------------------------------------------------------------------------------
+# --- a second start -------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, no_compute: Callable[[], None]) -> None:
@@ -74,7 +74,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, no_compute: Callable[[]
     assert (tmp_path / "out-run" / "run.json").read_bytes() == state
 
 
-def test_a_run_killed_before_its_result_only_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_before_its_result_only_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
@@ -106,7 +108,9 @@ def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / "out" / "dmax.json").read_text())["seconds"] < 5000
 
 
-def test_a_checkpoint_cut_off_in_writing_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_cut_off_in_writing_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
@@ -126,8 +130,14 @@ def test_an_edited_recipe_does_not_go_on_with_the_old_run(
     wider = {"config": {**CONFIG, "hidden_size": 32}}
     for change, names in (
         ({"training": {**TWO_STEPS, "max_steps": 3}}, "`training.max_steps`"),
-        ({"training": {**TWO_STEPS, "seed": 4, "rollout": "soft"}}, "`training.rollout`, `training.seed`"),
-        ({"training": TWO_STEPS, "model": wider}, "`model.config.hidden_size`, `model.experts_implementation`"),
+        (
+            {"training": {**TWO_STEPS, "seed": 4, "rollout": "soft"}},
+            "`training.rollout`, `training.seed`",
+        ),
+        (
+            {"training": TWO_STEPS, "model": wider},
+            "`model.config.hidden_size`, `model.experts_implementation`",
+        ),
         ({"training": TWO_STEPS, "data": {"problems": 16, "seed": 2}}, "`data.seed`"),
     ):
         edited = write_recipe(tmp_path, **change)
@@ -138,7 +148,9 @@ def test_an_edited_recipe_does_not_go_on_with_the_old_run(
         assert "--fresh" in str(error.value.hint)
 
 
-def test_other_data_under_the_same_name_is_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_data_under_the_same_name_is_another_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "Tom has 3 apples.", "response": "So 3."}\n' * 4)
     path = write_recipe(tmp_path, training=TWO_STEPS, data={"file": str(data)})
@@ -148,10 +160,13 @@ def test_other_data_under_the_same_name_is_another_recipe(tmp_path: Path, monkey
         run(path)
 
 
-def test_what_leaves_the_weights_alone_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_leaves_the_weights_alone_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed_at(1, monkeypatch, write_recipe(tmp_path, training=TWO_STEPS))
     path = write_recipe(
-        tmp_path, training=TWO_STEPS | {"logging_steps": 2, "save_steps": 2, "lr_scheduler_type": "cosine"}
+        tmp_path,
+        training=TWO_STEPS | {"logging_steps": 2, "save_steps": 2, "lr_scheduler_type": "cosine"},
     )
     run(path)
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -165,7 +180,11 @@ def test_fresh_starts_over_and_removes_only_what_is_ours(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"`training\.max_steps`"):
         run(edited)
     run(edited, resume=False)
-    assert sorted(entry.name for entry in notes.parent.iterdir()) == ["checkpoint-1", "notes.txt", "run.json"]
+    assert sorted(entry.name for entry in notes.parent.iterdir()) == [
+        "checkpoint-1",
+        "notes.txt",
+        "run.json",
+    ]
     assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
 
 
@@ -186,29 +205,40 @@ def test_checkpoints_that_do_not_say_what_trained_them_are_not_gone_on_with(
     (tmp_path / "out-run" / "checkpoint-1").mkdir(parents=True)
     if content is not None:
         (tmp_path / "out-run" / "run.json").write_text(content)
-    with pytest.raises(InputError, match="not the record of a training run|no record of what trained them"):
+    with pytest.raises(
+        InputError, match="not the record of a training run|no record of what trained them"
+    ):
         run(write_recipe(tmp_path))
 
 
-# --- before any compute -----------------------------------------------------------------------------------------------
+# --- before any compute ---------------------------------------------------------------------------
 
 
-def test_an_output_dir_that_holds_something_else(tmp_path: Path, no_compute: Callable[[], None]) -> None:
+def test_an_output_dir_that_holds_something_else(
+    tmp_path: Path, no_compute: Callable[[], None]
+) -> None:
     path = write_recipe(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     no_compute()
-    with pytest.raises(InputError, match=r"recipe.yaml:1: in `output_dir`, .*out exists and is not a checkpoint"):
+    with pytest.raises(
+        InputError, match=r"recipe.yaml:1: in `output_dir`, .*out exists and is not a checkpoint"
+    ):
         run(path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_an_output_dir_that_cannot_be_written(tmp_path: Path, head: bool, no_compute: Callable[[], None]) -> None:
+def test_an_output_dir_that_cannot_be_written(
+    tmp_path: Path, head: bool, no_compute: Callable[[], None]
+) -> None:
     (tmp_path / "file").touch()
     path = write_recipe(tmp_path, output_dir=str(tmp_path / "file" / "out"))
     if head:
-        recipe = yaml.safe_load(path.read_text()) | {"head": {"kind": "learn2pd"}, "model": {"path": "tiny-base"}}
+        recipe = yaml.safe_load(path.read_text()) | {
+            "head": {"kind": "learn2pd"},
+            "model": {"path": "tiny-base"},
+        }
         del recipe["training"]
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     no_compute()
@@ -218,24 +248,53 @@ def test_an_output_dir_that_cannot_be_written(tmp_path: Path, head: bool, no_com
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", 3, None])
 def test_an_output_dir_without_a_name(tmp_path: Path, name: Any) -> None:
-    with pytest.raises(InputError, match=r"recipe.yaml:1: `output_dir` must be the path of a folder, got "):
+    with pytest.raises(
+        InputError, match=r"recipe.yaml:1: `output_dir` must be the path of a folder, got "
+    ):
         load_recipe(write_recipe(tmp_path, output_dir=name))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eval": {"decoding": {"strategy": "spdd"}}}, r":\d+: in `eval\.decoding`, unknown strategy 'spdd'"),
-        ({"eval": {"decoding": {"options": {"alpa": 1}}}}, r":\d+: in `eval\.decoding`, strategy `spd` has no option"),
-        ({"eval": {"decoding": {"threshold": 2}}}, r":\d+: in `eval\.decoding`, `threshold` must be"),
-        ({"eval": {"limit": 0}}, r":\d+: in `eval\.limit`, `limit` must be a whole number of at least 1, got 0"),
+        (
+            {"eval": {"decoding": {"strategy": "spdd"}}},
+            r":\d+: in `eval\.decoding`, unknown strategy 'spdd'",
+        ),
+        (
+            {"eval": {"decoding": {"options": {"alpa": 1}}}},
+            r":\d+: in `eval\.decoding`, strategy `spd` has no option",
+        ),
+        (
+            {"eval": {"decoding": {"threshold": 2}}},
+            r":\d+: in `eval\.decoding`, `threshold` must be",
+        ),
+        (
+            {"eval": {"limit": 0}},
+            r":\d+: in `eval\.limit`, `limit` must be a whole number of at least 1, got 0",
+        ),
         ({"eval": {"task": "sums"}}, r":\d+: in `eval\.task`, unknown task 'sums'"),
-        ({"data": {"problems": 0}}, r":\d+: in `data\.problems`, `problems` must be .* at least 1, got 0"),
-        ({"data": {"problems": 4, "max_length": -1}}, r":\d+: in `data\.max_length`, `max_length` must be .*, got -1"),
+        (
+            {"data": {"problems": 0}},
+            r":\d+: in `data\.problems`, `problems` must be .* at least 1, got 0",
+        ),
+        (
+            {"data": {"problems": 4, "max_length": -1}},
+            r":\d+: in `data\.max_length`, `max_length` must be .*, got -1",
+        ),
         ({"training": {"objective": "opud"}}, r":\d+: in `training`, `objective` must be one of"),
-        ({"model": {"config": {**CONFIG, "hidden_size": "x"}}}, r":\d+: .*`hidden_size` must be int, got 'x'"),
-        ({"model": {"config": {**CONFIG, "num_experts": 0}}}, r":\d+: `model\.config` is not usable: .*num_experts"),
-        ({"model": {"config": {"model_type": "llama", "hidden_size": "x"}}}, r":5: .*hidden_size.*expected int"),
+        (
+            {"model": {"config": {**CONFIG, "hidden_size": "x"}}},
+            r":\d+: .*`hidden_size` must be int, got 'x'",
+        ),
+        (
+            {"model": {"config": {**CONFIG, "num_experts": 0}}},
+            r":\d+: `model\.config` is not usable: .*num_experts",
+        ),
+        (
+            {"model": {"config": {"model_type": "llama", "hidden_size": "x"}}},
+            r":5: .*hidden_size.*expected int",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line_before_any_compute(

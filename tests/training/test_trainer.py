@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from dmax.errors import InputError
 from dmax.recipe import blend_weights, load_recipe, run_recipe
 from dmax.tiny.tokenizer import build_tokenizer
-from dmax.training.data import Collator, Conversation, Encoded, LengthSampler, ResponseDataset, read_records
+from dmax.training.data import (
+    Collator,
+    Conversation,
+    Encoded,
+    LengthSampler,
+    ResponseDataset,
+    read_records,
+)
 from dmax.training.trainer import OBJECTIVES, DMaxConfig
 
 pytest.importorskip("accelerate")
@@ -62,16 +69,24 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    checkpoints = sorted((folder / "out-run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    checkpoints = sorted(
+        (folder / "out-run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
     return [
-        {key: value for key, value in line.items() if key.startswith(("loss", "rollout", "step", "entropy"))}
+        {
+            key: value
+            for key, value in line.items()
+            if key.startswith(("loss", "rollout", "step", "entropy"))
+        }
         for line in state["log_history"]
     ]
 
 
 @pytest.mark.parametrize("rollout", ["soft", "sample"])
-def test_a_killed_run_resumes_on_the_same_losses(tmp_path: Path, rollout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_on_the_same_losses(
+    tmp_path: Path, rollout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
@@ -103,7 +118,9 @@ def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> N
     folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
     assert (folder / "model.safetensors").is_file()
     first, last = losses(tmp_path)[0], losses(tmp_path)[-1]
-    assert last["loss_masked"] < first["loss_masked"]  # the others may rise with what is right at first
+    assert (
+        last["loss_masked"] < first["loss_masked"]
+    )  # the others may rise with what is right at first
     expected = {
         "mdlm": {"loss_masked"},
         "d2f": {"loss_masked"},
@@ -118,8 +135,12 @@ def test_what_is_saved_may_keep_a_share_of_the_start(tmp_path: Path) -> None:
     start = run_recipe(load_recipe(write_recipe(tmp_path)))
     (tmp_path / "next").mkdir()
     model = {"path": str(start), "keep_start": 1.0}
-    end = run_recipe(load_recipe(write_recipe(tmp_path / "next", model=model, training={"max_steps": 3})))
-    torch.testing.assert_close(load_file(end / "model.safetensors"), load_file(start / "model.safetensors"))
+    end = run_recipe(
+        load_recipe(write_recipe(tmp_path / "next", model=model, training={"max_steps": 3}))
+    )
+    torch.testing.assert_close(
+        load_file(end / "model.safetensors"), load_file(start / "model.safetensors")
+    )
 
 
 def test_weights_are_blended_by_the_share() -> None:
@@ -152,24 +173,44 @@ def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"trainig": {}}, r"recipe.yaml:\d+: unknown key `trainig`"),
-        ({"training": {"lerning_rate": 1}}, r"recipe.yaml:\d+: unknown key `training.lerning_rate`"),
+        (
+            {"training": {"lerning_rate": 1}},
+            r"recipe.yaml:\d+: unknown key `training.lerning_rate`",
+        ),
         ({"training": {"objective": "opud"}}, "`objective` must be one of mdlm, uniform, oput"),
         ({"training": {"learning_rate": -1.0}}, "`learning_rate` must be at least 0, got -1.0"),
-        ({"training": {"per_device_train_batch_size": 0}}, "`per_device_train_batch_size` must be at least 1, got 0"),
-        ({"training": {"rollout_temperature": 0.0}}, "`rollout_temperature` must be above 0, got 0.0"),
-        ({"training": {"certainty_temperature": -1.0}}, "`certainty_temperature` must be above 0, got -1.0"),
+        (
+            {"training": {"per_device_train_batch_size": 0}},
+            "`per_device_train_batch_size` must be at least 1, got 0",
+        ),
+        (
+            {"training": {"rollout_temperature": 0.0}},
+            "`rollout_temperature` must be above 0, got 0.0",
+        ),
+        (
+            {"training": {"certainty_temperature": -1.0}},
+            "`certainty_temperature` must be above 0, got -1.0",
+        ),
         ({"training": {"eos_labels": -3}}, "`eos_labels` must be at least 0, got -3"),
         ({"training": {"pad_to": 0}}, "`pad_to` must be at least 1, got 0"),
         ({"training": {"mask_ratio_low": 0.9, "mask_ratio_high": 0.5}}, "mask ratios"),
         ({"model": {}}, r"recipe.yaml:\d+: `model` needs exactly one of"),
-        ({"model": {"path": "tiny-base", "keep_start": 2.0}}, r"recipe.yaml:\d+: `model.keep_start` must be a share"),
-        ({"model": {"config": CONFIG, "keep_start": 0.5}}, "`model.keep_start` must be a share .* at `model.path`"),
+        (
+            {"model": {"path": "tiny-base", "keep_start": 2.0}},
+            r"recipe.yaml:\d+: `model.keep_start` must be a share",
+        ),
+        (
+            {"model": {"config": CONFIG, "keep_start": 0.5}},
+            "`model.keep_start` must be a share .* at `model.path`",
+        ),
         ({"data": {}}, r"recipe.yaml:\d+: `data` needs exactly one of"),
         ({"eval": {"decoding": {"threshold": 2}}}, "`threshold` must be a number between 0 and 1"),
         ({"data": {"file": "nowhere.jsonl"}}, "nowhere.jsonl` is not a file"),
     ],
 )
-def test_a_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_bad_recipe_is_one_clear_error(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         run_recipe(load_recipe(write_recipe(tmp_path, **change)))
 
@@ -179,11 +220,20 @@ def test_a_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any],
     [
         ("", "holds no record"),
         ("nonsense\n", r"data.jsonl:1: not a JSON object"),
-        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', r"data.jsonl:2: a record without a response"),
+        (
+            '{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
+            r"data.jsonl:2: a record without a response",
+        ),
         ('{"response": "b"}\n', r"data.jsonl:1: no prompt"),
         ("[1]\n", r"data.jsonl:1: expected a JSON object"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n', r"data.jsonl:1: the last of `messages`"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r"data.jsonl:1: .* and others before it"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}\n',
+            r"data.jsonl:1: the last of `messages`",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+            r"data.jsonl:1: .* and others before it",
+        ),
         ('{"messages": []}\n', r"data.jsonl:1: the last of `messages`"),
         ('{"messages": "text"}\n', r"data.jsonl:1: `messages` must be a list of objects"),
         ('{"messages": ["a", "b"]}\n', r"data.jsonl:1: `messages` must be a list of objects"),
@@ -191,7 +241,10 @@ def test_a_bad_recipe_is_one_clear_error(tmp_path: Path, change: dict[str, Any],
             '{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}\n',
             r"data.jsonl:1: `messages` must be",
         ),
-        ('{"prompt": "\\ud800", "response": "b"}\n', r"data.jsonl:1: a text holds half of a surrogate pair"),
+        (
+            '{"prompt": "\\ud800", "response": "b"}\n',
+            r"data.jsonl:1: a text holds half of a surrogate pair",
+        ),
         ("[" * 100_000 + "\n", r"data.jsonl:1: not a JSON object"),
     ],
 )
@@ -205,7 +258,11 @@ def test_bad_data_names_file_and_line(tmp_path: Path, lines: str, message: str) 
 def test_all_kinds_of_records_are_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
-    records = ({"prompt": "q", "response": "r"}, {"question": "q", "answer": "r"}, {"messages": chat})
+    records = (
+        {"prompt": "q", "response": "r"},
+        {"question": "q", "answer": "r"},
+        {"messages": chat},
+    )
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
     message = {"role": "user", "content": "q"}
     assert read_records(path) == [([message], "r", f"{path}:{line}") for line in (1, 2, 3)]
@@ -215,7 +272,9 @@ def test_an_example_longer_than_the_context_is_named_by_its_line(tmp_path: Path)
     path = tmp_path / "data.jsonl"
     short, long = ({"prompt": prompt, "response": "3"} for prompt in ("3", "Tom has 3 apples."))
     path.write_text(f"{json.dumps(short)}\n\n\n{json.dumps(long)}\n")
-    with pytest.raises(InputError, match=r"data.jsonl:4: .* leave no room for EOS in `max_length` 12"):
+    with pytest.raises(
+        InputError, match=r"data.jsonl:4: .* leave no room for EOS in `max_length` 12"
+    ):
         ResponseDataset(read_records(path), build_tokenizer(), 12)
 
 
@@ -233,14 +292,18 @@ def test_a5_labels_one_block_of_trailing_eos() -> None:
     assert (batch["labels"][0, 9:17] == 0).all()
     assert (batch["labels"][0, 17:] == -100).all()
     assert (batch["labels"][1, 33:] == 0).all()
-    assert batch["corruptible"].tolist()[0] == [False] * 5 + [True] * 35  # padding is noise too (D6), without loss
+    assert (
+        batch["corruptible"].tolist()[0] == [False] * 5 + [True] * 35
+    )  # padding is noise too (D6), without loss
     assert int(batch["start"]) == 0
 
 
 def test_batches_of_similar_length_cover_everything_once() -> None:
     tokenizer = build_tokenizer()
     conversations = [
-        Conversation([{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1), "test")
+        Conversation(
+            [{"role": "user", "content": "3 " * (index % 7 + 1)}], "3 " * (index % 5 + 1), "test"
+        )
         for index in range(53)
     ]
     dataset = ResponseDataset(conversations, tokenizer, 200)
@@ -269,9 +332,20 @@ def test_micro_batches_of_a_step_are_averaged(tmp_path: Path) -> None:
     for size, steps in ((4, 1), (1, 4)):
         folder = tmp_path / str(steps)
         folder.mkdir()
-        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
-        changes |= {"objective": "mdlm", "mask_ratio_low": 1.0, "mask_ratio_high": 1.0, "save_steps": 1}
+        changes = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "max_steps": 1,
+        }
+        changes |= {
+            "objective": "mdlm",
+            "mask_ratio_low": 1.0,
+            "mask_ratio_high": 1.0,
+            "save_steps": 1,
+        }
         run_recipe(load_recipe(write_recipe(folder, training=changes)))
         first[steps] = losses(folder)[0]
-    assert first[4]["loss"] == pytest.approx(first[1]["loss"], rel=0.02)  # answers differ in length, so not exactly
+    assert first[4]["loss"] == pytest.approx(
+        first[1]["loss"], rel=0.02
+    )  # answers differ in length, so not exactly
     assert first[4]["loss_masked"] == pytest.approx(first[4]["loss"], rel=1e-3)

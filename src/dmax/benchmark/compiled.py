@@ -2,7 +2,8 @@
 
     python -m dmax.benchmark.compiled float32 16 128 7 3
 
-Arguments: dtype, batch size, problems, their seed, repeats. Prints one JSON object. A first process finds no compiled
+Arguments: dtype, batch size, problems, their seed, repeats. Prints one JSON object. A first process
+    finds no compiled
 code, a second one what the first has left in `TORCHINDUCTOR_CACHE_DIR`.
 """
 
@@ -27,9 +28,13 @@ from dmax.params import DecodingParams
 from dmax.tasks import get_task
 
 
-def section(dtypes: Sequence[str], batch_sizes: Sequence[int], limit: int, seed: int, repeats: int) -> Section:
+def section(
+    dtypes: Sequence[str], batch_sizes: Sequence[int], limit: int, seed: int, repeats: int
+) -> Section:
     """The table of these dtypes and batch sizes over `limit` problems."""
-    rows = [measure_apart(dtype, size, limit, seed, repeats) for dtype in dtypes for size in batch_sizes]
+    rows = [
+        measure_apart(dtype, size, limit, seed, repeats) for dtype in dtypes for size in batch_sizes
+    ]
     columns = {
         "dtype": "dtype",
         "batch": "batch:d",
@@ -54,7 +59,10 @@ def measure(dtype: str, batch_size: int, limit: int, seed: int, repeats: int) ->
     compiled = LLM.from_checkpoint(plain.checkpoint, max_batch_size=batch_size, compile_model=True)
     params = DecodingParams("spd", 0.5)
     first = solve(compiled, params, examples).seconds
-    runs = {"plain": partial(solve, plain, params, examples), "compiled": partial(solve, compiled, params, examples)}
+    runs = {
+        "plain": partial(solve, plain, params, examples),
+        "compiled": partial(solve, compiled, params, examples),
+    }
     passes = in_turns(runs, repeats)
     speed = {name: spread([one.tokens_per_second for one in done]) for name, done in passes.items()}
     return {**speed, "start_up": first - min(one.seconds for one in passes["compiled"])}
@@ -63,8 +71,11 @@ def measure(dtype: str, batch_size: int, limit: int, seed: int, repeats: int) ->
 def measure_apart(dtype: str, batch_size: int, limit: int, seed: int, repeats: int) -> Row:
     """`measure` in a new process without compiled code, and the start-up of a second one that finds it."""
     with tempfile.TemporaryDirectory() as folder:
-        cold, warm = _two_processes([dtype, str(batch_size), str(limit), str(seed), str(repeats)], folder)
-    plain, compiled = cold["plain"]["median"], cold["compiled"]["median"]
+        cold, warm = _two_processes(
+            [dtype, str(batch_size), str(limit), str(seed), str(repeats)], folder
+        )
+    plain = cold["plain"]["median"]
+    compiled = cold["compiled"]["median"]
     saved = 1 / plain - 1 / compiled  # seconds a token
     return {
         "dtype": dtype,
@@ -82,7 +93,9 @@ def _two_processes(arguments: list[str], folder: str) -> Iterator[dict[str, Any]
     words = [sys.executable, "-m", "dmax.benchmark.compiled", *arguments]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
     for _ in range(2):
-        output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+        output = subprocess.run(
+            words, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        ).stdout
         yield json.loads(output.splitlines()[-1])
 
 

@@ -1,6 +1,7 @@
 """`dmax bench` on a CPU: what parallel decoding, the engine and batching gain, and how far a forward is from its floor.
 
-All contenders of a table decode the same problems in one process, in turns; figures are medians over the rounds.
+All contenders of a table decode the same problems in one process, in turns; figures are medians
+over the rounds.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ class CpuOptions:
         batch_limit: problems at every batch size.
         repeats: rounds, behind one that warms up.
         batch_sizes: of the table of batch sizes; 1 is among them.
-        dtypes: of the tables of batch sizes and of the dense backbone; the first is also that of the others.
+        dtypes: of the tables of batch sizes and of the dense backbone; the first is also that of
+            the others.
         base_threshold: of `tiny-base`, the lowest that keeps its accuracy.
         best_threshold: of `tiny-dmax`, the fastest that keeps its accuracy; 0.5 is measured too.
         seed: of the problems.
         dense_layers: of the dense backbone.
-        compiles: whether the engine is also measured with a compiled model, where there is a C++ compiler.
+        compiles: whether the engine is also measured with a compiled model, where there is a C++
+            compiler.
     """
 
     limit: int = 48
@@ -64,12 +67,16 @@ class CpuOptions:
     def __post_init__(self) -> None:
         """Raises `InputError` for an unknown dtype, or without the batch size that others are compared to."""
         if 1 not in self.batch_sizes:
-            raise InputError(f"the batch sizes must hold 1, got {', '.join(map(str, self.batch_sizes))}")
+            raise InputError(
+                f"the batch sizes must hold 1, got {', '.join(map(str, self.batch_sizes))}"
+            )
         if unknown := [name for name in self.dtypes if name not in DTYPES]:
             raise InputError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
 
 
-QUICK = CpuOptions(limit=3, batch_limit=16, repeats=1, batch_sizes=(1, 16), dtypes=("float32",), compiles=False)
+QUICK = CpuOptions(
+    limit=3, batch_limit=16, repeats=1, batch_sizes=(1, 16), dtypes=("float32",), compiles=False
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,10 @@ def sections(options: CpuOptions) -> Iterator[Section]:
     """The tables, each measured when it is asked for."""
     options = replace(options, compiles=options.compiles and not lacks_compiler(CPU))
     first = options.dtypes[0]
-    llms = {name: LLM(name, dtype=first, device="cpu", max_batch_size=1) for name in ("tiny-base", "tiny-dmax")}
+    llms = {
+        name: LLM(name, dtype=first, device="cpu", max_batch_size=1)
+        for name in ("tiny-base", "tiny-dmax")
+    }
     methods = decoding(llms, options)
     yield methods
     loops = against_hub_loop(llms, options)
@@ -94,13 +104,15 @@ def sections(options: CpuOptions) -> Iterator[Section]:
     yield batches
     if options.compiles:
         sizes = [size for size in options.batch_sizes if size in (1, 16)]
-        yield compiled.section(options.dtypes, sizes, options.batch_limit, options.seed, options.repeats)
+        yield compiled.section(
+            options.dtypes, sizes, options.batch_limit, options.seed, options.repeats
+        )
     dense = dense_backbone(options)
     yield dense
     yield ratios(options, *(section.rows for section in (methods, loops, batches, dense)))
 
 
-# --- (a) methods ------------------------------------------------------------------------------------------------------
+# --- (a) methods ----------------------------------------------------------------------------------
 
 
 def contenders(options: CpuOptions) -> list[Contender]:
@@ -110,7 +122,9 @@ def contenders(options: CpuOptions) -> list[Contender]:
         Contender("SPD, best", "tiny-dmax", DecodingParams("spd", options.best_threshold)),
         Contender("threshold", "tiny-base", DecodingParams("threshold", options.base_threshold)),
         Contender("one token", "tiny-base", DecodingParams("autoregressive")),
-        Contender("one token, block 1", "tiny-base", DecodingParams("autoregressive", block_length=1)),
+        Contender(
+            "one token, block 1", "tiny-base", DecodingParams("autoregressive", block_length=1)
+        ),
     ]
 
 
@@ -120,20 +134,28 @@ def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
     examples = task.examples(options.limit, options.seed)
     chosen = contenders(options)
     passes = in_turns(
-        {each.label: partial(solve, llms[each.model], each.params, examples) for each in chosen}, options.repeats
+        {each.label: partial(solve, llms[each.model], each.params, examples) for each in chosen},
+        options.repeats,
     )
     rows = []
     for each in chosen:
-        done, tokenizer = passes[each.label], llms[each.model].tokenizer
+        done = passes[each.label]
+        tokenizer = llms[each.model].tokenizer
         assert tokenizer is not None, "the bundled models have one"
-        texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in done[0].completions]
-        correct = sum(task.score(text, example) for text, example in zip(texts, examples, strict=True))
+        texts = [
+            str(tokenizer.decode(list(ids), skip_special_tokens=True))
+            for ids in done[0].completions
+        ]
+        correct = sum(
+            task.score(text, example) for text, example in zip(texts, examples, strict=True)
+        )
         rows.append(
             {
                 "method": each.label,
                 "model": each.model,
                 "threshold": each.params.threshold,
-                "block_length": each.params.block_length or llms[each.model].checkpoint.block_length,
+                "block_length": each.params.block_length
+                or llms[each.model].checkpoint.block_length,
                 "correct": correct,
                 "score": f"{correct}/{len(examples)}",
                 "tokens": done[0].tokens,
@@ -159,7 +181,7 @@ def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
     return Section("decoding", f"methods, {options.dtypes[0]}", columns, rows, note)
 
 
-# --- (b) the loop of the published checkpoints ------------------------------------------------------------------------
+# --- (b) the loop of the published checkpoints ----------------------------------------------------
 
 HUB_COLUMNS = {
     "method": "method",
@@ -200,13 +222,15 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
     passes = in_turns(runs, max(1, options.repeats - 1))
     rows = []
     for number, (model, params, solved, shots) in enumerate(contests):
-        engine, hub = passes[f"{number} engine"], passes[f"{number} hub"]
+        engine = passes[f"{number} engine"]
+        hub = passes[f"{number} hub"]
         equal = sum(a == b for a, b in zip(engine[0].completions, hub[0].completions, strict=True))
         row: Row = {
             "method": params.strategy,
             "model": model,
             "threshold": params.threshold,
-            "prompt_tokens": sum(len(encode(llms[model], example, shots)) for example in solved) / len(solved),
+            "prompt_tokens": sum(len(encode(llms[model], example, shots)) for example in solved)
+            / len(solved),
             "shots": shots,
             "equal": equal,
             "total": len(solved),
@@ -217,7 +241,10 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
         }
         for name in variants:
             done = passes[f"{number} {name}"]
-            row |= {name: spread([one.tokens_per_second for one in done]), f"{name}_ratio": faster(done, hub)}
+            row |= {
+                name: spread([one.tokens_per_second for one in done]),
+                f"{name}_ratio": faster(done, hub),
+            }
         rows.append(row)
     note = (
         "Tokens/s. Hub loop: one sequence, no cache; the whole prefix, and logits of all its positions, anew in every "
@@ -229,36 +256,50 @@ def against_hub_loop(llms: dict[str, LLM], options: CpuOptions) -> Section:
 
 def faster(one: Sequence[Pass], other: Sequence[Pass]) -> Spread:
     """How many times as fast, round by round."""
-    return spread([a.tokens_per_second / b.tokens_per_second for a, b in zip(one, other, strict=True)])
+    return spread(
+        [a.tokens_per_second / b.tokens_per_second for a, b in zip(one, other, strict=True)]
+    )
 
 
-def solve_by_hub_loop(llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: int = 0) -> Pass:
+def solve_by_hub_loop(
+    llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: int = 0
+) -> Pass:
     """Decode all problems without a cache."""
-    limit, threshold = get_task("word_problems").max_new_tokens, params.threshold
+    limit = get_task("word_problems").max_new_tokens
+    threshold = params.threshold
     assert threshold is not None, "the reference has no defaults"
-    prompts, soft = [encode(llm, example, shots) for example in examples], params.strategy == "spd"
+    prompts = [encode(llm, example, shots) for example in examples]
+    soft = params.strategy == "spd"
     began = time.perf_counter()
     done = [
-        hub_loop.generate(llm.checkpoint, prompt, threshold=threshold, soft=soft, max_new_tokens=limit)
+        hub_loop.generate(
+            llm.checkpoint, prompt, threshold=threshold, soft=soft, max_new_tokens=limit
+        )
         for prompt in prompts
     ]
     seconds = time.perf_counter() - began
     return Pass(seconds, tuple(ids for ids, _ in done), sum(forwards for _, forwards in done))
 
 
-# --- (c) batch sizes --------------------------------------------------------------------------------------------------
+# --- (c) batch sizes ------------------------------------------------------------------------------
 
 
 def batching(options: CpuOptions) -> Section:
     """SPD at batch sizes and in dtypes: speed, memory, and the loop's own share of a step."""
     examples = get_task("word_problems").examples(options.batch_limit, options.seed)
-    params, rows = DecodingParams("spd", 0.5), []
-    loaded = {dtype: LLM("tiny-dmax", dtype=dtype, device="cpu").checkpoint for dtype in options.dtypes}
+    params = DecodingParams("spd", 0.5)
+    rows = []
+    loaded = {
+        dtype: LLM("tiny-dmax", dtype=dtype, device="cpu").checkpoint for dtype in options.dtypes
+    }
     keys = [(dtype, size) for dtype in options.dtypes for size in options.batch_sizes]
     llms = {key: LLM.from_checkpoint(loaded[key[0]], max_batch_size=key[1]) for key in keys}
-    passes = in_turns({str(key): partial(solve, llms[key], params, examples) for key in keys}, options.repeats)
+    passes = in_turns(
+        {str(key): partial(solve, llms[key], params, examples) for key in keys}, options.repeats
+    )
     for dtype, size in keys:
-        done, llm = passes[str((dtype, size))], llms[dtype, size]
+        done = passes[str((dtype, size))]
+        llm = llms[dtype, size]
         watches = [watch_once(llm, params, examples) for _ in range(options.repeats)]
         shares, picking, calls = zip(*watches, strict=True)
         rows.append(
@@ -288,17 +329,21 @@ def batching(options: CpuOptions) -> Section:
         "times output embeddings, timed by running it once more). Forwards: calls of the model, prefill included. "
         "Memory: resident, in a process of its own for each row (VmHWM; loaded: VmRSS before decoding)."
     )
-    return Section("batching", f"batch sizes, tiny-dmax, SPD, {len(examples)} problems", columns, rows, note)
+    return Section(
+        "batching", f"batch sizes, tiny-dmax, SPD, {len(examples)} problems", columns, rows, note
+    )
 
 
-def watch_once(llm: LLM, params: DecodingParams, examples: Sequence[Example]) -> tuple[float, float, int]:
+def watch_once(
+    llm: LLM, params: DecodingParams, examples: Sequence[Example]
+) -> tuple[float, float, int]:
     """Shares of a pass spent outside the model and on picking tokens, and calls of the model."""
     with watched(llm.model) as watch:
         done = solve(llm, params, examples)
     return watch.outside(done.seconds), watch.picked(done.seconds), watch.calls
 
 
-# --- (d) a dense backbone and its floor -------------------------------------------------------------------------------
+# --- (d) a dense backbone and its floor -----------------------------------------------------------
 
 
 def dense_backbone(options: CpuOptions) -> Section:
@@ -333,11 +378,16 @@ def dense_backbone(options: CpuOptions) -> Section:
 
 
 @torch.no_grad()
-def dense_times(checkpoint: Checkpoint, repeats: int, compiles: bool, context: int = CONTEXT) -> dict[str, Spread]:
+def dense_times(
+    checkpoint: Checkpoint, repeats: int, compiles: bool, context: int = CONTEXT
+) -> dict[str, Spread]:
     """Milliseconds of a denoising forward with its head, as it is and compiled, and of its products, all in turns."""
     model: Any = checkpoint.model
-    length, head = checkpoint.block_length, model.get_output_embeddings().weight
-    products: list[tuple[Tensor, Tensor]] = [(torch.randn(length, head.shape[1]).to(head.dtype), head)]
+    length = checkpoint.block_length
+    head = model.get_output_embeddings().weight
+    products: list[tuple[Tensor, Tensor]] = [
+        (torch.randn(length, head.shape[1]).to(head.dtype), head)
+    ]
     forward = open_block(checkpoint, context + length)
 
     def collect(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -361,7 +411,7 @@ def dense_times(checkpoint: Checkpoint, repeats: int, compiles: bool, context: i
     return {name: spread(each) for name, each in times.items()}
 
 
-# --- ratios -----------------------------------------------------------------------------------------------------------
+# --- ratios ---------------------------------------------------------------------------------------
 
 
 def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
@@ -376,17 +426,31 @@ def ratios(options: CpuOptions, *tables: Sequence[Row]) -> Section:
         rows.append(ratio(f"{spd} / one token, block 1", speed[spd] / speed["one token, block 1"]))
     for row in loops:
         behind = f", {row['shots']} examples before" if row["shots"] else ""
-        names = {"engine": "engine", "compiled": "compiled engine", "together": f"engine, {TOGETHER} at once,"}
+        names = {
+            "engine": "engine",
+            "compiled": "compiled engine",
+            "together": f"engine, {TOGETHER} at once,",
+        }
         for key, name in names.items():
             if gain := row.get(f"{key}_ratio"):
-                rows.append(ratio(f"{name} / hub loop, {row['method']}{behind}", gain["median"], ">= 3"))
+                rows.append(
+                    ratio(f"{name} / hub loop, {row['method']}{behind}", gain["median"], ">= 3")
+                )
     for dtype in options.dtypes:
         alone = by_size[dtype, 1]
-        rows.append(ratio(f"loop overhead, batch 1, {dtype}", alone["loop_overhead"]["median"], "<= 0.1"))
+        rows.append(
+            ratio(f"loop overhead, batch 1, {dtype}", alone["loop_overhead"]["median"], "<= 0.1")
+        )
         if (dtype, 16) in by_size:
             sixteen = by_size[dtype, 16]
             gain = sixteen["tokens_per_second"]["median"] / alone["tokens_per_second"]["median"]
-            rows.append(ratio(f"loop overhead, batch 16, {dtype}", sixteen["loop_overhead"]["median"], "<= 0.03"))
+            rows.append(
+                ratio(
+                    f"loop overhead, batch 16, {dtype}",
+                    sixteen["loop_overhead"]["median"],
+                    "<= 0.03",
+                )
+            )
             rows.append(ratio(f"batch 16 / batch 1, {dtype}", gain, ">= 6"))
     for row in dense:
         names = {"ratio": "135M forward", "compiled_ratio": "135M forward, compiled,"}

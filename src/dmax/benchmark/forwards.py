@@ -54,7 +54,9 @@ def forward_rows(rig: Rig) -> list[Row]:
     distinct = sum(found) / len(found)
     cases = [(name, False) for name in IMPLEMENTATIONS]
     if rig.on_gpu:
-        cases += [(name, True) for name in IMPLEMENTATIONS if name != "eager"]  # it waits for the device
+        cases += [
+            (name, True) for name in IMPLEMENTATIONS if name != "eager"
+        ]  # it waits for the device
     runs: dict[str, Callable[[], float]] = {}
     failed: dict[str, Row] = {}
     for name, graph in cases:
@@ -75,7 +77,9 @@ def forward_rows(rig: Rig) -> list[Row]:
     return rows
 
 
-def timed_forward(rig: Rig, forward: Callable[[], Tensor], name: str, graph: bool) -> Callable[[], float]:
+def timed_forward(
+    rig: Rig, forward: Callable[[], Tensor], name: str, graph: bool
+) -> Callable[[], float]:
     """What runs the forward once with an experts implementation and gives its milliseconds; tried once here."""
     model: Any = rig.checkpoint.model
     ours = name == "fused_moe"

@@ -1,8 +1,9 @@
 """`dmax bench` on a GPU: LLaDA-2.0-mini at full size with random weights, against the time it takes to read them.
 
-Experts are prescribed (`routing.py`), so that a forward reads as many as with a trained model. Steps are those of the
-engine; tokens per second follow from the tokens a step decodes (TPF), which random weights cannot tell. With the
-options `rig.SMALL` all of it runs on a small shape, on a CPU too, to see that it works.
+Experts are prescribed (`routing.py`), so that a forward reads as many as with a trained model.
+Steps are those of the engine; tokens per second follow from the tokens a step decodes (TPF), which
+random weights cannot tell. With the options `rig.SMALL` all of it runs on a small shape, on a CPU
+too, to see that it works.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def machine(rig: Rig) -> Section:
         "device": torch.cuda.get_device_name(rig.device) if rig.on_gpu else "CPU",
         "gb_per_second": {name: value / 1e9 for name, value in rig.bandwidth.items()},
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "model_gib": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**30,
+        "model_gib": sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        / 2**30,
     }
     columns = {
         "device": "device",
@@ -71,9 +73,15 @@ def speeds(rows: Sequence[Row]) -> Section:
         if "error" not in row
     ]
     shown.append({"case": "published: two H200, not measured here", "reported": PUBLISHED})
-    columns = {"case": "case", "ms/step": "step_ms:.2f", **{f"TPF {n}": f"tpf_{n}:.0f" for n in TPF}}
+    columns = {
+        "case": "case",
+        "ms/step": "step_ms:.2f",
+        **{f"TPF {n}": f"tpf_{n}:.0f" for n in TPF},
+    }
     note = "TPF over the time of a step; a block's first step, which also commits the block before, takes longer."
-    return Section("speeds", "tokens/s at batch 1", columns | {"reported": "reported:.0f"}, shown, note)
+    return Section(
+        "speeds", "tokens/s at batch 1", columns | {"reported": "reported:.0f"}, shown, note
+    )
 
 
 def speed(row: Row, tpf: float) -> float:
@@ -92,15 +100,27 @@ def ratios(rig: Rig, steps: Sequence[Row], quantised: Sequence[Row]) -> Section:
         for case, row in measured.items():
             if case != "engine":
                 gain = row["step_ms"]["median"] / engine["step_ms"]["median"]
-                rows.append(ratio(f"engine / {case}", gain, ">= 5" if case == "grouped_mm" and plain else ""))
+                rows.append(
+                    ratio(
+                        f"engine / {case}", gain, ">= 5" if case == "grouped_mm" and plain else ""
+                    )
+                )
         rows += [
             ratio(f"tokens/s at TPF 6, {case}", speed(measured[case], 6), eight_bit)
             for case in ("int8 experts", "fp8 experts")
             if case in measured
         ]
         if plain:
-            rows.append(ratio("tokens/s at TPF 6 / published on two H200", speed(engine, 6) / PUBLISHED))
-    return Section("ratios", "ratios", RATIO_COLUMNS, rows, "Engine / other: how many times faster its steps are.")
+            rows.append(
+                ratio("tokens/s at TPF 6 / published on two H200", speed(engine, 6) / PUBLISHED)
+            )
+    return Section(
+        "ratios",
+        "ratios",
+        RATIO_COLUMNS,
+        rows,
+        "Engine / other: how many times faster its steps are.",
+    )
 
 
 def _targets(rig: Rig) -> tuple[str, str]:

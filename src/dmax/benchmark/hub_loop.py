@@ -1,8 +1,9 @@
 """The loop of the published checkpoints' own `generate`, kept as the reference that the engine is measured against.
 
-It has no cache of keys and values: every step runs the whole prefix and the open block under the block-causal mask and
-makes logits of all positions. One sequence at a time. Apart from where it computes, it decides as the engine does.
-L block length, P positions up to the end of the open block, V vocabulary.
+It has no cache of keys and values: every step runs the whole prefix and the open block under the
+block-causal mask and makes logits of all positions. One sequence at a time. Apart from where it
+computes, it decides as the engine does. L block length, P positions up to the end of the open
+block, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,18 +35,25 @@ def generate(
         The completion, cut at the first EOS and at the limit, and the number of forwards.
     """
     model: Any = checkpoint.model
-    mask_id, ends, length = checkpoint.mask_token_id, set(checkpoint.eos_token_ids), checkpoint.block_length
-    prompt, embed, forwards = len(prompt_ids), model.get_input_embeddings(), 0
+    mask_id = checkpoint.mask_token_id
+    ends = set(checkpoint.eos_token_ids)
+    length = checkpoint.block_length
+    prompt = len(prompt_ids)
+    embed = model.get_input_embeddings()
+    forwards = 0
     total = -(-(prompt + max_new_tokens) // length) * length
     x = torch.full((1, total), mask_id)
     x[0, :prompt] = torch.tensor(prompt_ids)
     positions = torch.arange(total)
-    visible = dense_mask(block_causal(length), positions, positions)[None, None]  # [1, 1, total, total]
+    visible = dense_mask(block_causal(length), positions, positions)[
+        None, None
+    ]  # [1, 1, total, total]
     for start in range(prompt // length * length, total, length):
         end = start + length
         block = x[0, start:end]  # a view: writing it writes x
         active = positions[start:end] >= prompt
-        masked, feed = active.clone(), None
+        masked = active.clone()
+        feed = None
         for _ in range(length):
             embeds = torch.cat(
                 (embed(x[:, :start]), embed_tokens(embed, block[None], feed, mask_id)), dim=1
@@ -56,12 +64,15 @@ def generate(
             ).logits  # [1, P, V]
             tokens, confidence = best(logits[0, -length:].float(), mask_id)
             forwards += 1
-            commit, edit = select(masked, confidence, threshold, leftmost=soft), soft & active & ~masked
+            commit = select(masked, confidence, threshold, leftmost=soft)
+            edit = soft & active & ~masked
             changed = commit | (edit & (tokens != block))
             block[:] = torch.where(commit | edit, tokens, block)
             masked = masked & ~commit
             if soft:
-                feed = SoftTokens((active & ~masked)[None], tokens[None, :, None], confidence[None, :, None])
+                feed = SoftTokens(
+                    (active & ~masked)[None], tokens[None, :, None], confidence[None, :, None]
+                )
             sure = not changed.any() or bool((confidence >= stop_confidence)[active].all())
             if not masked.any() and (sure or not soft):
                 break

@@ -31,7 +31,9 @@ def spread(values: Sequence[float]) -> Spread:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def in_turns(contenders: Mapping[str, Callable[[], T]], repeats: int, *, warm_up: int = 1) -> dict[str, list[T]]:
+def in_turns(
+    contenders: Mapping[str, Callable[[], T]], repeats: int, *, warm_up: int = 1
+) -> dict[str, list[T]]:
     """Run everything once, then everything again, …: A B A B, so that a change of the machine's mood hits all alike.
 
     Returns:
@@ -62,25 +64,37 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 def copy_bandwidth(device: torch.device, num_bytes: int, repeats: int = 20) -> Spread:
     """Bytes per second of a copy within the device's memory, every byte counted as read and as written."""
-    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)  # zeros may copy faster
+    source = torch.randint(
+        256, (num_bytes,), dtype=torch.uint8, device=device
+    )  # zeros may copy faster
     target = torch.empty_like(source)
-    times = in_turns({"copy": lambda: milliseconds(lambda: target.copy_(source), device)}, repeats, warm_up=3)
+    times = in_turns(
+        {"copy": lambda: milliseconds(lambda: target.copy_(source), device)}, repeats, warm_up=3
+    )
     return spread([2 * num_bytes / (each / 1e3) for each in times["copy"]])
 
 
-def open_block(checkpoint: Checkpoint, context: int, *, compiled: bool = False) -> Callable[[], Tensor]:
+def open_block(
+    checkpoint: Checkpoint, context: int, *, compiled: bool = False
+) -> Callable[[], Tensor]:
     """What runs one denoising forward as the engine does: an open block at the end of a context, head included.
 
-    Keys and values of the `context` positions, the block's own among them, are random. Gives the best tokens [1, L, 1].
+    Keys and values of the `context` positions, the block's own among them, are random. Gives the
+    best tokens [1, L, 1].
     """
     model: Any = checkpoint.model
     length = checkpoint.block_length
-    model_runner = runner.ModelRunner(model, length, 1, context, checkpoint.mask_token_id, compiled=compiled)
+    model_runner = runner.ModelRunner(
+        model, length, 1, context, checkpoint.mask_token_id, compiled=compiled
+    )
     for layer in (*model_runner.cache.keys, *model_runner.cache.values):
         layer.normal_()
     opened = [Row(0, context - length, context - length, 0)]
-    shape, rows = Shape.of(opened, 1, length), Rows.of(opened, [], length).to(model.device)
-    inputs = model_runner.embed(torch.randint(model.config.vocab_size, (1, length), device=model.device)).detach()
+    shape = Shape.of(opened, 1, length)
+    rows = Rows.of(opened, [], length).to(model.device)
+    inputs = model_runner.embed(
+        torch.randint(model.config.vocab_size, (1, length), device=model.device)
+    ).detach()
 
     def forward() -> Tensor:
         return model_runner.denoise(shape, rows, inputs).top(1).ids
@@ -107,7 +121,8 @@ class Watch:
     def outside(self, seconds: float) -> float:
         """Share of the `seconds` that a loop took which went to anything but the model.
 
-        The head's product was run once more for each step to be timed, so its time counts once in the loop's favour.
+        The head's product was run once more for each step to be timed, so its time counts once in
+        the loop's favour.
         """
         loop = seconds - self.head
         return (loop - self.head - self.forward) / loop
@@ -120,7 +135,8 @@ class Watch:
 @contextmanager
 def watched(model: Any) -> Iterator[Watch]:
     """Watch what a model on a CPU costs an engine over it."""
-    watch, began = Watch(), 0.0
+    watch = Watch()
+    began = 0.0
 
     def before(*_: object) -> None:
         nonlocal began
@@ -140,7 +156,10 @@ def watched(model: Any) -> Iterator[Watch]:
         watch.picking += middle - start - product
         return found
 
-    hooks = model.base_model.register_forward_pre_hook(before), model.base_model.register_forward_hook(after)
+    hooks = (
+        model.base_model.register_forward_pre_hook(before),
+        model.base_model.register_forward_hook(after),
+    )
     try:
         with patch.object(runner, "head_top_k", head):
             yield watch
@@ -155,4 +174,6 @@ def resident_mib(field: str) -> float | None:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), None)
+    return next(
+        (int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), None
+    )

@@ -2,7 +2,8 @@
 
     python -m dmax.benchmark.memory tiny-dmax bfloat16 16 64 7
 
-Arguments: model, dtype, batch size, problems, their seed. Prints one JSON object; MiB resident, by Linux's own count
+Arguments: model, dtype, batch size, problems, their seed. Prints one JSON object; MiB resident, by
+    Linux's own count
 (`VmRSS` and `VmHWM` of /proc/self/status), null where there is none.
 """
 
@@ -34,7 +35,16 @@ def measure(model: str, dtype: str, batch_size: int, limit: int, seed: int) -> M
 
 def measure_apart(model: str, dtype: str, batch_size: int, limit: int, seed: int) -> Memory:
     """`measure` in a new process."""
-    words = [sys.executable, "-m", "dmax.benchmark.memory", model, dtype, str(batch_size), str(limit), str(seed)]
+    words = [
+        sys.executable,
+        "-m",
+        "dmax.benchmark.memory",
+        model,
+        dtype,
+        str(batch_size),
+        str(limit),
+        str(seed),
+    ]
     output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
     memory: Memory = json.loads(output.splitlines()[-1])
     return memory

@@ -38,11 +38,17 @@ def solve(llm: LLM, params: DecodingParams, examples: Sequence[Example], shots: 
     began = time.perf_counter()
     outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - began
-    return Pass(seconds, tuple(output.token_ids for output in outputs), sum(output.num_forwards for output in outputs))
+    return Pass(
+        seconds,
+        tuple(output.token_ids for output in outputs),
+        sum(output.num_forwards for output in outputs),
+    )
 
 
 def encode(llm: LLM, example: Example, shots: int) -> tuple[int, ...]:
     """A problem as a chat, behind `shots` solved problems of another seed."""
     before = [(p.question, p.response) for p in problems(shots, seed=11, split="test")]
     turns = [*(text for pair in before for text in pair), example.prompt]
-    return llm.encode([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)])
+    return llm.encode(
+        [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    )

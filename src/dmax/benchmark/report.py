@@ -20,8 +20,10 @@ class Section:
     Attributes:
         name: its key in the record.
         title: above it.
-        columns: headings, each with the key of its values and their format: `{"tokens/s": "tokens_per_second:.0f"}`.
-        rows: values by key; a `Spread` shows its median and range. All are recorded, whether they have a column or not.
+        columns: headings, each with the key of its values and their format: `{"tokens/s":
+            "tokens_per_second:.0f"}`.
+        rows: values by key; a `Spread` shows its median and range. All are recorded, whether they
+            have a column or not.
         note: below it, what the figures mean.
     """
 

@@ -45,7 +45,8 @@ class GpuOptions:
     """What to measure.
 
     Attributes:
-        distinct: experts that a block hits in a layer, on average: 69.5 is what others measured on LLaDA-2.0-mini.
+        distinct: experts that a block hits in a layer, on average: 69.5 is what others measured on
+            LLaDA-2.0-mini.
         context: positions at the end of a completion, where nothing else is said.
         contexts: of the table of contexts.
         batch_sizes: of the table of batch sizes.
@@ -124,11 +125,18 @@ class Rig:
             torch.cuda.empty_cache()
 
     def against_floor(
-        self, row: Row, key: str, *, context: float, batch: int = 1, quantization: Format | None = None
+        self,
+        row: Row,
+        key: str,
+        *,
+        context: float,
+        batch: int = 1,
+        quantization: Format | None = None,
     ) -> Row:
         """`row` with the bytes of a forward over `row["distinct"]` experts, and how the time `key` compares to theirs.
 
-        `floor_ms` is what reading the bytes takes at the bandwidth of a copy, `of_floor` its share of the time.
+        `floor_ms` is what reading the bytes takes at the bandwidth of a copy, `of_floor` its share
+        of the time.
         """
         parts = forward_bytes(
             self.checkpoint.model.config,
@@ -139,7 +147,12 @@ class Rig:
         )
         total = sum(parts.values())
         floor = total / self.bandwidth["median"] * 1e3
-        return row | {"bytes": parts, "gb": total / 1e9, "floor_ms": floor, "of_floor": floor / row[key]["median"]}
+        return row | {
+            "bytes": parts,
+            "gb": total / 1e9,
+            "floor_ms": floor,
+            "of_floor": floor / row[key]["median"],
+        }
 
 
 def build(options: GpuOptions, device: torch.device) -> Checkpoint:

@@ -28,8 +28,8 @@ def forward_bytes(
 ) -> Bytes:
     """Bytes of weights, keys and values that one denoising forward reads, by part of the model.
 
-    Activations, embedding rows and the small norms, under 0.1 % together, are left out, and so are logits, which a
-    fused head never writes.
+    Activations, embedding rows and the small norms, under 0.1 % together, are left out, and so are
+    logits, which a fused head never writes.
 
     Args:
         config: of a LLaDA-2.x model.
@@ -39,9 +39,13 @@ def forward_bytes(
         itemsize: bytes of a weight, and of a key or value.
         quantization: of the routed experts alone.
     """
-    hidden, layers, dense_layers = config.hidden_size, config.num_hidden_layers, config.first_k_dense_replace
-    moe_layers, expert = layers - dense_layers, 3 * config.moe_intermediate_size * hidden
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden = config.hidden_size
+    layers = config.num_hidden_layers
+    dense_layers = config.first_k_dense_replace
+    moe_layers = layers - dense_layers
+    expert = 3 * config.moe_intermediate_size * hidden
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
     return {
         "experts": distinct * moe_layers * expert_bytes(config, itemsize, quantization),
         "attention": itemsize * layers * hidden * (2 * queries + 2 * keys),
@@ -55,10 +59,13 @@ def forward_bytes(
 
 def expert_bytes(config: Any, itemsize: int, quantization: Format | None) -> float:
     """Bytes of one routed expert: gate and up [2I, D] and down [D, I], scales included."""
-    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    inner = config.moe_intermediate_size
+    hidden = config.hidden_size
     if quantization is None:
         return itemsize * 3 * inner * hidden
     if quantization == "int4":  # a bfloat16 scale for a group of input channels
-        wide, narrow = (next(size for size in GROUP_SIZES if columns % size == 0) for columns in (hidden, inner))
+        wide, narrow = (
+            next(size for size in GROUP_SIZES if columns % size == 0) for columns in (hidden, inner)
+        )
         return 2 * inner * hidden * (0.5 + 2 / wide) + inner * hidden * (0.5 + 2 / narrow)
     return 3 * inner * hidden + 4 * (2 * inner + hidden)  # a float32 scale for an output channel

@@ -42,14 +42,20 @@ def uniform(num_experts: int, per_token: int, tokens: int, generator: torch.Gene
 
 
 def pooled(
-    num_experts: int, per_token: int, counts: Sequence[int], block_length: int, generator: torch.Generator
+    num_experts: int,
+    per_token: int,
+    counts: Sequence[int],
+    block_length: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """Blocks whose tokens together hit exactly `counts[b]` experts, a random set for each, [blocks L, K].
 
     A count is at least K and at most E and L K: the tokens take the experts of the set in turn.
     """
     turns = torch.arange(block_length * per_token).view(block_length, per_token)
-    blocks = [torch.randperm(num_experts, generator=generator)[:count][turns % count] for count in counts]
+    blocks = [
+        torch.randperm(num_experts, generator=generator)[:count][turns % count] for count in counts
+    ]
     return torch.cat(blocks)
 
 
@@ -63,20 +69,25 @@ def prescribe(model: Any, distinct: float | None, blocks: int, block_length: int
 
     Args:
         model: its language model.
-        distinct: experts that the tokens of a block hit, as a mean over layers and blocks; None: drawn uniformly.
+        distinct: experts that the tokens of a block hit, as a mean over layers and blocks; None:
+            drawn uniformly.
         blocks: that a forward holds at most.
         block_length: L.
     """
-    config, device = model.config, model.device
+    config = model.config
+    device = model.device
     generator = torch.Generator().manual_seed(0)
     layers = [layer.mlp for layer in model.base_model.layers if hasattr(layer.mlp, "experts")]
     counts = counts_of_mean(distinct or 0.0, len(layers) * blocks)
     for number, layer in enumerate(layers):
-        experts, per_token = config.num_experts, config.num_experts_per_tok
+        experts = config.num_experts
+        per_token = config.num_experts_per_tok
         if distinct is None:
             table = uniform(experts, per_token, blocks * block_length, generator)
         else:
-            table = pooled(experts, per_token, counts[number :: len(layers)], block_length, generator)
+            table = pooled(
+                experts, per_token, counts[number :: len(layers)], block_length, generator
+            )
         router = layer.gate.router if isinstance(layer.gate, PrescribedRouter) else layer.gate
         layer.gate = PrescribedRouter(router, table.to(device))
 
@@ -89,7 +100,9 @@ def counted(model: Any) -> Iterator[list[int]]:
     def count(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         found.append(len(arguments[1].unique()))  # waits for the device
 
-    layers = [layer.mlp.experts for layer in model.base_model.layers if hasattr(layer.mlp, "experts")]
+    layers = [
+        layer.mlp.experts for layer in model.base_model.layers if hasattr(layer.mlp, "experts")
+    ]
     hooks = [experts.register_forward_pre_hook(count) for experts in layers]
     try:
         yield found

@@ -33,17 +33,22 @@ def run_benchmark(
         output: JSON file for the record.
 
     Raises:
-        InputError: a device that there is no benchmark for, a GPU without room, or an output that cannot be written.
+        InputError: a device that there is no benchmark for, a GPU without room, or an output that
+            cannot be written.
     """
     chosen, _ = select_device(device)
     if chosen.type == "cpu":
         return run_cpu(cpu.QUICK if quick else cpu.CpuOptions(), console=console, output=output)
     if chosen.type == "cuda":
         return run_gpu(rig.QUICK if quick else rig.FULL, chosen, console=console, output=output)
-    raise InputError(f"there is no benchmark for {chosen.type}", hint="use --device cpu or --device cuda")
+    raise InputError(
+        f"there is no benchmark for {chosen.type}", hint="use --device cpu or --device cuda"
+    )
 
 
-def run_cpu(options: cpu.CpuOptions, *, console: Console, output: Path | None = None) -> dict[str, Any]:
+def run_cpu(
+    options: cpu.CpuOptions, *, console: Console, output: Path | None = None
+) -> dict[str, Any]:
     """`dmax.benchmark.cpu` with these options."""
     return _gather("cpu", cpu.CPU, asdict(options), cpu.sections(options), console, output)
 
@@ -66,7 +71,11 @@ def _gather(
     """Show the sections as they come and gather them in one record, which is written after each."""
     if output is not None:
         check_writable(output)
-    record: dict[str, Any] = {"benchmark": theme, "command": command(sys.argv), "environment": environment(device)}
+    record: dict[str, Any] = {
+        "benchmark": theme,
+        "command": command(sys.argv),
+        "environment": environment(device),
+    }
     record |= {"settings": settings, "notes": {}}
     console.print(headline(record["environment"]), highlight=False)
     for section in sections:
@@ -80,9 +89,12 @@ def _gather(
 
 def command(arguments: Sequence[str]) -> str:
     """The command line, without the folders of this machine."""
-    program, here = Path(arguments[0]).name, f"{Path.cwd()}/"
+    program = Path(arguments[0]).name
+    here = f"{Path.cwd()}/"
     name = f"python bench/{program}" if program.endswith(".py") else program
-    return " ".join([name, *(shlex.quote(argument.replace(here, "")) for argument in arguments[1:])])
+    return " ".join(
+        [name, *(shlex.quote(argument.replace(here, "")) for argument in arguments[1:])]
+    )
 
 
 def headline(record: Row) -> str:

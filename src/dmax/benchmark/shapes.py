@@ -26,7 +26,9 @@ def llama_135m(dtype: torch.dtype = torch.float32, **changes: Any) -> Checkpoint
         "rope_theta": 100_000.0,
         "tie_word_embeddings": True,
     } | changes
-    config = LlamaConfig(**shape, eos_token_id=0, mask_token_id=shape["vocab_size"] - 1, block_length=BLOCK_LENGTH)
+    config = LlamaConfig(
+        **shape, eos_token_id=0, mask_token_id=shape["vocab_size"] - 1, block_length=BLOCK_LENGTH
+    )
     torch.manual_seed(0)
     return new_checkpoint(config, dtype=dtype)
 

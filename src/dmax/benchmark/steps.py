@@ -41,7 +41,8 @@ def measure_steps(
     Args:
         checkpoint: the model.
         batch: sequences, in step with each other.
-        context: positions of a sequence at its end, a multiple of the block length as `new_tokens` is.
+        context: positions of a sequence at its end, a multiple of the block length as `new_tokens`
+            is.
         new_tokens: of a completion, at least two blocks.
         steps: of each block, at least two.
         repeats: completions timed.
@@ -50,12 +51,13 @@ def measure_steps(
         prefill_tokens: prompt tokens of one forward; None: the whole prompt.
 
     Returns:
-        `step_ms`: of a step over the open blocks alone; `first_step_ms`: of a block's first, which also commits the
-        block before; `tpf` and `tokens_per_second`: measured, prefill and first block left out; `peak_gib`: of the
-        GPU's memory, None on a CPU.
+        `step_ms`: of a step over the open blocks alone; `first_step_ms`: of a block's first, which
+        also commits the block before; `tpf` and `tokens_per_second`: measured, prefill and first
+        block left out; `peak_gib`: of the GPU's memory, None on a CPU.
     """
     model: Any = checkpoint.model
-    length, on_gpu = checkpoint.block_length, model.device.type == "cuda"
+    length = checkpoint.block_length
+    on_gpu = model.device.type == "cuda"
     engine = Engine(
         model,
         mask_token_id=checkpoint.mask_token_id,
@@ -68,11 +70,19 @@ def measure_steps(
         compile_model=compiled,
     )
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, (batch, context - new_tokens), generator=generator).tolist()
-    requests = [Request(index, tuple(prompt), never_sure(new_tokens, steps)) for index, prompt in enumerate(prompts)]
+    prompts = torch.randint(
+        model.config.vocab_size, (batch, context - new_tokens), generator=generator
+    ).tolist()
+    requests = [
+        Request(index, tuple(prompt), never_sure(new_tokens, steps))
+        for index, prompt in enumerate(prompts)
+    ]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    runs = [step_times(engine, requests)[-steps * (new_tokens // length - 1) :] for _ in range(WARM_UP + repeats)]
+    runs = [
+        step_times(engine, requests)[-steps * (new_tokens // length - 1) :]
+        for _ in range(WARM_UP + repeats)
+    ]
     timed = runs[WARM_UP:]
     tokens = batch * (new_tokens - length)
     return {
@@ -101,7 +111,8 @@ def step_times(engine: Engine, requests: Sequence[Request]) -> list[tuple[float,
     """Milliseconds of each of the engine's steps, up to the host's knowing the result, and if it is a block's first."""
     for request in requests:
         engine.add(request)
-    times, is_first = [], True
+    times = []
+    is_first = True
     while engine.is_busy():
         began = time.perf_counter()
         events = engine.step()
@@ -110,7 +121,7 @@ def step_times(engine: Engine, requests: Sequence[Request]) -> list[tuple[float,
     return times
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +176,20 @@ def engine_steps(rig: Rig) -> Section:
 def variant_row(rig: Rig, variant: Variant) -> Row:
     """Steps at batch 1."""
     model: Any = rig.checkpoint.model
-    prescribe(model, rig.options.distinct if variant.routing == "replayed" else None, 2, rig.checkpoint.block_length)
+    prescribe(
+        model,
+        rig.options.distinct if variant.routing == "replayed" else None,
+        2,
+        rig.checkpoint.block_length,
+    )
     model.set_experts_implementation(variant.experts)
     model.has_linear_head = variant.fused_head
     try:
         with nullcontext() if variant.kernels else using("torch"):
             # batched_mm copies weights for each token
-            return steps_row(rig, graphs=variant.graphs, compiled=variant.compiled, prefill_tokens=256)
+            return steps_row(
+                rig, graphs=variant.graphs, compiled=variant.compiled, prefill_tokens=256
+            )
     finally:
         model.set_experts_implementation("fused_moe")
         model.has_linear_head = True
@@ -188,7 +206,8 @@ def steps_row(
     quantization: Format | None = None,
 ) -> Row:
     """`measure_steps` and its floor; a row that says what went wrong if memory ran out or no graph could be made."""
-    options, context = rig.options, context or rig.options.context
+    options = rig.options
+    context = context or rig.options.context
     row: Row = {"batch": batch, "context": context, "distinct": distinct_of(rig, batch)}
     try:
         row |= measure_steps(
@@ -214,7 +233,9 @@ def steps_row(
 def distinct_of(rig: Rig, batch: int) -> float:
     """Experts that the open blocks of a step hit, as a mean over layers."""
     model: Any = rig.checkpoint.model
-    tokens = torch.randint(model.config.vocab_size, (batch, rig.checkpoint.block_length), device=rig.device)
+    tokens = torch.randint(
+        model.config.vocab_size, (batch, rig.checkpoint.block_length), device=rig.device
+    )
     with counted(model) as found:
         model.base_model(input_ids=tokens)
     return sum(found) / len(found)
@@ -222,7 +243,8 @@ def distinct_of(rig: Rig, batch: int) -> float:
 
 def by_batch(rig: Rig) -> Section:
     """Steps of several sequences; each block hits a set of experts of its own."""
-    sizes, length = rig.options.batch_sizes, rig.checkpoint.block_length
+    sizes = rig.options.batch_sizes
+    length = rig.checkpoint.block_length
     prescribe(rig.checkpoint.model, rig.options.distinct, 2 * max(sizes), length)
     rows = [steps_row(rig, batch=size) for size in sizes]
     title = f"batch sizes, {rig.options.context} positions"
@@ -232,8 +254,12 @@ def by_batch(rig: Rig) -> Section:
 def by_context(rig: Rig) -> Section:
     """Steps behind longer prefixes."""
     prescribe(rig.checkpoint.model, rig.options.distinct, 2, rig.checkpoint.block_length)
-    rows = [steps_row(rig, context=context, prefill_tokens=2048) for context in rig.options.contexts]
-    return Section("contexts", "contexts, batch 1", {"positions": "context:d", **STEP_COLUMNS}, rows, STEP_NOTE)
+    rows = [
+        steps_row(rig, context=context, prefill_tokens=2048) for context in rig.options.contexts
+    ]
+    return Section(
+        "contexts", "contexts, batch 1", {"positions": "context:d", **STEP_COLUMNS}, rows, STEP_NOTE
+    )
 
 
 def by_format(rig: Rig) -> Section:
@@ -243,6 +269,8 @@ def by_format(rig: Rig) -> Section:
         rig.rebuild()
         quantize_experts(rig.checkpoint.model, form)
         prescribe(rig.checkpoint.model, rig.options.distinct, 2, rig.checkpoint.block_length)
-        rows.append({"case": f"{form} experts", "format": form, **steps_row(rig, quantization=form)})
+        rows.append(
+            {"case": f"{form} experts", "format": form, **steps_row(rig, quantization=form)}
+        )
     title = f"quantised experts, batch 1, {rig.options.context} positions"
     return Section("quantised", title, {"case": "case", **STEP_COLUMNS}, rows, STEP_NOTE)

@@ -46,7 +46,8 @@ def strategies() -> tuple[str, ...]:
 
 def get_strategy(params: DecodingParams) -> DecodingStrategy:
     """The strategy that `params` names, with its settings; raises `InputError` with the valid names otherwise."""
-    # Asking for ours alone spares a search through all installed packages, which takes milliseconds.
+    # Asking for ours alone spares a search through all installed packages, which takes
+    # milliseconds.
     table = _STRATEGIES if params.strategy in _STRATEGIES else _table()
     if params.strategy not in table:
         raise InputError(

@@ -22,4 +22,6 @@ class Autoregressive(Configured):
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
         """One step for [B, L] positions."""
         prediction = predict(view, output)
-        return Decision(prediction.tokens, leftmost(view.masked), confidence=prediction.confidence), state
+        return Decision(
+            prediction.tokens, leftmost(view.masked), confidence=prediction.confidence
+        ), state

@@ -1,8 +1,9 @@
 """One step of one open block: what a strategy sees, what it may decide, and the rules no decision can break.
 
-B sequences, L block positions, V vocabulary, k candidates. A strategy is a pure function of tensors: it turns the
-logits of a forward into a `Decision`; `apply` turns the decision into the block's next contents and enforces, once for
-every strategy, that blocks progress, end, stay free of MASK and leave the prompt alone.
+B sequences, L block positions, V vocabulary, k candidates. A strategy is a pure function of
+tensors: it turns the logits of a forward into a `Decision`; `apply` turns the decision into the
+block's next contents and enforces, once for every strategy, that blocks progress, end, stay free of
+MASK and leave the prompt alone.
 
 Of bools, `a > b` is `a & ~b` in one operation instead of two: at batch 1 their number counts.
 """
@@ -32,14 +33,16 @@ class View:
     Attributes:
         tokens: [B, L] int64, the mask id where undecided.
         masked: [B, L] bool, still undecided; a status, never inferred from ids.
-        active: [B, L] bool, masked when the block was opened; the rest (the prompt's tail) is never written.
+        active: [B, L] bool, masked when the block was opened; the rest (the prompt's tail) is never
+            written.
         step: [B] int64, forwards already spent on the block.
         mask_token_id: MASK.
         max_steps: cap on forwards for this block.
         embed: token ids to embeddings, for strategies that feed mixtures of their own.
         temperature: of sampling; 0 is greedy.
         gumbel: [B, L, V] standard Gumbel noise, given when temperature > 0.
-        forced: [B] bool, the block must progress; None: all must. False for a block ahead of an unfinished one.
+        forced: [B] bool, the block must progress; None: all must. False for a block ahead of an
+            unfinished one.
     """
 
     tokens: Tensor
@@ -58,7 +61,8 @@ class Output:
     """One forward, computed as far as a strategy asks for it: most need the best tokens alone, no vocabulary.
 
     Args:
-        logits: [B, L, V] of the model, any float dtype, never written to; or what computes them when they are wanted.
+        logits: [B, L, V] of the model, any float dtype, never written to; or what computes them
+            when they are wanted.
         mask_token_id: MASK.
         candidates: what gives the best tokens without logits (a fused head), if anything does.
         hidden_states: [B, L, D] of the last layer, where the engine provides them.
@@ -72,7 +76,9 @@ class Output:
         candidates: Callable[[int], Candidates] | None = None,
         hidden_states: Tensor | None = None,
     ) -> None:
-        self._raw, self._mask_token_id, self._candidates = logits, mask_token_id, candidates
+        self._raw = logits
+        self._mask_token_id = mask_token_id
+        self._candidates = candidates
         self.hidden_states = hidden_states
         self._best: dict[int, Candidates] = {}
 
@@ -82,7 +88,9 @@ class Output:
 
         def best(k: int) -> Candidates:
             ids = take_best(logits.clone(), min(k, logits.shape[-1] - 1))[1]
-            return Candidates(ids, probs.gather(-1, ids), torch.zeros_like(ids[..., 0], dtype=torch.bool))
+            return Candidates(
+                ids, probs.gather(-1, ids), torch.zeros_like(ids[..., 0], dtype=torch.bool)
+            )
 
         made = cls(logits, 0, candidates=best)
         made.__dict__.update(logits=logits, probs=probs)
@@ -91,7 +99,11 @@ class Output:
     def top(self, k: int) -> Candidates:
         """The k most probable tokens of every position, [B, L, k]; see `dmax.confidence`."""
         if k not in self._best:
-            found = self._candidates(k) if self._candidates else candidates(self._full, k, self._mask_token_id)
+            found = (
+                self._candidates(k)
+                if self._candidates
+                else candidates(self._full, k, self._mask_token_id)
+            )
             self._best[k] = found
         return self._best[k]
 
@@ -160,8 +172,10 @@ class Window:
     Attributes:
         size: blocks open at most.
         opens_at: the next block opens once this share of the last open one is settled.
-        forces_at: a block must progress once this share of the one before it is settled; until then it may wait.
-        settled_at: confidence from which a decoded position counts as settled; 0: every decoded one does.
+        forces_at: a block must progress once this share of the one before it is settled; until then
+            it may wait.
+        settled_at: confidence from which a decoded position counts as settled; 0: every decoded one
+            does.
     """
 
     size: int = 1
@@ -173,8 +187,9 @@ class Window:
 class DecodingStrategy(Protocol):
     """A decoding method. Instances hold settings only; memory lives in the state the engine keeps per request.
 
-    Optional attributes: `extra_steps` raises the default cap on forwards above one per position, `window` (`Window`)
-    keeps several blocks open, and `num_branches` evaluates that many versions of the block at once (`Branching`).
+    Optional attributes: `extra_steps` raises the default cap on forwards above one per position,
+    `window` (`Window`) keeps several blocks open, and `num_branches` evaluates that many versions
+    of the block at once (`Branching`).
     """
 
     name: ClassVar[str]
@@ -243,20 +258,24 @@ class Advance:
 def predict(view: View, output: Output, top_k: int = 1) -> Prediction:
     """Tokens and confidences of a forward; ties go to the lowest id.
 
-    With temperature T > 0 the token is a sample of softmax(logits / T), drawn as argmax(logits + T · Gumbel noise),
-    which no small T overflows; the confidence is always that of softmax(logits), MASK included, so thresholds mean the
-    same at every temperature. `top_k` counts distinct tokens other than MASK: at most V - 1 are given.
+    With temperature T > 0 the token is a sample of softmax(logits / T), drawn as argmax(logits + T
+    · Gumbel noise), which no small T overflows; the confidence is always that of softmax(logits),
+    MASK included, so thresholds mean the same at every temperature. `top_k` counts distinct tokens
+    other than MASK: at most V - 1 are given.
     """
     if view.temperature > 0 and view.gumbel is not None:
         ids = chosen = (output.logits + view.temperature * view.gumbel).argmax(dim=-1, keepdim=True)
         num_others = min(top_k, output.logits.shape[-1] - 1) - 1
         if num_others > 0:
-            others = output.logits.scatter(-1, chosen, float("-inf")).topk(num_others, dim=-1).indices
+            others = (
+                output.logits.scatter(-1, chosen, float("-inf")).topk(num_others, dim=-1).indices
+            )
             ids = torch.cat((chosen, others), dim=-1)
         probs = output.probs.gather(-1, ids)
     else:
         best = output.top(top_k)
-        ids, probs = best.ids, best.probs
+        ids = best.ids
+        probs = best.probs
     return Prediction(ids[..., 0], probs[..., 0], ids, probs)
 
 
@@ -270,9 +289,11 @@ def apply(view: View, decision: Decision, max_steps: int) -> Advance:
 
     - only active positions are written: masks by `commit`, decoded ones by `edit`;
     - `remask` holds only where the row still gains: fewer positions masked again than committed;
-    - a row with masks left that commits none has its leftmost mask decoded (`forced`), if it must progress;
+    - a row with masks left that commits none has its leftmost mask decoded (`forced`), if it must
+        progress;
     - at the step cap remaining masks take the proposed tokens and the block closes (`capped`);
-    - a block is done only without masks, and at once if it never had any; writing MASK makes the row `invalid`.
+    - a block is done only without masks, and at once if it never had any; writing MASK makes the
+        row `invalid`.
     """
     commit = decision.commit & view.masked
     forced = leftmost(view.masked) > commit.any(dim=1, keepdim=True)
@@ -289,8 +310,14 @@ def apply(view: View, decision: Decision, max_steps: int) -> Advance:
         remask = decision.remask & (view.active > view.masked)
         gains = remask.sum(dim=1) < commit.sum(dim=1)
         remask = remask & (gains > last)[:, None]
-        tokens, left, masked = tokens.masked_fill(remask, view.mask_token_id), left | remask, masked | remask
+        tokens = tokens.masked_fill(remask, view.mask_token_id)
+        left = left | remask
+        masked = masked | remask
     unfinished = left.any(dim=1)
-    converged = ~unfinished if decision.done is None else (decision.done > unfinished) | ~view.active.any(dim=1)
+    converged = (
+        ~unfinished
+        if decision.done is None
+        else (decision.done > unfinished) | ~view.active.any(dim=1)
+    )
     invalid = (write & (decision.tokens == view.mask_token_id)).any(dim=1)
     return Advance(tokens, masked, converged | last, forced.any(dim=1), last > converged, invalid)

@@ -54,13 +54,19 @@ class CreditDecoding(Configured):
         ids, credits = self._believe(view, output, state)
         prediction = predict(view, _raise(output, ids, credits, self.alpha))
         commit = selection.above(view.masked, prediction.confidence, self.threshold)
-        return Decision(prediction.tokens, commit, confidence=prediction.confidence), {"ids": ids, "credits": credits}
+        return Decision(prediction.tokens, commit, confidence=prediction.confidence), {
+            "ids": ids,
+            "credits": credits,
+        }
 
     def _believe(self, view: View, output: Output, state: State) -> tuple[Tensor, Tensor]:
         """Ids and credits [B, L, S] after this step's favourites got theirs; an unused entry has no credit."""
-        ids, credits = state["ids"], self.decay * state["credits"]
+        ids = state["ids"]
+        credits = self.decay * state["credits"]
         best = output.top(1)
-        favourite, support = best.ids[..., 0], best.probs[..., 0]  # [B, L], never MASK
+        # [B, L], never MASK
+        favourite = best.ids[..., 0]
+        support = best.probs[..., 0]
         known = (ids == favourite[..., None]) & (credits > 0)
         free = view.step.clamp(max=ids.shape[-1] - 1)[:, None].expand_as(favourite)
         slot = torch.where(known.any(dim=-1), known.int().argmax(dim=-1), free)[..., None]
@@ -70,6 +76,8 @@ class CreditDecoding(Configured):
 
 def _raise(output: Output, ids: Tensor, credits: Tensor, alpha: float) -> Output:
     """softmax(z + alpha log(1 + C)) from softmax(z), where only the entries of `ids` differ; MASK keeps its share."""
-    gained = output.probs.gather(-1, ids) * ((1 + credits) ** alpha - 1)  # [B, L, S], 0 for unused entries
+    gained = output.probs.gather(-1, ids) * (
+        (1 + credits) ** alpha - 1
+    )  # [B, L, S], 0 for unused entries
     probs = output.probs.scatter_add(-1, ids, gained) / (1 + gained.sum(dim=-1, keepdim=True))
     return Output.of(output.logits.scatter_add(-1, ids, alpha * credits.log1p()), probs)

@@ -27,7 +27,8 @@ class DParallel(Configured):
 
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
         """One step for [B, L] positions."""
-        prediction, entropy = predict(view, output), selection.entropy(output.logits)
+        prediction = predict(view, output)
+        entropy = selection.entropy(output.logits)
         commit = view.masked & (entropy <= self.threshold)
         commit = commit | selection.top(view.masked, -entropy, torch.ones_like(view.step))
         return Decision(prediction.tokens, commit, confidence=prediction.confidence), state

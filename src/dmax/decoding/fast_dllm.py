@@ -35,7 +35,8 @@ class FastDLLM(Configured):
 class FastDLLMFactor(Configured):
     """Decode the largest n such that the n-th most confident position has (n + 1) (1 - c_n) <= factor.
 
-    The rule as the paper states it; its published loop also decodes the one position that fails when that is the last.
+    The rule as the paper states it; its published loop also decodes the one position that fails
+    when that is the last.
     """
 
     name: ClassVar[str] = "fast_dllm_factor"

@@ -10,4 +10,6 @@ from dmax.decoding.block import Prediction
 
 def soft_feed(decoded: Tensor, prediction: Prediction, *, renormalize: bool = True) -> SoftTokens:
     """Feed `decoded` positions [B, L] bool as blends of prediction and mask by confidence (DMax, eqs. 7-10)."""
-    return SoftTokens(where=decoded, ids=prediction.ids, probs=prediction.probs, renormalize=renormalize)
+    return SoftTokens(
+        where=decoded, ids=prediction.ids, probs=prediction.probs, renormalize=renormalize
+    )

@@ -15,8 +15,8 @@ from dmax.params import check_number
 class HierarchyDecoding(Configured):
     """Decode what is sure, and the best position of every run of masks that is at least plausible.
 
-    A token in the middle of a run splits it, so that positions far apart, which depend on each other least, are
-    decoded together.
+    A token in the middle of a run splits it, so that positions far apart, which depend on each
+    other least, are decoded together.
 
     Attributes:
         threshold: confidence from which any position is decoded.

@@ -20,9 +20,10 @@ class IterSmooth(Configured):
 
         w = min(first + growth · t, weight);   decode c >= max(1 - growth · t, threshold)
 
-    SPD softens decoded positions and needs a model trained for it; this softens masked ones and needs none, but pays a
-    product over the whole vocabulary each step. t counts the steps of a block, where the published code counts those
-    of the sequence: a block then does not depend on how much was written before it.
+    SPD softens decoded positions and needs a model trained for it; this softens masked ones and
+    needs none, but pays a product over the whole vocabulary each step. t counts the steps of a
+    block, where the published code counts those of the sequence: a block then does not depend on
+    how much was written before it.
 
     Attributes:
         threshold: confidence from which a position is decoded in the end.
@@ -51,16 +52,26 @@ class IterSmooth(Configured):
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
         """One step for [B, L] positions."""
         if view.embed is None:
-            raise InputError("strategy `iter_smooth` feeds mixtures of embeddings and was given none")
-        prediction, steps = predict(view, output), view.step[:, None].float()  # [B, 1]
+            raise InputError(
+                "strategy `iter_smooth` feeds mixtures of embeddings and was given none"
+            )
+        # [B, 1]
+        prediction = predict(view, output)
+        steps = view.step[:, None].float()
         threshold = (1 - self.growth * steps).clamp(min=self.threshold)
         commit = selection.above(view.masked, prediction.confidence, threshold)
         masked = view.masked & ~commit
 
-        table = view.embed(torch.arange(output.probs.shape[-1], device=view.tokens.device))  # [V, D]
+        table = view.embed(
+            torch.arange(output.probs.shape[-1], device=view.tokens.device)
+        )  # [V, D]
         expected = output.probs.to(table.dtype) @ table  # [B, L, D]
-        share = (self.first + self.growth * steps).clamp(max=self.weight)[..., None].to(table.dtype)  # [B, 1, 1]
+        share = (
+            (self.first + self.growth * steps).clamp(max=self.weight)[..., None].to(table.dtype)
+        )  # [B, 1, 1]
         hard = view.embed(torch.where(commit, prediction.tokens, view.tokens))
         mask_embed = table[view.mask_token_id]
         embeds = torch.where(masked[..., None], mask_embed + share * expected, hard)
-        return Decision(prediction.tokens, commit, embeds=embeds, confidence=prediction.confidence), state
+        return Decision(
+            prediction.tokens, commit, embeds=embeds, confidence=prediction.confidence
+        ), state

@@ -17,11 +17,13 @@ from dmax.params import check_number
 class JointThreshold(Configured):
     """Decode masks with c >= threshold; overwrite a decoded token by another with c >= edit_threshold.
 
-    SPD edits whatever the confidence, decodes prefixes alone and feeds decoded positions softly; else the two agree.
+    SPD edits whatever the confidence, decodes prefixes alone and feeds decoded positions softly;
+    else the two agree.
 
     Attributes:
         threshold: for masks; the most confident is always decoded.
-        edit_threshold: for decoded positions; 0 edits every change of mind, None switches editing off.
+        edit_threshold: for decoded positions; 0 edits every change of mind, None switches editing
+            off.
         post_steps: further forwards once no mask is left, until one edits nothing.
     """
 
@@ -49,12 +51,20 @@ class JointThreshold(Configured):
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
         """One step for [B, L] positions."""
         prediction = predict(view, output)
-        tokens, confidence = prediction.tokens, prediction.confidence
+        tokens = prediction.tokens
+        confidence = prediction.confidence
         commit = selection.above(view.masked, confidence, self.threshold)
         if self.edit_threshold is None:
             return Decision(tokens, commit, confidence=confidence), state
-        edit = view.active & ~view.masked & (tokens != view.tokens) & (confidence >= self.edit_threshold)
+        edit = (
+            view.active
+            & ~view.masked
+            & (tokens != view.tokens)
+            & (confidence >= self.edit_threshold)
+        )
         was_full = ~view.masked.any(dim=1)
         spent = state["post_steps"] + was_full
         settled = (was_full & ~edit.any(dim=1)) | (spent >= self.post_steps)
-        return Decision(tokens, commit, edit=edit, done=settled, confidence=confidence), {"post_steps": spent}
+        return Decision(tokens, commit, edit=edit, done=settled, confidence=confidence), {
+            "post_steps": spent
+        }

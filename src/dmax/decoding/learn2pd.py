@@ -17,13 +17,15 @@ class Learn2PD(Configured):
 
         S = {i masked : sigmoid(f(c)_i) >= threshold} ∪ {argmax c}
 
-    f sees the confidences c of all positions of the block, decoded ones and the prompt's tail included. The one token a
-    step is the source's fixed schedule with a step for every position. Its end-of-text prediction, which cuts the
-    canvas, has no part here: with block diffusion, generation ends with the block that holds the EOS anyway.
+    f sees the confidences c of all positions of the block, decoded ones and the prompt's tail
+    included. The one token a step is the source's fixed schedule with a step for every position.
+    Its end-of-text prediction, which cuts the canvas, has no part here: with block diffusion,
+    generation ends with the block that holds the EOS anyway.
 
     Attributes:
         threshold: the filter's certainty from which a position is decoded.
-        head: the bundled model whose filter comes with dmax, or a trained one's file. It belongs to one model.
+        head: the bundled model whose filter comes with dmax, or a trained one's file. It belongs to
+            one model.
         filter: what was read from there.
     """
 

@@ -18,7 +18,8 @@ class FixedSchedule(Configured):
     m masks over S steps: m // S a step, one more in the first m mod S of them.
 
     Attributes:
-        steps: S, forwards for a full block; None: one token a step. The prompt's tail shortens nothing.
+        steps: S, forwards for a full block; None: one token a step. The prompt's tail shortens
+            nothing.
     """
 
     name: ClassVar[str] = "llada"

@@ -17,11 +17,13 @@ from dmax.params import check_number
 class Lookahead(ThresholdDecoding):
     """Threshold decoding with branches (arXiv 2512.16229).
 
-    After each step of the base rule, version 0 is the block as it stands, and version j decodes the j-th surest of
-    the remaining masks besides. The next forward evaluates them all; the one whose masks are surest on average goes
-    on (all decoded: 1), with the logits it got. Versions share the committed prefix and do not see each other.
+    After each step of the base rule, version 0 is the block as it stands, and version j decodes the
+    j-th surest of the remaining masks besides. The next forward evaluates them all; the one whose
+    masks are surest on average goes on (all decoded: 1), with the logits it got. Versions share the
+    committed prefix and do not see each other.
 
-    `num_forwards` counts the versions of a step as one forward, as the source does; `num_positions` counts them all.
+    `num_forwards` counts the versions of a step as one forward, as the source does; `num_positions`
+    counts them all.
 
     Attributes:
         threshold: of the base rule.
@@ -39,7 +41,8 @@ class Lookahead(ThresholdDecoding):
 
     def choose(self, view: View, output: Output) -> Tensor:
         """The version whose masks have the highest mean confidence, [B] int64; ties go to the first."""
-        masked, confidence = view.masked, best_probability(output)
+        masked = view.masked
+        confidence = best_probability(output)
         mean = (confidence * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)
         score = torch.where(masked.any(dim=1), mean, 1.0)
         return score.view(-1, self.num_branches).argmax(dim=1)

@@ -14,13 +14,15 @@ from dmax.params import check_number
 class MultiBlockSPD(SoftParallelDecoding):
     """SPD on a window of blocks; the next opens once the last is confident enough.
 
-    Every open block is decoded, revised and fed back softly as in `SoftParallelDecoding`; one ahead of an unfinished
-    block sees that block as it stands. Blocks close in order. The source publishes figures with DMax but not its
-    rule for opening a block: ours counts the positions decoded with at least `stop_confidence`.
+    Every open block is decoded, revised and fed back softly as in `SoftParallelDecoding`; one ahead
+    of an unfinished block sees that block as it stands. Blocks close in order. The source publishes
+    figures with DMax but not its rule for opening a block: ours counts the positions decoded with
+    at least `stop_confidence`.
 
     Attributes:
         blocks: open at most.
-        opens_at: share of a block's positions that must be decoded and sure before the next one opens.
+        opens_at: share of a block's positions that must be decoded and sure before the next one
+            opens.
         forces_at: the same share, from which the next one must progress at every step.
     """
 

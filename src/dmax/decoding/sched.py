@@ -22,15 +22,16 @@ Schedule = Literal["cosine", "linear", "exponential"]
 class ScheduledExit(Configured):
     """Decode one position a step; fill the block once the mean margin of its masks reaches a falling bound.
 
-    The margin is top1 - top2 in raw logits, so `high` and `low` belong to a model: `dmax.evaluation.calibrate` finds
-    them. The paper's values are for Dream and LLaDA.
+    The margin is top1 - top2 in raw logits, so `high` and `low` belong to a model:
+    `dmax.evaluation.calibrate` finds them. The paper's values are for Dream and LLaDA.
 
     Attributes:
         high: bound at the first step of a block.
         low: bound at its last.
         schedule: how the bound falls between them.
         rate: of the exponential schedule.
-        steady: leave only if no masked position changed its mind since the step before, as the published loop does.
+        steady: leave only if no masked position changed its mind since the step before, as the
+            published loop does.
     """
 
     name: ClassVar[str] = "sched"
@@ -47,7 +48,9 @@ class ScheduledExit(Configured):
         check_number("high", self.high, low=self.low)
         check_number("rate", self.rate, low=0)
         if self.schedule not in get_args(Schedule):
-            raise InputError(f"`schedule` must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}")
+            raise InputError(
+                f"`schedule` must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}"
+            )
 
     def open(self, view: View) -> State:
         """No opinion yet."""
@@ -59,9 +62,13 @@ class ScheduledExit(Configured):
         clear = mean_margin(output.logits, view.masked) >= self.bound(view.step, view.max_steps)
         if self.steady:
             clear = clear & ~(view.masked & (prediction.tokens != state["tokens"])).any(dim=1)
-        surest = selection.top(view.masked, -selection.entropy(output.logits), torch.ones_like(view.step))
+        surest = selection.top(
+            view.masked, -selection.entropy(output.logits), torch.ones_like(view.step)
+        )
         commit = torch.where(clear[:, None], view.masked, surest)
-        return Decision(prediction.tokens, commit, confidence=prediction.confidence), {"tokens": prediction.tokens}
+        return Decision(prediction.tokens, commit, confidence=prediction.confidence), {
+            "tokens": prediction.tokens
+        }
 
     def bound(self, step: Tensor, max_steps: int) -> Tensor:
         """The margin [B] asked for at `step` [B] of `max_steps`."""
@@ -69,7 +76,9 @@ class ScheduledExit(Configured):
         if self.schedule == "linear":
             return self.high + (self.low - self.high) * progress
         left = (
-            torch.exp(-self.rate * progress) if self.schedule == "exponential" else (1 + (math.pi * progress).cos()) / 2
+            torch.exp(-self.rate * progress)
+            if self.schedule == "exponential"
+            else (1 + (math.pi * progress).cos()) / 2
         )
         return self.low + (self.high - self.low) * left
 

@@ -1,8 +1,9 @@
 """Which masked positions to decode: pure functions from confidences [B, L] float32 to a set [B, L] bool.
 
-Every comparison in the package is `confidence >= threshold` (A7); a threshold is one number, or [B, 1] for one per row.
-Each function returns at least one position of every row that still has a mask, so a block always progresses; of a
-row that `forced` [B] bool excludes, one ahead of an unfinished block, it returns confident positions only.
+Every comparison in the package is `confidence >= threshold` (A7); a threshold is one number, or [B,
+1] for one per row. Each function returns at least one position of every row that still has a mask,
+so a block always progresses; of a row that `forced` [B] bool excludes, one ahead of an unfinished
+block, it returns confident positions only.
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ def _surest(masked: Tensor, confidence: Tensor) -> Tensor:
     return torch.where(masked, confidence, float("-inf")).argmax(dim=1, keepdim=True)
 
 
-def prefix(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None) -> Tensor:
+def prefix(
+    masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None
+) -> Tensor:
     """The longest run of confident masked positions from the left, else the leftmost one (DMax, section 3.2).
 
     Scanning the masked positions left to right, stop at the first below the threshold.
     """
-    seen, sure = masked.cumsum(dim=1), (masked & (confidence >= threshold)).cumsum(dim=1)
+    seen = masked.cumsum(dim=1)
+    sure = (masked & (confidence >= threshold)).cumsum(dim=1)
     return masked & (seen <= sure.clamp(min=1 if forced is None else forced[:, None]))
 
 
-def above(masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None) -> Tensor:
+def above(
+    masked: Tensor, confidence: Tensor, threshold: float | Tensor, forced: Tensor | None = None
+) -> Tensor:
     """Every confident masked position, else the most confident one (LLaDA-2.0, section 5.4)."""
-    sure, surest = confidence >= threshold, _surest(masked, confidence)
+    sure = confidence >= threshold
+    surest = _surest(masked, confidence)
     if forced is None:
         return masked & sure.scatter(1, surest, True)
     return masked & sure.scatter(1, surest, sure.gather(1, surest) | forced[:, None])
@@ -75,7 +82,8 @@ def run_maxima(masked: Tensor, confidence: Tensor) -> Tensor:
 def within_entropy(masked: Tensor, entropy: Tensor, bound: float) -> Tensor:
     """The least uncertain positions as long as the entropies [B, L] of all but the last sum to `bound` nats at most.
 
-    That sum bounds the mutual information lost by deciding them together (EB-Sampler, arXiv 2505.24857).
+    That sum bounds the mutual information lost by deciding them together (EB-Sampler, arXiv
+    2505.24857).
     """
     ranked = torch.where(masked, entropy, float("inf")).sort(dim=1).values
     before = torch.nn.functional.pad(ranked[:, :-1], (1, 0)).cumsum(dim=1)

@@ -28,8 +28,12 @@ class Configured:
         if unknown := [name for name in options if name not in own]:
             has = f"has only {', '.join(own)}" if own else "has none"
             hint = did_you_mean(unknown[0], own)
-            raise InputError(f"strategy `{cls.name}` has no option `{unknown[0]}`; it {has}", hint=hint)
-        chosen: dict[str, Any] = {name: getattr(params, name) for name in names if hasattr(params, name)} | options
+            raise InputError(
+                f"strategy `{cls.name}` has no option `{unknown[0]}`; it {has}", hint=hint
+            )
+        chosen: dict[str, Any] = {
+            name: getattr(params, name) for name in names if hasattr(params, name)
+        } | options
         if chosen.get("threshold", 0.0) is None:
             chosen["threshold"] = cls.default_threshold
         return cls(**chosen)

@@ -22,7 +22,8 @@ class SoftParallelDecoding(Configured):
         h̃_j = π_j e(y_j) + (1 - π_j) e_mask           at decoded positions, the prompt's tail excepted (8, 9)
         h_j = h̃_j / ‖h̃_j‖ · (π_j ‖e(y_j)‖ + (1 - π_j) ‖e_mask‖)                                       (10)
 
-    The first forward of a block is hard (A12). Needs a model trained for it (`dmax.training.objectives.oput_loss`).
+    The first forward of a block is hard (A12). Needs a model trained for it
+    (`dmax.training.objectives.oput_loss`).
     """
 
     name: ClassVar[str] = "spd"
@@ -45,7 +46,8 @@ class SoftParallelDecoding(Configured):
         """One step for [B, L] positions."""
         # 1. Predict every position anew.
         prediction = predict(view, output, self.top_k)
-        tokens, confidence = prediction.tokens, prediction.confidence
+        tokens = prediction.tokens
+        confidence = prediction.confidence
 
         # 2. Promote masked positions: the confident prefix, or the leftmost one.
         select = selection.prefix if self.prefix_only else selection.above
@@ -68,4 +70,6 @@ class SoftParallelDecoding(Configured):
         soft = None
         if self.soft_inputs:
             soft = feed.soft_feed(view.active > masked, prediction, renormalize=self.renormalize)
-        return Decision(tokens, promoted, edit=decoded, soft=soft, done=done, confidence=confidence), state
+        return Decision(
+            tokens, promoted, edit=decoded, soft=soft, done=done, confidence=confidence
+        ), state

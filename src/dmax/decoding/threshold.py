@@ -30,4 +30,6 @@ class ThresholdDecoding(Configured):
         prediction = predict(view, output)
         commit = selection.above(view.masked, prediction.confidence, self.threshold, view.forced)
         confidence = torch.where(view.masked, prediction.confidence, state["confidence"])
-        return Decision(prediction.tokens, commit, confidence=confidence), {"confidence": confidence}
+        return Decision(prediction.tokens, commit, confidence=confidence), {
+            "confidence": confidence
+        }

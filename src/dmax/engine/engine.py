@@ -1,8 +1,9 @@
 """The only denoise loop: prefill, denoise the open blocks of all sequences together, commit, next block.
 
-Strategies decide what to write; this file decides nothing about tokens. It keeps the promises: a sequence's blocks
-converge on their own, whatever its neighbours do; the prompt is never written; a block ends after at most its step
-cap; broken logits raise. B sequences of a step, n blocks of each that are open, L block length, V vocabulary.
+Strategies decide what to write; this file decides nothing about tokens. It keeps the promises: a
+sequence's blocks converge on their own, whatever its neighbours do; the prompt is never written; a
+block ends after at most its step cap; broken logits raise. B sequences of a step, n blocks of each
+that are open, L block length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,19 +38,22 @@ and values for itself, so that a forward of their own is cheaper for longer ones
 class Engine:
     """Decodes requests with a block-diffusion model, several at a time, each exactly as it would be alone.
 
-    `run` decodes a list of requests; a server calls `add` and `cancel` at any time and `step` as long as it `is_busy`.
+    `run` decodes a list of requests; a server calls `add` and `cancel` at any time and `step` as
+    long as it `is_busy`.
 
     Args:
         model: a block-causal model in eval mode (see `ModelRunner`).
         mask_token_id, eos_token_ids, block_length: from the checkpoint.
         max_batch_size: sequences in flight; waiting requests join as others leave.
-        max_length: positions a sequence may take; with it the memory of keys and values is planned once, at the
-            start, for `max_batch_size` sequences. None: `run` plans for the requests it is given.
-        prefill_tokens: prompt tokens encoded between two denoising steps, so that running sequences wait for no
-            prompt for long.
-        prefix_cache: blocks of prompts that are encoded once for all requests that begin alike; None: no sharing.
-        commit: how a finished block's clean keys and values are written: `cross_block`, by the next block's first
-            forward over 2L positions, or `separate`, by a forward of their own.
+        max_length: positions a sequence may take; with it the memory of keys and values is planned
+            once, at the start, for `max_batch_size` sequences. None: `run` plans for the requests
+            it is given.
+        prefill_tokens: prompt tokens encoded between two denoising steps, so that running sequences
+            wait for no prompt for long.
+        prefix_cache: blocks of prompts that are encoded once for all requests that begin alike;
+            None: no sharing.
+        commit: how a finished block's clean keys and values are written: `cross_block`, by the next
+            block's first forward over 2L positions, or `separate`, by a forward of their own.
         cuda_graphs: whether denoising steps are captured; None: on a CUDA device.
         compile_model: whether denoising forwards are compiled (see `ModelRunner`).
         clock: seconds, for deadlines.
@@ -71,10 +75,17 @@ class Engine:
         compile_model: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model, self.mask_token_id, self.eos_token_ids = model, mask_token_id, frozenset(eos_token_ids)
-        self.block_length, self.max_batch_size, self.max_length = block_length, max_batch_size, max_length
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.block_length = block_length
+        self.max_batch_size = max_batch_size
+        self.max_length = max_length
         self.prefill_tokens = max(prefill_tokens // block_length, 1) * block_length
-        self.prefix_cache, self.commit, self.cuda_graphs, self.clock = prefix_cache, commit, cuda_graphs, clock
+        self.prefix_cache = prefix_cache
+        self.commit = commit
+        self.cuda_graphs = cuda_graphs
+        self.clock = clock
         self.compile_model = compile_model
         self._flights: dict[int, Flight] = {}  # by slot
         self._lanes: dict[DecodingParams, Lane] = {}
@@ -83,12 +94,13 @@ class Engine:
         self._graphs: GraphedSteps | None = None
         self._held: list[Event] = []  # of a round that raised, for the next one
         self._errors: list[InputError] = []  # of the same round, one for each further request
-        context, vocab_size = getattr(model.config, "max_position_embeddings", None), model.config.vocab_size
+        context = getattr(model.config, "max_position_embeddings", None)
+        vocab_size = model.config.vocab_size
         self._limits = Limits(block_length, vocab_size, context, max_length)
         if max_length is not None:
             self._plan(max_batch_size, self._limits.blocks(max_length))
 
-    # --- what a server calls ------------------------------------------------------------------------------------------
+    # --- what a server calls ----------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -116,15 +128,20 @@ class Engine:
             provisional: also report every open block, at the price of copying it from the device.
 
         Raises:
-            InputError: the logits of a request are NaN. The request is gone, the others can go on; what happened to
-                them in this round comes with the next, or is raised by it.
+            InputError: the logits of a request are NaN. The request is gone, the others can go on;
+                what happened to them in this round comes with the next, or is raised by it.
         """
         if self._errors:
             raise self._errors.pop(0)
-        events, self._held = [*self._held, *self._end_early()], []
+        events = [*self._held, *self._end_early()]
+        self._held = []
         self._admit()
         self._prefill()
-        ready = {slot: f for slot, f in sorted(self._flights.items()) if slot not in self._scheduler.unfilled}
+        ready = {
+            slot: f
+            for slot, f in sorted(self._flights.items())
+            if slot not in self._scheduler.unfilled
+        }
         for slot, flags in self._denoise(ready).items():
             try:
                 events += self._settle(ready[slot], flags, provisional)
@@ -152,7 +169,9 @@ class Engine:
         if not requests:
             return
         if self.max_length is None:
-            self._plan(min(self.max_batch_size, len(requests)), max(map(self._limits.needs, requests)))
+            self._plan(
+                min(self.max_batch_size, len(requests)), max(map(self._limits.needs, requests))
+            )
         for request in requests:
             self._scheduler.add(request)
         try:
@@ -172,7 +191,7 @@ class Engine:
         for request in requests:
             self._limits.check(request)
 
-    # --- memory -------------------------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------
 
     def _plan(self, num_slots: int, capacity: int) -> None:
         """Reserve keys and values for so many sequences of so many positions, unless that much is there.
@@ -181,7 +200,8 @@ class Engine:
             InputError: it is not there, and requests in flight hold what there is.
         """
         if self._planned is not None:
-            has_slots, has_capacity = self._scheduler.num_slots, self._planned.cache.capacity
+            has_slots = self._scheduler.num_slots
+            has_capacity = self._planned.cache.capacity
             if has_capacity >= capacity and has_slots >= num_slots:
                 return
             if self.is_busy():
@@ -189,33 +209,43 @@ class Engine:
                     f"a request needs {capacity} positions, the engine has {has_capacity} while others are running",
                     hint="give the engine a `max_length`",
                 )
-            capacity, num_slots = max(capacity, has_capacity), max(num_slots, has_slots)
+            capacity = max(capacity, has_capacity)
+            num_slots = max(num_slots, has_slots)
         embeddings = self.model.get_input_embeddings().weight
         graphs = embeddings.is_cuda if self.cuda_graphs is None else self.cuda_graphs
         rows = num_slots + graphs  # the last one fills up batches
         self._planned = ModelRunner(
-            self.model, self.block_length, rows, capacity, self.mask_token_id, compiled=self.compile_model
+            self.model,
+            self.block_length,
+            rows,
+            capacity,
+            self.mask_token_id,
+            compiled=self.compile_model,
         )
         self._graphs = GraphedSteps(num_slots, capacity) if graphs else None
         self._scheduler = self._schedule(num_slots)
         self._lanes.clear()
 
     def _schedule(self, num_slots: int) -> Scheduler:
-        return Scheduler(num_slots, self.prefill_tokens, RIDING_BLOCKS * self.block_length, self.clock)
+        return Scheduler(
+            num_slots, self.prefill_tokens, RIDING_BLOCKS * self.block_length, self.clock
+        )
 
     @property
     def _runner(self) -> ModelRunner:
         assert self._planned is not None, "nothing runs before it is planned for"
         return self._planned
 
-    # --- a round ------------------------------------------------------------------------------------------------------
+    # --- a round ----------------------------------------------------------------------------------
 
     def _end_early(self) -> Iterator[Event]:
         """Finish what was cancelled or is past its deadline, running or waiting."""
         ends_early = self._scheduler.ends_early
         for slot, flight in list(self._flights.items()):
             if reason := ends_early(flight.request):
-                yield FinishedEvent(flight.request.index, flight.complete(self.eos_token_ids, reason))
+                yield FinishedEvent(
+                    flight.request.index, flight.complete(self.eos_token_ids, reason)
+                )
                 self._release(slot)
         for request in list(self._scheduler.waiting):
             if reason := ends_early(request):
@@ -230,12 +260,17 @@ class Engine:
             key = replace(request.params, seed=None, max_new_tokens=1, stop=(), deadline=None)
             if key not in self._lanes:
                 rows = len(runner.cache.lengths)
-                self._lanes[key] = Lane(key, rows, self.block_length, runner.device, tuple(self.eos_token_ids))
+                self._lanes[key] = Lane(
+                    key, rows, self.block_length, runner.device, tuple(self.eos_token_ids)
+                )
             lane = self._lanes[key]
             start = len(request.prompt_ids) // self.block_length * self.block_length
-            end, generator = self._limits.end(request), own_generator(request.params)
+            end = self._limits.end(request)
+            generator = own_generator(request.params)
             self._flights[slot] = Flight(request, lane, slot, start, end, generator)
-            lane.open(slot * lane.width, request.prompt_ids[start:], self.mask_token_id, runner.embed)
+            lane.open(
+                slot * lane.width, request.prompt_ids[start:], self.mask_token_id, runner.embed
+            )
             runner.cache.rollback(slot)
             if self.prefix_cache is not None:
                 self.prefix_cache.restore(runner.cache, slot, request.prompt_ids)
@@ -245,7 +280,8 @@ class Engine:
     def _prefill(self) -> None:
         """Encode prompts: short ones along with their first step, long ones in chunks.
 
-        One chunk if sequences are running, else all but the last chunks of the longest, so that they start as one.
+        One chunk if sequences are running, else all but the last chunks of the longest, so that
+        they start as one.
         """
         scheduler = self._scheduler
         waits = any(slot not in scheduler.unfilled for slot in self._flights)
@@ -255,13 +291,18 @@ class Engine:
                 self._let_ride(slot)
             if slots:
                 self._encode(slots, size)
-            waits = waits or bool(riders) or not any(n <= scheduler.prefill_tokens for n in scheduler.unfilled.values())
+            waits = (
+                waits
+                or bool(riders)
+                or not any(n <= scheduler.prefill_tokens for n in scheduler.unfilled.values())
+            )
             if waits or not slots:
                 return
 
     def _let_ride(self, slot: int) -> None:
         """Make what is left of a prompt blocks that go into the cache with the sequence's first step."""
-        flight, length = self._flights[slot], self.block_length
+        flight = self._flights[slot]
+        length = self.block_length
         starts = range(self._runner.cache.lengths[slot], flight.start, length)
         flight.pending = [flight.request.prompt_ids[start : start + length] for start in starts]
         flight.num_prompt = len(starts)
@@ -269,9 +310,11 @@ class Engine:
 
     def _encode(self, slots: list[int], size: int) -> None:
         """Encode the next `size` tokens of prompts in a forward of their own."""
-        runner, tokens = self._runner, []
+        runner = self._runner
+        tokens = []
         for slot in slots:
-            flight, at = self._flights[slot], runner.cache.lengths[slot]
+            flight = self._flights[slot]
+            at = runner.cache.lengths[slot]
             tokens.append(flight.request.prompt_ids[at : at + size])
             flight.counters.num_prefill_forwards += 1
         runner.prefill(slots, torch.tensor(tokens).to(runner.device))
@@ -283,7 +326,9 @@ class Engine:
     def _share_prefix(self, slot: int) -> None:
         """Keep the encoded blocks of a prompt for others that begin alike."""
         if self.prefix_cache is not None:
-            self.prefix_cache.store(self._runner.cache, slot, self._flights[slot].request.prompt_ids)
+            self.prefix_cache.store(
+                self._runner.cache, slot, self._flights[slot].request.prompt_ids
+            )
 
     def _denoise(self, ready: dict[int, Flight]) -> dict[int, list[Flags]]:
         """One forward and one decision for every open block; the only wait for the device is for the flags."""
@@ -303,8 +348,10 @@ class Engine:
 
     def _denoise_group(self, slots: list[int], versions: int) -> Tensor:
         """The step of sequences that have the same lane; `Flags` [6, R], a column for each open block."""
-        runner, flights = self._runner, [self._flights[slot] for slot in slots]
-        lane, folded = flights[0].lane, self.commit == "cross_block"
+        runner = self._runner
+        flights = [self._flights[slot] for slot in slots]
+        lane = flights[0].lane
+        folded = self.commit == "cross_block"
         committed = runner.cache.lengths
         pending = [row for flight in flights for row in flight.pending_rows(committed)]
         opened = [row for flight in flights for row in flight.open_rows(committed, versions)]
@@ -318,19 +365,23 @@ class Engine:
         if self._graphs is not None and flights[0].generator is None:
             flags = self._graphs(runner, lane, shape, rows)
         else:
-            gumbel = gumbel_noise(flights, self.block_length, self.model.config.vocab_size, runner.device)
+            gumbel = gumbel_noise(
+                flights, self.block_length, self.model.config.vocab_size, runner.device
+            )
             flags = lane.denoise(runner, shape, rows.to(runner.device), gumbel)
         for slot, flight in zip(slots, flights, strict=True):
             self._count(flight, folded)
             runner.cache.lengths[slot] += len(flight.pending) * self.block_length
             if flight.num_prompt:
                 self._share_prefix(slot)
-            flight.pending, flight.num_prompt = [], 0
+            flight.pending = []
+            flight.num_prompt = 0
         return flags
 
     def _count(self, flight: Flight, folded: bool) -> None:
         """What a step costs a request; the positions of its prompt are not counted."""
-        counters, num_finished = flight.counters, len(flight.pending) - flight.num_prompt
+        counters = flight.counters
+        num_finished = len(flight.pending) - flight.num_prompt
         counters.num_forwards += 1
         counters.num_prefill_forwards += bool(flight.num_prompt)
         counters.num_commit_forwards += bool(num_finished) and not folded
@@ -338,13 +389,17 @@ class Engine:
 
     def _settle(self, flight: Flight, flags: list[Flags], provisional: bool) -> Iterator[Event]:
         """After a step: report the open blocks, close those that are done from the first on, and open the next."""
-        lane, slot, request, counters = flight.lane, flight.slot, flight.request, flight.counters
+        lane = flight.lane
+        slot = flight.slot
+        request = flight.request
+        counters = flight.counters
         self._refuse_broken(slot, request, flags)
         counters.num_forced += sum(block.forced for block in flags)
         blocks = [slot * lane.width + place for place in flight.places[: len(flags)]]
         num_done = next((index for index, block in enumerate(flags) if not block.done), len(flags))
         for row, block in zip(blocks[:num_done], flags, strict=False):
-            event, start = flight.event(row, flight.start, "committed"), flight.start
+            event = flight.event(row, flight.start, "committed")
+            start = flight.start
             yield event
             counters.num_capped += block.capped
             flight.generated += event.token_ids
@@ -363,7 +418,9 @@ class Engine:
             return
         flight.places = flight.places[num_done : len(flags)]
         ahead = flight.start + len(flight.places) * self.block_length
-        if not flight.places or (flags[-1].opens and len(flight.places) < lane.width and ahead < flight.end):
+        if not flight.places or (
+            flags[-1].opens and len(flight.places) < lane.width and ahead < flight.end
+        ):
             place = next(place for place in range(lane.width) if place not in flight.places)
             flight.places.append(place)
             lane.open(slot * lane.width + place, (), self.mask_token_id, self._runner.embed)
@@ -377,7 +434,9 @@ class Engine:
             )
         if any(block.invalid for block in flags):
             self._release(slot)
-            raise InputError(f"strategy `{request.params.strategy}` proposed the mask token for prompt {request.index}")
+            raise InputError(
+                f"strategy `{request.params.strategy}` proposed the mask token for prompt {request.index}"
+            )
 
     def _release(self, slot: int) -> None:
         """Free a slot."""

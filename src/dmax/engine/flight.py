@@ -21,10 +21,12 @@ class Flight:
 
     Attributes:
         slot: its place in cache and lane.
-        start, end: first position of the first open block, and first position past the last block there can be.
-        places: rows of its lane, counted from the slot's first, that hold the open blocks in order; or, with a
-            branching strategy, the versions of the one open block.
-        pending: tokens of the blocks before the open ones that still need their clean keys and values.
+        start, end: first position of the first open block, and first position past the last block
+            there can be.
+        places: rows of its lane, counted from the slot's first, that hold the open blocks in order;
+            or, with a branching strategy, the versions of the one open block.
+        pending: tokens of the blocks before the open ones that still need their clean keys and
+            values.
         num_prompt: how many of these are blocks of the prompt.
     """
 
@@ -48,18 +50,25 @@ class Flight:
 
     def open_rows(self, committed: Sequence[int], versions: int) -> list[Row]:
         """The open blocks, or with several `versions` those of the one that is open."""
-        length, first = self.lane.tokens.shape[1], self.slot * self.lane.width
+        length = self.lane.tokens.shape[1]
+        first = self.slot * self.lane.width
         base = committed[self.slot] + len(self.pending) * length
         rows = [first + place for place in self.places]
         starts = [base + index * length for index in range(len(rows))]
         if versions > 1:
-            return [Row(self.slot, start, base, row) for start, row in zip(starts, rows, strict=True)]
+            return [
+                Row(self.slot, start, base, row) for start, row in zip(starts, rows, strict=True)
+            ]
         before = [-1, *rows[:-1]]
-        return [Row(self.slot, start, start, row, b) for start, row, b in zip(starts, rows, before, strict=True)]
+        return [
+            Row(self.slot, start, start, row, b)
+            for start, row, b in zip(starts, rows, before, strict=True)
+        ]
 
     def event(self, row: int, start: int, kind: Literal["provisional", "committed"]) -> BlockEvent:
         """The block in `row` of the lane, which begins at position `start`, as it stands."""
-        lane, num_prompt = self.lane, len(self.request.prompt_ids)
+        lane = self.lane
+        num_prompt = len(self.request.prompt_ids)
         first = max(num_prompt - start, 0)
         return BlockEvent(
             index=self.request.index,
@@ -74,13 +83,17 @@ class Flight:
     def has_ended(self, token_ids: Sequence[int], eos_token_ids: frozenset[int]) -> bool:
         """Whether nothing comes after the last block, these `token_ids`."""
         find_stop = self.request.find_stop
-        if self.start >= self.end or (not self.request.params.ignore_eos and eos_token_ids.intersection(token_ids)):
+        if self.start >= self.end or (
+            not self.request.params.ignore_eos and eos_token_ids.intersection(token_ids)
+        ):
             return True
         return find_stop is not None and find_stop(self.generated) is not None
 
     def complete(self, eos_token_ids: frozenset[int], early: FinishReason = "length") -> Completion:
         """What was generated: cut at the first EOS, EOS left out (A14), behind a stop text, then at the limit."""
-        ids, params, find_stop = self.generated, self.request.params, self.request.find_stop
+        ids = self.generated
+        params = self.request.params
+        find_stop = self.request.find_stop
         ends = frozenset[int]() if params.ignore_eos else eos_token_ids
         stop = next((position for position, token in enumerate(ids) if token in ends), None)
         if find_stop is not None and (found := find_stop(ids[:stop])) is not None:
@@ -102,10 +115,15 @@ def own_generator(params: DecodingParams) -> torch.Generator | None:
     return generator
 
 
-def gumbel_noise(flights: Sequence[Flight], block_length: int, vocab_size: int, device: torch.device) -> Tensor | None:
+def gumbel_noise(
+    flights: Sequence[Flight], block_length: int, vocab_size: int, device: torch.device
+) -> Tensor | None:
     """Standard Gumbel noise [R, L, V] for all open blocks, each from its request's own generator; None when greedy."""
     if flights[0].generator is None:
         return None
     shapes = [(len(flight.places), block_length, vocab_size) for flight in flights]
-    rows = [torch.empty(s).exponential_(generator=f.generator) for s, f in zip(shapes, flights, strict=True)]
+    rows = [
+        torch.empty(s).exponential_(generator=f.generator)
+        for s, f in zip(shapes, flights, strict=True)
+    ]
     return -torch.cat(rows).log().to(device)

@@ -1,9 +1,9 @@
 """Denoising steps as CUDA graphs: one launch for the some 500 kernels of a forward and its decision.
 
-A graph replays fixed addresses and shapes. What varies between steps of one shape (slots, positions, finished tokens)
-comes in through two small tensors; all else lives in tensors that the engine never moves. Batches are filled up to the
-next of a few sizes with rows of a slot that no request uses, and the span of the cache is rounded up, so that few
-graphs do.
+A graph replays fixed addresses and shapes. What varies between steps of one shape (slots,
+positions, finished tokens) comes in through two small tensors; all else lives in tensors that the
+engine never moves. Batches are filled up to the next of a few sizes with rows of a slot that no
+request uses, and the span of the cache is rounded up, so that few graphs do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class CudaCapture:
         """What replays the step and returns the same tensor every time."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and workspaces made outside the capture
+        with torch.cuda.stream(
+            side
+        ):  # kernels are compiled and workspaces made outside the capture
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -60,8 +62,8 @@ class CudaCapture:
 class GraphedSteps:
     """Steps by shape, each captured the second time it is needed.
 
-    The first time a shape comes, the step runs eagerly: a lane makes some of its tensors when its strategy first asks
-    for them, and a graph must find them where they are to stay.
+    The first time a shape comes, the step runs eagerly: a lane makes some of its tensors when its
+    strategy first asks for them, and a graph must find them where they are to stay.
 
     Args:
         spare_slot: a slot of cache and lanes that no request uses.
@@ -69,8 +71,11 @@ class GraphedSteps:
         capture: what records a step; None: `CudaCapture`.
     """
 
-    def __init__(self, spare_slot: int, capacity: int, capture: Callable[[Step], Step] | None = None) -> None:
-        self.spare_slot, self.capacity = spare_slot, capacity
+    def __init__(
+        self, spare_slot: int, capacity: int, capture: Callable[[Step], Step] | None = None
+    ) -> None:
+        self.spare_slot = spare_slot
+        self.capacity = capacity
         self._capture = CudaCapture() if capture is None else capture
         self._captured: dict[tuple[int, Shape], Captured] = {}
         self._seen: set[tuple[int, Shape]] = set()
@@ -84,9 +89,14 @@ class GraphedSteps:
             self._seen.add(key)
             return lane.denoise(runner, shape, rows.to(runner.device))[:, :num_blocks]
         if key not in self._captured:
-            # Warming up runs the step once more: on the spare slot's rows, so that no request notices.
-            idle = Rows(self._idle(lane, rows.where.shape[1]), torch.zeros_like(rows.tokens)).to(runner.device)
-            self._captured[key] = Captured(idle, self._capture(lambda: lane.denoise(runner, shape, idle)))
+            # Warming up runs the step once more: on the spare slot's rows, so that no request
+            # notices.
+            idle = Rows(self._idle(lane, rows.where.shape[1]), torch.zeros_like(rows.tokens)).to(
+                runner.device
+            )
+            self._captured[key] = Captured(
+                idle, self._capture(lambda: lane.denoise(runner, shape, idle))
+            )
         captured = self._captured[key]
         captured.rows.where.copy_(rows.where, non_blocking=True)
         captured.rows.tokens.copy_(rows.tokens, non_blocking=True)
@@ -98,7 +108,9 @@ class GraphedSteps:
         more_pending = _power_of_two(shape.num_pending) - shape.num_pending
         blocks = shape.num_open // shape.versions
         more_open = (_power_of_two(blocks) - blocks) * shape.versions
-        where = torch.cat((pending, self._idle(lane, more_pending), opened, self._idle(lane, more_open)), dim=1)
+        where = torch.cat(
+            (pending, self._idle(lane, more_pending), opened, self._idle(lane, more_open)), dim=1
+        )
         rounded = replace(
             shape,
             num_pending=shape.num_pending + more_pending,
@@ -111,7 +123,9 @@ class GraphedSteps:
 
     def _idle(self, lane: Lane, num: int) -> Tensor:
         """Rows of the spare slot, nothing committed."""
-        return torch.tensor(Row(self.spare_slot, 0, 0, self.spare_slot * lane.width))[:, None].repeat(1, num)
+        return torch.tensor(Row(self.spare_slot, 0, 0, self.spare_slot * lane.width))[
+            :, None
+        ].repeat(1, num)
 
 
 def _power_of_two(number: int) -> int:

@@ -1,6 +1,7 @@
 """The open blocks of all requests decoded in the same way, as tensors, and what one step does to them.
 
-S slots, W blocks a slot may have open (or versions of one block), B rows of a step, L block length, V vocabulary.
+S slots, W blocks a slot may have open (or versions of one block), B rows of a step, L block length,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Lane:
         self.needs_hidden_states: bool = getattr(self.strategy, "needs_hidden_states", False)
         ends = () if params.ignore_eos else sorted(eos_token_ids)
         self.eos_token_ids = torch.tensor(ends, dtype=torch.long, device=device)
-        extra = getattr(self.strategy, "extra_steps", 0)  # of strategies that go on after the last mask
+        extra = getattr(
+            self.strategy, "extra_steps", 0
+        )  # of strategies that go on after the last mask
         self.max_steps = params.max_steps_per_block or block_length * self.window.size + extra
         shape = (num_slots * self.width, block_length)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
@@ -74,7 +77,12 @@ class Lane:
         self.state: State = {}
 
     def view(
-        self, rows: Index, mask_token_id: int, embed: Any, gumbel: Tensor | None = None, forced: Tensor | None = None
+        self,
+        rows: Index,
+        mask_token_id: int,
+        embed: Any,
+        gumbel: Tensor | None = None,
+        forced: Tensor | None = None,
     ) -> View:
         """What the strategy may read of these R rows."""
         return View(
@@ -98,7 +106,11 @@ class Lane:
 
     def _settled(self, rows: Index) -> Tensor:
         """Share of each block's positions, the prompt's tail left out, that are decoded and sure, [R]."""
-        settled = self.active[rows] & ~self.masked[rows] & (self.confidence[rows] >= self.window.settled_at)
+        settled = (
+            self.active[rows]
+            & ~self.masked[rows]
+            & (self.confidence[rows] >= self.window.settled_at)
+        )
         active = self.active[rows].sum(dim=-1)
         return torch.where(active > 0, settled.sum(dim=-1) / active.clamp(min=1), 1.0)
 
@@ -106,7 +118,9 @@ class Lane:
         """Open a block that begins with the `known` tokens (the prompt's tail) and is masked from there on."""
         self.tokens[row] = mask_token_id
         self.tokens[row, : len(known)] = torch.tensor(known, dtype=torch.long)
-        self.masked[row] = torch.arange(self.masked.shape[1], device=self.masked.device) >= len(known)
+        self.masked[row] = torch.arange(self.masked.shape[1], device=self.masked.device) >= len(
+            known
+        )
         self.active[row] = self.masked[row]
         self.step[row] = 0
         self.confidence[row] = 0
@@ -122,7 +136,9 @@ class Lane:
             return torch.where(first, embed(self.tokens[rows]), self.embeds[rows])
         return embed_tokens(embed, self.tokens[rows], _rows(self.soft, rows), mask_token_id)
 
-    def denoise(self, runner: ModelRunner, shape: Shape, rows: Rows, gumbel: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, runner: ModelRunner, shape: Shape, rows: Rows, gumbel: Tensor | None = None
+    ) -> Tensor:
         """The device's part of a step: a forward over the blocks, a decision, and what becomes of the open ones.
 
         Nothing here waits for the device or depends on values, so a CUDA graph can hold it.
@@ -139,7 +155,8 @@ class Lane:
         places, before = rows.where[3:, shape.num_pending :]
         aligned = shape.aligned and self.num_branches == 1
         opened: Index = slice(0, shape.num_open) if aligned else places
-        mask_token_id, embed = runner.mask_token_id, runner.embed
+        mask_token_id = runner.mask_token_id
+        embed = runner.embed
         embeds = self.inputs(opened, mask_token_id, embed)
         output = runner.denoise(shape, rows, embeds, self.needs_hidden_states)
         view = self.view(opened, mask_token_id, embed, gumbel, self._forced(before))
@@ -154,20 +171,28 @@ class Lane:
         decision, state = self.strategy.step(view, output, state)
         result = apply(view, decision, self.max_steps)
         held = rows[::versions] if isinstance(rows, Tensor) else rows
-        self.tokens[held], self.masked[held], self.step[held] = result.tokens, result.masked, view.step + 1
+        self.tokens[held] = result.tokens
+        self.masked[held] = result.masked
+        self.step[held] = view.step + 1
         self._store_state(held, state)
         self._store_feed(held, decision.soft, decision.embeds)
         if decision.confidence is not None:
             self.confidence[held] = decision.confidence.float()
         if self.num_branches > 1 and isinstance(held, Tensor):
             branch(self, held, decision, result, output)
-        return torch.stack((result.done, result.forced, result.capped, result.invalid, broken, self._opens(held)))
+        return torch.stack(
+            (result.done, result.forced, result.capped, result.invalid, broken, self._opens(held))
+        )
 
     def _opens(self, rows: Index) -> Tensor:
         """Whether the block after each of the rows may open, [B]."""
         if self.window.size == 1:
             return torch.zeros_like(self.masked[rows, 0])
-        ends = (torch.isin(self.tokens[rows], self.eos_token_ids) & self.active[rows] & ~self.masked[rows]).any(dim=1)
+        ends = (
+            torch.isin(self.tokens[rows], self.eos_token_ids)
+            & self.active[rows]
+            & ~self.masked[rows]
+        ).any(dim=1)
         return (self._settled(rows) >= self.window.opens_at) & ~ends
 
     def _store_state(self, rows: Index, state: State) -> None:
@@ -188,9 +213,18 @@ class Lane:
         if self.soft is None:
             shape = (len(self.tokens), *soft.ids.shape[1:])
             nowhere = torch.zeros_like(self.masked)
-            self.soft = replace(soft, where=nowhere, ids=soft.ids.new_zeros(shape), probs=soft.probs.new_zeros(shape))
-        self.soft.where[rows], self.soft.ids[rows], self.soft.probs[rows] = soft.where, soft.ids, soft.probs
+            self.soft = replace(
+                soft,
+                where=nowhere,
+                ids=soft.ids.new_zeros(shape),
+                probs=soft.probs.new_zeros(shape),
+            )
+        self.soft.where[rows] = soft.where
+        self.soft.ids[rows] = soft.ids
+        self.soft.probs[rows] = soft.probs
 
 
 def _rows(soft: SoftTokens | None, rows: Index) -> SoftTokens | None:
-    return soft and replace(soft, where=soft.where[rows], ids=soft.ids[rows], probs=soft.probs[rows])
+    return soft and replace(
+        soft, where=soft.where[rows], ids=soft.ids[rows], probs=soft.probs[rows]
+    )

@@ -43,10 +43,17 @@ class Limits:
         if not request.prompt_ids:
             raise InputError(f"prompt {request.index} is empty", hint="give at least one token")
         if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
-            raise InputError(f"prompt {request.index} holds a token id outside the vocabulary of {self.vocab_size}")
+            raise InputError(
+                f"prompt {request.index} holds a token id outside the vocabulary of {self.vocab_size}"
+            )
         self._check_room(request, self.end(request), "the model has", self.context)
         if self.planned is not None:
-            self._check_room(request, self.needs(request), "the engine was planned for", self.blocks(self.planned))
+            self._check_room(
+                request,
+                self.needs(request),
+                "the engine was planned for",
+                self.blocks(self.planned),
+            )
 
     def _check_room(self, request: Request, needed: int, who: str, room: int | None) -> None:
         if room is not None and needed > room:

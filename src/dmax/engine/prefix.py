@@ -1,7 +1,8 @@
 """Keys and values of prompt blocks that were encoded before: the same system prompt is encoded once.
 
-Under block-causal attention a block's keys and values depend on the tokens up to its end alone, so they can be shared
-by all prompts that begin alike. Blocks form a tree: each is known by the block before it and its own tokens.
+Under block-causal attention a block's keys and values depend on the tokens up to its end alone, so
+they can be shared by all prompts that begin alike. Blocks form a tree: each is known by the block
+before it and its own tokens.
 """
 
 from __future__ import annotations
@@ -36,23 +37,29 @@ class Node:
 class PrefixCache:
     """Blocks by content, at most `max_bytes` of them; what was used least recently goes first, leaves before stems.
 
-    Whether a prefix comes from here or is encoded anew changes keys and values by rounding at most, as the shapes of
-    the two computations differ.
+    Whether a prefix comes from here or is encoded anew changes keys and values by rounding at most,
+    as the shapes of the two computations differ.
     """
 
     def __init__(self, block_length: int, max_bytes: int) -> None:
-        self.block_length, self.max_bytes = block_length, max_bytes
+        self.block_length = block_length
+        self.max_bytes = max_bytes
         self.num_bytes = self.hits = self.misses = 0
-        self._nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = OrderedDict()  # by parent's number and tokens
+        self._nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = (
+            OrderedDict()
+        )  # by parent's number and tokens
         self._next = ROOT + 1
 
     def restore(self, cache: BlockCache, slot: int, prompt_ids: Sequence[int]) -> int:
         """Copy the known leading blocks of a prompt into an empty slot and commit them; how many tokens that are."""
         known = list(self._walk(prompt_ids))
         num_blocks = len(prompt_ids) // self.block_length
-        self.hits, self.misses = self.hits + len(known), self.misses + num_blocks - len(known)
+        self.hits = self.hits + len(known)
+        self.misses = self.misses + num_blocks - len(known)
         if known:
-            cache.write(slot, torch.cat([n.keys for n in known], 1), torch.cat([n.values for n in known], 1))
+            cache.write(
+                slot, torch.cat([n.keys for n in known], 1), torch.cat([n.values for n in known], 1)
+            )
         return len(known) * self.block_length
 
     def store(self, cache: BlockCache, slot: int, token_ids: Sequence[int]) -> None:
@@ -71,12 +78,16 @@ class PrefixCache:
                 above.num_children += 1
             self._nodes[key] = node
             self.num_bytes += node.num_bytes
-            self._next, parent, above = self._next + 1, node.number, node
+            self._next = self._next + 1
+            parent = node.number
+            above = node
 
     def _walk(self, token_ids: Sequence[int]) -> Iterator[Node]:
         """The known blocks that the tokens begin with; using them makes them recent."""
         parent = ROOT
-        for start in range(0, len(token_ids) // self.block_length * self.block_length, self.block_length):
+        for start in range(
+            0, len(token_ids) // self.block_length * self.block_length, self.block_length
+        ):
             key = (parent, tuple(token_ids[start : start + self.block_length]))
             node = self._nodes.get(key)
             if node is None:

@@ -20,7 +20,8 @@ class Request:
         index: the caller's number for it, no two in flight alike; events carry it.
         prompt_ids: token ids of the prompt.
         params: how to decode.
-        find_stop: given the tokens generated so far, how many of them to keep if they hold a stop string, else None.
+        find_stop: given the tokens generated so far, how many of them to keep if they hold a stop
+            string, else None.
     """
 
     index: int
@@ -35,11 +36,15 @@ class Counters:
 
     Attributes:
         num_forwards: denoising forwards, one per step of a block.
-        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first denoising forward.
-        num_commit_forwards: forwards that only wrote a finished block's keys and values (0 with cross-block commits).
-        num_positions: positions that went through the model in denoising and commit forwards: those of every open
-            block and of every version of it, and of finished blocks on their way into the cache.
-        num_forced: steps where the strategy committed nothing and the engine decoded a token to make progress.
+        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first
+            denoising forward.
+        num_commit_forwards: forwards that only wrote a finished block's keys and values (0 with
+            cross-block commits).
+        num_positions: positions that went through the model in denoising and commit forwards: those
+            of every open block and of every version of it, and of finished blocks on their way into
+            the cache.
+        num_forced: steps where the strategy committed nothing and the engine decoded a token to
+            make progress.
         num_capped: blocks closed by the step cap.
     """
 
@@ -56,9 +61,10 @@ class Completion:
     """A finished request.
 
     Attributes:
-        token_ids: generated, cut at the first EOS (unless it is ignored), behind a stop string, and at the limit.
-        finish_reason: "stop" (EOS or a stop string), "length", "deadline" or "cancelled"; the last two hold the
-            blocks that were finished by then.
+        token_ids: generated, cut at the first EOS (unless it is ignored), behind a stop string, and
+            at the limit.
+        finish_reason: "stop" (EOS or a stop string), "length", "deadline" or "cancelled"; the last
+            two hold the blocks that were finished by then.
         counters: what it cost.
     """
 

@@ -60,7 +60,8 @@ class Shape:
         versions: how many versions of each block these are.
         span: positions of the cache that are read.
         in_order: the slots are 0, 1, 2, …, each with one row.
-        aligned: the open blocks are the lane's rows 0, 1, 2, …: they are read and written without an index.
+        aligned: the open blocks are the lane's rows 0, 1, 2, …: they are read and written without
+            an index.
     """
 
     num_pending: int

@@ -39,14 +39,15 @@ class ModelRunner:
     """A block-causal model over a `BlockCache`.
 
     Args:
-        model: takes `inputs_embeds`, a bool mask, position ids and a cache; has `base_model` and input embeddings.
-            With `has_linear_head` its logits are its last hidden states times the output embeddings, and where only
-            the best tokens are wanted no logits are made.
+        model: takes `inputs_embeds`, a bool mask, position ids and a cache; has `base_model` and
+            input embeddings. With `has_linear_head` its logits are its last hidden states times the
+            output embeddings, and where only the best tokens are wanted no logits are made.
         block_length: L, blocks are aligned to absolute multiples of it.
         num_slots: sequences in flight.
         capacity: positions per sequence, a multiple of L.
         mask_token_id: MASK.
-        compiled: whether denoising forwards are compiled: one row by itself, and any number of them together.
+        compiled: whether denoising forwards are compiled: one row by itself, and any number of them
+            together.
     """
 
     def __init__(
@@ -59,10 +60,15 @@ class ModelRunner:
         *,
         compiled: bool = False,
     ) -> None:
-        config, weight = model.config, model.get_input_embeddings().weight
+        config = model.config
+        weight = model.get_input_embeddings().weight
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.model, self.block_length, self.mask_token_id = model, block_length, mask_token_id
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        self.model = model
+        self.block_length = block_length
+        self.mask_token_id = mask_token_id
         self.device = weight.device
         self._causal = block_causal(block_length)
         self.embed: Embed = model.get_input_embeddings()
@@ -86,14 +92,17 @@ class ModelRunner:
         self.cache.commit(slots, [self.cache.lengths[slot] + tokens.shape[1] for slot in slots])
 
     @torch.no_grad()
-    def denoise(self, shape: Shape, rows: Rows, embeds: Tensor, hidden_states: bool = False) -> Output:
+    def denoise(
+        self, shape: Shape, rows: Rows, embeds: Tensor, hidden_states: bool = False
+    ) -> Output:
         """One forward over any blocks of any sequences; what the model says of the R open ones, [R, L, V].
 
-        A row is a block. It sees what its sequence has in the cache before its base, and itself. Layer by layer all
-        rows write their keys and values before any reads, so a block sees the blocks before it although they are rows
-        of the same forward: settled ones on their way into the cache, of the prompt or finished (the published
-        cross-block commit, A13), and open ones of a window. A row that stands behind its base is a further version of
-        the block there: it takes that block's positions, and none sees the other.
+        A row is a block. It sees what its sequence has in the cache before its base, and itself.
+        Layer by layer all rows write their keys and values before any reads, so a block sees the
+        blocks before it although they are rows of the same forward: settled ones on their way into
+        the cache, of the prompt or finished (the published cross-block commit, A13), and open ones
+        of a window. A row that stands behind its base is a further version of the block there: it
+        takes that block's positions, and none sees the other.
 
         Args:
             shape: see `Shape`.
@@ -127,7 +136,9 @@ class ModelRunner:
 
     def _place(self, shape: Shape, rows: Rows) -> Place:
         slots, starts, bases, *_ = rows.where
-        return Place(slots, starts, bases, torch.arange(shape.span, device=self.device), shape.in_order)
+        return Place(
+            slots, starts, bases, torch.arange(shape.span, device=self.device), shape.in_order
+        )
 
     def _encode(self, embeds: Tensor, place: Place) -> Tensor:
         """The layers alone, [N, L, D] to [N, L, D], as a function of tensors: what is compiled."""
@@ -137,9 +148,14 @@ class ModelRunner:
     def _inputs(self, embeds: Tensor, place: Place) -> dict[str, Any]:
         """The model's arguments for inputs [N, L, D]."""
         slots, starts, bases, keys, in_order = place
-        window = CacheWindow(self.cache, slots, starts, self.block_length, len(keys), in_order, bases)
-        first, bases = starts[:, None], bases[:, None]
-        visible = (keys < bases) | ((keys >= first) & (keys < first + self.block_length))  # [N, span]
+        window = CacheWindow(
+            self.cache, slots, starts, self.block_length, len(keys), in_order, bases
+        )
+        first = starts[:, None]
+        bases = bases[:, None]
+        visible = (keys < bases) | (
+            (keys >= first) & (keys < first + self.block_length)
+        )  # [N, span]
         mask = visible[:, None, None].expand(-1, 1, self.block_length, -1)
         return _arguments(embeds, mask, window.positions - first + bases, window)
 
@@ -149,12 +165,21 @@ class ModelRunner:
         def best(k: int) -> Candidates:
             found = head_top_k(hidden.flatten(0, 1), head, k, self.mask_token_id)
             shape = hidden.shape[:2]
-            return Candidates(found.ids.view(*shape, -1), found.probs.view(*shape, -1), found.broken.view(shape))
+            return Candidates(
+                found.ids.view(*shape, -1), found.probs.view(*shape, -1), found.broken.view(shape)
+            )
 
-        return Output(lambda: F.linear(hidden, head), self.mask_token_id, candidates=best, hidden_states=hidden)
+        return Output(
+            lambda: F.linear(hidden, head),
+            self.mask_token_id,
+            candidates=best,
+            hidden_states=hidden,
+        )
 
 
-def _arguments(embeds: Tensor, mask: Tensor, positions: Tensor, window: CacheWindow) -> dict[str, Any]:
+def _arguments(
+    embeds: Tensor, mask: Tensor, positions: Tensor, window: CacheWindow
+) -> dict[str, Any]:
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
     return inputs | {"past_key_values": window}
 

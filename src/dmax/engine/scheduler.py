@@ -20,11 +20,17 @@ class Scheduler:
         clock: seconds, for deadlines.
     """
 
-    def __init__(self, num_slots: int, prefill_tokens: int, riding_tokens: int, clock: Callable[[], float]) -> None:
-        self.num_slots, self.prefill_tokens, self.clock = num_slots, prefill_tokens, clock
+    def __init__(
+        self, num_slots: int, prefill_tokens: int, riding_tokens: int, clock: Callable[[], float]
+    ) -> None:
+        self.num_slots = num_slots
+        self.prefill_tokens = prefill_tokens
+        self.clock = clock
         self.riding_tokens = min(riding_tokens, prefill_tokens)
         self.waiting: deque[Request] = deque()
-        self.unfilled: dict[int, int] = {}  # by slot in order of admission, prompt tokens still to encode
+        self.unfilled: dict[
+            int, int
+        ] = {}  # by slot in order of admission, prompt tokens still to encode
         self._free = list(range(num_slots))
         self._submitted: dict[int, float] = {}  # by request
         self._cancelled: set[int] = set()
@@ -68,14 +74,19 @@ class Scheduler:
     def next_prompts(self, running: bool) -> tuple[list[int], list[int], int]:
         """What is encoded next, in order of admission and at most `prefill_tokens` of it.
 
-        Short prompts ride along with the first step of their sequence; if none is `running` and not all can, none does,
-        so that they start together. Of the others the first encodes a chunk in a forward of its own, which further
-        ones with a chunk of the same length share: no row is padded, and none depends on its neighbours.
+        Short prompts ride along with the first step of their sequence; if none is `running` and not
+        all can, none does, so that they start together. Of the others the first encodes a chunk in
+        a forward of its own, which further ones with a chunk of the same length share: no row is
+        padded, and none depends on its neighbours.
 
         Returns:
-            Slots whose prompts ride, slots that share a chunk, and the number of tokens that each of these encodes.
+            Slots whose prompts ride, slots that share a chunk, and the number of tokens that each
+            of these encodes.
         """
-        riders, chunk, size, room = list[int](), list[int](), 0, self.prefill_tokens
+        riders = list[int]()
+        chunk = list[int]()
+        size = 0
+        room = self.prefill_tokens
         may_ride = running or sum(self.unfilled.values()) <= room
         for slot, left in self.unfilled.items():
             num = min(left, self.prefill_tokens)

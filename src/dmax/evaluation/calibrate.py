@@ -31,7 +31,8 @@ class Calibration:
         high, low: options of `sched`.
         num_blocks: blocks they were chosen on.
         premature: share of these that would be left before all predictions were final.
-        forwards_per_block: with these bounds, mean; `sequential_forwards_per_block`: at one token a step.
+        forwards_per_block: with these bounds, mean; `sequential_forwards_per_block`: at one token a
+            step.
     """
 
     high: float
@@ -58,13 +59,18 @@ class Margins:
 
 
 def calibrate(
-    llm: LLM, prompts: Sequence[Prompt], *, risk: float = 0.05, ratio: float = 1 / 3, max_new_tokens: int = 256
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    *,
+    risk: float = 0.05,
+    ratio: float = 1 / 3,
+    max_new_tokens: int = 256,
 ) -> Calibration:
     """Bounds of the cosine schedule at which at most a share `risk` of the blocks changes for leaving early.
 
-    The prompts are answered one token a step, in `sched`'s order. Leaving is premature while a mask's prediction
-    differs from the token that it got in the end; see `choose` for the rule. Risk is of a *change*: another wording
-    counts as one, so accuracy falls by less.
+    The prompts are answered one token a step, in `sched`'s order. Leaving is premature while a
+    mask's prediction differs from the token that it got in the end; see `choose` for the rule. Risk
+    is of a *change*: another wording counts as one, so accuracy falls by less.
 
     Args:
         llm: the model.
@@ -78,7 +84,9 @@ def calibrate(
     """
     check_number("risk", risk, low=0, high=1)
     check_number("ratio", ratio, low=0, high=1)
-    params = DecodingParams(strategy="sched", max_new_tokens=max_new_tokens, options={"high": NEVER, "low": NEVER})
+    params = DecodingParams(
+        strategy="sched", max_new_tokens=max_new_tokens, options={"high": NEVER, "low": NEVER}
+    )
     outputs = llm.generate(list(prompts), params)
     answers = [
         Encoded(list(output.prompt_token_ids), list(output.token_ids))
@@ -97,18 +105,25 @@ def calibrate(
 def record(llm: LLM, answers: Sequence[Encoded]) -> Margins:
     """Margins at every step of decoding these answers, least uncertain position first."""
     checkpoint = llm.checkpoint
-    special = Special(checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0])
+    special = Special(
+        checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0]
+    )
 
     def surest(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         entropy = selection.entropy(Output(logits, special.mask_token_id).logits)
-        return selection.top(masked, -entropy, torch.ones(len(masked), dtype=torch.long, device=masked.device))
+        return selection.top(
+            masked, -entropy, torch.ones(len(masked), dtype=torch.long, device=masked.device)
+        )
 
-    ordered, found = sorted(answers, key=len), []
+    ordered = sorted(answers, key=len)
+    found = []
     for first in range(0, len(ordered), RECORDED_TOGETHER):
         blocks = Blocks(llm.model, ordered[first : first + RECORDED_TOGETHER], special)
         length = special.block_length
         shape = (length, len(blocks.final))
-        margin, final, open_ = torch.zeros(shape), torch.ones(shape, dtype=torch.bool), torch.zeros(shape).bool()
+        margin = torch.zeros(shape)
+        final = torch.ones(shape, dtype=torch.bool)
+        open_ = torch.zeros(shape).bool()
         for step, (masked, logits) in enumerate(replay(blocks, surest)):
             output = Output(logits, special.mask_token_id)
             margin[step] = mean_margin(output.logits, masked).cpu()
@@ -122,15 +137,20 @@ def record(llm: LLM, answers: Sequence[Encoded]) -> Margins:
 def choose(margins: Margins, block_length: int, *, risk: float, ratio: float) -> Calibration:
     """`high` is just above the (1 - risk) quantile, over blocks, of the highest one that they would leave too early at.
 
-    With bound(t) = high · s(t), s the schedule from 1 to `ratio`, a block is left too early if its margin m_t reaches
-    the bound at a step t whose predictions are not final yet: if max over those t of m_t / s(t) >= high. The quantile
-    of these maxima is therefore exact on the blocks it was taken on, and `low` = ratio · high.
+    With bound(t) = high · s(t), s the schedule from 1 to `ratio`, a block is left too early if its
+    margin m_t reaches the bound at a step t whose predictions are not final yet: if max over those
+    t of m_t / s(t) >= high. The quantile of these maxima is therefore exact on the blocks it was
+    taken on, and `low` = ratio · high.
     """
     steps = torch.arange(len(margins.margin))
     shape = ScheduledExit(high=1.0, low=ratio).bound(steps, block_length)[:, None]  # [T, 1]
-    too_early = torch.where(margins.open & ~margins.final, margins.margin / shape.clamp(min=1e-6), 0.0)
+    too_early = torch.where(
+        margins.open & ~margins.final, margins.margin / shape.clamp(min=1e-6), 0.0
+    )
     highest = too_early.max(dim=0).values  # [N]
-    rank = max(math.ceil(len(highest) * (1 - risk) - 1e-9) - 1, 0)  # so that at most risk · N lie above
+    rank = max(
+        math.ceil(len(highest) * (1 - risk) - 1e-9) - 1, 0
+    )  # so that at most risk · N lie above
     high = (math.floor(highest.sort().values[rank].item() * PLACES) + 1) / PLACES
     leaves = margins.open & (margins.margin >= high * shape)
     sequential = margins.open.sum(dim=0)  # [N], steps

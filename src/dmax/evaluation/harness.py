@@ -1,7 +1,8 @@
 """The model `dmax` of lm-evaluation-harness: its tasks, prompts and scoring, our decoding and our counts.
 
-lm_eval up to release 0.4.13 knows the models of its own source alone, so `dmax lm_eval …` is `lm_eval …` with this one
-registered; later ones find it through the entry-point group `lm_eval.models`.
+lm_eval up to release 0.4.13 knows the models of its own source alone, so `dmax lm_eval …` is
+`lm_eval …` with this one registered; later ones find it through the entry-point group
+`lm_eval.models`.
 """
 
 from __future__ import annotations
@@ -30,17 +31,34 @@ try:
     from lm_eval.utils import simple_parse_args_string
     from tqdm import tqdm
 except ImportError as error:
-    raise InputError(f"lm-evaluation-harness cannot be used: {error}", hint='pip install "dmax[eval]"') from None
+    raise InputError(
+        f"lm-evaluation-harness cannot be used: {error}", hint='pip install "dmax[eval]"'
+    ) from None
 
-logger = logging.getLogger("lm_eval.models.dmax")  # lm_eval shows what is logged under its own name alone
+logger = logging.getLogger(
+    "lm_eval.models.dmax"
+)  # lm_eval shows what is logged under its own name alone
 
-# What a task says in its `generation_kwargs`, and `--gen_kwargs` in its place; the rest is said in `--model_args`.
+# What a task says in its `generation_kwargs`, and `--gen_kwargs` in its place; the rest is said in
+# `--model_args`.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-GREEDY_IGNORES = {"top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None)}  # and the values that change nothing
+GREEDY_IGNORES = {
+    "top_p": (1, None),
+    "top_k": (0, -1, None),
+    "min_p": (0, None),
+}  # and the values that change nothing
 NEVER = {"num_beams": (1, None), "repetition_penalty": (1, None)}
 FROM_TASK = ("until", "do_sample", "temperature", *LENGTHS)
 SETTINGS = tuple(f.name for f in fields(DecodingParams) if f.name not in ("options", "temperature"))
-LOADING = ("pretrained", "dtype", "device", "mask_token_id", "eos_token_id", "batch_size", "max_batch_size")
+LOADING = (
+    "pretrained",
+    "dtype",
+    "device",
+    "mask_token_id",
+    "eos_token_id",
+    "batch_size",
+    "max_batch_size",
+)
 
 
 def costs(outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
@@ -66,30 +84,40 @@ def model_settings(given: Mapping[str, Any]) -> DecodingParams:
     Raises:
         InputError: an argument that does not exist, or a value that does not fit.
     """
-    options = {name.removeprefix("option."): value for name, value in given.items() if name.startswith("option.")}
+    options = {
+        name.removeprefix("option."): value
+        for name, value in given.items()
+        if name.startswith("option.")
+    }
     chosen = {name: value for name, value in given.items() if not name.startswith("option.")}
     if "temperature" in chosen:
         raise InputError(
-            "`temperature` is a task's matter, not a model argument", hint="--gen_kwargs do_sample=true,temperature=0.8"
+            "`temperature` is a task's matter, not a model argument",
+            hint="--gen_kwargs do_sample=true,temperature=0.8",
         )
     for name in chosen.keys() - set(SETTINGS):
         valid = (*LOADING, *SETTINGS, "option.NAME")
         raise InputError(
-            f"unknown model argument `{name}`; choose from {', '.join(valid)}", hint=did_you_mean(name, valid)
+            f"unknown model argument `{name}`; choose from {', '.join(valid)}",
+            hint=did_you_mean(name, valid),
         )
     params = DecodingParams(**chosen, options=options)
     get_strategy(params)  # an unknown strategy or option is an error before the model is loaded
     return params
 
 
-def request_settings(given: Mapping[str, Any], base: DecodingParams) -> tuple[DecodingParams, list[str]]:
+def request_settings(
+    given: Mapping[str, Any], base: DecodingParams
+) -> tuple[DecodingParams, list[str]]:
     """Parameters and stop strings of one request: what its task says goes before what the model was given.
 
     Raises:
         InputError: the task asks for something that decoding does not have.
     """
     for name in given.keys() - {*FROM_TASK, *GREEDY_IGNORES, *NEVER}:
-        raise InputError(f"unknown generation argument `{name}`; choose from {', '.join(FROM_TASK)}")
+        raise InputError(
+            f"unknown generation argument `{name}`; choose from {', '.join(FROM_TASK)}"
+        )
     temperature = given.get("temperature")
     if given.get("do_sample") is False:
         temperature = 0.0
@@ -104,13 +132,19 @@ def request_settings(given: Mapping[str, Any], base: DecodingParams) -> tuple[De
             )
     until = given.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
-    length = next((given[name] for name in LENGTHS if given.get(name) is not None), base.max_new_tokens)
-    return replace(base, temperature=temperature, max_new_tokens=length), [stop for stop in stops if stop]
+    length = next(
+        (given[name] for name in LENGTHS if given.get(name) is not None), base.max_new_tokens
+    )
+    return replace(base, temperature=temperature, max_new_tokens=length), [
+        stop for stop in stops if stop
+    ]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
     """The text up to the first stop string in it."""
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
+    return text[
+        : min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))
+    ]
 
 
 @register_model("dmax")
@@ -123,10 +157,12 @@ class DMaxLM(LM):
         batch_size: sequences decoded together; "auto" is `LLM`'s default, or `max_batch_size`.
         max_batch_size: for `batch_size="auto"`.
         trust_remote_code: has no effect, dmax runs none.
-        settings: fields of `DecodingParams` but for the temperature, which is a task's matter; `option.NAME`.
+        settings: fields of `DecodingParams` but for the temperature, which is a task's matter;
+            `option.NAME`.
 
     Raises:
-        InputError: an argument that does not exist, a value that does not fit, or a model without a tokenizer.
+        InputError: an argument that does not exist, a value that does not fit, or a model without a
+            tokenizer.
     """
 
     def __init__(
@@ -158,14 +194,20 @@ class DMaxLM(LM):
         self._is_templated = False
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> Self:
         """The model of `--model_args`; these go before what lm_eval adds of its own."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Self:
         """As `create_from_arg_string`, from a dictionary."""
-        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        added = {
+            name: value for name, value in (additional_config or {}).items() if value is not None
+        }
         if str(added.get("device")).startswith("cuda") and not torch.cuda.is_available():
             del added["device"]  # lm_eval's default, on any machine
         return cls(**added | arg_dict)
@@ -175,22 +217,30 @@ class DMaxLM(LM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions of `(context, generation_kwargs)` requests, each cut at its first stop string."""
         if self.tokenizer.chat_template and not self._is_templated:
-            logger.warning("this model has a chat template and the prompts are raw; --apply_chat_template applies it")
+            logger.warning(
+                "this model has a chat template and the prompts are raw; --apply_chat_template applies it"
+            )
         settings = self._settings(requests)  # of all requests, before the first is decoded
         texts: list[str] = []
         size = 4 * self.llm.max_batch_size
         with tqdm(total=len(requests), disable=disable_tqdm, desc="dmax") as bar:
             for start in range(0, len(requests), size):
-                chunk, own = requests[start : start + size], settings[start : start + size]
+                chunk = requests[start : start + size]
+                own = settings[start : start + size]
                 params = [each for each, _ in own]
-                prompts = [self._encode(request.args[0], each) for request, each in zip(chunk, params, strict=True)]
+                prompts = [
+                    self._encode(request.args[0], each)
+                    for request, each in zip(chunk, params, strict=True)
+                ]
                 outputs = self.llm.generate(prompts, params)
                 for request, output, (_, stops) in zip(chunk, outputs, own, strict=True):
                     texts.append(cut(output.text, stops))
                     self._outputs[str(request.task_name)].append(output)
                     self.cache_hook.add_partial("generate_until", request.args, texts[-1])
                 bar.update(len(chunk))
-        logger.info("%(generated_tokens)d tokens in %(num_forwards)d forwards, TPF %(tpf).2f", self._total())
+        logger.info(
+            "%(generated_tokens)d tokens in %(num_forwards)d forwards, TPF %(tpf).2f", self._total()
+        )
         return texts
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
@@ -204,7 +254,9 @@ class DMaxLM(LM):
         """Refused as `loglikelihood`."""
         self.loglikelihood(requests)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A conversation as the text of a prompt; without a generation prompt the last message is to be continued."""
         self._is_templated = True
         return str(
@@ -221,8 +273,13 @@ class DMaxLM(LM):
         if isinstance(chat_template, str):
             raise InputError(f"chat templates by name, like {chat_template!r}, are not supported")
         if chat_template and not self.tokenizer.chat_template:
-            raise InputError(f"{self.llm.checkpoint.path} has no chat template", hint="leave out --apply_chat_template")
-        self._is_templated = bool(chat_template)  # also where lm_eval has the prompts in its cache of requests
+            raise InputError(
+                f"{self.llm.checkpoint.path} has no chat template",
+                hint="leave out --apply_chat_template",
+            )
+        self._is_templated = bool(
+            chat_template
+        )  # also where lm_eval has the prompts in its cache of requests
         return str(self.tokenizer.chat_template) if chat_template else ""
 
     @property
@@ -265,7 +322,8 @@ class DMaxLM(LM):
 
     def _settings(self, requests: Sequence[Any]) -> list[tuple[DecodingParams, list[str]]]:
         """Of every request; lm_eval asks for several samples by repeating one, and each gets a seed of its own."""
-        found, copies = [], Counter[int]()
+        found = []
+        copies = Counter[int]()
         for request in requests:
             params, stops = request_settings(request.args[1], self.params)
             if params.seed is not None:
@@ -282,7 +340,9 @@ class DMaxLM(LM):
         if self.max_length is None:
             return ids
         block = params.block_length or self.llm.checkpoint.block_length
-        room = self.max_length // block * block - params.max_new_tokens  # the last block is decoded whole
+        room = (
+            self.max_length // block * block - params.max_new_tokens
+        )  # the last block is decoded whole
         if 0 < room < len(ids):
             self._truncated += 1
             logger.warning("a prompt of %d tokens was cut to its last %d", len(ids), room)

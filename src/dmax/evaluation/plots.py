@@ -10,10 +10,22 @@ from typing import Any
 from dmax.errors import InputError
 from dmax.evaluation.sweep import Record, aup_table, pareto
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes do the same in greyscale.
+# Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes do the same in
+# greyscale.
 COLOURS = "#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #999999".split()
-MARKERS, DASHES = "os^Dv<>P*X", ("-", "--", "-.", ":")
-COLUMNS = ("label", "knob", "value", "correct", "total", "interval", "tpf", "tpf_paper", "tokens_per_second")
+MARKERS = "os^Dv<>P*X"
+DASHES = ("-", "--", "-.", ":")
+COLUMNS = (
+    "label",
+    "knob",
+    "value",
+    "correct",
+    "total",
+    "interval",
+    "tpf",
+    "tpf_paper",
+    "tokens_per_second",
+)
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em} svg{max-width:100%} "
     "td,th{padding:.15em .8em;text-align:right} td:first-child,th:first-child{text-align:left}"
@@ -50,12 +62,25 @@ def draw(record: Record, path: Path | io.StringIO, x: str = "tpf") -> None:
     if not points:
         raise InputError("nothing was measured, so there is nothing to draw")
     labels = list(dict.fromkeys(point["label"] for point in points))
-    with pyplot.rc_context({"svg.hashsalt": "dmax", "svg.fonttype": "none"}):  # the same figures give the same file
+    with pyplot.rc_context(
+        {"svg.hashsalt": "dmax", "svg.fonttype": "none"}
+    ):  # the same figures give the same file
         figure, axes = pyplot.subplots(figsize=(7.6, 4.6) if len(labels) <= 10 else (11.0, 5.6))
         front = pareto(points, x)
-        axes.plot([p[x] for p in front], [100 * p["accuracy"] for p in front], color="#DDDDDD", linewidth=7, zorder=0)
+        axes.plot(
+            [p[x] for p in front],
+            [100 * p["accuracy"] for p in front],
+            color="#DDDDDD",
+            linewidth=7,
+            zorder=0,
+        )
         for index, label in enumerate(labels):
-            _line(axes, sorted((p for p in points if p["label"] == label), key=lambda p: p[x]), index, x)
+            _line(
+                axes,
+                sorted((p for p in points if p["label"] == label), key=lambda p: p[x]),
+                index,
+                x,
+            )
         axes.set_xlabel(AXES[x])
         axes.set_ylabel(f"correct answers, % of {points[0]['total']}")
         axes.set_ylim(0, 101)
@@ -69,14 +94,23 @@ def draw(record: Record, path: Path | io.StringIO, x: str = "tpf") -> None:
         is_svg = isinstance(path, io.StringIO) or path.suffix == ".svg"
         if isinstance(path, Path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg" if is_svg else None, dpi=150, metadata={"Date": None} if is_svg else None)
+        figure.savefig(
+            path,
+            format="svg" if is_svg else None,
+            dpi=150,
+            metadata={"Date": None} if is_svg else None,
+        )
         pyplot.close(figure)
 
 
 def _line(axes: Any, points: list[Record], index: int, x: str) -> None:
     shares = [100 * p["accuracy"] for p in points]
-    below = [max(share - 100 * p["interval"][0], 0) for share, p in zip(shares, points, strict=True)]
-    above = [max(100 * p["interval"][1] - share, 0) for share, p in zip(shares, points, strict=True)]
+    below = [
+        max(share - 100 * p["interval"][0], 0) for share, p in zip(shares, points, strict=True)
+    ]
+    above = [
+        max(100 * p["interval"][1] - share, 0) for share, p in zip(shares, points, strict=True)
+    ]
     axes.errorbar(
         [p[x] for p in points],
         shares,
@@ -98,8 +132,14 @@ def page(record: Record, title: str) -> str:
     svg = picture.getvalue()
     svg = svg[svg.index("<svg") :]
     rows = [[_cell(point[name]) for name in COLUMNS] for point in record["points"]]
-    areas = [[html.escape(a["label"]), f"{a['aup']:.0f}", f"{a['aup_paper']:.0f}"] for a in aup_table(record)]
-    machine = [[html.escape(str(key)), html.escape(str(value))] for key, value in record["environment"].items()]
+    areas = [
+        [html.escape(a["label"]), f"{a['aup']:.0f}", f"{a['aup_paper']:.0f}"]
+        for a in aup_table(record)
+    ]
+    machine = [
+        [html.escape(str(key)), html.escape(str(value))]
+        for key, value in record["environment"].items()
+    ]
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n"
@@ -119,4 +159,8 @@ def _cell(value: Any) -> str:
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
     top = "".join(f"<th>{name}</th>" for name in head)
-    return f"<table><tr>{top}</tr>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows) + "</table>"
+    return (
+        f"<table><tr>{top}</tr>"
+        + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+        + "</table>"
+    )

@@ -1,7 +1,8 @@
 """The files of an evaluation: they grow while it runs, an interrupted run goes on, a finished one is not lost.
 
-`a.json` is the summary, `a.samples.jsonl` a sample a line; both are written when the run is complete, each whole or not
-at all. Until then `a.partial.jsonl` has the run's settings in its first line and what is finished below it.
+`a.json` is the summary, `a.samples.jsonl` a sample a line; both are written when the run is
+complete, each whole or not at all. Until then `a.partial.jsonl` has the run's settings in its first
+line and what is finished below it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class ResultFiles:
 
     Args:
         path: of the summary; the other files lie beside it.
-        overwrite: replace a finished run once this one is complete, and an interrupted run of other settings when the
-            first new samples are there.
+        overwrite: replace a finished run once this one is complete, and an interrupted run of other
+            settings when the first new samples are there.
         report: told how much an interrupted run had finished.
 
     Raises:
@@ -34,16 +35,23 @@ class ResultFiles:
     """
 
     def __init__(
-        self, path: Path, *, overwrite: bool = False, report: Callable[[str], None] = lambda line: None
+        self,
+        path: Path,
+        *,
+        overwrite: bool = False,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_writable(path)
         stem = path.stem if path.suffix == ".json" else path.name
-        self.summary, self.samples = path, path.with_name(f"{stem}.samples.jsonl")
+        self.summary = path
+        self.samples = path.with_name(f"{stem}.samples.jsonl")
         self.partial = path.with_name(f"{stem}.partial.jsonl")
-        self._overwrite, self._report = overwrite, report
+        self._overwrite = overwrite
+        self._report = report
         self._settings: Mapping[str, Any] = {}
         self._is_begun = False
-        # An interruption between the two results leaves the samples, and the journal that both are written from.
+        # An interruption between the two results leaves the samples, and the journal that both are
+        # written from.
         is_finished = self.summary.exists() or (self.samples.exists() and not self.partial.exists())
         if is_finished and not overwrite:
             raise InputError(
@@ -67,7 +75,9 @@ class ResultFiles:
                 return []  # the first samples take its place
             raise
         self._is_begun = True
-        self._report(f"going on with an interrupted run: {len(records)} samples are finished already")
+        self._report(
+            f"going on with an interrupted run: {len(records)} samples are finished already"
+        )
         return records
 
     def _held(self) -> list[Record]:
@@ -82,7 +92,9 @@ class ResultFiles:
 
     def append(self, records: Sequence[Record]) -> None:
         """Write finished samples down; the first of a new run bring its settings along."""
-        lines = _lines({"index": r.index, **asdict(r.sample), "seconds": r.seconds} for r in records)
+        lines = _lines(
+            {"index": r.index, **asdict(r.sample), "seconds": r.seconds} for r in records
+        )
         if not self._is_begun:
             write_atomically(self.partial, _lines([{"settings": self._settings}]) + lines)
             self._is_begun = True
@@ -91,7 +103,9 @@ class ResultFiles:
             with self.partial.open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
-            raise InputError(f"cannot write {self.partial}: {error.strerror}", hint="free some space") from None
+            raise InputError(
+                f"cannot write {self.partial}: {error.strerror}", hint="free some space"
+            ) from None
 
     def finish(self, summary: Summary, samples: Sequence[Sample]) -> None:
         """Write the results of the complete run and remove what was kept for going on.
@@ -100,14 +114,19 @@ class ResultFiles:
             InputError: the place cannot be written; running the command again then only writes.
         """
         write_atomically(self.samples, _lines(asdict(sample) for sample in samples))
-        write_atomically(self.summary, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.summary, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
+        )
         self.partial.unlink(missing_ok=True)
 
 
-def differences(previous: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(
+    previous: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
     """What differs between two settings, in words; when they were written down does not count."""
     for name in dict.fromkeys([*previous, *now]):
-        old, new = previous.get(name), now.get(name)
+        old = previous.get(name)
+        new = now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from differences(old, new, f"{prefix}{name}.")
         elif old != new and prefix + name != "environment.date":
@@ -134,5 +153,6 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _record(line: dict[str, Any]) -> Record:
-    index, seconds = line.pop("index"), line.pop("seconds")
+    index = line.pop("index")
+    seconds = line.pop("seconds")
     return Record(index, Sample(**line), seconds)

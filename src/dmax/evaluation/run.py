@@ -70,14 +70,19 @@ class Summary:
     """What a run measured; ratios are ratios of sums over the run.
 
     Attributes:
-        weights: digest of the model's weights (`checkpoint.weights_digest`), so that figures name what they measured.
+        weights: digest of the model's weights (`checkpoint.weights_digest`), so that figures name
+            what they measured.
         examples: digest of the prompts and the expected answers.
-        params: as they were given; `decoding` is the strategy with every setting resolved, defaults included.
+        params: as they were given; `decoding` is the strategy with every setting resolved, defaults
+            included.
         accuracy: correct / total, strict scoring; `interval` is its 95 % Wilson interval.
         tpf: generated tokens (cut at EOS) per denoising forward.
-        num_positions: positions computed beside the prefill; generated_tokens / num_positions is what a token costs.
-        tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more forward.
-        tokens_per_second: generated tokens per second of wall time, prefill included, at this batch size.
+        num_positions: positions computed beside the prefill; generated_tokens / num_positions is
+            what a token costs.
+        tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more
+            forward.
+        tokens_per_second: generated tokens per second of wall time, prefill included, at this batch
+            size.
         seconds: of decoding and scoring; of a run that was interrupted, those of all its parts.
     """
 
@@ -121,8 +126,8 @@ def evaluate(
 ) -> tuple[Summary, list[Sample]]:
     """Decode `limit` examples of a task and score them strictly.
 
-    What `journal` holds already is not decoded again. `params.max_new_tokens` is the caller's business:
-    `task.max_new_tokens` says what the task needs.
+    What `journal` holds already is not decoded again. `params.max_new_tokens` is the caller's
+    business: `task.max_new_tokens` says what the task needs.
     """
     examples = task.examples(limit, seed)
     settings = _settings(llm, task, params, examples, limit, seed)
@@ -136,7 +141,9 @@ def evaluate(
         done |= {record.index: record for record in finished}
         progress(len(done), len(examples))
     records = [done[index] for index in range(len(examples))]
-    return _summarize(model_name or llm.checkpoint.path, settings, records), [record.sample for record in records]
+    return _summarize(model_name or llm.checkpoint.path, settings, records), [
+        record.sample for record in records
+    ]
 
 
 def _settings(
@@ -160,11 +167,20 @@ def _settings(
 
 
 def _decode(
-    llm: LLM, task: Task, params: DecodingParams, examples: Sequence[Example], indices: Sequence[int]
+    llm: LLM,
+    task: Task,
+    params: DecodingParams,
+    examples: Sequence[Example],
+    indices: Sequence[int],
 ) -> list[Record]:
     began = time.perf_counter()
-    outputs = llm.generate([[{"role": "user", "content": examples[index].prompt}] for index in indices], params)
-    samples = [_score(task, examples[index], output) for index, output in zip(indices, outputs, strict=True)]
+    outputs = llm.generate(
+        [[{"role": "user", "content": examples[index].prompt}] for index in indices], params
+    )
+    samples = [
+        _score(task, examples[index], output)
+        for index, output in zip(indices, outputs, strict=True)
+    ]
     share = (time.perf_counter() - began) / len(indices)
     return [Record(index, sample, share) for index, sample in zip(indices, samples, strict=True)]
 
@@ -188,7 +204,8 @@ def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
 def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record]) -> Summary:
     samples = [record.sample for record in records]
     seconds = sum(record.seconds for record in records)
-    correct, total = sum(sample.is_correct for sample in samples), len(samples)
+    correct = sum(sample.is_correct for sample in samples)
+    total = len(samples)
     tokens = sum(sample.generated_tokens for sample in samples)
     forwards = sum(sample.num_forwards for sample in samples)
     ratios = [s.generated_tokens / (s.num_forwards + s.num_prefill_forwards) for s in samples]
@@ -221,7 +238,9 @@ def check_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another output") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", hint="choose another output"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -232,6 +251,8 @@ def write_atomically(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose another output") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", hint="choose another output"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -11,14 +11,19 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     """95 % Wilson score interval of a share; (0, 1) when nothing was counted."""
     if total == 0:
         return 0.0, 1.0
-    share, spread = correct / total, z * z / total
+    share = correct / total
+    spread = z * z / total
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / total / 4) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def accuracy_under_parallelism(
-    points: Sequence[tuple[float, float]], *, best: float, floor: float | None = None, alpha: float = 3.0
+    points: Sequence[tuple[float, float]],
+    *,
+    best: float,
+    floor: float | None = None,
+    alpha: float = 3.0,
 ) -> float:
     """AUP of d3LLM: the area under a curve of accuracy over TPF, each accuracy y weighted by how near it is to `best`.
 
@@ -26,10 +31,10 @@ def accuracy_under_parallelism(
 
     Args:
         points: (TPF, accuracy in percent) of one method at its settings, in any order.
-        best: accuracy that counts in full. d3LLM takes the best of the task; the DMax paper's figures follow from the
-            base model's most careful accuracy.
-        floor: points below it are left out. d3LLM: five below the curve's first accuracy (default); the DMax paper's
-            figures follow from ten below `best`.
+        best: accuracy that counts in full. d3LLM takes the best of the task; the DMax paper's
+            figures follow from the base model's most careful accuracy.
+        floor: points below it are left out. d3LLM: five below the curve's first accuracy (default);
+            the DMax paper's figures follow from ten below `best`.
         alpha: how steeply lower accuracies are discounted.
 
     Returns:

@@ -60,10 +60,16 @@ class Curve:
 
     def params(self, value: float, max_new_tokens: int) -> DecodingParams:
         """Decoding parameters at one value; raises `InputError` if the method does not take it."""
-        chosen: dict[str, Any] = {"strategy": self.strategy, "max_new_tokens": max_new_tokens, **dict(self.settings)}
+        chosen: dict[str, Any] = {
+            "strategy": self.strategy,
+            "max_new_tokens": max_new_tokens,
+            **dict(self.settings),
+        }
         if self.knob == "threshold":
             chosen["threshold"] = value
-        elif self.knob == "margin":  # both ends of the schedule, in the proportion the paper gives them
+        elif (
+            self.knob == "margin"
+        ):  # both ends of the schedule, in the proportion the paper gives them
             chosen["options"] = {"high": value, "low": value / 3}
         elif self.knob != "count":
             chosen["options"] = {self.knob: int(value) if self.knob == "steps" else value}
@@ -72,10 +78,13 @@ class Curve:
         return DecodingParams(**chosen)
 
 
-def curves_of(models: Sequence[str], strategies: Sequence[str], thresholds: Sequence[float]) -> list[Curve]:
+def curves_of(
+    models: Sequence[str], strategies: Sequence[str], thresholds: Sequence[float]
+) -> list[Curve]:
     """Every model with every method; a method without a threshold takes its own values.
 
-    Labels have the last part of a model's path, or the whole one where two models would be called the same.
+    Labels have the last part of a model's path, or the whole one where two models would be called
+    the same.
     """
     found = []
     names = [Path(model).name for model in dict.fromkeys(models)]
@@ -85,7 +94,9 @@ def curves_of(models: Sequence[str], strategies: Sequence[str], thresholds: Sequ
             values = KNOBS[strategy][1] if strategy in KNOBS else tuple(thresholds)
             found.append(Curve(f"{name}, {strategy}", model, strategy, values))
             for value in values:
-                get_strategy(found[-1].params(value, 1))  # a wrong name or value is an error before any computing
+                get_strategy(
+                    found[-1].params(value, 1)
+                )  # a wrong name or value is an error before any computing
     return found
 
 
@@ -100,7 +111,9 @@ def parse_grid(text: str) -> tuple[float, ...]:
             return tuple(round(start + index * step, 10) for index in range(count + 1))
         return tuple(float(part) for part in text.split(","))
     except (ValueError, ArithmeticError):  # no number, a step of 0, no end
-        raise InputError(f"cannot read the grid {text!r}", hint="write start:stop:step or a,b,c") from None
+        raise InputError(
+            f"cannot read the grid {text!r}", hint="write start:stop:step or a,b,c"
+        ) from None
 
 
 def run_sweep(
@@ -117,22 +130,30 @@ def run_sweep(
 ) -> Record:
     """Measure every point that `output` does not hold yet, and write it after each.
 
-    A point counts as held if weights and value are the same, so an interrupted sweep goes on where it stopped and a
-    retrained model is measured anew. `data` names the file of the task's rows, if it has one; `max_new_tokens` None is
-    what the task needs.
+    A point counts as held if weights and value are the same, so an interrupted sweep goes on where
+    it stopped and a retrained model is measured anew. `data` names the file of the task's rows, if
+    it has one; `max_new_tokens` None is what the task needs.
 
     Raises:
-        InputError: `output` holds something else or a sweep of another task, limit, seed, file or `max_new_tokens`, or
-            cannot be written.
+        InputError: `output` holds something else or a sweep of another task, limit, seed, file or
+            `max_new_tokens`, or cannot be written.
     """
     length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    header = {"task": task.name, "limit": limit, "seed": seed, "data": data, "max_new_tokens": length}
+    header = {
+        "task": task.name,
+        "limit": limit,
+        "seed": seed,
+        "data": data,
+        "max_new_tokens": length,
+    }
     record = _read(output, header, task.max_new_tokens)
     for model, own in _by_model(curves):
         llm = open_model(model)
         weights = weights_digest(llm.model)
         for curve in own:
-            record["points"] = [p for p in record["points"] if p["label"] != curve.label or p["weights"] == weights]
+            record["points"] = [
+                p for p in record["points"] if p["label"] != curve.label or p["weights"] == weights
+            ]
             held = {p["value"] for p in record["points"] if p["label"] == curve.label}
             for value in (v for v in curve.values if v not in held):
                 params = curve.params(value, length)
@@ -149,13 +170,19 @@ def _read(output: Path, header: Record, usual_length: int) -> Record:
     if not output.exists():
         return {**header, "environment": environment(), "points": []}
     try:
-        record: Record = {"data": None, "max_new_tokens": usual_length} | json.loads(output.read_text(encoding="utf-8"))
+        record: Record = {"data": None, "max_new_tokens": usual_length} | json.loads(
+            output.read_text(encoding="utf-8")
+        )
         found = {name: record[name] for name in header}
         record["points"]  # noqa: B018  # a sweep has them
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{output} is not the record of a sweep", hint="choose another output") from None
+        raise InputError(
+            f"{output} is not the record of a sweep", hint="choose another output"
+        ) from None
     if found != header:
-        raise InputError(f"{output} holds a sweep of {found}, not of {header}", hint="choose another output")
+        raise InputError(
+            f"{output} holds a sweep of {found}, not of {header}", hint="choose another output"
+        )
     return record
 
 
@@ -166,8 +193,18 @@ def _by_model(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
 
 def _point(curve: Curve, value: float, summary: Summary) -> Record:
     figures = {name: getattr(summary, name) for name in FIGURES}
-    identity = {"label": curve.label, "model": curve.model, "strategy": curve.strategy, "knob": curve.knob}
-    return {**identity, "value": value, **figures, "params": asdict(curve.params(value, 1)) | {"max_new_tokens": None}}
+    identity = {
+        "label": curve.label,
+        "model": curve.model,
+        "strategy": curve.strategy,
+        "knob": curve.knob,
+    }
+    return {
+        **identity,
+        "value": value,
+        **figures,
+        "params": asdict(curve.params(value, 1)) | {"max_new_tokens": None},
+    }
 
 
 def describe(point: Record) -> str:
@@ -192,15 +229,21 @@ def aup_table(record: Record) -> list[Record]:
     """
     points = record["points"]
     labels = list(dict.fromkeys(point["label"] for point in points))
-    curves = {label: [(p["tpf"], 100 * p["accuracy"]) for p in points if p["label"] == label] for label in labels}
+    curves = {
+        label: [(p["tpf"], 100 * p["accuracy"]) for p in points if p["label"] == label]
+        for label in labels
+    }
     if not curves:
         return []
-    best, base = max(accuracy for curve in curves.values() for _, accuracy in curve), min(curves[labels[0]])[1]
+    best = max(accuracy for curve in curves.values() for _, accuracy in curve)
+    base = min(curves[labels[0]])[1]
     return [
         {
             "label": label,
             "aup": accuracy_under_parallelism(curve, best=best) if best else 0.0,
-            "aup_paper": accuracy_under_parallelism(curve, best=base, floor=base - 10) if base else 0.0,
+            "aup_paper": accuracy_under_parallelism(curve, best=base, floor=base - 10)
+            if base
+            else 0.0,
         }
         for label, curve in curves.items()
     ]

@@ -1,6 +1,7 @@
 """Implementations chosen for the hardware at hand, each with a plain PyTorch twin.
 
-`name.py` holds what to call and the twin, `name_triton.py` the Triton path, which alone imports triton.
+`name.py` holds what to call and the twin, `name_triton.py` the Triton path, which alone imports
+triton.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def using(implementation: str) -> Iterator[None]:
         InputError: as `choose` does.
     """
     global _wanted
-    before, _wanted = _wanted, choose(torch.device("cpu"), implementation)[0]
+    before = _wanted
+    _wanted = choose(torch.device("cpu"), implementation)[0]
     try:
         yield
     finally:
@@ -44,7 +46,8 @@ def has_triton() -> bool:
 def choose(device: torch.device, override: str | None = None) -> tuple[str, str]:
     """The implementation to use on a device, "triton" or "torch", and why.
 
-    Only the device and the installed packages decide, so the answer is the same in a whole process (but for `using`).
+    Only the device and the installed packages decide, so the answer is the same in a whole process
+    (but for `using`).
 
     Args:
         device: where the tensors are.
@@ -55,7 +58,9 @@ def choose(device: torch.device, override: str | None = None) -> tuple[str, str]
     """
     if override is not None:
         if override not in IMPLEMENTATIONS:
-            message = f"unknown implementation {override!r}; choose from {', '.join(IMPLEMENTATIONS)}"
+            message = (
+                f"unknown implementation {override!r}; choose from {', '.join(IMPLEMENTATIONS)}"
+            )
             raise InputError(message, did_you_mean(override, IMPLEMENTATIONS))
         if override == "triton" and not has_triton():
             raise InputError("triton is not installed", hint="install it, or ask for `torch`")
@@ -64,7 +69,11 @@ def choose(device: torch.device, override: str | None = None) -> tuple[str, str]
         return _wanted, "nothing else is wanted"
     if device.type != "cuda":
         return "torch", f"Triton does not compile for {device.type}"
-    return ("triton", "a CUDA GPU and triton are present") if has_triton() else ("torch", "triton is not installed")
+    return (
+        ("triton", "a CUDA GPU and triton are present")
+        if has_triton()
+        else ("torch", "triton is not installed")
+    )
 
 
 def wants_gradient(*tensors: torch.Tensor) -> bool:

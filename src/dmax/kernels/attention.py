@@ -29,7 +29,8 @@ def sdpa_attention_forward(
         query: [B, H, L, d].
         key: [B, G, S, d]; H is a multiple of G.
         value: [B, G, S, d].
-        attention_mask: bool or additive, [B, 1, L, S], or None. There is no causal mask of its own on a CPU.
+        attention_mask: bool or additive, [B, 1, L, S], or None. There is no causal mask of its own
+            on a CPU.
         scaling: what the scores are multiplied with.
         dropout: probability that a weight is dropped.
         kwargs: for transformers' function.
@@ -39,7 +40,9 @@ def sdpa_attention_forward(
     """
     if query.device.type != "cpu":
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return sdpa(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     output = F.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )

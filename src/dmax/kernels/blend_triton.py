@@ -1,7 +1,7 @@
 """Soft inputs straight from the embedding table, the Triton path of `dmax.blend.embed_tokens`: gather, mix, rescale.
 
-The plain path stores the k gathered rows of every position, in float32 too; this one reads k + 1 rows and writes one.
-Importing this imports triton.
+The plain path stores the k gathered rows of every position, in float32 too; this one reads k + 1
+rows and writes one. Importing this imports triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def _blend_kernel(  # type: ignore[no-untyped-def]
     inside = column < size
     out_at = out + position * size + column
     if tl.load(where + position):
-        mixed, target, rest = tl.zeros((BLOCK_D,), tl.float32), 0.0, 1.0
+        mixed = tl.zeros((BLOCK_D,), tl.float32)
+        target = 0.0
+        rest = 1.0
         for rank in tl.static_range(K):
             prob = tl.load(probs + position * K + rank)
             row_at = table + tl.load(ids + position * K + rank) * size + column

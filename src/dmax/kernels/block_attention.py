@@ -1,7 +1,8 @@
 """Attention of blocks over a `BlockCache`, from projected heads to mixed values, without copies of the cache.
 
-The twin is what `LLaDA2MoeAttention` does by itself: norms, rotation, `CacheWindow.update`, attention under a mask. The
-Triton path (`block_attention_triton.py`) reads each row's own positions in place.
+The twin is what `LLaDA2MoeAttention` does by itself: norms, rotation, `CacheWindow.update`,
+attention under a mask. The Triton path (`block_attention_triton.py`) reads each row's own positions
+in place.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ def block_attention(
         norms: weights [d] of the queries' and the keys' norm.
         eps: of the norms.
         rotary: cosine, and sine with its sign, each [R, L, 1, rotary dimensions].
-        window: `dmax.cache.CacheWindow` with `bases`: a row sees the positions before its base, and itself.
+        window: `dmax.cache.CacheWindow` with `bases`: a row sees the positions before its base, and
+            itself.
         layer: whose keys and values.
         scaling: what scores are multiplied with.
 
     Returns:
-        [R, L, H d], the heads' outputs, computed in float32 throughout: the twin rounds after each of its steps.
+        [R, L, H d], the heads' outputs, computed in float32 throughout: the twin rounds after each
+        of its steps.
     """
     from dmax.kernels import block_attention_triton  # imports triton
 

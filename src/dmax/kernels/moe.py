@@ -1,8 +1,10 @@
 """Mixture-of-experts forwards, registered in transformers' experts interface beside `eager` and `grouped_mm`.
 
-Shapes: N tokens, D hidden, I inner size, E experts, K experts per token; a pair is one token with one of its experts.
-All take tokens [N, D], index [N, K] int64 and weights [N, K] of the router, gate and up projections stacked as
-[E, 2I, D], down projections [E, D, I], and give the weighted sum over each token's experts [N, D].
+Shapes: N tokens, D hidden, I inner size, E experts, K experts per token; a pair is one token with
+    one of its experts.
+All take tokens [N, D], index [N, K] int64 and weights [N, K] of the router, gate and up projections
+stacked as [E, 2I, D], down projections [E, D, I], and give the weighted sum over each token's
+experts [N, D].
 """
 
 from __future__ import annotations
@@ -23,21 +25,26 @@ if TYPE_CHECKING:
     from dmax.kernels.quant import QuantizedWeight
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
-# Above this many pairs per expert the weights no longer bound the time, and large matrix products win.
+# Above this many pairs per expert the weights no longer bound the time, and large matrix products
+# win.
 MAX_FUSED_PAIRS_PER_EXPERT = 16
 
 
-def dense_mm_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def dense_mm_experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """For a handful of experts on a CPU: few tokens go through every expert, many through their own.
 
-    Every expert is E/K times the arithmetic, but in two large products and with no sorting. From 64 tokens in float32
-    the arithmetic is what costs; products in bfloat16 are cheap enough to delay that to 128 (measured with E 4, K 2,
-    D 256, I 160, on one core and on two). Under torch.compile, which cannot trace `routed`, all take the first way.
+    Every expert is E/K times the arithmetic, but in two large products and with no sorting. From 64
+    tokens in float32 the arithmetic is what costs; products in bfloat16 are cheap enough to delay
+    that to 128 (measured with E 4, K 2, D 256, I 160, on one core and on two). Under torch.compile,
+    which cannot trace `routed`, all take the first way.
     """
     enough = 64 if hidden_states.dtype.itemsize >= 4 else 128
     few = torch.compiler.is_compiling() or hidden_states.shape[0] < enough
     forward = dense if few else routed
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    gate_up = experts.gate_up_proj
+    down = experts.down_proj
     return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, experts.act_fn)
 
 
@@ -46,10 +53,12 @@ def fused_moe_experts_forward(
 ) -> Tensor:
     """For many experts on a GPU: the Triton kernels for a few blocks of tokens, else `grouped_mm`.
 
-    Only shapes, dtypes and the device decide, never values, so a CUDA graph can hold the call. Gradients, which the
-    kernels do not have, large inputs, other activations than SiLU and expert parallelism are left to `grouped_mm`.
+    Only shapes, dtypes and the device decide, never values, so a CUDA graph can hold the call.
+    Gradients, which the kernels do not have, large inputs, other activations than SiLU and expert
+    parallelism are left to `grouped_mm`.
     """
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    gate_up = experts.gate_up_proj
+    down = experts.down_proj
     tensors = (hidden_states, top_k_weights, gate_up, down)
     if (
         choose(hidden_states.device)[0] == "triton"
@@ -77,8 +86,9 @@ def fused_moe(
 ) -> Tensor:
     """SiLU experts in two Triton kernels, which read the weights of the experts in use once; or their twin, `routed`.
 
-    The kernels accumulate in float32 and round the inner state and each expert's output to the dtype of `tokens`;
-    the sum over a token's experts is in a fixed order. Static shapes, no wait for the device, no gradient.
+    The kernels accumulate in float32 and round the inner state and each expert's output to the
+    dtype of `tokens`; the sum over a token's experts is in a fixed order. Static shapes, no wait
+    for the device, no gradient.
 
     Args:
         tokens: [N, D] float32, float16 or bfloat16.
@@ -105,11 +115,14 @@ def dense(
     act_fn: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Every token through every expert in two large products; unchosen experts weigh 0. No data-dependent shape."""
-    spread = torch.zeros(gate_up.shape[0], tokens.shape[0], dtype=weights.dtype, device=tokens.device)
+    spread = torch.zeros(
+        gate_up.shape[0], tokens.shape[0], dtype=weights.dtype, device=tokens.device
+    )
     spread = spread.scatter(0, index.T, weights.T)  # [E, N]
     gate, up = (gate_up @ tokens.T).chunk(2, dim=1)  # 2 × [E, I, N]
     inner = act_fn(gate) * up * spread[:, None].to(gate.dtype)
-    # Copies the weights, but row by row: a tenth of the time that the product takes for a block of tokens.
+    # Copies the weights, but row by row: a tenth of the time that the product takes for a block of
+    # tokens.
     return (down.transpose(0, 1).flatten(1) @ inner.flatten(0, 1)).T.to(tokens.dtype)
 
 
@@ -130,11 +143,15 @@ def routed(
     token = order // index.shape[1]
     pairs = token, tokens.index_select(0, token), weights.flatten().index_select(0, order)[:, None]
     output = torch.zeros_like(tokens)
-    for expert, (token, rows, weight) in enumerate(zip(*(each.split(counts) for each in pairs), strict=True)):
+    for expert, (token, rows, weight) in enumerate(
+        zip(*(each.split(counts) for each in pairs), strict=True)
+    ):
         if len(rows):
             gate, up = F.linear(rows, gate_up[expert].to(rows.dtype)).chunk(2, dim=-1)
             inner = act_fn(gate) * up * weight.to(gate.dtype)
-            output.index_add_(0, token, F.linear(inner, down[expert].to(rows.dtype)).to(output.dtype))
+            output.index_add_(
+                0, token, F.linear(inner, down[expert].to(rows.dtype)).to(output.dtype)
+            )
     return output
 
 

@@ -1,15 +1,20 @@
 """The Triton path of `moe.py` and `quant.py`. Importing this imports triton.
 
-At 16 to 128 tokens the time goes to reading the weights of the experts in use, so the kernels are built around that:
+At 16 to 128 tokens the time goes to reading the weights of the experts in use, so the kernels are
+built around that:
 
 1. `_route_kernel`: one program for each expert lists its pairs. No sorting and no padding.
-2. `_gate_up_kernel`: for each expert and slice of the inner state, SiLU(gate) · up of the expert's tokens.
-3. `_down_kernel`: for each expert and slice of the hidden state, the down projection times the router's weight.
-4. A sum over the K outputs of each token, in their order; no atomics, so results repeat bit for bit.
+2. `_gate_up_kernel`: for each expert and slice of the inner state, SiLU(gate) · up of the expert's
+    tokens.
+3. `_down_kernel`: for each expert and slice of the hidden state, the down projection times the
+    router's weight.
+4. A sum over the K outputs of each token, in their order; no atomics, so results repeat bit for
+    bit.
 
-Grids depend on shapes alone. A program whose expert has no token reads one number and ends; one with more tokens than
-a tile holds goes on to the next tile, its weights still in the cache. Quantised weights become numbers in registers.
-Float32 products are made of three TF32 ones, which run on tensor cores and differ in the last digits only.
+Grids depend on shapes alone. A program whose expert has no token reads one number and ends; one
+with more tokens than a tile holds goes on to the next tile, its weights still in the cache.
+Quantised weights become numbers in registers. Float32 products are made of three TF32 ones, which
+run on tensor cores and differ in the last digits only.
 """
 
 from __future__ import annotations
@@ -139,9 +144,13 @@ def fused_moe(
     tile: Tile | None = None,
 ) -> Tensor:
     """`dmax.kernels.moe.fused_moe` on the device of `tokens`."""
-    (num_tokens, hidden), num_experts, width = tokens.shape, gate_up.shape[0], down.shape[-1]
+    (num_tokens, hidden) = tokens.shape
+    num_experts = gate_up.shape[0]
+    width = down.shape[-1]
     num_pairs = index.numel()
-    tokens, index, weights = tokens.contiguous(), index.contiguous(), weights.contiguous()
+    tokens = tokens.contiguous()
+    index = index.contiguous()
+    weights = weights.contiguous()
     up_weight, up_scale, up_group = _stored(gate_up)
     down_weight, down_scale, down_group = _stored(down)
     tile = tile or default_tile(num_pairs, num_experts, tokens.dtype, up_weight.dtype)
@@ -149,14 +158,18 @@ def fused_moe(
     def new(*shape: int, dtype: torch.dtype = tokens.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=tokens.device)
 
-    pairs, counts = new(num_experts, num_pairs, dtype=torch.int32), new(num_experts, dtype=torch.int32)
-    inner, out = new(num_pairs, width), new(num_pairs, hidden)
+    pairs = new(num_experts, num_pairs, dtype=torch.int32)
+    counts = new(num_experts, dtype=torch.int32)
+    inner = new(num_pairs, width)
+    out = new(num_pairs, hidden)
     sizes = {"BLOCK_M": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
     launch = sizes | {"num_warps": tile.warps, "num_stages": tile.stages}
     route: Any = _route_kernel
     gate_up_kernel: Any = _gate_up_kernel
     down_kernel: Any = _down_kernel
-    route[(num_experts,)](index, pairs, counts, num_pairs, BLOCK=min(1024, triton.next_power_of_2(num_pairs)))
+    route[(num_experts,)](
+        index, pairs, counts, num_pairs, BLOCK=min(1024, triton.next_power_of_2(num_pairs))
+    )
     gate_up_kernel[triton.cdiv(width, tile.columns), num_experts](
         tokens, up_weight, up_scale, pairs, counts, inner, num_pairs, hidden, width,
         K=index.shape[1], SCALED=up_scale is not None, GROUP=up_group, **launch,
@@ -175,11 +188,13 @@ def _stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, in
     return weight.values, weight.scale, weight.group_size if weight.is_packed else 0
 
 
-def default_tile(num_pairs: int, num_experts: int, tokens: torch.dtype, weight: torch.dtype) -> Tile:
+def default_tile(
+    num_pairs: int, num_experts: int, tokens: torch.dtype, weight: torch.dtype
+) -> Tile:
     """Steps of 256 bytes along the product; larger tiles as experts get more tokens.
 
-    The sizes that published tuning of kernels of this shape settles on (E 256, D 2048, I 512) for H100 cards. Float32
-    products take three times the registers, so they stay with the smallest.
+    The sizes that published tuning of kernels of this shape settles on (E 256, D 2048, I 512) for
+    H100 cards. Float32 products take three times the registers, so they stay with the smallest.
     """
     depth = 256 // weight.itemsize
     if tokens == torch.float32:

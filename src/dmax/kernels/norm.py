@@ -1,7 +1,8 @@
 """Root-mean-square norms, alone or behind the addition that comes before them.
 
-As in the published models the norm is taken in float32 and rounded before its weight is applied. In PyTorch that is two
-kernels, three with the addition; the Triton path (`norm_triton.py`) is one, and rounds where the twin does.
+As in the published models the norm is taken in float32 and rounded before its weight is applied. In
+PyTorch that is two kernels, three with the addition; the Triton path (`norm_triton.py`) is one, and
+rounds where the twin does.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     value = tl.load(x + at, mask=inside, other=0.0)
     dtype = value.dtype
     if ADDS:
-        value = (value.to(tl.float32) + tl.load(more + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        value = (
+            value.to(tl.float32) + tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+        ).to(dtype)
         tl.store(total + at, value, mask=inside)
     wide = value.to(tl.float32)
     normal = (wide * tl.rsqrt(tl.sum(wide * wide) / size + eps)).to(dtype).to(tl.float32)
@@ -28,7 +30,9 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(normed + at, scaled.to(dtype), mask=inside)
 
 
-def add_rms_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, more: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """`dmax.kernels.norm.add_rms_norm`; without `more` the sum is `x` itself."""
     x, size = x.contiguous(), x.shape[-1]
     total = x if more is None else torch.empty_like(x)

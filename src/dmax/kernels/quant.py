@@ -6,9 +6,9 @@
 | fp8 | e4m3, one byte | one float32 for each output channel |
 | int4 | two in a byte | one bfloat16 for a group of 128 (or 64, or 32) input channels |
 
-All have no offset, round to nearest and need no data. Activations stay as they are. On a GPU the Triton kernels
-(`moe_triton.py`) turn weights into numbers in registers; elsewhere they are dequantised one expert at a time, which
-saves memory, not time.
+All have no offset, round to nearest and need no data. Activations stay as they are. On a GPU the
+Triton kernels (`moe_triton.py`) turn weights into numbers in registers; elsewhere they are
+dequantised one expert at a time, which saves memory, not time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class QuantizedWeight:
     """Stacked matrices [E, R, C] in one of the formats.
 
     Attributes:
-        values: [E, R, C] int8 or float8_e4m3fn; for int4 [E, R, C / 2] uint8, whose bytes hold, of each group of
-            columns, the first half in the low and the second half in the high four bits, 8 added to each.
+        values: [E, R, C] int8 or float8_e4m3fn; for int4 [E, R, C / 2] uint8, whose bytes hold, of
+            each group of columns, the first half in the low and the second half in the high four
+            bits, 8 added to each.
         scale: [E, R, G], of each of G groups of columns; G is 1 but for int4.
     """
 
@@ -64,7 +65,8 @@ class QuantizedWeight:
 
     def __getitem__(self, expert: int) -> Tensor:
         """Matrix [R, C] of one expert, dequantised to float32."""
-        values, scale = self.values[expert], self.scale[expert]
+        values = self.values[expert]
+        scale = self.scale[expert]
         if self.is_packed:
             halves = values.unflatten(-1, (-1, self.group_size // 2))  # [R, G, group / 2]
             values = (torch.cat((halves & 15, halves >> 4), dim=-1).to(torch.int8) - 8).flatten(1)
@@ -75,26 +77,37 @@ class QuantizedWeight:
 def check_format(form: str) -> None:
     """Raise `InputError` if there is no such format."""
     if form not in BOUNDS:
-        raise InputError(f"unknown format {form!r}; choose from {', '.join(BOUNDS)}", did_you_mean(form, BOUNDS))
+        raise InputError(
+            f"unknown format {form!r}; choose from {', '.join(BOUNDS)}", did_you_mean(form, BOUNDS)
+        )
 
 
 def quantize(weight: Tensor, form: Format) -> QuantizedWeight:
     """Round stacked matrices [E, R, C] to a format, one expert at a time.
 
     Raises:
-        InputError: an unknown format, weights that are not finite, or columns that int4 groups do not divide.
+        InputError: an unknown format, weights that are not finite, or columns that int4 groups do
+            not divide.
     """
     check_format(form)
     if not weight.isfinite().all():
-        raise InputError("weights that are not finite cannot be quantised", hint="check the checkpoint")
+        raise InputError(
+            "weights that are not finite cannot be quantised", hint="check the checkpoint"
+        )
     columns = weight.shape[-1]
-    group = next((size for size in GROUP_SIZES if columns % size == 0), 0) if form == "int4" else columns
+    group = (
+        next((size for size in GROUP_SIZES if columns % size == 0), 0)
+        if form == "int4"
+        else columns
+    )
     if not group:
         raise InputError(
             f"int4 needs a number of input channels that {GROUP_SIZES[-1]} divides, got {columns}",
             hint="choose int8 or fp8",
         )
-    values, scales = zip(*(_quantize_matrix(matrix.float(), form, group) for matrix in weight), strict=True)
+    values, scales = zip(
+        *(_quantize_matrix(matrix.float(), form, group) for matrix in weight), strict=True
+    )
     return QuantizedWeight(torch.stack(values), torch.stack(scales))
 
 
@@ -103,10 +116,13 @@ def _quantize_matrix(matrix: Tensor, form: Format, group: int) -> tuple[Tensor, 
     lowest, highest = BOUNDS[form]
     grouped = matrix.unflatten(-1, (-1, group))  # [R, G, group]
     extreme = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True))  # [R, G, 1]
-    # The largest becomes the lowest number, of which two's complement has one more; it may turn the signs.
+    # The largest becomes the lowest number, of which two's complement has one more; it may turn the
+    # signs.
     scale = extreme / lowest
     if form == "int4":
-        scale = scale.to(torch.bfloat16)  # rounded before it is used, so that its own error is not added
+        scale = scale.to(
+            torch.bfloat16
+        )  # rounded before it is used, so that its own error is not added
     scale = scale.masked_fill(scale == 0, 1.0)
     scaled = (grouped / scale.float()).clamp(lowest, highest)
     if form == "fp8":
@@ -121,7 +137,8 @@ def _quantize_matrix(matrix: Tensor, form: Format, group: int) -> tuple[Tensor, 
 class QuantizedExperts(nn.Module):
     """Takes the place of a layer's stacked experts; the same call, whatever experts implementation the model names.
 
-    State: buffers `gate_up_values`, `gate_up_scale`, `down_values` and `down_scale` (see `QuantizedWeight`).
+    State: buffers `gate_up_values`, `gate_up_scale`, `down_values` and `down_scale` (see
+        `QuantizedWeight`).
     """
 
     gate_up_values: Tensor
@@ -129,7 +146,9 @@ class QuantizedExperts(nn.Module):
     down_values: Tensor
     down_scale: Tensor
 
-    def __init__(self, gate_up: QuantizedWeight, down: QuantizedWeight, act_fn: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, gate_up: QuantizedWeight, down: QuantizedWeight, act_fn: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.act_fn = act_fn
         for name, weight in (("gate_up", gate_up), ("down", down)):
@@ -153,9 +172,16 @@ class QuantizedExperts(nn.Module):
             InputError: a gradient is wanted, which rounded weights do not have.
         """
         if wants_gradient(hidden_states):
-            raise InputError("a model with quantised experts cannot be trained", hint="load it without quantisation")
+            raise InputError(
+                "a model with quantised experts cannot be trained",
+                hint="load it without quantisation",
+            )
         arguments = (hidden_states, top_k_index, top_k_weights, self.gate_up, self.down)
-        is_fused = isinstance(self.act_fn, SILU) and hidden_states.dtype in FUSED_DTYPES and self._gpu_has_format()
+        is_fused = (
+            isinstance(self.act_fn, SILU)
+            and hidden_states.dtype in FUSED_DTYPES
+            and self._gpu_has_format()
+        )
         return fused_moe(*arguments) if is_fused else routed(*arguments, self.act_fn)
 
     def _gpu_has_format(self) -> bool:
@@ -169,11 +195,12 @@ class QuantizedExperts(nn.Module):
 def quantize_experts(model: nn.Module, form: Format) -> None:
     """Replace the stacked experts of every layer by quantised ones; the model can then decode, not train or be saved.
 
-    Layer by layer, so that the peak is the model and one quantised layer. All parameters stop wanting gradients.
+    Layer by layer, so that the peak is the model and one quantised layer. All parameters stop
+    wanting gradients.
 
     Args:
-        model: any with modules that hold `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I] and `act_fn`, as
-            `LLaDA2MoeExperts` does.
+        model: any with modules that hold `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I] and
+            `act_fn`, as `LLaDA2MoeExperts` does.
         form: "int8", "fp8" or "int4".
 
     Raises:
@@ -185,7 +212,8 @@ def quantize_experts(model: nn.Module, form: Format) -> None:
     for name in layers:
         experts: Any = model.get_submodule(name)
         try:
-            gate_up, down = quantize(experts.gate_up_proj.data, form), quantize(experts.down_proj.data, form)
+            gate_up = quantize(experts.gate_up_proj.data, form)
+            down = quantize(experts.down_proj.data, form)
         except InputError as error:
             raise InputError(f"{name}: {error.message}", error.hint) from None
         model.set_submodule(name, QuantizedExperts(gate_up, down, experts.act_fn))
@@ -197,7 +225,8 @@ def check_savable(model: nn.Module) -> None:
     """Raise `InputError` if a model's experts are quantised: no published layout holds them."""
     if any(isinstance(module, QuantizedExperts) for module in model.modules()):
         raise InputError(
-            "a model with quantised experts cannot be saved", hint="save it before, and quantise when it is loaded"
+            "a model with quantised experts cannot be saved",
+            hint="save it before, and quantise when it is loaded",
         )
 
 

@@ -1,7 +1,8 @@
 """From tokens to the experts they go to: logits in float32, sigmoid scores, group-limited choice, normalised weights.
 
-At 32 tokens none of this is work, but in PyTorch it is some fifteen kernels a layer, each of which takes a GPU as long
-as reading megabytes of weights; the Triton path (`router_triton.py`) is a product and one kernel.
+At 32 tokens none of this is work, but in PyTorch it is some fifteen kernels a layer, each of which
+takes a GPU as long as reading megabytes of weights; the Triton path (`router_triton.py`) is a
+product and one kernel.
 
 Shapes: N tokens, D hidden, E experts, K experts per token.
 """
@@ -25,7 +26,8 @@ class Routing:
     Attributes:
         top_k: experts per token K.
         num_groups: the experts stand in so many groups of the same size.
-        num_kept_groups: groups whose experts can be chosen: those whose two best score highest together.
+        num_kept_groups: groups whose experts can be chosen: those whose two best score highest
+            together.
         normalizes: weights of a token sum to 1, before they are scaled.
         scaling: what weights are multiplied with.
     """
@@ -37,7 +39,9 @@ class Routing:
     scaling: float = 1.0
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing
+) -> tuple[Tensor, Tensor]:
     """Expert indices [N, K] int64, in no order, and their weights [N, K] float32 (float64 of float64 tokens).
 
     Args:
@@ -46,7 +50,11 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> t
         bias: [E] float32, steers the choice and never the weights.
         routing: see there.
     """
-    if choose(x.device)[0] == "triton" and x.dtype in FUSED_DTYPES and not wants_gradient(x, weight):
+    if (
+        choose(x.device)[0] == "triton"
+        and x.dtype in FUSED_DTYPES
+        and not wants_gradient(x, weight)
+    ):
         from dmax.kernels import router_triton  # imports triton
 
         return router_triton.select(router_triton.router_logits(x, weight), bias, routing)
@@ -55,7 +63,9 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> t
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Tokens times the router's weights, [N, E], in float32, whatever autocast says."""
-    device = x.device.type  # to leave autocast costs as much as a small product, so only where it is on
+    device = (
+        x.device.type
+    )  # to leave autocast costs as much as a small product, so only where it is on
     is_on = not x.is_meta and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if is_on else nullcontext():
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -21,7 +21,8 @@ def _select_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One token. BLOCK_G groups of BLOCK_E places; places without an expert never win."""
     token = tl.program_id(0)
-    group, member = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_E)[None, :]
+    group = tl.arange(0, BLOCK_G)[:, None]
+    member = tl.arange(0, BLOCK_E)[None, :]
     expert = group * SIZE + member  # [BLOCK_G, BLOCK_E]
     exists = (group < GROUPS) & (member < SIZE)
     score = tl.sigmoid(tl.load(logits + token * num_experts + expert, mask=exists, other=0.0))
@@ -40,15 +41,21 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         rank = tl.sum(ahead.to(tl.int32), axis=1)
         choice = tl.where((rank < KEPT)[:, None], choice, float("-inf"))
 
-    choice, score = tl.reshape(choice, (BLOCK_G * BLOCK_E,)), tl.reshape(score, (BLOCK_G * BLOCK_E,))
-    place, column = tl.arange(0, BLOCK_G * BLOCK_E), tl.arange(0, BLOCK_K)
+    choice = tl.reshape(choice, (BLOCK_G * BLOCK_E,))
+    score = tl.reshape(score, (BLOCK_G * BLOCK_E,))
+    place = tl.arange(0, BLOCK_G * BLOCK_E)
+    column = tl.arange(0, BLOCK_K)
     chosen = tl.zeros((BLOCK_K,), tl.float32)
     for rank in tl.static_range(K):
         _, best = tl.max(choice, axis=0, return_indices=True)
         choice = tl.where(place == best, float("-inf"), choice)
-        chosen = tl.where(column == rank, tl.sum(tl.where(place == best, score, 0.0), axis=0), chosen)
+        chosen = tl.where(
+            column == rank, tl.sum(tl.where(place == best, score, 0.0), axis=0), chosen
+        )
         found = best // BLOCK_E * SIZE + best % BLOCK_E
-        tl.store(index + token * K + rank, tl.minimum(found, num_experts - 1).to(tl.int64))  # NaNs may win anywhere
+        tl.store(
+            index + token * K + rank, tl.minimum(found, num_experts - 1).to(tl.int64)
+        )  # NaNs may win anywhere
     if NORMALIZE:
         chosen = chosen / (tl.sum(chosen, axis=0) + 1e-20)
     tl.store(weights + token * K + column, chosen * scaling, mask=column < K)

@@ -24,4 +24,11 @@ def register() -> None:
     register_checkpoint_conversion_mapping(LLaDA2MoeConfig.model_type, CONVERSIONS, overwrite=True)
 
 
-__all__ = ["NATIVE", "LLaDA2MoeConfig", "LLaDA2MoeModel", "LLaDA2MoeModelLM", "LLaDA2MoeVeomniConfig", "register"]
+__all__ = [
+    "NATIVE",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModel",
+    "LLaDA2MoeModelLM",
+    "LLaDA2MoeVeomniConfig",
+    "register",
+]

@@ -1,8 +1,9 @@
 """Any dense transformers decoder (Llama, Qwen2, Qwen3, …) as a block-diffusion model, with no modelling file of ours.
 
-A causal language model hides later positions by itself unless it is given a 4-D mask, wants that mask in a form that
-depends on its attention implementation, and takes its cache under a name that depends on the release of transformers.
-All three are settled in the model's inputs; its weights, class and files stay as they were published.
+A causal language model hides later positions by itself unless it is given a 4-D mask, wants that
+mask in a form that depends on its attention implementation, and takes its cache under a name that
+depends on the release of transformers. All three are settled in the model's inputs; its weights,
+class and files stay as they were published.
 
 Shapes: B sequences, L new positions, T cached positions.
 """
@@ -23,18 +24,24 @@ from dmax.errors import InputError
 
 MASK_TOKEN = "<|mask|>"
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # the ones that take any mask
-LINEAR_HEADS = ("llama", "qwen2", "qwen3")  # logits are hidden states times the output embeddings, nothing more
+LINEAR_HEADS = (
+    "llama",
+    "qwen2",
+    "qwen3",
+)  # logits are hidden states times the output embeddings, nothing more
 
 
 def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
     """Make a causal language model one whose visibility the attention mask alone decides; returns the same object.
 
-    From then on `forward` takes what `LLaDA2MoeModelLM.forward` takes: a bool or additive mask [B, 1, L, T + L], or
-    None for "everything visible", and any cache as `past_key_values`. Its logits are read as predictions of the token
-    *at* each position; a checkpoint that was trained to predict the next one has to learn that first.
+    From then on `forward` takes what `LLaDA2MoeModelLM.forward` takes: a bool or additive mask [B,
+    1, L, T + L], or None for "everything visible", and any cache as `past_key_values`. Its logits
+    are read as predictions of the token *at* each position; a checkpoint that was trained to
+    predict the next one has to learn that first.
 
     Raises:
-        InputError: an architecture that would not obey the mask, or an attention implementation that takes none.
+        InputError: an architecture that would not obey the mask, or an attention implementation
+            that takes none.
     """
     if reason := _unsuitable(model):
         raise InputError(
@@ -45,10 +52,15 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "is_causal"):
             module.is_causal = False
         if isinstance(module, GradientCheckpointingLayer):
-            # The cache that training passes records a layer once, however often backward replays it (`ContextCache`).
+            # The cache that training passes records a layer once, however often backward replays it
+            # (`ContextCache`).
             module._can_checkpoint_with_cache = True
     for module in (model, model.base_model):
-        cache_name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+        cache_name = (
+            "cache"
+            if "cache" in inspect.signature(module.forward).parameters
+            else "past_key_values"
+        )
         module.register_forward_pre_hook(partial(_prepare_inputs, cache_name), with_kwargs=True)
     model.has_linear_head = model.config.model_type in LINEAR_HEADS
     return model
@@ -63,9 +75,15 @@ def _prepare_inputs(
     cache = next((cache for cache in caches if cache is not None), None)
     mask = inputs.get("attention_mask")
     if mask is None:  # the model would take it for "causal"
-        new = next(x for x in (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids")) if x is not None)
+        new = next(
+            x
+            for x in (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids"))
+            if x is not None
+        )
         seen = cache.get_seq_length() if cache is not None else 0
-        mask = torch.ones(1, 1, new.shape[1], seen + new.shape[1], dtype=torch.bool, device=new.device)
+        mask = torch.ones(
+            1, 1, new.shape[1], seen + new.shape[1], dtype=torch.bool, device=new.device
+        )
     inputs["attention_mask"] = prepare_mask(mask, model.dtype, model.config._attn_implementation)
     # Without `use_cache=False` a model that is given no cache builds one of its own.
     return args, inputs | {cache_name: cache, "use_cache": False}
@@ -73,15 +91,24 @@ def _prepare_inputs(
 
 def _unsuitable(model: Any) -> str | None:
     """Why a model's visibility cannot be left to the mask, or None if it can."""
-    config, implementation = model.config, model.config._attn_implementation
+    config = model.config
+    implementation = model.config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         return f"`attn_implementation` must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}"
-    num_layers, num_attentions = config.num_hidden_layers, sum(hasattr(m, "is_causal") for m in model.modules())
-    if not model._supports_attention_backend or model.base_model is model or num_attentions != num_layers:
+    num_layers = config.num_hidden_layers
+    num_attentions = sum(hasattr(m, "is_causal") for m in model.modules())
+    if (
+        not model._supports_attention_backend
+        or model.base_model is model
+        or num_attentions != num_layers
+    ):
         return "not each of its layers attends through transformers' attention interface"
-    # Without a list of layer types a window is every layer's; one as long as the context hides nothing.
+    # Without a list of layer types a window is every layer's; one as long as the context hides
+    # nothing.
     window = getattr(config, "sliding_window", None)
-    partial_layers = set(getattr(config, "layer_types", None) or ["sliding_attention"]) - {"full_attention"}
+    partial_layers = set(getattr(config, "layer_types", None) or ["sliding_attention"]) - {
+        "full_attention"
+    }
     if window is None or window >= config.max_position_embeddings:
         partial_layers -= {"sliding_attention"}
     if partial_layers:
@@ -97,8 +124,8 @@ def _unsuitable(model: Any) -> str | None:
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Give a model that has none a mask token, `<|mask|>`, and its tokenizer too; returns the new id.
 
-    Its embedding starts as the mean of all others, which is close to none of them. Spare rows of an embedding that is
-    longer than the vocabulary are used up before new ones are made.
+    Its embedding starts as the mean of all others, which is close to none of them. Spare rows of an
+    embedding that is longer than the vocabulary are used up before new ones are made.
     """
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     mask = int(tokenizer.mask_token_id)

@@ -1,9 +1,10 @@
 """Run model-written code, and judge it by tests that it cannot reach.
 
-Foreign code runs in a process of its own: no network, a fresh temporary folder as its only writable place, limits on
-time, memory, disk, output and threads, no further processes, no inherited environment or file descriptors; it is
-killed at the deadline. bubblewrap isolates it where it works; otherwise namespaces, otherwise Landlock and seccomp do,
-and a warning says so. docs/sandbox.md has the details, and what is not covered.
+Foreign code runs in a process of its own: no network, a fresh temporary folder as its only writable
+place, limits on time, memory, disk, output and threads, no further processes, no inherited
+environment or file descriptors; it is killed at the deadline. bubblewrap isolates it where it
+works; otherwise namespaces, otherwise Landlock and seccomp do, and a warning says so.
+docs/sandbox.md has the details, and what is not covered.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Outcome:
     """How foreign code ended.
 
     Attributes:
-        status: "passed"; "failed"; or the limit that ended it: "timeout" (wall clock or processor time), "memory",
-            "disk", "output", "threads".
+        status: "passed"; "failed"; or the limit that ended it: "timeout" (wall clock or processor
+            time), "memory", "disk", "output", "threads".
         stdout: what it printed, at most `Limits.output` bytes; `stderr` likewise.
         detail: one line on why it did not pass; empty if it did.
         seconds: wall-clock time of the foreign code.
@@ -63,11 +64,15 @@ def run_python(
     """Run a program. Passed means exit status 0, which any program can give itself: judge it by what it prints.
 
     Raises:
-        InputError: no isolation works here and `allow_weak` is off, or `isolation` is none of `KINDS` or does not work.
+        InputError: no isolation works here and `allow_weak` is off, or `isolation` is none of
+            `KINDS` or does not work.
         RuntimeError: isolation could not be set up, so no foreign code ran.
     """
-    kind, limits = choose(isolation, allow_weak), limits or Limits()
-    with Job(kind, limits, {"role": "run", "program": program}, stdin.encode("utf-8", "replace")) as job:
+    kind = choose(isolation, allow_weak)
+    limits = limits or Limits()
+    with Job(
+        kind, limits, {"role": "run", "program": program}, stdin.encode("utf-8", "replace")
+    ) as job:
         exceeded, seconds = supervise([job], limits)
     detail = last_line(job.text(2)) or f"exit status {job.code}"
     return conclude(job, [job], exceeded, job.code == 0, detail, seconds, kind)
@@ -85,47 +90,62 @@ def check(
 ) -> Outcome:
     """Whether tests pass with a candidate's functions; the candidate cannot forge the verdict.
 
-    Tests and candidate run in two sandboxed processes, and plain data alone passes between them (`sandbox/remote.py`).
+    Tests and candidate run in two sandboxed processes, and plain data alone passes between them
+    (`sandbox/remote.py`).
 
     Args:
         program: the candidate, source of a module.
-        tests: trusted source, such as asserts; several are joined by line feeds. Passed means: it ran to its end.
-        names: what the tests take from the candidate. None: every name they use that neither they nor `setup` define
-            and that is no built-in and no standard module; a function with such a name has to be given here.
-        setup: trusted source that runs before the tests, such as imports and helpers; `names` override what it defines.
+        tests: trusted source, such as asserts; several are joined by line feeds. Passed means: it
+            ran to its end.
+        names: what the tests take from the candidate. None: every name they use that neither they
+            nor `setup` define and that is no built-in and no standard module; a function with such
+            a name has to be given here.
+        setup: trusted source that runs before the tests, such as imports and helpers; `names`
+            override what it defines.
         limits: for each of the two processes.
         isolation: one of `KINDS`; None for the strongest that works here.
         allow_weak: run the code even where nothing can hold it.
 
     Raises:
-        InputError: tests and setup are not Python or take nothing from the candidate; and as `run_python`.
+        InputError: tests and setup are not Python or take nothing from the candidate; and as
+            `run_python`.
         RuntimeError: isolation could not be set up, so no foreign code ran.
     """
-    kind, limits = choose(isolation, allow_weak), limits or Limits()
+    kind = choose(isolation, allow_weak)
+    limits = limits or Limits()
     text = tests if isinstance(tests, str) else "\n".join(tests)
     free = free_names(f"{setup}\n{text}") - set(names or ()) - set(dir(builtins))
     modules = free & sys.stdlib_module_names
     names = sorted(free - modules) if names is None else list(names)
     if not names:
         raise InputError(
-            "the tests use nothing of the candidate", "name what they test: check(..., names=['function'])"
+            "the tests use nothing of the candidate",
+            "name what they test: check(..., names=['function'])",
         )
     setup += "".join(f"\nimport {module}" for module in modules)
-    requests, replies = os.pipe(), os.pipe()
+    requests = os.pipe()
+    replies = os.pipe()
     ours = {"role": "check", "tests": text, "setup": setup, "names": names, "passed": PASSED}
     theirs = {"role": "serve", "program": program}
     with ExitStack() as stack:
         try:
             checker, candidate = (
-                stack.enter_context(Job(kind, limits, {**role, "read": read, "write": write}, b"", (read, write)))
-                for role, read, write in ((ours, replies[0], requests[1]), (theirs, requests[0], replies[1]))
+                stack.enter_context(
+                    Job(kind, limits, {**role, "read": read, "write": write}, b"", (read, write))
+                )
+                for role, read, write in (
+                    (ours, replies[0], requests[1]),
+                    (theirs, requests[0], replies[1]),
+                )
             )
         finally:
             for descriptor in (*requests, *replies):
                 os.close(descriptor)
         exceeded, seconds = supervise([checker, candidate], limits)
     detail = last_line(checker.text(2)) or f"the tests ended with exit status {checker.code}"
-    return conclude(candidate, [checker, candidate], exceeded, checker.code == PASSED, detail, seconds, kind)
+    return conclude(
+        candidate, [checker, candidate], exceeded, checker.code == PASSED, detail, seconds, kind
+    )
 
 
 def free_names(source: str) -> set[str]:
@@ -134,7 +154,11 @@ def free_names(source: str) -> set[str]:
         top = symtable.symtable(source, "<tests>", "exec")
     except (SyntaxError, ValueError) as error:
         raise InputError(f"the tests are not Python: {error}") from None
-    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    bound = {
+        s.get_name()
+        for s in top.get_symbols()
+        if s.is_assigned() or s.is_imported() or s.is_namespace()
+    }
     used = {
         symbol.get_name()
         for table in tables(top)
@@ -152,7 +176,13 @@ def tables(top: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
 
 
 def conclude(
-    shown: Job, jobs: Sequence[Job], exceeded: str | None, passed: bool, detail: str, seconds: float, kind: str
+    shown: Job,
+    jobs: Sequence[Job],
+    exceeded: str | None,
+    passed: bool,
+    detail: str,
+    seconds: float,
+    kind: str,
 ) -> Outcome:
     """The outcome of jobs that have ended; `shown` is the one whose output it has."""
     limits = shown.limits

@@ -30,18 +30,26 @@ def choose(kind: str | None, allow_weak: bool) -> str:
     """The strongest isolation that works here, or `kind` if that does.
 
     Raises:
-        InputError: unknown `kind`, one that does not work here, or only the weak one works and it is not allowed.
+        InputError: unknown `kind`, one that does not work here, or only the weak one works and it
+            is not allowed.
     """
     if os.name != "posix":
         raise InputError("model-written code runs on Linux and macOS only")
     if kind is not None and kind not in KINDS:
-        raise InputError(f"unknown isolation {kind!r}; choose from {', '.join(KINDS)}", did_you_mean(kind, KINDS))
+        raise InputError(
+            f"unknown isolation {kind!r}; choose from {', '.join(KINDS)}", did_you_mean(kind, KINDS)
+        )
     found = kind or next((name for name in KINDS if works(name)), WEAK)
     if found == WEAK and not allow_weak:
         hint = "install bubblewrap, or pass allow_weak=True where you trust the code"
-        raise InputError(f"model-written code is not run with {WEAK}, and nothing stronger was found to work", hint)
+        raise InputError(
+            f"model-written code is not run with {WEAK}, and nothing stronger was found to work",
+            hint,
+        )
     if found != WEAK and not works(found):
-        raise InputError(f"isolation {found!r} does not work on this machine", "leave the choice to dmax")
+        raise InputError(
+            f"isolation {found!r} does not work on this machine", "leave the choice to dmax"
+        )
     announce(found)
     return found
 
@@ -49,7 +57,11 @@ def choose(kind: str | None, allow_weak: bool) -> str:
 @cache
 def works(kind: str) -> bool:
     """Whether a kind of isolation holds here, seen by a small program that tries to get out."""
-    if sys.platform != "linux" or kind == WEAK or (kind == BUBBLEWRAP and not shutil.which("bwrap")):
+    if (
+        sys.platform != "linux"
+        or kind == WEAK
+        or (kind == BUBBLEWRAP and not shutil.which("bwrap"))
+    ):
         return False
     config = {"role": "run", "program": PROBE.format(os.path.realpath(__file__))}
     with Job(kind, limits := Limits(), config) as job:
@@ -63,6 +75,12 @@ def works(kind: str) -> bool:
 def announce(kind: str) -> None:
     """Say once if a fallback is active, and which."""
     if kind == WEAK:
-        log.warning("MODEL-WRITTEN CODE IS NOT ISOLATED: %s; files, network and processes are open to it", kind)
+        log.warning(
+            "MODEL-WRITTEN CODE IS NOT ISOLATED: %s; files, network and processes are open to it",
+            kind,
+        )
     elif kind != BUBBLEWRAP:
-        log.warning("bubblewrap is missing or does not work: the weaker fallback %r holds model-written code", kind)
+        log.warning(
+            "bubblewrap is missing or does not work: the weaker fallback %r holds model-written code",
+            kind,
+        )

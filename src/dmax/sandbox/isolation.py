@@ -13,10 +13,11 @@ from typing import Any
 
 from dmax.errors import InputError
 
-# Strongest first. `namespaces` builds by itself what bubblewrap builds, `landlock` filters files and system calls in
-# place, and the last one stops accidents rather than attacks.
+# Strongest first. `namespaces` builds by itself what bubblewrap builds, `landlock` filters files
+# and system calls in place, and the last one stops accidents rather than attacks.
 KINDS = ("bubblewrap", "namespaces", "landlock", "limits only")
-BUBBLEWRAP, WEAK = KINDS[0], KINDS[-1]
+BUBBLEWRAP = KINDS[0]
+WEAK = KINDS[-1]
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 SCRATCH = "/scratch"  # the writable folder, where the process has a root of its own
 MAX_ENTRIES = 4096  # files and folders in it
@@ -69,7 +70,8 @@ class Limits:
 
 def readable() -> list[str]:
     """What foreign code may read: the interpreter's library and the system's."""
-    prefixes, folders = (sys.base_prefix, sys.base_exec_prefix), ("lib", sys.platlibdir)
+    prefixes = (sys.base_prefix, sys.base_exec_prefix)
+    folders = ("lib", sys.platlibdir)
     library = [os.path.join(prefix, folder) for prefix in prefixes for folder in folders]
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
     paths: list[str] = []
@@ -89,11 +91,21 @@ def command(kind: str, limits: Limits) -> list[str]:
     python = [interpreter(), "-I", "-S", "-B", "-u", "-X", "utf8", "-c"]
     if kind != BUBBLEWRAP:
         return [*python, BOOT]
-    readables, devices = [*readable(), interpreter()], filter(os.path.exists, DEVICES)
+    readables = [*readable(), interpreter()]
+    devices = filter(os.path.exists, DEVICES)
     options = ["--unshare-all", "--as-pid-1", "--die-with-parent", "--cap-drop", "ALL"]
     options += [word for path in readables for word in ("--ro-bind", path, path)]
     options += [word for path in devices for word in ("--dev-bind", path, path)]
-    options += ["--size", str(limits.disk), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
+    options += [
+        "--size",
+        str(limits.disk),
+        "--tmpfs",
+        SCRATCH,
+        "--chdir",
+        SCRATCH,
+        "--remount-ro",
+        "/",
+    ]
     return [shutil.which("bwrap") or "bwrap", *options, "--", *python, BOOT]
 
 

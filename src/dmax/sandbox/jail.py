@@ -1,8 +1,8 @@
 """What a sandboxed process does to itself before it runs foreign code: standard library alone, sent as source.
 
-Four layers, each of which holds for good: resource limits, fresh namespaces around an own root (if asked for),
-Landlock (which files can be opened) and seccomp (which system calls exist). Constants are those of the kernel's
-user-space headers.
+Four layers, each of which holds for good: resource limits, fresh namespaces around an own root (if
+asked for), Landlock (which files can be opened) and seccomp (which system calls exist). Constants
+are those of the kernel's user-space headers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from collections.abc import Callable
 from ctypes import CDLL, addressof, c_char_p, c_long, create_string_buffer, get_errno
 from typing import Any
 
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of a number below, name of the machine
-# Every system call that is let through, on x86-64 and on AArch64; - where there is none. The rest does not exist.
+MACHINES = {
+    "x86_64": (0, 0xC000003E),
+    "aarch64": (1, 0xC00000B7),
+}  # column of a number below, name of the machine
+# Every system call that is let through, on x86-64 and on AArch64; - where there is none. The rest
+# does not exist.
 CALLS = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,
 close 3 57, close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24, lseek 8 62, ioctl 16 29, flock 73 32, fsync 74 82,
@@ -39,19 +43,44 @@ getpgrp 111 -, getpgid 121 155, getsid 124 156, uname 63 160, sysinfo 99 179, ge
 setrlimit 160 164, getrusage 98 165, futex 202 98, set_tid_address 218 96, set_robust_list 273 99, rseq 334 293,
 restart_syscall 219 128, arch_prctl 158 -, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94
 """
-CLONE, CLONE3, FCNTL, PRLIMIT, KILL, TGKILL = (56, 220), (435, 435), (72, 25), (302, 261), (62, 129), (234, 131)
-CAPSET, PIVOT_ROOT, MOUNT_SETATTR = (126, 91), (155, 41), 442
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+CLONE = (56, 220)
+CLONE3 = (435, 435)
+FCNTL = (72, 25)
+PRLIMIT = (302, 261)
+KILL = (62, 129)
+TGKILL = (234, 131)
+CAPSET = (126, 91)
+PIVOT_ROOT = (155, 41)
+MOUNT_SETATTR = 442
+LANDLOCK_CREATE = 444
+LANDLOCK_ADD = 445
+LANDLOCK_RESTRICT = 446
 
-Step = tuple[int, int, int, int]  # one instruction of a filter: operation, jump if true, jump if false, value
-LOAD, EQUAL, ANY_BIT, ANSWER = 0x20, 0x15, 0x45, 0x06
-KILL_PROCESS, ALLOW, DENY, ABSENT = 0x80000000, 0x7FFF0000, 0x50001, 0x50026  # the last two: EPERM and ENOSYS
+Step = tuple[
+    int, int, int, int
+]  # one instruction of a filter: operation, jump if true, jump if false, value
+LOAD = 0x20
+EQUAL = 0x15
+ANY_BIT = 0x45
+ANSWER = 0x06
+# the last two: EPERM and ENOSYS
+KILL_PROCESS = 0x80000000
+ALLOW = 0x7FFF0000
+DENY = 0x50001
+ABSENT = 0x50026
 F_SIGNALS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: have the kernel signal another process
 CLONE_THREAD = 0x10000
 NEW_NAMESPACES = 0x7E020000  # mount, cgroup, UTS, IPC, user, PID and network
-MS_BIND_REC, MS_PRIVATE_REC, MS_NOSUID_NODEV, DETACH = 0x5000, 0x44000, 0x6, 2
-READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
-SCRATCH = 0x71BE  # all up to truncation, but to run files and to make devices, sockets and named pipes
+MS_BIND_REC = 0x5000
+MS_PRIVATE_REC = 0x44000
+MS_NOSUID_NODEV = 0x6
+DETACH = 2
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+WRITE_FILE = 1 << 1
+SCRATCH = (
+    0x71BE  # all up to truncation, but to run files and to make devices, sockets and named pipes
+)
 NEEDED_LANDLOCK = 3  # the first version that also holds truncation
 
 
@@ -99,7 +128,9 @@ def limit(kind: int, value: int) -> None:
 def call(name: str, *arguments: int | bytes | None) -> int:
     """Call a function of the C library; raises `OSError` if it fails."""
     function: Callable[..., int] = getattr(CDLL(None, use_errno=True), name)
-    result = function(*(c_long(value) if isinstance(value, int) else c_char_p(value) for value in arguments))
+    result = function(
+        *(c_long(value) if isinstance(value, int) else c_char_p(value) for value in arguments)
+    )
     if result == -1:
         raise OSError(get_errno(), f"{name}: {os.strerror(get_errno())}")
     return result
@@ -112,7 +143,9 @@ def die_with_parent() -> None:
 
 def system(numbers: int | tuple[int, int], *arguments: int | bytes | None) -> int:
     """Make a system call by its number, or by its numbers on the machines of `MACHINES`."""
-    return call("syscall", numbers if isinstance(numbers, int) else numbers[machine()[0]], *arguments)
+    return call(
+        "syscall", numbers if isinstance(numbers, int) else numbers[machine()[0]], *arguments
+    )
 
 
 def drop_capabilities(_: dict[str, Any]) -> None:
@@ -129,16 +162,22 @@ def machine() -> tuple[int, int]:
 
 def enter_namespaces(settings: dict[str, Any]) -> None:
     """Go on as the only process of new namespaces, whose root holds the readable paths and a bounded scratch."""
-    user, group = os.getuid(), os.getgid()
+    user = os.getuid()
+    group = os.getgid()
     call("unshare", NEW_NAMESPACES)
     die_with_parent()
-    for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+    for file, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {user} 1"),
+        ("gid_map", f"{group} {group} 1"),
+    ):
         with open(f"/proc/self/{file}", "w") as stream:
             stream.write(text)
     if child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(code if code >= 0 else 128 - code)
-    root, scratch = settings["folder"].encode(), settings["scratch"].encode()
+    root = settings["folder"].encode()
+    scratch = settings["scratch"].encode()
     call("mount", None, b"/", None, MS_PRIVATE_REC, None)
     call("mount", b"tmpfs", root, b"tmpfs", MS_NOSUID_NODEV, b"size=1m,mode=755")
     for path in settings["readable"] + settings["devices"]:
@@ -148,7 +187,9 @@ def enter_namespaces(settings: dict[str, Any]) -> None:
             open(place, "x").close()
         call("mount", os.path.realpath(path).encode(), place.encode(), None, MS_BIND_REC, None)
     os.mkdir(root + scratch)
-    system(MOUNT_SETATTR, -100, root, 0x8000, struct.pack("4Q", 1, 0, 0, 0), 32)  # read-only, with all below
+    system(
+        MOUNT_SETATTR, -100, root, 0x8000, struct.pack("4Q", 1, 0, 0, 0), 32
+    )  # read-only, with all below
     bounds = f"size={settings['disk']},nr_inodes={settings['entries']},mode=700".encode()
     call("mount", b"tmpfs", root + scratch, b"tmpfs", MS_NOSUID_NODEV, bounds)
     os.chdir(root)
@@ -187,20 +228,28 @@ def filter_calls(_: dict[str, Any]) -> None:
     me = os.getpid()
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), (ANSWER, 0, 0, KILL_PROCESS), (LOAD, 0, 0, 0)]
     code += branch(CLONE[column], 0, ANY_BIT, (CLONE_THREAD,), ALLOW, DENY)
-    code += branch(CLONE3[column], 0, EQUAL, (), ALLOW, ABSENT)  # hides its flags; the C library falls back on clone
+    code += branch(
+        CLONE3[column], 0, EQUAL, (), ALLOW, ABSENT
+    )  # hides its flags; the C library falls back on clone
     code += branch(FCNTL[column], 1, EQUAL, F_SIGNALS, DENY, ALLOW)
     code += branch(PRLIMIT[column], 0, EQUAL, (0,), ALLOW, DENY)
-    code += branch(KILL[column], 0, EQUAL, (me,), ALLOW, DENY) + branch(TGKILL[column], 0, EQUAL, (me,), ALLOW, DENY)
+    code += branch(KILL[column], 0, EQUAL, (me,), ALLOW, DENY) + branch(
+        TGKILL[column], 0, EQUAL, (me,), ALLOW, DENY
+    )
     for entry in CALLS.split(","):
         number = entry.split()[1 + column]
         if number != "-":
             code += [(EQUAL, 0, 1, int(number)), (ANSWER, 0, 0, ALLOW)]
     code.append((ANSWER, 0, 0, DENY))
     table = create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
-    call("prctl", 22, 2, struct.pack("HP", len(code), addressof(table)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    call(
+        "prctl", 22, 2, struct.pack("HP", len(code), addressof(table))
+    )  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
-def branch(number: int, argument: int, test: int, values: tuple[int, ...], then: int, other: int) -> list[Step]:
+def branch(
+    number: int, argument: int, test: int, values: tuple[int, ...], then: int, other: int
+) -> list[Step]:
     """Filter steps for one call: `then` if an argument (its low half) meets one of the values, else `other`."""
     body = [(LOAD, 0, 0, 16 + 8 * argument)]
     for value in values:

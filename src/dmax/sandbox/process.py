@@ -22,7 +22,10 @@ from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, settings
 POLL_SECONDS = 0.02  # between looks at disk use and threads
 START_SECONDS = 60.0  # for an interpreter to come up on a busy machine
 CHUNK = 1 << 16  # bytes
-SOURCES = {f"{name}_source": Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("jail", "remote")}
+SOURCES = {
+    f"{name}_source": Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+    for name in ("jail", "remote")
+}
 
 
 class Job:
@@ -38,17 +41,31 @@ class Job:
     """
 
     def __init__(
-        self, kind: str, limits: Limits, config: dict[str, Any], stdin: bytes = b"", descriptors: Sequence[int] = ()
+        self,
+        kind: str,
+        limits: Limits,
+        config: dict[str, Any],
+        stdin: bytes = b"",
+        descriptors: Sequence[int] = (),
     ) -> None:
-        self.limits, self.printed, self.is_ready = limits, {1: bytearray(), 2: bytearray()}, False
+        self.limits = limits
+        self.printed = {1: bytearray(), 2: bytearray()}
+        self.is_ready = False
         self.code: int | None = None
         self.cpu_seconds = 0.0
         self._base = Path(tempfile.mkdtemp(prefix="dmax-sandbox-")).resolve()
         self._folder = self._base / "scratch"
         self._folder.mkdir()
-        everything = {**config, **SOURCES, "jail": settings(kind, limits, self._folder), "ready": READY}
+        everything = {
+            **config,
+            **SOURCES,
+            "jail": settings(kind, limits, self._folder),
+            "ready": READY,
+        }
         head = json.dumps(everything).encode()
-        source = self._base / "stdin"  # a file: needs no thread to feed it, and foreign code gets it read-only
+        source = (
+            self._base / "stdin"
+        )  # a file: needs no thread to feed it, and foreign code gets it read-only
         source.write_bytes(head + stdin)
         with source.open("rb") as stream:
             source.unlink()
@@ -76,7 +93,12 @@ class Job:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.stop()
         with self._process:  # closes the pipes
             remove(self._base)
@@ -140,27 +162,39 @@ def supervise(jobs: Sequence[Job], limits: Limits) -> tuple[str | None, float]:
         RuntimeError: isolation could not be set up, so no foreign code ran.
     """
     began = time.monotonic()
-    deadline, is_ready, exceeded = began + START_SECONDS, False, None
+    deadline = began + START_SECONDS
+    is_ready = False
+    exceeded = None
     with selectors.DefaultSelector() as selector:
         for job in jobs:
             for number, descriptor in job.streams.items():
                 selector.register(descriptor, selectors.EVENT_READ, (job, number))
         while exceeded is None and not jobs[0].has_ended():
-            for key, _ in selector.select(POLL_SECONDS if selector.get_map() else POLL_SECONDS / 10):
+            for key, _ in selector.select(
+                POLL_SECONDS if selector.get_map() else POLL_SECONDS / 10
+            ):
                 job, number = key.data
                 if not job.read(number):
                     selector.unregister(key.fd)
             if not is_ready and all(job.is_ready for job in jobs):
-                is_ready, began = True, time.monotonic()
+                is_ready = True
+                began = time.monotonic()
                 deadline = began + limits.seconds
-            exceeded = next((limit for job in jobs if job.code is None and (limit := job.exceeded())), None)
+            exceeded = next(
+                (limit for job in jobs if job.code is None and (limit := job.exceeded())), None
+            )
             if exceeded is None and time.monotonic() > deadline:
                 exceeded = "timeout"
     for job in jobs:
         job.stop()
     for job in jobs:
-        if not job.is_ready and exceeded in (None, "timeout"):  # other limits are those of foreign code in another job
-            raise RuntimeError(f"the sandbox could not be set up: {last_line(job.text(2)) or 'no reason given'}")
+        if not job.is_ready and exceeded in (
+            None,
+            "timeout",
+        ):  # other limits are those of foreign code in another job
+            raise RuntimeError(
+                f"the sandbox could not be set up: {last_line(job.text(2)) or 'no reason given'}"
+            )
     if exceeded is None and any(job.is_verbose() for job in jobs):
         exceeded = "output"
     return exceeded, time.monotonic() - began
@@ -194,17 +228,24 @@ def usage(folder: Path) -> tuple[int, int]:
 def nameless(pid: int, folder: Path, stdin: os.stat_result) -> int:
     """Bytes in files without a name that a process holds open, its own stdin left out.
 
-    Each thread may have descriptors of its own, and one that has ended hides what the others share. A file of `folder`
-    that is mapped and no longer open has a size that cannot be seen, so it counts as more than any limit.
+    Each thread may have descriptors of its own, and one that has ended hides what the others share.
+    A file of `folder` that is mapped and no longer open has a size that cannot be seen, so it
+    counts as more than any limit.
     """
-    mapped, found = set[int](), dict[int, int]()  # inodes, and their bytes
+    # inodes, and their bytes
+    mapped = set[int]()
+    found = dict[int, int]()
     for task in tasks(pid):
         mapped |= mapped_nameless(task, folder)
         with suppress(OSError), os.scandir(f"{task}/fd") as content:
             for entry in content:
                 with suppress(OSError):
                     info = entry.stat()
-                    if stat.S_ISREG(info.st_mode) and info.st_nlink == 0 and not os.path.samestat(info, stdin):
+                    if (
+                        stat.S_ISREG(info.st_mode)
+                        and info.st_nlink == 0
+                        and not os.path.samestat(info, stdin)
+                    ):
                         found[info.st_ino] = info.st_blocks * 512
     return sys.maxsize if mapped - found.keys() else sum(found.values())
 
@@ -215,7 +256,8 @@ def mapped_nameless(task: str, folder: Path) -> set[int]:
         lines = Path(f"{task}/maps").read_bytes().splitlines()
     except OSError:
         return set()
-    start, end = os.fsencode(folder) + b"/", b" (deleted)"
+    start = os.fsencode(folder) + b"/"
+    end = b" (deleted)"
     fields = (line.split(maxsplit=5) for line in lines if line.endswith(end))
     return {int(inode) for *_, inode, path in fields if path.startswith(start)}
 

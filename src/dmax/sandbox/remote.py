@@ -1,9 +1,11 @@
 """What runs inside a sandboxed process: a program, a server of a candidate's functions, or tests that call them.
 
-Standard library alone, sent as source. Tests and candidate live in two processes, and all that passes between them is
-plain data in JSON: None, bool, int, float, complex, str, bytes, bytearray, range, list, tuple, set, frozenset, dict.
-Instances of subclasses travel as the plain type. Any other object stays where it is and is known to the tests by a
-number: they can call it, go through it, and ask for items and attributes, but it equals nothing but itself, and none
+Standard library alone, sent as source. Tests and candidate live in two processes, and all that
+passes between them is plain data in JSON: None, bool, int, float, complex, str, bytes, bytearray,
+range, list, tuple, set, frozenset, dict. Instances of subclasses travel as the plain type. Any
+other object stays where it is and is known to the tests by a
+number: they can call it, go through it, and ask for items and attributes, but it equals nothing but
+    itself, and none
 of its code runs among the tests.
 """
 
@@ -25,7 +27,14 @@ MUTABLE = (list, dict, set, bytearray)
 MAX_MESSAGE = 1 << 23  # bytes
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
-    **{"iter": iter, "next": next, "len": len, "bool": bool, "getattr": getattr, "setattr": setattr},
+    **{
+        "iter": iter,
+        "next": next,
+        "len": len,
+        "bool": bool,
+        "getattr": getattr,
+        "setattr": setattr,
+    },
     "getitem": operator.getitem,
 }
 ERRORS = (  # what a test can expect; not StopIteration, which would end an `all(map(...))` among the tests early
@@ -55,7 +64,11 @@ def run(program: str) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        place = error.__traceback__ and error.__traceback__.tb_next and error.__traceback__.tb_next.tb_next
+        place = (
+            error.__traceback__
+            and error.__traceback__.tb_next
+            and error.__traceback__.tb_next.tb_next
+        )
         traceback.print_exception(type(error), error, place)
         sys.exit(1)
 
@@ -73,7 +86,9 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     if value is None or isinstance(value, bool | float | str):
         return value
     if isinstance(value, int):
-        return value if value.bit_length() < 64 else ["int", hex(value)]  # long decimals are slow, and refused
+        return (
+            value if value.bit_length() < 64 else ["int", hex(value)]
+        )  # long decimals are slow, and refused
     if isinstance(value, dict):
         return ["dict", [[encode(key, refer), encode(item, refer)] for key, item in value.items()]]
     if isinstance(value, bytes | bytearray):
@@ -140,8 +155,13 @@ def serve(program: str, requests: BinaryIO, replies: BinaryIO) -> None:
 def answer(request: Any, refer: Callable[[Any], int], resolve: Callable[[int], Any]) -> list[Any]:
     """Do one operation; the reply also has the arguments that it changed in place."""
     name, *encoded = request
-    args, kwargs = decode(encoded[0], resolve), decode(encoded[1], resolve)
-    mutable = [(place, value) for place, value in enumerate([*args, *kwargs.values()]) if isinstance(value, MUTABLE)]
+    args = decode(encoded[0], resolve)
+    kwargs = decode(encoded[1], resolve)
+    mutable = [
+        (place, value)
+        for place, value in enumerate([*args, *kwargs.values()])
+        if isinstance(value, MUTABLE)
+    ]
     before = [encode(value, refer) for _, value in mutable]
     result = encode(OPERATIONS[name](*args, **kwargs), refer)
     after = [[place, encode(value, refer)] for place, value in mutable]
@@ -152,7 +172,8 @@ class Connection:
     """The tests' end of the two pipes to the candidate."""
 
     def __init__(self, replies: BinaryIO, requests: BinaryIO) -> None:
-        self.replies, self.requests = replies, requests
+        self.replies = replies
+        self.requests = requests
 
     def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         """Have the candidate do an operation; its exceptions are raised here by name, as built-in ones."""
@@ -164,7 +185,11 @@ class Connection:
         except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):
-            fail("the candidate's answer is too long" if line else "the candidate ended before it answered")
+            fail(
+                "the candidate's answer is too long"
+                if line
+                else "the candidate ended before it answered"
+            )
         kind, content, extra = json.loads(line)
         if kind == "error":
             raise_named(content, str(extra), operation)
@@ -255,11 +280,17 @@ def verify(config: dict[str, Any], connection: Connection) -> None:
     """Run the tests with the candidate's functions under their names; comes back only if they ran to their end."""
     tests = ModuleType("tests")
     try:
-        bound = {name: connection.ask("getattr", connection.resolve(0), name) for name in config["names"]}
+        bound = {
+            name: connection.ask("getattr", connection.resolve(0), name) for name in config["names"]
+        }
         execute(config["setup"], tests)
         tests.__dict__.update(bound)
         execute(config["tests"], tests)
     except BaseException as error:
-        place = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<tests>"]
+        place = [
+            frame.line
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == "<tests>"
+        ]
         told = "".join(traceback.format_exception_only(error)).strip()
         fail(f"{told} in: {place[-1]}" if place else told)

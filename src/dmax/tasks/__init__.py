@@ -67,10 +67,15 @@ def get_task(name: str, data: Path | None = None) -> Task:
     table = _table()
     if name not in table:
         choices = task_names()
-        raise InputError(f"unknown task {name!r}; choose from {', '.join(choices)}", hint=did_you_mean(name, choices))
+        raise InputError(
+            f"unknown task {name!r}; choose from {', '.join(choices)}",
+            hint=did_you_mean(name, choices),
+        )
     module, _, attribute = table[name].partition(":")
     make = getattr(import_module(module), attribute)
     if data is not None and not signature(make).parameters:
-        raise InputError(f"the task {name!r} makes its own examples and reads no file", hint="leave out --data")
+        raise InputError(
+            f"the task {name!r} makes its own examples and reads no file", hint="leave out --data"
+        )
     task: Task = make() if data is None else make(data)
     return task

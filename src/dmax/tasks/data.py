@@ -57,7 +57,9 @@ class Row:
 
     def wrong(self, reason: str) -> InputError:
         """The error that says what is wrong with this row."""
-        return InputError(f"{self.place}: {reason}", hint="docs/tasks.md lists the fields of every task")
+        return InputError(
+            f"{self.place}: {reason}", hint="docs/tasks.md lists the fields of every task"
+        )
 
 
 class Benchmark(ABC):
@@ -71,7 +73,11 @@ class Benchmark(ABC):
     max_new_tokens = 2048  # of the published evaluation, for every task (DMax section 4.1)
 
     def __init__(self, data: Path | None = None) -> None:
-        self._examples = [self.example(row) for row in rows_of_hub(self.hub)] if data is None else self._read(data)
+        self._examples = (
+            [self.example(row) for row in rows_of_hub(self.hub)]
+            if data is None
+            else self._read(data)
+        )
 
     @abstractmethod
     def example(self, row: Row) -> Example:
@@ -105,14 +111,21 @@ def rows_of_file(path: Path) -> Iterator[Row]:
     """Rows of a JSONL file, one object a line; blank lines are skipped.
 
     Raises:
-        InputError: the file is missing, unreadable or empty, or a line is not a JSON object; names file and line.
+        InputError: the file is missing, unreadable or empty, or a line is not a JSON object; names
+            file and line.
     """
     try:
-        lines = path.read_bytes().split(b"\n")  # only these separate rows: texts may hold other line breaks
+        lines = path.read_bytes().split(
+            b"\n"
+        )  # only these separate rows: texts may hold other line breaks
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint="--data takes a JSONL file") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}", hint="--data takes a JSONL file"
+        ) from None
     if not any(line.strip() for line in lines):
-        raise InputError(f"{path} holds no rows", hint="--data takes a JSONL file with one row a line")
+        raise InputError(
+            f"{path} holds no rows", hint="--data takes a JSONL file with one row a line"
+        )
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield Row(_object(line, f"{path}:{number}"), f"{path}:{number}")
@@ -143,12 +156,18 @@ def rows_of_hub(hub: Hub) -> Iterator[Row]:
         ) from None
     try:
         rows = list(load_dataset(hub.path, hub.config, split=hub.split))
-    except Exception as error:  # what it raises without a network depends on its version and on the network
+    except (
+        Exception
+    ) as error:  # what it raises without a network depends on its version and on the network
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"cannot read `{hub.path}` from the hub: {reason}", hint="give the rows as a JSONL file: --data FILE"
+            f"cannot read `{hub.path}` from the hub: {reason}",
+            hint="give the rows as a JSONL file: --data FILE",
         ) from None
     if not rows:
-        raise InputError(f"`{hub.path}` on the hub holds no rows", hint="give the rows as a JSONL file: --data FILE")
+        raise InputError(
+            f"`{hub.path}` on the hub holds no rows",
+            hint="give the rows as a JSONL file: --data FILE",
+        )
     for number, fields in enumerate(rows, 1):
         yield Row(fields, f"{hub.path} ({hub.split}), row {number}")

@@ -1,8 +1,8 @@
 """Whether two mathematical answers are equal, by math-verify in a process of its own.
 
-math-verify limits its own time by signals, which only a main thread can take and which do not reach a long
-computation inside one operation. A separate process needs neither: a comparison that does not come back is killed with
-it, and whatever an answer does to the parser, the evaluation goes on.
+math-verify limits its own time by signals, which only a main thread can take and which do not reach
+a long computation inside one operation. A separate process needs neither: a comparison that does
+not come back is killed with it, and whatever an answer does to the parser, the evaluation goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ INSTALL = 'pip install "dmax[eval]"'
 def require_math_verify() -> None:
     """Raise `InputError` unless math-verify is installed."""
     if find_spec("math_verify") is None:
-        raise InputError("scoring mathematical answers needs the package `math-verify`", hint=INSTALL)
+        raise InputError(
+            "scoring mathematical answers needs the package `math-verify`", hint=INSTALL
+        )
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -58,7 +60,8 @@ class Comparer:
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 self.stop()
-            process, reply = self._process or self._start(), ""
+            process = self._process or self._start()
+            reply = ""
             try:
                 reply = _ask(process, json.dumps([gold, answer]), self._limit)
             finally:
@@ -75,15 +78,23 @@ class Comparer:
 
     def _start(self) -> subprocess.Popen[str]:
         require_math_verify()
-        # -P: the folder of the script stays off the path, so that no file in it hides a module of the same name.
+        # -P: the folder of the script stays off the path, so that no file in it hides a module of
+        # the same name.
         command = [sys.executable, "-P", str(Path(__file__).with_name("equality_worker.py"))]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
         )
         reply = _ask(self._process, "", START_SECONDS)
         if reply != "null":
             self.stop()
-            raise InputError(f"math-verify does not start: {json.loads(reply) if reply else 'no reply'}", hint=INSTALL)
+            raise InputError(
+                f"math-verify does not start: {json.loads(reply) if reply else 'no reply'}",
+                hint=INSTALL,
+            )
         return self._process
 
 

@@ -1,6 +1,7 @@
 """The process behind `dmax.tasks.equality`: reads `[gold, answer]` lines, writes `true` or `false`.
 
-A script, run by its path: it imports nothing of this package, which would take longer than math-verify itself.
+A script, run by its path: it imports nothing of this package, which would take longer than
+math-verify itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 
 def serve() -> None:
     """Say that math-verify is there, or why not; then answer one line with one line until the input ends."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever the parsers print is no reply
+    # whatever the parsers print is no reply
+    replies = sys.stdout
+    sys.stdout = sys.stderr
     try:
         from math_verify import parse, verify
     except ImportError as error:

@@ -1,8 +1,9 @@
 r"""Tasks with a mathematical answer: `gsm8k`, `asdiv`, `math500`, `minerva_algebra`.
 
-Prompts are those of the published evaluation, zero-shot. Scoring is strict: one answer is taken from a completion, the
-last `\boxed{…}`, and math-verify compares it with the gold one. The prompt of the word problems asks for no form, so
-there a closing line `#### N` counts as well, and without either the last number, as in lm-eval's flexible extraction.
+Prompts are those of the published evaluation, zero-shot. Scoring is strict: one answer is taken
+from a completion, the last `\boxed{…}`, and math-verify compares it with the gold one. The prompt
+of the word problems asks for no form, so there a closing line `#### N` counts as well, and without
+either the last number, as in lm-eval's flexible extraction.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dmax.tasks.data import Benchmark, Hub, Row
 from dmax.tasks.equality import equal, require_math_verify
 
 # A minus right after a word, number or bracket is an operation; digits may be grouped by commas.
-NUMBER = r"(?:(?<![\w)\]}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)(?:\\?%)?"
+NUMBER = (
+    r"(?:(?<![\w)\]}])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)(?:\\?%)?"
+)
 BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<bare>[^\s{}$]+))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
 FINAL_LINE = re.compile(rf"^\s*####\s*({NUMBER})\.?\s*$", re.MULTILINE)
@@ -49,11 +52,13 @@ def _clean(answer: str) -> str:
 def final_number(text: str) -> str | None:
     r"""The final number: in the last `\boxed{…}` or closing line `#### N`, whichever comes later, else the last one.
 
-    A box may hold something else, such as `\frac{1}{2}`, which is given back as it stands; a unit is left out.
+    A box may hold something else, such as `\frac{1}{2}`, which is given back as it stands; a unit
+    is left out.
     """
     for spelling, plain in SPELLINGS.items():
         text = text.replace(spelling, plain)
-    boxes, lines = list(BOX.finditer(text)), list(FINAL_LINE.finditer(text))
+    boxes = list(BOX.finditer(text))
+    lines = list(FINAL_LINE.finditer(text))
     if lines and (not boxes or lines[-1].start() > boxes[-1].start()):
         return _digits(lines[-1][1])
     if boxes:
@@ -106,7 +111,8 @@ class Gsm8k(WordProblemBenchmark):
 
     def example(self, row: Row) -> Example:
         """A row has `question` and `answer`, whose last line is `#### N`."""
-        question, answer = row.text("question"), row.text("answer")
+        question = row.text("question")
+        answer = row.text("answer")
         lines = FINAL_LINE.findall(answer)
         if not lines:
             raise row.wrong("`answer` has no line `#### N` with the final number")
@@ -121,7 +127,8 @@ class Asdiv(WordProblemBenchmark):
 
     def example(self, row: Row) -> Example:
         """A row has `question`, often `body` before it, and `answer` such as `9 (apples)`."""
-        body, question = row.optional_text("body"), row.text("question")
+        body = row.optional_text("body")
+        question = row.text("question")
         answer = row.text("answer").partition(" (")[0]
         if not answer.strip():
             raise row.wrong("`answer` has nothing before its unit")
@@ -136,10 +143,17 @@ class Math500(MathBenchmark):
 
     def example(self, row: Row) -> Example:
         r"""A row has `problem` (or `question`) and `answer` (or `ground_truth_answer`, or a boxing `solution`)."""
-        problem, solution = row.text("problem", "question"), row.optional_text("solution")
-        answer = row.optional_text("answer") or row.optional_text("ground_truth_answer") or last_box(solution)
+        problem = row.text("problem", "question")
+        solution = row.optional_text("solution")
+        answer = (
+            row.optional_text("answer")
+            or row.optional_text("ground_truth_answer")
+            or last_box(solution)
+        )
         if not answer:
-            raise row.wrong(r"`answer` is missing, and there is no `solution` with a final \boxed{…}")
+            raise row.wrong(
+                r"`answer` is missing, and there is no `solution` with a final \boxed{…}"
+            )
         instruction = r"Let's think step by step, and put your final answer within \boxed{}."
         return Example(f"{problem}\n{instruction}", answer, solution or None)
 

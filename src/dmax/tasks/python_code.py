@@ -1,7 +1,8 @@
 """Tasks whose answer is a Python function: `mbpp` (sanitized), `humaneval` and their plus variants.
 
-Prompts are those of the published evaluation, zero-shot. As there, the first fenced block of a completion counts, and
-of it the imports and definitions alone. What is left runs in the sandbox, against the tests of the row.
+Prompts are those of the published evaluation, zero-shot. As there, the first fenced block of a
+completion counts, and of it the imports and definitions alone. What is left runs in the sandbox,
+against the tests of the row.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DO
 PYTHON = ("", "python", "python3", "py")  # what may stand after the fence of a block that counts
 START_OF_CODE = re.compile(r"(?:from [\w.]+ import |import \w|(?:async )?def \w|class \w|@\w)")
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-DELIMITERS = "Please enclose your code within delimiters as follows:\n```python\n# YOUR CODE HERE\n```\n\n"
-# Tests of the plus sets import numpy for one comparison and the names of its types. The sandbox has the standard
-# library alone, so that this stands for it; arrays do not leave a candidate.
+DELIMITERS = (
+    "Please enclose your code within delimiters as follows:\n```python\n# YOUR CODE HERE\n```\n\n"
+)
+# Tests of the plus sets import numpy for one comparison and the names of its types. The sandbox has
+# the standard library alone, so that this stands for it; arrays do not leave a candidate.
 NUMPY = """
 import sys, types
 
@@ -45,7 +48,8 @@ class Problem(Example):
         tests: program that calls a solution and fails if it is wrong.
         names: what the tests take from a solution; with a stub, the one function that it asks for.
         setup: program that the tests need before them.
-        stub: start of a program that a solution completes: imports, helpers, signature; may be empty.
+        stub: start of a program that a solution completes: imports, helpers, signature; may be
+            empty.
     """
 
     tests: str
@@ -76,9 +80,16 @@ def _without_prose(text: str) -> str:
 
 def _parse(code: str) -> ast.Module | None:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the completion's escapes and comparisons
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of the completion's escapes and comparisons
             return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, or nested without end
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # null bytes, or nested without end
         return None
 
 
@@ -105,7 +116,11 @@ def _is_definition(node: ast.stmt) -> bool:
 def defined(code: str) -> set[str]:
     """Names of the functions and classes that a program defines; empty if it cannot be read."""
     tree = _parse(code)
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)} if tree else set()
+    return (
+        {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        if tree
+        else set()
+    )
 
 
 def used(code: str) -> set[str]:
@@ -150,7 +165,9 @@ class CodeBenchmark(Benchmark):
         code = extract_code(text)
         if code is None:
             return False
-        program = complete(code, example.stub, example.names[0]) if example.stub else definitions(code)
+        program = (
+            complete(code, example.stub, example.names[0]) if example.stub else definitions(code)
+        )
         return passes(program, example)
 
 
@@ -163,7 +180,9 @@ class Mbpp(CodeBenchmark):
 
     def example(self, row: Row) -> Problem:
         """A row has `prompt`, `code`, `test_list` and perhaps `test_imports`."""
-        text, solution, shown = row.text("prompt"), row.text("code"), row.texts("test_list")
+        text = row.text("prompt")
+        solution = row.text("code")
+        shown = row.texts("test_list")
         if not shown:
             raise row.wrong("`test_list` is missing or empty")
         tests = self.tests(row, shown)
@@ -174,7 +193,9 @@ class Mbpp(CodeBenchmark):
             f"You are an expert Python programmer, and here is your task: {text} "
             "Your code should pass these tests:\n\n" + "\n".join(shown) + f"\n\n{DELIMITERS}"
         )
-        return Problem(prompt, solution, _fenced(solution), tests=tests, names=names, setup=self.setup)
+        return Problem(
+            prompt, solution, _fenced(solution), tests=tests, names=names, setup=self.setup
+        )
 
     def tests(self, row: Row, shown: list[str]) -> str:
         """The tests that count: those shown in the prompt."""
@@ -202,16 +223,22 @@ class HumanEval(CodeBenchmark):
 
     def example(self, row: Row) -> Problem:
         """A row has `prompt`, `entry_point`, `canonical_solution` and `test`, which defines `check`."""
-        stub, name, solution = row.text("prompt"), row.text("entry_point"), row.text("canonical_solution")
+        stub = row.text("prompt")
+        name = row.text("entry_point")
+        solution = row.text("canonical_solution")
         if name not in defined(stub):
             raise row.wrong(f"`prompt` is no Python that defines its `entry_point` `{name}`")
         prompt = (
             "Write a solution to the following problem and make sure that it passes the tests:\n"
             f"```python\n{stub}\n```\n\n{DELIMITERS}"
         )
-        tests, setup = f"{row.text('test')}\ncheck({name})", f"{stub}\n{self.setup}"  # tests use helpers of the stub
+        # tests use helpers of the stub
+        tests = f"{row.text('test')}\ncheck({name})"
+        setup = f"{stub}\n{self.setup}"
         program = stub + solution
-        return Problem(prompt, program, _fenced(program), tests=tests, names=(name,), setup=setup, stub=stub)
+        return Problem(
+            prompt, program, _fenced(program), tests=tests, names=(name,), setup=setup, stub=stub
+        )
 
 
 class HumanEvalPlus(HumanEval):

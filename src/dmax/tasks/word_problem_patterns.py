@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Word lists are written as text and split here: the order of the words is part of what a seed means.
+# Word lists are written as text and split here: the order of the words is part of what a seed
+# means.
 NAMES = {
     "he": (
         "Adam Ben Carlos David Ethan Felix Gabriel Henry Ivan Jack Kevin Liam Marco Noah Oscar Paul Rami Sam Tom Victor"
@@ -88,14 +89,16 @@ STEPS = {
     ),
 }
 
-# Each sentence of a worked answer is put together from several choices, so that neighbouring tokens must agree: a lead,
-# a clause form, a name or pronoun, a noun, an operator and a word for equality. The likelier choice stands first.
+# Each sentence of a worked answer is put together from several choices, so that neighbouring tokens
+# must agree: a lead, a clause form, a name or pronoun, a noun, an operator and a word for equality.
+# The likelier choice stands first.
 OPENING_LEADS = ("First", "Now", "At this point", "In this step")
 LEADS = ("Then", "Next", "After that", "Now", "So here", "In this step", "At this point")
 THINGS = ("{items}", "of them", "{items} in hand", "in total")
 OPERATORS = {"+": ("+", "plus"), "-": ("-", "minus"), "*": ("x", "times"), "/": ("/", "divided by")}
 EQUALS = ("is", "equals", "makes", "gives")
-# Forms put the old value {a}, the operand {b} and the result {c} in different places and at different lengths.
+# Forms put the old value {a}, the operand {b} and the result {c} in different places and at
+# different lengths.
 FORMS = (
     "we see that {a} {op} {b} {eq} {c} {things}.",
     "the count becomes {c} {things}, because {a} {op} {b} {eq} {c}.",

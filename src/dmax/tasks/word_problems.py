@@ -1,8 +1,8 @@
 """Multi-step arithmetic word problems with worked answers, drawn from a seed: the task of the bundled models.
 
-A problem is a chain of 4 to 8 dependent steps, longer than a small network can follow in one pass, and every sentence
-of its answer is worded by several independent choices, so that tokens decided together must agree. Both are what makes
-deciding many tokens at once hard in real text.
+A problem is a chain of 4 to 8 dependent steps, longer than a small network can follow in one pass,
+and every sentence of its answer is worded by several independent choices, so that tokens decided
+together must agree. Both are what makes deciding many tokens at once hard in real text.
 """
 
 from __future__ import annotations
@@ -84,14 +84,20 @@ def generate(
 ) -> WordProblem:
     """Problem number `index` of a seed: a pure function of its arguments.
 
-    One chain in ten, chosen by a hash of start, operations and operands, is for testing and never appears in training,
-    whatever the seed. Raises `InputError` for an unknown split or an empty range of steps.
+    One chain in ten, chosen by a hash of start, operations and operands, is for testing and never
+    appears in training, whatever the seed. Raises `InputError` for an unknown split or an empty
+    range of steps.
     """
     if split not in get_args(Split):
         choices = get_args(Split)
-        raise InputError(f"`split` must be one of {', '.join(choices)}, got {split!r}", did_you_mean(split, choices))
+        raise InputError(
+            f"`split` must be one of {', '.join(choices)}, got {split!r}",
+            did_you_mean(split, choices),
+        )
     if not 1 <= min_steps <= max_steps:
-        raise InputError(f"steps must satisfy 1 <= min_steps <= max_steps, got {min_steps} and {max_steps}")
+        raise InputError(
+            f"steps must satisfy 1 <= min_steps <= max_steps, got {min_steps} and {max_steps}"
+        )
     rng = random.Random(f"{seed}/{index}/{split}/{min_steps}/{max_steps}")
     while True:
         start, steps = _draw_chain(rng, rng.randint(min_steps, max_steps), numbers or Numbers())
@@ -112,7 +118,9 @@ def problems(
     seen: set[str] = set()
     index = 0
     while len(seen) < num:
-        problem = generate(seed, index, split, min_steps=min_steps, max_steps=max_steps, numbers=numbers)
+        problem = generate(
+            seed, index, split, min_steps=min_steps, max_steps=max_steps, numbers=numbers
+        )
         index += 1
         if problem.question not in seen:
             seen.add(problem.question)
@@ -135,8 +143,11 @@ def apply_step(value: int, operation: str, operand: int) -> int:
     }[operation]
 
 
-def _draw_chain(rng: random.Random, num_steps: int, numbers: Numbers) -> tuple[int, tuple[tuple[str, int], ...]]:
-    largest, operands = numbers.largest, range(2, numbers.largest_operand + 1)
+def _draw_chain(
+    rng: random.Random, num_steps: int, numbers: Numbers
+) -> tuple[int, tuple[tuple[str, int], ...]]:
+    largest = numbers.largest
+    operands = range(2, numbers.largest_operand + 1)
     start = value = rng.randint(4, min(40, largest - 10))
     steps = []
     for _ in range(num_steps):
@@ -159,7 +170,10 @@ def _tell(rng: random.Random, start: int, steps: tuple[tuple[str, int], ...]) ->
     pronoun = rng.choice(sorted(NAMES))
     words = {"name": rng.choice(NAMES[pronoun]), "items": rng.choice(ITEMS)}
     story = [rng.choice(OPENERS).format(a=start, **words)]
-    story += [_capitalized(rng.choice(STEPS[operation]).format(b=operand, **words)) for operation, operand in steps]
+    story += [
+        _capitalized(rng.choice(STEPS[operation]).format(b=operand, **words))
+        for operation, operand in steps
+    ]
     story.append(rng.choice(QUESTIONS).format(**words))
     while True:
         response = " ".join(_work_out(rng, pronoun, words, start, steps))
@@ -170,9 +184,15 @@ def _tell(rng: random.Random, start: int, steps: tuple[tuple[str, int], ...]) ->
 
 
 def _work_out(
-    rng: random.Random, pronoun: str, words: dict[str, str], start: int, steps: tuple[tuple[str, int], ...]
+    rng: random.Random,
+    pronoun: str,
+    words: dict[str, str],
+    start: int,
+    steps: tuple[tuple[str, int], ...],
 ) -> Iterator[str]:
-    a, lead, form = start, None, None
+    a = start
+    lead = None
+    form = None
     for operation, b in steps:
         c = apply_step(a, operation, b)
         lead = _prefer(rng, OPENING_LEADS if lead is None else LEADS, unlike=lead)
@@ -213,7 +233,9 @@ def count_words(text: str) -> int:
 
 def extract_answer(text: str) -> int | None:
     """The number of the closing line `#### N`; None if the text does not end with one."""
-    match = re.search(r"^#### (-?[0-9]{1,18})\s*\Z", text, flags=re.MULTILINE)  # int() refuses endless digits
+    match = re.search(
+        r"^#### (-?[0-9]{1,18})\s*\Z", text, flags=re.MULTILINE
+    )  # int() refuses endless digits
     return int(match.group(1)) if match else None
 
 

@@ -1,8 +1,8 @@
 """From prompts and responses to padded training batches.
 
-A record is one JSON object per line: `{"prompt": …, "response": …}`, `{"question": …, "answer": …}` (the released
-trajectories), or `{"messages": [… , {"role": "assistant", "content": …}]}`. The prompt goes through the tokenizer's
-chat template; the response follows it, then EOS.
+A record is one JSON object per line: `{"prompt": …, "response": …}`, `{"question": …, "answer": …}`
+(the released trajectories), or `{"messages": [… , {"role": "assistant", "content": …}]}`. The
+prompt goes through the tokenizer's chat template; the response follows it, then EOS.
 """
 
 from __future__ import annotations
@@ -52,11 +52,14 @@ def read_records(path: str | Path) -> list[Conversation]:
     """The record of every line of a JSONL file that is not blank.
 
     Raises:
-        InputError: the file is missing or empty, or a line is not such a record; names file and line.
+        InputError: the file is missing or empty, or a line is not such a record; names file and
+            line.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"training data `{path}` is not a file", hint="write it with `dmax distill`")
+        raise InputError(
+            f"training data `{path}` is not a file", hint="write it with `dmax distill`"
+        )
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
@@ -76,16 +79,22 @@ def _parse(line: bytes, where: str) -> Conversation:
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise InputError(f"{where}: `messages` must be a list of objects whose `role` and `content` are texts")
+            raise InputError(
+                f"{where}: `messages` must be a list of objects whose `role` and `content` are texts"
+            )
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InputError(
                 f"{where}: the last of `messages` must be the assistant's, the response to learn, and others before it"
             )
         messages, response = messages[:-1], messages[-1]["content"]
     else:
-        prompt, response = next(((record.get(p), record.get(r)) for p, r in KEYS if p in record), (None, None))
+        prompt, response = next(
+            ((record.get(p), record.get(r)) for p, r in KEYS if p in record), (None, None)
+        )
         if not isinstance(prompt, str):
-            raise InputError(f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`")
+            raise InputError(
+                f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`"
+            )
         messages = [{"role": "user", "content": prompt}]
     if not isinstance(response, str) or not response.strip():
         raise InputError(f"{where}: a record without a response")
@@ -97,7 +106,9 @@ def _parse(line: bytes, where: str) -> Conversation:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
 
 
 class ResponseDataset(Dataset[Encoded]):
@@ -112,10 +123,14 @@ class ResponseDataset(Dataset[Encoded]):
         InputError: there is no example, or one is longer than `max_length`; says which.
     """
 
-    def __init__(self, conversations: Sequence[Conversation], tokenizer: Any, max_length: int) -> None:
+    def __init__(
+        self, conversations: Sequence[Conversation], tokenizer: Any, max_length: int
+    ) -> None:
         self.examples = [
             Encoded(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False),
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                ),
                 tokenizer.encode(response, add_special_tokens=False),
             )
             for messages, response, _ in conversations
@@ -144,8 +159,8 @@ class Collator:
     Attributes:
         block_length: every sequence is padded to a multiple of it.
         eos_token_id: end of the response and padding.
-        eos_labels: how many trailing EOS carry a label (A5: one block length, so that a model learns to fill its
-            last block); the rest are padding without loss.
+        eos_labels: how many trailing EOS carry a label (A5: one block length, so that a model
+            learns to fill its last block); the rest are padding without loss.
         pad_to: pad every batch to this length instead of its longest sequence, for static shapes.
     """
 
@@ -169,7 +184,8 @@ class Collator:
         return {
             "clean_ids": clean,
             "labels": labels,
-            "corruptible": torch.arange(length) >= torch.tensor([[len(e.prompt)] for e in examples]),
+            "corruptible": torch.arange(length)
+            >= torch.tensor([[len(e.prompt)] for e in examples]),
             "start": torch.tensor(first // self.block_length * self.block_length),
         }
 
@@ -177,13 +193,19 @@ class Collator:
 class LengthSampler(Sampler[int]):
     """A seeded shuffle in which batches hold examples of similar length, so that little is padding.
 
-    Every epoch shuffles anew: windows of `batch_size * window` random examples are sorted by length, cut into
-    batches, and the batches shuffled. A pure function of (seed, epoch), hence the same after a resume.
+    Every epoch shuffles anew: windows of `batch_size * window` random examples are sorted by
+    length, cut into batches, and the batches shuffled. A pure function of (seed, epoch), hence the
+    same after a resume.
     """
 
-    def __init__(self, dataset: ResponseDataset, batch_size: int, seed: int, window: int = 32) -> None:
+    def __init__(
+        self, dataset: ResponseDataset, batch_size: int, seed: int, window: int = 32
+    ) -> None:
         self.lengths = [(len(example), len(example.prompt)) for example in dataset.examples]
-        self.batch_size, self.window, self.seed, self.epoch = batch_size, window, seed, 0
+        self.batch_size = batch_size
+        self.window = window
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop at the start of each epoch."""
@@ -198,7 +220,9 @@ class LengthSampler(Sampler[int]):
         span = self.batch_size * self.window
         for begin in range(0, len(order), span):
             window = sorted(order[begin : begin + span], key=self.lengths.__getitem__)
-            batches = [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+            batches = [
+                window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)
+            ]
             whole = batches[:-1] if len(batches[-1]) < self.batch_size else batches
             for index in torch.randperm(len(whole), generator=generator).tolist():
                 yield from whole[index]

@@ -1,7 +1,8 @@
 """What the heads learn from: blocks in every state between masked and finished, with the answers measured in the model.
 
-Responses are the model's own, decoded one token a step. All blocks of a response are denoised at once, each behind its
-clean predecessors, which is what decoding shows the model. N blocks, L positions, V vocabulary, D hidden.
+Responses are the model's own, decoded one token a step. All blocks of a response are denoised at
+once, each behind its clean predecessors, which is what decoding shows the model. N blocks, L
+positions, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -43,13 +44,18 @@ class Blocks:
     """
 
     def __init__(self, model: Any, examples: Sequence[Encoded], special: Special) -> None:
-        self.model, self.special, device = model, special, model.device
+        self.model = model
+        self.special = special
+        device = model.device
         batch = Collator(special.block_length, special.eos_token_id, eos_labels=1)(examples)
         start = int(batch["start"])
         clean = batch["clean_ids"].to(device)
         self._stream = CleanStream(model, Batch(clean, clean, clean, start), special.block_length)
-        self._num_rows, self.final = len(clean), self._blocks(clean[:, start:])
-        is_answered = self._blocks(batch["labels"][:, start:].to(device) != IGNORE).any(dim=1, keepdim=True)
+        self._num_rows = len(clean)
+        self.final = self._blocks(clean[:, start:])
+        is_answered = self._blocks(batch["labels"][:, start:].to(device) != IGNORE).any(
+            dim=1, keepdim=True
+        )
         self.masked = self._blocks(batch["corruptible"][:, start:].to(device)) & is_answered
 
     def _blocks(self, values: Tensor) -> Tensor:
@@ -95,8 +101,8 @@ def replay(blocks: Blocks, reveal: Reveal) -> Iterator[tuple[Tensor, Tensor]]:
 def filter_examples(blocks: Blocks) -> Iterator[Example]:
     """Learn2PD's labels: at every step of the "extremely greedy" oracle, which predictions are final already.
 
-    The oracle decodes exactly the masks whose likeliest token is the final one, or the most confident mask if none is.
-    Each example has `confidence` [L], `right` [L] and `masked` [L].
+    The oracle decodes exactly the masks whose likeliest token is the final one, or the most
+    confident mask if none is. Each example has `confidence` [L], `right` [L] and `masked` [L].
     """
     mask_token_id = blocks.special.mask_token_id
 
@@ -110,7 +116,9 @@ def filter_examples(blocks: Blocks) -> Iterator[Example]:
     for masked, logits in replay(blocks, reveal):
         best = candidates(logits, 1, mask_token_id)
         right = best.ids[..., 0] == blocks.final
-        yield _rows({"confidence": best.probs[..., 0], "right": right, "masked": masked}, masked.any(dim=1))
+        yield _rows(
+            {"confidence": best.probs[..., 0], "right": right, "masked": masked}, masked.any(dim=1)
+        )
 
 
 @torch.no_grad()
@@ -119,8 +127,9 @@ def dependency_examples(blocks: Blocks, generator: torch.Generator) -> Iterator[
 
         D_ij = TV(p(x_j | ctx), p(x_j | ctx, x_i)) = ½ Σ_v |p(v) - p'(v)|
 
-    One state a block, a share ~ U(0, 1) of its positions masked, costs a forward and one more for each mask; those of
-    all blocks run side by side. Each example has `hidden` [L, D], `dependency` [L, L] (i first) and `masked` [L].
+    One state a block, a share ~ U(0, 1) of its positions masked, costs a forward and one more for
+    each mask; those of all blocks run side by side. Each example has `hidden` [L, D], `dependency`
+    [L, L] (i first) and `masked` [L].
     """
     shares = noise.mask_ratios(len(blocks.final), 0.0, 1.0, generator)
     drawn = torch.rand(blocks.final.shape, generator=generator) < shares[:, None]
@@ -130,11 +139,19 @@ def dependency_examples(blocks: Blocks, generator: torch.Generator) -> Iterator[
     before = logits.float().softmax(dim=-1)
     dependency = torch.zeros(*masked.shape, masked.shape[1], device=masked.device)
     for rank in range(1, int(masked.sum(dim=1).max()) + 1):
-        told = masked & (masked.cumsum(dim=1) == rank)  # the next mask of every block that has one more
-        after = blocks.denoise(masked & ~told, torch.where(told, tokens, blocks.final)).float().softmax(dim=-1)
+        told = masked & (
+            masked.cumsum(dim=1) == rank
+        )  # the next mask of every block that has one more
+        after = (
+            blocks.denoise(masked & ~told, torch.where(told, tokens, blocks.final))
+            .float()
+            .softmax(dim=-1)
+        )
         distance = (after - before).abs().sum(dim=-1) / 2  # [N, L]
         dependency = torch.where(told[:, :, None], distance[:, None], dependency)
-    yield _rows({"hidden": hidden, "dependency": dependency, "masked": masked}, masked.sum(dim=1) > 1)
+    yield _rows(
+        {"hidden": hidden, "dependency": dependency, "masked": masked}, masked.sum(dim=1) > 1
+    )
 
 
 def _rows(example: Example, which: Tensor) -> Example:

@@ -53,27 +53,39 @@ class HeadConfig:
 
 def filter_loss(tensors: Tensors, examples: Example) -> Tensor:
     """Binary cross-entropy of "this prediction is final", mean over masked positions (Learn2PD)."""
-    logits, masked = filter_logits(tensors, examples["confidence"]), examples["masked"]
+    logits = filter_logits(tensors, examples["confidence"])
+    masked = examples["masked"]
     return F.binary_cross_entropy_with_logits(logits[masked], examples["right"][masked].float())
 
 
 def dependency_loss(tensors: Tensors, examples: Example) -> Tensor:
     """Cross-entropy against total variations, mean over pairs of masks; least at their conditional mean (DEMASK)."""
-    logits, masked = dependency_logits(tensors, examples["hidden"]), examples["masked"]
+    logits = dependency_logits(tensors, examples["hidden"])
+    masked = examples["masked"]
     pairs = masked[:, :, None] & masked[:, None] & ~torch.eye(masked.shape[1], dtype=torch.bool)
     return F.binary_cross_entropy_with_logits(logits[pairs], examples["dependency"][pairs])
 
 
-LOSSES: dict[Kind, Callable[[Tensors, Example], Tensor]] = {"learn2pd": filter_loss, "demask": dependency_loss}
+LOSSES: dict[Kind, Callable[[Tensors, Example], Tensor]] = {
+    "learn2pd": filter_loss,
+    "demask": dependency_loss,
+}
 
 
-def record(model: Any, examples: Sequence[Encoded], special: Special, config: HeadConfig) -> Example:
+def record(
+    model: Any, examples: Sequence[Encoded], special: Special, config: HeadConfig
+) -> Example:
     """States of the responses with their labels, in the order of the responses' lengths."""
     generator = torch.Generator().manual_seed(config.seed)
-    ordered, found = sorted(examples, key=len), list[Example]()
+    ordered = sorted(examples, key=len)
+    found = list[Example]()
     for first in range(0, len(ordered), config.record_batch_size):
         blocks = _blocks(model, ordered[first : first + config.record_batch_size], special)
-        found += filter_examples(blocks) if config.kind == "learn2pd" else dependency_examples(blocks, generator)
+        found += (
+            filter_examples(blocks)
+            if config.kind == "learn2pd"
+            else dependency_examples(blocks, generator)
+        )
     states = {name: torch.cat([example[name] for example in found]) for name in found[0]}
     order = torch.randperm(len(states["masked"]), generator=generator)
     return {name: value[order] for name, value in states.items()}
@@ -93,7 +105,8 @@ def fit(
     report: Callable[[str], None] = lambda line: None,
 ) -> Head:
     """The head that minimises the loss of its kind over the recorded states; the last tenth only measures it."""
-    kind, length = cast(Kind, config.kind), states["masked"].shape[1]
+    kind = cast(Kind, config.kind)
+    length = states["masked"].shape[1]
     generator = torch.Generator().manual_seed(config.seed)
     tensors = _initial(shapes(kind, length, hidden_size, config.inner_size), generator)
     count = len(states["masked"])

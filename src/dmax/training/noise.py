@@ -1,6 +1,7 @@
 """Corruption of clean sequences: pure functions of token ids and a random generator.
 
-B sequences, L positions. Only positions marked corruptible (the response and its padding) are ever touched.
+B sequences, L positions. Only positions marked corruptible (the response and its padding) are ever
+touched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def mask_ratios(num: int, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
+def mask_ratios(
+    num: int, low: float, high: float, generator: torch.Generator | None = None
+) -> Tensor:
     """Noise levels t ~ Uniform(low, high) per sequence, [num] float32; low = high gives the paper's fixed ratio."""
     return low + (high - low) * torch.rand(num, generator=generator)
 
@@ -17,7 +20,8 @@ def mask_ratios(num: int, low: float, high: float, generator: torch.Generator | 
 def rising_ratios(corruptible: Tensor, block_length: int, low: float, high: float) -> Tensor:
     """Noise levels [B, L] float32 that rise evenly from `low` in a response's first block to `high` in its last (D2F).
 
-    `corruptible` [B, L] bool marks the response and its padding; a response of one block has `low` everywhere.
+    `corruptible` [B, L] bool marks the response and its padding; a response of one block has `low`
+    everywhere.
     """
     block = torch.arange(corruptible.shape[1], device=corruptible.device) // block_length
     first = block[corruptible.int().argmax(dim=1)][:, None]
@@ -25,7 +29,11 @@ def rising_ratios(corruptible: Tensor, block_length: int, low: float, high: floa
 
 
 def mask_tokens(
-    ids: Tensor, corruptible: Tensor, ratios: Tensor, mask_token_id: int, generator: torch.Generator | None = None
+    ids: Tensor,
+    corruptible: Tensor,
+    ratios: Tensor,
+    mask_token_id: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Replace each corruptible token by MASK independently with its sequence's probability (eq. 1's x_t).
 
@@ -56,7 +64,9 @@ def random_tokens(
 
     Shapes as in `mask_tokens`.
     """
-    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < ratios.to(ids.device)[:, None]
+    drawn = (
+        torch.rand(ids.shape, generator=generator).to(ids.device) < ratios.to(ids.device)[:, None]
+    )
     noise = torch.randint(vocab_size - 1, ids.shape, generator=generator).to(ids.device)
     noise = noise + (noise >= mask_token_id)  # skip the mask token's id
     return torch.where(drawn & corruptible, noise, ids)

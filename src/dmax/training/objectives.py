@@ -1,9 +1,10 @@
 """Training objectives as pure functions of (model, batch): MDLM, uniform noise and OPUT.
 
-B sequences, L positions, V vocabulary, D hidden. The network is trained on [noisy | clean] (`attention.noisy_clean`).
-The clean half sees only clean tokens, so its keys and values do not depend on the noise: it is run once, into a cache,
-and any number of noisy streams attend to it. OPUT needs two, the masked one and the one with the model's own
-predictions, and the logits of the first *are* the rollout; 3L tokens a step instead of the published 2 x (2L + 2L).
+B sequences, L positions, V vocabulary, D hidden. The network is trained on [noisy | clean]
+(`attention.noisy_clean`). The clean half sees only clean tokens, so its keys and values do not
+depend on the noise: it is run once, into a cache, and any number of noisy streams attend to it.
+OPUT needs two, the masked one and the one with the model's own predictions, and the logits of the
+first *are* the rollout; 3L tokens a step instead of the published 2 x (2L + 2L).
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ class Batch:
     """One training batch.
 
     Attributes:
-        clean_ids: [B, L] int64, prompt, response and padding (EOS); L a multiple of the block length.
+        clean_ids: [B, L] int64, prompt, response and padding (EOS); L a multiple of the block
+            length.
         noisy_ids: [B, L] int64, the same with some positions corrupted.
         labels: [B, L] int64, the clean token where loss is wanted, else -100.
-        start: first position of the noisy stream, a multiple of the block length. Everything before it is prompt in
-            every sequence, carries no loss, and need not be run noisily.
+        start: first position of the noisy stream, a multiple of the block length. Everything before
+            it is prompt in every sequence, carries no loss, and need not be run noisily.
     """
 
     clean_ids: Tensor
@@ -61,12 +63,20 @@ class CleanStream:
 
     def __init__(self, model: Any, batch: Batch, block_length: int) -> None:
         position = torch.arange(batch.clean_ids.shape[1], device=batch.clean_ids.device)
-        self.model, self.start, self.block_length, self.position = model, batch.start, block_length, position
+        self.model = model
+        self.start = batch.start
+        self.block_length = block_length
+        self.position = position
         recorded = ContextCache()
-        causal = dense_mask(block_causal(block_length), position, position)[None, None]  # [1, 1, L, L]
+        causal = dense_mask(block_causal(block_length), position, position)[
+            None, None
+        ]  # [1, 1, L, L]
         # The clean half serves as context only: the backbone is run without its head.
         model.base_model(
-            input_ids=batch.clean_ids, attention_mask=causal, position_ids=position[None], past_key_values=recorded
+            input_ids=batch.clean_ids,
+            attention_mask=causal,
+            position_ids=position[None],
+            past_key_values=recorded,
         )
         self.context = recorded.view()
 
@@ -74,20 +84,32 @@ class CleanStream:
         """Logits [B, L - start, V] of a noisy stream given its inputs [B, L - start, D]."""
         query = self.position[self.start :]
         block = query // self.block_length
-        sees_clean = block[:, None] > (self.position // self.block_length)[None]  # clean blocks strictly before
+        sees_clean = (
+            block[:, None] > (self.position // self.block_length)[None]
+        )  # clean blocks strictly before
         sees_noisy = block[:, None] == block[None]  # its own noisy block
-        mask = torch.cat((sees_clean, sees_noisy), dim=1)[None, None]  # [1, 1, L - start, L + L - start]
+        mask = torch.cat((sees_clean, sees_noisy), dim=1)[
+            None, None
+        ]  # [1, 1, L - start, L + L - start]
         outputs = self.model(
-            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=query[None], past_key_values=self.context
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=query[None],
+            past_key_values=self.context,
         )
         return outputs.logits
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over labelled positions, of the batch (scalar) and of each sequence [B] (float32)."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    loss, counted = loss.view(labels.shape), labels != IGNORE
-    return loss.sum() / counted.sum().clamp(min=1), loss.sum(dim=1).detach() / counted.sum(dim=1).clamp(min=1)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    loss = loss.view(labels.shape)
+    counted = labels != IGNORE
+    return loss.sum() / counted.sum().clamp(min=1), loss.sum(dim=1).detach() / counted.sum(
+        dim=1
+    ).clamp(min=1)
 
 
 def mdlm_loss(model: Any, batch: Batch, *, block_length: int, mask_token_id: int) -> Loss:
@@ -101,14 +123,19 @@ def mdlm_loss(model: Any, batch: Batch, *, block_length: int, mask_token_id: int
     return Loss(loss, {"loss_masked": loss.detach()}, {"masked": each})
 
 
-def uniform_loss(model: Any, batch: Batch, random_ids: Tensor, *, block_length: int, mask_token_id: int) -> Loss:
+def uniform_loss(
+    model: Any, batch: Batch, random_ids: Tensor, *, block_length: int, mask_token_id: int
+) -> Loss:
     """The uniform-noise baseline: masks, and random vocabulary tokens in place of on-policy ones (paper eq. 2).
 
     `random_ids` [B, L] int64: the clean ids with random replacements (`noise.random_tokens`).
     """
     clean = CleanStream(model, batch, block_length)
-    embed, labels = model.get_input_embeddings(), batch.labels[:, batch.start :]
-    masked, each_masked = cross_entropy(clean.denoise(embed(batch.noisy_ids[:, batch.start :])), labels)
+    embed = model.get_input_embeddings()
+    labels = batch.labels[:, batch.start :]
+    masked, each_masked = cross_entropy(
+        clean.denoise(embed(batch.noisy_ids[:, batch.start :])), labels
+    )
     random, each_random = cross_entropy(clean.denoise(embed(random_ids[:, batch.start :])), labels)
     parts = {"loss_masked": masked.detach(), "loss_random": random.detach()}
     return Loss((masked + random) / 2, parts, {"masked": each_masked, "random": each_random})
@@ -129,26 +156,31 @@ def oput_loss(
         x^(p)_i = x^(m)_i where it is not MASK, else x̂_i ~ p_θ(· | x^(m)), without gradient           (3)
         L = L_mask + L_pred = -Σ_i log p_θ(x_0^i | x^(m)) - Σ_i log p_θ(x_0^i | x^(p))                (4-6)
 
-    Both sums run over all labelled positions; as in the published code they are means, and we halve the sum, so that
-    the learning rate means the same as for `mdlm_loss`.
+    Both sums run over all labelled positions; as in the published code they are means, and we halve
+    the sum, so that the learning rate means the same as for `mdlm_loss`.
 
     Args:
-        model: any block-diffusion model with `base_model`, `get_input_embeddings` and `forward(inputs_embeds, ...)`.
+        model: any block-diffusion model with `base_model`, `get_input_embeddings` and
+            `forward(inputs_embeds, ...)`.
         batch: clean, masked and label ids.
         block_length: block size of the diffusion.
         mask_token_id: MASK, never predicted by the rollout.
-        rollout: how x̂ enters the second stream. `argmax` (the published recipe), `sample` (eq. 3 as written), `soft`:
-            the very blends of prediction and mask that soft parallel decoding will feed (`dmax.blend`), or `spd`:
-            those blends for the confident prefix of each block's masks alone, as one of its steps promotes it at a
-            threshold drawn from U(0, 1) per sequence; the other masks stay.
+        rollout: how x̂ enters the second stream. `argmax` (the published recipe), `sample` (eq. 3
+            as written), `soft`: the very blends of prediction and mask that soft parallel decoding
+            will feed (`dmax.blend`), or `spd`: those blends for the confident prefix of each
+            block's masks alone, as one of its steps promotes it at a threshold drawn from U(0, 1)
+            per sequence; the other masks stay.
         temperature: of the sampling rollout.
         generator: random source of the rollout.
 
     Returns:
-        The loss; `parts` adds `rollout_error`, the share of predicted tokens that differ from the clean ones.
+        The loss; `parts` adds `rollout_error`, the share of predicted tokens that differ from the
+        clean ones.
     """
-    embed, start = model.get_input_embeddings(), batch.start
-    noisy, labels = batch.noisy_ids[:, start:], batch.labels[:, start:]
+    embed = model.get_input_embeddings()
+    start = batch.start
+    noisy = batch.noisy_ids[:, start:]
+    labels = batch.labels[:, start:]
     was_masked = noisy == mask_token_id
     clean = CleanStream(model, batch, block_length)
 
@@ -157,7 +189,9 @@ def oput_loss(
     masked, each_masked = cross_entropy(masked_logits, labels)
 
     # 2. the on-policy rollout, from the same logits, without gradient
-    predicted, confidence = roll_out(masked_logits.detach(), mask_token_id, rollout, temperature, generator)
+    predicted, confidence = roll_out(
+        masked_logits.detach(), mask_token_id, rollout, temperature, generator
+    )
     promoted = was_masked
     if rollout == "spd":
         thresholds = torch.rand(len(noisy), 1, generator=generator).to(noisy.device)
@@ -171,11 +205,19 @@ def oput_loss(
 
     wrong = (predicted != labels) & was_masked & (labels != IGNORE)
     error = wrong.sum() / (was_masked & (labels != IGNORE)).sum().clamp(min=1)
-    parts = {"loss_masked": masked.detach(), "loss_predicted": predicted_loss.detach(), "rollout_error": error}
-    return Loss((masked + predicted_loss) / 2, parts, {"masked": each_masked, "predicted": each_predicted})
+    parts = {
+        "loss_masked": masked.detach(),
+        "loss_predicted": predicted_loss.detach(),
+        "rollout_error": error,
+    }
+    return Loss(
+        (masked + predicted_loss) / 2, parts, {"masked": each_masked, "predicted": each_predicted}
+    )
 
 
-def confident_prefix(masked: Tensor, confidence: Tensor, threshold: Tensor, block_length: int) -> Tensor:
+def confident_prefix(
+    masked: Tensor, confidence: Tensor, threshold: Tensor, block_length: int
+) -> Tensor:
     """The masks of each block [B, L] bool before its first one below the threshold [B, 1], all shapes as in a batch."""
     low = (masked & (confidence < threshold)).unflatten(1, (-1, block_length))
     return masked & (low.cumsum(dim=-1) == 0).flatten(1)
@@ -183,12 +225,20 @@ def confident_prefix(masked: Tensor, confidence: Tensor, threshold: Tensor, bloc
 
 @torch.no_grad()
 def roll_out(
-    logits: Tensor, mask_token_id: int, rollout: Rollout, temperature: float, generator: torch.Generator | None
+    logits: Tensor,
+    mask_token_id: int,
+    rollout: Rollout,
+    temperature: float,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """One parallel prediction of every position: tokens [B, L] int64 and their probabilities [B, L] float32."""
-    logits = logits.float().index_fill(-1, torch.tensor([mask_token_id], device=logits.device), float("-inf"))
+    logits = logits.float().index_fill(
+        -1, torch.tensor([mask_token_id], device=logits.device), float("-inf")
+    )
     if rollout == "sample":
-        drawn = torch.multinomial((logits / temperature).softmax(-1).flatten(0, 1), 1, generator=generator)
+        drawn = torch.multinomial(
+            (logits / temperature).softmax(-1).flatten(0, 1), 1, generator=generator
+        )
         tokens = drawn.view(logits.shape[:-1])
     else:
         tokens = logits.argmax(dim=-1)

@@ -13,14 +13,22 @@ from dmax.training.objectives import IGNORE, Batch, CleanStream, Loss, cross_ent
 
 
 def certainty_loss(
-    model: Any, batch: Batch, *, block_length: int, mask_token_id: int, weight: float = 2.0, temperature: float = 0.5
+    model: Any,
+    batch: Batch,
+    *,
+    block_length: int,
+    mask_token_id: int,
+    weight: float = 2.0,
+    temperature: float = 0.5,
 ) -> Loss:
     """Certainty-forcing distillation (dParallel, arXiv 2509.26488): be right about the masks, and sure where right.
 
-        L = CE over masked positions + weight * mean entropy of softmax(logits / temperature), in nats,
+        L = CE over masked positions + weight * mean entropy of softmax(logits / temperature), in
+        nats,
             over the masked positions whose prediction is already right
 
-    Meant for a model's own responses and half of each block masked; `temperature` below 1 sharpens what is forced.
+    Meant for a model's own responses and half of each block masked; `temperature` below 1 sharpens
+    what is forced.
     """
     logits = CleanStream(model, batch, block_length).denoise(
         model.get_input_embeddings()(batch.noisy_ids[:, batch.start :])
@@ -29,20 +37,24 @@ def certainty_loss(
     labels = labels.masked_fill(batch.noisy_ids[:, batch.start :] != mask_token_id, IGNORE)
     loss, each = cross_entropy(logits, labels)
     right = (logits.argmax(dim=-1) == labels) & (labels != IGNORE)
-    entropy = torch.special.entr((logits.float() / temperature).softmax(dim=-1)).sum(dim=-1)  # [B, L']
+    entropy = torch.special.entr((logits.float() / temperature).softmax(dim=-1)).sum(
+        dim=-1
+    )  # [B, L']
     certainty = (entropy * right).sum() / right.sum().clamp(min=1)
     parts = {"loss_masked": loss.detach(), "entropy_right": certainty.detach()}
     return Loss(loss + weight * certainty, parts, {"masked": each})
 
 
-def d2f_loss(model: Any, batch: Batch, ratios: Tensor, *, block_length: int, mask_token_id: int) -> Loss:
+def d2f_loss(
+    model: Any, batch: Batch, ratios: Tensor, *, block_length: int, mask_token_id: int
+) -> Loss:
     """Discrete diffusion forcing (arXiv 2508.09192): recover the masks of every block behind *unfinished* ones.
 
         L = Σ_i w_i CE_i / Σ_i w_i over masked positions, w_i = 1 / ratio of its block
 
-    One stream, block-causal: a block sees the noisy blocks before it as they are, which is what a window of open
-    blocks shows the model. Targets are the tokens of the data, best the model's own responses, where the source has a
-    bidirectional teacher's distribution.
+    One stream, block-causal: a block sees the noisy blocks before it as they are, which is what a
+    window of open blocks shows the model. Targets are the tokens of the data, best the model's own
+    responses, where the source has a bidirectional teacher's distribution.
 
     Args:
         model: as in `oput_loss`.
@@ -53,10 +65,14 @@ def d2f_loss(model: Any, batch: Batch, ratios: Tensor, *, block_length: int, mas
     """
     position = torch.arange(batch.noisy_ids.shape[1], device=batch.noisy_ids.device)
     causal = dense_mask(block_causal(block_length), position, position)[None, None]  # [1, 1, L, L]
-    logits = model(input_ids=batch.noisy_ids, attention_mask=causal, position_ids=position[None]).logits
+    logits = model(
+        input_ids=batch.noisy_ids, attention_mask=causal, position_ids=position[None]
+    ).logits
     counted = (batch.noisy_ids == mask_token_id) & (batch.labels != IGNORE)
     labels = batch.labels.masked_fill(~counted, IGNORE)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     weights = counted / ratios.to(loss.device).clamp(min=1e-3)
     weighted = loss.view(labels.shape) * weights
     total = weighted.sum() / weights.sum().clamp(min=1e-6)

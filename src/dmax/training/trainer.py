@@ -27,17 +27,40 @@ EvalHook = Callable[[nn.Module], dict[str, float]]
 class DMaxConfig(TrainingArguments):
     """Training arguments of transformers, plus what block diffusion needs; defaults are the paper's recipe."""
 
-    objective: str = field(default="oput", metadata={"help": "mdlm, uniform, oput, dparallel or d2f"})
-    rollout: str = field(default="argmax", metadata={"help": "on-policy rollout of oput: argmax, sample, soft or spd"})
-    rollout_temperature: float = field(default=1.0, metadata={"help": "temperature of the sampling rollout"})
-    mask_ratio_low: float = field(default=0.75, metadata={"help": "lowest share of response tokens masked"})
-    mask_ratio_high: float = field(default=0.75, metadata={"help": "highest share; equal to the lowest: fixed"})
-    certainty_weight: float = field(default=2.0, metadata={"help": "of dparallel's entropy of right predictions"})
-    certainty_temperature: float = field(default=0.5, metadata={"help": "of the softmax in that entropy"})
-    eos_labels: int | None = field(default=None, metadata={"help": "labelled trailing EOS; None: one block length"})
-    pad_to: int | None = field(default=None, metadata={"help": "pad every batch to this length (static shapes)"})
-    router_bias_speed: float = field(default=0.0, metadata={"help": "step of loss-free expert balancing; 0: off"})
-    compile_objective: bool = field(default=False, metadata={"help": "torch.compile the loss; wants a C++ compiler"})
+    objective: str = field(
+        default="oput", metadata={"help": "mdlm, uniform, oput, dparallel or d2f"}
+    )
+    rollout: str = field(
+        default="argmax",
+        metadata={"help": "on-policy rollout of oput: argmax, sample, soft or spd"},
+    )
+    rollout_temperature: float = field(
+        default=1.0, metadata={"help": "temperature of the sampling rollout"}
+    )
+    mask_ratio_low: float = field(
+        default=0.75, metadata={"help": "lowest share of response tokens masked"}
+    )
+    mask_ratio_high: float = field(
+        default=0.75, metadata={"help": "highest share; equal to the lowest: fixed"}
+    )
+    certainty_weight: float = field(
+        default=2.0, metadata={"help": "of dparallel's entropy of right predictions"}
+    )
+    certainty_temperature: float = field(
+        default=0.5, metadata={"help": "of the softmax in that entropy"}
+    )
+    eos_labels: int | None = field(
+        default=None, metadata={"help": "labelled trailing EOS; None: one block length"}
+    )
+    pad_to: int | None = field(
+        default=None, metadata={"help": "pad every batch to this length (static shapes)"}
+    )
+    router_bias_speed: float = field(
+        default=0.0, metadata={"help": "step of loss-free expert balancing; 0: off"}
+    )
+    compile_objective: bool = field(
+        default=False, metadata={"help": "torch.compile the loss; wants a C++ compiler"}
+    )
     learning_rate: float = 2e-6
     lr_scheduler_type: Any = "cosine"
     remove_unused_columns: bool = False
@@ -52,7 +75,9 @@ class DMaxConfig(TrainingArguments):
         ):
             if value not in choices:
                 hint = did_you_mean(value, choices)
-                raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}", hint)
+                raise InputError(
+                    f"`{name}` must be one of {', '.join(choices)}, got {value!r}", hint
+                )
         for name, is_right, rule in (
             ("learning_rate", self.learning_rate >= 0, "at least 0"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
@@ -73,11 +98,13 @@ class DMaxTrainer(Trainer):
     """Train a block-diffusion model with one of the objectives.
 
     Args:
-        model: a model with `base_model`, `get_input_embeddings` and logits for given `inputs_embeds`.
+        model: a model with `base_model`, `get_input_embeddings` and logits for given
+            `inputs_embeds`.
         args: a `DMaxConfig`.
         train_dataset: encoded prompts and responses.
         mask_token_id, eos_token_id, block_length: from the checkpoint.
-        eval_hook: called at every evaluation with the model in eval mode; returns metrics such as accuracy and TPF.
+        eval_hook: called at every evaluation with the model in eval mode; returns metrics such as
+            accuracy and TPF.
         kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
     """
 
@@ -99,16 +126,25 @@ class DMaxTrainer(Trainer):
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         collator = Collator(block_length, eos_token_id, eos_labels, args.pad_to)
         if eval_hook is not None:
-            kwargs["eval_dataset"] = train_dataset  # never read: Trainer only insists that there is one
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
-        # Our losses are means over a micro-batch; models take **kwargs, from which Trainer would conclude that they are
-        # scaled by the caller, and add up the micro-batches of a step instead of averaging them.
+            kwargs["eval_dataset"] = (
+                train_dataset  # never read: Trainer only insists that there is one
+            )
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs
+        )
+        # Our losses are means over a micro-batch; models take **kwargs, from which Trainer would
+        # conclude that they are scaled by the caller, and add up the micro-batches of a step
+        # instead of averaging them.
         self.model_accepts_loss_kwargs = False
-        self.mask_token_id, self.block_length, self.eval_hook = mask_token_id, block_length, eval_hook
+        self.mask_token_id = mask_token_id
+        self.block_length = block_length
+        self.eval_hook = eval_hook
         objective: Callable[..., Loss] = self._objective
         self._loss = torch.compile(objective) if args.compile_objective else objective
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
-        self._tokens, self._since, self._micro = 0, time.perf_counter(), (-1, 0)
+        self._tokens = 0
+        self._since = time.perf_counter()
+        self._micro = (-1, 0)
         if args.router_bias_speed:
             self.add_callback(RouterBalancing(model, args.router_bias_speed))
 
@@ -120,9 +156,12 @@ class DMaxTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Corrupt the batch and apply the objective; noise depends on (seed, step) alone, so a resume repeats it."""
-        args, generator = self.args, self._generator()
-        clean, corruptible = inputs["clean_ids"], inputs["corruptible"]
-        low, high = args.mask_ratio_low, args.mask_ratio_high
+        args = self.args
+        generator = self._generator()
+        clean = inputs["clean_ids"]
+        corruptible = inputs["corruptible"]
+        low = args.mask_ratio_low
+        high = args.mask_ratio_high
         if args.objective == "d2f":
             ratios = noise.rising_ratios(corruptible, self.block_length, low, high)
         else:
@@ -132,7 +171,9 @@ class DMaxTrainer(Trainer):
         extra: Tensor | None = ratios if args.objective == "d2f" else None
         if args.objective == "uniform":
             vocab_size = self.accelerator.unwrap_model(model).config.vocab_size
-            extra = noise.random_tokens(clean, corruptible, ratios, vocab_size, self.mask_token_id, generator)
+            extra = noise.random_tokens(
+                clean, corruptible, ratios, vocab_size, self.mask_token_id, generator
+            )
         with torch.autocast(clean.device.type, torch.bfloat16, enabled=args.bf16):
             loss = self._loss(model, batch, extra, generator)
         for name, value in loss.parts.items():
@@ -140,15 +181,21 @@ class DMaxTrainer(Trainer):
         self._tokens += clean.numel()
         return (loss.total, loss) if return_outputs else loss.total
 
-    def _objective(self, model: nn.Module, batch: Batch, extra: Tensor | None, generator: torch.Generator) -> Loss:
+    def _objective(
+        self, model: nn.Module, batch: Batch, extra: Tensor | None, generator: torch.Generator
+    ) -> Loss:
         """`extra`: the random ids of `uniform`, the ratios of `d2f`."""
-        ids, args = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}, self.args
+        ids = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}
+        args = self.args
         if extra is not None:
-            return (uniform_loss if args.objective == "uniform" else d2f_loss)(model, batch, extra, **ids)
+            return (uniform_loss if args.objective == "uniform" else d2f_loss)(
+                model, batch, extra, **ids
+            )
         if args.objective == "mdlm":
             return mdlm_loss(model, batch, **ids)
         if args.objective == "dparallel":
-            weight, temperature = args.certainty_weight, args.certainty_temperature
+            weight = args.certainty_weight
+            temperature = args.certainty_temperature
             return certainty_loss(model, batch, **ids, weight=weight, temperature=temperature)
         return oput_loss(
             model,
@@ -162,51 +209,67 @@ class DMaxTrainer(Trainer):
     def _generator(self) -> torch.Generator:
         step, count = self._micro
         self._micro = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
-        return torch.Generator().manual_seed((self.args.seed * 1_000_003 + self._micro[0]) * 1_009 + self._micro[1])
+        return torch.Generator().manual_seed(
+            (self.args.seed * 1_000_003 + self._micro[0]) * 1_009 + self._micro[1]
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         dataset: Any = train_dataset or self.train_dataset
         return LengthSampler(dataset, self.args.train_batch_size, self.args.seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Trainer would load the file's names as they are; the published layout has to be read by `from_pretrained`.
+        # Trainer would load the file's names as they are; the published layout has to be read by
+        # `from_pretrained`.
         model = self.model if model is None else model
-        stored = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=torch.float32)
+        stored = type(model).from_pretrained(
+            resume_from_checkpoint, config=model.config, dtype=torch.float32
+        )
         model.load_state_dict(stored.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss components, the rollout error rate and tokens per second since the last line."""
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            logs |= {
+                name: torch.stack(values).mean().item() for name, values in self._parts.items()
+            }
             logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
             self._parts.clear()
-            self._tokens, self._since = 0, time.perf_counter()
+            self._tokens = 0
+            self._since = time.perf_counter()
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Run the hook (decoding on held-out problems) in place of a loss on a second dataset."""
         if self.eval_hook is None:
             return {}
-        began, model = time.perf_counter(), self.accelerator.unwrap_model(self.model)
+        began = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         metrics = {f"eval_{name}": value for name, value in self.eval_hook(model).items()}
         model.train(was_training)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since += time.perf_counter() - began  # evaluation does not count against tokens per second
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self._since += (
+            time.perf_counter() - began
+        )  # evaluation does not count against tokens per second
         return metrics
 
 
 class RouterBalancing(TrainerCallback):
     """Loss-free expert balancing: after each step, nudge `expert_bias` towards the experts that had too few tokens.
 
-    The bias enters the choice of experts only, so balance costs the loss nothing (DeepSeek-V3, section 2.1.2).
+    The bias enters the choice of experts only, so balance costs the loss nothing (DeepSeek-V3,
+    section 2.1.2).
     """
 
     def __init__(self, model: nn.Module, speed: float) -> None:
         self.speed = speed
-        routers = [m for m in model.modules() if isinstance(getattr(m, "expert_bias", None), Tensor)]
+        routers = [
+            m for m in model.modules() if isinstance(getattr(m, "expert_bias", None), Tensor)
+        ]
         self.biases: list[Any] = [router.expert_bias for router in routers]
         self.loads = [torch.zeros_like(bias) for bias in self.biases]
         for router, load in zip(routers, self.loads, strict=True):

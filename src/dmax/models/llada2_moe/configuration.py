@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 class LLaDA2MoeConfig(PreTrainedConfig):
     """LLaDA-2.x (`model_type: llada2_moe`): grouped-query attention, partial rotary, sigmoid-routed experts.
 
-    The defaults are those of LLaDA-2.0-mini. The published configuration names neither a mask token nor a block
-    length; checkpoints written by dmax add `mask_token_id` and `block_length`, and both stay `None` for published
-    ones, where the tokenizer and the family's default of 32 decide (see `dmax.checkpoint`).
+    The defaults are those of LLaDA-2.0-mini. The published configuration names neither a mask token
+    nor a block length; checkpoints written by dmax add `mask_token_id` and `block_length`, and both
+    stay `None` for published ones, where the tokenizer and the family's default of 32 decide (see
+    `dmax.checkpoint`).
     """
 
     model_type = "llada2_moe"
@@ -59,22 +60,30 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what the router and the attention rely on; raises `ValueError` naming the offending fields."""
         for name in LLaDA2MoeConfig.__annotations__:
-            value, kind = getattr(self, name), type(getattr(LLaDA2MoeConfig, name))
+            value = getattr(self, name)
+            kind = type(getattr(LLaDA2MoeConfig, name))
             wanted = {int: (int,), float: (int, float)}.get(kind)
             if wanted and not name.endswith("_token_id") and type(value) not in wanted:
                 raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
         super().__post_init__(**kwargs)
         if self.score_function != "sigmoid":
-            raise ValueError(f"`score_function` must be 'sigmoid' for llada2_moe, got {self.score_function!r}")
+            raise ValueError(
+                f"`score_function` must be 'sigmoid' for llada2_moe, got {self.score_function!r}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
                 f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
         if self.num_experts % max(self.n_group, 1):
-            raise ValueError(f"`num_experts` ({self.num_experts}) must be a multiple of `n_group` ({self.n_group})")
+            raise ValueError(
+                f"`num_experts` ({self.num_experts}) must be a multiple of `n_group` ({self.n_group})"
+            )
         choice = self.num_experts * min(self.topk_group, self.n_group) // max(self.n_group, 1)
-        if self.num_hidden_layers > self.first_k_dense_replace and not 1 <= self.num_experts_per_tok <= choice:
+        if (
+            self.num_hidden_layers > self.first_k_dense_replace
+            and not 1 <= self.num_experts_per_tok <= choice
+        ):
             raise ValueError(
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) must lie between 1 and the {choice} experts of "
                 f"the `topk_group` ({self.topk_group}) groups that a token may choose from"
@@ -87,9 +96,12 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
     @rotary_dim.setter
     def rotary_dim(self, value: int) -> None:
-        # Published configs store it beside the factor it follows from; the factor is the one we keep.
+        # Published configs store it beside the factor it follows from; the factor is the one we
+        # keep.
         if value != self.rotary_dim:
-            raise ValueError(f"`rotary_dim` {value} contradicts `partial_rotary_factor` × `head_dim` {self.rotary_dim}")
+            raise ValueError(
+                f"`rotary_dim` {value} contradicts `partial_rotary_factor` × `head_dim` {self.rotary_dim}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The published keys beside transformers' own, so that other engines read what we write."""
@@ -102,7 +114,8 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
     """Alias for merged training checkpoints (`model_type: llada2_moe_veomni`): only their files are laid out otherwise.
 
-    Reading one gives a plain `LLaDA2MoeConfig`, so the model and everything it saves are of the published type.
+    Reading one gives a plain `LLaDA2MoeConfig`, so the model and everything it saves are of the
+    published type.
     """
 
     model_type = "llada2_moe_veomni"
@@ -110,4 +123,6 @@ class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `LLaDA2MoeConfig.from_dict`, whatever model type the record names."""
-        return LLaDA2MoeConfig.from_dict({**config_dict, "model_type": LLaDA2MoeConfig.model_type}, **kwargs)
+        return LLaDA2MoeConfig.from_dict(
+            {**config_dict, "model_type": LLaDA2MoeConfig.model_type}, **kwargs
+        )

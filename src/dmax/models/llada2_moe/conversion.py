@@ -1,13 +1,19 @@
 """Published weight layouts of `llada2_moe` and the stacked one in memory, as tables used for loading and saving.
 
 Per-expert files (the hub) hold `experts.{e}.gate_proj.weight` and its siblings; merged files
-(`llada2_moe_veomni`, training) hold them stacked over experts. In memory gate and up are one tensor per layer.
+(`llada2_moe_veomni`, training) hold them stacked over experts. In memory gate and up are one tensor
+per layer.
 """
 
 from __future__ import annotations
 
 from torch import Size, nn
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 MERGED = [
     WeightConverter(
@@ -28,8 +34,8 @@ PER_EXPERT = [
         operations=[MergeModulelist(dim=0)],
     ),
 ]
-# Loading uses whichever rows match the files. Saving must be given one layout: with both, transformers would write
-# gate and up merged but down per expert.
+# Loading uses whichever rows match the files. Saving must be given one layout: with both,
+# transformers would write gate and up merged but down per expert.
 CONVERSIONS: list[WeightConverter | WeightRenaming] = [*MERGED, *PER_EXPERT]
 
 
@@ -40,7 +46,9 @@ def merged_layout(model: nn.Module) -> dict[str, Size]:
         if name.endswith("mlp.experts.gate_up_proj"):
             experts, rows, columns = tensor.shape
             stem = name.removesuffix("gate_up_proj")
-            layout[f"{stem}gate_proj"] = layout[f"{stem}up_proj"] = Size((experts, rows // 2, columns))
+            layout[f"{stem}gate_proj"] = layout[f"{stem}up_proj"] = Size(
+                (experts, rows // 2, columns)
+            )
         else:
             layout[name] = tensor.shape
     return layout
@@ -51,7 +59,9 @@ def per_expert(name: str, shape: Size) -> dict[str, Size]:
     stem, is_expert, projection = name.partition("mlp.experts.")
     if not is_expert:
         return {name: shape}
-    return {f"{stem}mlp.experts.{expert}.{projection}.weight": shape[1:] for expert in range(shape[0])}
+    return {
+        f"{stem}mlp.experts.{expert}.{projection}.weight": shape[1:] for expert in range(shape[0])
+    }
 
 
 def published_layout(model: nn.Module) -> dict[str, Size]:

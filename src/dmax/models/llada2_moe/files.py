@@ -1,6 +1,7 @@
 """Checkpoint files against the model they should fill, from their headers alone: no weight is read.
 
-A damaged or foreign file becomes one sentence that names file and tensor, before minutes of loading.
+A damaged or foreign file becomes one sentence that names file and tensor, before minutes of
+loading.
 """
 
 from __future__ import annotations
@@ -43,41 +44,52 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise ValueError("no header")
         entries.pop("__metadata__", None)
         tensors = {
-            name: StoredTensor(file, Size(entry["shape"]), str(entry["dtype"])) for name, entry in entries.items()
+            name: StoredTensor(file, Size(entry["shape"]), str(entry["dtype"]))
+            for name, entry in entries.items()
         }
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except FileNotFoundError:
         raise InputError(f"{file} is missing", hint=HINT) from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{file} is not a readable safetensors file ({error})", hint=HINT) from None
+        raise InputError(
+            f"{file} is not a readable safetensors file ({error})", hint=HINT
+        ) from None
     if size != end:
-        raise InputError(f"{file} is truncated or damaged: {size} bytes, its header promises {end}", hint=HINT)
+        raise InputError(
+            f"{file} is truncated or damaged: {size} bytes, its header promises {end}", hint=HINT
+        )
     return tensors
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Tensors of a folder's weight files: `model.safetensors`, else the shards its index names; empty if neither is."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return read_header(single) if single.exists() else {}
     try:
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not a readable index of safetensors files ({error!r})", hint=HINT) from None
+        raise InputError(
+            f"{index} is not a readable index of safetensors files ({error!r})", hint=HINT
+        ) from None
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         found |= read_header(folder / shard)
     for name, shard in weight_map.items():
         if name not in found:
-            raise InputError(f"{folder / shard} lacks tensor `{name}`, which the index promises", hint=HINT)
+            raise InputError(
+                f"{folder / shard} lacks tensor `{name}`, which the index promises", hint=HINT
+            )
     return found
 
 
 def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Raise `InputError` unless the safetensors files of `folder` hold exactly what `model` needs.
 
-    Experts may be stored one by one or merged. A folder without safetensors files is left to transformers.
+    Experts may be stored one by one or merged. A folder without safetensors files is left to
+    transformers.
 
     Args:
         folder: a checkpoint folder.
@@ -95,7 +107,8 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
     if missing:
         where = _common_file(found, folder)
         raise InputError(
-            f"{where} lacks {_listed(missing)}, expected with shape {list(expected[missing[0]])}", hint=HINT
+            f"{where} lacks {_listed(missing)}, expected with shape {list(expected[missing[0]])}",
+            hint=HINT,
         )
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
@@ -103,35 +116,59 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
                 f"{found[name].file}: tensor `{name}` has shape {list(found[name].shape)}, expected {list(shape)}",
                 hint=HINT,
             )
-        if name in found and found[name].dtype.startswith(("I", "U", "BOOL")):  # would be cast, codes taken for weights
+        if name in found and found[name].dtype.startswith(
+            ("I", "U", "BOOL")
+        ):  # would be cast, codes taken for weights
             raise InputError(
                 f"{found[name].file}: tensor `{name}` holds integers ({found[name].dtype}), expected floating point",
                 hint="take the checkpoint with its unquantised weights",
             )
     # Old releases stored the rotary frequencies, which follow from the config.
-    unexpected = [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    unexpected = [
+        name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")
+    ]
     if unexpected:
-        raise InputError(f"{found[unexpected[0]].file} holds {_listed(unexpected)}, unknown to the model", hint=HINT)
+        raise InputError(
+            f"{found[unexpected[0]].file} holds {_listed(unexpected)}, unknown to the model",
+            hint=HINT,
+        )
 
 
-def check_before_loading(model_class: Any, source: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_before_loading(
+    model_class: Any, source: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """`check_files` for a plain `from_pretrained(folder)`; anything unusual (a hub id, a variant, …) is left alone."""
-    if args or not set(kwargs) <= _ORDINARY or not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+    if (
+        args
+        or not set(kwargs) <= _ORDINARY
+        or not isinstance(source, (str, os.PathLike))
+        or not os.path.isdir(source)
+    ):
         return
     config = kwargs.get("config")
     if config is None:
         config = model_class.config_class.from_pretrained(source)
-    if not isinstance(config, model_class.config_class) or getattr(config, "quantization_config", None):
+    if not isinstance(config, model_class.config_class) or getattr(
+        config, "quantization_config", None
+    ):
         return
     with torch.device("meta"):
-        model = model_class(copy.deepcopy(config))  # the constructor may settle fields of its config
+        model = model_class(
+            copy.deepcopy(config)
+        )  # the constructor may settle fields of its config
     check_files(source, model)
 
 
 # What changes neither which files are read nor what they should hold.
 _ORDINARY = {
     *("config", "dtype", "torch_dtype", "device_map", "max_memory", "low_cpu_mem_usage"),
-    *("attn_implementation", "experts_implementation", "trust_remote_code", "output_loading_info", "weights_only"),
+    *(
+        "attn_implementation",
+        "experts_implementation",
+        "trust_remote_code",
+        "output_loading_info",
+        "weights_only",
+    ),
     *("local_files_only", "cache_dir", "force_download", "token", "revision", "code_revision"),
     *("adapter_kwargs", "_from_auto", "_commit_hash"),
 }
@@ -139,7 +176,11 @@ _ORDINARY = {
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:3])
-    return f"tensor {shown}" if len(names) == 1 else f"{len(names)} tensors ({shown}{', …' if len(names) > 3 else ''})"
+    return (
+        f"tensor {shown}"
+        if len(names) == 1
+        else f"{len(names)} tensors ({shown}{', …' if len(names) > 3 else ''})"
+    )
 
 
 def _common_file(found: dict[str, StoredTensor], folder: Path) -> Path:

@@ -1,8 +1,10 @@
 """LLaDA-2.x mixture-of-experts transformer: the one implementation, for training, reference and engine.
 
-Shapes: B sequences, L new positions, T cached positions, D hidden, H query heads, G key/value heads, d head size,
-E experts, K experts per token, V vocabulary. Nothing here is causal by itself: the attention mask alone decides what
-a position sees, which is what lets one network be trained on [noisy | clean] and decoded block by block.
+Shapes: B sequences, L new positions, T cached positions, D hidden, H query heads, G key/value
+    heads, d head size,
+E experts, K experts per token, V vocabulary. Nothing here is causal by itself: the attention mask
+alone decides what a position sees, which is what lets one network be trained on [noisy | clean] and
+decoded block by block.
 """
 
 from __future__ import annotations
@@ -45,7 +47,11 @@ class LLaDA2MoeRMSNorm(nn.Module):
         """Of `x` [..., D], or with `more` of their sum, which comes first; `is_normal`: only the weight is applied."""
         if is_normal:
             return self.weight * x
-        return rms_norm(x, self.weight, self.eps) if more is None else add_rms_norm(x, more, self.weight, self.eps)
+        return (
+            rms_norm(x, self.weight, self.eps)
+            if more is None
+            else add_rms_norm(x, more, self.weight, self.eps)
+        )
 
 
 class LLaDA2MoeRotaryEmbedding(nn.Module):
@@ -65,7 +71,9 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: LLaDA2MoeConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+    def compute_default_rope_parameters(
+        config: LLaDA2MoeConfig, *_: Any, **__: Any
+    ) -> tuple[Tensor, float]:
         """Inverse frequencies `[rotary_dim / 2]` float32 and the cosine/sine scale; the name is transformers' own."""
         theta = (config.rope_parameters or {}).get("rope_theta", config.default_theta)
         exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
@@ -74,8 +82,11 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`position_ids` [B, L] int64 to cosine, and sine with a sign, each [B, L, 1, rotary_dim] in `dtype`."""
-        angles = position_ids[..., None, None].float() * self.inv_freq.float()  # [B, L, 1, rotary_dim / 2]
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        angles = (
+            position_ids[..., None, None].float() * self.inv_freq.float()
+        )  # [B, L, 1, rotary_dim / 2]
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
@@ -102,7 +113,8 @@ def eager_attention_forward(
     Returns the heads' outputs [B, L, H, d] and the attention weights [B, H, L, T + L].
     """
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling  # [B, H, L, T + L]
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -127,7 +139,9 @@ class LLaDA2MoeAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_qkv_bias)
         self.query_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
         self.key_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.dense = nn.Linear(self.num_heads[0] * config.head_dim, config.hidden_size, bias=config.use_bias)
+        self.dense = nn.Linear(
+            self.num_heads[0] * config.head_dim, config.hidden_size, bias=config.use_bias
+        )
 
     def forward(
         self,
@@ -143,13 +157,17 @@ class LLaDA2MoeAttention(nn.Module):
         norms = self.query_layernorm.weight, self.key_layernorm.weight
         if can_attend(heads, norms, cache):
             eps = self.query_layernorm.eps
-            return self.dense(block_attention(heads, norms, eps, rotary, cache, self.layer_idx, self.scaling))
+            return self.dense(
+                block_attention(heads, norms, eps, rotary, cache, self.layer_idx, self.scaling)
+            )
         query_key, value = heads.split_with_sizes((sum(self.num_heads), self.num_heads[1]), dim=2)
-        # Norm and rotation take queries and keys together, [B, L, H + G, d]; only the norms' weights differ.
+        # Norm and rotation take queries and keys together, [B, L, H + G, d]; only the norms'
+        # weights differ.
         query_key = F.rms_norm(query_key, (self.head_dim,), eps=self.query_layernorm.eps)
         query, key = query_key.split_with_sizes(self.num_heads, dim=2)
         query_key = torch.cat(
-            (self.query_layernorm(query, is_normal=True), self.key_layernorm(key, is_normal=True)), dim=2
+            (self.query_layernorm(query, is_normal=True), self.key_layernorm(key, is_normal=True)),
+            dim=2,
         )
         query_key = apply_rotary(query_key, *rotary).transpose(1, 2)
         query, key = query_key.split_with_sizes(self.num_heads, dim=1)  # [B, H, L, d], [B, G, L, d]
@@ -161,7 +179,15 @@ class LLaDA2MoeAttention(nn.Module):
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         output, _ = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, is_causal=False, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            is_causal=False,
+            **kwargs,
         )
         return self.dense(output.reshape(batch, length, -1))
 
@@ -187,7 +213,8 @@ class LLaDA2MoeExperts(nn.Module):
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        inner = config.moe_intermediate_size
+        hidden = config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]
@@ -199,7 +226,8 @@ class LLaDA2MoeExperts(nn.Module):
         inner = self.down_proj.shape[-1]
         outputs = []
         for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
-            # Two products, and below a sum in the router's order: bit for bit what the published model computes.
+            # Two products, and below a sum in the router's order: bit for bit what the published
+            # model computes.
             gate = F.linear(rows, self.gate_up_proj[expert, :inner])
             up = F.linear(rows, self.gate_up_proj[expert, inner:])
             outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
@@ -218,7 +246,9 @@ class LLaDA2MoeRouter(nn.Module):
         super().__init__()
         top_k = config.num_experts_per_tok
         normalizes = config.norm_topk_prob and top_k > 1
-        self.routing = Routing(top_k, config.n_group, config.topk_group, normalizes, config.routed_scaling_factor)
+        self.routing = Routing(
+            top_k, config.n_group, config.topk_group, normalizes, config.routed_scaling_factor
+        )
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
         self.register_buffer("expert_bias", bias)
@@ -253,7 +283,8 @@ class LLaDA2MoeSparseBlock(nn.Module):
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward; the first `first_k_dense_replace` layers have no experts."""
 
-    # The cache that training passes records a layer once, however often backward replays it (`ContextCache`).
+    # The cache that training passes records a layer once, however often backward replays it
+    # (`ContextCache`).
     _can_checkpoint_with_cache = True
 
     def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
@@ -289,7 +320,9 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published per-expert layout, also for a model that was read from merged files."""
         check_savable(self)
-        self._weight_conversions = deepcopy(PER_EXPERT)  # transformers would otherwise write the layout it read
+        self._weight_conversions = deepcopy(
+            PER_EXPERT
+        )  # transformers would otherwise write the layout it read
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
@@ -311,7 +344,9 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            LLaDA2MoeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LLaDA2MoeRotaryEmbedding(config)
         self.post_init()
@@ -338,13 +373,18 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(start, start + hidden_states.shape[1], device=hidden_states.device)[None]
+            position_ids = torch.arange(
+                start, start + hidden_states.shape[1], device=hidden_states.device
+            )[None]
         rotary = self.rotary_emb(position_ids, hidden_states.dtype)
         mask = prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
         for layer in self.layers:
-            # `cache`, not `past_key_values`: that one transformers drops under gradient checkpointing, and with it the
-            # clean context that the noisy streams of training attend to (`dmax.cache.ContextCache`).
-            hidden_states = layer(hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs)
+            # `cache`, not `past_key_values`: that one transformers drops under gradient
+            # checkpointing, and with it the clean context that the noisy streams of training attend
+            # to (`dmax.cache.ContextCache`).
+            hidden_states = layer(
+                hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs
+            )
         # By position: the name of the second field depends on the release of transformers.
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
@@ -388,16 +428,19 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
 
         Args:
             input_ids: [B, L] int64 token ids; or `inputs_embeds` instead, exactly one of the two.
-            attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L] (1 = visible), a
-                flex_attention `BlockMask`, or None for "everything visible".
+            attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L]
+                (1 = visible), a flex_attention `BlockMask`, or None for "everything visible".
             position_ids: [B, L] int64; counted on from the cache when absent.
             past_key_values: any transformers `Cache`, or `dmax.cache.BlockCache`.
             inputs_embeds: [B, L, D], mixtures of embeddings included (`dmax.blend`).
-            labels: [B, L] int64, -100 where no loss is wanted; adds the mean cross-entropy as `loss`.
-            logits_to_keep: number of last positions to compute logits for, or a slice of positions; 0 means all.
+            labels: [B, L] int64, -100 where no loss is wanted; adds the mean cross-entropy as
+                `loss`.
+            logits_to_keep: number of last positions to compute logits for, or a slice of positions;
+                0 means all.
 
         Returns:
-            `.logits` [B, L or kept, V] in the model's dtype, `.loss` if labels were given, `.past_key_values`.
+            `.logits` [B, L or kept, V] in the model's dtype, `.loss` if labels were given,
+            `.past_key_values`.
 
         Raises:
             ValueError: neither or both of ids and embeddings, or a mask of another rank.
@@ -410,8 +453,16 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else logits_to_keep
+        )
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(hidden_states[:, kept] if isinstance(kept, slice) else hidden_states)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = (
+            None
+            if labels is None
+            else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        )
         return CausalLMOutputWithPast(loss, logits, past_key_values)
