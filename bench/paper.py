@@ -115,9 +115,9 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
         for p in drawn
     ]
     checkpoint = llm.checkpoint
-    eos = llm.checkpoint.eos_token_ids[0]
-    length = checkpoint.block_length
-    mask = checkpoint.mask_token_id
+    eos = llm.checkpoint.special_ids.eos_token_ids[0]
+    length = checkpoint.special_ids.block_length
+    mask = checkpoint.special_ids.mask_token_id
     dataset = ResponseDataset(data, checkpoint.tokenizer, 1024)
     collate = Collator(length, eos, 0, None)
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,7 @@ LAYERS = {
         (
             "dmax.errors",
             "dmax.params",
+            "dmax.special_ids",
             "dmax.environment",
             "dmax.sandbox",
             "dmax.tiny",

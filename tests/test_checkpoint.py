@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from dmax import tiny
 from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dmax.errors import InputError
+from dmax.special_ids import SpecialIds
 
 GOLDEN = Path(__file__).parent / "golden" / "llada2_moe_a"
 IDS: dict[str, Any] = {"mask_token_id": 511, "eos_token_id": 508}
@@ -55,48 +57,48 @@ def add_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerFast:
 
 def test_arguments_decide_and_the_family_knows_its_block_length(folder: Path) -> None:
     found = load(folder, **IDS)
-    assert (found.mask_token_id, found.eos_token_ids, found.pad_token_id) == (511, (508,), 508)
-    assert (found.block_length, found.tokenizer, found.path) == (32, None, str(folder))
+    assert found.special_ids == SpecialIds(511, (508,), 508, 32)
+    assert (found.tokenizer, found.path) == (None, str(folder))
     assert not found.model.training
 
 
 def test_mask_comes_from_argument_config_tokenizer_vocabulary_in_that_order(folder: Path) -> None:
     add_tokenizer(folder, eos_token="<eos>")
-    assert load(folder).mask_token_id == 492
+    assert load(folder).special_ids.mask_token_id == 492
     add_tokenizer(folder, eos_token="<eos>", mask_token="<blank>")
-    assert load(folder).mask_token_id == 493
+    assert load(folder).special_ids.mask_token_id == 493
     edit(folder / "config.json", mask_token_id=0)
-    assert load(folder).mask_token_id == 0
-    assert load(folder, mask_token_id=7).mask_token_id == 7
+    assert load(folder).special_ids.mask_token_id == 0
+    assert load(folder, mask_token_id=7).special_ids.mask_token_id == 7
 
 
 def test_eos_comes_from_argument_generation_config_config_tokenizer_in_that_order(
     folder: Path,
 ) -> None:
     add_tokenizer(folder, eos_token="<eos>")
-    assert load(folder).eos_token_ids == (490,)
+    assert load(folder).special_ids.eos_token_ids == (490,)
     edit(folder / "config.json", eos_token_id=[5, 6])
-    assert load(folder).eos_token_ids == (5, 6)
+    assert load(folder).special_ids.eos_token_ids == (5, 6)
     edit(folder / "generation_config.json", eos_token_id=[0, 8, 0])
-    assert load(folder).eos_token_ids == (0, 8)
-    assert load(folder, eos_token_id=9).eos_token_ids == (9,)
-    assert load(folder, eos_token_id=[9, 3]).eos_token_ids == (9, 3)
+    assert load(folder).special_ids.eos_token_ids == (0, 8)
+    assert load(folder, eos_token_id=9).special_ids.eos_token_ids == (9,)
+    assert load(folder, eos_token_id=[9, 3]).special_ids.eos_token_ids == (9, 3)
 
 
 def test_pad_comes_from_tokenizer_config_eos_in_that_order(folder: Path) -> None:
     edit(folder / "config.json", pad_token_id=None)
-    assert load(folder, **IDS).pad_token_id == 508
+    assert load(folder, **IDS).special_ids.pad_token_id == 508
     edit(folder / "config.json", pad_token_id=4)
-    assert load(folder, **IDS).pad_token_id == 4
+    assert load(folder, **IDS).special_ids.pad_token_id == 4
     add_tokenizer(folder, pad_token="<pad>")
-    assert load(folder, **IDS).pad_token_id == 491
+    assert load(folder, **IDS).special_ids.pad_token_id == 491
 
 
 def test_block_length_comes_from_argument_config_family_in_that_order(folder: Path) -> None:
-    assert load(folder, **IDS).block_length == 32
+    assert load(folder, **IDS).special_ids.block_length == 32
     edit(folder / "config.json", block_length=16)
-    assert load(folder, **IDS).block_length == 16
-    assert load(folder, **IDS, block_length=4).block_length == 4
+    assert load(folder, **IDS).special_ids.block_length == 16
+    assert load(folder, **IDS, block_length=4).special_ids.block_length == 4
 
 
 def test_what_nobody_names_must_be_passed(folder: Path) -> None:
@@ -125,7 +127,10 @@ def test_other_architectures_must_name_their_block_length(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="no block length") as error:
         load(tmp_path, mask_token_id=1, eos_token_id=2)
     assert error.value.hint == "pass `block_length`"
-    assert load(tmp_path, mask_token_id=1, eos_token_id=2, block_length=8).block_length == 8
+    assert (
+        load(tmp_path, mask_token_id=1, eos_token_id=2, block_length=8).special_ids.block_length
+        == 8
+    )
 
 
 def tiny_qwen() -> Any:
@@ -333,15 +338,15 @@ def test_implementations_and_dtype_are_passed_on(folder: Path) -> None:
 
 # ---- saving -------------------------------------------------------------------------------------------------------
 
-SAVED: dict[str, Any] = {"mask_token_id": 511, "eos_token_id": [508, 509], "block_length": 16}
+SAVED = SpecialIds(mask_token_id=511, eos_token_ids=(508, 509), pad_token_id=508, block_length=16)
 
 
 def test_a_saved_checkpoint_names_its_own_ids(folder: Path, tmp_path: Path) -> None:
     tokenizer, target = add_tokenizer(folder, eos_token="<eos>"), tmp_path / "deep" / "saved"
     model = load(folder, **IDS).model
-    save_checkpoint(model, tokenizer, target, **SAVED, extra={"objective": "oput"})
+    save_checkpoint(model, tokenizer, target, SAVED, extra={"objective": "oput"})
     found = load(target)
-    assert (found.mask_token_id, found.eos_token_ids, found.block_length) == (511, (508, 509), 16)
+    assert found.special_ids == SAVED
     assert found.tokenizer is not None and found.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert json.loads((target / "dmax.json").read_text()) == {"objective": "oput"}
     assert AutoConfig.from_pretrained(target).architectures == ["LLaDA2MoeModelLM"]
@@ -354,9 +359,9 @@ def test_a_saved_checkpoint_names_its_own_ids(folder: Path, tmp_path: Path) -> N
 def test_saving_replaces_a_checkpoint_whole(folder: Path, tmp_path: Path) -> None:
     model, target = load(folder, **IDS).model, tmp_path / "saved"
     target.mkdir()  # empty: as good as absent
-    save_checkpoint(model, None, target, **SAVED, extra={"step": 1})
-    save_checkpoint(model, None, target, **{**SAVED, "block_length": 4})
-    assert load(target).block_length == 4
+    save_checkpoint(model, None, target, SAVED, extra={"step": 1})
+    save_checkpoint(model, None, target, replace(SAVED, block_length=4))
+    assert load(target).special_ids.block_length == 4
     assert not (target / "dmax.json").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
 
@@ -367,7 +372,7 @@ def test_saving_never_replaces_anything_else(folder: Path, tmp_path: Path) -> No
     (target / "chapter1.tex").write_text("years of work")
     for place in (target, target / "chapter1.tex"):
         with pytest.raises(InputError, match="is not a checkpoint"):
-            save_checkpoint(model, None, place, **SAVED)
+            save_checkpoint(model, None, place, SAVED)
     assert (target / "chapter1.tex").read_text() == "years of work"
 
 
@@ -375,7 +380,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, target = load(folder, **IDS).model, tmp_path / "saved"
-    save_checkpoint(model, None, target, **SAVED)
+    save_checkpoint(model, None, target, SAVED)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     for failure, expected in (
         (OSError(28, "No space left on device"), InputError),
@@ -387,7 +392,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
 
         monkeypatch.setattr(type(model.config), "save_pretrained", fail)
         with pytest.raises(expected or type(failure)):
-            save_checkpoint(model, None, target, **SAVED)
+            save_checkpoint(model, None, target, SAVED)
         assert {file.name: file.read_bytes() for file in target.iterdir()} == before
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
 
@@ -396,9 +401,9 @@ def test_unwritable_places_get_one_clear_sentence(folder: Path, tmp_path: Path) 
     model, blocked = load(folder, **IDS).model, tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match="cannot write the checkpoint"):
-        save_checkpoint(model, None, blocked / "inside", **SAVED)
+        save_checkpoint(model, None, blocked / "inside", SAVED)
     if os.geteuid() != 0:
         tmp_path.chmod(0o500)
         with pytest.raises(InputError, match="cannot write the checkpoint"):
-            save_checkpoint(model, None, tmp_path / "saved", **SAVED)
+            save_checkpoint(model, None, tmp_path / "saved", SAVED)
         tmp_path.chmod(0o700)

@@ -17,6 +17,7 @@ from dmax import LLM, DecodingParams, GenerationOutput, InputError, StreamEvent
 from dmax.checkpoint import load_checkpoint, save_checkpoint
 from dmax.engine.engine import Engine
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from dmax.special_ids import SpecialIds
 from dmax.tiny.tokenizer import build_tokenizer
 
 CONFIG = {
@@ -49,9 +50,7 @@ def build(factory: pytest.TempPathFactory, with_tokenizer: bool) -> Path:
         model,
         tokenizer if with_tokenizer else None,
         folder,
-        mask_token_id=mask,
-        eos_token_id=eos,
-        block_length=CONFIG["block_length"],
+        SpecialIds(mask, (eos,), eos, CONFIG["block_length"]),
     )
     return folder
 
@@ -256,9 +255,9 @@ def with_eos(llm: LLM, prompt: Any) -> tuple[LLM, tuple[int, ...]]:
     eos = next(
         token for index, token in enumerate(tokens) if index >= 10 and token not in tokens[:index]
     )
-    return LLM.from_checkpoint(replace(llm.checkpoint, eos_token_ids=(eos,))), tokens[
-        : tokens.index(eos)
-    ]
+    ids = replace(llm.checkpoint.special_ids, eos_token_ids=(eos,))
+    other = LLM.from_checkpoint(replace(llm.checkpoint, special_ids=ids))
+    return other, tokens[: tokens.index(eos)]
 
 
 def test_eos_ends_the_completion_and_is_no_part_of_it(llm: LLM) -> None:
@@ -316,13 +315,13 @@ def test_a_stream_tells_the_story_of_its_output(
         step += 1
         assert (event.position, event.step, event.output) == (len(tokens), step, None)
         assert len(event.token_ids) == len(event.masked) == len(event.confidence)
-        mask = streaming.checkpoint.mask_token_id
+        mask = streaming.checkpoint.special_ids.mask_token_id
         assert [token == mask for token in event.token_ids] == list(event.masked)
         if event.kind == "committed":
             assert not any(event.masked)
             tokens += event.token_ids
             step = 0
-    eos = streaming.checkpoint.eos_token_ids[0]
+    eos = streaming.checkpoint.special_ids.eos_token_ids[0]
     cut = tokens[: tokens.index(eos)] if eos in tokens else tokens
     assert tuple(cut[:20]) == output.token_ids
     assert steps[-1].kind == "committed"
@@ -330,10 +329,12 @@ def test_a_stream_tells_the_story_of_its_output(
 
 def test_the_text_of_an_event_is_what_is_decided_before_eos(llm: LLM) -> None:
     streaming, _ = with_eos(llm, TEXTS[2])
-    eos = streaming.checkpoint.eos_token_ids[0]
+    eos = streaming.checkpoint.special_ids.eos_token_ids[0]
     for event in streaming.stream(TEXTS[2], DecodingParams(max_new_tokens=32)):
         end = event.token_ids.index(eos) if eos in event.token_ids else len(event.token_ids)
-        shown = [t for t in event.token_ids[:end] if t != streaming.checkpoint.mask_token_id]
+        shown = [
+            t for t in event.token_ids[:end] if t != streaming.checkpoint.special_ids.mask_token_id
+        ]
         assert event.text == llm.tokenizer.decode(shown, skip_special_tokens=True)
 
 
@@ -442,11 +443,8 @@ def test_ids_given_to_the_constructor_win(folder: Path) -> None:
         eos_token_id=5,
         block_length=16,
     )
-    assert (
-        llm.checkpoint.mask_token_id,
-        llm.checkpoint.eos_token_ids,
-        llm.checkpoint.block_length,
-    ) == (3, (5,), 16)
+    ids = llm.checkpoint.special_ids
+    assert (ids.mask_token_id, ids.eos_token_ids, ids.block_length) == (3, (5,), 16)
     assert not llm.model.training
 
 

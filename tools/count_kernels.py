@@ -87,9 +87,9 @@ def kernels_of_a_step(fused: bool, **changes: Any) -> Counter[str]:
     """Of SPD's step over an open block; `changes` to the model's configuration."""
     checkpoint = llada2_mini(torch.bfloat16, DEVICE, **changes)
     checkpoint.model.set_experts_implementation("fused_moe" if fused else "batched_mm")
-    runner = ModelRunner(checkpoint.model, LENGTH, 2, SPAN, checkpoint.mask_token_id)
+    runner = ModelRunner(checkpoint.model, LENGTH, 2, SPAN, checkpoint.special_ids.mask_token_id)
     lane = Lane(DecodingParams("spd"), 2, LENGTH, DEVICE, (0,))
-    lane.open(0, (), checkpoint.mask_token_id, runner.embed)
+    lane.open(0, (), checkpoint.special_ids.mask_token_id, runner.embed)
     shape = Shape(num_pending=0, num_open=1, versions=1, span=SPAN, in_order=True, aligned=False)
     rows = Rows.of([Row(0, SPAN - LENGTH, SPAN - LENGTH, 0)], [], LENGTH).to(DEVICE)
     with counting(fused) as count:

@@ -1,9 +1,4 @@
-"""From a name to a model that is ready to decode, and back to files.
-
-The one place where special token ids and the block length are settled: an explicit argument, else
-what the checkpoint's files say, never a constant of ours. Published files do not agree on where
-they say it.
-"""
+"""From a name to a model that is ready to decode, and back to files."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +31,9 @@ from dmax.errors import InputError
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format, quantize_experts
 from dmax.models import backbone
-from dmax.models.backbone import MASK_TOKEN
-from dmax.params import check_number
+from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 from dmax.tiny import BUNDLED, bundled
 
-# LLaDA-2.x configurations name no block length; every published checkpoint of the family was
-# trained with this one.
-FAMILY_BLOCK_LENGTH = {"llada2_moe": 32}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -71,19 +62,13 @@ class Checkpoint:
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: None for a checkpoint without one, which then takes and gives token ids.
-        mask_token_id: MASK, in the vocabulary, never emitted.
-        eos_token_ids: every id that ends a sequence.
-        pad_token_id: fills up batches; the first EOS where the checkpoint names none.
-        block_length: positions decoded together.
-        path: the folder it was read from.
+        special_ids: MASK, EOS, pad and the block length.
+        path: the folder it was read from; empty for a new model.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    block_length: int
+    special_ids: SpecialIds
     path: str
 
 
@@ -131,14 +116,21 @@ def load_checkpoint(
         tokenizer = _load_tokenizer(folder)
     except MISSHAPEN as error:
         raise InputError(f"{folder} is not a usable checkpoint: {_first_line(error)}") from error
+    generation_config = _load_generation_config(folder)
     # Ids first: a wrong argument should not cost the loading of the weights.
     if quantization is not None:
         check_format(quantization)
     if add_mask_token:
         _check_lacks_mask(folder, config, tokenizer)
-    mask = None if add_mask_token else resolve_mask_token_id(config, tokenizer, mask_token_id)
-    eos, pad = resolve_eos_and_pad(folder, config, tokenizer, eos_token_id)
-    length = resolve_block_length(config, block_length)
+        mask_token_id = 0  # until the model is loaded and has one
+    special_ids = resolve_special_ids(
+        config,
+        tokenizer,
+        generation_config,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        block_length=block_length,
+    )
     if experts_implementation is None and hasattr(config, "num_experts"):
         experts_implementation = best_experts_implementation(
             config.num_experts, torch.device(device)
@@ -150,11 +142,12 @@ def load_checkpoint(
     model: Any = _load_model(
         folder, config, dtype, {name: value for name, value in implementations.items() if value}
     )
-    if mask is None:
-        mask = backbone.add_mask_token(model, tokenizer)
+    if add_mask_token:
+        added = backbone.add_mask_token(model, tokenizer)
+        special_ids = replace(special_ids, mask_token_id=added)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
         quantize_experts(model, quantization)
-    return Checkpoint(model.to(device), tokenizer, mask, eos, pad, length, str(folder))
+    return Checkpoint(model.to(device), tokenizer, special_ids, str(folder))
 
 
 def new_checkpoint(
@@ -179,9 +172,7 @@ def new_checkpoint(
         InputError: an id or the block length is missing, or the architecture cannot be used.
     """
     models.register()
-    mask = resolve_mask_token_id(config, tokenizer)
-    eos, pad = resolve_eos_and_pad(None, config, tokenizer)
-    length = resolve_block_length(config)
+    special_ids = resolve_special_ids(config, tokenizer)
     implementations = {
         "attn_implementation": attn_implementation,
         "experts_implementation": experts_implementation,
@@ -195,7 +186,7 @@ def new_checkpoint(
         raise InputError(
             f"no model can be made from this configuration: {_first_line(error)}"
         ) from error
-    return Checkpoint(_ready(model).eval(), tokenizer, mask, eos, pad, length, "")
+    return Checkpoint(_ready(model).eval(), tokenizer, special_ids, "")
 
 
 def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
@@ -226,66 +217,12 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def resolve_mask_token_id(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, given: int | None = None
-) -> int:
-    """MASK's id: `given`, else the config's, the tokenizer's own, or the vocabulary entry `<|mask|>`."""
-    found = given if given is not None else _named_mask(config, tokenizer)
-    if found is None:
-        raise InputError(
-            "the checkpoint names no mask token",
-            hint="pass `mask_token_id`; an autoregressive model gets one in training, by `model.add_mask_token: true`",
-        )
-    return _in_vocabulary("mask_token_id", found, config)
-
-
-def resolve_eos_and_pad(
-    folder: Path | None,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    given: int | list[int] | None = None,
-) -> tuple[tuple[int, ...], int]:
-    """EOS ids (`given`, else generation config, config, tokenizer) and the pad id (tokenizer, config, else EOS)."""
-    generation = _load_generation_config(folder)
-    candidates = (
-        given,
-        *(getattr(source, "eos_token_id", None) for source in (generation, config, tokenizer)),
-    )
-    found: int | list[int] | None = next(
-        (ids for ids in candidates if ids is not None and ids != []), None
-    )
-    if found is None:
-        raise InputError(
-            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
-        )
-    every = found if isinstance(found, (list, tuple)) else [found]
-    eos = tuple(dict.fromkeys(_in_vocabulary("eos_token_id", token, config) for token in every))
-    pads = (getattr(source, "pad_token_id", None) for source in (tokenizer, config))
-    pad = next(
-        (token for token in pads if isinstance(token, int) and 0 <= token < config.vocab_size),
-        eos[0],
-    )
-    return eos, pad
-
-
-def resolve_block_length(config: PreTrainedConfig, given: int | None = None) -> int:
-    """Block length: `given`, else the config's, else the family's."""
-    found = given if given is not None else getattr(config, "block_length", None)
-    found = FAMILY_BLOCK_LENGTH.get(config.model_type) if found is None else found
-    if found is None:
-        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
-    check_number("block_length", found, low=1, whole=True)
-    return int(found)
-
-
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
+    special_ids: SpecialIds,
     *,
-    mask_token_id: int,
-    eos_token_id: int | list[int],
-    block_length: int,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that names its own ids; whole or not at all, an interrupted save leaves the old one.
@@ -294,9 +231,7 @@ def save_checkpoint(
         model: the model; saved in its published layout.
         tokenizer: saved beside it, if any.
         folder: created, or replaced if it is empty or already holds a checkpoint.
-        mask_token_id: written to the config.
-        eos_token_id: written to the config and the generation config.
-        block_length: written to the config.
+        special_ids: written to the config; EOS and pad to the generation config too.
         extra: a JSON record of where the weights come from, written as `dmax.json`.
 
     Raises:
@@ -304,17 +239,19 @@ def save_checkpoint(
     """
     folder = check_target(folder)
     partial = _partial(folder)
+    ends = list(special_ids.eos_token_ids)
+    eos = ends[0] if len(ends) == 1 else ends
     try:
         partial.mkdir()
         try:
             model.save_pretrained(partial)
             config = copy.deepcopy(model.config)
-            config.mask_token_id = mask_token_id
-            config.block_length = block_length
-            config.eos_token_id = eos_token_id
+            config.mask_token_id = special_ids.mask_token_id
+            config.block_length = special_ids.block_length
+            config.eos_token_id = eos
             config.save_pretrained(partial)
             GenerationConfig(
-                eos_token_id=eos_token_id, pad_token_id=config.pad_token_id
+                eos_token_id=eos, pad_token_id=special_ids.pad_token_id
             ).save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -391,15 +328,14 @@ def _check_settings_files(folder: Path) -> None:
             ) from None
 
 
-def _load_generation_config(folder: Path | None) -> GenerationConfig | None:
-    if folder is None or not (folder / "generation_config.json").is_file():
+def _load_generation_config(folder: Path) -> GenerationConfig | None:
+    file = folder / "generation_config.json"
+    if not file.is_file():
         return None
     try:
         return GenerationConfig.from_pretrained(folder)
     except MISSHAPEN as error:
-        raise InputError(
-            f"{folder / 'generation_config.json'} is not usable: {_first_line(error)}"
-        ) from error
+        raise InputError(f"{file} is not usable: {_first_line(error)}") from error
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -444,32 +380,13 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model if isinstance(model, models.NATIVE) else backbone.as_block_diffusion(model)
 
 
-def _named_mask(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    found: int | None = getattr(config, "mask_token_id", None)
-    if found is None and tokenizer is not None:
-        found = tokenizer.mask_token_id
-        found = tokenizer.get_vocab().get(MASK_TOKEN) if found is None else found
-    return found
-
-
 def _check_lacks_mask(
     folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer that a mask token could be added to")
-    if _named_mask(config, tokenizer) is not None:
+    if find_mask_token_id(config, tokenizer) is not None:
         raise InputError(f"{folder} has a mask token already", hint="leave out `add_mask_token`")
-
-
-def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
-    if not isinstance(token, int) or isinstance(token, bool):
-        raise InputError(f"`{name}` must be a token id, got {token!r}", hint=f"pass `{name}`")
-    if not 0 <= token < config.vocab_size:
-        raise InputError(
-            f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}",
-            hint=f"pass `{name}`",
-        )
-    return int(token)
 
 
 def _first_line(error: BaseException) -> str:

@@ -150,7 +150,7 @@ def watch(llm: LLM, prompt: str, params: DecodingParams) -> Iterator[Text]:
 def _line(llm: LLM, event: StreamEvent, before: StreamEvent | None) -> Text:
     line = Text(f"{event.step:>3} ")
     for index, (token, masked) in enumerate(zip(event.token_ids, event.masked, strict=True)):
-        if token in llm.checkpoint.eos_token_ids:
+        if token in llm.checkpoint.special_ids.eos_token_ids:
             break
         was = before.token_ids[index] if before is not None and not before.masked[index] else token
         state = "masked" if masked else "revised" if was != token else "provisional"

@@ -161,7 +161,9 @@ class LLM:
             InputError: as `generate`.
         """
         (request,) = self._requests([prompt], params)
-        engine = self._engine(request.params.block_length or self.checkpoint.block_length)
+        engine = self._engine(
+            request.params.block_length or self.checkpoint.special_ids.block_length
+        )
         for event in engine.run([request], provisional=True):
             if event.kind == "finished":
                 output = self._output(request, event.completion)
@@ -231,7 +233,7 @@ class LLM:
         groups: dict[int, list[Request]] = {}
         for request in requests:
             groups.setdefault(
-                request.params.block_length or self.checkpoint.block_length, []
+                request.params.block_length or self.checkpoint.special_ids.block_length, []
             ).append(request)
         return groups
 
@@ -240,13 +242,13 @@ class LLM:
 
         Requests for it are made by `request`.
         """
-        length = block_length or self.checkpoint.block_length
+        length = block_length or self.checkpoint.special_ids.block_length
         if self.prefix_cache_mib:
             options = {"prefix_cache": PrefixCache(length, self.prefix_cache_mib * 2**20)} | options
         return Engine(
             self.model,
-            mask_token_id=self.checkpoint.mask_token_id,
-            eos_token_ids=self.checkpoint.eos_token_ids,
+            mask_token_id=self.checkpoint.special_ids.mask_token_id,
+            eos_token_ids=self.checkpoint.special_ids.eos_token_ids,
             block_length=length,
             **{
                 "max_batch_size": self.max_batch_size,
@@ -298,7 +300,7 @@ class LLM:
         )
 
     def _stream_event(self, event: BlockEvent) -> StreamEvent:
-        eos = self.checkpoint.eos_token_ids
+        eos = self.checkpoint.special_ids.eos_token_ids
         end = next(
             (i for i, token in enumerate(event.token_ids) if token in eos), len(event.token_ids)
         )

@@ -232,13 +232,14 @@ def run_recipe(
     report(
         f"{len(dataset)} examples, {sum(p.numel() for p in checkpoint.model.parameters()):,} parameters"
     )
+    special_ids = checkpoint.special_ids
     trainer = DMaxTrainer(
         checkpoint.model,
         args,
         dataset,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_id=checkpoint.eos_token_ids[0],
-        block_length=checkpoint.block_length,
+        mask_token_id=special_ids.mask_token_id,
+        eos_token_id=special_ids.eos_token_ids[0],
+        block_length=special_ids.block_length,
         eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
         processing_class=checkpoint.tokenizer,
         callbacks=[run],
@@ -252,9 +253,7 @@ def run_recipe(
         checkpoint.model,
         checkpoint.tokenizer,
         recipe.output_dir,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_id=checkpoint.eos_token_ids[0],
-        block_length=checkpoint.block_length,
+        special_ids,
         extra={"recipe": recipe.file.path.name, "steps": steps, "seconds": round(run.seconds)}
         | {"environment": environment()},
     )
@@ -339,9 +338,8 @@ def _run_head(
         )
     checkpoint = _build_checkpoint(recipe.model)
     dataset = _build_data(recipe, checkpoint)
-    special = Special(
-        checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0]
-    )
+    ids = checkpoint.special_ids
+    special = Special(ids.block_length, ids.mask_token_id, ids.eos_token_ids[0])
     states = record(checkpoint.model, dataset.examples, special, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)

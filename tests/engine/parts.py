@@ -57,9 +57,9 @@ def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:
 def engine_of(checkpoint: Any, **options: Any) -> Engine:
     return Engine(
         checkpoint.model,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_ids=checkpoint.eos_token_ids,
-        block_length=checkpoint.block_length,
+        mask_token_id=checkpoint.special_ids.mask_token_id,
+        eos_token_ids=checkpoint.special_ids.eos_token_ids,
+        block_length=checkpoint.special_ids.block_length,
         **options,
     )
 

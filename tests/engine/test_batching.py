@@ -81,7 +81,7 @@ def test_a_short_prompt_goes_along_with_the_first_step(
     golden: tuple[str, Any, dict[str, Any]], num_blocks: int, prefills: int, own: int
 ) -> None:
     _, checkpoint, _ = golden
-    length, calls = checkpoint.block_length, []
+    length, calls = checkpoint.special_ids.block_length, []
     params = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=length)
     (prompt,) = random_prompts(num_blocks * length + 3)
     handle = checkpoint.model.base_model.register_forward_hook(lambda *_: calls.append(1))
@@ -101,9 +101,11 @@ def test_chunks_do_not_change_what_is_decoded(golden: tuple[str, Any, dict[str, 
     params = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=24)
     requests = [Request(index, ids, params) for index, ids in enumerate(random_prompts(70, 40, 5))]
     whole = run(engine_of(checkpoint), *requests)
-    chunked = run(engine_of(checkpoint, prefill_tokens=checkpoint.block_length), *requests)
+    chunked = run(
+        engine_of(checkpoint, prefill_tokens=checkpoint.special_ids.block_length), *requests
+    )
     assert tokens_of(chunked) == tokens_of(whole)
-    assert chunked[0].counters.num_prefill_forwards == 70 // checkpoint.block_length
+    assert chunked[0].counters.num_prefill_forwards == 70 // checkpoint.special_ids.block_length
 
 
 # --- early ends -----------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_a_busy_engine_without_a_plan_refuses_what_does_not_fit() -> None:
 
 def test_a_shared_prefix_is_encoded_once(golden: tuple[str, Any, dict[str, Any]]) -> None:
     _, checkpoint, _ = golden
-    length = checkpoint.block_length
+    length = checkpoint.special_ids.block_length
     cache = PrefixCache(length, 2**24)
     params = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=16)
     prompts = random_prompts(length + 1, length + 2, length, shared=3 * length)

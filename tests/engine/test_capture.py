@@ -68,14 +68,16 @@ def mixture_of_experts() -> Checkpoint:
 
 def step(checkpoint: Checkpoint, params: DecodingParams, num_sequences: int = 2) -> Tensor:
     """A step as it is captured: a finished block of the first sequence, and as many open blocks as there can be."""
-    runner = ModelRunner(checkpoint.model, LENGTH, 4, 8 * LENGTH, checkpoint.mask_token_id)
+    runner = ModelRunner(
+        checkpoint.model, LENGTH, 4, 8 * LENGTH, checkpoint.special_ids.mask_token_id
+    )
     lane = Lane(params, 4, LENGTH, DEVICE, (0,))
     versions, opened = lane.num_branches, []
     for slot in range(num_sequences):
         base, first = (LENGTH if slot == 0 else 0), slot * lane.width
         for place in range(lane.width):
             start = base + place * LENGTH
-            lane.open(first + place, (), checkpoint.mask_token_id, runner.embed)
+            lane.open(first + place, (), checkpoint.special_ids.mask_token_id, runner.embed)
             opened.append(
                 Row(slot, start, base, first + place)
                 if versions > 1

@@ -144,9 +144,11 @@ def test_lopa_counts_all_versions() -> None:
 def opened(golden: tuple[str, Any, dict[str, Any]]) -> tuple[ModelRunner, Any, int, Tensor]:
     """A runner with one and two committed blocks in its two slots, and the tokens of four blocks."""
     _, checkpoint, _ = golden
-    length = checkpoint.block_length
+    length = checkpoint.special_ids.block_length
     tokens = torch.randint(300, (2, 4 * length), generator=torch.Generator().manual_seed(2))
-    runner = ModelRunner(checkpoint.model, length, 2, 6 * length, checkpoint.mask_token_id)
+    runner = ModelRunner(
+        checkpoint.model, length, 2, 6 * length, checkpoint.special_ids.mask_token_id
+    )
     runner.prefill([0, 1], tokens[:, :length])
     runner.prefill([1], tokens[1:, length : 2 * length])
     return runner, checkpoint.model, length, tokens

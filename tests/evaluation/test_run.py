@@ -49,7 +49,7 @@ class Sums:
 class Canned:
     """Gives the outputs of `OUTPUTS`, by the number at the end of the prompt."""
 
-    checkpoint = SimpleNamespace(path="canned", block_length=32)
+    checkpoint = SimpleNamespace(path="canned", special_ids=SimpleNamespace(block_length=32))
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, state_dict=dict)
     max_batch_size, compile_model = 1, False
 

@@ -242,9 +242,8 @@ def test_a_quantised_model_is_neither_trained_nor_saved(tmp_path: Path) -> None:
         model(inputs_embeds=embeds.requires_grad_())
     with pytest.raises(InputError, match="quantised experts cannot be saved"):
         model.save_pretrained(tmp_path / "plain")
-    ids = {"mask_token_id": checkpoint.mask_token_id, "eos_token_id": 0, "block_length": 32}
     with pytest.raises(InputError, match="quantised experts cannot be saved"):
-        save_checkpoint(model, checkpoint.tokenizer, tmp_path / "whole", **ids)
+        save_checkpoint(model, checkpoint.tokenizer, tmp_path / "whole", checkpoint.special_ids)
     assert not list(tmp_path.iterdir())
 
 

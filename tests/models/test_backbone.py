@@ -177,8 +177,7 @@ def test_a_head_that_scales_its_logits_is_not_linear() -> None:
 @pytest.mark.parametrize("strategy", ["spd", "threshold"])
 def test_a_folder_is_decoded_alone_as_in_a_batch(kind: str, strategy: str, tmp_path: Path) -> None:
     checkpoint = tiny(kind)
-    ids: dict[str, Any] = {"mask_token_id": MASK, "eos_token_id": EOS, "block_length": BLOCK}
-    save_checkpoint(checkpoint.model, None, tmp_path / "model", **ids)
+    save_checkpoint(checkpoint.model, None, tmp_path / "model", checkpoint.special_ids)
     llm, params = (
         LLM(str(tmp_path / "model"), dtype="float32"),
         DecodingParams(strategy=strategy, max_new_tokens=20),
@@ -239,10 +238,9 @@ def test_weights_are_averaged_once_though_they_are_tied() -> None:
 @torch.no_grad()
 @each_kind
 def test_plain_transformers_reads_what_is_saved(kind: str, tmp_path: Path, ids: Tensor) -> None:
-    model = tiny(kind).model
-    save_checkpoint(
-        model, None, tmp_path / "model", mask_token_id=MASK, eos_token_id=EOS, block_length=BLOCK
-    )
+    checkpoint = tiny(kind)
+    model = checkpoint.model
+    save_checkpoint(model, None, tmp_path / "model", checkpoint.special_ids)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert (type(plain), plain.config.architectures) == (type(model), [type(model).__name__])
     assert "model.layers.0.self_attn.q_proj.weight" in load_file(
@@ -296,7 +294,8 @@ def test_an_autoregressive_checkpoint_says_what_it_lacks(tmp_path: Path) -> None
 def test_a_mask_token_is_added(tmp_path: Path, vocab_size: int, expected: int) -> None:
     folder = autoregressive(tmp_path / "llama", vocab_size)
     checkpoint = load(folder, add_mask_token=True, block_length=4)
-    assert (checkpoint.mask_token_id, checkpoint.model.config.vocab_size) == (10, expected)
+    assert checkpoint.special_ids.mask_token_id == 10
+    assert checkpoint.model.config.vocab_size == expected
     assert checkpoint.tokenizer is not None
     assert checkpoint.tokenizer.encode("one <|mask|>") == [3, 10]
     published = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]

@@ -155,7 +155,7 @@ def decoding(llms: dict[str, LLM], options: CpuOptions) -> Section:
                 "model": each.model,
                 "threshold": each.params.threshold,
                 "block_length": each.params.block_length
-                or llms[each.model].checkpoint.block_length,
+                or llms[each.model].checkpoint.special_ids.block_length,
                 "correct": correct,
                 "score": f"{correct}/{len(examples)}",
                 "tokens": done[0].tokens,
@@ -383,7 +383,7 @@ def dense_times(
 ) -> dict[str, Spread]:
     """Milliseconds of a denoising forward with its head, as it is and compiled, and of its products, all in turns."""
     model: Any = checkpoint.model
-    length = checkpoint.block_length
+    length = checkpoint.special_ids.block_length
     head = model.get_output_embeddings().weight
     products: list[tuple[Tensor, Tensor]] = [
         (torch.randn(length, head.shape[1]).to(head.dtype), head)

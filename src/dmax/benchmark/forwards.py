@@ -24,7 +24,7 @@ def forwards(rig: Rig) -> Section:
     """One open block behind a prefix, head included, with every experts implementation."""
     rows = []
     for routing, distinct in (("replayed", rig.options.distinct), ("uniform", None)):
-        prescribe(rig.checkpoint.model, distinct, 1, rig.checkpoint.block_length)
+        prescribe(rig.checkpoint.model, distinct, 1, rig.checkpoint.special_ids.block_length)
         rows += [{"routing": routing, **row} for row in forward_rows(rig)]
     columns = {
         "routing": "routing",

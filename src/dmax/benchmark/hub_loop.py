@@ -35,9 +35,10 @@ def generate(
         The completion, cut at the first EOS and at the limit, and the number of forwards.
     """
     model: Any = checkpoint.model
-    mask_id = checkpoint.mask_token_id
-    ends = set(checkpoint.eos_token_ids)
-    length = checkpoint.block_length
+    special_ids = checkpoint.special_ids
+    mask_id = special_ids.mask_token_id
+    ends = set(special_ids.eos_token_ids)
+    length = special_ids.block_length
     prompt = len(prompt_ids)
     embed = model.get_input_embeddings()
     forwards = 0

@@ -83,9 +83,9 @@ def open_block(
     best tokens [1, L, 1].
     """
     model: Any = checkpoint.model
-    length = checkpoint.block_length
+    length = checkpoint.special_ids.block_length
     model_runner = runner.ModelRunner(
-        model, length, 1, context, checkpoint.mask_token_id, compiled=compiled
+        model, length, 1, context, checkpoint.special_ids.mask_token_id, compiled=compiled
     )
     for layer in (*model_runner.cache.keys, *model_runner.cache.values):
         layer.normal_()

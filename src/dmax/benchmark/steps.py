@@ -56,12 +56,12 @@ def measure_steps(
         block left out; `peak_gib`: of the GPU's memory, None on a CPU.
     """
     model: Any = checkpoint.model
-    length = checkpoint.block_length
+    length = checkpoint.special_ids.block_length
     on_gpu = model.device.type == "cuda"
     engine = Engine(
         model,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_ids=checkpoint.eos_token_ids,
+        mask_token_id=checkpoint.special_ids.mask_token_id,
+        eos_token_ids=checkpoint.special_ids.eos_token_ids,
         block_length=length,
         max_batch_size=batch,
         max_length=context,
@@ -180,7 +180,7 @@ def variant_row(rig: Rig, variant: Variant) -> Row:
         model,
         rig.options.distinct if variant.routing == "replayed" else None,
         2,
-        rig.checkpoint.block_length,
+        rig.checkpoint.special_ids.block_length,
     )
     model.set_experts_implementation(variant.experts)
     model.has_linear_head = variant.fused_head
@@ -234,7 +234,7 @@ def distinct_of(rig: Rig, batch: int) -> float:
     """Experts that the open blocks of a step hit, as a mean over layers."""
     model: Any = rig.checkpoint.model
     tokens = torch.randint(
-        model.config.vocab_size, (batch, rig.checkpoint.block_length), device=rig.device
+        model.config.vocab_size, (batch, rig.checkpoint.special_ids.block_length), device=rig.device
     )
     with counted(model) as found:
         model.base_model(input_ids=tokens)
@@ -244,7 +244,7 @@ def distinct_of(rig: Rig, batch: int) -> float:
 def by_batch(rig: Rig) -> Section:
     """Steps of several sequences; each block hits a set of experts of its own."""
     sizes = rig.options.batch_sizes
-    length = rig.checkpoint.block_length
+    length = rig.checkpoint.special_ids.block_length
     prescribe(rig.checkpoint.model, rig.options.distinct, 2 * max(sizes), length)
     rows = [steps_row(rig, batch=size) for size in sizes]
     title = f"batch sizes, {rig.options.context} positions"
@@ -253,7 +253,9 @@ def by_batch(rig: Rig) -> Section:
 
 def by_context(rig: Rig) -> Section:
     """Steps behind longer prefixes."""
-    prescribe(rig.checkpoint.model, rig.options.distinct, 2, rig.checkpoint.block_length)
+    prescribe(
+        rig.checkpoint.model, rig.options.distinct, 2, rig.checkpoint.special_ids.block_length
+    )
     rows = [
         steps_row(rig, context=context, prefill_tokens=2048) for context in rig.options.contexts
     ]
@@ -268,7 +270,9 @@ def by_format(rig: Rig) -> Section:
     for form in get_args(Format):
         rig.rebuild()
         quantize_experts(rig.checkpoint.model, form)
-        prescribe(rig.checkpoint.model, rig.options.distinct, 2, rig.checkpoint.block_length)
+        prescribe(
+            rig.checkpoint.model, rig.options.distinct, 2, rig.checkpoint.special_ids.block_length
+        )
         rows.append(
             {"case": f"{form} experts", "format": form, **steps_row(rig, quantization=form)}
         )

@@ -98,16 +98,16 @@ def calibrate(
             f"none of {len(outputs)} prompts is answered within {max_new_tokens} tokens",
             hint="give prompts that the model can answer, or raise `max_new_tokens`",
         )
-    return choose(record(llm, answers), llm.checkpoint.block_length, risk=risk, ratio=ratio)
+    length = llm.checkpoint.special_ids.block_length
+    return choose(record(llm, answers), length, risk=risk, ratio=ratio)
 
 
 @torch.no_grad()
 def record(llm: LLM, answers: Sequence[Encoded]) -> Margins:
     """Margins at every step of decoding these answers, least uncertain position first."""
     checkpoint = llm.checkpoint
-    special = Special(
-        checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0]
-    )
+    ids = checkpoint.special_ids
+    special = Special(ids.block_length, ids.mask_token_id, ids.eos_token_ids[0])
 
     def surest(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         entropy = selection.entropy(Output(logits, special.mask_token_id).logits)

@@ -290,7 +290,7 @@ class DMaxLM(LM):
     @property
     def eot_token_id(self) -> int:
         """The first id that ends a sequence."""
-        return self.llm.checkpoint.eos_token_ids[0]
+        return self.llm.checkpoint.special_ids.eos_token_ids[0]
 
     @property
     def max_length(self) -> int | None:
@@ -309,7 +309,8 @@ class DMaxLM(LM):
                 "weights": weights_digest(self.llm.model),
                 "params": asdict(self.params),
                 "decoding": repr(get_strategy(self.params)),
-                "block_length": self.params.block_length or self.llm.checkpoint.block_length,
+                "block_length": self.params.block_length
+                or self.llm.checkpoint.special_ids.block_length,
                 "batch_size": self.llm.max_batch_size,
                 "environment": environment(self.llm.model.device),
             },
@@ -339,7 +340,7 @@ class DMaxLM(LM):
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not has_bos)
         if self.max_length is None:
             return ids
-        block = params.block_length or self.llm.checkpoint.block_length
+        block = params.block_length or self.llm.checkpoint.special_ids.block_length
         room = (
             self.max_length // block * block - params.max_new_tokens
         )  # the last block is decoded whole

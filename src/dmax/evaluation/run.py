@@ -158,7 +158,7 @@ def _settings(
         "examples": hashlib.sha256(questions.encode()).hexdigest()[:16],
         "params": asdict(params),
         "decoding": repr(get_strategy(params)),
-        "block_length": params.block_length or llm.checkpoint.block_length,
+        "block_length": params.block_length or llm.checkpoint.special_ids.block_length,
         "batch_size": llm.max_batch_size,
         "limit": limit,
         "seed": seed,

@@ -21,8 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dmax.attention import prepare_mask
 from dmax.errors import InputError
+from dmax.special_ids import MASK_TOKEN
 
-MASK_TOKEN = "<|mask|>"
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # the ones that take any mask
 LINEAR_HEADS = (
     "llama",
