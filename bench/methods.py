@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dmax.evaluation.plots import draw
-from dmax.evaluation.run import write_atomically
 from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.files import write_atomically
 from dmax.llm import LLM
 from dmax.tasks import get_task
 

@@ -23,9 +23,10 @@ from ablation_training import SEEDS, VARIANTS, folder
 
 from dmax.environment import environment
 from dmax.evaluation.plots import draw
-from dmax.evaluation.run import evaluate, write_atomically
+from dmax.evaluation.run import evaluate
 from dmax.evaluation.statistics import wilson_interval
 from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.files import write_atomically
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.tasks import get_task

@@ -19,6 +19,7 @@ LAYERS = {
             "dmax.params",
             "dmax.special_ids",
             "dmax.environment",
+            "dmax.files",
             "dmax.sandbox",
             "dmax.tiny",
             "dmax.heads",

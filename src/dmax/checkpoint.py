@@ -6,8 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from transformers import (
 
 from dmax import models
 from dmax.errors import InputError
+from dmax.files import check_new_folder, new_folder
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format, quantize_experts
 from dmax.models import backbone
@@ -238,12 +237,10 @@ def save_checkpoint(
         InputError: the folder holds something else, or cannot be written.
     """
     folder = check_target(folder)
-    partial = _partial(folder)
     ends = list(special_ids.eos_token_ids)
     eos = ends[0] if len(ends) == 1 else ends
     try:
-        partial.mkdir()
-        try:
+        with new_folder(folder) as partial:
             model.save_pretrained(partial)
             config = copy.deepcopy(model.config)
             config.mask_token_id = special_ids.mask_token_id
@@ -257,40 +254,30 @@ def save_checkpoint(
                 tokenizer.save_pretrained(partial)
             if extra is not None:
                 (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
-            readable = (
-                (partial / "config.json").stat().st_mode
-            )  # safetensors writes for its owner alone
+            # safetensors makes files that only their owner can read
+            readable = (partial / "config.json").stat().st_mode
             for file in partial.iterdir():
                 file.chmod(readable)
-            _swap(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The absolute path of a folder that `save_checkpoint` could write; asked before hours of training, not after.
+    """The absolute path of a folder that `save_checkpoint` could write; asked before training.
 
     Raises:
         InputError: the folder holds something that is not a checkpoint, or cannot be written.
     """
     folder = Path(os.path.expanduser(folder)).absolute()
-    probe = _partial(folder)
     try:
         if folder.exists() and not _is_replaceable(folder):
             raise InputError(
                 f"{folder} exists and is not a checkpoint", hint="choose another output folder"
             )
-        probe.mkdir(parents=True)
-        probe.rmdir()
+        check_new_folder(folder)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
     return folder
-
-
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -300,15 +287,6 @@ def weights_digest(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`."""
-    old = new.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_replaceable(folder: Path) -> bool:

@@ -266,7 +266,7 @@ def distill(
     from dmax.decoding import get_strategy
     from dmax.distill import distill as run_distill
     from dmax.distill import read_prompts
-    from dmax.evaluation.run import check_writable
+    from dmax.files import check_writable
     from dmax.llm import LLM
     from dmax.params import DecodingParams
     from dmax.tasks.word_problems import problems
@@ -452,8 +452,8 @@ def sweep(
     """
     from dmax.checkpoint import find_folder
     from dmax.evaluation.plots import draw, page
-    from dmax.evaluation.run import check_writable, write_atomically
     from dmax.evaluation.sweep import curves_of, parse_grid, run_sweep
+    from dmax.files import check_writable, write_atomically
     from dmax.llm import LLM
     from dmax.tasks import get_task
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import uuid
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dmax.errors import InputError
+from dmax.files import write_atomically
 from dmax.tiny import BUNDLED, bundled_head
 
 Kind = Literal["learn2pd", "demask"]
@@ -201,17 +200,5 @@ def save_head(head: Head, path: Path) -> None:
         name: str(getattr(head, name))
         for name in ("kind", "model", "block_length", "hidden_size", "steps")
     }
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(
-                save({name: tensor.contiguous() for name, tensor in head.tensors.items()}, about)
-            )
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}", hint="choose another `output_dir`"
-        ) from None
+    tensors = {name: tensor.contiguous() for name, tensor in head.tensors.items()}
+    write_atomically(path, save(tensors, about))

@@ -28,7 +28,8 @@ from dmax.checkpoint import (
 from dmax.decoding import get_strategy
 from dmax.environment import environment, select_device
 from dmax.errors import InputError, did_you_mean
-from dmax.evaluation.run import check_writable, evaluate
+from dmax.evaluation.run import evaluate
+from dmax.files import check_writable
 from dmax.heads import Kind, load_head, save_head
 from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dmax.errors import InputError
-from dmax.evaluation.run import write_atomically
+from dmax.files import write_atomically
 
 STATE = "run.json"
 TRAINER_STATE = "trainer_state.json"

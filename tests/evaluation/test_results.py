@@ -15,7 +15,8 @@ from test_run import PARAMS, Canned, Sums
 
 from dmax import DecodingParams, GenerationOutput, InputError
 from dmax.evaluation.results import ResultFiles, differences
-from dmax.evaluation.run import Sample, Summary, evaluate, write_atomically
+from dmax.evaluation.run import Sample, Summary, evaluate
+from dmax.files import write_atomically
 
 SIX = 6  # two chunks of the canned model: four examples and two
 

@@ -1,12 +1,9 @@
-"""Measuring: counts, ratios of sums, strict scores, and files that are whole or not there."""
+"""Measuring: counts, ratios of sums, and strict scores."""
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +11,8 @@ import pytest
 import torch
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
-from dmax import LLM, DecodingParams, GenerationOutput, InputError
-from dmax.evaluation.run import Sample, Summary, check_writable, evaluate, write_atomically
+from dmax import LLM, DecodingParams, GenerationOutput
+from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.evaluation.statistics import wilson_interval
 from dmax.tasks import Example, get_task
 
@@ -132,62 +129,3 @@ def test_a_model_is_measured_on_what_it_generates(llm: LLM) -> None:
     assert summary.num_forwards == sum(output.num_forwards for output in outputs)
     assert summary.num_prefill_forwards == 3
     assert evaluate(llm, task, PARAMS, limit=3, seed=1)[1] == samples
-
-
-# ---- files --------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_atomically(path, "old and long")
-    write_atomically(path, "☃")
-    assert path.read_text(encoding="utf-8") == "☃"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("broken", ["write_text", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    write_text = Path.write_text
-
-    def fails_half_way(self: Path, text: str, **options: Any) -> int:
-        write_text(self, text[:2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def fails(*_: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    if broken == "write_text":
-        monkeypatch.setattr(Path, "write_text", fails_half_way)
-    else:
-        monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(
-        InputError, match="cannot write .*a.json: (No space left on device|Input/output error)"
-    ):
-        write_atomically(path, "new")
-    monkeypatch.undo()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_asking_whether_a_place_can_be_written_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "a.json")
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_a_place_under_a_file_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for check in (check_writable, lambda path: write_atomically(path, "")):
-        with pytest.raises(InputError, match="cannot write .*a.json: "):
-            check(tmp_path / "file" / "a.json")
-
-
-@pytest.mark.parametrize("name", ["folder", "."])
-def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="it is a folder"):
-        check_writable(Path(name))

@@ -18,7 +18,7 @@ from dmax.benchmark import cpu, gpu, rig
 from dmax.benchmark.report import Row, Section, show
 from dmax.environment import environment, select_device
 from dmax.errors import InputError
-from dmax.evaluation.run import check_writable, write_atomically
+from dmax.files import check_writable, write_atomically
 
 
 def run_benchmark(

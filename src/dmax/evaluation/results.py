@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dmax.errors import InputError
-from dmax.evaluation.run import Record, Sample, Summary, check_writable, write_atomically
+from dmax.evaluation.run import Record, Sample, Summary
+from dmax.files import check_writable, write_atomically
 
 SHOWN = 3  # differences that an error names
 ANEW = "choose another output, or start anew with --overwrite"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
 from dmax.environment import environment
-from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
 from dmax.llm import LLM
 from dmax.outputs import GenerationOutput
@@ -226,33 +222,3 @@ def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record
         tokens_per_second=tokens / seconds if seconds else 0.0,
         seconds=seconds,
     )
-
-
-def check_writable(path: Path) -> None:
-    """Raise `InputError` unless a file can be made at `path`; asked before hours of computing, not after."""
-    try:
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}", hint="choose another output"
-        ) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises `InputError` if the place cannot be written."""
-    check_writable(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}", hint="choose another output"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
 from dmax.environment import environment
 from dmax.errors import InputError
-from dmax.evaluation.run import Summary, evaluate, write_atomically
+from dmax.evaluation.run import Summary, evaluate
 from dmax.evaluation.statistics import accuracy_under_parallelism
+from dmax.files import write_atomically
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.tasks import Task

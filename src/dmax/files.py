@@ -1,0 +1,92 @@
+"""Files and folders that are written whole or not at all.
+
+New content is written beside its place under a hidden name and takes the place in one step, so an
+interruption or a full disk leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dmax.errors import InputError
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that a file can be made at `path`; asked before hours of computing, not after.
+
+    Raises:
+        InputError: `path` is a folder, or nothing can be written beside it.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _beside(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; a text is written as UTF-8.
+
+    Raises:
+        InputError: the place cannot be written, or the disk is full.
+    """
+    check_writable(path)
+    data = content.encode() if isinstance(content, str) else content
+    partial = _beside(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `path` once all of it is written.
+
+    After an error or an interruption, `path` is as it was.
+
+    Raises:
+        OSError: the folder cannot be made or moved.
+    """
+    partial = _beside(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        old = _beside(path)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Make sure that `new_folder` can begin at `path`; its parents are made.
+
+    Raises:
+        OSError: nothing can be written beside `path`.
+    """
+    probe = _beside(path)
+    probe.mkdir(parents=True)
+    probe.rmdir()
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that nothing has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror}", hint="choose another output")

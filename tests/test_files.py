@@ -1,0 +1,96 @@
+"""Files and folders are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmax.errors import InputError
+from dmax.files import check_new_folder, check_writable, new_folder, write_atomically
+
+
+@pytest.mark.parametrize("content", ["☃", "☃".encode()])
+def test_a_file_is_replaced_whole(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old and long")
+    write_atomically(path, content)
+    assert path.read_text(encoding="utf-8") == "☃"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("broken", ["write_bytes", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fails(self: Path, *_: Any) -> None:
+        with self.open("ab") as file:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, broken, fails)
+    with pytest.raises(InputError, match=r"cannot write .*a.json: No space left on device"):
+        write_atomically(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_asking_whether_a_place_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_place_under_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for check in (check_writable, lambda path: write_atomically(path, "")):
+        with pytest.raises(InputError, match=r"cannot write .*a.json: "):
+            check(tmp_path / "file" / "a.json")
+
+
+@pytest.mark.parametrize("name", ["folder", "."])
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="it is a folder"):
+        check_writable(Path(name))
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    for name in ("old", "new"):
+        with new_folder(path) as partial:
+            (partial / name).touch()
+            assert list(partial.iterdir()) == [partial / name]
+    assert list(path.iterdir()) == [path / "new"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_asking_whether_a_folder_can_be_made_leaves_nothing(tmp_path: Path) -> None:
+    check_new_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        check_new_folder(tmp_path / "file" / "folder")
+
+
+def test_a_folder_that_is_not_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+
+    def fills_half() -> None:
+        with new_folder(path) as partial:
+            (partial / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fills_half()
+    assert list(path.iterdir()) == [path / "old"]
+    assert list(tmp_path.iterdir()) == [path]
