@@ -92,7 +92,7 @@ class BlockCache:
         return sum(store.nbytes for store in (*self.keys, *self.values))
 
     def write_at(self, slots: list[int], length: int) -> CacheWindow:
-        """A window for one forward of `length` new positions behind the prefix of each of the `slots`.
+        """A window for one forward of `length` new positions after the prefix of each slot.
 
         Raises:
             ValueError: the new positions would not fit.
@@ -100,33 +100,34 @@ class BlockCache:
         starts = [self.lengths[slot] for slot in slots]
         if max(starts) + length > self.capacity:
             raise ValueError(
-                f"{max(starts)} committed and {length} new positions exceed the capacity {self.capacity}"
+                f"{max(starts)} committed and {length} new positions exceed the capacity "
+                f"{self.capacity}"
             )
         places = torch.tensor((slots, starts)).to(self.keys[0].device)  # one transfer, not two
         in_order = slots == list(range(len(slots)))
         return CacheWindow(self, places[0], places[1], length, max(starts) + length, in_order)
 
     def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """A copy of the keys and values of positions start..end-1 of a slot, each [layers, end - start, G, d]."""
-        keys, values = (
-            [store[slot, start:end] for store in stores] for stores in (self.keys, self.values)
-        )
-        return torch.stack(keys), torch.stack(values)
+        """Copies of the keys and values of positions start to end - 1, each [layers, n, G, d]."""
+        keys = torch.stack([store[slot, start:end] for store in self.keys])
+        values = torch.stack([store[slot, start:end] for store in self.values])
+        return keys, values
 
     def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Append keys and values [layers, n, G, d] to what is committed in a slot, and commit them."""
+        """Append keys and values [layers, n, G, d] to a slot, and commit them."""
         start = self.lengths[slot]
-        end = self.lengths[slot] = start + keys.shape[1]
+        end = start + keys.shape[1]
+        self.lengths[slot] = end
         for store, new in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             store[slot, start:end] = new
 
-    def commit(self, slots: list[int], lengths: list[int]) -> None:
-        """Declare the first `lengths[slot]` positions written so far final."""
-        for slot, length in zip(slots, lengths, strict=True):
-            self.lengths[slot] = length
+    def commit(self, slots: list[int], num: int) -> None:
+        """Make the next `num` positions of these slots, which have been written, final."""
+        for slot in slots:
+            self.lengths[slot] += num
 
     def rollback(self, slot: int, length: int = 0) -> None:
-        """Forget all but the first `length` positions of a slot; with 0 the slot is free for another sequence."""
+        """Forget all but the first `length` positions of a slot; 0 makes it free for another."""
         self.lengths[slot] = min(self.lengths[slot], length)
 
 
@@ -165,24 +166,21 @@ class CacheWindow:
         self._places = slots[:, None], self.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions before the window; rows differ, so callers pass `positions` as position ids instead."""
+        """Positions before the window; rows differ, so callers pass `positions` instead."""
         return self.span - self.positions.shape[1]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, G, L, d] in place; returns all that attention may see, [B, G, span, d].
+        """Store new keys and values [B, G, L, d] in place.
 
-        Positions past a row's own end are stale: the attention mask must hide them.
+        Returns:
+            All that attention may see, each [B, G, span, d]. Positions after a row's own end are
+            stale: the attention mask must hide them.
         """
-        seen = []
-        for store, new in (
-            (self.cache.keys[layer_idx], key),
-            (self.cache.values[layer_idx], value),
-        ):
-            store.index_put_(self._places, new.transpose(1, 2).to(store.dtype))
-            rows = (
-                store[: len(self.slots), : self.span]
-                if self.in_order
-                else store[self.slots, : self.span]
-            )
-            seen.append(rows.transpose(1, 2))
-        return seen[0], seen[1]
+        keys = self._replace(self.cache.keys[layer_idx], key)
+        values = self._replace(self.cache.values[layer_idx], value)
+        return keys, values
+
+    def _replace(self, store: Tensor, new: Tensor) -> Tensor:
+        store.index_put_(self._places, new.transpose(1, 2).to(store.dtype))
+        rows = slice(len(self.slots)) if self.in_order else self.slots
+        return store[rows, : self.span].transpose(1, 2)

@@ -63,12 +63,14 @@ class Checkpoint:
         tokenizer: None for a checkpoint without one, which then takes and gives token ids.
         special_ids: MASK, EOS, pad and the block length.
         path: the folder it was read from; empty for a new model.
+        decoding: the strategy that the model was trained for; None: the checkpoint names none.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     special_ids: SpecialIds
     path: str
+    decoding: str | None = None
 
 
 def load_checkpoint(

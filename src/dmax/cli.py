@@ -21,6 +21,8 @@ from rich.text import Text
 from transformers.utils import logging
 
 from dmax.errors import InputError
+from dmax.outputs import as_record
+from dmax.params import AUTO, DecodingParams
 
 if TYPE_CHECKING:
     from dmax.evaluation.run import Summary
@@ -35,7 +37,10 @@ console = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
 StrategyOption = Annotated[
-    str, typer.Option(help="decoding strategy: spd, threshold, … (docs/methods.md)")
+    str,
+    typer.Option(
+        help="auto: what the model was trained for; or spd, threshold, … (docs/methods.md)"
+    ),
 ]
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--option", help="NAME=VALUE, of the strategy alone")
@@ -45,13 +50,6 @@ ThresholdOption = Annotated[
 ]
 TokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
 TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
-SoftOption = Annotated[
-    bool,
-    typer.Option(
-        "--soft-inputs/--hard-inputs",
-        help="SPD feeds decoded positions back as blends, or as tokens",
-    ),
-]
 BlockOption = Annotated[
     int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")
 ]
@@ -131,11 +129,10 @@ def generate(
         list[str] | None, typer.Argument(help="prompts; read from stdin if none is given")
     ] = None,
     model: ModelOption = "tiny-dmax",
-    strategy: StrategyOption = "spd",
+    strategy: StrategyOption = AUTO,
     threshold: ThresholdOption = None,
     max_new_tokens: TokensOption = None,
     top_k: TopKOption = 1,
-    soft_inputs: SoftOption = True,
     option: SettingsOption = None,
     block_length: BlockOption = None,
     temperature: TemperatureOption = 0.0,
@@ -159,7 +156,6 @@ def generate(
     does Liam end up with?"
     """
     from dmax.llm import LLM
-    from dmax.params import DecodingParams
 
     try:
         texts = prompts or [sys.stdin.read().strip()]
@@ -177,7 +173,6 @@ def generate(
         if max_new_tokens is None
         else max_new_tokens,
         top_k=top_k,
-        soft_inputs=soft_inputs,
         options=_settings(option or []),
         block_length=block_length,
         temperature=temperature,
@@ -190,7 +185,7 @@ def generate(
     if as_json:
         _emit(
             [
-                {**asdict(output), "tokens_per_forward": output.tokens_per_forward}
+                as_record(output) | {"tokens_per_forward": output.tokens_per_forward}
                 for output in outputs
             ]
         )
@@ -268,7 +263,6 @@ def distill(
     from dmax.distill import read_prompts
     from dmax.files import check_writable
     from dmax.llm import LLM
-    from dmax.params import DecodingParams
     from dmax.tasks.word_problems import problems
 
     questions = (
@@ -303,13 +297,12 @@ def evaluate(
     model: ModelOption = "tiny-dmax",
     task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
     data: DataOption = None,
-    strategy: StrategyOption = "spd",
+    strategy: StrategyOption = AUTO,
     threshold: ThresholdOption = None,
     limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="of the examples")] = 7,
     max_new_tokens: TokensOption = None,
     top_k: TopKOption = 1,
-    soft_inputs: SoftOption = True,
     option: SettingsOption = None,
     block_length: BlockOption = None,
     batch_size: BatchOption = 16,
@@ -333,7 +326,6 @@ def evaluate(
     from dmax.evaluation.results import ResultFiles
     from dmax.evaluation.run import evaluate as run_evaluation
     from dmax.llm import LLM
-    from dmax.params import DecodingParams
     from dmax.tasks import get_task
 
     chosen = get_task(task, data)
@@ -342,7 +334,6 @@ def evaluate(
         threshold=threshold,
         max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
         top_k=top_k,
-        soft_inputs=soft_inputs,
         options=_settings(option or []),
         block_length=block_length,
     )
@@ -367,17 +358,18 @@ def evaluate(
     if files:
         files.finish(summary, samples)
     if as_json:
-        _emit(asdict(summary))
+        _emit(as_record(summary))
     else:
         sys.stdout.write(_in_words(summary))
 
 
 def _in_words(summary: Summary) -> str:
     low, high = summary.interval
+    cost = summary.cost
     return (
         f"accuracy  {summary.accuracy:.1%} ({summary.correct}/{summary.total}), 95 % interval {low:.1%} to {high:.1%}\n"
-        f"TPF       {summary.tpf:.2f} ({summary.generated_tokens} tokens / {summary.num_forwards} forwards; "
-        f"{summary.num_prefill_forwards} encoded prompts, {summary.num_commit_forwards} only finished blocks)\n"
+        f"TPF       {summary.tpf:.2f} ({summary.generated_tokens} tokens / {cost.num_forwards} forwards; "
+        f"{cost.num_prefill_forwards} encoded prompts, {cost.num_commit_forwards} only finished blocks)\n"
         f"speed     {summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}\n"
     )
 

@@ -35,6 +35,16 @@ class Candidates:
     probs: Tensor
     broken: Tensor
 
+    @property
+    def tokens(self) -> Tensor:
+        """[...] int64, the best token of every position."""
+        return self.ids[..., 0]
+
+    @property
+    def confidence(self) -> Tensor:
+        """[...] float32, its probability."""
+        return self.probs[..., 0]
+
 
 CACHED = 2**17
 """Logits that a CPU works on at once: they and their softmax stay in its cache, and in memory that is used again."""

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from rich.text import Text
 from dmax.environment import environment
 from dmax.evaluation.run import Summary, evaluate
 from dmax.llm import LLM
-from dmax.outputs import StreamEvent
+from dmax.outputs import StreamEvent, as_record
 from dmax.params import DecodingParams
 from dmax.tasks import get_task
 
@@ -38,18 +38,15 @@ class Setting:
     @property
     def params(self) -> DecodingParams:
         """Decoding parameters of the row, with room for the longest answer."""
-        return DecodingParams(
-            strategy=self.strategy, threshold=self.threshold, soft_inputs=self.soft_inputs
-        )
+        options = {} if self.soft_inputs else {"soft_inputs": False}
+        return DecodingParams(self.strategy, self.threshold, options=options)
 
     @property
     def method(self) -> str:
         """The strategy, and for SPD how decoded positions are fed back."""
-        return (
-            self.strategy
-            if self.strategy != "spd"
-            else f"spd, {'soft' if self.soft_inputs else 'hard'}"
-        )
+        if self.strategy != "spd":
+            return self.strategy
+        return "spd, soft" if self.soft_inputs else "spd, hard"
 
 
 SETTINGS = (
@@ -82,7 +79,7 @@ def run_demo(*, as_json: bool = False) -> None:
         summaries.append(summary)
     if as_json:
         rows = [
-            {"label": setting.label, **asdict(s)}
+            {"label": setting.label, **as_record(s)}
             for setting, s in zip(SETTINGS, summaries, strict=True)
         ]
         sys.stdout.write(json.dumps({"rows": rows}) + "\n")

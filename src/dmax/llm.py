@@ -1,26 +1,29 @@
-"""`LLM`: text in, text out. Loads a checkpoint, turns prompts into requests and completions into outputs."""
+"""`LLM`: text in, text out. Loads a checkpoint, makes requests of prompts and texts of results."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from dmax.checkpoint import Checkpoint, load_checkpoint
-from dmax.decoding import get_strategy
-from dmax.engine.engine import Commit, Engine
-from dmax.engine.prefix import PrefixCache
-from dmax.engine.request import BlockEvent, Completion, Request
+from dmax.decoding import FALLBACK
+from dmax.engine.engine import Engine
+from dmax.engine.request import Request
 from dmax.environment import lacks_compiler, select_device, select_dtype
 from dmax.errors import InputError
 from dmax.kernels.quant import Format
 from dmax.outputs import GenerationOutput, StreamEvent
-from dmax.params import DecodingParams, check_number
+from dmax.params import AUTO, DecodingParams, EngineOptions
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
+
+logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -31,20 +34,13 @@ class LLM:
         dtype: "auto" (bfloat16 where the hardware has it), or a torch dtype or its name.
         device: "auto", "cpu", "cuda", …
         mask_token_id, eos_token_id, block_length: override what the checkpoint says.
-        max_batch_size: sequences decoded together; more wait their turn.
-        prefix_cache_mib: memory for prompts' leading blocks that are encoded once for all requests
-            that begin alike;
-            0: none, so that a result's last bits do not depend on what was decoded before.
-        commit: how finished blocks get their clean keys and values (see `Engine`).
         attn_implementation, experts_implementation: as in transformers; None chooses.
         quantization: of the experts, "int8", "fp8" or "int4"; None leaves them as they are.
-        compile_model: have `torch.compile` fuse the small operations of a forward. The first two
-            forwards take half a minute longer, which long jobs earn back (docs/performance.md); on
-            a CPU it takes a C++ compiler.
+        options: fields of `dmax.params.EngineOptions`, such as `max_batch_size`.
 
     Raises:
         InputError: an unknown model, a damaged checkpoint, ids that it does not define, or no C++
-            compiler.
+            compiler for `compile_model`.
     """
 
     def __init__(
@@ -56,20 +52,18 @@ class LLM:
         eos_token_id: int | None = None,
         block_length: int | None = None,
         *,
-        max_batch_size: int = 16,
-        prefix_cache_mib: int = 0,
-        commit: Commit = "cross_block",
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
         quantization: Format | None = None,
-        compile_model: bool = False,
+        **options: Any,
     ) -> None:
-        place, _ = select_device(device)
-        kind, _ = select_dtype(dtype, place)
+        engine_options = EngineOptions(**options)
+        chosen_device, _ = select_device(device)
+        chosen_dtype, _ = select_dtype(dtype, chosen_device)
         checkpoint = load_checkpoint(
             model,
-            dtype=kind,
-            device=place,
+            dtype=chosen_dtype,
+            device=chosen_device,
             mask_token_id=mask_token_id,
             eos_token_id=eos_token_id,
             block_length=block_length,
@@ -77,51 +71,29 @@ class LLM:
             experts_implementation=experts_implementation,
             quantization=quantization,
         )
-        self._setup(checkpoint, max_batch_size, prefix_cache_mib, commit, compile_model)
+        self._setup(checkpoint, engine_options)
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        max_batch_size: int = 16,
-        prefix_cache_mib: int = 0,
-        commit: Commit = "cross_block",
-        compile_model: bool = False,
-    ) -> LLM:
+    def from_checkpoint(cls, checkpoint: Checkpoint, **options: Any) -> LLM:
         """An `LLM` over a model that is already in memory, such as one in training."""
         llm = cls.__new__(cls)
-        llm._setup(checkpoint, max_batch_size, prefix_cache_mib, commit, compile_model)
+        llm._setup(checkpoint, EngineOptions(**options))
         return llm
 
-    def _setup(
-        self,
-        checkpoint: Checkpoint,
-        max_batch_size: int,
-        prefix_cache_mib: int,
-        commit: Commit,
-        compile_model: bool,
-    ) -> None:
-        check_number("max_batch_size", max_batch_size, low=1, whole=True)
-        check_number("prefix_cache_mib", prefix_cache_mib, low=0, whole=True)
-        if commit not in get_args(Commit):
+    def _setup(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        missing = lacks_compiler(checkpoint.model.device) if options.compile_model else None
+        if missing:
             raise InputError(
-                f"`commit` must be one of {', '.join(get_args(Commit))}, got {commit!r}"
-            )
-        if compile_model and (name := lacks_compiler(checkpoint.model.device)):
-            raise InputError(
-                f"compiling a model takes a C++ compiler, and {name} is not here",
-                "install it, or set CXX",
+                f"compiling a model takes a C++ compiler, and {missing} is not here",
+                hint="install it, or set CXX",
             )
         checkpoint.model.eval()
         self.checkpoint = checkpoint
         self.model = checkpoint.model
         self.tokenizer = checkpoint.tokenizer
-        self.max_batch_size = max_batch_size
-        self.prefix_cache_mib = prefix_cache_mib
-        self.commit = commit
-        self.compile_model = compile_model
+        self.options = options
         self._engines: dict[int, Engine] = {}  # by block length
+        self._has_told = False
 
     def generate(
         self,
@@ -133,7 +105,7 @@ class LLM:
         Args:
             prompts: a text, a list of token ids, a list of chat messages, or a list of any of
                 these. A text is one user message if the tokenizer has a chat template (these models
-                are instruction-tuned), else it is continued as it is; to continue raw text with a
+                are instruction-tuned), else it is continued as it is. To continue raw text with a
                 chat model, pass its token ids.
             params: one for all, or one for each.
 
@@ -141,35 +113,29 @@ class LLM:
             InputError: a prompt of no known form, one that does not fit the context, or NaN logits.
         """
         requests = self._requests(prompts, params)
-        outputs: list[GenerationOutput | None] = [None] * len(requests)
-        groups = [
-            (self._engine(length), group)
-            for length, group in self._by_block_length(requests).items()
-        ]
+        by_length: dict[int, list[Request]] = {}
+        for request in requests:
+            by_length.setdefault(self._block_length(request.params), []).append(request)
+        groups = [(self._engine(length), group) for length, group in by_length.items()]
         for engine, group in groups:
             engine.check(group)  # of all groups, before the first is decoded
+        outputs: dict[int, GenerationOutput] = {}
         for engine, group in groups:
             for event in engine.run(group):
                 if event.kind == "finished":
-                    outputs[event.index] = self._output(requests[event.index], event.completion)
-        return [output for output in outputs if output is not None]
+                    outputs[event.index] = self.output(requests[event.index], event)
+        return [outputs[index] for index in range(len(requests))]
 
     def stream(self, prompt: Prompt, params: DecodingParams | None = None) -> Iterator[StreamEvent]:
-        """Complete one prompt, event by event; the last event is "finished" and carries the output.
+        """Complete one prompt, event by event; the last one is "finished" and carries the output.
 
         Raises:
             InputError: as `generate`.
         """
         (request,) = self._requests([prompt], params)
-        engine = self._engine(
-            request.params.block_length or self.checkpoint.special_ids.block_length
-        )
+        engine = self._engine(self._block_length(request.params))
         for event in engine.run([request], provisional=True):
-            if event.kind == "finished":
-                output = self._output(request, event.completion)
-                yield StreamEvent("finished", output.text, output.token_ids, output=output)
-            else:
-                yield self._stream_event(event)
+            yield self.event(request, event)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt of any form, the chat template applied to messages and texts."""
@@ -203,121 +169,115 @@ class LLM:
             hint="a message is a mapping with `role` and `content`",
         )
 
-    def _requests(self, prompts: Any, params: Any) -> list[Request]:
-        several = [prompts] if _is_single(prompts) else list(prompts)
-        each = (
-            params if isinstance(params, Sequence) else [params or DecodingParams()] * len(several)
-        )
-        if len(each) != len(several):
-            raise InputError(
-                f"got {len(several)} prompts and {len(each)} params; give one for all or one for each"
-            )
-        for settings in each:
-            if not isinstance(settings, DecodingParams):
-                raise InputError(
-                    f"`params` must be a `DecodingParams` or a list of them, got {settings!r:.80}"
-                )
-            if settings.stop and self.tokenizer is None:
-                raise InputError(
-                    "this checkpoint has no tokenizer to find stop texts with",
-                    hint="leave out `stop`",
-                )
-        for settings in set(each):
-            get_strategy(settings)  # an unknown strategy is an error before any compute
-        return [
-            self.request(index, prompt, settings)
-            for index, (prompt, settings) in enumerate(zip(several, each, strict=True))
-        ]
+    def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
+        """A request for an engine; `index` is the caller's number for it.
 
-    def _by_block_length(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
-        groups: dict[int, list[Request]] = {}
-        for request in requests:
-            groups.setdefault(
-                request.params.block_length or self.checkpoint.special_ids.block_length, []
-            ).append(request)
-        return groups
+        Raises:
+            InputError: a prompt of no known form, or settings that the strategy does not take.
+        """
+        if not isinstance(params, DecodingParams):
+            raise InputError(
+                f"`params` must be a `DecodingParams` or a list of them, got {params!r:.80}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InputError(
+                "this checkpoint has no tokenizer to find stop texts with", hint="leave out `stop`"
+            )
+        find_stop = partial(self._find_stop, params.stop) if params.stop else None
+        return Request(index, self.encode(prompt), self.resolve(params), find_stop)
+
+    def resolve(self, params: DecodingParams) -> DecodingParams:
+        """The same settings with the strategy of this checkpoint in place of "auto".
+
+        A checkpoint that names none is decoded by threshold, and a line in the log says so.
+        """
+        if params.strategy != AUTO:
+            return params
+        named = self.checkpoint.decoding
+        if named is None and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "%s does not say which decoding it was trained for: using `%s`; "
+                "choose another with `strategy`",
+                self.checkpoint.path or "the model",
+                FALLBACK,
+            )
+        return replace(params, strategy=named or FALLBACK)
 
     def engine(self, block_length: int | None = None, **options: Any) -> Engine:
-        """A new engine over this model, for servers and whoever else wants its steps; options as `Engine` takes them.
+        """A new engine over this model, for servers and others who want its steps.
 
-        Requests for it are made by `request`.
+        `request` makes requests for it, `event` and `output` add text to what it gives.
+
+        Args:
+            block_length: None: the checkpoint's.
+            options: fields of `EngineOptions` that differ from this object's own.
         """
-        length = block_length or self.checkpoint.special_ids.block_length
-        if self.prefix_cache_mib:
-            options = {"prefix_cache": PrefixCache(length, self.prefix_cache_mib * 2**20)} | options
-        return Engine(
-            self.model,
-            mask_token_id=self.checkpoint.special_ids.mask_token_id,
-            eos_token_ids=self.checkpoint.special_ids.eos_token_ids,
-            block_length=length,
-            **{
-                "max_batch_size": self.max_batch_size,
-                "commit": self.commit,
-                "compile_model": self.compile_model,
-            }
-            | options,
-        )
+        special_ids = self.checkpoint.special_ids
+        if block_length not in (None, special_ids.block_length):
+            special_ids = replace(special_ids, block_length=block_length)
+        engine_options = replace(self.options, **options) if options else self.options
+        return Engine(self.model, special_ids, engine_options)
+
+    def event(self, request: Request, event: StreamEvent) -> StreamEvent:
+        """An event of an engine with its text; raises the error of a request that failed."""
+        if event.kind == "finished":
+            output = self.output(request, event)
+            return replace(event, text=output.text, output=output)
+        eos = self.checkpoint.special_ids.eos_token_ids
+        ids = event.token_ids
+        end = next((at for at, token in enumerate(ids) if token in eos), len(ids))
+        decoded = [
+            token for token, masked in zip(ids[:end], event.masked, strict=False) if not masked
+        ]
+        return replace(event, text=self._text(decoded))
+
+    def output(self, request: Request, event: StreamEvent) -> GenerationOutput:
+        """The output of a "finished" event with its text; raises the error of one that failed."""
+        if event.error is not None:
+            raise event.error
+        assert event.output is not None, "only finished requests have an output"
+        text = self._text(event.output.token_ids)
+        ends = [text.find(stop) for stop in request.params.stop if stop in text]
+        return replace(event.output, text=text[: min(ends, default=len(text))])
+
+    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+        prompts = [prompts] if _is_single(prompts) else list(prompts)
+        each = params
+        if not isinstance(params, Sequence):
+            each = [DecodingParams() if params is None else params] * len(prompts)
+        if len(each) != len(prompts):
+            raise InputError(
+                f"got {len(prompts)} prompts and {len(each)} params; give one for all or one for "
+                "each"
+            )
+        pairs = zip(prompts, each, strict=True)
+        return [self.request(index, prompt, own) for index, (prompt, own) in enumerate(pairs)]
+
+    def _block_length(self, params: DecodingParams) -> int:
+        return params.block_length or self.checkpoint.special_ids.block_length
 
     def _engine(self, block_length: int) -> Engine:
-        """The engine of earlier calls, with its memory, graphs and known prefixes, unless it is in use."""
+        """The engine of earlier calls, with its memory and graphs, unless it is in use."""
         if block_length not in self._engines or self._engines[block_length].is_busy():
             self._engines[block_length] = self.engine(block_length)
         return self._engines[block_length]
 
-    def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
-        """A request for an engine."""
-        find_stop = partial(self._find_stop, params.stop) if params.stop else None
-        return Request(index, self.encode(prompt), params, find_stop)
-
     def _find_stop(self, texts: Sequence[str], token_ids: Sequence[int]) -> int | None:
-        """How many of the tokens to keep so that their text ends in the first of the stop `texts`; None without one."""
-        if not any(text in self._text(token_ids) for text in texts):
+        """How many tokens to keep so that their text ends in a stop text; None without one."""
+
+        def has_stop(num: int) -> bool:
+            text = self._text(token_ids[:num])
+            return any(stop in text for stop in texts)
+
+        if not has_stop(len(token_ids)):
             return None
-        return next(
-            n
-            for n in range(1, len(token_ids) + 1)
-            if any(t in self._text(token_ids[:n]) for t in texts)
-        )
+        return next(num for num in range(1, len(token_ids) + 1) if has_stop(num))
 
     def _text(self, token_ids: Sequence[int]) -> str:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-    def _output(self, request: Request, completion: Completion) -> GenerationOutput:
-        counters = completion.counters
-        text = self._text(completion.token_ids)
-        ends = [found for stop in request.params.stop if (found := text.find(stop)) >= 0]
-        return GenerationOutput(
-            text=text[: min(ends, default=len(text))],
-            token_ids=completion.token_ids,
-            prompt_token_ids=request.prompt_ids,
-            finish_reason=completion.finish_reason,
-            num_forwards=counters.num_forwards,
-            num_prefill_forwards=counters.num_prefill_forwards,
-            num_commit_forwards=counters.num_commit_forwards,
-            num_positions=counters.num_positions,
-        )
-
-    def _stream_event(self, event: BlockEvent) -> StreamEvent:
-        eos = self.checkpoint.special_ids.eos_token_ids
-        end = next(
-            (i for i, token in enumerate(event.token_ids) if token in eos), len(event.token_ids)
-        )
-        shown = [
-            token
-            for token, hidden in zip(event.token_ids[:end], event.masked, strict=False)
-            if not hidden
-        ]
-        return StreamEvent(
-            kind=event.kind,
-            text=self._text(shown),
-            token_ids=event.token_ids,
-            masked=event.masked,
-            confidence=event.confidence,
-            position=event.position,
-            step=event.step,
-        )
 
 
 def _is_single(prompts: Any) -> bool:

@@ -1,11 +1,41 @@
-"""What `LLM` gives back: completions with what they cost, and the events of a stream."""
+"""What a request gives: the events of its blocks, its completion, and what that cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from dmax.engine.request import FinishReason
+from dmax.errors import InputError
+
+FinishReason = Literal["stop", "length", "deadline", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What decoding cost. Nothing is hidden: prefill and commit forwards have counts of their own.
+
+    Attributes:
+        num_forwards: denoising forwards, one for every step of a block.
+        num_prefill_forwards: forwards that encoded the prompt; one if the prompt was encoded
+            together with the first denoising forward.
+        num_commit_forwards: forwards that only wrote the keys and values of finished blocks. Our
+            engine needs none; engines that commit separately do.
+        num_positions: positions computed in denoising and commit forwards, with all open blocks,
+            all branches, and finished blocks on their way into the cache.
+        num_forced: steps in which the strategy promoted nothing and the engine decoded a token.
+        num_capped: blocks that were closed by the cap on steps.
+    """
+
+    num_forwards: int = 0
+    num_prefill_forwards: int = 0
+    num_commit_forwards: int = 0
+    num_positions: int = 0
+    num_forced: int = 0
+    num_capped: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        names = Cost.__slots__
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,26 +43,41 @@ class GenerationOutput:
     """A completion and what it cost.
 
     Attributes:
-        text: decoded completion, cut at the first EOS; empty when the checkpoint has no tokenizer.
-        token_ids: its token ids.
+        text: decoded completion, cut at the first EOS and before a stop text; empty when the
+            checkpoint has no tokenizer.
+        token_ids: generated ids, cut at the first EOS (unless it is ignored), after a stop text,
+            and at `max_new_tokens`.
         prompt_token_ids: the prompt as the model saw it.
-        finish_reason: "stop" (EOS or a stop text), "length", "deadline" or "cancelled".
-        num_forwards: denoising forwards.
-        num_prefill_forwards: forwards that encoded the prompt; one if it went along with the first
-            denoising forward.
-        num_commit_forwards: forwards that only wrote keys and values of finished blocks.
-        num_positions: positions computed in denoising and commit forwards, all open blocks and
-            versions included.
+        finish_reason: "stop" (EOS or a stop text), "length", "deadline" or "cancelled"; the last
+            two hold the blocks that were finished by then.
+        cost: forwards and positions.
     """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    num_forwards: int
-    num_prefill_forwards: int
-    num_commit_forwards: int
-    num_positions: int = 0
+    cost: Cost
+
+    @property
+    def num_forwards(self) -> int:
+        """Denoising forwards."""
+        return self.cost.num_forwards
+
+    @property
+    def num_prefill_forwards(self) -> int:
+        """Forwards that encoded the prompt."""
+        return self.cost.num_prefill_forwards
+
+    @property
+    def num_commit_forwards(self) -> int:
+        """Forwards that only wrote the keys and values of finished blocks."""
+        return self.cost.num_commit_forwards
+
+    @property
+    def num_positions(self) -> int:
+        """Positions computed in denoising and commit forwards."""
+        return self.cost.num_positions
 
     @property
     def tokens_per_forward(self) -> float:
@@ -41,7 +86,7 @@ class GenerationOutput:
 
     @property
     def tokens_per_position(self) -> float:
-        """Generated tokens per computed position: what parallel decoding costs where TPF does not show it."""
+        """Generated tokens per computed position: what parallel decoding costs besides forwards."""
         return len(self.token_ids) / self.num_positions if self.num_positions else 0.0
 
     @property
@@ -52,19 +97,21 @@ class GenerationOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """What happened in one step of a streamed generation.
+    """What happened to a request in one step.
 
     Attributes:
-        kind: "provisional" (the open block, still subject to revision), "committed" (a final block)
+        kind: "provisional" (an open block, still subject to revision), "committed" (a final block)
             or "finished".
         text: text of the block's decoded tokens up to the first EOS; for "finished" the whole
-            completion.
-        token_ids: the block's generated positions; for "finished" the whole completion.
-        masked: which of them are undecided.
+            completion. Only `LLM` fills it in.
+        token_ids: generated positions of the block; for "finished" the whole completion.
+        masked: which of them are not decoded yet.
         confidence: probability of each.
         position: index of the first of them within the completion.
-        step: forwards the block has taken.
+        step: forwards that the block has taken.
         output: the result, for "finished" only.
+        index: the number of the request.
+        error: why a request ended without a result; then `kind` is "finished" and `output` None.
     """
 
     kind: Literal["provisional", "committed", "finished"]
@@ -75,3 +122,11 @@ class StreamEvent:
     position: int = 0
     step: int = 0
     output: GenerationOutput | None = None
+    index: int = 0
+    error: InputError | None = field(default=None, compare=False)
+
+
+def as_record(result: Any) -> dict[str, Any]:
+    """A dataclass with a `cost` as JSON has it: what it cost stands beside its other fields."""
+    record = asdict(result)
+    return record | record.pop("cost")

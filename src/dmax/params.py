@@ -1,4 +1,4 @@
-"""Every decoding option with its default, checked where it is made; nothing else writes these numbers down."""
+"""Every option of decoding and engine, with its default: nothing else writes these down."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from typing import Any
 
 from dmax.errors import InputError
 
-SWITCHES = (
-    "ignore_eos",
-    "prefix_only",
-    "soft_inputs",
-    "renormalize",
-    "stop_on_confidence",
-    "stop_on_consistency",
-)
+AUTO = "auto"
+"""The strategy that a model was trained for, as its checkpoint says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,37 +18,32 @@ class DecodingParams:
     """How a request is decoded.
 
     Attributes:
-        strategy: name of a decoding strategy (`dmax.strategies()` lists them).
+        strategy: name of a decoding strategy (`dmax.strategies()` lists them), or "auto": the one
+            that the checkpoint names, else threshold decoding.
         threshold: confidence from which a masked position is decoded, in [0, 1]; None: the
             strategy's own default (0.5 for `spd`, 0.95 for `threshold`).
         stop_confidence: a block whose every position is at least this sure is finished, in (0, 1].
         top_k: candidates mixed into a soft input.
         block_length: positions decoded together; None: the checkpoint's own.
         max_new_tokens: longest completion; the last block is still decoded whole.
-        temperature: 0 decodes greedily; above, tokens are sampled.
+        temperature: 0 decodes greedily; above 0 tokens are sampled.
         seed: of the sampling, below 2^63; None draws a fresh one.
-        stop: texts that end the completion where they first appear; the text is cut before, the
-            token ids behind them.
-        ignore_eos: go on behind an EOS, to `max_new_tokens`; for measuring speed.
+        stop: texts that end the completion where they first appear. The text is cut before the stop
+            text, the token ids after it.
+        ignore_eos: go on after an EOS, up to `max_new_tokens`; for measuring speed.
         deadline: seconds after its submission at which a request ends with what it has by then;
             None: no limit.
         max_steps_per_block: cap on forwards per block; None: the block length, times the blocks
-            open at once.
-        prefix_only: SPD decodes the confident prefix of the masks only; off: any confident
-            position.
-        soft_inputs: SPD feeds decoded positions back as blends; off: as hard tokens.
-        renormalize: blends keep their length (eq. 10).
-        stop_on_confidence: SPD may stop when every position is sure.
-        stop_on_consistency: SPD may stop when nothing changed.
-        options: what only the chosen strategy knows, by name (`{"alpha": 0.7}` for `credit`); kept
-            as sorted pairs.
+            that are open at once.
+        options: what only the chosen strategy knows, by name (`{"alpha": 0.7}` for `credit`,
+            `{"soft_inputs": False}` for `spd`); kept as sorted pairs.
 
     Raises:
         InputError: a value out of range or of the wrong type. Whether the strategy exists is known
             when it is made.
     """
 
-    strategy: str = "spd"
+    strategy: str = AUTO
     threshold: float | None = None
     stop_confidence: float = 0.9
     top_k: int = 1
@@ -66,11 +55,6 @@ class DecodingParams:
     ignore_eos: bool = False
     deadline: float | None = None
     max_steps_per_block: int | None = None
-    prefix_only: bool = True
-    soft_inputs: bool = True
-    renormalize: bool = True
-    stop_on_confidence: bool = True
-    stop_on_consistency: bool = True
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -93,14 +77,50 @@ class DecodingParams:
                 f"`stop` must be a text or a list of texts, none of them empty, got {self.stop!r}"
             )
         object.__setattr__(self, "stop", tuple(stop))
-        for name in SWITCHES:
-            if not isinstance(value := getattr(self, name), bool):
-                raise InputError(f"`{name}` must be true or false, got {value!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise InputError(f"`ignore_eos` must be true or false, got {self.ignore_eos!r}")
         try:
             options = dict(self.options)
         except (TypeError, ValueError):
             raise InputError(f"`options` must map names to values, got {self.options!r}") from None
         object.__setattr__(self, "options", tuple(sorted(options.items())))  # hashable, as the rest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much an engine decodes at once, and how it runs the model.
+
+    Attributes:
+        max_batch_size: sequences decoded together; more wait their turn.
+        max_length: positions that a sequence may take. With it the memory of keys and values is
+            reserved once, at the start, for `max_batch_size` sequences. None: as much as the
+            requests need.
+        prefill_tokens: prompt tokens encoded between two steps, so that running sequences do not
+            wait long for the prompts of others.
+        prefix_cache_mib: memory for the leading blocks of prompts, which are then encoded once for
+            all requests that begin alike. 0: none, so that the last bits of a result do not depend
+            on what was decoded before.
+        cuda_graphs: whether steps are captured; None: on a CUDA device.
+        compile_model: have `torch.compile` fuse the small operations of a forward. The first two
+            forwards take half a minute longer, which long jobs earn back (docs/performance.md). On
+            a CPU it takes a C++ compiler.
+
+    Raises:
+        InputError: a value out of range or of the wrong type.
+    """
+
+    max_batch_size: int = 16
+    max_length: int | None = None
+    prefill_tokens: int = 512
+    prefix_cache_mib: int = 0
+    cuda_graphs: bool | None = None
+    compile_model: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("max_batch_size", self.max_batch_size, low=1, whole=True)
+        check_number("max_length", self.max_length, low=1, whole=True, optional=True)
+        check_number("prefill_tokens", self.prefill_tokens, low=1, whole=True)
+        check_number("prefix_cache_mib", self.prefix_cache_mib, low=0, whole=True)
 
 
 def check_number(
@@ -113,7 +133,17 @@ def check_number(
     whole: bool = False,
     optional: bool = False,
 ) -> None:
-    """Raise `InputError` unless `value` is a number in [low, high]; with `above_low` not `low` itself."""
+    """Raise `InputError` unless `value` is a number in [low, high].
+
+    Args:
+        name: what the error calls it.
+        value: to be checked.
+        low: smallest value allowed.
+        high: largest value allowed.
+        above_low: `low` itself is not allowed.
+        whole: it must be a whole number.
+        optional: None is allowed.
+    """
     if value is None and optional:
         return
     kind = "a whole number" if whole else "a number"

@@ -1,4 +1,4 @@
-"""Decoding strategies by name. A strategy sees logits, tokens and an `embed` callable, never a model or an engine."""
+"""Decoding strategies by name: DMax's own, the baselines, and those of other packages."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dmax.errors import InputError, did_you_mean
-from dmax.params import DecodingParams
+from dmax.params import AUTO, DecodingParams
 
 if TYPE_CHECKING:
-    from dmax.decoding.block import DecodingStrategy
+    from dmax.decoding.strategy import Strategy
+
+FALLBACK = "threshold"
+"""What "auto" means for a model that does not say how it was trained."""
 
 _GROUP = "dmax.strategies"
 _STRATEGIES = {
-    "autoregressive": "dmax.decoding.autoregressive:Autoregressive",
-    "credit": "dmax.decoding.credit:CreditDecoding",
-    "d2f": "dmax.decoding.d2f:D2F",
-    "demask": "dmax.decoding.demask:Demask",
-    "dparallel": "dmax.decoding.dparallel:DParallel",
-    "entropy_bound": "dmax.decoding.entropy_bound:EntropyBound",
-    "fast_dllm": "dmax.decoding.fast_dllm:FastDLLM",
-    "fast_dllm_factor": "dmax.decoding.fast_dllm:FastDLLMFactor",
-    "hierarchy": "dmax.decoding.hierarchy:HierarchyDecoding",
-    "iter_smooth": "dmax.decoding.iter_smooth:IterSmooth",
-    "joint_threshold": "dmax.decoding.joint_threshold:JointThreshold",
-    "learn2pd": "dmax.decoding.learn2pd:Learn2PD",
-    "llada": "dmax.decoding.llada:FixedSchedule",
-    "lopa": "dmax.decoding.lopa:Lookahead",
-    "mbd": "dmax.decoding.mbd:MultiBlockSPD",
-    "sched": "dmax.decoding.sched:ScheduledExit",
     "spd": "dmax.decoding.spd:SoftParallelDecoding",
     "threshold": "dmax.decoding.threshold:ThresholdDecoding",
+    "autoregressive": "dmax.baselines.autoregressive:Autoregressive",
+    "credit": "dmax.baselines.credit:CreditDecoding",
+    "d2f": "dmax.baselines.d2f:D2F",
+    "demask": "dmax.baselines.demask:Demask",
+    "dparallel": "dmax.baselines.dparallel:DParallel",
+    "entropy_bound": "dmax.baselines.entropy_bound:EntropyBound",
+    "fast_dllm": "dmax.baselines.fast_dllm:FastDLLM",
+    "fast_dllm_factor": "dmax.baselines.fast_dllm:FastDLLMFactor",
+    "hierarchy": "dmax.baselines.hierarchy:HierarchyDecoding",
+    "iter_smooth": "dmax.baselines.iter_smooth:IterSmooth",
+    "joint_threshold": "dmax.baselines.joint_threshold:JointThreshold",
+    "learn2pd": "dmax.baselines.learn2pd:Learn2PD",
+    "llada": "dmax.baselines.llada:FixedSchedule",
+    "lopa": "dmax.baselines.lopa:Lookahead",
+    "mbd": "dmax.baselines.mbd:MultiBlockSPD",
+    "sched": "dmax.baselines.sched:ScheduledExit",
 }
 
 
@@ -40,20 +43,26 @@ def _table() -> dict[str, str]:
 
 
 def strategies() -> tuple[str, ...]:
-    """Names of all strategies, those of plugins (entry-point group `dmax.strategies`) included."""
+    """Names of all strategies, with those of plugins (entry-point group `dmax.strategies`)."""
     return tuple(sorted(_table()))
 
 
-def get_strategy(params: DecodingParams) -> DecodingStrategy:
-    """The strategy that `params` names, with its settings; raises `InputError` with the valid names otherwise."""
-    # Asking for ours alone spares a search through all installed packages, which takes
-    # milliseconds.
-    table = _STRATEGIES if params.strategy in _STRATEGIES else _table()
-    if params.strategy not in table:
+def get_strategy(params: DecodingParams) -> Strategy:
+    """The strategy that `params` names, with its settings.
+
+    `LLM` replaces "auto" by what the checkpoint names before it comes here; without a checkpoint it
+    means threshold decoding.
+
+    Raises:
+        InputError: there is no strategy of this name, or it does not take these settings.
+    """
+    name = FALLBACK if params.strategy == AUTO else params.strategy
+    # Our own table spares a search through all installed packages, which takes milliseconds.
+    table = _STRATEGIES if name in _STRATEGIES else _table()
+    if name not in table:
         raise InputError(
-            f"unknown strategy {params.strategy!r}; choose from {', '.join(strategies())}",
-            hint=did_you_mean(params.strategy, strategies()),
+            f"unknown strategy {name!r}; choose from {', '.join((AUTO, *strategies()))}",
+            hint=did_you_mean(name, strategies()),
         )
-    entry = EntryPoint(params.strategy, table[params.strategy], _GROUP)
-    strategy: DecodingStrategy = entry.load().from_params(params)
+    strategy: Strategy = EntryPoint(name, table[name], _GROUP).load().from_params(params)
     return strategy

@@ -1,36 +1,29 @@
-"""Denoising steps as CUDA graphs: one launch for the some 500 kernels of a forward and its decision.
+"""Steps as CUDA graphs: one launch for the some 500 kernels of a forward and its decision.
 
 A graph replays fixed addresses and shapes. What varies between steps of one shape (slots,
-positions, finished tokens) comes in through two small tensors; all else lives in tensors that the
-engine never moves. Batches are filled up to the next of a few sizes with rows of a slot that no
-request uses, and the span of the cache is rounded up, so that few graphs do.
+positions, finished tokens) comes in through the two tensors of a batch; all else lives in tensors
+that the engine never moves. Batches are filled up to the next of a few sizes with rows of a slot
+that no request uses, and the span of the cache is rounded up, so that a few graphs are enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.engine.lane import Lane
-from dmax.engine.rows import Row, Rows, Shape
+from dmax.engine.batch import Batch
+from dmax.engine.blocks import OpenBlocks
 from dmax.engine.runner import ModelRunner
+from dmax.engine.step import step
 
 SPAN = 512
 """Spans of the cache are captured in multiples of this."""
 
-Step = Callable[[], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A step ready to be replayed: where its rows go, and what runs it."""
-
-    rows: Rows
-    replay: Step
+Replay = Callable[[], Tensor]
 
 
 class CudaCapture:
@@ -39,18 +32,16 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Step) -> Step:
-        """What replays the step and returns the same tensor every time."""
+    def __call__(self, run: Replay) -> Replay:
+        """What replays `run` and returns the same tensor every time."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # kernels are compiled and workspaces made outside the capture
-            step()
+        with torch.cuda.stream(side):  # kernels are compiled and workspaces made before the capture
+            run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            flags = step()
+            flags = run()
 
         def replay() -> Tensor:
             graph.replay()
@@ -60,74 +51,73 @@ class CudaCapture:
 
 
 class GraphedSteps:
-    """Steps by shape, each captured the second time it is needed.
+    """The step by shape of the batch, captured the second time that a shape is needed.
 
-    The first time a shape comes, the step runs eagerly: a lane makes some of its tensors when its
-    strategy first asks for them, and a graph must find them where they are to stay.
+    The first time a shape comes, the step runs eagerly. Open blocks make some of their tensors when
+    their strategy first asks for them, and a graph must find them where they are to stay.
 
     Args:
-        spare_slot: a slot of cache and lanes that no request uses.
+        spare_slot: a slot of cache and open blocks that no request uses.
         capacity: positions of a slot.
         capture: what records a step; None: `CudaCapture`.
     """
 
     def __init__(
-        self, spare_slot: int, capacity: int, capture: Callable[[Step], Step] | None = None
+        self, spare_slot: int, capacity: int, capture: Callable[[Replay], Replay] | None = None
     ) -> None:
         self.spare_slot = spare_slot
         self.capacity = capacity
         self._capture = CudaCapture() if capture is None else capture
-        self._captured: dict[tuple[int, Shape], Captured] = {}
-        self._seen: set[tuple[int, Shape]] = set()
+        self._seen: set[tuple[OpenBlocks, tuple[int, ...]]] = set()
+        self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay]] = {}
 
-    def __call__(self, runner: ModelRunner, lane: Lane, shape: Shape, rows: Rows) -> Tensor:
-        """`Lane.denoise` with rows that are on the host; `Flags` [6, R], or [6, B] with versions of blocks."""
-        num_blocks = shape.num_open // shape.versions
-        shape, rows = self._fill(lane, shape, rows)
-        key = (id(lane), shape)
+    def __call__(self, runner: ModelRunner, blocks: OpenBlocks, batch: Batch) -> Tensor:
+        """`step` for a batch on the host."""
+        num_blocks = len(batch.rows)
+        batch = self._filled(blocks, batch)
+        shape = (batch.num_pending, batch.num_rows, batch.num_branches, batch.span, batch.in_order)
+        key = (blocks, shape)
         if key not in self._seen:
             self._seen.add(key)
-            return lane.denoise(runner, shape, rows.to(runner.device))[:, :num_blocks]
+            return step(runner, blocks, batch.to(runner.device))[:, :num_blocks]
         if key not in self._captured:
-            # Warming up runs the step once more: on the spare slot's rows, so that no request
-            # notices.
-            idle = Rows(self._idle(lane, rows.where.shape[1]), torch.zeros_like(rows.tokens)).to(
-                runner.device
-            )
-            self._captured[key] = Captured(
-                idle, self._capture(lambda: lane.denoise(runner, shape, idle))
-            )
-        captured = self._captured[key]
-        captured.rows.where.copy_(rows.where, non_blocking=True)
-        captured.rows.tokens.copy_(rows.tokens, non_blocking=True)
-        return captured.replay()[:, :num_blocks]
+            # Warming up runs the step once more, on spare rows, so that no request notices.
+            where = self._idle(blocks, batch.num_rows)
+            idle = replace(batch, where=where, pending=torch.zeros_like(batch.pending))
+            static = idle.to(runner.device)
+            replay = self._capture(lambda: step(runner, blocks, static))
+            self._captured[key] = (static, replay)
+        static, replay = self._captured[key]
+        static.where.copy_(batch.where, non_blocking=True)
+        static.pending.copy_(batch.pending, non_blocking=True)
+        return replay()[:, :num_blocks]
 
-    def _fill(self, lane: Lane, shape: Shape, rows: Rows) -> tuple[Shape, Rows]:
-        """Pending and open rows filled up to powers of two with rows of the spare slot, the span rounded up."""
-        pending, opened = rows.where.split((shape.num_pending, shape.num_open), dim=1)
-        more_pending = _power_of_two(shape.num_pending) - shape.num_pending
-        blocks = shape.num_open // shape.versions
-        more_open = (_power_of_two(blocks) - blocks) * shape.versions
-        where = torch.cat(
-            (pending, self._idle(lane, more_pending), opened, self._idle(lane, more_open)), dim=1
-        )
-        rounded = replace(
-            shape,
-            num_pending=shape.num_pending + more_pending,
-            num_open=shape.num_open + more_open,
-            span=min(-(-shape.span // SPAN) * SPAN, self.capacity),
-            in_order=shape.in_order and not more_pending and not more_open,
-            aligned=False,  # the lane's rows come in, too: warming up must not touch those of requests
-        )
-        return rounded, Rows(where, F.pad(rows.tokens, (0, 0, 0, more_pending)))
+    def forget(self, blocks: OpenBlocks) -> None:
+        """Drop the graphs of open blocks that are no longer used."""
+        self._seen = {key for key in self._seen if key[0] is not blocks}
+        self._captured = {key: kept for key, kept in self._captured.items() if key[0] is not blocks}
 
-    def _idle(self, lane: Lane, num: int) -> Tensor:
-        """Rows of the spare slot, nothing committed."""
-        return torch.tensor(Row(self.spare_slot, 0, 0, self.spare_slot * lane.width))[
-            :, None
-        ].repeat(1, num)
+    def _filled(self, blocks: OpenBlocks, batch: Batch) -> Batch:
+        """Pending and open blocks filled up to powers of two, the span rounded up."""
+        num_blocks = len(batch.rows)
+        more_pending = _power_of_two(batch.num_pending) - batch.num_pending
+        more_open = (_power_of_two(num_blocks) - num_blocks) * batch.num_branches
+        pending, opened = batch.where.tensor_split((batch.num_pending,), dim=1)
+        rows = (pending, self._idle(blocks, more_pending), opened, self._idle(blocks, more_open))
+        return replace(
+            batch,
+            where=torch.cat(rows, dim=1),
+            pending=F.pad(batch.pending, (0, 0, 0, more_pending)),
+            span=min(-(-batch.span // SPAN) * SPAN, self.capacity),
+            in_order=batch.in_order and not more_pending and not more_open,
+        )
+
+    def _idle(self, blocks: OpenBlocks, num: int) -> Tensor:
+        """[5, num] rows of the spare slot, which has nothing in the cache."""
+        row = blocks.rows_of(self.spare_slot).start
+        return torch.tensor((self.spare_slot, 0, 0, row, -1))[:, None].repeat(1, num)
 
 
 def _power_of_two(number: int) -> int:
-    """The next power of two; 0 stays."""
-    return number and 1 << (number - 1).bit_length()
+    """The next power of two; 0 stays 0."""
+    return 1 << (number - 1).bit_length() if number else 0

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmax.decoding import selection
+from dmax.baselines import selection
+from dmax.baselines.sched import ScheduledExit, mean_margin
 from dmax.decoding.block import Output
-from dmax.decoding.sched import ScheduledExit, mean_margin
 from dmax.errors import InputError
 from dmax.llm import LLM, Prompt
 from dmax.params import DecodingParams, check_number
@@ -142,8 +142,8 @@ def choose(margins: Margins, block_length: int, *, risk: float, ratio: float) ->
     t of m_t / s(t) >= high. The quantile of these maxima is therefore exact on the blocks it was
     taken on, and `low` = ratio · high.
     """
-    steps = torch.arange(len(margins.margin))
-    shape = ScheduledExit(high=1.0, low=ratio).bound(steps, block_length)[:, None]  # [T, 1]
+    progress = torch.arange(len(margins.margin)) / max(block_length - 1, 1)
+    shape = ScheduledExit(high=1.0, low=ratio).bound(progress)[:, None]  # [T, 1]
     too_early = torch.where(
         margins.open & ~margins.final, margins.margin / shape.clamp(min=1e-6), 0.0
     )

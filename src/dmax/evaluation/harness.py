@@ -21,7 +21,7 @@ from dmax.decoding import get_strategy
 from dmax.environment import environment
 from dmax.errors import InputError, did_you_mean
 from dmax.llm import LLM
-from dmax.outputs import GenerationOutput
+from dmax.outputs import Cost, GenerationOutput
 from dmax.params import DecodingParams
 
 try:
@@ -64,16 +64,13 @@ LOADING = (
 def costs(outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     """What completions took, by the names `dmax eval` has for it; the parts that stop strings cut off are included."""
     tokens = sum(len(output.token_ids) for output in outputs)
-    forwards = sum(output.num_forwards for output in outputs)
+    cost = sum((output.cost for output in outputs), Cost())
     ratios = [output.tokens_per_forward_paper for output in outputs]
     return {
         "requests": len(outputs),
         "generated_tokens": tokens,
-        "num_forwards": forwards,
-        "num_prefill_forwards": sum(output.num_prefill_forwards for output in outputs),
-        "num_commit_forwards": sum(output.num_commit_forwards for output in outputs),
-        "num_positions": sum(output.num_positions for output in outputs),
-        "tpf": tokens / forwards if forwards else 0.0,
+        **asdict(cost),
+        "tpf": tokens / cost.num_forwards if cost.num_forwards else 0.0,
         "tpf_paper": sum(ratios) / len(ratios) if ratios else 0.0,
     }
 
@@ -179,7 +176,7 @@ class DMaxLM(LM):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.params = model_settings(settings)
+        params = model_settings(settings)  # a wrong one is an error before the model is loaded
         if not pretrained:
             raise InputError("no model given", hint="--model_args pretrained=tiny-dmax")
         size = _batch_size(batch_size, max_batch_size)
@@ -187,6 +184,7 @@ class DMaxLM(LM):
         self.llm = LLM(pretrained, dtype, device, mask_token_id, eos_token_id, **sizes)  # type: ignore[arg-type]
         if self.llm.tokenizer is None:
             raise InputError(f"`{pretrained}` has no tokenizer, and lm_eval's tasks are texts")
+        self.params = self.llm.resolve(params)
         self.tokenizer = self.llm.tokenizer
         self._device = self.llm.model.device
         self._outputs: dict[str, list[GenerationOutput]] = defaultdict(list)  # by task
@@ -222,7 +220,7 @@ class DMaxLM(LM):
             )
         settings = self._settings(requests)  # of all requests, before the first is decoded
         texts: list[str] = []
-        size = 4 * self.llm.max_batch_size
+        size = 4 * self.llm.options.max_batch_size
         with tqdm(total=len(requests), disable=disable_tqdm, desc="dmax") as bar:
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]
@@ -311,7 +309,7 @@ class DMaxLM(LM):
                 "decoding": repr(get_strategy(self.params)),
                 "block_length": self.params.block_length
                 or self.llm.checkpoint.special_ids.block_length,
-                "batch_size": self.llm.max_batch_size,
+                "batch_size": self.llm.options.max_batch_size,
                 "environment": environment(self.llm.model.device),
             },
         }

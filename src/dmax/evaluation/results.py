@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dmax.errors import InputError
-from dmax.evaluation.run import Record, Sample, Summary
+from dmax.evaluation.run import Finished, Sample, Summary
 from dmax.files import check_writable, write_atomically
+from dmax.outputs import Cost, as_record
 
 SHOWN = 3  # differences that an error names
 ANEW = "choose another output, or start anew with --overwrite"
@@ -60,7 +60,7 @@ class ResultFiles:
                 hint="choose another output, or replace it with --overwrite",
             )
 
-    def begin(self, settings: Mapping[str, Any]) -> list[Record]:
+    def begin(self, settings: Mapping[str, Any]) -> list[Finished]:
         """What an interrupted run of these settings has finished; nothing is written yet.
 
         Raises:
@@ -81,7 +81,7 @@ class ResultFiles:
         )
         return records
 
-    def _held(self) -> list[Record]:
+    def _held(self) -> list[Finished]:
         previous, records = _read(self.partial)
         if others := list(differences(previous, self._settings)):
             more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
@@ -91,10 +91,10 @@ class ResultFiles:
             )
         return records
 
-    def append(self, records: Sequence[Record]) -> None:
+    def append(self, records: Sequence[Finished]) -> None:
         """Write finished samples down; the first of a new run bring its settings along."""
         lines = _lines(
-            {"index": r.index, **asdict(r.sample), "seconds": r.seconds} for r in records
+            {"index": r.index, **as_record(r.sample), "seconds": r.seconds} for r in records
         )
         if not self._is_begun:
             write_atomically(self.partial, _lines([{"settings": self._settings}]) + lines)
@@ -114,9 +114,9 @@ class ResultFiles:
         Raises:
             InputError: the place cannot be written; running the command again then only writes.
         """
-        write_atomically(self.samples, _lines(asdict(sample) for sample in samples))
+        write_atomically(self.samples, _lines(as_record(sample) for sample in samples))
         write_atomically(
-            self.summary, json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
+            self.summary, json.dumps(as_record(summary), indent=2, ensure_ascii=False) + "\n"
         )
         self.partial.unlink(missing_ok=True)
 
@@ -138,7 +138,7 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[Record]]:
+def _read(file: Path) -> tuple[dict[str, Any], list[Finished]]:
     """Settings and samples of an interrupted run; a last line that was cut off is removed from the file."""
     data = file.read_bytes()
     end = data.rfind(b"\n") + 1
@@ -153,7 +153,8 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Record]]:
     return settings, records
 
 
-def _record(line: dict[str, Any]) -> Record:
+def _record(line: dict[str, Any]) -> Finished:
     index = line.pop("index")
     seconds = line.pop("seconds")
-    return Record(index, Sample(**line), seconds)
+    cost = Cost(**{name: line.pop(name) for name in Cost.__slots__})
+    return Finished(index, Sample(**line, cost=cost), seconds)

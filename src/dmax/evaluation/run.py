@@ -14,7 +14,7 @@ from dmax.decoding import get_strategy
 from dmax.environment import environment
 from dmax.evaluation.statistics import wilson_interval
 from dmax.llm import LLM
-from dmax.outputs import GenerationOutput
+from dmax.outputs import Cost, GenerationOutput
 from dmax.params import DecodingParams
 from dmax.tasks import Example, Task
 
@@ -30,14 +30,11 @@ class Sample:
     is_correct: bool
     finish_reason: str
     generated_tokens: int
-    num_forwards: int
-    num_prefill_forwards: int
-    num_commit_forwards: int
-    num_positions: int
+    cost: Cost
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Finished:
     """A sample within its run.
 
     Attributes:
@@ -54,10 +51,10 @@ class Record:
 class Journal(Protocol):
     """Where a run keeps what it has finished, so that an interrupted one goes on (`results.ResultFiles`)."""
 
-    def begin(self, settings: Mapping[str, Any]) -> Sequence[Record]:
+    def begin(self, settings: Mapping[str, Any]) -> Sequence[Finished]:
         """What an earlier run of the same settings has finished."""
 
-    def append(self, records: Sequence[Record]) -> None:
+    def append(self, records: Sequence[Finished]) -> None:
         """Keep what has just been finished."""
 
 
@@ -73,8 +70,7 @@ class Summary:
             included.
         accuracy: correct / total, strict scoring; `interval` is its 95 % Wilson interval.
         tpf: generated tokens (cut at EOS) per denoising forward.
-        num_positions: positions computed beside the prefill; generated_tokens / num_positions is
-            what a token costs.
+        cost: forwards and positions of all samples.
         tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more
             forward.
         tokens_per_second: generated tokens per second of wall time, prefill included, at this batch
@@ -97,10 +93,7 @@ class Summary:
     tpf: float
     tpf_paper: float
     generated_tokens: int
-    num_forwards: int
-    num_prefill_forwards: int
-    num_commit_forwards: int
-    num_positions: int
+    cost: Cost
     tokens_per_second: float
     seconds: float
     batch_size: int
@@ -125,11 +118,12 @@ def evaluate(
     What `journal` holds already is not decoded again. `params.max_new_tokens` is the caller's
     business: `task.max_new_tokens` says what the task needs.
     """
+    params = llm.resolve(params)
     examples = task.examples(limit, seed)
     settings = _settings(llm, task, params, examples, limit, seed)
     done = {record.index: record for record in (journal.begin(settings) if journal else ())}
     waiting = [index for index in range(len(examples)) if index not in done]
-    size = 4 * llm.max_batch_size
+    size = 4 * llm.options.max_batch_size
     for start in range(0, len(waiting), size):
         finished = _decode(llm, task, params, examples, waiting[start : start + size])
         if journal:
@@ -155,10 +149,10 @@ def _settings(
         "params": asdict(params),
         "decoding": repr(get_strategy(params)),
         "block_length": params.block_length or llm.checkpoint.special_ids.block_length,
-        "batch_size": llm.max_batch_size,
+        "batch_size": llm.options.max_batch_size,
         "limit": limit,
         "seed": seed,
-        "environment": environment(llm.model.device) | {"compiled": llm.compile_model},
+        "environment": environment(llm.model.device) | {"compiled": llm.options.compile_model},
     }
 
 
@@ -168,7 +162,7 @@ def _decode(
     params: DecodingParams,
     examples: Sequence[Example],
     indices: Sequence[int],
-) -> list[Record]:
+) -> list[Finished]:
     began = time.perf_counter()
     outputs = llm.generate(
         [[{"role": "user", "content": examples[index].prompt}] for index in indices], params
@@ -178,7 +172,7 @@ def _decode(
         for index, output in zip(indices, outputs, strict=True)
     ]
     share = (time.perf_counter() - began) / len(indices)
-    return [Record(index, sample, share) for index, sample in zip(indices, samples, strict=True)]
+    return [Finished(index, sample, share) for index, sample in zip(indices, samples, strict=True)]
 
 
 def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
@@ -190,21 +184,21 @@ def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
         is_correct=task.score(output.text, example),
         finish_reason=output.finish_reason,
         generated_tokens=len(output.token_ids),
-        num_forwards=output.num_forwards,
-        num_prefill_forwards=output.num_prefill_forwards,
-        num_commit_forwards=output.num_commit_forwards,
-        num_positions=output.num_positions,
+        cost=output.cost,
     )
 
 
-def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record]) -> Summary:
+def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Finished]) -> Summary:
     samples = [record.sample for record in records]
     seconds = sum(record.seconds for record in records)
     correct = sum(sample.is_correct for sample in samples)
     total = len(samples)
     tokens = sum(sample.generated_tokens for sample in samples)
-    forwards = sum(sample.num_forwards for sample in samples)
-    ratios = [s.generated_tokens / (s.num_forwards + s.num_prefill_forwards) for s in samples]
+    cost = sum((sample.cost for sample in samples), Cost())
+    ratios = [
+        sample.generated_tokens / (sample.cost.num_forwards + sample.cost.num_prefill_forwards)
+        for sample in samples
+    ]
     return Summary(
         **settings,
         model=model,
@@ -212,13 +206,10 @@ def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Record
         correct=correct,
         total=total,
         interval=wilson_interval(correct, total),
-        tpf=tokens / forwards if forwards else 0.0,
+        tpf=tokens / cost.num_forwards if cost.num_forwards else 0.0,
         tpf_paper=sum(ratios) / total if total else 0.0,
         generated_tokens=tokens,
-        num_forwards=forwards,
-        num_prefill_forwards=sum(sample.num_prefill_forwards for sample in samples),
-        num_commit_forwards=sum(sample.num_commit_forwards for sample in samples),
-        num_positions=sum(sample.num_positions for sample in samples),
+        cost=cost,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         seconds=seconds,
     )

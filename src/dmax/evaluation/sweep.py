@@ -16,6 +16,7 @@ from dmax.evaluation.run import Summary, evaluate
 from dmax.evaluation.statistics import accuracy_under_parallelism
 from dmax.files import write_atomically
 from dmax.llm import LLM
+from dmax.outputs import as_record
 from dmax.params import DecodingParams
 from dmax.tasks import Task
 
@@ -193,7 +194,8 @@ def _by_model(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
 
 
 def _point(curve: Curve, value: float, summary: Summary) -> Record:
-    figures = {name: getattr(summary, name) for name in FIGURES}
+    measured = as_record(summary)
+    figures = {name: measured[name] for name in FIGURES}
     identity = {
         "label": curve.label,
         "model": curve.model,

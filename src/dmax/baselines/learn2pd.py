@@ -1,26 +1,26 @@
-"""Learn2PD: a small filter learns from the confidences of a block which predictions are final (arXiv 2509.25188)."""
+"""Learn2PD: a small filter learns which predictions are final (arXiv 2509.25188)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dmax.decoding import selection
 from dmax.decoding.block import Decision, Output, State, View, predict
-from dmax.decoding.settings import Configured
+from dmax.decoding.selection import most_confident
+from dmax.decoding.strategy import Number, Strategy, number
 from dmax.heads import Head, filter_logits, load_head
 
 
-@dataclass(frozen=True, slots=True)
-class Learn2PD(Configured):
+@dataclass(frozen=True)
+class Learn2PD(Strategy):
     """Decode every masked position that the filter accepts, and always the most confident one.
 
         S = {i masked : sigmoid(f(c)_i) >= threshold} ∪ {argmax c}
 
-    f sees the confidences c of all positions of the block, decoded ones and the prompt's tail
-    included. The one token a step is the source's fixed schedule with a step for every position.
-    Its end-of-text prediction, which cuts the canvas, has no part here: with block diffusion,
-    generation ends with the block that holds the EOS anyway.
+    f sees the confidences c of all positions of the block, also of decoded ones and of the end of
+    the prompt. The one token a step is the source's fixed schedule with a step for every position.
+    Its end-of-text prediction, which cuts the canvas, is left out: with block diffusion, generation
+    ends with the block that holds the EOS anyway.
 
     Attributes:
         threshold: the filter's certainty from which a position is decoded.
@@ -32,24 +32,25 @@ class Learn2PD(Configured):
     name: ClassVar[str] = "learn2pd"
     default_threshold: ClassVar[float] = 0.96  # the source's for LLaDA; 0.9 for Dream
 
-    threshold: float
+    threshold: Number = number(high=1)
     head: str = ""
     filter: Head = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises `InputError` without a sound filter."""
+        super().__post_init__()
         object.__setattr__(self, "filter", load_head(self.head, "learn2pd"))
 
     def open(self, view: View) -> State:
-        """Nothing to remember; raises `InputError` for a block that is longer than the filter."""
+        """Raises `InputError` for a block that is longer than the filter."""
         self.filter.check_length(view.tokens.shape[1], f"filter `{self.head}`")
         return {}
 
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
-        """One step for [B, L] positions."""
-        prediction = predict(view, output)
-        confidence = prediction.confidence
-        certainty = filter_logits(self.filter.on(confidence.device), confidence).sigmoid()  # [B, L]
-        commit = view.masked & (certainty >= self.threshold)
-        commit = commit | selection.most_confident(view.masked, confidence)
-        return Decision(prediction.tokens, commit, confidence=confidence), state
+        """One step of blocks [B, L]."""
+        predicted = predict(view, output)
+        confidence = predicted.confidence
+        logits = filter_logits(self.filter.on(confidence.device), confidence)
+        accepted = view.masked & (logits.sigmoid() >= self.threshold)  # [B, L]
+        promoted = accepted | most_confident(view.masked, confidence)
+        return Decision(predicted.tokens, promoted, confidence=confidence), state

@@ -1,0 +1,72 @@
+"""One step of open blocks: read, forward, decide, apply, store.
+
+This is the function that everything else in the engine prepares. A CUDA graph captures it whole,
+so nothing in it waits for the device or depends on values. Another engine, which runs the forward
+itself, calls the two halves: `OpenBlocks.inputs` before its forward and `decide` after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dmax.decoding.block import Output, apply
+
+if TYPE_CHECKING:
+    from dmax.engine.batch import Batch
+    from dmax.engine.blocks import OpenBlocks
+    from dmax.engine.runner import ModelRunner
+
+
+def step(
+    runner: ModelRunner, blocks: OpenBlocks, batch: Batch, noise: Tensor | None = None
+) -> Tensor:
+    """One forward over a batch, and what becomes of its open blocks.
+
+    Args:
+        runner: the model and its cache.
+        blocks: the open blocks.
+        batch: which of them, and where; on the device.
+        noise: [B, L, V] Gumbel noise times the temperature; None: all rows are greedy.
+
+    Returns:
+        As `decide`.
+    """
+    embeds = blocks.inputs(batch.rows, batch.num_branches)  # [R, L, D]
+    output = runner.forward(batch, embeds, blocks.strategy.needs_hidden_states)
+    return decide(blocks, batch.rows, output, batch.before, noise)
+
+
+def decide(
+    blocks: OpenBlocks,
+    rows: Tensor,
+    output: Output,
+    before: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """What becomes of the blocks in `rows` after a forward over them.
+
+    Args:
+        blocks: the open blocks.
+        rows: [B] int64, rows of `blocks`.
+        output: what the model says of them; with branches of all B * num_branches.
+        before: [B] int64, rows of the open blocks before them, -1 where there is none.
+        noise: as in `step`.
+
+    Returns:
+        [6, B] bool: the block is done, it was forced, it was capped, it is invalid (all as in
+        `Advance`), its logits held a NaN, the next block may open.
+    """
+    view = blocks.view(rows, before, noise)
+    strategy = blocks.strategy_of(rows)
+    decision, state = strategy.step(view, output, blocks.state_of(rows))
+    advance = apply(view, decision)
+    blocks.store(rows, advance, decision, state)
+
+    broken = output.broken.view(len(rows), -1).any(dim=1)
+    may_open_next = blocks.may_open_next(rows)
+    return torch.stack(
+        (advance.done, advance.forced, advance.capped, advance.invalid, broken, may_open_next)
+    )
