@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,41 +11,33 @@ from hypothesis import strategies as st
 from scripted import rows
 from torch import Tensor
 
-from dmax.decoding.block import leftmost
-from dmax.decoding.selection import above, most_confident, prefix
+from dmax.decoding.selection import above, most_confident
+from dmax.decoding.spd import prefix
+from dmax.decoding.strategy import Number
 
 CONFIDENCES = [0.0, 0.3, 0.5, 0.9, 1.0]
-Select = Callable[[Tensor, Tensor, Any], Tensor]
-BLOCKS = st.lists(st.tuples(st.booleans(), st.sampled_from(CONFIDENCES)), min_size=1, max_size=10)
+Line = list[tuple[bool, float]]
+Select = Callable[[Tensor, Tensor, Number], Tensor]
+LINES = st.lists(st.tuples(st.booleans(), st.sampled_from(CONFIDENCES)), min_size=1, max_size=10)
 
 
-@pytest.mark.parametrize(
-    ("masked", "confidence", "expected"),
-    [
-        (
-            "xxxxx",
-            [0.9, 0.6, 0.51, 0.4, 0.95],
-            "xxx..",
-        ),  # stops at the first below, whatever follows
-        ("xxxxx", [0.4, 0.9, 0.9, 0.9, 0.9], "x...."),  # none qualifies: the leftmost
-        ("..xxx", [0.1, 0.1, 0.9, 0.4, 0.9], "..x.."),  # decoded positions do not end the run
-        ("x.x.x", [0.9, 0.1, 0.9, 0.1, 0.9], "x.x.x"),
-        (".....", [0.9, 0.9, 0.9, 0.9, 0.9], "....."),
-    ],
-)
-def test_prefix(masked: str, confidence: list[float], expected: str) -> None:
-    assert torch.equal(prefix(rows([masked]), torch.tensor([confidence]), 0.5), rows([expected]))
+def tensors(line: Line) -> tuple[Tensor, Tensor]:
+    """Masks and confidences [1, L]."""
+    masked = torch.tensor([[is_masked for is_masked, _ in line]])
+    return masked, torch.tensor([[value for _, value in line]])
+
+
+def positions(chosen: Tensor) -> list[int]:
+    """Where the only row is True."""
+    return chosen[0].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize(
     ("masked", "confidence", "expected"),
     [
         ("xxxxx", [0.9, 0.4, 0.6, 0.4, 0.95], "x.x.x"),
-        (
-            "xxxxx",
-            [0.1, 0.4, 0.3, 0.4, 0.2],
-            ".x...",
-        ),  # none qualifies: the most confident, the leftmost of equals
+        # None qualifies: the most confident, the leftmost of equals.
+        ("xxxxx", [0.1, 0.4, 0.3, 0.4, 0.2], ".x..."),
         ("..xxx", [0.9, 0.9, 0.1, 0.3, 0.2], "...x."),  # decoded positions do not count
         (".....", [0.9, 0.9, 0.9, 0.9, 0.9], "....."),
     ],
@@ -69,7 +60,8 @@ def test_a7_a_confidence_equal_to_the_threshold_qualifies(select: Select) -> Non
 def test_a7_threshold_zero_decodes_everything_and_above_one_a_single_position(
     select: Select,
 ) -> None:
-    masked, confidence = rows([".xx.x"]), torch.tensor([[0.0, 0.0, 0.4, 0.1, 1.0]])
+    masked = rows([".xx.x"])
+    confidence = torch.tensor([[0.0, 0.0, 0.4, 0.1, 1.0]])
     assert torch.equal(select(masked, confidence, 0.0), masked)
     assert select(masked, confidence, 1.1).sum() == 1
 
@@ -80,38 +72,50 @@ def test_a_threshold_per_row(select: Select) -> None:
     assert chosen.sum(dim=1).tolist() == [3, 1]
 
 
-def test_single_positions() -> None:
+@pytest.mark.parametrize("select", [prefix, above])
+@pytest.mark.parametrize("threshold", [0.3, 0.95, 0.9, 0.7])
+def test_a_threshold_for_every_row_decides_as_one_for_all(select: Select, threshold: float) -> None:
+    confidence = torch.full((1, 3), threshold)
+    for each in (confidence, confidence.nextafter(torch.zeros(()))):
+        for_all = select(rows(["xxx"]), each, threshold)
+        assert torch.equal(select(rows(["xxx"]), each, torch.tensor([[threshold]])), for_all)
+
+
+def test_what_need_not_progress_may_wait() -> None:
+    masked = rows(["xxxx", "xxxx", "xxxx"])
+    confidence = torch.tensor([[0.5, 0.95, 0.7, 0.92]] * 3)
+    must = torch.tensor([True, False, False])
+    assert torch.equal(above(masked, confidence, 0.99, must), rows([".x..", "....", "...."]))
+    assert torch.equal(above(masked, confidence, 0.9, must), rows([".x.x"] * 3))
+    assert torch.equal(prefix(masked, confidence, 0.9, must), rows(["x...", "....", "...."]))
+    assert torch.equal(prefix(masked, confidence, 0.5, must), rows(["xxxx"] * 3))
+
+
+def test_the_most_confident_mask() -> None:
     masked = rows(["..x.x", "xx...", "....."])
-    assert torch.equal(leftmost(masked), rows(["..x..", "x....", "....."]))
     confidence = torch.tensor([[0.9, 0.9, 0.1, 0.9, 0.2]]).expand(3, -1)
     assert torch.equal(most_confident(masked, confidence), rows(["....x", "x....", "....."]))
 
 
-@given(block=BLOCKS, threshold=st.sampled_from([*CONFIDENCES, 0.4, 1.5]))
-def test_selections_equal_naive_scans(block: list[tuple[bool, float]], threshold: float) -> None:
-    masked = torch.tensor([[is_masked for is_masked, _ in block]])
-    confidence = torch.tensor([[value for _, value in block]])
-    candidates = [position for position, (is_masked, _) in enumerate(block) if is_masked]
+@given(line=LINES, threshold=st.sampled_from([*CONFIDENCES, 0.4, 1.5]))
+def test_selections_equal_naive_scans(line: Line, threshold: float) -> None:
+    masked, confidence = tensors(line)
+    candidates = [position for position, (is_masked, _) in enumerate(line) if is_masked]
     run: list[int] = []
     for position in candidates:
-        if block[position][1] < threshold:
+        if line[position][1] < threshold:
             break
         run.append(position)
-    high = [position for position in candidates if block[position][1] >= threshold]
-    best = sorted(candidates, key=lambda position: -block[position][1])[:1]
-    assert prefix(masked, confidence, threshold)[0].nonzero().flatten().tolist() == (
-        run or candidates[:1]
-    )
-    assert above(masked, confidence, threshold)[0].nonzero().flatten().tolist() == (high or best)
+    high = [position for position in candidates if line[position][1] >= threshold]
+    best = sorted(candidates, key=lambda position: -line[position][1])[:1]
+    assert positions(prefix(masked, confidence, threshold)) == (run or candidates[:1])
+    assert positions(above(masked, confidence, threshold)) == (high or best)
 
 
-@given(block=BLOCKS)
-def test_a_lower_threshold_never_decodes_less(block: list[tuple[bool, float]]) -> None:
-    masked = torch.tensor([[is_masked for is_masked, _ in block]])
-    confidence = torch.tensor([[value for _, value in block]])
+@given(line=LINES)
+def test_a_lower_threshold_never_decodes_less(line: Line) -> None:
+    masked, confidence = tensors(line)
     for select in (prefix, above):
-        counts = [
-            int(select(masked, confidence, threshold).sum())
-            for threshold in (0.0, 0.3, 0.5, 0.9, 1.0)
-        ]
+        chosen = [select(masked, confidence, value) for value in (0.0, 0.3, 0.5, 0.9, 1.0)]
+        counts = [int(each.sum()) for each in chosen]
         assert counts == sorted(counts, reverse=True)

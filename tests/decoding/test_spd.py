@@ -2,79 +2,131 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from scripted import MASK, V, after, logits_of, opened, rows
 from torch import Tensor
 
-from dmax.decoding import get_strategy, strategies
+from dmax.blend import embed_tokens
+from dmax.decoding import get_strategy
 from dmax.decoding.block import Advance, Decision, Output, View, apply
-from dmax.decoding.spd import SoftParallelDecoding
+from dmax.decoding.spd import SoftParallelDecoding, is_confident, is_consistent, prefix
 from dmax.errors import InputError
 from dmax.params import DecodingParams
 
-V, MASK = 6, 5
 
-
-def view(
-    tokens: list[int], masked: list[int], active: list[int] | None = None, step: int = 0
-) -> View:
-    return View(
+def block(tokens: list[int], masked: str, active: str | None = None, step: int = 0) -> View:
+    """A block whose positions are masked where `masked` has an `x`."""
+    return replace(
+        opened((), len(tokens)),
         tokens=torch.tensor([tokens]),
-        masked=torch.tensor([masked], dtype=torch.bool),
-        active=torch.tensor([active or [1] * len(tokens)], dtype=torch.bool),
+        masked=rows([masked]),
+        active=rows([active or "x" * len(tokens)]),
         step=torch.tensor([step]),
-        mask_token_id=MASK,
-        max_steps=len(tokens),
     )
 
 
-def logits(tokens: list[int], confidences: list[float]) -> Tensor:
-    """Logits [1, L, V] whose argmax and probability are the given ones; MASK gets next to nothing."""
-    rows = []
-    for token, confidence in zip(tokens, confidences, strict=True):
-        probs = torch.full((V,), (1 - confidence) / (V - 2))
-        probs[token], probs[MASK] = confidence, 1e-9
-        rows.append(probs.log())
-    return torch.stack(rows)[None]
-
-
-def step(given: View, raw: Tensor, **settings: Any) -> tuple[Decision, Advance]:
-    strategy = get_strategy(DecodingParams(**settings))
-    output = Output(raw, MASK)
-    broken = output.broken
-    assert not broken.any()
+def step(
+    given: View,
+    logits: Tensor,
+    threshold: float | None = None,
+    stop_confidence: float = 0.9,
+    top_k: int = 1,
+    **options: Any,
+) -> tuple[Decision, Advance]:
+    params = DecodingParams(
+        "spd", threshold, stop_confidence=stop_confidence, top_k=top_k, options=options
+    )
+    strategy = get_strategy(params)
+    output = Output(logits, MASK)
+    assert not output.broken.any()
     decision, _ = strategy.step(given, output, strategy.open(given))
-    return decision, apply(given, decision, given.max_steps)
+    return decision, apply(given, decision)
+
+
+# --- promote --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("masked", "confidence", "expected"),
+    [
+        # It ends at the first below the threshold, whatever follows.
+        ("xxxxx", [0.9, 0.6, 0.51, 0.4, 0.95], "xxx.."),
+        ("xxxxx", [0.4, 0.9, 0.9, 0.9, 0.9], "x...."),  # none qualifies: the leftmost
+        ("..xxx", [0.1, 0.1, 0.9, 0.4, 0.9], "..x.."),  # decoded positions do not end the run
+        ("x.x.x", [0.9, 0.1, 0.9, 0.1, 0.9], "x.x.x"),
+        (".....", [0.9, 0.9, 0.9, 0.9, 0.9], "....."),
+    ],
+)
+def test_the_confident_prefix(masked: str, confidence: list[float], expected: str) -> None:
+    assert torch.equal(prefix(rows([masked]), torch.tensor([confidence]), 0.5), rows([expected]))
+
+
+# --- converge -------------------------------------------------------------------------------------
+
+
+def test_a11_consistent_needs_every_position_decoded_and_unchanged() -> None:
+    masked = rows(["...", "...", "..x", "..x"])
+    changed = rows(["...", ".x.", "...", "x.."])
+    assert is_consistent(masked, changed).tolist() == [True, False, False, False]
+
+
+def test_a8_confident_needs_every_position_decoded() -> None:
+    active = rows(["xxx", "xxx"])
+    masked = rows(["...", "..x"])
+    confidence = torch.full((2, 3), 0.99)
+    assert is_confident(active, masked, confidence, 0.9).tolist() == [True, False]
+
+
+def test_confidence_counts_at_active_positions_only() -> None:
+    active = rows([".xx", "xxx"])
+    masked = rows(["...", "..."])
+    confidence = torch.tensor([[0.1, 0.95, 0.95]]).expand(2, -1)
+    assert is_confident(active, masked, confidence, 0.9).tolist() == [True, False]
+
+
+def test_a7_confidence_equal_to_the_bound_stops() -> None:
+    active = rows(["xx"])
+    masked = rows([".."])
+    confidence = torch.full((1, 2), 0.9)
+    below = confidence.nextafter(torch.zeros(()))
+    for bound in (0.9, torch.tensor([[0.9]])):  # for all, or a row each
+        assert is_confident(active, masked, confidence, bound).all()
+        assert not is_confident(active, masked, below, bound).any()
+
+
+# --- a step ---------------------------------------------------------------------------------------
 
 
 def test_a_step_promotes_revises_and_feeds() -> None:
-    given = view([1, MASK, MASK, MASK], [0, 1, 1, 1])
-    decision, after = step(given, logits([2, 3, 4, 0], [0.4, 0.8, 0.3, 0.9]))
-    assert after.tokens.tolist() == [[2, 3, MASK, MASK]]
-    assert after.masked.tolist() == [[False, False, True, True]]
-    assert not after.done.any()
+    given = block([1, MASK, MASK, MASK], ".xxx")
+    decision, result = step(given, logits_of([2, 3, 4, 0], [0.4, 0.8, 0.3, 0.9]))
+    assert result.tokens.tolist() == [[2, 3, MASK, MASK]]
+    assert torch.equal(result.masked, rows(["..xx"]))
+    assert not result.done.any()
     assert decision.soft is not None
-    assert decision.soft.where.tolist() == [[True, True, False, False]]
+    assert torch.equal(decision.soft.where, rows(["xx.."]))
     torch.testing.assert_close(decision.soft.probs[0, :2, 0], torch.tensor([0.4, 0.8]))
     assert decision.soft.ids[0, :2, 0].tolist() == [2, 3]
 
 
 def test_a8_never_stops_while_masks_remain() -> None:
-    """The published test fires on confidence alone and leaves masks behind when the threshold is above it."""
-    given = view([MASK] * 4, [1] * 4)
-    _, after = step(given, logits([0, 1, 2, 3], [0.97, 0.92, 0.96, 0.97]), threshold=0.95)
-    assert after.masked.tolist() == [[False, True, True, True]]
-    assert not after.done.any()
+    """The published test fires on confidence and leaves masks when the threshold is above it."""
+    given = opened((), 4)
+    _, result = step(given, logits_of([0, 1, 2, 3], [0.97, 0.92, 0.96, 0.97]), threshold=0.95)
+    assert torch.equal(result.masked, rows([".xxx"]))
+    assert not result.done.any()
 
 
 def test_a9_mask_is_never_chosen_but_its_share_lowers_the_confidence() -> None:
-    given = view([MASK] * 2, [1] * 2)
-    raw = torch.full((1, 2, V), -10.0)
-    raw[0, :, MASK], raw[0, :, 3] = 10.0, 9.0
-    decision, after = step(given, raw)
-    assert (after.tokens != MASK).sum() == 1  # the leftmost, by fallback
+    logits = torch.full((1, 2, V), -10.0)
+    logits[0, :, MASK] = 10.0
+    logits[0, :, 3] = 9.0
+    decision, result = step(opened((), 2), logits)
+    assert (result.tokens != MASK).sum() == 1  # the leftmost, by fallback
     assert (decision.tokens == 3).all()
     expected = 1 / (1 + torch.tensor(1.0).exp())
     assert decision.confidence is not None
@@ -82,34 +134,33 @@ def test_a9_mask_is_never_chosen_but_its_share_lowers_the_confidence() -> None:
 
 
 def test_a10_a_block_ends_after_as_many_steps_as_it_has_positions() -> None:
-    given = view([1, 2, 3, MASK], [0, 0, 0, 1], step=3)
-    _, after = step(given, logits([0, 1, 2, 3], [0.3] * 4))
-    assert after.done.all()
-    assert after.capped.all()
-    assert not after.masked.any()
+    given = block([1, 2, 3, MASK], "...x", step=3)
+    _, result = step(given, logits_of([0, 1, 2, 3], [0.3] * 4))
+    assert result.done.all()
+    assert result.capped.all()
+    assert not result.masked.any()
 
 
 def test_a11_consistency_needs_every_mask_gone() -> None:
-    given = view([1, MASK], [0, 1])
-    _, after = step(given, logits([1, 2], [0.6, 0.3]))
-    assert not after.done.any()  # a promotion is a change
-    given = view([1, 2], [0, 0], step=1)
-    _, after = step(given, logits([1, 2], [0.6, 0.3]))
-    assert after.done.all()
-    assert not after.capped.any()
+    _, result = step(block([1, MASK], ".x"), logits_of([1, 2], [0.6, 0.3]))
+    assert not result.done.any()  # a promotion is a change
+    given = replace(opened((), 2, max_steps=9), tokens=torch.tensor([[1, 2]]), masked=rows([".."]))
+    _, result = step(given, logits_of([1, 2], [0.6, 0.3]))
+    assert result.done.all()
+    assert not result.capped.any()
 
 
 def test_a16_without_soft_inputs_decoded_tokens_are_still_revised() -> None:
-    decision, after = step(view([1, 2], [0, 0]), logits([3, 2], [0.3, 0.9]), soft_inputs=False)
+    decision, result = step(block([1, 2], ".."), logits_of([3, 2], [0.3, 0.9]), soft_inputs=False)
     assert decision.soft is None
-    assert after.tokens.tolist() == [[3, 2]]
-    assert not after.done.any()
+    assert result.tokens.tolist() == [[3, 2]]
+    assert not result.done.any()
 
 
 def test_one_forward_suffices_when_everything_is_sure() -> None:
-    _, after = step(view([MASK] * 3, [1] * 3), logits([0, 1, 2], [0.95, 0.9, 0.99]))
-    assert after.done.all()
-    assert after.tokens.tolist() == [[0, 1, 2]]
+    _, result = step(opened((), 3), logits_of([0, 1, 2], [0.95, 0.9, 0.99]))
+    assert result.done.all()
+    assert result.tokens.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -123,61 +174,101 @@ def test_one_forward_suffices_when_everything_is_sure() -> None:
 def test_the_confidence_rule_can_be_moved_and_switched_off(
     settings: dict[str, Any], is_done: bool
 ) -> None:
-    _, after = step(view([MASK] * 3, [1] * 3), logits([0, 1, 2], [0.95] * 3), **settings)
-    assert bool(after.done) is is_done
+    _, result = step(opened((), 3), logits_of([0, 1, 2], [0.95] * 3), **settings)
+    assert bool(result.done) is is_done
 
 
 def test_the_prompts_tail_is_never_written_nor_fed_softly() -> None:
-    given = view([1, 2, MASK, MASK], [0, 0, 1, 1], active=[0, 0, 1, 1])
-    decision, after = step(given, logits([4, 4, 4, 4], [0.99] * 4))
-    assert after.tokens.tolist() == [[1, 2, 4, 4]]
+    decision, result = step(opened((1, 2), 4), logits_of([4, 4, 4, 4], [0.99] * 4))
+    assert result.tokens.tolist() == [[1, 2, 4, 4]]
     assert decision.soft is not None
-    assert decision.soft.where.tolist() == [[False, False, True, True]]
+    assert torch.equal(decision.soft.where, rows(["..xx"]))
 
 
 def test_threshold_zero_promotes_all_with_or_without_the_prefix_rule() -> None:
-    given = view([MASK] * 4, [1] * 4)
-    raw = logits([0, 1, 2, 3], [0.3, 0.9, 0.2, 0.4])
-    with_rule, without = (
-        step(given, raw, threshold=0.0),
-        step(given, raw, threshold=0.0, prefix_only=False),
-    )
-    assert torch.equal(with_rule[1].tokens, without[1].tokens)
-    assert not with_rule[1].masked.any()
+    logits = logits_of([0, 1, 2, 3], [0.3, 0.9, 0.2, 0.4])
+    _, with_rule = step(opened((), 4), logits, threshold=0.0)
+    _, without = step(opened((), 4), logits, threshold=0.0, prefix_only=False)
+    assert torch.equal(with_rule.tokens, without.tokens)
+    assert not with_rule.masked.any()
 
 
 def test_masks_stay_a_suffix_of_the_block() -> None:
     torch.manual_seed(0)
-    given = view([MASK] * 8, [1] * 8)
-    for count in range(8):
-        _, after = step(given, torch.randn(1, 8, V) * 2, threshold=0.4)
-        masked = after.masked[0].int().tolist()
+    given = opened((), 8)
+    for _ in range(8):
+        _, result = step(given, torch.randn(1, 8, V) * 2, threshold=0.4)
+        masked = result.masked[0].int().tolist()
         assert masked == sorted(masked)
-        given = view(after.tokens[0].tolist(), masked, step=count + 1)
-        if after.done.all():
+        given = after(given, result)
+        if result.done.all():
             break
-    assert after.done.all()
+    assert result.done.all()
+
+
+# --- feed -----------------------------------------------------------------------------------------
 
 
 def test_top_k_feeds_the_chosen_token_first() -> None:
-    decision, _ = step(view([MASK], [1]), logits([2], [0.5]), top_k=3)
+    decision, _ = step(opened((), 1), logits_of([2], [0.5]), top_k=3)
     assert decision.soft is not None
     assert decision.soft.ids[0, 0, 0] == 2
     assert len(set(decision.soft.ids[0, 0].tolist())) == 3
     assert MASK not in decision.soft.ids
-    torch.testing.assert_close(decision.soft.probs[0, 0], torch.tensor([0.5, 0.125, 0.125]))
+    torch.testing.assert_close(decision.soft.probs[0, 0], torch.tensor([0.5, 0.5 / 7, 0.5 / 7]))
 
 
-def test_params_reach_the_strategy() -> None:
-    strategy = get_strategy(DecodingParams(threshold=0.2, top_k=2, prefix_only=False))
-    assert isinstance(strategy, SoftParallelDecoding)
-    assert (strategy.threshold, strategy.top_k, strategy.prefix_only) == (0.2, 2, False)
-    default = get_strategy(DecodingParams())
-    assert isinstance(default, SoftParallelDecoding)
-    assert (default.threshold, default.stop_confidence, default.top_k) == (0.5, 0.9, 1)
-    assert {"spd", "threshold"} <= set(strategies())
+def test_the_prediction_is_fed_at_decoded_positions_only() -> None:
+    decision, _ = step(block([5, 6, MASK], "..x", ".xx"), logits_of([1, 2, 3], [0.5, 0.8, 0.3]))
+    soft = decision.soft
+    assert soft is not None
+    assert torch.equal(soft.where, rows([".xx"]))  # position 2 has just been decoded, by fallback
+    assert soft.ids.tolist() == [[[1], [2], [3]]]
+    torch.testing.assert_close(soft.probs, torch.tensor([[[0.5], [0.8], [0.3]]]))
+    assert soft.renormalize
+
+
+@pytest.mark.parametrize(
+    ("renormalize", "length"), [(True, 0.8 * 3 + 0.2 * 4), (False, (2.4**2 + 0.8**2) ** 0.5)]
+)
+def test_a17_a_blend_by_hand(renormalize: bool, length: float) -> None:
+    """A token of length 3 and a mask of length 4 at right angles, π = 0.8.
+
+    Their blend is (2.4, 0.8); with equation 10 it has the length 3.2.
+    """
+    table = torch.zeros(V, 2)
+    table[2] = torch.tensor([3.0, 0.0])
+    table[5] = torch.tensor([1.0, 1.0])
+    table[MASK] = torch.tensor([0.0, 4.0])
+    given = block([5, MASK, MASK], ".xx", ".xx")
+    logits = logits_of([1, 2, 3], [0.5, 0.8, 0.3])
+    decision, result = step(given, logits, renormalize=renormalize)
+    embeds = embed_tokens(lambda ids: table[ids], result.tokens, decision.soft, MASK)[0]
+    blend = torch.tensor([2.4, 0.8])
+    torch.testing.assert_close(embeds[1], length * blend / blend.norm())
+    assert torch.equal(embeds[0], table[5])  # the prompt's tail stays hard
+    assert torch.equal(embeds[2], table[MASK])  # a mask stays the pure mask embedding
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_params_and_options_reach_the_strategy() -> None:
+    params = DecodingParams("spd", threshold=0.2, top_k=2, options={"prefix_only": False})
+    assert get_strategy(params) == SoftParallelDecoding(0.2, 0.9, 2, prefix_only=False)
+    assert get_strategy(DecodingParams("spd")) == SoftParallelDecoding(0.5, 0.9, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("soft_inputs", "no"), ("prefix_only", 0), ("renormalize", None), ("stop_on_confidence", 1)],
+)
+def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(InputError) as error:
+        get_strategy(DecodingParams("spd", options={name: value}))
+    assert error.value.message == f"`{name}` must be true or false, got {value!r}"
 
 
 def test_an_unknown_strategy_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from autoregressive, "):
+    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from auto, "):
         get_strategy(DecodingParams(strategy="spdd"))

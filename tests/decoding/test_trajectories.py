@@ -1,4 +1,7 @@
-"""Whole blocks on scripted logits: SPD's properties (paper section 8), and promises nothing may break."""
+"""Whole blocks on scripted logits: SPD's properties, and promises that nothing may break.
+
+SPD's properties are those of section 8 in docs/paper.md.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ from scripted import EOS, MASK, Step, V, after, embed, logits_of, opened, play
 from torch import Tensor
 
 from dmax.decoding import get_strategy, strategies
-from dmax.decoding.block import Decision, Output, State, View, apply, predict
+from dmax.decoding.block import Advance, Decision, Output, State, View, apply, predict
+from dmax.decoding.strategy import Strategy
 from dmax.params import DecodingParams
 
 L = 6
 INF = float("inf")
 
 
-def noise(seed: int, batch: int = 1, scale: float = 3.0) -> Tensor:
+def spd(threshold: float | None = None, top_k: int = 1, **options: bool) -> DecodingParams:
+    return DecodingParams("spd", threshold, top_k=top_k, options=options)
+
+
+def changing(seed: int, batch: int = 1, scale: float = 3.0) -> Tensor:
     """Logits [L + 1, B, L, V] that change at every step, so that no block settles by itself."""
     return scale * torch.randn(L + 1, batch, L, V, generator=torch.Generator().manual_seed(seed))
 
@@ -40,11 +48,10 @@ def trajectory(steps: list[Step]) -> list[Any]:
 def test_masks_are_always_a_suffix_and_every_step_promotes(
     seed: int, threshold: float, tail: int
 ) -> None:
-    script = noise(seed)
-    for step in play(
-        DecodingParams(threshold=threshold), lambda n, view: script[n], opened([1] * tail, L)
-    ):
-        before, masked = step.view.masked[0], step.advance.masked[0].int()
+    script = changing(seed)
+    for step in play(spd(threshold), lambda n, view: script[n], opened([1] * tail, L)):
+        before = step.view.masked[0]
+        masked = step.advance.masked[0].int()
         assert (masked.diff() >= 0).all()
         assert not before.any() or masked.sum() < before.sum()
         assert not step.advance.forced.any()
@@ -52,11 +59,9 @@ def test_masks_are_always_a_suffix_and_every_step_promotes(
 
 @given(seed=st.integers(0, 1000))
 def test_a15_at_threshold_zero_the_prefix_rule_makes_no_difference(seed: int) -> None:
-    script = noise(seed)
+    script = changing(seed)
     runs = [
-        play(
-            DecodingParams(threshold=0.0, prefix_only=on), lambda n, view: script[n], opened([1], L)
-        )
+        play(spd(0.0, prefix_only=on), lambda n, view: script[n], opened([1], L))
         for on in (True, False)
     ]
     assert not runs[0][0].advance.masked.any()
@@ -65,16 +70,19 @@ def test_a15_at_threshold_zero_the_prefix_rule_makes_no_difference(seed: int) ->
 
 def test_a10_a_threshold_out_of_reach_decodes_left_to_right_in_as_many_steps_as_positions() -> None:
     logits = logits_of([1, 2, 3, 4, 5, 0], [0.6] * L)
-    steps = play(DecodingParams(threshold=0.99), lambda n, view: logits, opened((), L))
+    steps = play(spd(0.99), lambda n, view: logits, opened((), L))
     assert [int(step.advance.masked.sum()) for step in steps] == [5, 4, 3, 2, 1, 0]
     assert steps[-1].advance.capped.all()  # no step was left to look again
 
 
 def test_a8_never_stops_while_masks_remain() -> None:
-    """The published code stops at once with four masks left: all are over 0.9, yet 0.92 ends the prefix."""
+    """The published code stops at once with four masks left.
+
+    All are over 0.9, yet 0.92 ends the prefix.
+    """
     confidence = [0.97, 0.96, 0.92, 0.97, 0.97, 0.93]
     logits = logits_of([1, 2, 3, 4, 5, 0], confidence)
-    steps = play(DecodingParams(threshold=0.95), lambda n, view: logits, opened((), L))
+    steps = play(spd(0.95), lambda n, view: logits, opened((), L))
     assert [int(step.advance.masked.sum()) for step in steps] == [4, 3, 1, 0]
     assert trajectory(steps)[-1] == [[1, 2, 3, 4, 5, 0]]
 
@@ -82,7 +90,7 @@ def test_a8_never_stops_while_masks_remain() -> None:
 def test_sure_blocks_take_one_forward_and_settled_ones_one_more_than_they_need() -> None:
     for confidence, forwards in ((0.95, 1), (0.6, 2)):
         logits = logits_of([1, 2, 3, 4, 5, 0], [confidence] * L)
-        steps = play(DecodingParams(), lambda n, view, logits=logits: logits, opened((), L))
+        steps = play(spd(), lambda n, view, logits=logits: logits, opened((), L))
         assert len(steps) == forwards
         assert not steps[-1].advance.capped.any()
 
@@ -93,25 +101,23 @@ def test_unsure_revisions_are_made_and_the_block_waits_for_them_to_settle() -> N
         logits_of([1, 3], [0.6, 0.3]),  # below the threshold, written all the same
         logits_of([1, 3], [0.6, 0.3]),
     ]
-    steps = play(DecodingParams(), lambda n, view: script[n], opened((), 2, max_steps=9))
+    steps = play(spd(), lambda n, view: script[n], opened((), 2, max_steps=9))
     assert trajectory(steps) == [[[1, 2]], [[1, 3]], [[1, 3]]]
 
 
 @pytest.mark.parametrize("soft_inputs", [True, False])
 def test_a16_soft_or_hard_inputs_decide_alike_on_the_same_logits(soft_inputs: bool) -> None:
-    script = noise(3)
-    params = DecodingParams(soft_inputs=soft_inputs)
-    steps = play(params, lambda n, view: script[n], opened([1], L))
-    assert trajectory(steps) == trajectory(
-        play(DecodingParams(), lambda n, view: script[n], opened([1], L))
-    )
+    script = changing(3)
+    steps = play(spd(soft_inputs=soft_inputs), lambda n, view: script[n], opened([1], L))
+    usual = play(spd(), lambda n, view: script[n], opened([1], L))
+    assert trajectory(steps) == trajectory(usual)
     assert all((step.decision.soft is not None) is soft_inputs for step in steps)
 
 
 @given(seed=st.integers(0, 1000), top_k=st.sampled_from([1, 3]))
 def test_a12_soft_inputs_follow_what_is_decoded_after_the_step(seed: int, top_k: int) -> None:
-    script = noise(seed)
-    for step in play(DecodingParams(top_k=top_k), lambda n, view: script[n], opened([1, 2], L)):
+    script = changing(seed)
+    for step in play(spd(top_k=top_k), lambda n, view: script[n], opened([1, 2], L)):
         soft = step.decision.soft
         assert soft is not None
         if not step.advance.capped.any():
@@ -126,40 +132,38 @@ def test_a12_soft_inputs_follow_what_is_decoded_after_the_step(seed: int, top_k:
 )
 def test_stop_rules_can_be_switched_off(rules: dict[str, bool], forwards: int) -> None:
     logits = logits_of([1, 2, 3, 4, 5, 0], [0.6] * L)
-    assert len(play(DecodingParams(**rules), lambda n, view: logits, opened((), L))) == forwards
+    assert len(play(spd(**rules), lambda n, view: logits, opened((), L))) == forwards
 
 
 # --- promises -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Hostile:
-    """Commits nothing, everything, or tries to undo and overwrite all it can, and always says what is not true."""
+class Hostile(Strategy):
+    """Promotes nothing or everything, tries to undo and overwrite all it can, and lies."""
 
     name: ClassVar[str] = "hostile"
+
     kind: str
 
-    @classmethod
-    def from_params(cls, params: DecodingParams) -> Hostile:
-        return cls(params.strategy)
-
-    def open(self, view: View) -> State:
-        return {}
-
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
-        tokens, every = predict(view, output).tokens, torch.ones_like(view.masked)
-        done = torch.full_like(view.step, self.kind == "liar", dtype=torch.bool)
+        tokens = predict(view, output).tokens
+        every = torch.ones_like(view.masked)
         if self.kind == "mask":
             tokens = torch.full_like(tokens, MASK)
-        commit = every if self.kind in ("vandal", "mask") else ~every
-        return Decision(
-            tokens, commit, edit=every, remask=every if self.kind != "mask" else None, done=done
-        ), state
+        decision = Decision(
+            tokens,
+            promote=every if self.kind in ("vandal", "mask") else ~every,
+            revise=every,
+            remask=every if self.kind != "mask" else None,
+            done=torch.full_like(view.step, self.kind == "liar", dtype=torch.bool),
+        )
+        return decision, state
 
 
 def hostile_scripts() -> st.SearchStrategy[Tensor]:
     values = st.sampled_from([0.0, 1.0, -1.0, 30.0, 3e38, INF, -INF])
-    random = st.integers(0, 1000).map(lambda seed: noise(seed, batch=3))
+    random = st.integers(0, 1000).map(lambda seed: changing(seed, batch=3))
     drawn = st.lists(values, min_size=3 * L * V, max_size=3 * L * V).map(
         lambda flat: torch.tensor(flat).view(1, 3, L, V).repeat(L + 1, 1, 1, 1)
     )
@@ -169,41 +173,37 @@ def hostile_scripts() -> st.SearchStrategy[Tensor]:
     return st.one_of(random, drawn, mask_wins, eos_first, flat)
 
 
-STRATEGIES = st.one_of(
-    st.builds(
-        DecodingParams,
-        strategy=st.sampled_from(strategies()),
-        threshold=st.sampled_from([0.0, 0.3, 0.5, 0.95, 1.0]),
-        top_k=st.sampled_from([1, 3, V + 1]),
-        prefix_only=st.booleans(),
-    ),
-    st.sampled_from(["idler", "liar", "vandal"]).map(Hostile),
+PARAMS = st.builds(
+    DecodingParams,
+    strategy=st.sampled_from(strategies()),
+    threshold=st.sampled_from([0.0, 0.3, 0.5, 0.95, 1.0]),
+    top_k=st.sampled_from([1, 3, V + 1]),
+    options=st.fixed_dictionaries({"prefix_only": st.booleans()}),
 )
-
+STRATEGIES = st.one_of(PARAMS, st.sampled_from(["idler", "liar", "vandal"]).map(Hostile))
+HAS_PREFIX_RULE = ("spd", "mbd")
 
 Needed = dict[str, dict[str, str]]
 
 
-def ready(strategy: Any, needed: Needed) -> Any:
-    """The parameters with the options that their strategy cannot do without."""
-    return (
-        strategy
-        if isinstance(strategy, Hostile)
-        else replace(strategy, options=needed[strategy.strategy])
-    )
+def ready(drawn: DecodingParams | Hostile, needed: Needed) -> Strategy:
+    """The strategy, with the options that it has and those that it cannot do without."""
+    if isinstance(drawn, Hostile):
+        return drawn
+    options = dict(drawn.options) if drawn.strategy in HAS_PREFIX_RULE else {}
+    return get_strategy(replace(drawn, options=options | needed[drawn.strategy]))
 
 
 @settings(max_examples=150)
 @given(
     script=hostile_scripts(),
-    strategy=STRATEGIES,
+    drawn=STRATEGIES,
     tail=st.lists(st.integers(0, V - 1), max_size=L - 1),
 )
 def test_any_strategy_on_any_logits_ends_in_time_without_mask(
-    needed: Needed, script: Tensor, strategy: Any, tail: list[int]
+    needed: Needed, script: Tensor, drawn: DecodingParams | Hostile, tail: list[int]
 ) -> None:
-    strategy = ready(strategy, needed)
-    steps = play(strategy, lambda n, view: script[n], opened(tail, L, batch=3))
+    steps = play(ready(drawn, needed), lambda n, view: script[n], opened(tail, L, batch=3))
     final = steps[-1].advance
     assert len(steps) <= L
     assert not final.masked.any()
@@ -213,29 +213,23 @@ def test_any_strategy_on_any_logits_ends_in_time_without_mask(
 
 
 @settings(max_examples=60)
-@given(script=hostile_scripts(), strategy=STRATEGIES, temperature=st.sampled_from([0.0, 0.7]))
+@given(script=hostile_scripts(), drawn=STRATEGIES, temperature=st.sampled_from([0.0, 0.7]))
 def test_rows_are_bit_for_bit_what_they_are_alone(
-    needed: Needed, script: Tensor, strategy: Any, temperature: float
+    needed: Needed, script: Tensor, drawn: DecodingParams | Hostile, temperature: float
 ) -> None:
-    strategy = ready(strategy, needed)
-    gumbel = -torch.empty(3, L, V).exponential_(generator=torch.Generator().manual_seed(7)).log()
+    strategy = ready(drawn, needed)
+    generator = torch.Generator().manual_seed(7)
+    noise = temperature * -torch.empty(3, L, V).exponential_(generator=generator).log()
 
-    def three_steps(rows: slice) -> tuple[Decision, Any]:
-        count = rows.stop - rows.start
-        view = opened(
-            [1],
-            L,
-            batch=count,
-            temperature=temperature,
-            gumbel=gumbel[rows] if temperature else None,
-        )
-        player = strategy if isinstance(strategy, Hostile) else get_strategy(strategy)
-        state = player.open(view)
+    def three_steps(rows: slice) -> tuple[Decision, Advance]:
+        own = noise[rows] if temperature else None
+        view = opened([1], L, batch=rows.stop - rows.start, noise=own)
+        state = strategy.open(view)
         for n in range(3):
             output = Output(script[n, rows], MASK, hidden_states=embed(view.tokens))
-            decision, state = player.step(view, output, state)
-            advance = apply(view, decision, L)
-            view = replace(after(view, advance), gumbel=view.gumbel)
+            decision, state = strategy.step(view, output, state)
+            advance = apply(view, decision)
+            view = replace(after(view, advance), noise=own)
         return decision, advance
 
     together, end = three_steps(slice(0, 3))
@@ -247,6 +241,23 @@ def test_rows_are_bit_for_bit_what_they_are_alone(
         assert torch.equal(alone.tokens, together.tokens[one])
         if alone.confidence is not None and together.confidence is not None:
             assert torch.equal(alone.confidence, together.confidence[one])
+
+
+@settings(max_examples=60)
+@given(script=hostile_scripts(), drawn=PARAMS)
+def test_numbers_for_every_row_decide_as_numbers_for_all(
+    needed: Needed, script: Tensor, drawn: DecodingParams
+) -> None:
+    """In the engine a number is a column with a value for every sequence."""
+    strategy = ready(drawn, needed)
+    columns = {name: torch.full((3, 1), value) for name, value in strategy.numbers().items()}
+    view = opened([1], L, batch=3)
+    one = play(strategy, lambda n, view: script[n], view)
+    other = play(strategy.with_numbers(columns), lambda n, view: script[n], view)
+    assert trajectory(one) == trajectory(other)
+    for first, second in zip(one, other, strict=True):
+        # Powers of a column round differently from powers of a number (`credit`).
+        torch.testing.assert_close(first.decision.confidence, second.decision.confidence)
 
 
 @pytest.mark.parametrize("name", ["spd", "threshold"])
@@ -262,4 +273,4 @@ def test_proposing_mask_is_reported_at_once() -> None:
     view = opened([1], L)
     output = Output(torch.zeros(1, L, V), MASK)
     decision, _ = Hostile("mask").step(view, output, {})
-    assert apply(view, decision, L).invalid.all()
+    assert apply(view, decision).invalid.all()

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from dmax.decoding import get_strategy
-from dmax.decoding.block import Advance, Decision, DecodingStrategy, Output, View, apply
+from dmax.decoding.block import Advance, Decision, Output, View, apply
+from dmax.decoding.strategy import Strategy
 from dmax.params import DecodingParams
 
-V, MASK, EOS = 8, 7, 6
+V = 8
+MASK = 7
+EOS = 6
 TABLE = torch.randn(V, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -28,32 +31,42 @@ def rows(values: Any) -> Tensor:
 
 
 def logits_of(tokens: Sequence[int], confidence: Sequence[float]) -> Tensor:
-    """[1, L, V] logits whose softmax gives `tokens[i]` the probability `confidence[i]` and shares the rest evenly."""
-    chosen, p = torch.tensor([tokens])[..., None], torch.tensor([confidence])[..., None]
+    """[1, L, V] logits whose softmax gives `tokens[i]` the probability `confidence[i]`.
+
+    The other tokens share the rest evenly.
+    """
+    chosen = torch.tensor([tokens])[..., None]
+    p = torch.tensor([confidence])[..., None]
     return ((1 - p) / (V - 1)).expand(-1, -1, V).scatter(-1, chosen, p).log()
 
 
-def opened(prompt_tail: Sequence[int], length: int, batch: int = 1, **options: Any) -> View:
-    """A block just opened: `prompt_tail` fixed, the rest masked."""
+def opened(
+    prompt_tail: Sequence[int],
+    length: int,
+    batch: int = 1,
+    max_steps: int | None = None,
+    **options: Any,
+) -> View:
+    """Blocks just opened: `prompt_tail` fixed, the rest masked; a step a position by default."""
     tokens = torch.full((batch, length), MASK)
     tokens[:, : len(prompt_tail)] = torch.tensor(prompt_tail, dtype=torch.long)
     active = (torch.arange(length) >= len(prompt_tail)).expand(batch, -1)
-    step = torch.zeros(batch, dtype=torch.long)
     return View(
-        tokens,
-        active.clone(),
-        active,
-        step,
-        MASK,
-        **{"max_steps": length, "embed": embed, **options},
+        tokens=tokens,
+        masked=active.clone(),
+        active=active,
+        step=torch.zeros(batch, dtype=torch.long),
+        max_steps=torch.full((batch,), length if max_steps is None else max_steps),
+        mask_token_id=MASK,
+        embed=embed,
+        **options,
     )
 
 
 def after(view: View, advance: Advance) -> View:
     """The view of the next step."""
-    return replace(
-        view, tokens=advance.tokens, masked=advance.masked, step=view.step + 1, gumbel=None
-    )
+    step = view.step + 1
+    return replace(view, tokens=advance.tokens, masked=advance.masked, step=step, noise=None)
 
 
 @dataclass
@@ -64,7 +77,7 @@ class Step:
 
 
 def play(
-    strategy: DecodingStrategy | DecodingParams,
+    strategy: Strategy | DecodingParams,
     logits: Callable[[int, View], Tensor],
     view: View,
     limit: int = 1000,
@@ -72,11 +85,12 @@ def play(
     """Decode the blocks of `view` until all are done; `logits(step, view)` plays the model."""
     if isinstance(strategy, DecodingParams):
         strategy = get_strategy(strategy)
-    state, steps = strategy.open(view), list[Step]()
+    state = strategy.open(view)
+    steps = list[Step]()
     while len(steps) < limit:
         output = Output(logits(len(steps), view), MASK, hidden_states=embed(view.tokens))
         decision, state = strategy.step(view, output, state)
-        advance = apply(view, decision, view.max_steps)
+        advance = apply(view, decision)
         steps.append(Step(view, decision, advance))
         if advance.done.all():
             return steps
