@@ -88,7 +88,8 @@ def play(
     state = strategy.open(view)
     steps = list[Step]()
     while len(steps) < limit:
-        output = Output(logits(len(steps), view), MASK, hidden_states=embed(view.tokens))
+        hidden_states = embed(view.tokens) if strategy.needs_hidden_states else None
+        output = Output(logits(len(steps), view), MASK, hidden_states=hidden_states)
         decision, state = strategy.step(view, output, state)
         advance = apply(view, decision)
         steps.append(Step(view, decision, advance))

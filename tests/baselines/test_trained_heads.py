@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scripted import MASK, logits_of, opened, play, rows
 from torch import Tensor
 
+from dmax.baselines.demask import within_dependency
 from dmax.decoding import get_strategy
 from dmax.decoding.block import Output
-from dmax.decoding.demask import within_dependency
 from dmax.errors import InputError
 from dmax.heads import Head, Tensors, save_head
 from dmax.params import DecodingParams
@@ -27,11 +27,10 @@ def saved(folder: Path, kind: str, length: int, tensors: Tensors, hidden_size: i
 
 def passing(length: int, scale: float, bias: float) -> Tensors:
     """A filter whose logit is scale · c_i + bias."""
-    eye, zero = torch.eye(length), torch.zeros(length)
     return {
-        "inner.weight": eye,
-        "inner.bias": zero,
-        "outer.weight": scale * eye,
+        "inner.weight": torch.eye(length),
+        "inner.bias": torch.zeros(length),
+        "outer.weight": scale * torch.eye(length),
         "outer.bias": torch.full((length,), bias),
     }
 
@@ -57,12 +56,13 @@ def test_learn2pd_decodes_what_the_filter_accepts_and_always_one(
 
 
 def test_learn2pd_sees_decoded_positions_too(tmp_path: Path) -> None:
-    # A position is accepted for the confidence of position 0 alone, which the prompt has filled.
+    # A position is accepted for the confidence of position 0 only, which the prompt has filled.
     tensors = passing(3, 1.0, -0.9)
     tensors["outer.weight"] = torch.tensor([[0.0, 0, 0], [100.0, 0, 0], [100.0, 0, 0]])
     tensors["outer.bias"] = torch.full((3,), -50.0)
     params = DecodingParams("learn2pd", options={"head": saved(tmp_path, "learn2pd", 3, tensors)})
-    sure, unsure = logits_of([1, 2, 3], [0.6, 0.3, 0.3]), logits_of([1, 2, 3], [0.4, 0.3, 0.3])
+    sure = logits_of([1, 2, 3], [0.6, 0.3, 0.3])
+    unsure = logits_of([1, 2, 3], [0.4, 0.3, 0.3])
     assert len(play(params, lambda n, view: sure, opened((1,), 3))) == 1
     assert len(play(params, lambda n, view: unsure, opened((1,), 3))) == 2
 
@@ -99,7 +99,8 @@ def test_the_set_grows_by_confidence_while_the_dependency_stays_within_the_bound
 
 
 def test_the_most_confident_needs_no_leave_and_others_do() -> None:
-    every, none = rows(["xxxx"]), rows(["...."])
+    every = rows(["xxxx"])
+    none = rows(["...."])
     assert torch.equal(within_dependency(every, none, CONFIDENCE, D, 9.0), rows(["x..."]))
     assert torch.equal(within_dependency(every, rows([".x.."]), CONFIDENCE, D, 9.0), rows(["xx.."]))
     assert torch.equal(within_dependency(none, none, CONFIDENCE, D, 9.0), none)
@@ -117,7 +118,8 @@ def test_the_set_equals_a_loop(masked: list[list[bool]], seed: int, bound: float
     where = torch.tensor(masked)
     found = within_dependency(where, where, confidence, dependency, bound)
     for row, line in enumerate(masked):
-        chosen, spent = list[int](), torch.zeros(())
+        chosen = list[int]()
+        spent = torch.zeros(())
         for j in sorted((j for j in range(5) if line[j]), key=lambda j: -confidence[row, j].item()):
             cost = torch.zeros(())
             for i in chosen:
@@ -140,11 +142,8 @@ def influence(bias: float) -> Tensors:
 @pytest.mark.parametrize(
     ("threshold", "bound", "expected"),
     [
-        (
-            0.0,
-            1.5,
-            [3, 1],
-        ),  # half a unit a pair: 1 pair for the second, 2 for the third, 3 for the fourth
+        # Half a unit a pair: 1 pair for the second, 2 for the third, 3 for the fourth.
+        (0.0, 1.5, [3, 1]),
         (0.0, 3.0, [4]),
         (0.0, 0.49, [1, 1, 1, 1]),
         (0.9, 9.0, [2, 1, 1]),  # 0.95 and 0.92; then only the surest
@@ -163,7 +162,7 @@ def test_demask_keeps_to_its_bound_and_its_threshold(
 def test_demask_wants_the_hidden_states_its_head_was_trained_on(tmp_path: Path) -> None:
     head = saved(tmp_path, "demask", 4, influence(0.0))
     strategy = get_strategy(DecodingParams("demask", options={"head": head}))
-    assert strategy.needs_hidden_states  # type: ignore[attr-defined]
+    assert strategy.needs_hidden_states
     view = opened((), 4)
     with pytest.raises(InputError, match="needs hidden states of size 4, got none"):
         strategy.step(view, Output(FOUR, MASK), {})
