@@ -1,11 +1,14 @@
-"""Slots, chunks of prompts, deadlines and cancellation, on numbers alone."""
+"""Slots, chunks of prompts, deadlines and cancellation, on numbers only."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from dmax.engine.request import Request
-from dmax.engine.scheduler import Scheduler
+from dmax.engine.scheduler import SHORT_PROMPT, Scheduler
+from dmax.errors import InputError
 from dmax.params import DecodingParams
 
 
@@ -18,14 +21,23 @@ class Clock:
         return self.now
 
 
-def request(index: int, **params: Any) -> Request:
-    return Request(index, (1,), DecodingParams(**params))
+def request(index: int, prompt: tuple[int, ...] = (1,), **params: Any) -> Request:
+    return Request(index, prompt, DecodingParams(**params))
 
 
-def scheduler(
-    num_slots: int = 2, prefill_tokens: int = 64, riding_tokens: int = 0, clock: Clock | None = None
-) -> Scheduler:
-    return Scheduler(num_slots, prefill_tokens, riding_tokens, clock or Clock())
+def scheduler(num_slots: int = 2, **changes: Any) -> Scheduler:
+    """One with blocks of a single position: prompts of more than four tokens are long."""
+    usual = {
+        "block_length": 1,
+        "vocab_size": 10,
+        "context": None,
+        "max_length": None,
+        "prefill_tokens": 64,
+        "clock": Clock(),
+    }
+    made = Scheduler(**usual | changes)
+    made.plan(num_slots)
+    return made
 
 
 def test_first_come_first_served_into_the_lowest_free_slot() -> None:
@@ -39,14 +51,14 @@ def test_first_come_first_served_into_the_lowest_free_slot() -> None:
     assert [(slot, r.index) for slot, r in plan.admit()] == [(0, 2), (1, 3)]
 
 
+# --- prompts --------------------------------------------------------------------------------------
+
+
 def test_chunks_are_bounded_and_of_one_length() -> None:
     plan = scheduler(num_slots=5)
     plan.unfilled.update({0: 32, 1: 160, 2: 32, 3: 32, 4: 64})
-    assert plan.next_prompts(True) == (
-        [],
-        [0],
-        32,
-    )  # 2 would share it, but 1 came first and wants a whole round
+    # 2 would share it, but 1 came first and wants a whole round.
+    assert plan.next_prompts(True) == ([], [0], 32)
     plan.filled(0, 32)
     for left in (96, 32):
         assert plan.next_prompts(True) == ([], [1], 64)
@@ -62,8 +74,9 @@ def test_chunks_are_bounded_and_of_one_length() -> None:
     assert plan.next_prompts(True) == ([], [], 0)
 
 
-def test_short_prompts_ride_within_the_same_bounds() -> None:
-    plan = scheduler(num_slots=5, prefill_tokens=96, riding_tokens=32)
+def test_short_prompts_join_their_first_step_within_the_same_bounds() -> None:
+    plan = scheduler(num_slots=5, block_length=8, prefill_tokens=96)
+    assert SHORT_PROMPT * plan.block_length == 32
     plan.unfilled.update({0: 32, 1: 64, 2: 8, 3: 32, 4: 128})
     assert plan.next_prompts(True) == ([0], [1], 64)
     plan.filled(0, 32)
@@ -73,24 +86,73 @@ def test_short_prompts_ride_within_the_same_bounds() -> None:
     plan.filled(3, 32)
     assert plan.next_prompts(True) == ([], [4], 96)
     plan.filled(4, 96)
-    assert plan.next_prompts(True) == ([4], [], 0)  # what is left of a long prompt rides as well
+    assert plan.next_prompts(True) == ([4], [], 0)  # what is left of a long prompt joins as well
     plan.filled(4, 32)
     plan.unfilled.update({0: 32, 1: 32, 2: 32, 3: 32})
-    assert plan.next_prompts(False) == (
-        [],
-        [0, 1, 2],
-        32,
-    )  # nobody waits for them: they start together
+    # Nobody waits for them: they start together.
+    assert plan.next_prompts(False) == ([], [0, 1, 2], 32)
     for slot in (0, 1, 2):
         plan.filled(slot, 32)
     assert plan.next_prompts(False) == ([3], [], 0)
-    assert scheduler(prefill_tokens=16, riding_tokens=32).riding_tokens == 16
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_short_prompt_that_is_more_than_a_round_does_not_join(is_running: bool) -> None:
+    plan = scheduler(block_length=8, prefill_tokens=20)  # two blocks a round
+    plan.unfilled[0] = 32
+    assert plan.next_prompts(is_running) == ([], [0], 16)
+    plan.filled(0, 16)
+    assert plan.next_prompts(is_running) == ([0], [], 0)
+
+
+def test_a_round_encodes_a_block_at_least() -> None:
+    plan = scheduler(block_length=8, prefill_tokens=1)
+    plan.unfilled[0] = 16
+    assert plan.next_prompts(True) == ([], [0], 8)
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+def test_blocks_are_decoded_whole_and_branches_take_room() -> None:
+    plan = scheduler(block_length=8)
+    asked = request(0, (1,) * 3, max_new_tokens=6)
+    assert (plan.end(asked), plan.positions(asked)) == (16, 16)
+    options = {"num_branches": 3}
+    branching = request(0, (1,) * 3, max_new_tokens=6, strategy="lopa", options=options)
+    assert (plan.end(branching), plan.positions(branching)) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "limits", "message"),
+    [
+        ((), {}, "prompt 3 is empty"),
+        ((9, 10), {}, "prompt 3 holds a token id outside the vocabulary of 10"),
+        ((-1,), {}, "prompt 3 holds a token id outside the vocabulary of 10"),
+        ((1,), {"context": 15}, "it needs 16 positions, the model has 15"),
+        ((1,), {"max_length": 8}, "it needs 16 positions, the engine was planned for 8"),
+    ],
+)
+def test_what_can_never_fit_is_refused(
+    prompt: tuple[int, ...], limits: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        scheduler(block_length=8, **limits).check(request(3, prompt, max_new_tokens=15))
+
+
+def test_what_just_fits_is_taken() -> None:
+    plan = scheduler(block_length=8, context=16, max_length=9)  # the plan has whole blocks
+    plan.check(request(0, (1,), max_new_tokens=15))
+
+
+# --- early ends -----------------------------------------------------------------------------------
 
 
 def test_deadlines_run_from_submission() -> None:
     clock = Clock()
     plan = scheduler(clock=clock)
-    late, patient = request(0, deadline=2.0), request(1)
+    late = request(0, deadline=2.0)
+    patient = request(1)
     clock.now = 10.0
     plan.add(late)
     plan.add(patient)

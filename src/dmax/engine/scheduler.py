@@ -161,12 +161,13 @@ class Scheduler:
         chunk: list[int] = []
         size = 0
         room = self.prefill_tokens
+        longest_to_join = min(SHORT_PROMPT * self.block_length, room)
         may_join = is_running or sum(self.unfilled.values()) <= room
         for slot, left in self.unfilled.items():
             num = min(left, self.prefill_tokens)
             if num > room:
                 break  # whoever came first goes first
-            if may_join and left <= SHORT_PROMPT * self.block_length:
+            if may_join and left <= longest_to_join:
                 joining.append(slot)
             elif not chunk or num == size:
                 chunk.append(slot)
