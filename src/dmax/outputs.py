@@ -82,17 +82,17 @@ class GenerationOutput:
     @property
     def tokens_per_forward(self) -> float:
         """TPF: generated tokens, EOS not counted, per denoising forward."""
-        return len(self.token_ids) / self.num_forwards
+        return _ratio(len(self.token_ids), self.num_forwards)
 
     @property
     def tokens_per_position(self) -> float:
         """Generated tokens per computed position: what parallel decoding costs besides forwards."""
-        return len(self.token_ids) / self.num_positions if self.num_positions else 0.0
+        return _ratio(len(self.token_ids), self.num_positions)
 
     @property
     def tokens_per_forward_paper(self) -> float:
         """TPF as the published evaluation counts: the prefill is one more forward."""
-        return len(self.token_ids) / (self.num_forwards + self.num_prefill_forwards)
+        return _ratio(len(self.token_ids), self.num_forwards + self.num_prefill_forwards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +130,8 @@ def as_record(result: Any) -> dict[str, Any]:
     """A dataclass with a `cost` as JSON has it: what it cost stands beside its other fields."""
     record = asdict(result)
     return record | record.pop("cost")
+
+
+def _ratio(tokens: int, cost: int) -> float:
+    """Tokens by what they cost; 0 for a request that ended before it cost anything."""
+    return tokens / cost if cost else 0.0
