@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmax.checkpoint import Checkpoint
 from dmax.engine.engine import Engine
-from dmax.engine.request import Completion, Request
-from dmax.params import DecodingParams
+from dmax.engine.request import Request
+from dmax.outputs import GenerationOutput, StreamEvent
+from dmax.params import DecodingParams, EngineOptions
+from dmax.special_ids import SpecialIds
 
-V, L, MASK, EOS = 12, 8, 11, 10
+V = 12
+L = 8
+MASK = 11
+EOS = 10
+COUNT = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 class ScriptedModel(nn.Module):
-    """Logits that depend on nothing but a position, and on what is fed there if `react` is set."""
+    """Logits of a position from a table [positions, V]; with `react` also of what is fed there.
+
+    Attributes:
+        num_calls: forwards so far.
+    """
 
     def __init__(self, table: Tensor, react: float = 0.0) -> None:
         super().__init__()
-        self.table, self.react = table, react  # [positions, V]
-        self.embedding, self.head = nn.Embedding(V, 4), nn.Identity()
+        self.table = table
+        self.react = react
+        self.num_calls = 0
+        self.embedding = nn.Embedding(V, 4)
+        self.head = nn.Identity()
         self.config = SimpleNamespace(
             num_hidden_layers=1,
             num_attention_heads=1,
@@ -40,28 +56,28 @@ class ScriptedModel(nn.Module):
         return SimpleNamespace(last_hidden_state=inputs_embeds)
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
+        self.num_calls += 1
         logits = self.table[position_ids]
         if self.react:
-            logits = (
-                logits + self.react * (inputs_embeds.sum(-1, keepdim=True) * torch.arange(V)).sin()
-            )
+            fed = inputs_embeds.sum(-1, keepdim=True)
+            logits = logits + self.react * (fed * torch.arange(V)).sin()
         return SimpleNamespace(logits=self.head(logits), hidden_states=(inputs_embeds,))
 
 
-def scripted(table: Tensor, react: float = 0.0, **options: Any) -> Engine:
+def scripted(
+    table: Tensor,
+    react: float = 0.0,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
+) -> Engine:
     torch.manual_seed(0)
     model = ScriptedModel(table, react).eval()
-    return Engine(model, mask_token_id=MASK, eos_token_ids=[EOS], block_length=L, **options)
+    return Engine(model, SpecialIds(MASK, (EOS,), EOS, L), EngineOptions(**options), clock=clock)
 
 
-def engine_of(checkpoint: Any, **options: Any) -> Engine:
-    return Engine(
-        checkpoint.model,
-        mask_token_id=checkpoint.special_ids.mask_token_id,
-        eos_token_ids=checkpoint.special_ids.eos_token_ids,
-        block_length=checkpoint.special_ids.block_length,
-        **options,
-    )
+def engine_of(checkpoint: Checkpoint, **options: Any) -> Engine:
+    return Engine(checkpoint.model, checkpoint.special_ids, EngineOptions(**options))
 
 
 def confident(tokens: list[int], probability: float = 0.99) -> Tensor:
@@ -73,10 +89,36 @@ def confident(tokens: list[int], probability: float = 0.99) -> Tensor:
 
 
 def request(prompt: tuple[int, ...], index: int = 0, **params: Any) -> Request:
-    return Request(index, prompt, DecodingParams(**{"max_new_tokens": 2 * L, **params}))
+    """A request of two blocks, decoded by SPD, unless it says otherwise."""
+    chosen = {"strategy": "spd", "max_new_tokens": 2 * L} | params
+    return Request(index, prompt, DecodingParams(**chosen))
 
 
-def run(engine: Engine, *requests: Request) -> dict[int, Completion]:
-    return {
-        event.index: event.completion for event in engine.run(requests) if event.kind == "finished"
-    }
+def result(event: StreamEvent) -> GenerationOutput:
+    """The output of a "finished" event; raises the error of a request that failed."""
+    if event.error is not None:
+        raise event.error
+    assert event.output is not None
+    return event.output
+
+
+def run(engine: Engine, *requests: Request) -> dict[int, GenerationOutput]:
+    """Outputs by request; raises the error of one that failed."""
+    events = list(engine.run(requests))
+    return {event.index: result(event) for event in events if event.kind == "finished"}
+
+
+def drain(engine: Engine) -> dict[int, GenerationOutput]:
+    """The same for requests that were added: steps until nothing is left."""
+    events = list[StreamEvent]()
+    while engine.is_busy():
+        events += engine.step()
+    return {event.index: result(event) for event in events if event.kind == "finished"}
+
+
+def random_prompts(*lengths: int, shared: int = 0) -> list[tuple[int, ...]]:
+    """Prompts for the published models, which begin with the same `shared` tokens."""
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randint(300, (shared,), generator=generator).tolist()
+    ends = [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
+    return [tuple(start + end) for end in ends]

@@ -1,4 +1,4 @@
-"""The loop: published trajectories, independence of neighbours, and its promises under hostile logits."""
+"""The loop: published trajectories, independence of neighbours, promises under hostile logits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import EOS, MASK, L, V, confident, engine_of, request, run, scripted
+from parts import (
+    COUNT,
+    EOS,
+    MASK,
+    L,
+    V,
+    confident,
+    engine_of,
+    random_prompts,
+    request,
+    result,
+    run,
+    scripted,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dmax.decoding import get_strategy, strategies
-from dmax.decoding.block import Window
-from dmax.engine.request import BlockEvent, Request
+from dmax.engine.request import Request
 from dmax.errors import InputError
 from dmax.params import DecodingParams
 
@@ -37,21 +49,16 @@ def test_spd_repeats_the_published_trajectories(golden: tuple[str, Any, dict[str
             continue
         prompt = tuple(tensors[f"spd.{index}.prompt"].flatten().tolist())
         params = DecodingParams(
+            strategy="spd",
             threshold=trajectory["threshold"],
             stop_confidence=trajectory["tau_acc"],
             max_new_tokens=trajectory["gen_length"],
         )
-        tokens, counters = list(prompt), None
-        for event in engine_of(checkpoint).run([Request(0, prompt, params)]):
-            if isinstance(event, BlockEvent):
-                tokens += event.token_ids
-            else:
-                counters = event.completion.counters
-        assert counters is not None
-        assert counters.num_forwards == trajectory["nfe"], f"{name} trajectory {index}"
-        assert tokens == tensors[f"spd.{index}.tokens"].flatten().tolist(), (
-            f"{name} trajectory {index}"
-        )
+        *blocks, last = engine_of(checkpoint).run([Request(0, prompt, params)])
+        tokens = [*prompt, *(token for block in blocks for token in block.token_ids)]
+        told = f"{name} trajectory {index}"
+        assert result(last).num_forwards == trajectory["nfe"], told
+        assert tokens == tensors[f"spd.{index}.tokens"].flatten().tolist(), told
 
 
 def test_there_are_trajectories_to_repeat() -> None:
@@ -62,84 +69,61 @@ def test_there_are_trajectories_to_repeat() -> None:
 
 
 def test_confident_blocks_take_one_forward_each() -> None:
-    engine = scripted(confident([1, 2, 3, 4, 5, 6, 7, 8] * 4))
-    completion = run(engine, request((1, 2, 3)))[0]
-    assert completion.token_ids == (4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3)
-    assert completion.finish_reason == "length"
-    assert completion.counters.num_forwards == 3
-    assert completion.counters.num_prefill_forwards == 0
+    output = run(scripted(confident(COUNT * 4)), request((1, 2, 3)))[0]
+    assert output.token_ids == (4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3)
+    assert output.prompt_token_ids == (1, 2, 3)
+    assert output.finish_reason == "length"
+    assert output.num_forwards == 3
+    assert output.num_prefill_forwards == 0
 
 
-def test_a13_commits_are_folded_or_counted() -> None:
-    table = confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)
-    folded = run(scripted(table), request((1,) * 9))[0].counters
-    apart = run(scripted(table, commit="separate"), request((1,) * 9))[0].counters
-    assert (folded.num_forwards, folded.num_prefill_forwards, folded.num_commit_forwards) == (
-        3,
-        1,
-        0,
-    )
-    assert (apart.num_forwards, apart.num_prefill_forwards, apart.num_commit_forwards) == (3, 1, 2)
+def test_a13_finished_blocks_go_into_the_cache_with_the_next_forward() -> None:
+    cost = run(scripted(confident(COUNT * 4)), request((1,) * 9))[0].cost
+    assert (cost.num_forwards, cost.num_prefill_forwards, cost.num_commit_forwards) == (3, 1, 0)
+    # Three open blocks, and the two of them that went through another forward on their way.
+    assert cost.num_positions == (3 + 2) * L
 
 
 def test_a14_output_is_cut_at_the_first_eos_and_its_block_decoded_whole() -> None:
     tokens = [1, 2, 3, 4, 5, EOS, 7, 8] + [1] * 24
-    events = list(scripted(confident(tokens)).run([request((1, 2))]))
-    assert isinstance(events[0], BlockEvent)
-    assert events[0].token_ids == (3, 4, 5, EOS, 7, 8)
-    assert events[-1].kind == "finished"
-    assert events[-1].completion.token_ids == (3, 4, 5)
-    assert events[-1].completion.finish_reason == "stop"
-    assert len(events) == 2
+    block, last = scripted(confident(tokens)).run([request((1, 2))])
+    assert (block.kind, last.kind) == ("committed", "finished")
+    assert block.token_ids == (3, 4, 5, EOS, 7, 8)
+    assert last.token_ids == result(last).token_ids == (3, 4, 5)
+    assert result(last).finish_reason == "stop"
 
 
 def test_a14_eos_in_the_prompt_does_not_stop() -> None:
-    completion = run(scripted(confident([1] * 32)), request((EOS, 2)))[0]
-    assert completion.finish_reason == "length"
-    assert len(completion.token_ids) == 16
+    output = run(scripted(confident([1] * 32)), request((EOS, 2)))[0]
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 16
 
 
 def test_eos_first_gives_an_empty_completion() -> None:
-    completion = run(scripted(confident([EOS] * 32)), request((1, 2)))[0]
-    assert completion.token_ids == ()
-    assert completion.finish_reason == "stop"
+    output = run(scripted(confident([EOS] * 32)), request((1, 2)))[0]
+    assert output.token_ids == ()
+    assert output.finish_reason == "stop"
 
 
 def test_a20_a_prompt_shorter_than_a_block_needs_no_prefill() -> None:
     table = confident([1] * 40)
     for length, prefills in ((1, 0), (L - 1, 0), (L, 1), (2 * L + 3, 1)):
-        assert (
-            run(scripted(table), request((1,) * length))[0].counters.num_prefill_forwards
-            == prefills
-        )
+        output = run(scripted(table), request((1,) * length))[0]
+        assert output.num_prefill_forwards == prefills
 
 
 def test_max_new_tokens_truncates_but_decodes_the_block() -> None:
-    completion = run(
-        scripted(confident([1, 2, 3, 4, 5, 6, 7, 8] * 4)), request((1, 2), max_new_tokens=3)
-    )[0]
-    assert completion.token_ids == (3, 4, 5)
-    assert completion.finish_reason == "length"
-    assert completion.counters.num_forwards == 1
+    output = run(scripted(confident(COUNT * 4)), request((1, 2), max_new_tokens=3))[0]
+    assert output.token_ids == (3, 4, 5)
+    assert output.finish_reason == "length"
+    assert output.num_forwards == 1
 
 
-def test_eos_past_the_limit_is_a_length_stop() -> None:
+@pytest.mark.parametrize(("limit", "reason"), [(2, "length"), (4, "stop")])
+def test_eos_past_the_limit_is_a_length_stop(limit: int, reason: str) -> None:
     tokens = [1, 2, 3, 4, 5, 6, EOS, 8] + [1] * 24
-    assert (
-        run(scripted(confident(tokens)), request((1, 2), max_new_tokens=2))[0].finish_reason
-        == "length"
-    )
-    assert (
-        run(scripted(confident(tokens)), request((1, 2), max_new_tokens=4))[0].finish_reason
-        == "stop"
-    )
-
-
-def test_nan_logits_are_a_clear_error() -> None:
-    table = confident([1] * 32)
-    table[5] = torch.nan
-    with pytest.raises(InputError, match="NaN logits for prompt 3"):
-        run(scripted(table), request((1, 2), index=3))
+    output = run(scripted(confident(tokens)), request((1, 2), max_new_tokens=limit))[0]
+    assert output.finish_reason == reason
 
 
 @pytest.mark.parametrize(
@@ -153,8 +137,11 @@ def test_nan_logits_are_a_clear_error() -> None:
 def test_what_cannot_fit_is_refused_before_any_compute(
     prompt: tuple[int, ...], params: dict[str, int], message: str
 ) -> None:
+    engine = scripted(confident([1] * 32))
     with pytest.raises(InputError, match=message):
-        run(scripted(confident([1] * 32)), request(prompt, **params))
+        run(engine, request((1,), 1), request(prompt, **params))
+    assert engine.model.num_calls == 0
+    assert not engine.is_busy()
 
 
 def hostile_tables() -> st.SearchStrategy[Tensor]:
@@ -164,9 +151,8 @@ def hostile_tables() -> st.SearchStrategy[Tensor]:
         lambda rows: torch.tensor(rows).repeat(5, 1)
     )
     mask_wins = shaped.map(lambda table: table.index_fill(1, torch.tensor([MASK]), float("inf")))
-    return st.one_of(
-        shaped, mask_wins, st.just(torch.zeros(40, V)), st.just(torch.full((40, V), float("-inf")))
-    )
+    flat = st.sampled_from([torch.zeros(40, V), torch.full((40, V), float("-inf"))])
+    return st.one_of(shaped, mask_wins, flat)
 
 
 def policies() -> st.SearchStrategy[dict[str, Any]]:
@@ -191,16 +177,16 @@ def test_any_logits_end_without_mask_and_leave_the_prompt_alone(
     needed: dict[str, Any], table: Tensor, policy: dict[str, Any], prompt: list[int]
 ) -> None:
     policy = {**policy, "options": needed[policy["strategy"]]}
-    events = list(scripted(table, react=3.0).run([request(tuple(prompt), **policy)]))
-    completion = events[-1]
-    assert completion.kind == "finished"
-    blocks = [event for event in events if isinstance(event, BlockEvent)]
+    *blocks, last = scripted(table, react=3.0).run([request(tuple(prompt), **policy)])
+    assert last.kind == "finished"
+    assert all(block.kind == "committed" for block in blocks)
     assert all(MASK not in block.token_ids and not any(block.masked) for block in blocks)
     strategy = get_strategy(DecodingParams(strategy=policy["strategy"], options=policy["options"]))
-    extra, window = getattr(strategy, "extra_steps", 0), getattr(strategy, "window", Window())
-    assert completion.completion.counters.num_forwards <= (L * window.size + extra) * len(blocks)
+    most = L * strategy.blocks + strategy.extra_steps
+    assert result(last).num_forwards <= most * len(blocks)
     generated = sum(len(block.token_ids) for block in blocks)
-    assert (len(prompt) + generated) % L == 0  # only positions behind the prompt were ever reported
+    # Only positions after the prompt were ever reported.
+    assert (len(prompt) + generated) % L == 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -226,7 +212,7 @@ def test_a_request_does_not_depend_on_its_neighbours(
 
 
 def test_different_settings_share_a_batch() -> None:
-    table = confident([1, 2, 3, 4, 5, 6, 7, 8] * 4, probability=0.6)
+    table = confident(COUNT * 4, probability=0.6)
     requests = [
         request((1, 2), 0, threshold=0.5),
         request((1, 2, 3), 1, strategy="threshold", threshold=0.9),
@@ -234,10 +220,10 @@ def test_different_settings_share_a_batch() -> None:
     ]
     together = run(scripted(table), *requests)
     assert together == {r.index: run(scripted(table), r)[r.index] for r in requests}
-    assert together[0].counters.num_forwards < together[1].counters.num_forwards
+    assert together[0].num_forwards < together[1].num_forwards
 
 
-def test_sampling_depends_on_the_seed_alone() -> None:
+def test_sampling_depends_on_the_seed_only() -> None:
     table = torch.zeros(40, V)
 
     def sample(**params: Any) -> tuple[int, ...]:
@@ -251,11 +237,7 @@ def test_batched_rows_of_a_real_model_decode_as_alone(
     golden: tuple[str, Any, dict[str, Any]],
 ) -> None:
     _, checkpoint, _ = golden
-    generator = torch.Generator().manual_seed(3)
-    prompts = [
-        tuple(torch.randint(300, (length,), generator=generator).tolist())
-        for length in (3, 17, 16, 40, 1, 25)
-    ]
+    prompts = random_prompts(3, 17, 16, 40, 1, 25)
     for strategy, threshold in (("threshold", 0.9), ("threshold", 0.3)):
         params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=24)
         requests = [Request(index, prompt, params) for index, prompt in enumerate(prompts)]
