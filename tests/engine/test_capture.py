@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_leaves
 from dmax.benchmark.shapes import llama_135m
 from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.decoding import get_strategy, strategies
-from dmax.decoding.block import Window
-from dmax.engine.lane import Lane
-from dmax.engine.rows import Row, Rows, Shape
-from dmax.engine.runner import ModelRunner
+from dmax.engine.engine import Engine
+from dmax.engine.request import Request
+from dmax.engine.step import step
 from dmax.models import LLaDA2MoeConfig
-from dmax.params import DecodingParams
+from dmax.params import DecodingParams, EngineOptions
 
 DEVICE = torch.device("meta")
-LENGTH, VOCABULARY = 8, 40
+LENGTH = 8
+VOCABULARY = 40
 aten = torch.ops.aten
 
 
@@ -34,7 +34,7 @@ class Refused(Exception):
 
 
 class Capture(TorchDispatchMode):
-    """Refuses copies between host and device, arrays on the host, and indices whose number depends on values."""
+    """Refuses copies between host and device, arrays on the host, and indices by masks."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -44,9 +44,8 @@ class Capture(TorchDispatchMode):
         on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
         if function.overloadpacket in (aten._to_copy, aten.copy_) and on_host:
             raise Refused(f"{function} to or from the host")
-        if any(
-            tensor.dim() for tensor in on_host
-        ):  # a single number becomes an argument of the kernel
+        # A single number becomes an argument of the kernel.
+        if any(tensor.dim() for tensor in on_host):
             raise Refused(f"{function} with an array on the host")
         if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
             indices = [index for index in args[1] if index is not None]
@@ -57,48 +56,58 @@ class Capture(TorchDispatchMode):
 
 def mixture_of_experts() -> Checkpoint:
     config = LLaDA2MoeConfig(
-        vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, eos_token_id=0, block_length=LENGTH, hidden_size=4,
-        intermediate_size=8, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4, num_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        vocab_size=VOCABULARY,
+        mask_token_id=VOCABULARY - 1,
+        eos_token_id=0,
+        block_length=LENGTH,
+        hidden_size=4,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
         moe_intermediate_size=4,
-    )  # fmt: skip
+    )
     with DEVICE:
         return new_checkpoint(config, experts_implementation="batched_mm")
 
 
-def step(checkpoint: Checkpoint, params: DecodingParams, num_sequences: int = 2) -> Tensor:
-    """A step as it is captured: a finished block of the first sequence, and as many open blocks as there can be."""
-    runner = ModelRunner(
-        checkpoint.model, LENGTH, 4, 8 * LENGTH, checkpoint.special_ids.mask_token_id
-    )
-    lane = Lane(params, 4, LENGTH, DEVICE, (0,))
-    versions, opened = lane.num_branches, []
-    for slot in range(num_sequences):
-        base, first = (LENGTH if slot == 0 else 0), slot * lane.width
-        for place in range(lane.width):
-            start = base + place * LENGTH
-            lane.open(first + place, (), checkpoint.special_ids.mask_token_id, runner.embed)
-            opened.append(
-                Row(slot, start, base, first + place)
-                if versions > 1
-                else Row(slot, start, start, first + place, first + place - 1 if place else -1)
-            )
-    rows = [Row(0, 0, 0), *opened]
-    shape = Shape.of(rows, len(opened), LENGTH, versions)
-    on_device = Rows.of(rows, [range(LENGTH)], LENGTH).to(DEVICE)
-    lane.denoise(runner, shape, on_device)  # the first one makes what later ones find in its place
+@torch.inference_mode()
+def captured_step(checkpoint: Checkpoint, params: DecodingParams) -> Tensor:
+    """Flags of a step as it is captured, over two sequences with as many open blocks as may be.
+
+    A finished block of the first sequence goes into the cache with it.
+    """
+    options = EngineOptions(max_batch_size=4, max_length=8 * LENGTH)
+    engine = Engine(checkpoint.model, checkpoint.special_ids, options)
+    engine.add(Request(0, (1,) * LENGTH, params))
+    engine.add(Request(1, (1,), params))
+    engine.prepare()
+    ((blocks, _, sequences),) = engine.batches()
+    for sequence in sequences:
+        for row in blocks.rows_of(sequence.slot)[1:]:
+            blocks.open(row)
+            sequence.rows.append(row)
+        sequence.num_branches = sequence.request.strategy.num_branches
+    ((blocks, batch, _),) = engine.batches()
+    on_device = batch.to(DEVICE)
+    # The first step makes what later ones find in its place.
+    step(engine.runner, blocks, on_device)
     with Capture():
-        return lane.denoise(runner, shape, on_device)
+        return step(engine.runner, blocks, on_device)
 
 
 @pytest.mark.parametrize("name", strategies())
 def test_a_graph_can_hold_the_step_of(name: str, needed: dict[str, dict[str, str]]) -> None:
-    params = DecodingParams(strategy=name, options=needed[name])
-    flags, window = (
-        step(mixture_of_experts(), params),
-        getattr(get_strategy(params), "window", Window()),
-    )
-    assert flags.device == DEVICE and flags.shape == (6, 2 * window.size)
+    params = DecodingParams(strategy=name, max_new_tokens=4 * LENGTH, options=needed[name])
+    flags = captured_step(mixture_of_experts(), params)
+    assert flags.device == DEVICE
+    assert flags.shape == (6, 2 * get_strategy(params).blocks)
 
 
 def test_a_graph_can_hold_dense_decoders() -> None:
@@ -110,11 +119,13 @@ def test_a_graph_can_hold_dense_decoders() -> None:
     }
     with DEVICE:
         checkpoint = llama_135m(vocab_size=VOCABULARY, **small)
-    assert step(checkpoint, DecodingParams(strategy="spd")).shape == (6, 2)
+    params = DecodingParams(strategy="spd", max_new_tokens=32)
+    assert captured_step(checkpoint, params).shape == (6, 2)
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:
-    numbers, on_host = torch.empty(3, device=DEVICE), torch.ones(3)
+    numbers = torch.empty(3, device=DEVICE)
+    on_host = torch.ones(3)
     one = numbers.new_ones(())
     with Capture():
         numbers + 1.0  # a single number is no array

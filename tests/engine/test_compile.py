@@ -1,4 +1,4 @@
-"""Compiled forwards: one graph for a single row, one for any number of rows, and what they decode."""
+"""Compiled forwards: a graph for a single row, one for any other number, and what they decode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import engine_of, run
+from parts import engine_of, random_prompts, run
 from torch._dynamo.testing import CompileCounter
 
 from dmax.benchmark.shapes import llama_135m
@@ -30,15 +30,15 @@ def forget_compiled_code() -> Iterator[None]:
 
 
 def requests(*lengths: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(index, tuple(prompt), THRESHOLD) for index, prompt in enumerate(prompts)]
+    prompts = random_prompts(*lengths)
+    return [Request(index, prompt, THRESHOLD) for index, prompt in enumerate(prompts)]
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     """Counts graphs, which run as they are; a break in one is an error."""
-    counter, compile_ = CompileCounter(), torch.compile
+    counter = CompileCounter()
+    compile_ = torch.compile
 
     def without_breaks(encode: Callable[..., Any]) -> Any:
         return compile_(encode, backend=counter, fullgraph=True)
@@ -52,13 +52,8 @@ def test_two_graphs_serve_every_batch_and_length(
 ) -> None:
     _, checkpoint, _ = golden
     engine = engine_of(checkpoint, compile_model=True)
-    for batch in (
-        requests(9),
-        requests(3, 40, 17),
-        requests(3, 20, 35, 60, 1),
-        requests(70, 130),
-        requests(5),
-    ):
+    for lengths in ((9,), (3, 40, 17), (3, 20, 35, 60, 1), (70, 130), (5,)):
+        batch = requests(*lengths)
         assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
     assert graphs.frame_count == 2
 
@@ -73,21 +68,20 @@ def test_dense_decoders_compile_too(graphs: CompileCounter) -> None:
     }
     checkpoint = llama_135m(vocab_size=400, **small)
     engine = engine_of(checkpoint, compile_model=True)
-    for batch in (requests(9), requests(3, 40, 17), requests(70, 130)):
+    for lengths in ((9,), (3, 40, 17), (70, 130)):
+        batch = requests(*lengths)
         assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
     assert graphs.frame_count == 2
 
 
-@pytest.mark.parametrize(
-    "golden", ["llada2_moe_a"], indirect=True
-)  # the compiler takes half a minute
+# The compiler takes half a minute, so one model is enough.
+@pytest.mark.parametrize("golden", ["llada2_moe_a"], indirect=True)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_code_decodes_the_same(golden: tuple[str, Any, dict[str, Any]]) -> None:
     _, checkpoint, _ = golden
     batch = requests(3, 40, 17)
-    assert run(engine_of(checkpoint, compile_model=True), *batch) == run(
-        engine_of(checkpoint), *batch
-    )
+    compiled = run(engine_of(checkpoint, compile_model=True), *batch)
+    assert compiled == run(engine_of(checkpoint), *batch)
 
 
 def test_a_missing_compiler_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
