@@ -32,7 +32,7 @@ from dmax.cache import BlockCache, CacheWindow
 from dmax.kernels import (
     blend_triton,
     block_attention_triton,
-    head_triton,
+    lm_head_triton,
     moe_triton,
     norm_triton,
     router_triton,
@@ -94,7 +94,7 @@ def experts(num_tokens: int, form: str) -> None:
 
 
 def head(num_tokens: int, k: int) -> None:
-    head_triton.head_top_k(new(num_tokens, HIDDEN), new(VOCABULARY, HIDDEN), k, MASK)
+    lm_head_triton.lm_head_top_k(new(num_tokens, HIDDEN), new(VOCABULARY, HIDDEN), k, MASK)
 
 
 def blend(k: int) -> None:

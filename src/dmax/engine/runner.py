@@ -16,7 +16,7 @@ from dmax.cache import BlockCache, CacheWindow
 from dmax.confidence import Candidates
 from dmax.decoding.block import Output
 from dmax.engine.rows import Rows, Shape
-from dmax.kernels.head import head_top_k
+from dmax.kernels.lm_head import lm_head_top_k
 
 
 class Place(NamedTuple):
@@ -163,7 +163,7 @@ class ModelRunner:
         """Of last hidden states [R, L, D]: the best tokens through the fused head, logits only if asked for."""
 
         def best(k: int) -> Candidates:
-            found = head_top_k(hidden.flatten(0, 1), head, k, self.mask_token_id)
+            found = lm_head_top_k(hidden.flatten(0, 1), head, k, self.mask_token_id)
             shape = hidden.shape[:2]
             return Candidates(
                 found.ids.view(*shape, -1), found.probs.view(*shape, -1), found.broken.view(shape)

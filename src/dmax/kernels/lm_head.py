@@ -1,7 +1,7 @@
 """The LM head without its logits: the most probable tokens of every position and their probabilities.
 
 At a block of 32 positions and 157,184 tokens the logits are 20 MB that a step writes only to read
-them twice. The Triton path (`head_triton.py`) keeps them in registers, a tile of the vocabulary at
+them twice. The Triton path (`lm_head_triton.py`) keeps them in registers, a tile of the vocabulary at
 a time; the PyTorch twin here computes the same in chunks of rows. N positions, D hidden size, V
 vocabulary, k candidates.
 """
@@ -21,7 +21,7 @@ CHUNK_BYTES = 64 * 2**20  # of float32 logits that the twin holds at once
 
 
 @torch.no_grad()
-def head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
     """Top-k tokens and probabilities of logits = hidden · weightᵀ, with the rules of decoding.
 
     MASK is never a candidate but counts in the softmax; infinite logits are clamped to ±`LARGEST`.
@@ -52,14 +52,14 @@ def head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Ca
         and k <= MAX_FUSED_CANDIDATES
         and weight.dtype != torch.float64
     ):
-        from dmax.kernels import head_triton  # imports triton
+        from dmax.kernels import lm_head_triton  # imports triton
 
-        return head_triton.head_top_k(hidden, weight, k, mask_token_id)
-    return head_top_k_torch(hidden, weight, k, mask_token_id)
+        return lm_head_triton.lm_head_top_k(hidden, weight, k, mask_token_id)
+    return lm_head_top_k_torch(hidden, weight, k, mask_token_id)
 
 
-def head_top_k_torch(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
-    """The twin of the kernel, for any device; see `head_top_k`. Here k is at most V - 1."""
+def lm_head_top_k_torch(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+    """The twin of the kernel, for any device; see `lm_head_top_k`. Here k is at most V - 1."""
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     if len(hidden) <= rows:
         return candidates(F.linear(hidden, weight), k, mask_token_id)

@@ -1,4 +1,4 @@
-"""The Triton path of `head.py`. Importing this imports triton.
+"""The Triton path of `lm_head.py`. Importing this imports triton.
 
 Every program multiplies a tile of the vocabulary with a tile of the positions, accumulates in
 float32 and reduces the logits while they are in registers: the largest logit, the sum of
@@ -79,10 +79,10 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
         finite = tl.where(tl.arange(0, BLOCK_V)[:, None] == index[None, :], float("-inf"), finite)
 
 
-def head_top_k(
+def lm_head_top_k(
     hidden: Tensor, weight: Tensor, k: int, mask_token_id: int, tile: Tile | None = None
 ) -> Candidates:
-    """`dmax.kernels.head.head_top_k` for float32, float16 and bfloat16; `tile` is for tuning.
+    """`dmax.kernels.lm_head.lm_head_top_k` for float32, float16 and bfloat16; `tile` is for tuning.
 
     Here k is at most V - 1 and small.
     """
