@@ -102,7 +102,7 @@ def test_the_kernel_runs_for_plain_tables_where_triton_is_chosen(
     from dmax.kernels import blend_triton
 
     sentinel = torch.zeros(1)
-    monkeypatch.setattr(blend, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(blend, "implementation", lambda device: "triton")
     monkeypatch.setattr(blend_triton, "embed_soft", lambda *_: sentinel)
     _, tokens, soft = case(1, torch.float32)
 

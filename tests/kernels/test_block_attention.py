@@ -67,7 +67,7 @@ def run(
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
     """Where they run from now on."""
-    monkeypatch.setattr(block_attention, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(block_attention, "implementation", lambda device: "triton")
     return triton_device
 
 

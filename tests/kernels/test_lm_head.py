@@ -242,7 +242,7 @@ def test_what_the_kernel_cannot_do_goes_to_the_twin(monkeypatch: pytest.MonkeyPa
         calls.append((weight.dtype, k))
         return lm_head_top_k_torch(hidden, weight, k, mask_token_id)
 
-    monkeypatch.setattr(lm_head, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(lm_head, "implementation", lambda device: "triton")
     monkeypatch.setattr(lm_head_triton, "lm_head_top_k", spy)
     hidden, weight = torch.randn(2, 16), torch.randn(40, 16)
     lm_head_top_k(hidden, weight, 2, 5)

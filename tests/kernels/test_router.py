@@ -69,7 +69,7 @@ def test_the_kernel_runs_where_triton_is_chosen(
     from dmax.kernels import router_triton
 
     chosen = []
-    monkeypatch.setattr(router, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(router, "implementation", lambda device: "triton")
     monkeypatch.setattr(
         router_triton, "select", lambda *arguments: chosen.append(arguments) or select(*arguments)
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
 
 
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
@@ -20,7 +20,7 @@ def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
     Gradients, weights that are elsewhere (offloaded), and forwards that are not over whole blocks
     (`CacheWindow.bases`) are left to the twin.
     """
-    if choose(heads.device)[0] != "triton" or getattr(cache, "bases", None) is None:
+    if implementation(heads.device) != "triton" or getattr(cache, "bases", None) is None:
         return False
     return (
         heads.dtype in FUSED_DTYPES
@@ -55,6 +55,5 @@ def block_attention(
         [R, L, H d], the heads' outputs, computed in float32 throughout: the twin rounds after each
         of its steps.
     """
-    from dmax.kernels import block_attention_triton  # imports triton
-
-    return block_attention_triton.block_attention(heads, norms, eps, rotary, window, layer, scaling)
+    kernels = triton_kernels("block_attention")
+    return kernels.block_attention(heads, norms, eps, rotary, window, layer, scaling)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmax.confidence import Candidates, candidates
 from dmax.errors import InputError
-from dmax.kernels import choose
+from dmax.kernels import implementation, triton_kernels
 
 MAX_FUSED_CANDIDATES = 8  # the kernel makes one pass over its tile for each
 CHUNK_BYTES = 64 * 2**20  # of float32 logits that the twin holds at once
@@ -48,13 +48,11 @@ def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) ->
         )
     k = min(k, weight.shape[0] - 1)
     if (
-        choose(weight.device)[0] == "triton"
+        implementation(weight.device) == "triton"
         and k <= MAX_FUSED_CANDIDATES
         and weight.dtype != torch.float64
     ):
-        from dmax.kernels import lm_head_triton  # imports triton
-
-        return lm_head_triton.lm_head_top_k(hidden, weight, k, mask_token_id)
+        return triton_kernels("lm_head").lm_head_top_k(hidden, weight, k, mask_token_id)
     return lm_head_top_k_torch(hidden, weight, k, mask_token_id)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
 
 if TYPE_CHECKING:
     from dmax.kernels.moe_triton import Tile
@@ -61,7 +61,7 @@ def fused_moe_experts_forward(
     down = experts.down_proj
     tensors = (hidden_states, top_k_weights, gate_up, down)
     if (
-        choose(hidden_states.device)[0] == "triton"
+        implementation(hidden_states.device) == "triton"
         and top_k_index.numel() <= MAX_FUSED_PAIRS_PER_EXPERT * gate_up.shape[0]
         and isinstance(experts.act_fn, SILU)
         and hidden_states.dtype == gate_up.dtype
@@ -82,10 +82,10 @@ def fused_moe(
     down: Tensor | QuantizedWeight,
     *,
     tile: Tile | None = None,
-    override: str | None = None,
 ) -> Tensor:
-    """SiLU experts in two Triton kernels, which read the weights of the experts in use once; or their twin, `routed`.
+    """SiLU experts in two Triton kernels; the twin is `routed` with `F.silu`.
 
+    The kernels read the weights of the experts in use once.
     The kernels accumulate in float32 and round the inner state and each expert's output to the
     dtype of `tokens`; the sum over a token's experts is in a fixed order. Static shapes, no wait
     for the device, no gradient.
@@ -97,13 +97,8 @@ def fused_moe(
         gate_up: [E, 2I, D] in the dtype of `tokens`, or quantised.
         down: [E, D, I] likewise.
         tile: block sizes to try instead of the kernels' own choice.
-        override: the implementation, as in `choose`.
     """
-    if choose(tokens.device, override)[0] == "torch":
-        return routed(tokens, index, weights, gate_up, down, F.silu)
-    from dmax.kernels import moe_triton  # imports triton
-
-    return moe_triton.fused_moe(tokens, index, weights, gate_up, down, tile)
+    return triton_kernels("moe").fused_moe(tokens, index, weights, gate_up, down, tile)
 
 
 def dense(
@@ -162,7 +157,7 @@ def best_experts_implementation(num_experts: int, device: torch.device) -> str |
     """
     if device.type == "cpu":
         return "dense_mm" if num_experts <= 16 else None
-    return "fused_moe" if choose(device)[0] == "triton" else None
+    return "fused_moe" if implementation(device) == "triton" else None
 
 
 def register() -> None:

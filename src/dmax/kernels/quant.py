@@ -21,7 +21,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from dmax.errors import InputError, did_you_mean
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels import FUSED_DTYPES, implementation, wants_gradient
 from dmax.kernels.moe import SILU, fused_moe, routed
 
 Format = Literal["int8", "fp8", "int4"]
@@ -187,7 +187,7 @@ class QuantizedExperts(nn.Module):
     def _gpu_has_format(self) -> bool:
         """Triton compiles e4m3 for compute capability 8.9 and later only."""
         device = self.down_values.device
-        if choose(device)[0] != "triton":
+        if implementation(device) != "triton":
             return False
         return self.down_values.dtype != FP8 or torch.cuda.get_device_capability(device) >= (8, 9)
 

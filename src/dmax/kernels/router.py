@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,12 @@ def route(
         routing: see there.
     """
     if (
-        choose(x.device)[0] == "triton"
+        implementation(x.device) == "triton"
         and x.dtype in FUSED_DTYPES
         and not wants_gradient(x, weight)
     ):
-        from dmax.kernels import router_triton  # imports triton
-
-        return router_triton.select(router_triton.router_logits(x, weight), bias, routing)
+        kernels = triton_kernels("router")
+        return kernels.select(kernels.router_logits(x, weight), bias, routing)
     return select(router_logits(x, weight), bias, routing)
 
 
