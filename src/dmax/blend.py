@@ -98,12 +98,11 @@ def embed_tokens(
     if soft is None:
         return embed(tokens)
     table = None if torch.is_grad_enabled() else _table(embed)
-    if (
-        table is not None
-        and implementation(table.device) == "triton"
-        and table.dtype in FUSED_DTYPES
-    ):
-        return triton_kernels("blend").embed_soft(table, tokens, soft, mask_token_id)
+    is_fused = table is not None and implementation(table.device) == "triton"
+    if table is not None and is_fused and table.dtype in FUSED_DTYPES:
+        return triton_kernels("blend").embed_soft(
+            table, tokens, soft.where, soft.ids, soft.probs, mask_token_id, soft.renormalize
+        )
     where = soft.where[..., None]
     ids = torch.where(where, soft.ids, tokens[..., None])
     mask_embed = (

@@ -34,9 +34,10 @@ from transformers import (
 from dmax import models
 from dmax.errors import InputError
 from dmax.kernels.moe import best_experts_implementation
-from dmax.kernels.quant import Format, check_format, quantize_experts
+from dmax.kernels.quant import Format, check_format
 from dmax.models import backbone
 from dmax.models.backbone import MASK_TOKEN
+from dmax.models.quantization import quantize_experts
 from dmax.params import check_number
 from dmax.tiny import BUNDLED, bundled
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dmax.confidence import Candidates, take_best
+from dmax.confidence import LARGEST, Candidates, take_best
 from dmax.decoding.block import Output, View, predict
 from dmax.errors import InputError
 from dmax.kernels import lm_head
-from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch
+from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch, merge_tiles
 
 INF = float("inf")
 Head = Callable[[Tensor, Tensor, int, int], Candidates]
@@ -63,10 +64,10 @@ def triton_head(triton_device: torch.device) -> Head:
         if weight.dtype == torch.bfloat16 and triton_device.type == "cpu":
             pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
         tile = lm_head_triton.Tile(vocabulary=16, size=16, warps=4, stages=2)
-        result = lm_head_triton.lm_head_top_k(
-            hidden.to(triton_device), weight.to(triton_device), k, mask_token_id, tile
-        )
-        return Candidates(result.ids.cpu(), result.probs.cpu(), result.broken.cpu())
+        hidden = hidden.to(triton_device)
+        weight = weight.to(triton_device)
+        best = lm_head_triton.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST, tile)
+        return Candidates(*(tensor.cpu() for tensor in merge_tiles(*best)))
 
     return run
 
@@ -232,19 +233,22 @@ def test_hidden_states_may_be_a_slice(triton_head: Head) -> None:
     )
 
 
-@pytest.mark.usefixtures("triton_device")
-def test_what_the_kernel_cannot_do_goes_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernel_cannot_do_goes_to_the_twin(
+    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
     from dmax.kernels import lm_head_triton
 
     calls = []
+    run = lm_head_triton.top_k_of_tiles
 
-    def spy(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+    def spy(hidden: Tensor, weight: Tensor, k: int, *rest: Any) -> tuple[Tensor, ...]:
         calls.append((weight.dtype, k))
-        return lm_head_top_k_torch(hidden, weight, k, mask_token_id)
+        return run(hidden, weight, k, *rest)
 
     monkeypatch.setattr(lm_head, "implementation", lambda device: "triton")
-    monkeypatch.setattr(lm_head_triton, "lm_head_top_k", spy)
-    hidden, weight = torch.randn(2, 16), torch.randn(40, 16)
+    monkeypatch.setattr(lm_head_triton, "top_k_of_tiles", spy)
+    hidden = torch.randn(2, 16, device=triton_device)
+    weight = torch.randn(40, 16, device=triton_device)
     lm_head_top_k(hidden, weight, 2, 5)
     lm_head_top_k(hidden.double(), weight.double(), 2, 5)
     lm_head_top_k(hidden, weight, 9, 5)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dmax import kernels
 from dmax.errors import InputError
 from dmax.kernels import implementation, moe, using
-from dmax.kernels.moe import best_experts_implementation, fused_moe, routed
+from dmax.kernels.moe import best_experts_implementation, fused_moe, routed, stored
 from dmax.models import LLaDA2MoeConfig
 from dmax.models.llada2_moe.modeling import LLaDA2MoeExperts
 
@@ -231,24 +231,30 @@ def test_kernels_take_any_routing(triton_device: torch.device, routing: str) -> 
 def test_tiles_need_not_divide_the_sizes(
     triton_device: torch.device, tile: tuple[int, int, int]
 ) -> None:
-    from dmax.kernels.moe_triton import Tile
+    from dmax.kernels import moe_triton
 
     inputs = make_inputs(21, EXPERTS, hidden=72, top_k=3)
     weights = make_weights(torch.float32, hidden=72, width=40)
     arguments = on(triton_device, *inputs, *weights)
-    actual = fused_moe(*arguments, tile=Tile(*tile))
+    tokens, index, weights, gate_up, down = arguments
+    actual = moe_triton.fused_moe(
+        tokens, index, weights, stored(gate_up), stored(down), moe_triton.Tile(*tile)
+    )
     assert relative_error(actual, routed(*arguments, F.silu)) <= 1e-6
 
 
 def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch.device) -> None:
-    from dmax.kernels.moe_triton import Tile
+    from dmax.kernels import moe_triton
 
-    tokens, index, weights, *stacked = on(
+    tokens, index, weights, gate_up, down = on(
         triton_device, *make_inputs(40, EXPERTS, torch.float16), *make_weights(torch.float16)
     )
-    tile = Tile(16, 32, 64)
-    together = fused_moe(tokens, index, weights, *stacked, tile=tile)
-    assert torch.equal(together, fused_moe(tokens, index, weights, *stacked, tile=tile))
+
+    def run(tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        tile = moe_triton.Tile(16, 32, 64)
+        return moe_triton.fused_moe(tokens, index, weights, stored(gate_up), stored(down), tile)
+
+    together = run(tokens, index, weights)
+    assert torch.equal(together, run(tokens, index, weights))
     some = torch.tensor([33, 2, 17], device=triton_device)
-    of_some = fused_moe(tokens[some], index[some], weights[some], *stacked, tile=tile)
-    assert torch.equal(together[some], of_some)
+    assert torch.equal(together[some], run(tokens[some], index[some], weights[some]))
