@@ -148,8 +148,9 @@ class ModelRunner:
     def _inputs(self, embeds: Tensor, place: Place) -> dict[str, Any]:
         """The model's arguments for inputs [N, L, D]."""
         slots, starts, bases, keys, in_order = place
+        length = self.block_length
         window = CacheWindow(
-            self.cache, slots, starts, self.block_length, len(keys), in_order, bases
+            self.cache, slots, starts, length, len(keys), in_order, is_block=True, bases=bases
         )
         first = starts[:, None]
         bases = bases[:, None]

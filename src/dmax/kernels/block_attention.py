@@ -21,7 +21,7 @@ def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bo
     """
     return (
         isinstance(cache, CacheWindow)
-        and cache.bases is not None
+        and cache.is_block
         and implementation(heads.device) == "triton"
         and heads.dtype in FUSED_DTYPES
         and heads.dtype == cache.cache.keys[0].dtype
