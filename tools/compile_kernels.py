@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for an NVIDIA GPU that need not be there, and prints what became of them as JSON lines.
+"""Compiles the Triton kernels for an NVIDIA GPU that need not be there; prints JSON lines.
 
     python tools/compile_kernels.py 90                # compute capability 9.0: H100, H200
     python tools/compile_kernels.py 80 "32 tokens"    # only what has that in its name
@@ -27,18 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dmax.blend import SoftTokens
-from dmax.cache import BlockCache, CacheWindow
+from dmax.confidence import LARGEST
 from dmax.kernels import (
     blend_triton,
     block_attention_triton,
-    head_triton,
+    lm_head_triton,
     moe_triton,
     norm_triton,
     router_triton,
 )
-from dmax.kernels.quant import FP8, QuantizedWeight
-from dmax.kernels.router import Routing
+from dmax.kernels.quant import FP8
 
 VOCABULARY = 157_184
 HIDDEN = 2048
@@ -74,16 +72,15 @@ def new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def weight(rows: int, columns: int, form: str) -> Tensor | QuantizedWeight:
+def weight(rows: int, columns: int, form: str) -> moe_triton.Stored:
     """Stacked matrices [E, rows, columns]."""
     if form == "bf16":
-        return new(EXPERTS, rows, columns)
+        return new(EXPERTS, rows, columns), None, 0
     if form == "int4":
-        return QuantizedWeight(
-            new(EXPERTS, rows, columns // 2, dtype=torch.uint8), new(EXPERTS, rows, columns // 128)
-        )
+        packed = new(EXPERTS, rows, columns // 2, dtype=torch.uint8)
+        return packed, new(EXPERTS, rows, columns // 128), 128
     values = new(EXPERTS, rows, columns, dtype=torch.int8 if form == "int8" else FP8)
-    return QuantizedWeight(values, new(EXPERTS, rows, 1, dtype=torch.float32))
+    return values, new(EXPERTS, rows, 1, dtype=torch.float32), 0
 
 
 def experts(num_tokens: int, form: str) -> None:
@@ -93,34 +90,36 @@ def experts(num_tokens: int, form: str) -> None:
     moe_triton.fused_moe(new(num_tokens, HIDDEN), index, new(num_tokens, CHOSEN), gate_up, down)
 
 
-def head(num_tokens: int, k: int) -> None:
-    head_triton.head_top_k(new(num_tokens, HIDDEN), new(VOCABULARY, HIDDEN), k, MASK)
+def lm_head(num_tokens: int, k: int) -> None:
+    hidden = new(num_tokens, HIDDEN)
+    lm_head_triton.top_k_of_tiles(hidden, new(VOCABULARY, HIDDEN), k, MASK, LARGEST)
 
 
 def blend(k: int) -> None:
+    table = new(VOCABULARY, HIDDEN)
+    tokens = new(1, 32, dtype=torch.int64)
     where = new(1, 32, dtype=torch.bool)
     ids = new(1, 32, k, dtype=torch.int64)
-    soft = SoftTokens(where, ids, new(1, 32, k, dtype=torch.float32))
-    blend_triton.embed_soft(new(VOCABULARY, HIDDEN), new(1, 32, dtype=torch.int64), soft, MASK)
+    probs = new(1, 32, k, dtype=torch.float32)
+    blend_triton.embed_soft(table, tokens, where, ids, probs, MASK, True)
 
 
 def attention(num_rows: int, span: int, num_heads: int = 16) -> None:
-    cache = BlockCache(1, num_rows, 4096, KEY_VALUE_HEADS, HEAD_SIZE, dtype=BF16, device="meta")
+    store = new(num_rows, 4096, KEY_VALUE_HEADS, HEAD_SIZE)
     numbers = new(num_rows, dtype=torch.int64)
-    window = CacheWindow(cache, numbers, numbers, 32, span, False, numbers)
     heads = new(num_rows, 32, num_heads + 2 * KEY_VALUE_HEADS, HEAD_SIZE)
     norm = new(HEAD_SIZE)
-    rotary = new(num_rows, 32, 1, HEAD_SIZE // 2), new(num_rows, 32, 1, HEAD_SIZE // 2)
+    turn = new(num_rows, 32, 1, HEAD_SIZE // 2)
     block_attention_triton.block_attention(
-        heads, (norm, norm), 1e-6, rotary, window, 0, HEAD_SIZE**-0.5
-    )
+        heads, (norm, norm), 1e-6, (turn, turn), store, store,
+        numbers, numbers, numbers, span, HEAD_SIZE**-0.5,
+    )  # fmt: skip
 
 
 def router(num_tokens: int) -> None:
     bias = new(EXPERTS, dtype=torch.float32)
-    router_triton.select(
-        new(num_tokens, EXPERTS, dtype=torch.float32), bias, Routing(CHOSEN, 8, 4, scaling=2.5)
-    )
+    logits = new(num_tokens, EXPERTS, dtype=torch.float32)
+    router_triton.select(logits, bias, CHOSEN, 8, 4, scaling=2.5)
 
 
 def norm(num_tokens: int) -> None:
@@ -133,7 +132,7 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{form} experts, {num_tokens} tokens", partial(experts, num_tokens, form)
     yield "bf16 experts, 64 tokens", partial(experts, 64, "bf16")
     for num_tokens, k in ((32, 1), (32, 4), (64, 1), (512, 4)):
-        yield f"head, {num_tokens} tokens, top {k}", partial(head, num_tokens, k)
+        yield f"head, {num_tokens} tokens, top {k}", partial(lm_head, num_tokens, k)
     for k in (1, 4):
         yield f"blend of {k}", partial(blend, k)
     for num_rows, span in ((1, 1024), (32, 512)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmax.kernels import choose
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -98,10 +98,11 @@ def embed_tokens(
     if soft is None:
         return embed(tokens)
     table = None if torch.is_grad_enabled() else _table(embed)
-    if table is not None and choose(table.device)[0] == "triton" and table.dtype != torch.float64:
-        from dmax.kernels import blend_triton  # imports triton
-
-        return blend_triton.embed_soft(table, tokens, soft, mask_token_id)
+    is_fused = table is not None and implementation(table.device) == "triton"
+    if table is not None and is_fused and table.dtype in FUSED_DTYPES:
+        return triton_kernels("blend").embed_soft(
+            table, tokens, soft.where, soft.ids, soft.probs, mask_token_id, soft.renormalize
+        )
     where = soft.where[..., None]
     ids = torch.where(where, soft.ids, tokens[..., None])
     mask_embed = (

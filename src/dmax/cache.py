@@ -1,8 +1,9 @@
-"""Keys and values of what is already settled: for decoding block by block, and for training on one clean stream.
+"""Keys and values of final tokens: for decoding block by block, and for training on a clean stream.
+
+Newer releases of transformers pass further arguments to `update`, which have no use here.
 
 Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head
-    size. Further
-arguments of `update`, which newer releases of transformers pass, are of no use here.
+size.
 """
 
 from __future__ import annotations
@@ -141,8 +142,9 @@ class CacheWindow:
         length: new positions L.
         span: positions that are read, at least the highest start + L.
         in_order: the slots are 0..B-1, the common case, and are read without a copy.
-        bases: [B] int64, if each row is a block that sees the positions before its base, and
-            itself; None: it is for the attention mask alone to say.
+        is_block: each row is a whole block, which sees the positions before its base, and itself.
+            Attention may then do without the mask; otherwise only the mask says what a row sees.
+        bases: [B] int64, how many positions each row sees besides itself; None: the `starts`.
     """
 
     def __init__(
@@ -153,6 +155,8 @@ class CacheWindow:
         length: int,
         span: int,
         in_order: bool,
+        *,
+        is_block: bool = False,
         bases: Tensor | None = None,
     ) -> None:
         self.cache = cache
@@ -160,27 +164,24 @@ class CacheWindow:
         self.slots = slots
         self.in_order = in_order
         self.starts = starts
-        self.bases = bases
-        # [B, L] positions the rows' queries stand at
-        self.positions = starts[:, None] + torch.arange(length, device=starts.device)
-        self._places = slots[:, None], self.positions
+        self.is_block = is_block
+        self.bases = starts if bases is None else bases
+        self.positions = starts[:, None] + torch.arange(length, device=starts.device)  # [B, L]
+        self._written = slots[:, None], self.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions before the window; rows differ, so callers pass `positions` instead."""
+        """Positions before the window at most; callers pass `positions`, as rows differ."""
         return self.span - self.positions.shape[1]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, G, L, d] in place.
+        """Store new keys and values [B, G, L, d], and return what is read, each [B, G, span, d].
 
-        Returns:
-            All that attention may see, each [B, G, span, d]. Positions after a row's own end are
-            stale: the attention mask must hide them.
+        Positions past a row's own end hold old numbers: the attention mask must hide them.
         """
-        keys = self._replace(self.cache.keys[layer_idx], key)
-        values = self._replace(self.cache.values[layer_idx], value)
-        return keys, values
+        keys = self._write_and_read(self.cache.keys[layer_idx], key)
+        return keys, self._write_and_read(self.cache.values[layer_idx], value)
 
-    def _replace(self, store: Tensor, new: Tensor) -> Tensor:
-        store.index_put_(self._places, new.transpose(1, 2).to(store.dtype))
+    def _write_and_read(self, store: Tensor, new: Tensor) -> Tensor:
+        store.index_put_(self._written, new.transpose(1, 2).to(store.dtype))
         rows = slice(len(self.slots)) if self.in_order else self.slots
         return store[rows, : self.span].transpose(1, 2)

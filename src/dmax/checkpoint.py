@@ -28,8 +28,9 @@ from dmax import models
 from dmax.errors import InputError
 from dmax.files import check_new_folder, new_folder
 from dmax.kernels.moe import best_experts_implementation
-from dmax.kernels.quant import Format, check_format, quantize_experts
+from dmax.kernels.quant import Format, check_format
 from dmax.models import backbone
+from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 from dmax.tiny import BUNDLED, bundled
 

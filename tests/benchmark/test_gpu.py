@@ -166,7 +166,7 @@ def test_bytes_of_quantised_experts() -> None:
 
 
 def test_bytes_of_quantised_experts_are_those_they_hold(small: Checkpoint) -> None:
-    from dmax.kernels.quant import quantize_experts
+    from dmax.models.quantization import quantize_experts
 
     for form in ("int8", "fp8", "int4"):
         model: Any = llada2_mini(torch.bfloat16, CPU, **TINY).model

@@ -158,7 +158,7 @@ def test_greedy_rows_beside_sampled_ones_are_what_they_are_alone() -> None:
     together = prediction(logits, top_k=3, noise=noise)
     alone = prediction(logits, top_k=3)
     assert not torch.equal(together.ids, alone.ids)
-    for name in Candidates.__slots__:
+    for name in Candidates._fields:
         assert torch.equal(getattr(together, name)[::2], getattr(alone, name)[::2])
 
 

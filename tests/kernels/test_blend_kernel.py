@@ -33,10 +33,8 @@ def plain(table: Tensor, tokens: Tensor, soft: SoftTokens | None) -> Tensor:
 def fused(table: Tensor, tokens: Tensor, soft: SoftTokens, device: torch.device) -> Tensor:
     from dmax.kernels import blend_triton
 
-    there = SoftTokens(
-        soft.where.to(device), soft.ids.to(device), soft.probs.to(device), soft.renormalize
-    )
-    return blend_triton.embed_soft(table.to(device), tokens.to(device), there, MASK).cpu()
+    tensors = (each.to(device) for each in (table, tokens, soft.where, soft.ids, soft.probs))
+    return blend_triton.embed_soft(*tensors, MASK, soft.renormalize).cpu()
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -102,7 +100,7 @@ def test_the_kernel_runs_for_plain_tables_where_triton_is_chosen(
     from dmax.kernels import blend_triton
 
     sentinel = torch.zeros(1)
-    monkeypatch.setattr(blend, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(blend, "implementation", lambda device: "triton")
     monkeypatch.setattr(blend_triton, "embed_soft", lambda *_: sentinel)
     _, tokens, soft = case(1, torch.float32)
 

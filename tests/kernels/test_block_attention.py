@@ -67,7 +67,7 @@ def run(
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
     """Where they run from now on."""
-    monkeypatch.setattr(block_attention, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(block_attention, "implementation", lambda device: "triton")
     return triton_device
 
 
@@ -129,6 +129,7 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     )  # weights that are not loaded yet
     assert not can_attend(heads.half(), norms, window)  # the cache is float32
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
-    assert not can_attend(
-        heads, norms, runner.cache.write_at([0], L)
-    )  # a chunk of a prompt, with its own mask
+    chunk = runner.cache.write_at([0], L)  # of a prompt, with a mask of its own
+    assert not can_attend(heads, norms, chunk)
+    chunk.is_block = True
+    assert can_attend(heads, norms, chunk)

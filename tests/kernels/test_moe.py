@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dmax import kernels
 from dmax.errors import InputError
-from dmax.kernels import choose, moe, using
-from dmax.kernels.moe import best_experts_implementation, fused_moe, routed
+from dmax.kernels import implementation, moe, using
+from dmax.kernels.moe import best_experts_implementation, fused_moe, routed, stored
 from dmax.models import LLaDA2MoeConfig
 from dmax.models.llada2_moe.modeling import LLaDA2MoeExperts
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 EXPERTS, TOP_K = 8, 2
 
 
@@ -134,27 +135,32 @@ def test_the_implementation_follows_from_device_and_installation(
 ) -> None:
     kernels.has_triton.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-    assert choose(CPU) == ("torch", "Triton does not compile for cpu")
-    assert choose(torch.device("cuda")) == ("torch", "triton is not installed")
-    assert choose(torch.device("cuda"), "torch") == ("torch", "asked for")
-    with pytest.raises(InputError, match="triton is not installed"):
-        choose(CPU, "triton")
-    with pytest.raises(InputError, match="unknown implementation 'tritn'") as error:
-        choose(CPU, "tritn")
+    assert implementation(CPU) == "torch"
+    assert implementation(CUDA) == "torch"
+    with using("torch"):
+        assert implementation(CUDA) == "torch"
+    with pytest.raises(InputError, match="triton is not installed"), using("triton"):
+        pass
+    with (
+        pytest.raises(InputError, match="unknown implementation 'tritn'") as error,
+        using("tritn"),  # type: ignore[arg-type]
+    ):
+        pass
     assert error.value.hint == "did you mean `triton`?"
-    assert best_experts_implementation(256, torch.device("cuda")) is None
+    assert best_experts_implementation(256, CUDA) is None
     kernels.has_triton.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
-    assert choose(torch.device("cuda"))[0] == "triton"
+    assert implementation(CPU) == "torch"
+    assert implementation(CUDA) == "triton"
     with using("torch"):
-        assert choose(torch.device("cuda")) == ("torch", "nothing else is wanted")
-    assert choose(torch.device("cuda"))[0] == "triton"
-    assert best_experts_implementation(256, torch.device("cuda")) == "fused_moe"
-    assert [best_experts_implementation(num, CPU) for num in (4, 16, 17)] == [
-        "dense_mm",
-        "dense_mm",
-        None,
-    ]
+        assert implementation(CUDA) == "torch"
+    assert implementation(CUDA) == "triton"
+    with using("triton"):
+        assert implementation(CPU) == "triton"
+    assert implementation(CPU) == "torch"
+    assert best_experts_implementation(256, CUDA) == "fused_moe"
+    on_cpu = [best_experts_implementation(num_experts, CPU) for num_experts in (4, 16, 17)]
+    assert on_cpu == ["dense_mm", "dense_mm", None]
     kernels.has_triton.cache_clear()
 
 
@@ -167,7 +173,7 @@ def test_shapes_and_gradients_decide_for_the_kernel(
 ) -> None:
     """Eight experts take 16 pairs each: 64 tokens of two."""
     calls: list[Any] = []
-    monkeypatch.setattr(moe, "choose", lambda device: ("triton", ""))
+    monkeypatch.setattr(moe, "implementation", lambda device: "triton")
     monkeypatch.setattr(moe, "fused_moe", lambda tokens, *rest: calls.append(rest) or tokens)
     experts = make_experts("fused_moe", EXPERTS).requires_grad_(requires_grad)
     experts(*make_inputs(num_tokens, EXPERTS))
@@ -200,13 +206,11 @@ def test_kernels_equal_their_twin(
     if dtype == torch.bfloat16 and triton_device.type == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 products")
     arguments = on(triton_device, *make_inputs(num_tokens, EXPERTS, dtype), *make_weights(dtype))
-    actual = fused_moe(*arguments, override="triton")
+    actual = fused_moe(*arguments)
     assert actual.dtype == dtype
-    expected = fused_moe(*in_float64(*arguments), override="torch")
-    assert (
-        relative_error(actual, expected)
-        <= {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    )
+    expected = routed(*in_float64(*arguments), F.silu)
+    bound = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert relative_error(actual, expected) <= bound
 
 
 @pytest.mark.parametrize("routing", ["one expert for all", "idle experts", "the same expert twice"])
@@ -219,35 +223,38 @@ def test_kernels_take_any_routing(triton_device: torch.device, routing: str) -> 
     else:
         index = index[:, :1].expand(-1, 2)
     arguments = on(triton_device, tokens, index, weights, *make_weights(torch.float32))
-    actual, expected = (fused_moe(*arguments, override=name) for name in ("triton", "torch"))
-    assert relative_error(actual, expected) <= 1e-6
+    expected = routed(*arguments, F.silu)
+    assert relative_error(fused_moe(*arguments), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("tile", [(16, 16, 32), (32, 32, 16)])
 def test_tiles_need_not_divide_the_sizes(
     triton_device: torch.device, tile: tuple[int, int, int]
 ) -> None:
-    from dmax.kernels.moe_triton import Tile
+    from dmax.kernels import moe_triton
 
-    inputs, weights = (
-        make_inputs(21, EXPERTS, hidden=72, top_k=3),
-        make_weights(torch.float32, hidden=72, width=40),
-    )
+    inputs = make_inputs(21, EXPERTS, hidden=72, top_k=3)
+    weights = make_weights(torch.float32, hidden=72, width=40)
     arguments = on(triton_device, *inputs, *weights)
-    actual = fused_moe(*arguments, tile=Tile(*tile), override="triton")
-    assert relative_error(actual, fused_moe(*arguments, override="torch")) <= 1e-6
+    tokens, index, weights, gate_up, down = arguments
+    actual = moe_triton.fused_moe(
+        tokens, index, weights, stored(gate_up), stored(down), moe_triton.Tile(*tile)
+    )
+    assert relative_error(actual, routed(*arguments, F.silu)) <= 1e-6
 
 
 def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch.device) -> None:
-    from dmax.kernels.moe_triton import Tile
+    from dmax.kernels import moe_triton
 
-    tokens, index, weights, *stacked = on(
+    tokens, index, weights, gate_up, down = on(
         triton_device, *make_inputs(40, EXPERTS, torch.float16), *make_weights(torch.float16)
     )
-    options: dict[str, Any] = {"tile": Tile(16, 32, 64), "override": "triton"}
-    together = fused_moe(tokens, index, weights, *stacked, **options)
-    assert torch.equal(together, fused_moe(tokens, index, weights, *stacked, **options))
+
+    def run(tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        tile = moe_triton.Tile(16, 32, 64)
+        return moe_triton.fused_moe(tokens, index, weights, stored(gate_up), stored(down), tile)
+
+    together = run(tokens, index, weights)
+    assert torch.equal(together, run(tokens, index, weights))
     some = torch.tensor([33, 2, 17], device=triton_device)
-    assert torch.equal(
-        together[some], fused_moe(tokens[some], index[some], weights[some], *stacked, **options)
-    )
+    assert torch.equal(together[some], run(tokens[some], index[some], weights[some]))

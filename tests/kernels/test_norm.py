@@ -15,7 +15,7 @@ EPS = 1e-6
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
     """Where they run from now on."""
-    monkeypatch.setattr(norm, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(norm, "implementation", lambda device: "triton")
     return triton_device
 
 
@@ -63,7 +63,7 @@ def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from dmax.kernels import norm_triton
 
     sentinel = torch.zeros(1)
-    monkeypatch.setattr(norm, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(norm, "implementation", lambda device: "triton")
     monkeypatch.setattr(norm_triton, "add_rms_norm", lambda *_: (sentinel, sentinel))
     x, more, weight = case(8, torch.float32)
 

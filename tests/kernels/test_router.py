@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from dmax.kernels import router
-from dmax.kernels.router import Routing, route, select
+from dmax.kernels.router import route, select
 
-ROUTINGS = {
-    "one group": (8, Routing(2)),
-    "as LLaDA-2.0": (256, Routing(8, 8, 4, scaling=2.5)),
-    "sizes that are no powers of two": (15, Routing(3, 3, 2)),
-    "groups of one": (4, Routing(2, 4, 3)),
-    "weights as they are": (12, Routing(4, 2, 1, normalizes=False)),
-    "one expert": (6, Routing(1, normalizes=False)),
+ROUTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one group": (8, dict(top_k=2)),
+    "as LLaDA-2.0": (256, dict(top_k=8, num_groups=8, num_kept_groups=4, scaling=2.5)),
+    "sizes that are no powers of two": (15, dict(top_k=3, num_groups=3, num_kept_groups=2)),
+    "groups of one": (4, dict(top_k=2, num_groups=4, num_kept_groups=3)),
+    "weights as they are": (
+        12,
+        dict(top_k=4, num_groups=2, num_kept_groups=1, normalizes=False),
+    ),
+    "one expert": (6, dict(top_k=1, normalizes=False)),
 }
 
 
@@ -33,19 +38,19 @@ def test_the_kernel_equals_the_twin(name: str, biased: bool, triton_device: torc
     from dmax.kernels import router_triton
 
     num_experts, routing = ROUTINGS[name]
-    logits, bias = torch.randn(33, num_experts), torch.randn(num_experts) / 4 if biased else None
-    expected = spread(select(logits, bias, routing), num_experts)
-    on_device = bias if bias is None else bias.to(triton_device)
-    actual = router_triton.select(logits.to(triton_device), on_device, routing)
+    logits = torch.randn(33, num_experts)
+    bias = torch.randn(num_experts) / 4 if biased else None
+    expected = spread(select(logits, bias, **routing), num_experts)
+    on_device = None if bias is None else bias.to(triton_device)
+    actual = router_triton.select(logits.to(triton_device), on_device, **routing)
     torch.testing.assert_close(spread(actual, num_experts), expected)
 
 
 def test_ties_go_to_the_lowest_index(triton_device: torch.device) -> None:
     from dmax.kernels import router_triton
 
-    index, weights = router_triton.select(
-        torch.zeros(2, 8, device=triton_device), None, Routing(2, 4, 2)
-    )
+    logits = torch.zeros(2, 8, device=triton_device)
+    index, weights = router_triton.select(logits, None, 2, 4, 2)
     assert index.tolist() == [[0, 1]] * 2
     assert weights.tolist() == [[0.5, 0.5]] * 2
 
@@ -54,12 +59,11 @@ def test_a_nan_chooses_no_expert_that_is_not_there(triton_device: torch.device) 
     from dmax.kernels import router_triton
 
     logits = torch.randn(4, 6)
-    logits[0, 5], logits[1, 2] = (
-        float("nan"),
-        float("nan"),
-    )  # the interpreter has no answer where all are
-    logits[2], logits[3] = float("inf"), float("-inf")
-    index, _ = router_triton.select(logits.to(triton_device), None, Routing(3, 3, 2))
+    logits[0, 5] = float("nan")  # not a whole row: the interpreter has no answer where all are
+    logits[1, 2] = float("nan")
+    logits[2] = float("inf")
+    logits[3] = float("-inf")
+    index, _ = router_triton.select(logits.to(triton_device), None, 3, 3, 2)
     assert set(index.flatten().tolist()) <= set(range(6))
 
 
@@ -69,18 +73,16 @@ def test_the_kernel_runs_where_triton_is_chosen(
     from dmax.kernels import router_triton
 
     chosen = []
-    monkeypatch.setattr(router, "choose", lambda device: ("triton", "asked for"))
+    monkeypatch.setattr(router, "implementation", lambda device: "triton")
     monkeypatch.setattr(
         router_triton, "select", lambda *arguments: chosen.append(arguments) or select(*arguments)
     )
-    x, weight = (
-        torch.randn(5, 16, device=triton_device),
-        torch.randn(8, 16, device=triton_device, requires_grad=True),
-    )
-    route(x, weight, None, Routing(2))
+    x = torch.randn(5, 16, device=triton_device)
+    weight = torch.randn(8, 16, device=triton_device, requires_grad=True)
+    route(x, weight, None, 2)
     assert not chosen  # a gradient is wanted, and the kernel has none
     with torch.no_grad():
-        route(x.double(), weight.double(), None, Routing(2))
+        route(x.double(), weight.double(), None, 2)
         assert not chosen
-        index, weights = route(x, weight, None, Routing(2))
+        index, weights = route(x, weight, None, 2)
     assert len(chosen) == 1 and index.shape == weights.shape == (5, 2)

@@ -19,7 +19,7 @@ from dmax.checkpoint import Checkpoint
 from dmax.confidence import Candidates
 from dmax.engine import runner
 from dmax.engine.rows import Row, Rows, Shape
-from dmax.kernels.head import head_top_k
+from dmax.kernels.lm_head import lm_head_top_k
 
 T = TypeVar("T")
 Spread = dict[str, float]
@@ -148,7 +148,7 @@ def watched(model: Any) -> Iterator[Watch]:
 
     def head(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
         start = time.perf_counter()
-        found = head_top_k(hidden, weight, k, mask_token_id)
+        found = lm_head_top_k(hidden, weight, k, mask_token_id)
         middle = time.perf_counter()
         F.linear(hidden, weight)
         product = time.perf_counter() - middle
@@ -161,7 +161,7 @@ def watched(model: Any) -> Iterator[Watch]:
         model.base_model.register_forward_hook(after),
     )
     try:
-        with patch.object(runner, "head_top_k", head):
+        with patch.object(runner, "lm_head_top_k", head):
             yield watch
     finally:
         for hook in hooks:

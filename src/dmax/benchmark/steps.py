@@ -18,7 +18,8 @@ from dmax.checkpoint import Checkpoint
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.kernels import using
-from dmax.kernels.quant import Format, quantize_experts
+from dmax.kernels.quant import Format
+from dmax.models.quantization import quantize_experts
 from dmax.params import DecodingParams
 
 WARM_UP = 2  # completions: a shape of step is captured the second time it comes

@@ -19,7 +19,7 @@ from dmax.cache import BlockCache, CacheWindow
 from dmax.confidence import Candidates
 from dmax.decoding.block import Output
 from dmax.engine.batch import Batch
-from dmax.kernels.head import head_top_k
+from dmax.kernels.lm_head import lm_head_top_k
 from dmax.special_ids import SpecialIds
 
 
@@ -138,8 +138,9 @@ class ModelRunner:
     ) -> dict[str, Any]:
         """The model's arguments for inputs [N, L, D]."""
         slots, starts, bases = where
+        length = self.block_length
         window = CacheWindow(
-            self.cache, slots, starts, self.block_length, len(keys), in_order, bases=bases
+            self.cache, slots, starts, length, len(keys), in_order, is_block=True, bases=bases
         )
         first = starts[:, None]
         base = bases[:, None]
@@ -152,13 +153,8 @@ class ModelRunner:
         """From hidden states [R, L, D]: logits are made only if a strategy asks for them."""
 
         def best(k: int) -> Candidates:
-            found = head_top_k(hidden.flatten(0, 1), lm_head, k, self.mask_token_id)
-            shape = hidden.shape[:2]
-            return Candidates(
-                ids=found.ids.view(*shape, -1),
-                probs=found.probs.view(*shape, -1),
-                broken=found.broken.view(shape),
-            )
+            found = lm_head_top_k(hidden.flatten(0, 1), lm_head, k, self.mask_token_id)
+            return found.view(*hidden.shape[:2])
 
         return Output(
             lambda: F.linear(hidden, lm_head),

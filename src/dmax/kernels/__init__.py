@@ -1,81 +1,79 @@
-"""Implementations chosen for the hardware at hand, each with a plain PyTorch twin.
+"""Kernels for the hardware at hand, each with a twin in plain PyTorch.
 
-`name.py` holds what to call and the twin, `name_triton.py` the Triton path, which alone imports
-triton.
+`name.py` holds the function to call and its twin. `name_triton.py` holds the Triton kernels: these
+files are the only ones that import triton, and they import nothing else of dmax.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, Literal, get_args
 
 import torch
 
 from dmax.errors import InputError, did_you_mean
 
-IMPLEMENTATIONS = ("triton", "torch")
+Implementation = Literal["triton", "torch"]
+IMPLEMENTATIONS = get_args(Implementation)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels compute in
 
-_wanted: str | None = None
+_forced: Implementation | None = None
+
+
+def implementation(device: torch.device) -> Implementation:
+    """The implementation to use on a device: "triton" on a CUDA GPU where triton is installed.
+
+    Only the device and the installed packages decide, so the answer stays the same for a whole
+    process, except within `using`.
+    """
+    if _forced is not None:
+        return _forced
+    return "triton" if device.type == "cuda" and has_triton() else "torch"
 
 
 @contextmanager
-def using(implementation: str) -> Iterator[None]:
-    """One implementation within, on every device: for comparisons, and to tell a kernel's fault from a model's.
+def using(name: Implementation) -> Iterator[None]:
+    """Use one implementation on every device within a `with` block.
+
+    This serves comparisons, and tells a fault of a kernel from a fault of a model. On a CPU,
+    "triton" runs only under Triton's interpreter.
 
     Raises:
-        InputError: as `choose` does.
+        InputError: an unknown implementation, or "triton" where it is not installed.
     """
-    global _wanted
-    before = _wanted
-    _wanted = choose(torch.device("cpu"), implementation)[0]
+    global _forced
+    if name not in IMPLEMENTATIONS:
+        message = f"unknown implementation {name!r}; choose from {', '.join(IMPLEMENTATIONS)}"
+        raise InputError(message, did_you_mean(name, IMPLEMENTATIONS))
+    if name == "triton" and not has_triton():
+        raise InputError("triton is not installed", hint="install it, or ask for `torch`")
+    before = _forced
+    _forced = name
     try:
         yield
     finally:
-        _wanted = before
+        _forced = before
 
 
 @cache
 def has_triton() -> bool:
-    """Whether it is installed; asking takes a search through the path."""
+    """Whether triton is installed; the answer is kept, because finding out takes a search."""
     return importlib.util.find_spec("triton") is not None
 
 
-def choose(device: torch.device, override: str | None = None) -> tuple[str, str]:
-    """The implementation to use on a device, "triton" or "torch", and why.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def triton_kernels(name: str) -> Any:
+    """The module `dmax.kernels.<name>_triton`, imported when it is needed: it imports triton.
 
-    Only the device and the installed packages decide, so the answer is the same in a whole process
-    (but for `using`).
-
-    Args:
-        device: where the tensors are.
-        override: ask for one of the two; on a CPU, "triton" only runs under Triton's interpreter.
-
-    Raises:
-        InputError: an unknown implementation, or Triton asked for where it is not installed.
+    Code under `torch.compile`, which cannot trace an import, takes the module as a constant.
     """
-    if override is not None:
-        if override not in IMPLEMENTATIONS:
-            message = (
-                f"unknown implementation {override!r}; choose from {', '.join(IMPLEMENTATIONS)}"
-            )
-            raise InputError(message, did_you_mean(override, IMPLEMENTATIONS))
-        if override == "triton" and not has_triton():
-            raise InputError("triton is not installed", hint="install it, or ask for `torch`")
-        return override, "asked for"
-    if _wanted is not None:
-        return _wanted, "nothing else is wanted"
-    if device.type != "cuda":
-        return "torch", f"Triton does not compile for {device.type}"
-    return (
-        ("triton", "a CUDA GPU and triton are present")
-        if has_triton()
-        else ("torch", "triton is not installed")
-    )
+    return importlib.import_module(f"dmax.kernels.{name}_triton")
 
 
 def wants_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether something computed of these is to have a gradient, which no kernel here has."""
+    """Whether what is computed from these tensors needs a gradient; no kernel here has one."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,29 +1,29 @@
-"""Attention of blocks over a `BlockCache`, from projected heads to mixed values, without copies of the cache.
+"""Attention of blocks over a `BlockCache`, from projected heads to mixed values, without copies.
 
-The twin is what `LLaDA2MoeAttention` does by itself: norms, rotation, `CacheWindow.update`,
+The twin is what `LLaDA2MoeAttention` does by itself: norms, rotation, `CacheWindow.update`, and
 attention under a mask. The Triton path (`block_attention_triton.py`) reads each row's own positions
-in place.
+where they lie in the cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.cache import CacheWindow
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
 
 
-def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: Any) -> bool:
-    """Whether `block_attention` takes these arguments: shapes, dtypes and devices alone decide.
+def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bool:
+    """Whether `block_attention` takes these arguments.
 
-    Gradients, weights that are elsewhere (offloaded), and forwards that are not over whole blocks
-    (`CacheWindow.bases`) are left to the twin.
+    Only the kind of the cache, dtypes and devices decide. Three cases are left to the twin: forwards
+    whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
     """
-    if choose(heads.device)[0] != "triton" or getattr(cache, "bases", None) is None:
-        return False
     return (
-        heads.dtype in FUSED_DTYPES
+        isinstance(cache, CacheWindow)
+        and cache.is_block
+        and implementation(heads.device) == "triton"
+        and heads.dtype in FUSED_DTYPES
         and heads.dtype == cache.cache.keys[0].dtype
         and all(weight.device == heads.device for weight in norms)
         and not wants_gradient(heads)
@@ -35,26 +35,26 @@ def block_attention(
     norms: tuple[Tensor, Tensor],
     eps: float,
     rotary: tuple[Tensor, Tensor],
-    window: Any,
+    window: CacheWindow,
     layer: int,
     scaling: float,
 ) -> Tensor:
-    """Norm and rotate queries and keys, write keys and values into the cache, attend to what each row may see.
+    """Norm and rotate queries and keys, write keys and values into the cache, and attend.
 
     Args:
-        heads: [R, L, H + 2 G, d], queries, keys and values of R rows, see `can_attend`.
-        norms: weights [d] of the queries' and the keys' norm.
+        heads: [R, L, H + 2 G, d], queries, keys and values of R rows (see `can_attend`).
+        norms: weights [d] of the norms of queries and keys.
         eps: of the norms.
         rotary: cosine, and sine with its sign, each [R, L, 1, rotary dimensions].
-        window: `dmax.cache.CacheWindow` with `bases`: a row sees the positions before its base, and
-            itself.
-        layer: whose keys and values.
+        window: with `is_block`: each row sees the positions before its base, and itself.
+        layer: the layer whose keys and values are used.
         scaling: what scores are multiplied with.
 
     Returns:
-        [R, L, H d], the heads' outputs, computed in float32 throughout: the twin rounds after each
-        of its steps.
+        [R, L, H d], the heads' outputs. They are computed in float32 throughout, where the twin
+        rounds after each of its steps.
     """
-    from dmax.kernels import block_attention_triton  # imports triton
-
-    return block_attention_triton.block_attention(heads, norms, eps, rotary, window, layer, scaling)
+    return triton_kernels("block_attention").block_attention(
+        heads, norms, eps, rotary, window.cache.keys[layer], window.cache.values[layer],
+        window.slots, window.starts, window.bases, window.span, scaling,
+    )  # fmt: skip

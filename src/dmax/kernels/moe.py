@@ -1,16 +1,17 @@
-"""Mixture-of-experts forwards, registered in transformers' experts interface beside `eager` and `grouped_mm`.
+"""Mixture-of-experts forwards, added to transformers' experts interface beside its own.
 
-Shapes: N tokens, D hidden, I inner size, E experts, K experts per token; a pair is one token with
-    one of its experts.
-All take tokens [N, D], index [N, K] int64 and weights [N, K] of the router, gate and up projections
-stacked as [E, 2I, D], down projections [E, D, I], and give the weighted sum over each token's
-experts [N, D].
+Shapes: N tokens, D hidden, I inner size, E experts, K experts per token. A pair is one token with
+one of its experts.
+
+All forwards take tokens [N, D], and from the router the experts' index [N, K] int64 and weights
+[N, K]. Gate and up projections are stacked as [E, 2I, D], down projections as [E, D, I]. The result
+is the weighted sum over each token's experts, [N, D].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +19,28 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
+from dmax.kernels.quant import QuantizedWeight
 
-if TYPE_CHECKING:
-    from dmax.kernels.moe_triton import Tile
-    from dmax.kernels.quant import QuantizedWeight
+Activation = Callable[[Tensor], Tensor]
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
-# Above this many pairs per expert the weights no longer bound the time, and large matrix products
-# win.
-MAX_FUSED_PAIRS_PER_EXPERT = 16
+MAX_FUSED_PAIRS_PER_EXPERT = 16  # for more pairs, large matrix products are faster
 
 
 def dense_mm_experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """For a handful of experts on a CPU: few tokens go through every expert, many through their own.
+    """The forward for few experts on a CPU: `dense` for few tokens, `routed` for many.
 
-    Every expert is E/K times the arithmetic, but in two large products and with no sorting. From 64
-    tokens in float32 the arithmetic is what costs; products in bfloat16 are cheap enough to delay
-    that to 128 (measured with E 4, K 2, D 256, I 160, on one core and on two). Under torch.compile,
-    which cannot trace `routed`, all take the first way.
+    Sending every token through every expert is E/K times the arithmetic, but in two large products
+    and without sorting. From 64 tokens in float32 on, the arithmetic costs more. In bfloat16, where
+    products are cheap, it does so from 128 tokens on (measured with E 4, K 2, D 256, I 160, on one
+    core and on two). torch.compile cannot trace `routed`, so under it all tokens go the first way.
     """
     enough = 64 if hidden_states.dtype.itemsize >= 4 else 128
-    few = torch.compiler.is_compiling() or hidden_states.shape[0] < enough
-    forward = dense if few else routed
+    is_dense = torch.compiler.is_compiling() or hidden_states.shape[0] < enough
+    forward = dense if is_dense else routed
     gate_up = experts.gate_up_proj
     down = experts.down_proj
     return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, experts.act_fn)
@@ -51,27 +49,33 @@ def dense_mm_experts_forward(
 def fused_moe_experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """For many experts on a GPU: the Triton kernels for a few blocks of tokens, else `grouped_mm`.
+    """The forward for many experts on a GPU: Triton kernels for a few blocks of tokens.
 
-    Only shapes, dtypes and the device decide, never values, so a CUDA graph can hold the call.
-    Gradients, which the kernels do not have, large inputs, other activations than SiLU and expert
-    parallelism are left to `grouped_mm`.
+    Only shapes, dtypes and the device decide, never values, so a CUDA graph can hold the call. What
+    the kernels cannot do goes to transformers' `grouped_mm`: gradients, large inputs, other
+    activations than SiLU, and expert parallelism.
     """
     gate_up = experts.gate_up_proj
     down = experts.down_proj
-    tensors = (hidden_states, top_k_weights, gate_up, down)
     if (
-        choose(hidden_states.device)[0] == "triton"
-        and top_k_index.numel() <= MAX_FUSED_PAIRS_PER_EXPERT * gate_up.shape[0]
-        and isinstance(experts.act_fn, SILU)
+        can_fuse(hidden_states, experts.act_fn)
         and hidden_states.dtype == gate_up.dtype
-        and hidden_states.dtype in FUSED_DTYPES
-        and not wants_gradient(*tensors)
+        and top_k_index.numel() <= MAX_FUSED_PAIRS_PER_EXPERT * gate_up.shape[0]
+        and not wants_gradient(hidden_states, top_k_weights, gate_up, down)
         and not getattr(experts, "_is_expert_parallel", False)
     ):
         return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
-    grouped: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-    return grouped(experts, hidden_states, top_k_index, top_k_weights)
+    grouped_mm = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    return grouped_mm(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def can_fuse(tokens: Tensor, act_fn: Activation) -> bool:
+    """Whether the Triton kernels run on these tokens with this activation."""
+    return (
+        implementation(tokens.device) == "triton"
+        and tokens.dtype in FUSED_DTYPES
+        and isinstance(act_fn, SILU)
+    )
 
 
 def fused_moe(
@@ -80,15 +84,12 @@ def fused_moe(
     weights: Tensor,
     gate_up: Tensor | QuantizedWeight,
     down: Tensor | QuantizedWeight,
-    *,
-    tile: Tile | None = None,
-    override: str | None = None,
 ) -> Tensor:
-    """SiLU experts in two Triton kernels, which read the weights of the experts in use once; or their twin, `routed`.
+    """SiLU experts in two Triton kernels; the twin is `routed` with SiLU.
 
-    The kernels accumulate in float32 and round the inner state and each expert's output to the
-    dtype of `tokens`; the sum over a token's experts is in a fixed order. Static shapes, no wait
-    for the device, no gradient.
+    The kernels read the weights of the experts in use once. They accumulate in float32, and round
+    the inner state and each expert's output to the dtype of `tokens`. The sum over a token's experts
+    is in a fixed order. Shapes are static, nothing waits for the device, and there is no gradient.
 
     Args:
         tokens: [N, D] float32, float16 or bfloat16.
@@ -96,14 +97,17 @@ def fused_moe(
         weights: [N, K], any floating dtype.
         gate_up: [E, 2I, D] in the dtype of `tokens`, or quantised.
         down: [E, D, I] likewise.
-        tile: block sizes to try instead of the kernels' own choice.
-        override: the implementation, as in `choose`.
     """
-    if choose(tokens.device, override)[0] == "torch":
-        return routed(tokens, index, weights, gate_up, down, F.silu)
-    from dmax.kernels import moe_triton  # imports triton
+    kernels = triton_kernels("moe")
+    return kernels.fused_moe(tokens, index, weights, stored(gate_up), stored(down))
 
-    return moe_triton.fused_moe(tokens, index, weights, gate_up, down, tile)
+
+def stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
+    """A weight as the kernels take it: numbers, scales, and the columns of an int4 group or 0."""
+    if isinstance(weight, Tensor):
+        return weight.contiguous(), None, 0
+    group = weight.group_size if weight.is_packed else 0
+    return weight.values, weight.scale, group
 
 
 def dense(
@@ -112,18 +116,19 @@ def dense(
     weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    act_fn: Callable[[Tensor], Tensor],
+    act_fn: Activation,
 ) -> Tensor:
-    """Every token through every expert in two large products; unchosen experts weigh 0. No data-dependent shape."""
-    spread = torch.zeros(
-        gate_up.shape[0], tokens.shape[0], dtype=weights.dtype, device=tokens.device
-    )
+    """Every token through every expert in two large products; experts not chosen have weight 0.
+
+    No shape depends on the data.
+    """
+    spread = weights.new_zeros(gate_up.shape[0], tokens.shape[0])
     spread = spread.scatter(0, index.T, weights.T)  # [E, N]
     gate, up = (gate_up @ tokens.T).chunk(2, dim=1)  # 2 × [E, I, N]
     inner = act_fn(gate) * up * spread[:, None].to(gate.dtype)
-    # Copies the weights, but row by row: a tenth of the time that the product takes for a block of
-    # tokens.
-    return (down.transpose(0, 1).flatten(1) @ inner.flatten(0, 1)).T.to(tokens.dtype)
+    # This copies the weights, but row by row: a tenth of the time of a block's product.
+    wide = down.transpose(0, 1).flatten(1)  # [D, E * I]
+    return (wide @ inner.flatten(0, 1)).T.to(tokens.dtype)
 
 
 def routed(
@@ -132,37 +137,37 @@ def routed(
     weights: Tensor,
     gate_up: Tensor | QuantizedWeight,
     down: Tensor | QuantizedWeight,
-    act_fn: Callable[[Tensor], Tensor],
+    act_fn: Activation,
 ) -> Tensor:
-    """Pairs sorted by expert, two products for each expert, results added where their tokens stand.
+    """Pairs sorted by expert, two products for each expert, results added to their tokens.
 
-    Waits for the device once, for the number of pairs of every expert; on a CPU that costs nothing.
+    This waits for the device once, for the number of pairs of every expert. On a CPU that costs
+    nothing.
     """
     order = index.flatten().argsort(stable=True)  # [N * K] pairs, sorted by expert
     counts = index.flatten().bincount(minlength=gate_up.shape[0]).tolist()
     token = order // index.shape[1]
-    pairs = token, tokens.index_select(0, token), weights.flatten().index_select(0, order)[:, None]
+    row = tokens.index_select(0, token)
+    weight = weights.flatten().index_select(0, order)[:, None]
+    by_expert = zip(token.split(counts), row.split(counts), weight.split(counts), strict=True)
     output = torch.zeros_like(tokens)
-    for expert, (token, rows, weight) in enumerate(
-        zip(*(each.split(counts) for each in pairs), strict=True)
-    ):
-        if len(rows):
-            gate, up = F.linear(rows, gate_up[expert].to(rows.dtype)).chunk(2, dim=-1)
+    for expert, (token, row, weight) in enumerate(by_expert):
+        if len(token):
+            gate, up = F.linear(row, gate_up[expert].to(row.dtype)).chunk(2, dim=-1)
             inner = act_fn(gate) * up * weight.to(gate.dtype)
-            output.index_add_(
-                0, token, F.linear(inner, down[expert].to(rows.dtype)).to(output.dtype)
-            )
+            result = F.linear(inner, down[expert].to(row.dtype))
+            output.index_add_(0, token, result.to(output.dtype))
     return output
 
 
 def best_experts_implementation(num_experts: int, device: torch.device) -> str | None:
-    """What runs a block of tokens fastest; None leaves it to transformers.
+    """The experts implementation that runs a block of tokens fastest; None leaves it to transformers.
 
-    `dense_mm` for few experts on a CPU, `fused_moe` wherever Triton compiles.
+    This is `dense_mm` for few experts on a CPU, and `fused_moe` wherever Triton compiles.
     """
     if device.type == "cpu":
         return "dense_mm" if num_experts <= 16 else None
-    return "fused_moe" if choose(device)[0] == "triton" else None
+    return "fused_moe" if implementation(device) == "triton" else None
 
 
 def register() -> None:

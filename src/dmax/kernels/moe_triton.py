@@ -1,20 +1,20 @@
-"""The Triton path of `moe.py` and `quant.py`. Importing this imports triton.
+"""The Triton path of `moe.py`: experts for few tokens, with weights as they are or quantised.
 
-At 16 to 128 tokens the time goes to reading the weights of the experts in use, so the kernels are
+For 16 to 128 tokens the time goes to reading the weights of the experts in use, so the kernels are
 built around that:
 
-1. `_route_kernel`: one program for each expert lists its pairs. No sorting and no padding.
+1. `_route_kernel`: one program for each expert lists its pairs. There is no sorting and no padding.
 2. `_gate_up_kernel`: for each expert and slice of the inner state, SiLU(gate) · up of the expert's
-    tokens.
+   tokens.
 3. `_down_kernel`: for each expert and slice of the hidden state, the down projection times the
-    router's weight.
-4. A sum over the K outputs of each token, in their order; no atomics, so results repeat bit for
-    bit.
+   router's weight.
+4. A sum over the K outputs of each token, in their order. There are no atomics, so results repeat
+   bit for bit.
 
-Grids depend on shapes alone. A program whose expert has no token reads one number and ends; one
-with more tokens than a tile holds goes on to the next tile, its weights still in the cache.
-Quantised weights become numbers in registers. Float32 products are made of three TF32 ones, which
-run on tensor cores and differ in the last digits only.
+Grids depend only on shapes. A program whose expert has no token reads one number and ends. One with
+more tokens than a tile holds goes on to the next tile while its weights are still in the cache.
+Quantised weights become numbers in registers. A float32 product is made of three TF32 products,
+which run on tensor cores; only the last digits differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax.kernels.quant import QuantizedWeight
+Stored = tuple[Tensor, Tensor | None, int]
+"""Weights as they are stored: numbers, scales if any, and columns of an int4 group (else 0)."""
 
 
 class Tile(NamedTuple):
@@ -41,15 +42,15 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _route_kernel(index, pairs, counts, num_pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """List the pairs of one expert in their order: `pairs` [E, N * K], of which the first `counts` [E] are written."""
+    """List the pairs of one expert in order: the first `counts` [E] numbers of `pairs` [E, N * K]."""
     expert = tl.program_id(0)
     found = tl.zeros((), tl.int32)
     for start in range(0, num_pairs, BLOCK):
         pair = start + tl.arange(0, BLOCK)
-        mine = tl.load(index + pair, mask=pair < num_pairs, other=-1) == expert
-        slot = found + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-        tl.store(pairs + expert * num_pairs + slot, pair, mask=mine)
-        found += tl.sum(mine.to(tl.int32), axis=0)
+        is_mine = tl.load(index + pair, mask=pair < num_pairs, other=-1) == expert
+        slot = found + tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
+        tl.store(pairs + expert * num_pairs + slot, pair, mask=is_mine)
+        found += tl.sum(is_mine.to(tl.int32), axis=0)
     tl.store(counts + expert, found)
 
 
@@ -59,10 +60,10 @@ def _product(  # type: ignore[no-untyped-def]
     SCALED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """left[left_row] · weight[row]ᵀ in float32, [BLOCK_M, BLOCK_N]; the weights are read as they are stored."""
+    """left[left_row] · weight[row]ᵀ in float32, [BLOCK_M, BLOCK_N], from weights as they are stored."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     left_at = left + left_row.to(tl.int64)[:, None] * depth
-    if GROUP == 0:  # one number each, and one scale for a row if any
+    if GROUP == 0:  # each number has its own storage, and a row has at most one scale
         column = tl.arange(0, BLOCK_K)
         weight_at = weight + row.to(tl.int64)[None, :] * depth
         for start in range(0, depth, BLOCK_K):
@@ -72,7 +73,7 @@ def _product(  # type: ignore[no-untyped-def]
             total = tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")
         if SCALED:
             total *= tl.load(scale + row)[None, :]
-    else:  # two numbers in a byte, the halves of a group of columns, and a scale for each group
+    else:  # a byte holds two numbers, one of each half of a group; a group has a scale
         column = tl.arange(0, GROUP // 2)
         weight_at = weight + row.to(tl.int64)[None, :] * (depth // 2)
         for group in range(0, depth // GROUP):
@@ -95,7 +96,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     expert = tl.program_id(1).to(tl.int64)
     count = tl.load(counts + expert)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows of gate and up in turn, so that one product makes both and they come apart in registers.
+    # Rows of gate and up alternate, so that one product makes both; they are split in registers.
     both = tl.arange(0, 2 * BLOCK_N)
     row = tl.minimum(tl.program_id(0) * BLOCK_N + both // 2, width - 1) + (both % 2) * width
     for first in range(0, count, BLOCK_M):
@@ -118,7 +119,7 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     SCALED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`out` [N * K, D]: the down projection of every pair, times the weight that the router gave it."""
+    """`out` [N * K, D]: the down projection of every pair, times its weight from the router."""
     expert = tl.program_id(1).to(tl.int64)
     count = tl.load(counts + expert)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -139,20 +140,20 @@ def fused_moe(
     tokens: Tensor,
     index: Tensor,
     weights: Tensor,
-    gate_up: Tensor | QuantizedWeight,
-    down: Tensor | QuantizedWeight,
+    gate_up: Stored,
+    down: Stored,
     tile: Tile | None = None,
 ) -> Tensor:
-    """`dmax.kernels.moe.fused_moe` on the device of `tokens`."""
-    (num_tokens, hidden) = tokens.shape
-    num_experts = gate_up.shape[0]
-    width = down.shape[-1]
+    """`dmax.kernels.moe.fused_moe` on the device of `tokens`; `tile` is for tuning."""
+    up_weight, up_scale, up_group = gate_up
+    down_weight, down_scale, down_group = down
+    num_tokens, hidden = tokens.shape
+    num_experts, doubled_width, _ = up_weight.shape
+    width = doubled_width // 2
     num_pairs = index.numel()
     tokens = tokens.contiguous()
     index = index.contiguous()
     weights = weights.contiguous()
-    up_weight, up_scale, up_group = _stored(gate_up)
-    down_weight, down_scale, down_group = _stored(down)
     tile = tile or default_tile(num_pairs, num_experts, tokens.dtype, up_weight.dtype)
 
     def new(*shape: int, dtype: torch.dtype = tokens.dtype) -> Tensor:
@@ -181,20 +182,14 @@ def fused_moe(
     return out.view(num_tokens, -1, hidden).sum(dim=1)
 
 
-def _stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:
-    """Numbers, scales and columns per int4 group (0 for other formats) as the kernels take them."""
-    if isinstance(weight, Tensor):
-        return weight.contiguous(), None, 0
-    return weight.values, weight.scale, weight.group_size if weight.is_packed else 0
-
-
 def default_tile(
     num_pairs: int, num_experts: int, tokens: torch.dtype, weight: torch.dtype
 ) -> Tile:
-    """Steps of 256 bytes along the product; larger tiles as experts get more tokens.
+    """Steps of 256 bytes along the product, and larger tiles as experts get more tokens.
 
-    The sizes that published tuning of kernels of this shape settles on (E 256, D 2048, I 512) for
-    H100 cards. Float32 products take three times the registers, so they stay with the smallest.
+    These are the sizes that published tuning for H100 cards settles on, for kernels of this shape
+    (E 256, D 2048, I 512). Float32 products take three times the registers, so they keep the
+    smallest tile.
     """
     depth = 256 // weight.itemsize
     if tokens == torch.float32:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import FUSED_DTYPES, choose, wants_gradient
+from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
 
 MAX_SIZE = 8192  # of what is normed: a program holds all of it
 
@@ -18,25 +18,21 @@ MAX_SIZE = 8192  # of what is normed: a program holds all of it
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of `x` [..., D], times `weight` [D]."""
     if _can_fuse(weight, x):
-        from dmax.kernels import norm_triton  # imports triton
-
-        return norm_triton.add_rms_norm(x, None, weight, eps)[1]
+        return triton_kernels("norm").add_rms_norm(x, None, weight, eps)[1]
     return weight * F.rms_norm(x, weight.shape, eps=eps)
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The sum of `x` and `more`, both [..., D], and its norm times `weight` [D]."""
     if _can_fuse(weight, x, more):
-        from dmax.kernels import norm_triton  # imports triton
-
-        return norm_triton.add_rms_norm(x, more, weight, eps)
+        return triton_kernels("norm").add_rms_norm(x, more, weight, eps)
     total = x + more
     return total, rms_norm(total, weight, eps)
 
 
 def _can_fuse(weight: Tensor, *inputs: Tensor) -> bool:
     return (
-        choose(weight.device)[0] == "triton"
+        implementation(weight.device) == "triton"
         and len(weight) <= MAX_SIZE
         and weight.dtype in FUSED_DTYPES
         and all(each.dtype == weight.dtype for each in inputs)

@@ -1,10 +1,10 @@
 """LLaDA-2.x mixture-of-experts transformer: the one implementation, for training, reference and engine.
 
+Nothing here is causal by itself: only the attention mask decides what a position sees. So one
+network can be trained on [noisy | clean] and decoded block by block.
+
 Shapes: B sequences, L new positions, T cached positions, D hidden, H query heads, G key/value
-    heads, d head size,
-E experts, K experts per token, V vocabulary. Nothing here is causal by itself: the attention mask
-alone decides what a position sees, which is what lets one network be trained on [noisy | clean] and
-decoded block by block.
+heads, d head size, E experts, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dmax.attention import prepare_mask
 from dmax.kernels.attention import ATTENTION_FUNCTIONS
 from dmax.kernels.block_attention import block_attention, can_attend
 from dmax.kernels.norm import add_rms_norm, rms_norm
-from dmax.kernels.quant import check_savable
-from dmax.kernels.router import Routing, route
+from dmax.kernels.router import route
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
 from dmax.models.llada2_moe.files import check_before_loading
+from dmax.models.quantization import check_savable
 
 
 class LLaDA2MoeRMSNorm(nn.Module):
@@ -82,9 +82,8 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`position_ids` [B, L] int64 to cosine, and sine with a sign, each [B, L, 1, rotary_dim] in `dtype`."""
-        angles = (
-            position_ids[..., None, None].float() * self.inv_freq.float()
-        )  # [B, L, 1, rotary_dim / 2]
+        # [B, L, 1, rotary_dim / 2]
+        angles = position_ids[..., None, None].float() * self.inv_freq.float()
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
@@ -148,7 +147,7 @@ class LLaDA2MoeAttention(nn.Module):
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        cache: Cache | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """`hidden_states` [B, L, D] to [B, L, D]; keys and values go through `cache.update` if given."""
@@ -244,18 +243,20 @@ class LLaDA2MoeRouter(nn.Module):
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
-        top_k = config.num_experts_per_tok
-        normalizes = config.norm_topk_prob and top_k > 1
-        self.routing = Routing(
-            top_k, config.n_group, config.topk_group, normalizes, config.routed_scaling_factor
-        )
+        self.settings: dict[str, Any] = {
+            "top_k": config.num_experts_per_tok,
+            "num_groups": config.n_group,
+            "num_kept_groups": config.topk_group,
+            "normalizes": config.norm_topk_prob and config.num_experts_per_tok > 1,
+            "scaling": config.routed_scaling_factor,
+        }
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
-        return route(x, self.weight, self.expert_bias, self.routing)
+        return route(x, self.weight, self.expert_bias, **self.settings)
 
 
 class LLaDA2MoeSparseBlock(nn.Module):
@@ -320,9 +321,8 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published per-expert layout, also for a model that was read from merged files."""
         check_savable(self)
-        self._weight_conversions = deepcopy(
-            PER_EXPERT
-        )  # transformers would otherwise write the layout it read
+        # Without this, transformers would write the layout that it read.
+        self._weight_conversions = deepcopy(PER_EXPERT)
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dmax.confidence import Candidates, take_best
+from dmax.confidence import LARGEST, Candidates, take_best
 from dmax.decoding.block import Output, View, predict
 from dmax.errors import InputError
-from dmax.kernels import head
-from dmax.kernels.head import head_top_k, head_top_k_torch
+from dmax.kernels import lm_head
+from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch, merge_tiles
 
 INF = float("inf")
 Head = Callable[[Tensor, Tensor, int, int], Candidates]
@@ -57,23 +58,25 @@ def assert_equal(actual: Candidates, expected: Candidates, tolerance: float = 0.
 @pytest.fixture
 def triton_head(triton_device: torch.device) -> Head:
     """The Triton path in tiles so small that every test has several, on the device it runs on."""
-    from dmax.kernels import head_triton
+    from dmax.kernels import lm_head_triton
 
     def run(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
         if weight.dtype == torch.bfloat16 and triton_device.type == "cpu":
             pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
-        tile = head_triton.Tile(vocabulary=16, size=16, warps=4, stages=2)
-        result = head_triton.head_top_k(
-            hidden.to(triton_device), weight.to(triton_device), k, mask_token_id, tile
-        )
-        return Candidates(result.ids.cpu(), result.probs.cpu(), result.broken.cpu())
+        tile = lm_head_triton.Tile(vocabulary=16, size=16, warps=4, stages=2)
+        hidden = hidden.to(triton_device)
+        weight = weight.to(triton_device)
+        best = lm_head_triton.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST, tile)
+        return Candidates(*(tensor.cpu() for tensor in merge_tiles(*best)))
 
     return run
 
 
 @pytest.fixture(params=["torch", "triton"])
 def either(request: pytest.FixtureRequest) -> Head:
-    return head_top_k_torch if request.param == "torch" else request.getfixturevalue("triton_head")
+    return (
+        lm_head_top_k_torch if request.param == "torch" else request.getfixturevalue("triton_head")
+    )
 
 
 # ---- the twin -------------------------------------------------------------------------------------------------------
@@ -86,29 +89,29 @@ def test_the_twin_gives_the_numbers_of_decoding(dtype: torch.dtype, k: int) -> N
         torch.randn(9, 12, dtype=torch.float64).to(dtype),
         torch.randn(70, 12).to(dtype),
     )
-    assert_equal(head_top_k(hidden, weight, k, 69), reference(hidden, weight, k, 69))
+    assert_equal(lm_head_top_k(hidden, weight, k, 69), reference(hidden, weight, k, 69))
     hidden, weight = grid(9, 12, dtype=dtype), grid(70, 12, dtype=dtype, seed=1)
-    assert_equal(head_top_k(hidden, weight, k, 3), reference(hidden, weight, k, 3))
+    assert_equal(lm_head_top_k(hidden, weight, k, 3), reference(hidden, weight, k, 3))
 
 
 def test_rows_in_chunks_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = grid(7, 12, dtype=torch.float32), grid(50, 12, dtype=torch.float32, seed=1)
-    whole = head_top_k_torch(hidden, weight, 3, 0)
+    whole = lm_head_top_k_torch(hidden, weight, 3, 0)
     for rows in (0, 1, 3):  # a row that is larger than the bound is a chunk of its own
-        monkeypatch.setattr(head, "CHUNK_BYTES", rows * 4 * 50)
-        assert_equal(head_top_k_torch(hidden, weight, 3, 0), whole)
+        monkeypatch.setattr(lm_head, "CHUNK_BYTES", rows * 4 * 50)
+        assert_equal(lm_head_top_k_torch(hidden, weight, 3, 0), whole)
 
 
 def test_no_more_candidates_than_tokens_other_than_mask() -> None:
     hidden, weight = grid(4, 8, dtype=torch.float32), grid(3, 8, dtype=torch.float32, seed=1)
-    result = head_top_k(hidden, weight, 4, 1)
+    result = lm_head_top_k(hidden, weight, 4, 1)
     assert result.ids.shape == result.probs.shape == (4, 2)
     assert (result.ids.sort(dim=-1).values == torch.tensor([0, 2])).all()
 
 
 def test_no_candidates_are_an_error() -> None:
     with pytest.raises(InputError, match="top-0"):
-        head_top_k(torch.zeros(1, 4), torch.zeros(8, 4), 0, 0)
+        lm_head_top_k(torch.zeros(1, 4), torch.zeros(8, 4), 0, 0)
 
 
 def test_best_are_taken_in_order_and_ties_from_the_left() -> None:
@@ -185,7 +188,7 @@ def test_the_kernel_equals_the_twin(triton_head: Head, dtype: torch.dtype, k: in
     """Exact dot products, rounded to the dtype alike: same tokens, ties included. 70 and 24 fill no tile."""
     hidden, weight = grid(9, 24, dtype=dtype), grid(70, 24, dtype=dtype, seed=1)
     for mask_token_id in (0, 37, 69):
-        twin = head_top_k_torch(hidden, weight, k, mask_token_id)
+        twin = lm_head_top_k_torch(hidden, weight, k, mask_token_id)
         assert_equal(triton_head(hidden, weight, k, mask_token_id), twin, tolerance=1e-5)
 
 
@@ -205,7 +208,7 @@ def test_low_precision_logits_are_compared_after_rounding(triton_head: Head) -> 
 def test_any_number_of_positions(triton_head: Head, num_tokens: int) -> None:
     hidden, weight = torch.randn(num_tokens, 16), torch.randn(40, 16)
     assert_equal(
-        triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
+        triton_head(hidden, weight, 2, 5), lm_head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
     )
 
 
@@ -213,37 +216,42 @@ def test_every_token_but_mask_may_be_a_candidate(triton_head: Head) -> None:
     """A tile that holds MASK alone, and tiles with fewer tokens than candidates."""
     hidden, weight = grid(3, 16, dtype=torch.float32), grid(17, 16, dtype=torch.float32, seed=1)
     assert_equal(
-        triton_head(hidden, weight, 8, 16), head_top_k_torch(hidden, weight, 8, 16), tolerance=1e-5
+        triton_head(hidden, weight, 8, 16),
+        lm_head_top_k_torch(hidden, weight, 8, 16),
+        tolerance=1e-5,
     )
     small = weight[:3]
     assert_equal(
-        triton_head(hidden, small, 2, 1), head_top_k_torch(hidden, small, 2, 1), tolerance=1e-5
+        triton_head(hidden, small, 2, 1), lm_head_top_k_torch(hidden, small, 2, 1), tolerance=1e-5
     )
 
 
 def test_hidden_states_may_be_a_slice(triton_head: Head) -> None:
     hidden, weight = torch.randn(12, 32)[::2, :16], torch.randn(40, 16)
     assert_equal(
-        triton_head(hidden, weight, 2, 5), head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
+        triton_head(hidden, weight, 2, 5), lm_head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
     )
 
 
-@pytest.mark.usefixtures("triton_device")
-def test_what_the_kernel_cannot_do_goes_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmax.kernels import head_triton
+def test_what_the_kernel_cannot_do_goes_to_the_twin(
+    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+) -> None:
+    from dmax.kernels import lm_head_triton
 
     calls = []
+    run = lm_head_triton.top_k_of_tiles
 
-    def spy(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+    def spy(hidden: Tensor, weight: Tensor, k: int, *rest: Any) -> tuple[Tensor, ...]:
         calls.append((weight.dtype, k))
-        return head_top_k_torch(hidden, weight, k, mask_token_id)
+        return run(hidden, weight, k, *rest)
 
-    monkeypatch.setattr(head, "choose", lambda device: ("triton", "asked for"))
-    monkeypatch.setattr(head_triton, "head_top_k", spy)
-    hidden, weight = torch.randn(2, 16), torch.randn(40, 16)
-    head_top_k(hidden, weight, 2, 5)
-    head_top_k(hidden.double(), weight.double(), 2, 5)
-    head_top_k(hidden, weight, 9, 5)
+    monkeypatch.setattr(lm_head, "implementation", lambda device: "triton")
+    monkeypatch.setattr(lm_head_triton, "top_k_of_tiles", spy)
+    hidden = torch.randn(2, 16, device=triton_device)
+    weight = torch.randn(40, 16, device=triton_device)
+    lm_head_top_k(hidden, weight, 2, 5)
+    lm_head_top_k(hidden.double(), weight.double(), 2, 5)
+    lm_head_top_k(hidden, weight, 9, 5)
     assert calls == [(torch.float32, 2)]
 
 
@@ -251,11 +259,11 @@ def test_what_the_kernel_cannot_do_goes_to_the_twin(monkeypatch: pytest.MonkeyPa
 def test_a_cuda_graph_can_hold_it() -> None:
     weight = grid(20_000, 512, dtype=torch.bfloat16, seed=1).cuda()
     hidden = grid(32, 512, dtype=torch.bfloat16).cuda()
-    head_top_k(hidden, weight, 3, 19_999)  # compiles
+    lm_head_top_k(hidden, weight, 3, 19_999)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = head_top_k(hidden, weight, 3, 19_999)
+        result = lm_head_top_k(hidden, weight, 3, 19_999)
     hidden.copy_(grid(32, 512, dtype=torch.bfloat16, seed=2))
     graph.replay()
     logits = (hidden.float() @ weight.float().T).bfloat16().float()  # exact, then rounded once

@@ -1,0 +1,107 @@
+"""Models with quantised experts: they decode from fewer bytes, and are neither trained nor saved.
+
+The formats and their arithmetic are in `dmax.kernels.quant`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmax.errors import InputError
+from dmax.kernels import wants_gradient
+from dmax.kernels.moe import Activation, can_fuse, fused_moe, routed
+from dmax.kernels.quant import FP8, Format, QuantizedWeight, quantize
+
+
+class QuantizedExperts(nn.Module):
+    """Takes the place of a layer's stacked experts, whatever experts implementation the model names.
+
+    Its state is in the buffers `gate_up_values`, `gate_up_scale`, `down_values` and `down_scale`
+    (see `QuantizedWeight`).
+    """
+
+    gate_up_values: Tensor
+    gate_up_scale: Tensor
+    down_values: Tensor
+    down_scale: Tensor
+
+    def __init__(self, gate_up: QuantizedWeight, down: QuantizedWeight, act_fn: Activation) -> None:
+        super().__init__()
+        self.act_fn = act_fn
+        self.register_buffer("gate_up_values", gate_up.values)
+        self.register_buffer("gate_up_scale", gate_up.scale)
+        self.register_buffer("down_values", down.values)
+        self.register_buffer("down_scale", down.scale)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts, as `LLaDA2MoeExperts.forward` gives it.
+
+        Args:
+            hidden_states: [N, D] tokens.
+            top_k_index: [N, K] int64.
+            top_k_weights: [N, K].
+
+        Raises:
+            InputError: a gradient is wanted, which rounded weights do not have.
+        """
+        if wants_gradient(hidden_states):
+            raise InputError(
+                "a model with quantised experts cannot be trained",
+                hint="load it without quantisation",
+            )
+        gate_up = QuantizedWeight(self.gate_up_values, self.gate_up_scale)
+        down = QuantizedWeight(self.down_values, self.down_scale)
+        if can_fuse(hidden_states, self.act_fn) and self._gpu_has_format():
+            return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
+        return routed(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+
+    def _gpu_has_format(self) -> bool:
+        """Whether Triton compiles the format: e4m3 takes compute capability 8.9 or later."""
+        values = self.down_values
+        return values.dtype != FP8 or torch.cuda.get_device_capability(values.device) >= (8, 9)
+
+
+def quantize_experts(model: nn.Module, form: Format) -> None:
+    """Replace the stacked experts of every layer by quantised ones; no parameter keeps a gradient.
+
+    This goes layer by layer, so that the peak of memory is the model and one quantised layer.
+
+    Args:
+        model: any with modules that hold `gate_up_proj` [E, 2I, D], `down_proj` [E, D, I] and
+            `act_fn`, as `LLaDA2MoeExperts` does.
+        form: "int8", "fp8" or "int4".
+
+    Raises:
+        InputError: no experts to quantise, or what `quantize` refuses.
+    """
+    layers = [name for name, module in model.named_modules() if _is_stacked(module)]
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no experts to quantise")
+    for name in layers:
+        experts: Any = model.get_submodule(name)
+        try:
+            gate_up = quantize(experts.gate_up_proj.data, form)
+            down = quantize(experts.down_proj.data, form)
+        except InputError as error:
+            raise InputError(f"{name}: {error.message}", error.hint) from None
+        model.set_submodule(name, QuantizedExperts(gate_up, down, experts.act_fn))
+        del experts
+    model.requires_grad_(False)
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raise `InputError` if a model's experts are quantised: no published layout holds them."""
+    if any(isinstance(module, QuantizedExperts) for module in model.modules()):
+        raise InputError(
+            "a model with quantised experts cannot be saved",
+            hint="save it before, and quantise when it is loaded",
+        )
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether a module holds the stacked weights of a layer's experts."""
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
