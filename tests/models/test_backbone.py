@@ -285,7 +285,7 @@ def test_an_autoregressive_checkpoint_says_what_it_lacks(tmp_path: Path) -> None
     )
     with pytest.raises(InputError, match="names no block length"):
         load(folder, mask_token_id=9)
-    assert load(folder, mask_token_id=9, block_length=4).mask_token_id == 9
+    assert load(folder, mask_token_id=9, block_length=4).special_ids.mask_token_id == 9
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_a_recipe_trains_a_new_model_of_another_architecture(
     folder = run_recipe(
         load_recipe(write_recipe(tmp_path, {"config": config}, objective=objective))
     )
-    assert load(folder).block_length == 8
+    assert load(folder).special_ids.block_length == 8
     assert type(load(folder).model).__name__ == "Qwen3ForCausalLM"
 
 
