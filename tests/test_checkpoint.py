@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,9 +160,7 @@ def test_bundled_names_lead_to_folders_of_the_package() -> None:
 def test_bundled_checkpoints_are_found_by_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "dmax.checkpoint.bundled", lambda name: folder if name == "tiny-dmax" else None
-    )
+    monkeypatch.setattr("dmax.hub.bundled", lambda name: folder if name == "tiny-dmax" else None)
     assert load("tiny-dmax", **IDS).path == str(folder)
 
 
@@ -373,6 +374,9 @@ def test_saving_never_replaces_anything_else(folder: Path, tmp_path: Path) -> No
     for place in (target, target / "chapter1.tex"):
         with pytest.raises(InputError, match="is not a checkpoint"):
             save_checkpoint(model, None, place, SAVED)
+    (target / "config.json").write_text("{}")  # other programs have a file of this name too
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        save_checkpoint(model, None, target, SAVED)
     assert (target / "chapter1.tex").read_text() == "years of work"
 
 
@@ -395,6 +399,33 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
             save_checkpoint(model, None, target, SAVED)
         assert {file.name: file.read_bytes() for file in target.iterdir()} == before
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_is_said_in_one_sentence(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder, **IDS).model
+    target = tmp_path / "saved"
+    save_checkpoint(model, None, target, SAVED)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    assert len(before["model.safetensors"]) > 10_000
+    with files_up_to(10_000), pytest.raises(InputError) as error:
+        save_checkpoint(model, None, target, SAVED)
+    assert error.value.message.startswith(f"cannot write the checkpoint {target}: ")
+    assert "File too large" in error.value.message and "\n" not in error.value.message
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
 
 
 def test_unwritable_places_get_one_clear_sentence(folder: Path, tmp_path: Path) -> None:

@@ -450,10 +450,10 @@ def sweep(
     Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output
         runs/sweep
     """
-    from dmax.checkpoint import find_folder
     from dmax.evaluation.plots import draw, page
     from dmax.evaluation.sweep import curves_of, parse_grid, run_sweep
     from dmax.files import check_writable, write_atomically
+    from dmax.hub import find_folder
     from dmax.llm import LLM
     from dmax.tasks import get_task
 

@@ -12,7 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dmax.errors import InputError
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Say in one sentence that something cannot be written, whatever the library that writes it.
+
+    On a full disk, torch and safetensors raise errors of their own.
+
+    Raises:
+        InputError: in place of the library's error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(
+            f"cannot write {what}: {reason}", hint="choose another output, or free some space"
+        ) from error
 
 
 def check_writable(path: Path) -> None:
@@ -21,15 +41,13 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: `path` is a folder, or nothing can be written beside it.
     """
-    try:
+    with writing(path):
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _beside(path)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise _cannot_write(path, error) from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -42,12 +60,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     partial = _beside(path)
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+        with writing(path):
+            partial.write_bytes(data)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Make sure that `new_folder` can begin at `path`; the folders above it are made.
+
+    Raises:
+        OSError: nothing can be written beside `path`.
+    """
+    probe = _beside(path)
+    probe.mkdir(parents=True)
+    probe.rmdir()
 
 
 @contextmanager
@@ -60,33 +88,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be made or moved.
     """
     partial = _beside(path)
+    old = _beside(path)
     try:
         partial.mkdir(parents=True)
         yield partial
-        old = _beside(path)
         if path.exists():
             path.rename(old)
         partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new_folder(path: Path) -> None:
-    """Make sure that `new_folder` can begin at `path`; its parents are made.
-
-    Raises:
-        OSError: nothing can be written beside `path`.
-    """
-    probe = _beside(path)
-    probe.mkdir(parents=True)
-    probe.rmdir()
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:
     """A name in the same folder that nothing has."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {error.strerror}", hint="choose another output")
