@@ -29,8 +29,8 @@ LAYERS = {
     **dict.fromkeys(
         ("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence", "dmax.kernels"), 1
     ),
-    **dict.fromkeys(("dmax.models", "dmax.hub", "dmax.checkpoint"), 2),
-    **dict.fromkeys(("dmax.decoding", "dmax.training"), 3),
+    **dict.fromkeys(("dmax.models", "dmax.hub"), 2),
+    **dict.fromkeys(("dmax.decoding", "dmax.checkpoint", "dmax.training"), 3),
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs", "dmax.distill"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.serve", "dmax.integrations", "dmax.cli", "dmax.demo", "dmax"), 6),

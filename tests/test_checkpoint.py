@@ -337,6 +337,56 @@ def test_implementations_and_dtype_are_passed_on(folder: Path) -> None:
         load(folder, **IDS, attn_implementation="no-such-attention")
 
 
+# ---- decoding -----------------------------------------------------------------------------------------------------
+
+
+def test_bundled_checkpoints_name_their_decoding() -> None:
+    assert load("tiny-base").decoding == "threshold"
+    assert load("tiny-dmax").decoding == "spd"
+
+
+def test_a_checkpoint_that_names_no_decoding_has_none(folder: Path) -> None:
+    assert load(folder, **IDS).decoding is None
+
+
+@pytest.mark.parametrize("name", ["DMax-16B", "DMax-Math-16B", "DMax-Coder-16B"])
+def test_published_models_are_known_by_their_hub_id_and_as_a_folder(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folder)
+    assert load(f"Zigeng/{name}", **IDS).decoding == "spd"
+    assert load(f"someone/{name}", **IDS).decoding is None
+    copy = folder.rename(folder.with_name(name))
+    assert load(copy, **IDS).decoding == "spd"
+    edit(copy / "config.json", decoding_strategy="threshold")
+    assert load(copy, **IDS).decoding == "threshold"
+
+
+@pytest.mark.parametrize("value", ["spdd", "", 3, ["spd"], {}])
+def test_a_decoding_that_is_unknown_gets_one_clear_sentence(folder: Path, value: Any) -> None:
+    edit(folder / "config.json", decoding_strategy=value)
+    with pytest.raises(InputError) as error:
+        load(folder, **IDS)
+    assert (
+        error.value.message == f"{folder} names the decoding strategy {value!r}, which is unknown"
+    )
+    assert error.value.hint
+
+
+def test_a_saved_checkpoint_names_its_decoding(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, **IDS).model
+    target = tmp_path / "saved"
+    save_checkpoint(model, None, target, SAVED, decoding="spd")
+    again = load(target)
+    assert again.decoding == "spd"
+    save_checkpoint(again.model, None, target, SAVED)
+    assert load(target).decoding == "spd"
+    save_checkpoint(again.model, None, target, SAVED, decoding="threshold")
+    assert load(target).decoding == "threshold"
+    with pytest.raises(InputError, match="decoding strategy 'spdd', which is unknown"):
+        save_checkpoint(model, None, target, SAVED, decoding="spdd")
+
+
 # ---- saving -------------------------------------------------------------------------------------------------------
 
 SAVED = SpecialIds(mask_token_id=511, eos_token_ids=(508, 509), pad_token_id=508, block_length=16)

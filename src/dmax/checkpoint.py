@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from dmax import models
-from dmax.errors import InputError
+from dmax.decoding import strategies
+from dmax.errors import InputError, did_you_mean
 from dmax.files import check_new_folder, new_folder, writing
-from dmax.hub import find_folder
+from dmax.hub import find_folder, is_published_dmax
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format, quantize_experts
 from dmax.models import backbone
@@ -70,12 +71,14 @@ class Checkpoint:
         tokenizer: None for a checkpoint without one, which then takes and gives token ids.
         special_ids: MASK, EOS, pad and the block length.
         path: the folder it was read from; empty for a new model.
+        decoding: name of the strategy that the model was trained for; None where nobody says.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     special_ids: SpecialIds
     path: str
+    decoding: str | None = None
 
 
 def load_checkpoint(
@@ -111,7 +114,8 @@ def load_checkpoint(
 
     Raises:
         InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
-            files, the architecture cannot be used, or a mask token is to be added to a checkpoint that has one.
+            files, the architecture cannot be used, the decoding strategy that the files name is
+            unknown, or a mask token is to be added to a checkpoint that has one.
     """
     models.register()
     folder = find_folder(name_or_path)
@@ -130,6 +134,7 @@ def load_checkpoint(
         eos_token_id=eos_token_id,
         block_length=block_length,
     )
+    decoding = _named_decoding(name_or_path, folder, config)
     if experts_implementation is None and hasattr(config, "num_experts"):
         experts_implementation = best_experts_implementation(
             config.num_experts, torch.device(device)
@@ -141,7 +146,7 @@ def load_checkpoint(
         special_ids = replace(special_ids, mask_token_id=added)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
         quantize_experts(model, quantization)
-    return Checkpoint(model.to(device), tokenizer, special_ids, str(folder))
+    return Checkpoint(model.to(device), tokenizer, special_ids, str(folder), decoding)
 
 
 def new_checkpoint(
@@ -185,9 +190,10 @@ def save_checkpoint(
     folder: str | os.PathLike[str],
     special_ids: SpecialIds,
     *,
+    decoding: str | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint that names its own ids, whole or not at all.
+    """Write a checkpoint that names its own ids and decoding, whole or not at all.
 
     An interrupted save leaves the checkpoint that was there.
 
@@ -196,15 +202,20 @@ def save_checkpoint(
         tokenizer: saved beside it, if any.
         folder: created, or replaced if it is empty or holds nothing but a checkpoint.
         special_ids: written to the config; EOS and pad to the generation config too.
+        decoding: name of the strategy that the model was trained for; None keeps what its config
+            says.
         extra: a JSON record of where the weights come from, written as `dmax.json`.
 
     Raises:
-        InputError: the folder holds something else or cannot be written, or the disk is full.
+        InputError: the folder holds something else or cannot be written, the disk is full, or the
+            strategy is unknown.
     """
     folder = check_target(folder)
+    if decoding is not None:
+        _check_decoding(decoding, "the checkpoint")
     with writing(f"the checkpoint {folder}"), new_folder(folder) as partial:
         model.save_pretrained(partial)
-        config = _final_config(model.config, special_ids)
+        config = _final_config(model.config, special_ids, decoding)
         config.save_pretrained(partial)
         GenerationConfig(
             eos_token_id=config.eos_token_id, pad_token_id=special_ids.pad_token_id
@@ -248,13 +259,17 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _final_config(config: PreTrainedConfig, special_ids: SpecialIds) -> PreTrainedConfig:
-    """A copy of the configuration that names ids and block length."""
+def _final_config(
+    config: PreTrainedConfig, special_ids: SpecialIds, decoding: str | None
+) -> PreTrainedConfig:
+    """A copy of the configuration that names ids, block length and decoding."""
     final: Any = copy.deepcopy(config)
     ends = list(special_ids.eos_token_ids)
     final.mask_token_id = special_ids.mask_token_id
     final.block_length = special_ids.block_length
     final.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if decoding is not None:
+        final.decoding_strategy = decoding
     return final
 
 
@@ -264,6 +279,25 @@ def _is_replaceable(folder: Path) -> bool:
     is_checkpoint = (folder / "config.json").is_file()
     is_own = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
     return not entries or (is_checkpoint and is_own)
+
+
+def _named_decoding(
+    name_or_path: str | os.PathLike[str], folder: Path, config: PreTrainedConfig
+) -> str | None:
+    named = getattr(config, "decoding_strategy", None)
+    if named is not None:
+        _check_decoding(named, folder)
+        return str(named)
+    return "spd" if is_published_dmax(name_or_path) else None
+
+
+def _check_decoding(name: object, place: object) -> None:
+    known = strategies()
+    if name not in known:
+        raise InputError(
+            f"{place} names the decoding strategy {name!r}, which is unknown",
+            hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
+        )
 
 
 def _load_settings(
