@@ -31,10 +31,10 @@ LAYERS = {
     ),
     **dict.fromkeys(("dmax.models", "dmax.hub"), 2),
     **dict.fromkeys(("dmax.decoding", "dmax.checkpoint", "dmax.training"), 3),
-    **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs", "dmax.distill"), 4),
+    **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.serve", "dmax.integrations", "dmax.cli", "dmax.demo", "dmax"), 6),
-    **dict.fromkeys(("dmax.recipe", "dmax.recipe_file", "dmax.run_folder"), 6),
+    **dict.fromkeys(("dmax.recipe",), 6),
     **dict.fromkeys(
         ("dmax.tiny.build", "dmax.tiny.tokenizer"), 6
     ),  # the package itself only knows paths

@@ -11,7 +11,7 @@ import pytest
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
-from dmax.distill import DistillReport, distill, read_prompts
+from dmax.recipe.distill import DistillReport, distill, read_prompts
 from dmax.training.data import read_records
 
 PARAMS = DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=16)

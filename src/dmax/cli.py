@@ -222,7 +222,8 @@ def train(
 
     Example: dmax train recipes/tiny_oput_soft.yaml
     """
-    from dmax.recipe import load_recipe, run_recipe
+    from dmax.recipe.run import run_recipe
+    from dmax.recipe.sections import load_recipe
 
     overrides = {} if max_steps is None else {"max_steps": max_steps}
     with redirect_stdout(
@@ -264,11 +265,11 @@ def distill(
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
     from dmax.decoding import get_strategy
-    from dmax.distill import distill as run_distill
-    from dmax.distill import read_prompts
     from dmax.files import check_writable
     from dmax.llm import LLM
     from dmax.params import DecodingParams
+    from dmax.recipe.distill import distill as run_distill
+    from dmax.recipe.distill import read_prompts
     from dmax.tasks.word_problems import problems
 
     questions = (

@@ -29,7 +29,8 @@ from dmax.cache import BlockCache
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.errors import InputError
 from dmax.models import backbone
-from dmax.recipe import blend_weights, load_recipe, run_recipe
+from dmax.recipe.run import blend_weights, run_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.training.objectives import Batch, oput_loss
 
 BLOCK, VOCAB, EOS, MASK = 8, 64, 2, 3

@@ -11,9 +11,11 @@ import pytest
 import yaml
 from test_trainer import CONFIG, write_recipe
 
-from dmax import recipe as recipes
 from dmax.errors import InputError
-from dmax.recipe import load_recipe, run_recipe
+from dmax.recipe import build
+from dmax.recipe import run as runs
+from dmax.recipe.run import run_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.training.trainer import DMaxTrainer
 
 pytest.importorskip("accelerate")
@@ -41,7 +43,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         for name in ("load_checkpoint", "new_checkpoint", "read_records", "problems"):
-            monkeypatch.setattr(recipes, name, forbidden)
+            monkeypatch.setattr(build, name, forbidden)
 
     return forbid
 
@@ -87,7 +89,7 @@ def test_a_run_killed_before_its_result_only_writes_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes, "save_checkpoint", dies)
+        patch.setattr(runs, "save_checkpoint", dies)
         with pytest.raises(KeyboardInterrupt):
             run(path)
     monkeypatch.setattr(DMaxTrainer, "train", dies)
