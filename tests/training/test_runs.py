@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,27 +191,109 @@ def test_fresh_starts_over_and_removes_only_what_is_ours(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
 
 
-def test_a_checkpoint_of_something_else_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_checkpoint_of_something_else_is_never_replaced(tmp_path: Path, resume: bool) -> None:
     path = write_recipe(tmp_path, training={"max_steps": 1})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a checkpoint of something else"):
+        run(path, resume=resume)
+    assert files(tmp_path / "out") == {"config.json": b"{}"}
+
+
+def test_a_checkpoint_of_another_run_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, training={"max_steps": 1})
+    run(path)
+    before = files(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-run")
     with pytest.raises(InputError, match="holds a checkpoint that is not of this run"):
         run(path)
+    assert files(tmp_path / "out") == before
     run(path, resume=False)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert files(tmp_path / "out").keys() == before.keys()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", None])
-def test_checkpoints_that_do_not_say_what_trained_them_are_not_gone_on_with(
-    tmp_path: Path, content: str | None
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, content: str | None, resume: bool
 ) -> None:
-    (tmp_path / "out-run" / "checkpoint-1").mkdir(parents=True)
+    weights = tmp_path / "out-run" / "checkpoint-1" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("mine")
     if content is not None:
         (tmp_path / "out-run" / "run.json").write_text(content)
     with pytest.raises(
         InputError, match="not the record of a training run|no record of what trained them"
     ):
-        run(write_recipe(tmp_path))
+        run(write_recipe(tmp_path), resume=resume)
+    assert weights.read_text() == "mine"
+
+
+# --- files that were cut off --------------------------------------------------
+
+
+TORN = (
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "model.safetensors",
+    "config.json",
+)
+
+
+def tear(file: Path) -> None:
+    """Cut a file off, as a lost power supply does."""
+    data = file.read_bytes()
+    assert data
+    file.write_bytes(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_a_torn_checkpoint_falls_back_to_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    training = {"max_steps": 3, "save_steps": 1}
+    run(write_recipe(whole, training=training))
+    path = write_recipe(broken, training=training)
+    killed_at(2, monkeypatch, path)
+    tear(broken / "out-run" / "checkpoint-2" / name)
+    told = run(path)
+    assert told[0] == (
+        f"checkpoint-2 is damaged, {name} cannot be read: going on from checkpoint-1"
+    )
+    assert files(broken / "out")["model.safetensors"] == files(whole / "out")["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_a_torn_checkpoint_without_one_before_it_is_left_for_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, no_compute: Callable[[], None]
+) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    killed_at(1, monkeypatch, path)
+    checkpoint = tmp_path / "out-run" / "checkpoint-1"
+    tear(checkpoint / name)
+    before = files(checkpoint)
+    no_compute()
+    with pytest.raises(InputError) as error:
+        run(path)
+    assert f"checkpoint-1 is damaged, {name} cannot be read; there is no" in error.value.message
+    assert "--fresh" in str(error.value.hint)
+    assert files(checkpoint) == before
+
+
+def test_a_checkpoint_that_was_never_finished_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    killed_at(1, monkeypatch, path)
+    (tmp_path / "out-run" / "checkpoint-1" / "trainer_state.json").unlink()
+    assert run(path)[0] == "checkpoint-1 was not written to its end: starting over"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 # --- before any compute ---------------------------------------------------------------------------

@@ -27,12 +27,11 @@ def train_head(
     file = recipe.output_dir / f"{config.kind}.safetensors"
     with recipe.file.at("output_dir"):
         check_writable(file)
-    held = (
-        load_head(str(file), cast(Kind, config.kind)).steps if file.exists() and not replace else 0
-    )
-    if held > config.max_steps:
+    # A file that is to be replaced has to be a head, too.
+    held = load_head(str(file), cast(Kind, config.kind)) if file.exists() else None
+    if held is not None and held.steps > config.max_steps and not replace:
         raise InputError(
-            f"{file} was trained for {held} steps, this run has only {config.max_steps}",
+            f"{file} was trained for {held.steps} steps, this run has only {config.max_steps}",
             hint="choose another `output_dir`, or replace it with --fresh",
         )
     checkpoint = build_checkpoint(recipe.model)

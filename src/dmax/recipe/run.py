@@ -21,7 +21,7 @@ from dmax.evaluation.run import evaluate
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.build import build_checkpoint, build_data
-from dmax.recipe.folder import ANEW, RunFolder
+from dmax.recipe.folder import ANEW, MOVE, RunFolder
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.training.trainer import DMaxConfig, DMaxTrainer
@@ -63,10 +63,13 @@ def run_recipe(
         check_target(recipe.output_dir)
         run = RunFolder(run_dir, _settings(recipe, args), fresh=not resume)
         is_written = (recipe.output_dir / "config.json").is_file()
+        if is_written and not (recipe.output_dir / "dmax.json").is_file():
+            raise InputError(f"{recipe.output_dir} holds a checkpoint of something else", MOVE)
         if run.is_finished and is_written:
             report(f"already finished: {recipe.output_dir}")
             return recipe.output_dir
-        if is_written and resume and run.last_checkpoint() is None:
+        run.find_checkpoint(report)
+        if is_written and resume and run.last_checkpoint is None:
             raise InputError(
                 f"{recipe.output_dir} holds a checkpoint that is not of this run", ANEW
             )
@@ -120,7 +123,7 @@ def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -
 
 def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
     """Train to the last step, from the last checkpoint on; how many steps the whole run has."""
-    last = run.last_checkpoint()
+    last = run.last_checkpoint
     if last is not None and run.is_trained():  # Trainer would take one step more
         trainer._load_from_checkpoint(str(last))
         return int(last.name.removeprefix("checkpoint-"))
