@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -451,27 +449,18 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
 
 
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_leaves_the_old_checkpoint_and_is_said_in_one_sentence(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, limit_files: Callable[[int], None]
 ) -> None:
     model = load(folder, **IDS).model
     target = tmp_path / "saved"
     save_checkpoint(model, None, target, SAVED)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     assert len(before["model.safetensors"]) > 10_000
-    with files_up_to(10_000), pytest.raises(InputError) as error:
+    limit_files(10_000)
+    with pytest.raises(InputError) as error:
         save_checkpoint(model, None, target, SAVED)
+    limit_files(-1)
     assert error.value.message.startswith(f"cannot write the checkpoint {target}: ")
     assert "File too large" in error.value.message and "\n" not in error.value.message
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before

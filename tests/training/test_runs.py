@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from test_trainer import CONFIG, write_recipe
+from transformers import TrainerCallback
 
 from dmax.errors import InputError
 from dmax.recipe import build
@@ -294,6 +296,43 @@ def test_a_checkpoint_that_was_never_finished_does_not_count(
     (tmp_path / "out-run" / "checkpoint-1" / "trainer_state.json").unlink()
     assert run(path)[0] == "checkpoint-1 was not written to its end: starting over"
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("limit", [2_000, 40_000])  # of the weights, of the optimiser
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_next_goes_on(
+    tmp_path: Path,
+    limit: int,
+    limit_files: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run(write_recipe(whole, training=TWO_STEPS))
+    path = write_recipe(broken, training=TWO_STEPS)
+
+    class FullAtTwo(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                limit_files(limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "DMaxTrainer", partial(with_callback, FullAtTwo()))
+        with pytest.raises(InputError, match=r"cannot write a checkpoint to .*out-run: ") as error:
+            run(path)
+    limit_files(-1)
+    first = broken / "out-run" / "checkpoint-1"
+    assert "\n" not in error.value.message
+    before = files(first)
+    assert run(path)[0] == "checkpoint-2 was not written to its end: going on from checkpoint-1"
+    assert files(first) == before
+    assert files(broken / "out")["model.safetensors"] == files(whole / "out")["model.safetensors"]
+
+
+def with_callback(callback: TrainerCallback, *args: Any, **kwargs: Any) -> DMaxTrainer:
+    trainer = DMaxTrainer(*args, **kwargs)
+    trainer.add_callback(callback)
+    return trainer
 
 
 # --- before any compute ---------------------------------------------------------------------------
