@@ -335,6 +335,24 @@ def with_callback(callback: TrainerCallback, *args: Any, **kwargs: Any) -> DMaxT
     return trainer
 
 
+# --- what is saved ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_weights_at_the_start_are_kept_only_if_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    run(write_recipe(tmp_path, training={"max_steps": 1}))
+    start = tmp_path / "start"
+    (tmp_path / "out").rename(start)
+    shutil.rmtree(tmp_path / "out-run")
+    kept: list[int] = []
+    monkeypatch.setattr(runs, "blend_weights", lambda model, other, share: kept.append(len(other)))
+    model = {"path": str(start), "keep_start": share}
+    run(write_recipe(tmp_path, training={"max_steps": 1}, model=model))
+    assert (kept[0] > 0) == (share > 0)
+
+
 # --- before any compute ---------------------------------------------------------------------------
 
 

@@ -91,7 +91,7 @@ def run_recipe(
         processing_class=checkpoint.tokenizer,
         callbacks=[run],
     )
-    start = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
+    start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start else {}
     run.begin()
     steps = _train(trainer, run)
     blend_weights(checkpoint.model, start, recipe.model.keep_start)
@@ -119,6 +119,10 @@ def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -
     for name, value in (*model.named_parameters(), *model.named_buffers()):  # tied ones come once
         if name in other:  # buffers that follow from the config are in no file
             value.lerp_(other[name].to(value), share)
+
+
+def _copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
