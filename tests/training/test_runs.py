@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from test_trainer import CONFIG, write_recipe
 from transformers import TrainerCallback
 
+from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
 from dmax.recipe import build
 from dmax.recipe import run as runs
@@ -336,6 +338,26 @@ def with_callback(callback: TrainerCallback, *args: Any, **kwargs: Any) -> DMaxT
 
 
 # --- what is saved ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "decoding"),
+    [
+        ("mdlm", "threshold"),
+        ("uniform", "spd"),
+        ("oput", "spd"),
+        ("d2f", "d2f"),
+        ("dparallel", "dparallel"),
+    ],
+)
+def test_a_trained_model_names_the_decoding_that_its_objective_is_for(
+    tmp_path: Path, objective: str, decoding: str
+) -> None:
+    path = write_recipe(tmp_path, training={"max_steps": 1, "objective": objective})
+    run(path)
+    for folder in (tmp_path / "out", tmp_path / "out-run" / "checkpoint-1"):
+        found = load_checkpoint(folder, dtype=torch.float32, device="cpu")
+        assert found.decoding == decoding
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -26,6 +26,14 @@ from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.training.trainer import DMaxConfig, DMaxTrainer
 
+# The strategy that a model decodes best with, by the objective that it was trained with.
+DECODING = {
+    "mdlm": "threshold",
+    "uniform": "spd",
+    "oput": "spd",
+    "d2f": "d2f",
+    "dparallel": "dparallel",
+}
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
 UNTRACKED = (
     "disable_tqdm",
@@ -75,7 +83,9 @@ def run_recipe(
             )
 
     set_seed(args.seed)
-    checkpoint = build_checkpoint(recipe.model)
+    decoding = DECODING[args.objective]
+    checkpoint = dataclasses.replace(build_checkpoint(recipe.model), decoding=decoding)
+    checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
     dataset = build_data(recipe.data, checkpoint)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     report(f"{len(dataset)} examples, {num_parameters:,} parameters")
@@ -102,6 +112,7 @@ def run_recipe(
         checkpoint.tokenizer,
         recipe.output_dir,
         special_ids,
+        decoding=decoding,
         extra={
             "recipe": recipe.file.path.name,
             "steps": steps,
