@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written whole or not at all, and files that grow line by line.
 
 New content is written beside its place under a hidden name and takes the place in one step, so an
 interruption or a full disk leaves what was there before.
@@ -6,6 +6,7 @@ interruption or a full disk leaves what was there before.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -65,6 +66,30 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """The lines of a file that grows line by line, and what stands after the last of them.
+
+    The rest is a line that was cut off by an interruption. Only a newline ends a line: texts may
+    hold other separators. A file that does not exist has no lines.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    return lines, rest
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Remove from a file of ours what stands after its last newline."""
+    _, rest = read_lines(path)
+    if rest:
+        os.truncate(path, path.stat().st_size - len(rest))
+
+
+def append(path: Path, text: str) -> None:
+    """Write a text to the end of a file; raises `InputError` if that cannot be done."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def check_new_folder(path: Path) -> None:

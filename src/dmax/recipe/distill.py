@@ -1,26 +1,35 @@
-"""Self-distillation: the model's own responses to prompts, the data that OPUT is trained on (paper section 4.1).
+"""Self-distillation: the model's own responses to prompts, which OPUT learns from (paper, 4.1).
 
-Responses are decoded at a conservative threshold, unfinished ones are dropped, and nothing filters
-for correctness (A22). The output grows line by line, so that an interrupted run goes on where it
-stopped.
+Responses are decoded at a conservative threshold, unfinished ones are set apart, and nothing
+filters for correctness (A22 in docs/paper.md). The files grow line by line, so an interrupted run
+goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from dmax.engine.request import Request
 from dmax.errors import InputError
+from dmax.files import append, check_writable, drop_unfinished_line, read_lines, writing
 from dmax.llm import LLM
+from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
 
 
 @dataclass(frozen=True, slots=True)
 class DistillReport:
-    """How many prompts were answered, how many answers were dropped as unfinished, and what it took."""
+    """What came of the prompts, those of earlier parts of the run included.
+
+    Attributes:
+        prompts: how many there are.
+        kept: responses that ended by themselves.
+        unfinished: responses that did not, or that are empty.
+    """
 
     prompts: int
     kept: int
@@ -33,82 +42,120 @@ def distill(
     output: Path,
     params: DecodingParams,
     *,
-    chunk: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DistillReport:
-    """Append `{"index", "prompt", "response"}` lines to `output` for every prompt not answered there yet.
+    """Append a line `{"index", "prompt", "response"}` to `output` for every prompt without one.
 
+    Lines come in the order in which responses are finished; `index` is the number of the prompt.
     Unfinished responses go to `<output>.unfinished.jsonl`, so that a resumed run does not decode
     them again.
 
+    Args:
+        llm: its `max_batch_size` prompts are decoded at a time.
+        prompts: texts; each is one user message.
+        output: JSONL file; one that this function wrote for these prompts is continued.
+        params: how to decode.
+        progress: told how many of how many prompts are done.
+
     Raises:
-        InputError: `output` holds lines that do not belong to these prompts, or cannot be written.
+        InputError: a file holds lines that are not responses to these prompts, or cannot be
+            written.
     """
-    if output.is_dir():
-        raise InputError(f"cannot write {output}: it is a folder", hint="name a file")
-    dropped = output.with_suffix(".unfinished.jsonl")
-    try:
-        finished = _answered(output, prompts)
-        others = _answered(dropped, prompts)
-        kept = len(finished)
-        unfinished = len(others)
-        waiting = [index for index in range(len(prompts)) if index not in finished | others]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8") as good, dropped.open("a", encoding="utf-8") as bad:
-            for start in range(0, len(waiting), chunk):
-                indices = waiting[start : start + chunk]
-                results = llm.generate(
-                    [[{"role": "user", "content": prompts[i]}] for i in indices], params
-                )
-                for index, result in zip(indices, results, strict=True):
-                    is_finished = result.finish_reason == "stop" and bool(result.text.strip())
-                    record = {"index": index, "prompt": prompts[index], "response": result.text}
-                    (good if is_finished else bad).write(
-                        json.dumps(record, ensure_ascii=False) + "\n"
-                    )
-                    kept = kept + is_finished
-                    unfinished = unfinished + (not is_finished)
-                good.flush()
-                bad.flush()
-                progress(kept + unfinished, len(prompts))
-    except OSError as error:
-        raise InputError(
-            f"cannot write {output}: {error.strerror}", hint="choose another output"
-        ) from None
-    return DistillReport(len(prompts), kept, unfinished)
+    check_writable(output)
+    apart = output.with_suffix(".unfinished.jsonl")
+    kept = _answered(output, prompts)
+    unfinished = _answered(apart, prompts)
+    for file in (output, apart):  # only now that both are known to be ours
+        append(file, "")
+        drop_unfinished_line(file)
+
+    done = kept | unfinished
+    waiting = {index: prompt for index, prompt in enumerate(prompts) if index not in done}
+    for index, response in _responses(llm, waiting, params):
+        is_finished = response.finish_reason == "stop" and bool(response.text.strip())
+        append(output if is_finished else apart, _line(index, prompts[index], response.text))
+        (kept if is_finished else unfinished).add(index)
+        progress(len(kept) + len(unfinished), len(prompts))
+    return DistillReport(len(prompts), len(kept), len(unfinished))
+
+
+def _responses(
+    llm: LLM, prompts: Mapping[int, str], params: DecodingParams
+) -> Iterator[tuple[int, GenerationOutput]]:
+    """Number and output of every prompt, as soon as it is finished.
+
+    The next prompt takes the place of one that is finished, so the batch stays full. The longest
+    goes first: the engine plans its memory for it, and all others fit.
+    """
+    if not prompts:
+        return
+    messages = {index: [{"role": "user", "content": text}] for index, text in prompts.items()}
+    longest = max(messages, key=lambda index: len(llm.encode(messages[index])))
+    waiting = iter(sorted(messages, key=lambda index: index != longest))
+    batch_size = min(llm.max_batch_size, len(prompts))
+    engine = llm.engine(params.block_length, max_batch_size=batch_size)
+    requests: dict[int, Request] = {}
+
+    def add(count: int) -> None:
+        for index in islice(waiting, count):
+            requests[index] = llm.request(index, messages[index], params)
+            engine.add(requests[index])
+
+    add(batch_size)
+    while engine.is_busy():
+        for event in engine.step():
+            if event.kind == "finished":
+                request = requests.pop(event.index)
+                yield event.index, llm._output(request, event.completion)
+                add(1)
 
 
 def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
-    """Indices of the prompts a file answers already; a last line cut off by an interruption is removed."""
-    if not file.exists():
-        return set()
-    data = file.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end != len(data):
-        os.truncate(file, end)
-    done = set()
-    for number, line in enumerate(
-        data[:end].split(b"\n")[:-1], 1
-    ):  # texts may hold other separators of lines
+    """Numbers of the prompts that a file answers already; raises `InputError` if it is not ours."""
+    with writing(file):
+        lines, rest = read_lines(file)
+    answered: set[int] = set()
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
-            record = None
-        index = record.get("index") if isinstance(record, dict) else None
-        if (
-            not isinstance(index, int)
-            or not 0 <= index < len(prompts)
-            or prompts[index] != record.get("prompt")
-        ):
+            index = record["index"]
+            is_ours = isinstance(index, int) and prompts[index] == record["prompt"] and index >= 0
+        except (ValueError, LookupError, TypeError):
+            is_ours = False
+        if not is_ours:
             raise InputError(
                 f"{file}:{number} answers another prompt", hint="choose a new output file"
             )
-        done.add(index)
-    return done
+        answered.add(index)
+    if rest and not _is_beginning(rest, prompts, is_first=not lines):
+        raise InputError(
+            f"{file}:{len(lines) + 1} is no response to a prompt", hint="choose a new output file"
+        )
+    return answered
+
+
+def _is_beginning(rest: bytes, prompts: Sequence[str], *, is_first: bool) -> bool:
+    """Whether the rest of a file is the beginning of a line of ours that was cut off."""
+    if is_first and not rest.startswith(b'{"index": '):
+        return False  # too little to say whose it is
+    beginnings = [
+        _line(index, prompt, response="").removesuffix('"}\n').encode()
+        for index, prompt in enumerate(prompts)
+    ]
+    return any(each.startswith(rest) or rest.startswith(each) for each in beginnings)
+
+
+def _line(index: int, prompt: str, response: str) -> str:
+    record = {"index": index, "prompt": prompt, "response": response}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a JSONL file, one `prompt` (or `question`) a line; raises `InputError` naming file and line."""
+    """The `prompt` (or `question`) of every line of a JSONL file.
+
+    Raises:
+        InputError: the file is missing or empty, or a line has no prompt; names file and line.
+    """
     if not path.is_file():
         raise InputError(f"prompts `{path}` is not a file")
     prompts = []
