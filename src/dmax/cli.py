@@ -452,8 +452,8 @@ def sweep(
         runs/sweep
     """
     from dmax.evaluation.plots import draw, page
-    from dmax.evaluation.sweep import curves_of, parse_grid, run_sweep
-    from dmax.files import check_writable, write_atomically
+    from dmax.evaluation.sweep import check_folder, curves_of, parse_grid, run_sweep
+    from dmax.files import write_atomically
     from dmax.hub import find_folder
     from dmax.llm import LLM
     from dmax.tasks import get_task
@@ -461,7 +461,7 @@ def sweep(
     names = [name.strip() for name in strategies.split(",")]
     curves = curves_of(model, names, parse_grid(thresholds))
     chosen = get_task(task, data)
-    check_writable(output / "sweep.json")
+    check_folder(output)
     for checkpoint in model:
         find_folder(checkpoint)  # an unknown one is an error before the first is measured
     record = run_sweep(

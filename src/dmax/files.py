@@ -6,12 +6,14 @@ interruption or a full disk leaves what was there before.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,6 +51,25 @@ def check_writable(path: Path) -> None:
         probe = _beside(path)
         probe.touch()
         probe.unlink()
+
+
+def check_ours(path: Path, *keys: str) -> None:
+    """Make sure that what stands at `path`, if anything does, is a record of ours.
+
+    A record is a JSON object with these keys, in the whole file or in its first line. An empty file
+    counts as ours, since nothing in it can be lost.
+
+    Raises:
+        InputError: it is something else, which has to stay as it is.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes() if path.is_file() else b"nothing that can be replaced"
+    records = [_json(text) for text in (data, data.partition(b"\n")[0])]
+    if data and not any(isinstance(each, dict) and each.keys() >= set(keys) for each in records):
+        raise InputError(
+            f"{path} exists and was not written by this command", hint="choose another output"
+        )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -125,6 +146,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _beside(path: Path) -> Path:
