@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmax.distill import distill
 from dmax.llm import LLM
 from dmax.params import DecodingParams
-from dmax.recipe import Recipe, load_recipe, run_recipe
+from dmax.recipe.distill import distill
+from dmax.recipe.run import run_recipe
+from dmax.recipe.sections import Recipe, load_recipe
 from dmax.tasks.word_problems import problems
 
 RECIPE = Path("recipes/tiny_ablation.yaml")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
@@ -46,6 +48,18 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def needed(heads: Path) -> dict[str, dict[str, str]]:
     """The options that a strategy cannot do without, by its name."""
     return defaultdict(dict, {file.stem: {"head": str(heads)} for file in heads.iterdir()})
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[int], None]]:
+    """A full disk: from a call on, no file may grow beyond so many bytes; -1 lifts the limit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(autouse=True)

@@ -29,12 +29,12 @@ LAYERS = {
     **dict.fromkeys(
         ("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence", "dmax.kernels"), 1
     ),
-    **dict.fromkeys(("dmax.models", "dmax.checkpoint"), 2),
-    **dict.fromkeys(("dmax.decoding", "dmax.training"), 3),
-    **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs", "dmax.distill"), 4),
+    **dict.fromkeys(("dmax.models", "dmax.hub"), 2),
+    **dict.fromkeys(("dmax.decoding", "dmax.checkpoint", "dmax.training"), 3),
+    **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.serve", "dmax.integrations", "dmax.cli", "dmax.demo", "dmax"), 6),
-    **dict.fromkeys(("dmax.recipe", "dmax.recipe_file", "dmax.run_folder"), 6),
+    **dict.fromkeys(("dmax.recipe",), 6),
     **dict.fromkeys(
         ("dmax.tiny.build", "dmax.tiny.tokenizer"), 6
     ),  # the package itself only knows paths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,7 @@ def test_bundled_names_lead_to_folders_of_the_package() -> None:
 def test_bundled_checkpoints_are_found_by_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "dmax.checkpoint.bundled", lambda name: folder if name == "tiny-dmax" else None
-    )
+    monkeypatch.setattr("dmax.hub.bundled", lambda name: folder if name == "tiny-dmax" else None)
     assert load("tiny-dmax", **IDS).path == str(folder)
 
 
@@ -336,6 +335,56 @@ def test_implementations_and_dtype_are_passed_on(folder: Path) -> None:
         load(folder, **IDS, attn_implementation="no-such-attention")
 
 
+# ---- decoding -----------------------------------------------------------------------------------------------------
+
+
+def test_bundled_checkpoints_name_their_decoding() -> None:
+    assert load("tiny-base").decoding == "threshold"
+    assert load("tiny-dmax").decoding == "spd"
+
+
+def test_a_checkpoint_that_names_no_decoding_has_none(folder: Path) -> None:
+    assert load(folder, **IDS).decoding is None
+
+
+@pytest.mark.parametrize("name", ["DMax-16B", "DMax-Math-16B", "DMax-Coder-16B"])
+def test_published_models_are_known_by_their_hub_id_and_as_a_folder(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folder)
+    assert load(f"Zigeng/{name}", **IDS).decoding == "spd"
+    assert load(f"someone/{name}", **IDS).decoding is None
+    copy = folder.rename(folder.with_name(name))
+    assert load(copy, **IDS).decoding == "spd"
+    edit(copy / "config.json", decoding_strategy="threshold")
+    assert load(copy, **IDS).decoding == "threshold"
+
+
+@pytest.mark.parametrize("value", ["spdd", "", 3, ["spd"], {}])
+def test_a_decoding_that_is_unknown_gets_one_clear_sentence(folder: Path, value: Any) -> None:
+    edit(folder / "config.json", decoding_strategy=value)
+    with pytest.raises(InputError) as error:
+        load(folder, **IDS)
+    assert (
+        error.value.message == f"{folder} names the decoding strategy {value!r}, which is unknown"
+    )
+    assert error.value.hint
+
+
+def test_a_saved_checkpoint_names_its_decoding(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, **IDS).model
+    target = tmp_path / "saved"
+    save_checkpoint(model, None, target, SAVED, decoding="spd")
+    again = load(target)
+    assert again.decoding == "spd"
+    save_checkpoint(again.model, None, target, SAVED)
+    assert load(target).decoding == "spd"
+    save_checkpoint(again.model, None, target, SAVED, decoding="threshold")
+    assert load(target).decoding == "threshold"
+    with pytest.raises(InputError, match="decoding strategy 'spdd', which is unknown"):
+        save_checkpoint(model, None, target, SAVED, decoding="spdd")
+
+
 # ---- saving -------------------------------------------------------------------------------------------------------
 
 SAVED = SpecialIds(mask_token_id=511, eos_token_ids=(508, 509), pad_token_id=508, block_length=16)
@@ -373,6 +422,9 @@ def test_saving_never_replaces_anything_else(folder: Path, tmp_path: Path) -> No
     for place in (target, target / "chapter1.tex"):
         with pytest.raises(InputError, match="is not a checkpoint"):
             save_checkpoint(model, None, place, SAVED)
+    (target / "config.json").write_text("{}")  # other programs have a file of this name too
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        save_checkpoint(model, None, target, SAVED)
     assert (target / "chapter1.tex").read_text() == "years of work"
 
 
@@ -395,6 +447,24 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
             save_checkpoint(model, None, target, SAVED)
         assert {file.name: file.read_bytes() for file in target.iterdir()} == before
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_is_said_in_one_sentence(
+    folder: Path, tmp_path: Path, limit_files: Callable[[int], None]
+) -> None:
+    model = load(folder, **IDS).model
+    target = tmp_path / "saved"
+    save_checkpoint(model, None, target, SAVED)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    assert len(before["model.safetensors"]) > 10_000
+    limit_files(10_000)
+    with pytest.raises(InputError) as error:
+        save_checkpoint(model, None, target, SAVED)
+    limit_files(-1)
+    assert error.value.message.startswith(f"cannot write the checkpoint {target}: ")
+    assert "File too large" in error.value.message and "\n" not in error.value.message
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
 
 
 def test_unwritable_places_get_one_clear_sentence(folder: Path, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_train_json(dmax: Dmax, tmp_path: Path) -> None:
 
 
 def test_demo(dmax: Dmax, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmax.checkpoint.bundled", lambda name: folder if name in BUNDLED else None)
+    monkeypatch.setattr("dmax.hub.bundled", lambda name: folder if name in BUNDLED else None)
     monkeypatch.setattr("dmax.demo.NUM_PROBLEMS", 2)
     monkeypatch.setattr("dmax.tasks.word_problems.WordProblems.max_new_tokens", 8)
     rows = one_object(dmax("demo", "--json"))["rows"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
-from dmax.distill import DistillReport, distill, read_prompts
+from dmax.engine.request import Request
+from dmax.recipe.distill import DistillReport, distill, read_prompts
 from dmax.training.data import read_records
 
 PARAMS = DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=16)
@@ -19,23 +21,55 @@ PROMPTS = ["one", "two", "endless three", "four", "silent five", "six für ☃",
 
 
 class Responder:
-    """Answers in place of a model; dies before chunk number `dies_at`."""
+    """Answers in place of a model and its engine; dies before step number `dies_at`.
 
-    def __init__(self, dies_at: int | None = None) -> None:
+    A response takes as many steps as its prompt has letters.
+    """
+
+    def __init__(self, dies_at: int | None = None, max_batch_size: int = 64) -> None:
+        self.max_batch_size = max_batch_size
+        self.dies_at = dies_at
         self.asked: list[str] = []
-        self.chunks, self.dies_at = 0, dies_at
+        self.batches: list[int] = []  # how many prompts each step had
+        self.left: dict[int, int] = {}
 
-    def generate(self, prompts: Sequence[Any], params: DecodingParams) -> list[GenerationOutput]:
-        if self.chunks == self.dies_at:
-            raise KeyboardInterrupt
-        self.chunks += 1
+    def encode(self, messages: Any) -> tuple[int, ...]:
+        ((role, content),) = [(message["role"], message["content"]) for message in messages]
+        assert role == "user"
+        return tuple(content.encode())
+
+    def request(self, index: int, messages: Any, params: DecodingParams) -> Request:
         assert params is PARAMS
-        texts = [message["content"] for (message,) in prompts]
-        assert all(message["role"] == "user" for (message,) in prompts)
-        self.asked += texts
-        return [self.answer(text) for text in texts]
+        return Request(index, self.encode(messages), params)
 
-    def answer(self, text: str) -> GenerationOutput:
+    def engine(self, block_length: int | None, max_batch_size: int) -> Responder:
+        assert block_length is None
+        self.capacity = 0
+        return self
+
+    def add(self, request: Request) -> None:
+        assert not self.capacity or len(request.prompt_ids) <= self.capacity  # memory is planned
+        self.capacity = self.capacity or len(request.prompt_ids)
+        self.asked.append(bytes(request.prompt_ids).decode())
+        self.left[request.index] = len(request.prompt_ids)
+
+    def is_busy(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        if len(self.batches) == self.dies_at:
+            raise KeyboardInterrupt
+        self.batches.append(len(self.left))
+        self.left = {index: left - 1 for index, left in self.left.items()}
+        finished = [index for index, left in self.left.items() if not left]
+        for index in finished:
+            del self.left[index]
+        return [
+            SimpleNamespace(kind="finished", index=index, completion=None) for index in finished
+        ]
+
+    def _output(self, request: Request, _completion: Any) -> GenerationOutput:
+        text = bytes(request.prompt_ids).decode()
         reason: Any = "length" if "endless" in text else "stop"
         response = " \n" if "silent" in text else f"answer to {text}"
         return GenerationOutput(response, (1, 2), (1,), reason, 1, 0, 0)
@@ -56,43 +90,84 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "new" / "responses.jsonl"
 
 
+def by_index(path: Path) -> list[dict[str, Any]]:
+    return sorted(lines(path), key=lambda record: record["index"])
+
+
 def test_a22_finished_responses_are_kept_unfiltered_and_the_others_set_apart(output: Path) -> None:
     told: list[tuple[int, int]] = []
-    report = run(
-        output, Responder(), chunk=3, progress=lambda done, total: told.append((done, total))
-    )
+    report = run(output, Responder(), progress=lambda done, total: told.append((done, total)))
     assert report == DistillReport(prompts=7, kept=5, unfinished=2)
-    assert told == [(3, 7), (6, 7), (7, 7)]
-    assert [record["index"] for record in lines(output)] == [0, 1, 3, 5, 6]
-    assert lines(output)[3] == {
+    assert told == [(done, 7) for done in range(1, 8)]
+    assert [record["index"] for record in by_index(output)] == [0, 1, 3, 5, 6]
+    assert by_index(output)[3] == {
         "index": 5,
         "prompt": "six für ☃",
         "response": "answer to six für ☃",
     }
-    apart = lines(output.with_suffix(".unfinished.jsonl"))
+    apart = by_index(output.with_suffix(".unfinished.jsonl"))
     assert [record["prompt"] for record in apart] == ["endless three", "silent five"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_batch_stays_full_until_no_prompt_is_left(output: Path, batch_size: int) -> None:
+    prompts = [f"{'a' * (1 + index % 7)} {index}" for index in range(150)]
+    responder = Responder(max_batch_size=batch_size)
+    assert run(output, responder, prompts).kept == 150
+    num_last = responder.batches.count(batch_size)
+    assert responder.batches[:num_last] == [batch_size] * num_last
+    longest = max(len(prompt) for prompt in prompts)
+    assert len(responder.batches) - num_last <= longest
+
+
+def test_a_response_is_written_when_it_is_finished(output: Path) -> None:
+    seen: list[int] = []
+    run(
+        output,
+        Responder(),
+        ["long prompt", "p"],
+        progress=lambda *_: seen.append(len(lines(output))),
+    )
+    assert seen == [1, 2]
+    assert [record["index"] for record in lines(output)] == [1, 0]
 
 
 def test_training_reads_what_distillation_writes(output: Path) -> None:
     run(output, Responder())
     kept = [prompt for prompt in PROMPTS if "endless" not in prompt and "silent" not in prompt]
     expected = [([{"role": "user", "content": prompt}], f"answer to {prompt}") for prompt in kept]
-    assert [record[:2] for record in read_records(output)] == expected
+    learnt = sorted([record[:2] for record in read_records(output)], key=expected.index)
+    assert learnt == expected
 
 
-@pytest.mark.parametrize("dies_at", [0, 1, 2])
+@pytest.mark.parametrize("dies_at", [0, 4, 10, 14])
 def test_an_interrupted_run_goes_on_where_it_stopped(
     output: Path, tmp_path: Path, dies_at: int
 ) -> None:
     whole = tmp_path / "whole.jsonl"
-    run(whole, Responder(), chunk=3)
+    run(whole, Responder(max_batch_size=2))
     with pytest.raises(KeyboardInterrupt):
-        run(output, Responder(dies_at), chunk=3)
-    second = Responder()
-    assert run(output, second, chunk=3) == DistillReport(7, 5, 2)
-    assert second.asked == PROMPTS[3 * dies_at :]
+        run(output, Responder(dies_at, max_batch_size=2))
+    apart = output.with_suffix(".unfinished.jsonl")
+    done = {record["prompt"] for record in (*lines(output), *lines(apart))}
+    second = Responder(max_batch_size=2)
+    assert run(output, second) == DistillReport(7, 5, 2)
+    assert sorted(second.asked) == sorted(set(PROMPTS) - done)
     for suffix in (".jsonl", ".unfinished.jsonl"):
-        assert output.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
+        assert by_index(output.with_suffix(suffix)) == by_index(whole.with_suffix(suffix))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".unfinished.jsonl"])
+def test_a_run_goes_on_from_any_prefix(output: Path, suffix: str) -> None:
+    run(output, Responder())
+    file = output.with_suffix(suffix)
+    whole = by_index(file)
+    data = file.read_bytes()
+    # Less than the beginning that all lines share does not say whose the file is.
+    for end in range(len(b'{"index": '), len(data)):
+        file.write_bytes(data[:end])
+        assert run(output, Responder()) == DistillReport(7, 5, 2)
+        assert by_index(file) == whole
 
 
 def test_a_line_cut_off_is_answered_again(output: Path) -> None:
@@ -101,7 +176,7 @@ def test_a_line_cut_off_is_answered_again(output: Path) -> None:
     output.write_text(text[:-9], encoding="utf-8")
     again = Responder()
     assert run(output, again) == DistillReport(7, 5, 2)
-    assert again.asked == ["seven"]
+    assert again.asked == [lines(output)[-1]["prompt"]]
     assert output.read_text(encoding="utf-8") == text
 
 
@@ -121,7 +196,8 @@ def test_separators_of_lines_inside_a_response_are_no_ends_of_records(output: Pa
     again = Responder()
     assert run(output, again, prompts).kept == 2
     assert again.asked == []
-    assert [record.messages[0]["content"] for record in read_records(output)] == prompts
+    read = [record.messages[0]["content"] for record in read_records(output)]
+    assert sorted(read) == sorted(prompts)
 
 
 def test_a_finished_run_asks_nothing(output: Path) -> None:
@@ -137,7 +213,7 @@ def test_more_prompts_continue_a_file_and_other_prompts_do_not(output: Path) -> 
     run(output, Responder(), PROMPTS[:4])
     more = Responder()
     assert run(output, more) == DistillReport(7, 5, 2)
-    assert more.asked == PROMPTS[4:]
+    assert sorted(more.asked) == sorted(PROMPTS[4:])
     before = output.read_bytes()
     for others in (PROMPTS[:3], ["one", "other", *PROMPTS[2:]]):
         with pytest.raises(InputError, match=r"responses.jsonl:\d answers another prompt"):
@@ -145,16 +221,38 @@ def test_more_prompts_continue_a_file_and_other_prompts_do_not(output: Path) -> 
     assert output.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["nonsense", "[1]", "{}", '{"index": 1, "prompt": "one"}'],
+FOREIGN = (
+    "nonsense",
+    "[1]",
+    "{}",
+    "{",
+    '{"index": -1, "prompt": "seven"}',
+    '{"index": 1, "prompt": "one"}',
+    '{"index": 1, "prompt": "tw0',
 )
-def test_a_file_of_something_else_is_refused(output: Path, line: str) -> None:
-    output.parent.mkdir()
-    output.write_text(f"{line}\n")
-    with pytest.raises(InputError, match=r"responses.jsonl:1"):
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".unfinished.jsonl"])
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("line", FOREIGN)
+def test_a_file_of_something_else_is_left_alone(
+    output: Path, line: str, end: str, suffix: str
+) -> None:
+    file = output.with_suffix(suffix)
+    file.parent.mkdir()
+    file.write_text(line + end)
+    with pytest.raises(InputError, match=f"responses{suffix}:1 "):
         run(output, Responder())
-    assert output.read_text() == f"{line}\n"
+    assert file.read_text() == line + end
+
+
+def test_words_after_our_lines_are_left_alone(output: Path) -> None:
+    run(output, Responder(), PROMPTS[:2])
+    text = output.read_text() + "to do: read these"
+    output.write_text(text)
+    with pytest.raises(InputError, match=r"responses.jsonl:3 is no response"):
+        run(output, Responder())
+    assert output.read_text() == text
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -174,7 +272,7 @@ def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
     report = distill(llm, prompts, output, PARAMS)
     outputs = llm.generate(prompts, PARAMS)
     assert (report.kept, report.unfinished) == (0, 2)  # a random model does not find an end
-    apart = lines(output.with_suffix(".unfinished.jsonl"))
+    apart = by_index(output.with_suffix(".unfinished.jsonl"))
     assert [record["response"] for record in apart] == [result.text for result in outputs]
 
 

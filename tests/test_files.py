@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from dmax.errors import InputError
-from dmax.files import check_new_folder, check_writable, new_folder, write_atomically
+from dmax.files import (
+    append,
+    check_new_folder,
+    check_ours,
+    check_writable,
+    drop_unfinished_line,
+    new_folder,
+    read_lines,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("content", ["☃", "☃".encode()])
@@ -40,6 +49,36 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     monkeypatch.undo()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1, "b": 2, "c": 3}', '{"b": 2, "a": 1}\n{}\n'])
+def test_a_record_of_ours_may_be_replaced(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    check_ours(path, "a", "b")
+    path.write_text(content)
+    check_ours(path, "a", "b")
+
+
+@pytest.mark.parametrize("content", ["notes", "[]", "{}", '{"a": 1}', '[{"a": 1, "b": 2}]', "\xff"])
+def test_what_is_not_our_record_may_not_be_replaced(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"a.json exists and was not written by this command"):
+        check_ours(path, "a", "b")
+    with pytest.raises(InputError):
+        check_ours(Path(os.devnull), "a", "b")
+
+
+def test_only_whole_lines_of_a_growing_file_count(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert read_lines(path) == ([], b"")
+    append(path, "one\ntwo\u2028\nthr")
+    assert read_lines(path) == ([b"one", "two\u2028".encode()], b"thr")
+    for _ in range(2):
+        drop_unfinished_line(path)
+        assert read_lines(path) == ([b"one", "two\u2028".encode()], b"")
+    append(path, "three\n")
+    assert path.read_text(encoding="utf-8") == "one\ntwo\u2028\nthree\n"
 
 
 def test_asking_whether_a_place_can_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dmax.heads import KINDS
 from dmax.models import LLaDA2MoeConfig
-from dmax.recipe import load_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny import BUNDLED
 from dmax.training.trainer import DMaxConfig

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -25,14 +24,15 @@ from transformers import (
 )
 
 from dmax import models
-from dmax.errors import InputError
-from dmax.files import check_new_folder, new_folder
+from dmax.decoding import strategies
+from dmax.errors import InputError, did_you_mean
+from dmax.files import check_new_folder, new_folder, writing
+from dmax.hub import find_folder, is_published_dmax
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
 from dmax.models import backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
-from dmax.tiny import BUNDLED, bundled
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,24 +47,32 @@ SETTINGS_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+# All that a checkpoint written by `save_checkpoint` can consist of.
+OWN_FILES = (
+    *TOKENIZER_FILES,
+    *SETTINGS_FILES,
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "dmax.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
 UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError)
-MISSHAPEN = (
-    *UNREADABLE,
-    TypeError,
-    AttributeError,
-)  # what transformers raises for JSON of another shape
+# What transformers raises besides for JSON of another shape.
+MISSHAPEN = (*UNREADABLE, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model, its tokenizer and the ids that decoding needs.
+    """A model, its tokenizer and what decoding needs to know about it.
 
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: None for a checkpoint without one, which then takes and gives token ids.
         special_ids: MASK, EOS, pad and the block length.
         path: the folder it was read from; empty for a new model.
-        decoding: the strategy that the model was trained for; None: the checkpoint names none.
+        decoding: name of the strategy that the model was trained for; None where nobody says.
     """
 
     model: PreTrainedModel
@@ -107,19 +115,13 @@ def load_checkpoint(
 
     Raises:
         InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
-            files, the architecture cannot be used, or a mask token is to be added to a checkpoint
-            that has one.
+            files, the architecture cannot be used, the decoding strategy that the files name is
+            unknown, or a mask token is to be added to a checkpoint that has one.
     """
     models.register()
     folder = find_folder(name_or_path)
-    _check_settings_files(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = _load_tokenizer(folder)
-    except MISSHAPEN as error:
-        raise InputError(f"{folder} is not a usable checkpoint: {_first_line(error)}") from error
-    generation_config = _load_generation_config(folder)
-    # Ids first: a wrong argument should not cost the loading of the weights.
+    config, tokenizer, generation_config = _load_settings(folder)
+    # All settings first: a wrong one should not cost the loading of the weights.
     if quantization is not None:
         check_format(quantization)
     if add_mask_token:
@@ -133,23 +135,19 @@ def load_checkpoint(
         eos_token_id=eos_token_id,
         block_length=block_length,
     )
+    decoding = _named_decoding(name_or_path, folder, config)
     if experts_implementation is None and hasattr(config, "num_experts"):
         experts_implementation = best_experts_implementation(
             config.num_experts, torch.device(device)
         )
-    implementations = {
-        "attn_implementation": attn_implementation,
-        "experts_implementation": experts_implementation,
-    }
-    model: Any = _load_model(
-        folder, config, dtype, {name: value for name, value in implementations.items() if value}
-    )
+    implementations = _chosen(attn_implementation, experts_implementation)
+    model: Any = _load_model(folder, config, dtype, implementations)
     if add_mask_token:
         added = backbone.add_mask_token(model, tokenizer)
         special_ids = replace(special_ids, mask_token_id=added)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
         quantize_experts(model, quantization)
-    return Checkpoint(model.to(device), tokenizer, special_ids, str(folder))
+    return Checkpoint(model.to(device), tokenizer, special_ids, str(folder), decoding)
 
 
 def new_checkpoint(
@@ -160,7 +158,7 @@ def new_checkpoint(
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
 ) -> Checkpoint:
-    """A new model with random weights, of our own architectures or a dense decoder of transformers.
+    """A new model with random weights: our own architectures, or a dense decoder of transformers.
 
     Args:
         config: says the shape and `block_length`; `mask_token_id` and `eos_token_id` too, unless
@@ -175,48 +173,16 @@ def new_checkpoint(
     """
     models.register()
     special_ids = resolve_special_ids(config, tokenizer)
-    implementations = {
-        "attn_implementation": attn_implementation,
-        "experts_implementation": experts_implementation,
-    }
-    chosen = {name: value for name, value in implementations.items() if value}
+    implementations = _chosen(attn_implementation, experts_implementation)
     try:
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False, **chosen
+            config, dtype=dtype, trust_remote_code=False, **implementations
         )
     except ValueError as error:
         raise InputError(
             f"no model can be made from this configuration: {_first_line(error)}"
         ) from error
-    return Checkpoint(_ready(model).eval(), tokenizer, special_ids, "")
-
-
-def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
-    """The local folder of a bundled name, a path or a hub id, downloaded if need be."""
-    name = os.fspath(name_or_path)
-    if not name:
-        raise InputError(
-            "the name of the model is empty",
-            hint=f"choose {' or '.join(BUNDLED)}, a folder or a hub id",
-        )
-    folder = bundled(name) or Path(os.path.expanduser(name))
-    if bundled(name) and not folder.is_dir():
-        raise InputError(
-            f"the bundled checkpoint `{name}` is missing from this installation",
-            hint="reinstall dmax",
-        )
-    if os.path.isdir(folder):  # unlike Path.is_dir, no name is too long for it
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} holds no config.json, so it is not a checkpoint")
-        return folder
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"`{name}` is neither bundled ({', '.join(BUNDLED)}), nor a folder, nor reachable on the hub",
-            hint=_first_line(error),
-        ) from error
+    return Checkpoint(_ready(model).eval(), tokenizer, special_ids, path="")
 
 
 def save_checkpoint(
@@ -225,66 +191,68 @@ def save_checkpoint(
     folder: str | os.PathLike[str],
     special_ids: SpecialIds,
     *,
+    decoding: str | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint that names its own ids; whole or not at all, an interrupted save leaves the old one.
+    """Write a checkpoint that names its own ids and decoding, whole or not at all.
+
+    An interrupted save leaves the checkpoint that was there.
 
     Args:
         model: the model; saved in its published layout.
         tokenizer: saved beside it, if any.
-        folder: created, or replaced if it is empty or already holds a checkpoint.
+        folder: created, or replaced if it is empty or holds nothing but a checkpoint.
         special_ids: written to the config; EOS and pad to the generation config too.
+        decoding: name of the strategy that the model was trained for; None keeps what its config
+            says.
         extra: a JSON record of where the weights come from, written as `dmax.json`.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written.
+        InputError: the folder holds something else or cannot be written, the disk is full, or the
+            strategy is unknown.
     """
     folder = check_target(folder)
-    ends = list(special_ids.eos_token_ids)
-    eos = ends[0] if len(ends) == 1 else ends
-    try:
-        with new_folder(folder) as partial:
-            model.save_pretrained(partial)
-            config = copy.deepcopy(model.config)
-            config.mask_token_id = special_ids.mask_token_id
-            config.block_length = special_ids.block_length
-            config.eos_token_id = eos
-            config.save_pretrained(partial)
-            GenerationConfig(
-                eos_token_id=eos, pad_token_id=special_ids.pad_token_id
-            ).save_pretrained(partial)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            if extra is not None:
-                (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
-            # safetensors makes files that only their owner can read
-            readable = (partial / "config.json").stat().st_mode
-            for file in partial.iterdir():
-                file.chmod(readable)
-    except OSError as error:
-        raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
+    if decoding is not None:
+        _check_decoding(decoding, "the checkpoint")
+    with writing(f"the checkpoint {folder}"), new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        config = _final_config(model.config, special_ids, decoding)
+        config.save_pretrained(partial)
+        GenerationConfig(
+            eos_token_id=config.eos_token_id, pad_token_id=special_ids.pad_token_id
+        ).save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if extra is not None:
+            (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
+        # safetensors makes files that only their owner can read
+        readable = (partial / "config.json").stat().st_mode
+        for file in partial.iterdir():
+            file.chmod(readable)
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder that `save_checkpoint` could write; asked before training.
 
     Raises:
-        InputError: the folder holds something that is not a checkpoint, or cannot be written.
+        InputError: the folder holds something that is not part of a checkpoint, or cannot be
+            written.
     """
     folder = Path(os.path.expanduser(folder)).absolute()
-    try:
+    with writing(f"the checkpoint {folder}"):
         if folder.exists() and not _is_replaceable(folder):
             raise InputError(
                 f"{folder} exists and is not a checkpoint", hint="choose another output folder"
             )
         check_new_folder(folder)
-    except OSError as error:
-        raise InputError(f"cannot write the checkpoint {folder}: {_first_line(error)}") from error
     return folder
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """16 hexadecimal digits that tell weights apart: SHA-256 of every tensor's name, dtype, shape and bytes."""
+    """16 hexadecimal digits that tell weights apart.
+
+    SHA-256 of every tensor's name, dtype, shape and bytes.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -292,40 +260,78 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _final_config(
+    config: PreTrainedConfig, special_ids: SpecialIds, decoding: str | None
+) -> PreTrainedConfig:
+    """A copy of the configuration that names ids, block length and decoding."""
+    final: Any = copy.deepcopy(config)
+    ends = list(special_ids.eos_token_ids)
+    final.mask_token_id = special_ids.mask_token_id
+    final.block_length = special_ids.block_length
+    final.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if decoding is not None:
+        final.decoding_strategy = decoding
+    return final
+
+
 def _is_replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+    """Whether a folder is empty, or a checkpoint and nothing besides."""
+    entries = list(folder.iterdir()) if folder.is_dir() else [folder]
+    is_checkpoint = (folder / "config.json").is_file()
+    is_own = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
+    return not entries or (is_checkpoint and is_own)
+
+
+def _named_decoding(
+    name_or_path: str | os.PathLike[str], folder: Path, config: PreTrainedConfig
+) -> str | None:
+    named = getattr(config, "decoding_strategy", None)
+    if named is not None:
+        _check_decoding(named, folder)
+        return str(named)
+    return "spd" if is_published_dmax(name_or_path) else None
+
+
+def _check_decoding(name: object, place: object) -> None:
+    known = strategies()
+    if name not in known:
+        raise InputError(
+            f"{place} names the decoding strategy {name!r}, which is unknown",
+            hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
+        )
+
+
+def _load_settings(
+    folder: Path,
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, GenerationConfig | None]:
+    """Configuration, tokenizer and generation config of a folder, the latter two if it has them."""
+    _check_settings_files(folder)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except MISSHAPEN as error:
+        raise InputError(f"{folder} is not a usable checkpoint: {_first_line(error)}") from error
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return config, tokenizer, None
+    try:
+        return config, tokenizer, GenerationConfig.from_pretrained(folder)
+    except MISSHAPEN as error:
+        raise InputError(f"{file} is not usable: {_first_line(error)}") from error
 
 
 def _check_settings_files(folder: Path) -> None:
     for name in SETTINGS_FILES:
+        file = folder / name
         try:
-            if (folder / name).is_file() and not isinstance(
-                json.loads((folder / name).read_bytes()), dict
-            ):
+            if file.is_file() and not isinstance(json.loads(file.read_bytes()), dict):
                 raise ValueError("no JSON object")
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(
                 f"{folder} is not a usable checkpoint: {name} is damaged ({_first_line(error)})"
             ) from None
-
-
-def _load_generation_config(folder: Path) -> GenerationConfig | None:
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except MISSHAPEN as error:
-        raise InputError(f"{file} is not usable: {_first_line(error)}") from error
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
-    return tokenizer
 
 
 def _load_model(
@@ -346,7 +352,7 @@ def _load_model(
         raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel
     model, report = loaded
-    # Our own classes have checked their files; for others transformers would fill gaps with random
+    # Our own classes have checked their files. For others transformers would fill gaps with random
     # weights.
     missing = sorted(report["missing_keys"])
     if missing:
@@ -361,6 +367,12 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     return model if isinstance(model, models.NATIVE) else backbone.as_block_diffusion(model)
 
 
+def _chosen(attention: str | None, experts: str | None) -> dict[str, str]:
+    """The implementations that are chosen here; transformers chooses the others."""
+    named = {"attn_implementation": attention, "experts_implementation": experts}
+    return {name: value for name, value in named.items() if value}
+
+
 def _check_lacks_mask(
     folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
@@ -371,9 +383,7 @@ def _check_lacks_mask(
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(
-        error, StrictDataclassError
-    ):  # its first line names the field, its second the reason
+    if isinstance(error, StrictDataclassError):  # its first line names the field, not the reason
         return " ".join(str(error).split())
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -217,7 +217,8 @@ def train(
 
     Example: dmax train recipes/tiny_oput_soft.yaml
     """
-    from dmax.recipe import load_recipe, run_recipe
+    from dmax.recipe.run import run_recipe
+    from dmax.recipe.sections import load_recipe
 
     overrides = {} if max_steps is None else {"max_steps": max_steps}
     with redirect_stdout(
@@ -259,10 +260,10 @@ def distill(
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
     from dmax.decoding import get_strategy
-    from dmax.distill import distill as run_distill
-    from dmax.distill import read_prompts
     from dmax.files import check_writable
     from dmax.llm import LLM
+    from dmax.recipe.distill import distill as run_distill
+    from dmax.recipe.distill import read_prompts
     from dmax.tasks.word_problems import problems
 
     questions = (
@@ -442,17 +443,17 @@ def sweep(
     Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output
         runs/sweep
     """
-    from dmax.checkpoint import find_folder
     from dmax.evaluation.plots import draw, page
-    from dmax.evaluation.sweep import curves_of, parse_grid, run_sweep
-    from dmax.files import check_writable, write_atomically
+    from dmax.evaluation.sweep import check_folder, curves_of, parse_grid, run_sweep
+    from dmax.files import write_atomically
+    from dmax.hub import find_folder
     from dmax.llm import LLM
     from dmax.tasks import get_task
 
     names = [name.strip() for name in strategies.split(",")]
     curves = curves_of(model, names, parse_grid(thresholds))
     chosen = get_task(task, data)
-    check_writable(output / "sweep.json")
+    check_folder(output)
     for checkpoint in model:
         find_folder(checkpoint)  # an unknown one is an error before the first is measured
     record = run_sweep(

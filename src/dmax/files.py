@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written whole or not at all, and files that grow line by line.
 
 New content is written beside its place under a hidden name and takes the place in one step, so an
 interruption or a full disk leaves what was there before.
@@ -6,13 +6,36 @@ interruption or a full disk leaves what was there before.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from dmax.errors import InputError
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Say in one sentence that something cannot be written, whatever the library that writes it.
+
+    On a full disk, torch and safetensors raise errors of their own.
+
+    Raises:
+        InputError: in place of the library's error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(
+            f"cannot write {what}: {reason}", hint="choose another output, or free some space"
+        ) from error
 
 
 def check_writable(path: Path) -> None:
@@ -21,15 +44,32 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: `path` is a folder, or nothing can be written beside it.
     """
-    try:
+    with writing(path):
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _beside(path)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+
+
+def check_ours(path: Path, *keys: str) -> None:
+    """Make sure that what stands at `path`, if anything does, is a record of ours.
+
+    A record is a JSON object with these keys, in the whole file or in its first line. An empty file
+    counts as ours, since nothing in it can be lost.
+
+    Raises:
+        InputError: it is something else, which has to stay as it is.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes() if path.is_file() else b"nothing that can be replaced"
+    records = [_json(text) for text in (data, data.partition(b"\n")[0])]
+    if data and not any(isinstance(each, dict) and each.keys() >= set(keys) for each in records):
+        raise InputError(
+            f"{path} exists and was not written by this command", hint="choose another output"
+        )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -42,12 +82,46 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     partial = _beside(path)
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+        with writing(path):
+            partial.write_bytes(data)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> tuple[list[bytes], bytes]:
+    """The lines of a file that grows line by line, and what stands after the last of them.
+
+    The rest is a line that was cut off by an interruption. Only a newline ends a line: texts may
+    hold other separators. A file that does not exist has no lines.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    return lines, rest
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Remove from a file of ours what stands after its last newline."""
+    _, rest = read_lines(path)
+    if rest:
+        os.truncate(path, path.stat().st_size - len(rest))
+
+
+def append(path: Path, text: str) -> None:
+    """Write a text to the end of a file; raises `InputError` if that cannot be done."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def check_new_folder(path: Path) -> None:
+    """Make sure that `new_folder` can begin at `path`; the folders above it are made.
+
+    Raises:
+        OSError: nothing can be written beside `path`.
+    """
+    probe = _beside(path)
+    probe.mkdir(parents=True)
+    probe.rmdir()
 
 
 @contextmanager
@@ -60,33 +134,27 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be made or moved.
     """
     partial = _beside(path)
+    old = _beside(path)
     try:
         partial.mkdir(parents=True)
         yield partial
-        old = _beside(path)
         if path.exists():
             path.rename(old)
         partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def check_new_folder(path: Path) -> None:
-    """Make sure that `new_folder` can begin at `path`; its parents are made.
-
-    Raises:
-        OSError: nothing can be written beside `path`.
-    """
-    probe = _beside(path)
-    probe.mkdir(parents=True)
-    probe.rmdir()
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _beside(path: Path) -> Path:
     """A name in the same folder that nothing has."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {error.strerror}", hint="choose another output")

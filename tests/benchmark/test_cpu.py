@@ -104,6 +104,14 @@ def test_positions_the_hub_loop_selects() -> None:
     ).any()
 
 
+def test_a_file_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "notes.json"
+    output.write_text("{}")
+    with pytest.raises(InputError, match="exists and was not written by this command"):
+        run_cpu(TINY, console=Console(file=io.StringIO()), output=output)
+    assert output.read_text() == "{}"
+
+
 def test_a_record_holds_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         WordProblems, "max_new_tokens", 32

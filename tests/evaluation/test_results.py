@@ -232,9 +232,31 @@ def test_a_file_of_something_else_is_left_alone(path: Path, content: str) -> Non
     partial = path.with_name("tiny_spd_0.5.partial.jsonl")
     partial.parent.mkdir()
     partial.write_text(content)
-    with pytest.raises(InputError, match=r"partial.jsonl is not an interrupted run"):
-        run(path)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"partial.jsonl is not an interrupted run"):
+            run(path, overwrite=overwrite)
     assert partial.read_text() == content
+
+
+def test_words_after_our_lines_are_left_alone(path: Path) -> None:
+    partial = interrupt(path)
+    text = partial.read_text() + "to do: read these"
+    partial.write_text(text)
+    with pytest.raises(InputError, match=r"partial.jsonl is not an interrupted run"):
+        run(path, overwrite=True)
+    assert partial.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["json", "samples.jsonl"])
+@pytest.mark.parametrize("content", ["notes", '{"mine": 1}', '{"mine": 1}\n{"mine": 2}\n'])
+def test_no_result_replaces_a_file_of_something_else(path: Path, name: str, content: str) -> None:
+    path.parent.mkdir()
+    file = path.with_name(f"tiny_spd_0.5.{name}")
+    file.write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="exists and was not written by this command"):
+            ResultFiles(path, overwrite=overwrite)
+    assert file.read_text() == content
 
 
 # ---- overwriting --------------------------------------------------------------------------------------------------

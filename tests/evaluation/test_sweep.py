@@ -13,7 +13,15 @@ from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 from dmax import LLM, InputError, strategies
 from dmax.decoding import get_strategy
 from dmax.evaluation.plots import draw, page
-from dmax.evaluation.sweep import Curve, aup_table, curves_of, pareto, parse_grid, run_sweep
+from dmax.evaluation.sweep import (
+    Curve,
+    aup_table,
+    check_folder,
+    curves_of,
+    pareto,
+    parse_grid,
+    run_sweep,
+)
 from dmax.tasks import Example
 
 pytest.importorskip("matplotlib")
@@ -137,6 +145,16 @@ def test_other_weights_are_measured_anew_and_other_questions_refused(
         CURVES[1:], Echo(), output, limit=2, seed=1, open_model=opened, report=told.append
     )
     assert len(told) == len(record["points"]) == 1
+
+
+@pytest.mark.parametrize("name", ["plot.svg", "plot.png", "report.html"])
+def test_a_page_of_something_else_is_not_replaced(tmp_path: Path, name: str) -> None:
+    check_folder(tmp_path / "new")
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} exists and no sweep wrote it"):
+        check_folder(tmp_path)
+    (tmp_path / "sweep.json").write_text("{}")  # which `run_sweep` looks into
+    check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

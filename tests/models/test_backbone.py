@@ -29,7 +29,8 @@ from dmax.cache import BlockCache
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.errors import InputError
 from dmax.models import backbone
-from dmax.recipe import blend_weights, load_recipe, run_recipe
+from dmax.recipe.run import blend_weights, run_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.training.objectives import Batch, oput_loss
 
 BLOCK, VOCAB, EOS, MASK = 8, 64, 2, 3
@@ -285,7 +286,7 @@ def test_an_autoregressive_checkpoint_says_what_it_lacks(tmp_path: Path) -> None
     )
     with pytest.raises(InputError, match="names no block length"):
         load(folder, mask_token_id=9)
-    assert load(folder, mask_token_id=9, block_length=4).mask_token_id == 9
+    assert load(folder, mask_token_id=9, block_length=4).special_ids.mask_token_id == 9
 
 
 @pytest.mark.parametrize(
@@ -382,7 +383,7 @@ def test_a_recipe_trains_a_new_model_of_another_architecture(
     folder = run_recipe(
         load_recipe(write_recipe(tmp_path, {"config": config}, objective=objective))
     )
-    assert load(folder).block_length == 8
+    assert load(folder).special_ids.block_length == 8
     assert type(load(folder).model).__name__ == "Qwen3ForCausalLM"
 
 

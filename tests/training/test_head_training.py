@@ -16,7 +16,8 @@ from dmax.heads import KINDS, Head, dependency_logits, filter_logits, load_head,
 from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.params import DecodingParams
-from dmax.recipe import load_recipe, run_recipe
+from dmax.recipe.run import run_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.training.data import Encoded
 from dmax.training.head_states import Blocks, Special, dependency_examples, filter_examples
 from dmax.training.heads import HeadConfig, fit, record

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from test_trainer import CONFIG, write_recipe
+from transformers import TrainerCallback
 
-from dmax import recipe as recipes
+from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
-from dmax.recipe import load_recipe, run_recipe
+from dmax.recipe import build
+from dmax.recipe import run as runs
+from dmax.recipe.run import run_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.training.trainer import DMaxTrainer
 
 pytest.importorskip("accelerate")
@@ -41,7 +48,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         for name in ("load_checkpoint", "new_checkpoint", "read_records", "problems"):
-            monkeypatch.setattr(recipes, name, forbidden)
+            monkeypatch.setattr(build, name, forbidden)
 
     return forbid
 
@@ -87,7 +94,7 @@ def test_a_run_killed_before_its_result_only_writes_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes, "save_checkpoint", dies)
+        patch.setattr(runs, "save_checkpoint", dies)
         with pytest.raises(KeyboardInterrupt):
             run(path)
     monkeypatch.setattr(DMaxTrainer, "train", dies)
@@ -188,27 +195,184 @@ def test_fresh_starts_over_and_removes_only_what_is_ours(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "dmax.json").read_text())["steps"] == 1
 
 
-def test_a_checkpoint_of_something_else_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_checkpoint_of_something_else_is_never_replaced(tmp_path: Path, resume: bool) -> None:
     path = write_recipe(tmp_path, training={"max_steps": 1})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a checkpoint of something else"):
+        run(path, resume=resume)
+    assert files(tmp_path / "out") == {"config.json": b"{}"}
+
+
+def test_a_checkpoint_of_another_run_is_not_replaced_unless_asked(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, training={"max_steps": 1})
+    run(path)
+    before = files(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-run")
     with pytest.raises(InputError, match="holds a checkpoint that is not of this run"):
         run(path)
+    assert files(tmp_path / "out") == before
     run(path, resume=False)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert files(tmp_path / "out").keys() == before.keys()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", None])
-def test_checkpoints_that_do_not_say_what_trained_them_are_not_gone_on_with(
-    tmp_path: Path, content: str | None
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, content: str | None, resume: bool
 ) -> None:
-    (tmp_path / "out-run" / "checkpoint-1").mkdir(parents=True)
+    weights = tmp_path / "out-run" / "checkpoint-1" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("mine")
     if content is not None:
         (tmp_path / "out-run" / "run.json").write_text(content)
     with pytest.raises(
         InputError, match="not the record of a training run|no record of what trained them"
     ):
-        run(write_recipe(tmp_path))
+        run(write_recipe(tmp_path), resume=resume)
+    assert weights.read_text() == "mine"
+
+
+# --- files that were cut off --------------------------------------------------
+
+
+TORN = (
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "model.safetensors",
+    "config.json",
+)
+
+
+def tear(file: Path) -> None:
+    """Cut a file off, as a lost power supply does."""
+    data = file.read_bytes()
+    assert data
+    file.write_bytes(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_a_torn_checkpoint_falls_back_to_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    training = {"max_steps": 3, "save_steps": 1}
+    run(write_recipe(whole, training=training))
+    path = write_recipe(broken, training=training)
+    killed_at(2, monkeypatch, path)
+    tear(broken / "out-run" / "checkpoint-2" / name)
+    told = run(path)
+    assert told[0] == (
+        f"checkpoint-2 is damaged, {name} cannot be read: going on from checkpoint-1"
+    )
+    assert files(broken / "out")["model.safetensors"] == files(whole / "out")["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_a_torn_checkpoint_without_one_before_it_is_left_for_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, no_compute: Callable[[], None]
+) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    killed_at(1, monkeypatch, path)
+    checkpoint = tmp_path / "out-run" / "checkpoint-1"
+    tear(checkpoint / name)
+    before = files(checkpoint)
+    no_compute()
+    with pytest.raises(InputError) as error:
+        run(path)
+    assert f"checkpoint-1 is damaged, {name} cannot be read; there is no" in error.value.message
+    assert "--fresh" in str(error.value.hint)
+    assert files(checkpoint) == before
+
+
+def test_a_checkpoint_that_was_never_finished_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    killed_at(1, monkeypatch, path)
+    (tmp_path / "out-run" / "checkpoint-1" / "trainer_state.json").unlink()
+    assert run(path)[0] == "checkpoint-1 was not written to its end: starting over"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("limit", [2_000, 40_000])  # of the weights, of the optimiser
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_next_goes_on(
+    tmp_path: Path,
+    limit: int,
+    limit_files: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run(write_recipe(whole, training=TWO_STEPS))
+    path = write_recipe(broken, training=TWO_STEPS)
+
+    class FullAtTwo(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                limit_files(limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "DMaxTrainer", partial(with_callback, FullAtTwo()))
+        with pytest.raises(InputError, match=r"cannot write a checkpoint to .*out-run: ") as error:
+            run(path)
+    limit_files(-1)
+    first = broken / "out-run" / "checkpoint-1"
+    assert "\n" not in error.value.message
+    before = files(first)
+    assert run(path)[0] == "checkpoint-2 was not written to its end: going on from checkpoint-1"
+    assert files(first) == before
+    assert files(broken / "out")["model.safetensors"] == files(whole / "out")["model.safetensors"]
+
+
+def with_callback(callback: TrainerCallback, *args: Any, **kwargs: Any) -> DMaxTrainer:
+    trainer = DMaxTrainer(*args, **kwargs)
+    trainer.add_callback(callback)
+    return trainer
+
+
+# --- what is saved ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "decoding"),
+    [
+        ("mdlm", "threshold"),
+        ("uniform", "spd"),
+        ("oput", "spd"),
+        ("d2f", "d2f"),
+        ("dparallel", "dparallel"),
+    ],
+)
+def test_a_trained_model_names_the_decoding_that_its_objective_is_for(
+    tmp_path: Path, objective: str, decoding: str
+) -> None:
+    path = write_recipe(tmp_path, training={"max_steps": 1, "objective": objective})
+    run(path)
+    for folder in (tmp_path / "out", tmp_path / "out-run" / "checkpoint-1"):
+        found = load_checkpoint(folder, dtype=torch.float32, device="cpu")
+        assert found.decoding == decoding
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_weights_at_the_start_are_kept_only_if_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    run(write_recipe(tmp_path, training={"max_steps": 1}))
+    start = tmp_path / "start"
+    (tmp_path / "out").rename(start)
+    shutil.rmtree(tmp_path / "out-run")
+    kept: list[int] = []
+    monkeypatch.setattr(runs, "blend_weights", lambda model, other, share: kept.append(len(other)))
+    model = {"path": str(start), "keep_start": share}
+    run(write_recipe(tmp_path, training={"max_steps": 1}, model=model))
+    assert (kept[0] > 0) == (share > 0)
 
 
 # --- before any compute ---------------------------------------------------------------------------

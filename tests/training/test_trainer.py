@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from dmax.errors import InputError
-from dmax.recipe import blend_weights, load_recipe, run_recipe
+from dmax.recipe.run import blend_weights, run_recipe
+from dmax.recipe.sections import load_recipe
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.data import (
     Collator,

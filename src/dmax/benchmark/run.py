@@ -18,7 +18,7 @@ from dmax.benchmark import cpu, gpu, rig
 from dmax.benchmark.report import Row, Section, show
 from dmax.environment import environment, select_device
 from dmax.errors import InputError
-from dmax.files import check_writable, write_atomically
+from dmax.files import check_ours, check_writable, write_atomically
 
 
 def run_benchmark(
@@ -71,6 +71,7 @@ def _gather(
     """Show the sections as they come and gather them in one record, which is written after each."""
     if output is not None:
         check_writable(output)
+        check_ours(output, "benchmark", "settings", "environment")
     record: dict[str, Any] = {
         "benchmark": theme,
         "command": command(sys.argv),

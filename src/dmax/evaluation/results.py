@@ -1,23 +1,30 @@
-"""The files of an evaluation: they grow while it runs, an interrupted run goes on, a finished one is not lost.
+"""The files of an evaluation: an interrupted run goes on, and a finished one is not lost.
 
-`a.json` is the summary, `a.samples.jsonl` a sample a line; both are written when the run is
-complete, each whole or not at all. Until then `a.partial.jsonl` has the run's settings in its first
-line and what is finished below it.
+`a.json` is the summary and `a.samples.jsonl` has a sample on each line. Both are written when the
+run is complete, each whole or not at all. Until then `a.partial.jsonl` has the settings of the run
+in its first line and finished samples below it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dmax.errors import InputError
 from dmax.evaluation.run import Finished, Sample, Summary
-from dmax.files import check_writable, write_atomically
+from dmax.files import (
+    append,
+    check_ours,
+    check_writable,
+    drop_unfinished_line,
+    read_lines,
+    write_atomically,
+)
 from dmax.outputs import Cost, as_record
 
+OPENING = b'{"index": '  # of the line of a sample
 SHOWN = 3  # differences that an error names
 ANEW = "choose another output, or start anew with --overwrite"
 
@@ -32,7 +39,8 @@ class ResultFiles:
         report: told how much an interrupted run had finished.
 
     Raises:
-        InputError: a finished run is there, or the place cannot be written.
+        InputError: a finished run is there, or a file of something else, or the place cannot be
+            written.
     """
 
     def __init__(
@@ -51,12 +59,15 @@ class ResultFiles:
         self._report = report
         self._settings: Mapping[str, Any] = {}
         self._is_begun = False
+        check_ours(self.summary, "accuracy", "interval", "tpf")
+        check_ours(self.samples, "prompt", "output", "is_correct")
         # An interruption between the two results leaves the samples, and the journal that both are
         # written from.
         is_finished = self.summary.exists() or (self.samples.exists() and not self.partial.exists())
         if is_finished and not overwrite:
+            held = self.summary if self.summary.exists() else self.samples
             raise InputError(
-                f"{self.summary if self.summary.exists() else self.samples} holds the results of a finished run",
+                f"{held} holds the results of a finished run",
                 hint="choose another output, or replace it with --overwrite",
             )
 
@@ -69,26 +80,22 @@ class ResultFiles:
         self._settings = json.loads(json.dumps(settings))  # as they come back from the file
         if not self.partial.exists():
             return []
-        try:
-            records = self._held()
-        except InputError:
-            if self._overwrite:
-                return []  # the first samples take its place
-            raise
+        previous, records = _read(self.partial)
+        others = list(differences(previous, self._settings))
+        if others and self._overwrite:
+            return []  # the first samples take its place
+        if others:
+            shown = ", ".join(others[:SHOWN])
+            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+            raise InputError(
+                f"{self.partial} is an interrupted run with other settings: {shown}{more}",
+                hint=ANEW,
+            )
+        drop_unfinished_line(self.partial)
         self._is_begun = True
         self._report(
             f"going on with an interrupted run: {len(records)} samples are finished already"
         )
-        return records
-
-    def _held(self) -> list[Finished]:
-        previous, records = _read(self.partial)
-        if others := list(differences(previous, self._settings)):
-            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-            raise InputError(
-                f"{self.partial} is an interrupted run with other settings: {', '.join(others[:SHOWN])}{more}",
-                hint=ANEW,
-            )
         return records
 
     def append(self, records: Sequence[Finished]) -> None:
@@ -100,13 +107,7 @@ class ResultFiles:
             write_atomically(self.partial, _lines([{"settings": self._settings}]) + lines)
             self._is_begun = True
             return
-        try:
-            with self.partial.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.partial}: {error.strerror}", hint="free some space"
-            ) from None
+        append(self.partial, lines)
 
     def finish(self, summary: Summary, samples: Sequence[Sample]) -> None:
         """Write the results of the complete run and remove what was kept for going on.
@@ -124,7 +125,7 @@ class ResultFiles:
 def differences(
     previous: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """What differs between two settings, in words; when they were written down does not count."""
+    """What differs between two settings, in words; the date does not count."""
     for name in dict.fromkeys([*previous, *now]):
         old = previous.get(name)
         new = now.get(name)
@@ -139,17 +140,17 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[Finished]]:
-    """Settings and samples of an interrupted run; a last line that was cut off is removed from the file."""
-    data = file.read_bytes()
-    end = data.rfind(b"\n") + 1
+    """Settings and samples of an interrupted run; raises `InputError` if the file is not ours."""
+    lines, rest = read_lines(file)
     try:
-        first, *lines = data[:end].split(b"\n")[:-1]  # texts may hold other separators of lines
+        first, *others = lines
         settings: dict[str, Any] = json.loads(first)["settings"]
-        records = [_record(json.loads(line)) for line in lines]
+        records = [_record(json.loads(line)) for line in others]
+        is_ours = rest.startswith(OPENING) or OPENING.startswith(rest)
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file} is not an interrupted run of dmax", hint=ANEW) from None
-    if end != len(data):
-        os.truncate(file, end)
+        is_ours = False
+    if not is_ours:
+        raise InputError(f"{file} is not an interrupted run of dmax", hint="choose another output")
     return settings, records
 
 

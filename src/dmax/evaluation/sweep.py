@@ -14,7 +14,7 @@ from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.run import Summary, evaluate
 from dmax.evaluation.statistics import accuracy_under_parallelism
-from dmax.files import write_atomically
+from dmax.files import check_writable, write_atomically
 from dmax.llm import LLM
 from dmax.outputs import as_record
 from dmax.params import DecodingParams
@@ -34,6 +34,8 @@ FIGURES = (
     "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards num_prefill_forwards "
     "num_commit_forwards num_positions tokens_per_second batch_size"
 ).split()
+RECORD = "sweep.json"
+PAGES = ("plot.svg", "plot.png", "report.html")  # what is drawn from the record
 Record = dict[str, Any]
 
 
@@ -116,6 +118,23 @@ def parse_grid(text: str) -> tuple[float, ...]:
         raise InputError(
             f"cannot read the grid {text!r}", hint="write start:stop:step or a,b,c"
         ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that the record and the pages of a sweep can be written to a folder.
+
+    Raises:
+        InputError: it cannot be written, or holds a file of that name that no sweep wrote.
+    """
+    record = folder / RECORD
+    check_writable(record)
+    if record.exists():
+        return  # `run_sweep` looks at whose it is
+    for name in PAGES:
+        if (folder / name).exists():
+            raise InputError(
+                f"{folder / name} exists and no sweep wrote it", hint="choose another output folder"
+            )
 
 
 def run_sweep(

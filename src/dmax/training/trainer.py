@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from dmax.errors import InputError, did_you_mean
+from dmax.files import writing
 from dmax.training import noise
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
 from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
@@ -216,6 +217,10 @@ class DMaxTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         dataset: Any = train_dataset or self.train_dataset
         return LengthSampler(dataset, self.args.train_batch_size, self.args.seed)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(f"a checkpoint to {self.args.output_dir}"):
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer would load the file's names as they are; the published layout has to be read by

@@ -1,0 +1,205 @@
+"""The folder of a training run, `<output_dir>-run`: its checkpoints, and what they were trained by."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+
+from dmax.errors import InputError
+from dmax.files import write_atomically, writing
+
+RECORD = "run.json"
+TRAINER_STATE = "trainer_state.json"
+ANEW = "start over with --fresh, or choose another `output_dir`"
+MOVE = "move it away, or choose another `output_dir`"
+
+
+class RunFolder(TrainerCallback):
+    """What an interrupted run goes on from, if its settings are the same; counts its seconds.
+
+    The folder is ours if it holds our record. Nothing in another one is changed.
+
+    Args:
+        path: the folder; nothing is written before `begin`.
+        settings: all that the weights depend on, as JSON has it.
+        fresh: forget an earlier run here, whatever its settings.
+
+    Attributes:
+        seconds: of training up to the last checkpoint, those of all parts of an interrupted run.
+        is_finished: the run has written its result.
+        last_checkpoint: what training goes on from, once `find_checkpoint` has looked for it.
+
+    Raises:
+        InputError: the folder holds a run of other settings, or something that is not ours.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        self._settings = json.loads(json.dumps(settings, default=str))
+        self._fresh = fresh
+        self.seconds = 0.0
+        self.is_finished = False
+        self.last_checkpoint: Path | None = None
+        self._since = 0.0
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is not a folder", hint=MOVE)
+        record = self._read()
+        if record is None and self._checkpoints():
+            raise InputError(
+                f"{path} holds checkpoints and no record of what trained them", hint=MOVE
+            )
+        if fresh or record is None or not (record["is_finished"] or self._checkpoints()):
+            return  # there is nothing to go on from
+        others = sorted(differing(record["settings"], self._settings))
+        if others:
+            names = ", ".join(f"`{name}`" for name in others)
+            raise InputError(f"{path} holds a run of a recipe that differs in {names}", hint=ANEW)
+        self.seconds = record["seconds"]
+        self.is_finished = record["is_finished"]
+
+    def find_checkpoint(self, report: Callable[[str], None]) -> None:
+        """Look for the newest checkpoint whose files are whole; says which ones are passed over.
+
+        Raises:
+            InputError: a checkpoint is damaged and there is none before it. Starting over would
+                write in its place, and that is for the user to decide.
+        """
+        folders = [] if self._fresh else self._checkpoints()
+        flaws: list[str] = []
+        is_lost = False
+        for folder in reversed(folders):
+            if not (folder / TRAINER_STATE).exists():  # Trainer writes it last
+                flaws.append(f"{folder.name} was not written to its end")
+                continue
+            torn = torn_file(folder)
+            if torn is None:
+                self.last_checkpoint = folder
+                break
+            flaws.append(f"{folder.name} is damaged, {torn} cannot be read")
+            is_lost = True
+        if is_lost and self.last_checkpoint is None:
+            raise InputError(
+                f"in {self.path}, {'; '.join(flaws)}; there is no checkpoint before it", hint=ANEW
+            )
+        last = self.last_checkpoint
+        for flaw in flaws:
+            report(f"{flaw}: {'starting over' if last is None else f'going on from {last.name}'}")
+
+    def begin(self) -> None:
+        """Write the settings down and start the clock; `fresh` removes an earlier run first."""
+        if self._fresh:
+            self._empty()
+        if self.last_checkpoint is None:
+            self.seconds = 0.0
+        self.is_finished = False
+        self._write()
+        self._since = time.perf_counter()
+
+    def is_trained(self) -> bool:
+        """Whether the last checkpoint is of the last step, so that only the result is missing."""
+        if self.last_checkpoint is None:
+            return False
+        state = json.loads((self.last_checkpoint / TRAINER_STATE).read_bytes())
+        return bool(state["global_step"] >= state["max_steps"])
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Called by Trainer after each checkpoint."""
+        self.stop_clock()
+        self._write()
+
+    def stop_clock(self) -> None:
+        """Add the time since it was last stopped."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+
+    def finish(self) -> None:
+        """Write down that the result is written."""
+        self.is_finished = True
+        self._write()
+
+    def _checkpoints(self) -> list[Path]:
+        """Trainer's folders, by their step."""
+        if not self.path.is_dir():
+            return []
+        names = re.compile(r"checkpoint-(\d+)")
+        numbered = {
+            int(found[1]): entry
+            for entry in self.path.iterdir()
+            if (found := names.fullmatch(entry.name)) and entry.is_dir()
+        }
+        return [numbered[step] for step in sorted(numbered)]
+
+    def _empty(self) -> None:
+        """Remove what runs of ours write, and nothing else."""
+        with writing(self.path):
+            for folder in self._checkpoints():
+                shutil.rmtree(folder)
+            (self.path / RECORD).unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        """Our record, or None where there is none."""
+        file = self.path / RECORD
+        try:
+            record = json.loads(file.read_bytes())
+            return {
+                "settings": dict(record["settings"]),
+                "seconds": float(record["seconds"]),
+                "is_finished": bool(record["is_finished"]),
+            }
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{file} is not the record of a training run", hint=MOVE) from None
+
+    def _write(self) -> None:
+        record = {
+            "settings": self._settings,
+            "seconds": self.seconds,
+            "is_finished": self.is_finished,
+        }
+        write_atomically(self.path / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def torn_file(folder: Path) -> str | None:
+    """Name of the first file of a checkpoint that was cut off or damaged; None if all are whole."""
+    for file in sorted(folder.iterdir()):
+        if not _is_whole(file):
+            return file.name
+    return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file can be read; weights and optimiser states are not read for it."""
+    try:
+        match file.suffix:
+            case ".json":
+                return isinstance(json.loads(file.read_bytes()), dict)
+            case ".safetensors":
+                with safe_open(file, "pt"):  # compares the size with what the header says
+                    return True
+            case ".pt" | ".pth" | ".bin":
+                return zipfile.is_zipfile(file)  # torch writes archives, whose index comes last
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings that are not the same in both; a missing one counts as None."""
+    for name in old.keys() | new.keys():
+        before = old.get(name)
+        now = new.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from differing(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name}"

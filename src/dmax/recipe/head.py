@@ -1,0 +1,47 @@
+"""`dmax train` with a recipe that has a `head`: record states of a trained model, fit a head to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from dmax.checkpoint import weights_digest
+from dmax.errors import InputError
+from dmax.files import check_writable
+from dmax.heads import Kind, load_head, save_head
+from dmax.recipe.build import build_checkpoint, build_data
+from dmax.recipe.sections import Recipe
+from dmax.training.head_states import Special
+from dmax.training.heads import HeadConfig, fit, record
+
+
+def train_head(
+    recipe: Recipe, config: HeadConfig, *, replace: bool, report: Callable[[str], None]
+) -> Path:
+    """Write `<output_dir>/<kind>.safetensors`, a head that was fitted to states of the model.
+
+    It takes minutes, so it begins anew each time. What a longer run wrote is kept unless `replace`
+    says otherwise.
+    """
+    file = recipe.output_dir / f"{config.kind}.safetensors"
+    with recipe.file.at("output_dir"):
+        check_writable(file)
+    # A file that is to be replaced has to be a head, too.
+    held = load_head(str(file), cast(Kind, config.kind)) if file.exists() else None
+    if held is not None and held.steps > config.max_steps and not replace:
+        raise InputError(
+            f"{file} was trained for {held.steps} steps, this run has only {config.max_steps}",
+            hint="choose another `output_dir`, or replace it with --fresh",
+        )
+    checkpoint = build_checkpoint(recipe.model)
+    dataset = build_data(recipe.data, checkpoint)
+    ids = checkpoint.special_ids
+    special = Special(ids.block_length, ids.mask_token_id, ids.eos_token_ids[0])
+    states = record(checkpoint.model, dataset.examples, special, config)
+    report(f"{len(states['masked'])} states of {len(dataset)} responses")
+    digest = weights_digest(checkpoint.model)
+    hidden_size = checkpoint.model.config.hidden_size
+    head = fit(states, config, model_digest=digest, hidden_size=hidden_size, report=report)
+    save_head(head, file)
+    return file

@@ -1,0 +1,191 @@
+"""`dmax train RECIPE`: from a recipe to a trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
+from dmax.environment import environment
+from dmax.errors import InputError
+from dmax.evaluation.run import evaluate
+from dmax.llm import LLM
+from dmax.params import DecodingParams
+from dmax.recipe.build import build_checkpoint, build_data
+from dmax.recipe.folder import ANEW, MOVE, RunFolder
+from dmax.recipe.sections import EvalSection, Recipe
+from dmax.tasks import Task, get_task
+from dmax.training.trainer import DMaxConfig, DMaxTrainer
+
+# The strategy that a model decodes best with, by the objective that it was trained with.
+DECODING = {
+    "mdlm": "threshold",
+    "uniform": "spd",
+    "oput": "spd",
+    "d2f": "d2f",
+    "dparallel": "dparallel",
+}
+# Fields of the training arguments, by their first letters, that leave the weights as they are.
+UNTRACKED = (
+    "disable_tqdm",
+    "eval",
+    "hub",
+    "log",
+    "output_dir",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "save",
+)
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: bool = True, report: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Train as the recipe says and write the checkpoint to its `output_dir`.
+
+    Intermediate checkpoints go to `<output_dir>-run`. If there are some of the same recipe and
+    `resume` holds, training continues there, and a finished run is left as it is. Data is read and
+    checked before the first step.
+
+    Returns:
+        The folder of the checkpoint, or the file of a head.
+    """
+    if recipe.head is not None:
+        from dmax.recipe.head import train_head
+
+        return train_head(recipe, recipe.head, replace=not resume, report=report)
+    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
+    args = _arguments(recipe, run_dir)
+    task = _task(recipe)
+    with recipe.file.at("output_dir"):
+        check_target(recipe.output_dir)
+        run = RunFolder(run_dir, _settings(recipe, args), fresh=not resume)
+        is_written = (recipe.output_dir / "config.json").is_file()
+        if is_written and not (recipe.output_dir / "dmax.json").is_file():
+            raise InputError(f"{recipe.output_dir} holds a checkpoint of something else", MOVE)
+        if run.is_finished and is_written:
+            report(f"already finished: {recipe.output_dir}")
+            return recipe.output_dir
+        run.find_checkpoint(report)
+        if is_written and resume and run.last_checkpoint is None:
+            raise InputError(
+                f"{recipe.output_dir} holds a checkpoint that is not of this run", ANEW
+            )
+
+    set_seed(args.seed)
+    decoding = DECODING[args.objective]
+    checkpoint = dataclasses.replace(build_checkpoint(recipe.model), decoding=decoding)
+    checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
+    dataset = build_data(recipe.data, checkpoint)
+    num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    report(f"{len(dataset)} examples, {num_parameters:,} parameters")
+    special_ids = checkpoint.special_ids
+    trainer = DMaxTrainer(
+        checkpoint.model,
+        args,
+        dataset,
+        mask_token_id=special_ids.mask_token_id,
+        eos_token_id=special_ids.eos_token_ids[0],
+        block_length=special_ids.block_length,
+        eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
+        processing_class=checkpoint.tokenizer,
+        callbacks=[run],
+    )
+    start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start else {}
+    run.begin()
+    steps = _train(trainer, run)
+    blend_weights(checkpoint.model, start, recipe.model.keep_start)
+    run.stop_clock()
+
+    save_checkpoint(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        recipe.output_dir,
+        special_ids,
+        decoding=decoding,
+        extra={
+            "recipe": recipe.file.path.name,
+            "steps": steps,
+            "seconds": round(run.seconds),
+            "environment": environment(),
+        },
+    )
+    run.finish()
+    return recipe.output_dir
+
+
+@torch.no_grad()
+def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
+    """Replace every weight by (1 - share) of itself + share of `other`'s, router biases included."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):  # tied ones come once
+        if name in other:  # buffers that follow from the config are in no file
+            value.lerp_(other[name].to(value), share)
+
+
+def _copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
+    """Train to the last step, from the last checkpoint on; how many steps the whole run has."""
+    last = run.last_checkpoint
+    if last is not None and run.is_trained():  # Trainer would take one step more
+        trainer._load_from_checkpoint(str(last))
+        return int(last.name.removeprefix("checkpoint-"))
+    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return int(result.global_step)
+
+
+def _arguments(recipe: Recipe, run_dir: Path) -> DMaxConfig:
+    with recipe.file.at("training"):
+        try:
+            return DMaxConfig(output_dir=str(run_dir), **recipe.training)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error).splitlines()[0]) from error
+
+
+def _task(recipe: Recipe) -> Task | None:
+    """What evaluations solve, with its examples at hand."""
+    if recipe.eval is None:
+        return None
+    with recipe.file.at("eval.task"):
+        return get_task(recipe.eval.task)
+
+
+def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
+    """All that the weights depend on; of the training arguments those that are not the default."""
+    data = asdict(recipe.data)
+    if data["file"] is not None and os.path.isfile(data["file"]):
+        data["sha256"] = hashlib.sha256(Path(data["file"]).read_bytes()).hexdigest()
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
+    training = {
+        name: value
+        for name, value in args.to_dict().items()
+        if not name.startswith(UNTRACKED) and value != defaults.get(name)
+    }
+    return {"model": asdict(recipe.model), "data": data, "training": training}
+
+
+def _eval_hook(
+    section: EvalSection, task: Task, checkpoint: Checkpoint
+) -> Callable[[nn.Module], dict[str, float]]:
+    params = DecodingParams(**{"max_new_tokens": task.max_new_tokens, **section.decoding})
+    llm = LLM.from_checkpoint(checkpoint, max_batch_size=32)
+
+    def hook(_: nn.Module) -> dict[str, float]:
+        summary, _samples = evaluate(llm, task, params, limit=section.limit, seed=section.seed)
+        return {"accuracy": summary.accuracy, "tpf": summary.tpf}
+
+    return hook

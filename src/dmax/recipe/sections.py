@@ -1,0 +1,256 @@
+"""What a recipe says: its sections, read from a YAML file and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+from dmax import models
+from dmax.decoding import get_strategy
+from dmax.errors import InputError, did_you_mean
+from dmax.models import LLaDA2MoeConfig
+from dmax.params import DecodingParams, check_number
+from dmax.recipe.file import RecipeFile, read_recipe_file
+from dmax.tasks.word_problems import Numbers
+from dmax.tiny.tokenizer import build_tokenizer
+from dmax.training.trainer import DMaxConfig
+
+if TYPE_CHECKING:
+    from dmax.training.heads import HeadConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSection:
+    """Where the model comes from.
+
+    Attributes:
+        path: of a checkpoint to continue.
+        config: of a new model, in place of `path`: the fields of its `model_type`'s configuration,
+            llada2_moe or a dense decoder such as llama.
+        add_mask_token: makes an autoregressive checkpoint at `path` a block-diffusion model.
+        block_length: of a checkpoint at `path` that names none, or another one.
+        keep_start: share of the weights at `path` in what is saved in the end. A mean of both ends
+            of a run often beats either (WiSE-FT, arXiv 2109.01903).
+        attn_implementation: of transformers' attention interface; None chooses.
+        experts_implementation: of transformers' experts interface; None chooses.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    add_mask_token: bool = False
+    block_length: int | None = None
+    keep_start: float = 0.0
+    attn_implementation: str | None = None
+    experts_implementation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataSection:
+    """What the model learns: the records of a file, or problems from the bundled generator.
+
+    Attributes:
+        file: a JSONL of prompts and responses.
+        problems: how many problems to draw, in place of `file`.
+        numbers: fields of `word_problems.Numbers`.
+        seed: of the problems.
+        max_length: longest prompt and response in tokens; None is the model's context.
+    """
+
+    file: str | None = None
+    problems: int | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSection:
+    """Held-out problems that are decoded at every evaluation.
+
+    Attributes:
+        task: what to solve.
+        limit: how many examples.
+        seed: of the examples.
+        decoding: fields of `DecodingParams`.
+    """
+
+    task: str = "word_problems"
+    limit: int = 100
+    seed: int = 1
+    decoding: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe that has been checked: it trains a model, or a head of a model.
+
+    Attributes:
+        file: what it was read from.
+        output_dir: where the result goes.
+        model: where the model comes from.
+        data: what it learns.
+        training: fields of `DMaxConfig`; empty for a head.
+        head: how to train a head; None for a model.
+        eval: what to decode on the way; None for nothing.
+    """
+
+    file: RecipeFile
+    output_dir: Path
+    model: ModelSection
+    data: DataSection
+    training: dict[str, Any] = field(default_factory=dict)
+    head: HeadConfig | None = None
+    eval: EvalSection | None = None
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe; nothing is computed yet.
+
+    Args:
+        path: of the YAML file.
+        overrides: replace fields of its `training`, or of its `head`.
+
+    Raises:
+        InputError: naming file, line and key: not YAML, unknown or missing key, or a value of the
+            wrong kind.
+    """
+    file = read_recipe_file(Path(path))
+    content = file.content
+    file.check_keys("", content, {"output_dir", "model", "data", "training", "head", "eval"})
+    trains_head = "head" in content
+    for key in ("output_dir", "model", "data", "head" if trains_head else "training"):
+        if key not in content:
+            raise InputError(f"{path}: `{key}` is missing")
+    beside = content.keys() & {"training", "eval"}
+    if trains_head and beside:
+        key = min(beside)
+        raise file.wrong(key, f"a recipe with `head` has no `{key}`: only a head is trained")
+
+    sections: dict[str, Any] = {
+        "output_dir": _output_dir(file),
+        "model": ModelSection(**_fields(file, "model", ModelSection)),
+        "data": DataSection(**_fields(file, "data", DataSection)),
+    }
+    if content.get("eval") is not None:
+        sections["eval"] = EvalSection(**_fields(file, "eval", EvalSection))
+    changes = dict(overrides or {})
+    if trains_head:
+        from dmax.training.heads import HeadConfig
+
+        fields = _fields(file, "head", HeadConfig) | changes
+        with file.at("head"):
+            sections["head"] = HeadConfig(**fields)
+    else:
+        sections["training"] = _fields(file, "training", DMaxConfig) | changes
+
+    recipe = Recipe(file, **sections)
+    _check_model(recipe)
+    _check_data(recipe)
+    _check_eval(recipe)
+    return recipe
+
+
+def model_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of a new model for a tokenizer; raises what its class raises."""
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    } | config
+    model_type = fields.pop("model_type", LLaDA2MoeConfig.model_type)
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+def _output_dir(file: RecipeFile) -> Path:
+    name = file.content["output_dir"]
+    if not isinstance(name, str) or Path(name).name in ("", ".."):
+        raise file.wrong("output_dir", f"`output_dir` must be the path of a folder, got {name!r}")
+    return Path(os.path.expanduser(name))
+
+
+def _fields(file: RecipeFile, section: str, kind: type) -> dict[str, Any]:
+    """What a section says, its keys and types checked against the fields of a dataclass."""
+    content = file.content[section]
+    file.check_keys(section, content, _names(kind) - {"output_dir"})
+    file.check_types(section, content, kind)
+    return dict(content)
+
+
+def _check_model(recipe: Recipe) -> None:
+    file = recipe.file
+    model = recipe.model
+    if (model.path is None) == (model.config is None):
+        raise file.wrong("model", "`model` needs exactly one of `path` and `config`")
+    if model.path is None and (model.add_mask_token or model.block_length):
+        raise file.wrong(
+            "model",
+            "`add_mask_token` and `block_length` of `model` belong to a `path`",
+            hint="a new model's block length is a field of its `config`",
+        )
+    if recipe.head is not None and model.path is None:
+        raise file.wrong("model", "a head belongs to a trained model, so `model` needs a `path`")
+    has_start = model.path is not None and recipe.head is None
+    if not 0 <= model.keep_start <= 1 or (model.keep_start and not has_start):
+        raise file.wrong(
+            "model.keep_start",
+            "`model.keep_start` must be a share between 0 and 1 of the weights at `model.path`, "
+            f"got {model.keep_start}",
+        )
+    if model.config is not None:
+        _check_config(file, model.config)
+
+
+def _check_config(file: RecipeFile, config: dict[str, Any]) -> None:
+    """Try to make the configuration, and find the key that an error speaks of."""
+    models.register()
+    model_type = config.get("model_type", LLaDA2MoeConfig.model_type)
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(str(model_type), list(CONFIG_MAPPING))
+        raise file.wrong("model.config.model_type", f"unknown model type {model_type!r}", hint)
+    known = _names(CONFIG_MAPPING[model_type]) | {"model_type", "rope_theta", "block_length"}
+    file.check_keys("model.config", config, known)
+    try:
+        model_config(config, build_tokenizer())
+    except (TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:
+        message = " ".join(str(error).split())
+        named = [key for key in config if re.search(rf"\b{key}\b", message)]
+        key = named[0] if named else ""
+        raise file.wrong(
+            f"model.config.{key}", f"`model.config` is not usable: {message}"
+        ) from error
+
+
+def _check_data(recipe: Recipe) -> None:
+    file = recipe.file
+    data = recipe.data
+    if (data.file is None) == (data.problems is None):
+        raise file.wrong("data", "`data` needs exactly one of `file` and `problems`")
+    file.check_keys("data.numbers", data.numbers, _names(Numbers))
+    with file.at("data.problems"):
+        check_number("problems", data.problems, low=1, whole=True, optional=True)
+    with file.at("data.max_length"):
+        check_number("max_length", data.max_length, low=1, whole=True, optional=True)
+
+
+def _check_eval(recipe: Recipe) -> None:
+    if recipe.eval is None:
+        return
+    file = recipe.file
+    with file.at("eval.limit"):
+        check_number("limit", recipe.eval.limit, low=1, whole=True)
+    file.check_keys("eval.decoding", recipe.eval.decoding, _names(DecodingParams))
+    with file.at("eval.decoding"):
+        get_strategy(DecodingParams(**recipe.eval.decoding))
+
+
+def _names(kind: Any) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}
