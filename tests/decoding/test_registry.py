@@ -73,8 +73,8 @@ class Custom(Strategy):
     name: ClassVar[str] = "custom"
     default_threshold: ClassVar[float] = 0.25
 
-    threshold: Number
     top_k: int
+    threshold: Number = number(high=1)
     weight: Number = number(0.5, high=1)
     bound: Number | None = number(None, optional=True)
     rounds: int = whole(3, low=1)
@@ -89,9 +89,9 @@ def custom(options: dict[str, Any] | None = None, **params: Any) -> Custom:
 
 
 def test_settings_come_from_the_params_and_from_the_options() -> None:
-    assert custom() == Custom(0.25, 1)
+    assert custom() == Custom(1, 0.25)
     assert custom({"rounds": 2, "careful": True}, threshold=0.5, top_k=4) == Custom(
-        0.5, 4, rounds=2, careful=True
+        4, 0.5, rounds=2, careful=True
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from scripted import MASK, V, after, logits_of, opened, rows
 from torch import Tensor
 
-from dmax.blend import embed_tokens
+from dmax.blend import SoftTokens, embed_tokens
 from dmax.decoding import get_strategy
 from dmax.decoding.block import Advance, Decision, Output, View, apply
 from dmax.decoding.spd import SoftParallelDecoding, is_confident, is_consistent, prefix
@@ -108,7 +108,7 @@ def test_a_step_promotes_revises_and_feeds() -> None:
     assert torch.equal(result.masked, rows(["..xx"]))
     assert not result.done.any()
     assert decision.soft is not None
-    assert torch.equal(decision.soft.where, rows(["xx.."]))
+    assert torch.equal(after(given, result).decoded, rows(["xx.."]))  # what is fed as blends
     torch.testing.assert_close(decision.soft.probs[0, :2, 0], torch.tensor([0.4, 0.8]))
     assert decision.soft.ids[0, :2, 0].tolist() == [2, 3]
 
@@ -179,10 +179,11 @@ def test_the_confidence_rule_can_be_moved_and_switched_off(
 
 
 def test_the_prompts_tail_is_never_written_nor_fed_softly() -> None:
-    decision, result = step(opened((1, 2), 4), logits_of([4, 4, 4, 4], [0.99] * 4))
+    given = opened((1, 2), 4)
+    decision, result = step(given, logits_of([4, 4, 4, 4], [0.99] * 4))
     assert result.tokens.tolist() == [[1, 2, 4, 4]]
     assert decision.soft is not None
-    assert torch.equal(decision.soft.where, rows(["..xx"]))
+    assert torch.equal(after(given, result).decoded, rows(["..xx"]))
 
 
 def test_threshold_zero_promotes_all_with_or_without_the_prefix_rule() -> None:
@@ -219,13 +220,14 @@ def test_top_k_feeds_the_chosen_token_first() -> None:
 
 
 def test_the_prediction_is_fed_at_decoded_positions_only() -> None:
-    decision, _ = step(block([5, 6, MASK], "..x", ".xx"), logits_of([1, 2, 3], [0.5, 0.8, 0.3]))
+    given = block([5, 6, MASK], "..x", ".xx")
+    decision, result = step(given, logits_of([1, 2, 3], [0.5, 0.8, 0.3]))
     soft = decision.soft
     assert soft is not None
-    assert torch.equal(soft.where, rows([".xx"]))  # position 2 has just been decoded, by fallback
+    decoded = after(given, result).decoded
+    assert torch.equal(decoded, rows([".xx"]))  # position 2 has just been decoded, by fallback
     assert soft.ids.tolist() == [[[1], [2], [3]]]
     torch.testing.assert_close(soft.probs, torch.tensor([[[0.5], [0.8], [0.3]]]))
-    assert soft.renormalize
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,11 @@ def test_a17_a_blend_by_hand(renormalize: bool, length: float) -> None:
     table[MASK] = torch.tensor([0.0, 4.0])
     given = block([5, MASK, MASK], ".xx", ".xx")
     logits = logits_of([1, 2, 3], [0.5, 0.8, 0.3])
-    decision, result = step(given, logits, renormalize=renormalize)
-    embeds = embed_tokens(lambda ids: table[ids], result.tokens, decision.soft, MASK)[0]
+    decision, result = step(given, logits)
+    assert decision.soft is not None
+    decoded = after(given, result).decoded
+    soft = SoftTokens(decoded, decision.soft.ids, decision.soft.probs, renormalize)
+    embeds = embed_tokens(lambda ids: table[ids], result.tokens, soft, MASK)[0]
     blend = torch.tensor([2.4, 0.8])
     torch.testing.assert_close(embeds[1], length * blend / blend.norm())
     assert torch.equal(embeds[0], table[5])  # the prompt's tail stays hard
@@ -255,8 +260,8 @@ def test_a17_a_blend_by_hand(renormalize: bool, length: float) -> None:
 
 def test_params_and_options_reach_the_strategy() -> None:
     params = DecodingParams("spd", threshold=0.2, top_k=2, options={"prefix_only": False})
-    assert get_strategy(params) == SoftParallelDecoding(0.2, 0.9, 2, prefix_only=False)
-    assert get_strategy(DecodingParams("spd")) == SoftParallelDecoding(0.5, 0.9, 1)
+    assert get_strategy(params) == SoftParallelDecoding(2, 0.2, 0.9, prefix_only=False)
+    assert get_strategy(DecodingParams("spd")) == SoftParallelDecoding(1, 0.5, 0.9)
 
 
 @pytest.mark.parametrize(
