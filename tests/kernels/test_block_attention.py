@@ -1,4 +1,4 @@
-"""Attention over the cache in place: the kernels against the model's own way, in a model and its cache."""
+"""Attention over the cache in place: the kernels against the model's own way, in a model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from dmax.cache import CacheWindow
 from dmax.checkpoint import new_checkpoint
-from dmax.engine.rows import Row, Rows, Shape
+from dmax.engine.batch import Batch
 from dmax.engine.runner import ModelRunner
 from dmax.kernels import block_attention
 from dmax.kernels.block_attention import can_attend
 from dmax.models import LLaDA2MoeConfig
+from dmax.special_ids import SpecialIds
 
 L, SLOTS, CAPACITY, VOCABULARY = 8, 3, 320, 40
-BEHIND_A_PREFIX = [Row(1, 136, 136)]
-CASES = {
-    "the first block": [Row(0, 0, 0)],
-    "a block behind a long prefix": BEHIND_A_PREFIX,
-    "a settled block and the open one behind it": [Row(2, 296, 296), Row(2, 304, 304)],
-    "sequences in different states": [
-        Row(1, 64, 64),
-        Row(0, 0, 0),
-        Row(1, 72, 72),
-        Row(2, 200, 200),
-    ],
-    "versions of a block": [Row(0, 24, 24), Row(0, 32, 24), Row(0, 40, 24)],
+IDS = SpecialIds(VOCABULARY - 1, (0,), 0, L)
+Place = tuple[int, int, int]
+"""Slot, where it is written in the cache, and where it stands in its sequence."""
+AFTER_A_PREFIX: list[Place] = [(1, 136, 136)]
+CASES: dict[str, list[Place]] = {
+    "the first block": [(0, 0, 0)],
+    "a block after a long prefix": AFTER_A_PREFIX,
+    "a finished block and the open one after it": [(2, 296, 296), (2, 304, 304)],
+    "sequences in different states": [(1, 64, 64), (0, 0, 0), (1, 72, 72), (2, 200, 200)],
+    "branches of a block": [(0, 24, 24), (0, 32, 24), (0, 40, 24)],
 }
 
 
@@ -49,18 +49,23 @@ def model(**changes: Any) -> Any:
 
 
 def run(
-    made: Any, rows: list[Row], device: torch.device, stale: float = 0.0
+    made: Any, places: list[Place], device: torch.device, stale: float = 0.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """Last hidden states of the rows, and the cache afterwards; `stale` is what stands where nothing was written."""
-    runner = ModelRunner(made.to(device), L, SLOTS, CAPACITY, VOCABULARY - 1)
+    """Last hidden states of the rows, and the cache afterwards.
+
+    `stale` is what stands where nothing was written.
+    """
+    runner = ModelRunner(made.to(device), IDS, SLOTS, CAPACITY)
     generator, stores = torch.Generator().manual_seed(1), [*runner.cache.keys, *runner.cache.values]
     for store in stores:
         store.copy_(torch.randn(store.shape, generator=generator))
         for slot in range(SLOTS):
-            store[slot, max((row.base for row in rows if row.slot == slot), default=0) :] = stale
-    embeds = torch.randn(len(rows), L, 32, generator=generator).to(device)
-    with torch.no_grad():
-        hidden = runner._run(Shape.of(rows, len(rows), L), Rows.of(rows, [], L).to(device), embeds)
+            bases = [base for own, _, base in places if own == slot]
+            store[slot, max(bases, default=0) :] = stale
+    embeds = torch.randn(len(places), L, 32, generator=generator).to(device)
+    batch = Batch.of([(*place, row, -1) for row, place in enumerate(places)], [], L).to(device)
+    hidden = runner.forward(batch, embeds, hidden_states=True).hidden_states
+    assert hidden is not None
     return hidden.cpu(), [store.cpu() for store in stores]
 
 
@@ -93,12 +98,12 @@ def test_kernels_equal_the_model_without_them(case: str, request: pytest.Fixture
 )
 def test_shapes_of_heads(changes: dict[str, Any], request: pytest.FixtureRequest) -> None:
     made = model(**changes)
-    expected, _ = run(made, BEHIND_A_PREFIX, torch.device("cpu"))
-    actual, _ = run(made, BEHIND_A_PREFIX, request.getfixturevalue("kernels"))
+    expected, _ = run(made, AFTER_A_PREFIX, torch.device("cpu"))
+    actual, _ = run(made, AFTER_A_PREFIX, request.getfixturevalue("kernels"))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_stands_behind_a_row_is_never_read(request: pytest.FixtureRequest) -> None:
+def test_what_stands_after_a_row_is_never_read(request: pytest.FixtureRequest) -> None:
     made, rows = model(), CASES["sequences in different states"]
     expected, _ = run(made, rows, torch.device("cpu"))
     actual, _ = run(made, rows, request.getfixturevalue("kernels"), stale=float("nan"))
@@ -118,9 +123,9 @@ def test_keys_may_go_in_any_number_of_shares(
 
 
 def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
-    runner = ModelRunner(model(), L, SLOTS, CAPACITY, VOCABULARY - 1)
-    place = runner._place(Shape.of(BEHIND_A_PREFIX, 1, L), Rows.of(BEHIND_A_PREFIX, [], L))
-    window = runner._inputs(torch.zeros(1, L, 32), place)["past_key_values"]
+    runner = ModelRunner(model(), IDS, SLOTS, CAPACITY)
+    ((slot, start, base),) = torch.tensor(AFTER_A_PREFIX)[..., None]
+    window = CacheWindow(runner.cache, slot, start, L, 144, in_order=False, bases=base)
     heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
     assert can_attend(heads, norms, window)
     assert not can_attend(heads, norms, None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.checkpoint import load_checkpoint
-from dmax.engine.rows import Row, Rows, Shape
+from dmax.engine.batch import Batch
 from dmax.engine.runner import ModelRunner
 from dmax.kernels import using
 
@@ -18,19 +18,21 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "llada2_moe_c"
 
 
 def step(device: torch.device, experts: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A finished block and the open one behind it, of two sequences: best tokens, probabilities and hidden states."""
+    """A finished block and the open one after it, of two sequences.
+
+    Returns:
+        Best tokens, their probabilities and hidden states of the open blocks.
+    """
     ids: dict[str, Any] = {"mask_token_id": 319, "eos_token_id": 318, "block_length": 8}
     checkpoint = load_checkpoint(
         GOLDEN, dtype=torch.float32, device=device, experts_implementation=experts, **ids
     )
-    runner, generator = (
-        ModelRunner(checkpoint.model, 8, 2, 64, 319),
-        torch.Generator().manual_seed(3),
-    )
+    runner = ModelRunner(checkpoint.model, checkpoint.special_ids, 2, 64)
+    generator = torch.Generator().manual_seed(3)
     for store in (*runner.cache.keys, *runner.cache.values):
         store.copy_(torch.randn(store.shape, generator=generator))
-    rows = [Row(0, 16, 16), Row(1, 0, 0), Row(0, 24, 24), Row(1, 8, 8)]
-    settled, tokens = torch.randint(318, (2, 2, 8), generator=generator).tolist()
+    rows = [(0, 16, 16, -1, -1), (1, 0, 0, -1, -1), (0, 24, 24, 0, -1), (1, 8, 8, 1, -1)]
+    finished, tokens = torch.randint(318, (2, 2, 8), generator=generator).tolist()
     soft = SoftTokens(
         torch.rand(2, 8, generator=generator) < 0.5,
         torch.tensor(tokens)[..., None],
@@ -39,9 +41,7 @@ def step(device: torch.device, experts: str) -> tuple[Tensor, Tensor, Tensor]:
     on_device = SoftTokens(*(each.to(device) for each in (soft.where, soft.ids, soft.probs)))
     with torch.no_grad():
         embeds = embed_tokens(runner.embed, torch.tensor(tokens).to(device), on_device, 319)
-        output = runner.denoise(
-            Shape.of(rows, 2, 8), Rows.of(rows, settled, 8).to(device), embeds, True
-        )
+        output = runner.forward(Batch.of(rows, finished, 8).to(device), embeds, True)
     best = output.top(2)
     assert output.hidden_states is not None
     return best.ids.cpu(), best.probs.cpu(), output.hidden_states.cpu()
