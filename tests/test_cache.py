@@ -18,7 +18,7 @@ def test_blocks_are_overwritten_until_committed() -> None:
         keys, _ = cache.write_at([0], 4).update(block(value), block(-value), 0)
         assert keys.shape == (1, 2, 4, 3)
         assert (keys == value).all()
-    cache.commit([0], [4])
+    cache.commit([0], 4)
     keys, values = cache.write_at([0], 4).update(block(3.0), block(-3.0), 0)
     assert keys[0, 0, :, 0].tolist() == [2] * 4 + [3] * 4
     assert values[0, 1, :, 2].tolist() == [-2] * 4 + [-3] * 4
@@ -26,7 +26,9 @@ def test_blocks_are_overwritten_until_committed() -> None:
 
 def test_rows_stand_at_their_own_positions() -> None:
     cache = BlockCache(1, 3, 12, 2, 3)
-    cache.commit([0, 2], [8, 4])
+    cache.commit([0, 2], 4)
+    cache.commit([0], 4)  # four more
+    assert cache.lengths == [8, 0, 4]
     window = cache.write_at([2, 0], 4)
     assert window.positions.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
     window.update(block(5.0, rows=2), block(5.0, rows=2), 0)
@@ -50,21 +52,17 @@ def test_what_is_read_can_be_written_elsewhere() -> None:
         cache.write_at([1], 4).update(block(layer + 1.0), block(-layer - 1.0), layer)
     keys, values = cache.read(1, 1, 4)
     assert keys[:, 2, 1, 0].tolist() == [1, 2] and values[:, 2, 1, 0].tolist() == [-1, -2]
-    cache.commit([2], [8])
+    cache.commit([2], 8)
     cache.write(2, keys, values)
     assert cache.lengths == [0, 0, 11]
-    assert [store[2, 8:11].unique().tolist() for store in (*cache.keys, *cache.values)] == [
-        [1],
-        [2],
-        [-1],
-        [-2],
-    ]
+    written = [store[2, 8:11].unique().tolist() for store in (*cache.keys, *cache.values)]
+    assert written == [[1], [2], [-1], [-2]]
     assert cache.num_bytes == 2 * 2 * 3 * 12 * 2 * 3 * 4
 
 
 def test_rollback_frees_a_slot() -> None:
     cache = BlockCache(1, 1, 8, 2, 3)
-    cache.commit([0], [8])
+    cache.commit([0], 8)
     cache.rollback(0, 4)
     assert cache.lengths == [4]
     cache.rollback(0)
@@ -73,6 +71,6 @@ def test_rollback_frees_a_slot() -> None:
 
 def test_overflow_is_refused() -> None:
     cache = BlockCache(1, 1, 8, 2, 3)
-    cache.commit([0], [8])
+    cache.commit([0], 8)
     with pytest.raises(ValueError, match="exceed the capacity 8"):
         cache.write_at([0], 4)

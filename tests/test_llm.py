@@ -1,4 +1,4 @@
-"""`LLM`: every form of prompt, one or many, alone or together; streams; limits; checkpoints without a tokenizer.
+"""`LLM`: every form of prompt, one or many, alone or together; streams; limits; no tokenizer.
 
 The fixtures `folder` and `bare_folder` are here for all tests of the edges: a random model that
 takes milliseconds.
@@ -6,6 +6,7 @@ takes milliseconds.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ CONFIG = {
     "n_group": 1,
     "topk_group": 1,
     "max_position_embeddings": 512,
-    "initializer_range": 0.5,  # spread logits: different tokens at different positions, and some confidence
+    # Spread logits: different tokens at different positions, and some confidence.
+    "initializer_range": 0.5,
 }
 
 
@@ -42,7 +44,8 @@ def build(factory: pytest.TempPathFactory, with_tokenizer: bool) -> Path:
     """A random checkpoint, the same weights with and without its tokenizer."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    mask = tokenizer.mask_token_id
+    eos = tokenizer.eos_token_id
     ids = {"mask_token_id": mask, "eos_token_id": eos, "pad_token_id": eos}
     model = LLaDA2MoeModelLM(LLaDA2MoeConfig(vocab_size=len(tokenizer), **ids, **CONFIG))
     folder = factory.mktemp("checkpoints") / ("tiny" if with_tokenizer else "bare")
@@ -75,7 +78,8 @@ def bare(bare_folder: Path) -> LLM:
     return LLM(str(bare_folder), dtype="float32", device="cpu")
 
 
-PARAMS = DecodingParams(max_new_tokens=16)
+PARAMS = DecodingParams(strategy="spd", max_new_tokens=16)
+LONGER = replace(PARAMS, max_new_tokens=32)
 TEXTS = [
     "Tom has 3 apples.",
     "Tom buys 5 apples at the market. How many apples does Tom have now?",
@@ -87,7 +91,7 @@ def messages(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# ---- prompts ------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_a_text_its_messages_and_its_ids_are_one_prompt(llm: LLM) -> None:
@@ -109,9 +113,8 @@ def test_a_text_its_messages_and_its_ids_are_one_prompt(llm: LLM) -> None:
 def test_a_list_keeps_its_order_and_every_prompt_its_result(llm: LLM) -> None:
     prompts: list[Any] = [*TEXTS, messages(TEXTS[1][:20]), list(range(5)), [7], messages("a")]
     alone = [llm.generate(prompt, PARAMS)[0] for prompt in prompts]
-    assert len({output.token_ids for output in alone}) == len(
-        prompts
-    )  # else the order would not show
+    # Else the order would not show.
+    assert len({output.token_ids for output in alone}) == len(prompts)
     assert llm.generate(prompts, PARAMS) == alone
     assert llm.generate(prompts[::-1], PARAMS) == alone[::-1]
     few = LLM.from_checkpoint(llm.checkpoint, max_batch_size=2)
@@ -166,14 +169,14 @@ def test_ids_that_are_none_are_refused(llm: LLM, prompt: list[int]) -> None:
         llm.generate([[1], prompt])
 
 
-# ---- parameters ---------------------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def test_params_are_for_all_or_one_for_each(llm: LLM) -> None:
     each = [
         PARAMS,
         DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=9),
-        DecodingParams(max_new_tokens=24, block_length=4),
+        replace(PARAMS, max_new_tokens=24, block_length=4),
     ]
     alone = [llm.generate(text, params)[0] for text, params in zip(TEXTS, each, strict=True)]
     assert [len(output.token_ids) for output in alone] == [16, 9, 24]
@@ -210,7 +213,7 @@ def test_an_unknown_strategy_is_an_error_before_any_compute(
 
     monkeypatch.setattr(Engine, "run", fails)
     monkeypatch.setattr(type(llm.model), "forward", fails)
-    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from autoregressive, "):
+    with pytest.raises(InputError, match="unknown strategy 'spdd'; choose from auto, "):
         llm.generate(TEXTS[:2], [PARAMS, DecodingParams(strategy="spdd")])
     with pytest.raises(InputError, match="did you mean `spd`"):
         list(llm.stream(TEXTS[0], DecodingParams(strategy="spdd")))
@@ -220,8 +223,8 @@ def test_what_does_not_fit_the_context_is_refused(llm: LLM) -> None:
     with pytest.raises(
         InputError, match="prompt 1 has 1 tokens; with `max_new_tokens` 512 it needs 520 positions"
     ):
-        llm.generate([[1], [1]], [PARAMS, DecodingParams(max_new_tokens=512)])
-    assert len(llm.generate([1] * 504, DecodingParams(max_new_tokens=8))[0].token_ids) <= 8
+        llm.generate([[1], [1]], [PARAMS, replace(PARAMS, max_new_tokens=512)])
+    assert len(llm.generate([1] * 504, replace(PARAMS, max_new_tokens=8))[0].token_ids) <= 8
 
 
 def test_a_request_that_does_not_fit_is_refused_before_others_are_decoded(
@@ -232,16 +235,16 @@ def test_a_request_that_does_not_fit_is_refused_before_others_are_decoded(
 
     monkeypatch.setattr(type(llm.model), "forward", fails)
     with pytest.raises(InputError, match="the model has 512"):
-        llm.generate([[1], [1]], [PARAMS, DecodingParams(max_new_tokens=512, block_length=4)])
+        llm.generate([[1], [1]], [PARAMS, replace(PARAMS, max_new_tokens=512, block_length=4)])
 
 
-# ---- outputs ------------------------------------------------------------------------------------------------------
+# --- outputs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [1, 5, 8, 13])
 def test_max_new_tokens_cuts_the_completion(llm: LLM, limit: int) -> None:
-    whole = llm.generate(TEXTS, DecodingParams(max_new_tokens=32))
-    cut = llm.generate(TEXTS, DecodingParams(max_new_tokens=limit))
+    whole = llm.generate(TEXTS, LONGER)
+    cut = llm.generate(TEXTS, replace(PARAMS, max_new_tokens=limit))
     for short, long in zip(cut, whole, strict=True):
         assert short.token_ids == long.token_ids[:limit]
         assert short.text == llm.tokenizer.decode(short.token_ids, skip_special_tokens=True)
@@ -250,8 +253,8 @@ def test_max_new_tokens_cuts_the_completion(llm: LLM, limit: int) -> None:
 
 
 def with_eos(llm: LLM, prompt: Any) -> tuple[LLM, tuple[int, ...]]:
-    """The same model with another EOS, one that its completion holds, and the completion before it."""
-    tokens = llm.generate(prompt, DecodingParams(max_new_tokens=32))[0].token_ids
+    """The same model with an EOS that its completion holds, and the completion before it."""
+    tokens = llm.generate(prompt, LONGER)[0].token_ids
     eos = next(
         token for index, token in enumerate(tokens) if index >= 10 and token not in tokens[:index]
     )
@@ -262,42 +265,31 @@ def with_eos(llm: LLM, prompt: Any) -> tuple[LLM, tuple[int, ...]]:
 
 def test_eos_ends_the_completion_and_is_no_part_of_it(llm: LLM) -> None:
     ending, expected = with_eos(llm, TEXTS[2])
-    (output,) = ending.generate(TEXTS[2], DecodingParams(max_new_tokens=32))
+    (output,) = ending.generate(TEXTS[2], LONGER)
     assert output.token_ids == expected
     assert output.finish_reason == "stop"
     assert output.text == llm.tokenizer.decode(expected, skip_special_tokens=True)
-    (whole,) = llm.generate(TEXTS[2], DecodingParams(max_new_tokens=32))
-    assert output.num_forwards < whole.num_forwards  # blocks behind the EOS are not decoded
+    (whole,) = llm.generate(TEXTS[2], LONGER)
+    assert output.num_forwards < whole.num_forwards  # blocks after the EOS are not decoded
 
 
-def test_tokens_per_forward_count_what_was_generated() -> None:
-    output = GenerationOutput("a", tuple(range(12)), (1,) * 9, "stop", 4, 2, 3)
-    assert output.tokens_per_forward == 3.0
-    assert output.tokens_per_forward_paper == 2.0
-    assert replace(output, token_ids=()).tokens_per_forward == 0.0
+def test_forwards_are_counted(llm: LLM) -> None:
+    (output,) = llm.generate(TEXTS[1], PARAMS)
+    num_blocks = -(-(len(output.prompt_token_ids) % 8 + 16) // 8)
+    assert (output.num_prefill_forwards, output.num_commit_forwards) == (1, 0)
+    assert num_blocks <= output.num_forwards <= 8 * num_blocks
+    # Each open block, and all but the last once more on their way into the cache.
+    assert output.num_positions == 8 * (output.num_forwards + num_blocks - 1)
 
 
-def test_forwards_are_counted_and_commits_shown(llm: LLM) -> None:
-    apart = LLM.from_checkpoint(llm.checkpoint, commit="separate")
-    (folded,), (separate,) = llm.generate(TEXTS[1], PARAMS), apart.generate(TEXTS[1], PARAMS)
-    assert folded.num_prefill_forwards == separate.num_prefill_forwards == 1
-    blocks = -(-(len(folded.prompt_token_ids) % 8 + 16) // 8)
-    assert (folded.num_commit_forwards, separate.num_commit_forwards) == (0, blocks - 1)
-    assert blocks <= folded.num_forwards <= 8 * blocks
+# --- streams --------------------------------------------------------------------------------------
 
 
-# ---- streams ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "params", [DecodingParams(max_new_tokens=20), DecodingParams(strategy="threshold")]
-)
+@pytest.mark.parametrize("strategy", ["spd", "threshold"])
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_stream_tells_the_story_of_its_output(
-    llm: LLM, params: DecodingParams, ends: bool
-) -> None:
+def test_a_stream_tells_the_story_of_its_output(llm: LLM, strategy: str, ends: bool) -> None:
     prompt = TEXTS[2]
-    params = replace(params, max_new_tokens=20)
+    params = DecodingParams(strategy, max_new_tokens=20)
     streaming = with_eos(llm, prompt)[0] if ends else llm
     events = list(streaming.stream(prompt, params))
     (output,) = streaming.generate(prompt, params)
@@ -330,7 +322,7 @@ def test_a_stream_tells_the_story_of_its_output(
 def test_the_text_of_an_event_is_what_is_decided_before_eos(llm: LLM) -> None:
     streaming, _ = with_eos(llm, TEXTS[2])
     eos = streaming.checkpoint.special_ids.eos_token_ids[0]
-    for event in streaming.stream(TEXTS[2], DecodingParams(max_new_tokens=32)):
+    for event in streaming.stream(TEXTS[2], LONGER):
         end = event.token_ids.index(eos) if eos in event.token_ids else len(event.token_ids)
         shown = [
             t for t in event.token_ids[:end] if t != streaming.checkpoint.special_ids.mask_token_id
@@ -345,7 +337,7 @@ def test_a_stream_takes_one_prompt(llm: LLM) -> None:
         list(llm.stream(TEXTS, PARAMS))  # type: ignore[arg-type]
 
 
-# ---- without a tokenizer ------------------------------------------------------------------------------------------
+# --- without a tokenizer --------------------------------------------------------------------------
 
 
 def test_a_checkpoint_without_tokenizer_takes_and_gives_ids(bare: LLM, llm: LLM) -> None:
@@ -365,7 +357,7 @@ def test_a_checkpoint_without_tokenizer_says_so(bare: LLM) -> None:
         bare.generate(messages("Hi"))
 
 
-# ---- early ends and shared work ------------------------------------------------------------------------------------
+# --- early ends and shared work -------------------------------------------------------------------
 
 
 def test_a_stop_text_ends_the_completion_before_it(llm: LLM) -> None:
@@ -400,7 +392,7 @@ def test_known_prefixes_are_not_encoded_again(folder: Path, llm: LLM) -> None:
 def test_streams_of_one_model_may_run_at_once(llm: LLM) -> None:
     expected = [llm.generate(text, PARAMS)[0] for text in TEXTS[:2]]
     streams = [llm.stream(text, PARAMS) for text in TEXTS[:2]]
-    ends = [None, None]
+    ends: list[GenerationOutput | None] = [None, None]
     while None in ends:
         for index, stream in enumerate(streams):
             event = next(stream, None)
@@ -414,7 +406,6 @@ def test_streams_of_one_model_may_run_at_once(llm: LLM) -> None:
     [
         ({"max_batch_size": 0}, "`max_batch_size` must be a whole number of at least 1, got 0"),
         ({"prefix_cache_mib": -1}, "`prefix_cache_mib` must be"),
-        ({"commit": "both"}, "`commit` must be one of cross_block, separate, got 'both'"),
     ],
 )
 def test_settings_of_the_engine_are_checked(
@@ -431,7 +422,7 @@ def test_params_of_another_kind_are_refused(llm: LLM) -> None:
         llm.generate("Hi", 3)  # type: ignore[arg-type]
 
 
-# ---- loading ------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_ids_given_to_the_constructor_win(folder: Path) -> None:
@@ -454,3 +445,81 @@ def test_a_model_in_memory_is_taken_as_it_is(folder: Path, llm: LLM) -> None:
     other = LLM.from_checkpoint(checkpoint)
     assert other.model is checkpoint.model and not other.model.training
     assert other.generate(TEXTS, PARAMS) == llm.generate(TEXTS, PARAMS)
+
+
+# --- what a checkpoint was trained for ------------------------------------------------------------
+
+
+def trained_for(llm: LLM, decoding: str | None) -> LLM:
+    """The same model, of a checkpoint that names this strategy."""
+    return LLM.from_checkpoint(replace(llm.checkpoint, decoding=decoding))
+
+
+@pytest.mark.parametrize("named", ["spd", "threshold", "credit"])
+def test_a_model_is_decoded_as_its_checkpoint_says(
+    llm: LLM, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = DecodingParams(strategy=named, max_new_tokens=16)
+    auto = DecodingParams(max_new_tokens=16)
+    trained = trained_for(llm, named)
+    assert trained.resolve(auto) == chosen
+    assert trained.generate(TEXTS, auto) == llm.generate(TEXTS, chosen)
+    *_, streamed = trained.stream(TEXTS[0], auto)
+    assert streamed.output == llm.generate(TEXTS[0], chosen)[0]
+    assert caplog.records == []  # nothing had to be chosen
+
+
+def test_a_model_that_names_no_strategy_is_decoded_by_threshold_and_says_so_once(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    untold = trained_for(llm, None)
+    auto = DecodingParams(max_new_tokens=16)
+    chosen = DecodingParams(strategy="threshold", max_new_tokens=16)
+    assert untold.generate(TEXTS, [auto] * 3) == llm.generate(TEXTS, chosen)
+    assert untold.generate(TEXTS) != []
+    assert list(untold.stream(TEXTS[0], auto))[-1].kind == "finished"
+    assert untold.resolve(auto) == chosen
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "does not say which decoding it was trained for" in said
+    assert "`threshold`" in said and "`strategy`" in said and "\n" not in said
+    assert llm.checkpoint.path in said
+    caplog.clear()
+    trained_for(llm, None).generate(TEXTS[0])  # another model says it for itself
+    assert len(caplog.records) == 1
+
+
+def test_a_strategy_that_is_asked_for_is_used_and_nothing_is_said(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    for decoding in (None, "threshold"):
+        assert trained_for(llm, decoding).resolve(PARAMS) is PARAMS
+        assert trained_for(llm, decoding).generate(TEXTS, PARAMS) == llm.generate(TEXTS, PARAMS)
+    assert caplog.records == []
+
+
+def test_options_that_the_chosen_strategy_does_not_have_are_refused(llm: LLM) -> None:
+    auto = DecodingParams(options={"soft_inputs": False})
+    assert trained_for(llm, "spd").generate(TEXTS[0], auto)
+    with pytest.raises(InputError, match="strategy `threshold` has no option `soft_inputs`"):
+        trained_for(llm, None).generate(TEXTS[0], auto)
+
+
+# --- requests that fail ---------------------------------------------------------------------------
+
+
+def test_nan_logits_are_the_error_of_the_call_and_the_model_stays_usable(folder: Path) -> None:
+    broken = LLM(str(folder), dtype="float32", device="cpu")
+    weight = broken.model.get_input_embeddings().weight
+    whole = broken.generate(TEXTS[0], PARAMS)
+    token = broken.encode(TEXTS[1])[8]
+    assert token not in broken.encode(TEXTS[0])
+    kept = weight.data[token].clone()
+    weight.data[token] = torch.nan
+    with pytest.raises(InputError, match="the model gave NaN logits for prompt 1"):
+        broken.generate(TEXTS[:2], PARAMS)
+    with pytest.raises(InputError, match="the model gave NaN logits for prompt 0"):
+        list(broken.stream(TEXTS[1], PARAMS))
+    weight.data[token] = kept
+    assert broken.generate(TEXTS[0], PARAMS) == whole

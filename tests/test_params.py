@@ -1,4 +1,4 @@
-"""Options are checked where they are made: one clear sentence with the field, the range and the value."""
+"""Options are checked where they are made: one sentence with the field, the range and the value."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from dmax.errors import InputError
-from dmax.params import DecodingParams
+from dmax.params import DecodingParams, EngineOptions
 
 
 def test_defaults_are_the_public_ones() -> None:
     assert dataclasses.asdict(DecodingParams()) == {
-        "strategy": "spd",
+        "strategy": "auto",
         "threshold": None,
         "stop_confidence": 0.9,
         "top_k": 1,
@@ -25,11 +25,6 @@ def test_defaults_are_the_public_ones() -> None:
         "ignore_eos": False,
         "deadline": None,
         "max_steps_per_block": None,
-        "prefix_only": True,
-        "soft_inputs": True,
-        "renormalize": True,
-        "stop_on_confidence": True,
-        "stop_on_consistency": True,
         "options": (),
     }
 
@@ -78,8 +73,8 @@ def test_the_ends_of_every_range_are_valid(values: dict[str, Any]) -> None:
         ("seed", -1, "a whole number between 0 and"),
         ("seed", 2**63, "a whole number between 0 and"),
         ("strategy", None, "a name"),
-        ("soft_inputs", "no", "true or false"),  # a string would count as true
-        ("prefix_only", 0, "true or false"),
+        ("ignore_eos", "no", "true or false"),  # a string would count as true
+        ("ignore_eos", 0, "true or false"),
     ],
 )
 def test_bad_values_are_named(name: str, value: Any, allowed: str) -> None:
@@ -96,6 +91,15 @@ def test_params_are_values() -> None:
         DecodingParams().threshold = 0.3  # type: ignore[misc]
 
 
+def test_options_are_kept_in_one_form() -> None:
+    one = DecodingParams(strategy="credit", options={"decay": 0.5, "alpha": 1.0})
+    other = DecodingParams(strategy="credit", options=(("alpha", 1.0), ("decay", 0.5)))
+    assert one == other and hash(one) == hash(other)
+    assert one.options == (("alpha", 1.0), ("decay", 0.5))
+    with pytest.raises(InputError, match="`options` must map names to values"):
+        DecodingParams(options=3)  # type: ignore[arg-type]
+
+
 def test_one_stop_text_is_a_list_of_one() -> None:
     assert DecodingParams(stop="####").stop == DecodingParams(stop=["####"]).stop == ("####",)
 
@@ -104,3 +108,34 @@ def test_one_stop_text_is_a_list_of_one() -> None:
 def test_stop_texts_are_texts(stop: Any) -> None:
     with pytest.raises(InputError, match="`stop` must be a text or a list of texts"):
         DecodingParams(stop=stop)
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("max_batch_size", 0, "a whole number of at least 1"),
+        ("max_batch_size", 1.0, "a whole number of at least 1"),
+        ("max_batch_size", None, "a whole number of at least 1"),
+        ("max_length", 0, "a whole number of at least 1"),
+        ("prefill_tokens", 0, "a whole number of at least 1"),
+        ("prefix_cache_mib", -1, "a whole number of at least 0"),
+    ],
+)
+def test_bad_options_of_the_engine_are_named(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InputError) as error:
+        EngineOptions(**{name: value})
+    assert error.value.message == f"`{name}` must be {allowed}, got {value!r}"
+
+
+def test_an_engine_without_a_plan_is_the_default() -> None:
+    assert dataclasses.asdict(EngineOptions()) == {
+        "max_batch_size": 16,
+        "max_length": None,
+        "prefill_tokens": 512,
+        "prefix_cache_mib": 0,
+        "cuda_graphs": None,
+        "compile_model": False,
+    }

@@ -21,7 +21,7 @@ EXPORTS = (
 )
 
 DECODING_PARAMS = {
-    "strategy": "spd",
+    "strategy": "auto",
     "threshold": None,
     "stop_confidence": 0.9,
     "top_k": 1,
@@ -33,40 +33,37 @@ DECODING_PARAMS = {
     "ignore_eos": False,
     "deadline": None,
     "max_steps_per_block": None,
-    "prefix_only": True,
-    "soft_inputs": True,
-    "renormalize": True,
-    "stop_on_confidence": True,
-    "stop_on_consistency": True,
     "options": (),
 }
-GENERATION_OUTPUT = (
-    "text token_ids prompt_token_ids finish_reason num_forwards num_prefill_forwards num_commit_forwards "
-    "num_positions".split()
+GENERATION_OUTPUT = "text token_ids prompt_token_ids finish_reason cost".split()
+FIGURES = (
+    "num_commit_forwards num_forwards num_positions num_prefill_forwards "
+    "tokens_per_forward tokens_per_forward_paper tokens_per_position".split()
 )
-STREAM_EVENT = "kind text token_ids masked confidence position step output".split()
+STREAM_EVENT = "kind text token_ids masked confidence position step output index error".split()
 
 COMMANDS = {
     "demo": "--json",
     "generate": (
-        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --soft-inputs --hard-inputs --option "
-        "--block-length --temperature --seed --stop --ignore-eos --dtype --quantization --device --json"
+        "prompts --model -m --strategy --threshold --max-new-tokens --top-k --option "
+        "--block-length --temperature --seed --stop --ignore-eos --dtype --quantization "
+        "--device --json"
     ),
     "train": "recipe --max-steps --fresh --json",
     "distill": (
-        "--output -o --model -m --num --prompts --strategy --threshold --max-new-tokens --seed --batch-size "
-        "--dtype --compile --device --json"
+        "--output -o --model -m --num --prompts --strategy --threshold --max-new-tokens --seed "
+        "--batch-size --dtype --compile --device --json"
     ),
     "eval": (
-        "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k --soft-inputs "
-        "--hard-inputs --option --block-length --batch-size --dtype --quantization --compile --device --output -o "
-        "--overwrite --json"
+        "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k "
+        "--option --block-length --batch-size --dtype --quantization --compile --device "
+        "--output -o --overwrite --json"
     ),
     "bench": "--device --quick --output -o --json",
     "lm_eval": "",  # hands its arguments on
     "sweep": (
-        "--model -m --output -o --strategies --thresholds --task --data --limit --seed --max-new-tokens --batch-size "
-        "--dtype --device --json"
+        "--model -m --output -o --strategies --thresholds --task --data --limit --seed "
+        "--max-new-tokens --batch-size --dtype --device --json"
     ),
 }
 
@@ -99,20 +96,14 @@ def test_decoding_params() -> None:
 @pytest.mark.parametrize(
     ("kind", "names", "properties"),
     [
-        (
-            dmax.GenerationOutput,
-            GENERATION_OUTPUT,
-            ["tokens_per_forward", "tokens_per_forward_paper", "tokens_per_position"],
-        ),
+        (dmax.GenerationOutput, GENERATION_OUTPUT, FIGURES),
         (dmax.StreamEvent, STREAM_EVENT, []),
     ],
 )
 def test_results(kind: type, names: list[str], properties: list[str]) -> None:
     assert [field.name for field in dataclasses.fields(kind)] == names  # type: ignore[arg-type]
-    assert (
-        sorted(name for name, value in vars(kind).items() if isinstance(value, property))
-        == properties
-    )
+    found = sorted(name for name, value in vars(kind).items() if isinstance(value, property))
+    assert found == properties
     assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
