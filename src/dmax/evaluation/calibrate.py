@@ -126,7 +126,7 @@ def record(llm: LLM, answers: Sequence[Encoded]) -> Margins:
         open_ = torch.zeros(shape).bool()
         for step, (masked, logits) in enumerate(replay(blocks, surest)):
             output = Output(logits, special.mask_token_id)
-            margin[step] = mean_margin(output.logits, masked).cpu()
+            margin[step] = mean_margin(output.logits, masked)[:, 0].cpu()
             final[step] = ~(masked & (output.top(1).ids[..., 0] != blocks.final)).any(dim=1).cpu()
             open_[step] = masked.any(dim=1).cpu()
         filled = open_[0]  # the others are padding
