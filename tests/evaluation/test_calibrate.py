@@ -1,4 +1,4 @@
-"""Bounds for SchED: the rule on numbers worked out by hand, and a model that is calibrated and decoded with them."""
+"""Bounds for SchED: the rule on numbers worked out by hand, and a model decoded with them."""
 
 from __future__ import annotations
 

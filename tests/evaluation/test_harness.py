@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs our models: same prompts, same decoding, same counts as `dmax eval`."""
+"""lm-evaluation-harness runs our models: prompts, decoding and counts are those of `dmax eval`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from test_llm import bare_folder_fixture, folder_fixture  # noqa: F401  (fixture
 
 from dmax import LLM, DecodingParams, InputError
 from dmax.evaluation.run import Sample, Summary, evaluate
+from dmax.outputs import as_record
 from dmax.tasks import get_task
 from dmax.tiny import bundled
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # lm_eval's and those of what it stands on are not ours
+# The warnings of lm_eval, and of what it stands on, are not ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval import simple_evaluate  # noqa: E402
@@ -35,16 +35,23 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from dmax.evaluation import harness  # noqa: E402
 from dmax.evaluation.harness import DMaxLM, cut, model_settings, request_settings  # noqa: E402
 
-LIMIT, SEED, TOKENS = 6, 11, 96
+LIMIT = 6
+SEED = 11
+TOKENS = 96
 ARGUMENTS = {
     "pretrained": "tiny-dmax",
     "strategy": "spd",
     "threshold": 0.7,
-    "soft_inputs": False,
+    "option.soft_inputs": False,
     "dtype": "float32",
 }
-PARAMS = DecodingParams(strategy="spd", threshold=0.7, soft_inputs=False, max_new_tokens=TOKENS)
-COUNTS = "generated_tokens num_forwards num_prefill_forwards num_commit_forwards num_positions tpf tpf_paper".split()
+PARAMS = DecodingParams(
+    strategy="spd", threshold=0.7, max_new_tokens=TOKENS, options={"soft_inputs": False}
+)
+COUNTS = (
+    "generated_tokens num_forwards num_prefill_forwards num_commit_forwards num_positions "
+    "num_forced num_capped tpf tpf_paper".split()
+)
 
 needs_model = pytest.mark.skipif(
     not (bundled("tiny-dmax") or Path()).is_dir(), reason="tiny-dmax is not built yet"
@@ -115,7 +122,7 @@ def run(task: dict[str, Any], **options: Any) -> Any:
     )
 
 
-# ---- the same as our own evaluation -------------------------------------------------------------------------------
+# --- the same as our own evaluation ---------------------------------------------------------------
 
 
 @needs_model
@@ -126,9 +133,8 @@ def test_lm_eval_measures_what_dmax_eval_measures(
     results = run(task)
     assert results["results"]["local_word_problems"]["exact_match,strict"] == summary.accuracy > 0
     info = results["config"]["dmax"]
-    assert {name: info[name] for name in COUNTS} == {
-        name: getattr(summary, name) for name in COUNTS
-    }
+    record = as_record(summary)
+    assert {name: info[name] for name in COUNTS} == {name: record[name] for name in COUNTS}
     assert info["tasks"]["local_word_problems"] == {
         name: info[name] for name in ("requests", *COUNTS)
     }
@@ -161,9 +167,12 @@ def test_the_command_line_runs_gsm8k_and_writes_the_counts(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
 
-    command = "lm_eval --model dmax --model_args pretrained=tiny-dmax,strategy=spd,threshold=0.5 --tasks gsm8k"
-    options = "--limit 2 --num_fewshot 0 --batch_size 2 --apply_chat_template --output_path out --log_samples"
-    monkeypatch.setattr(sys, "argv", ["dmax", *command.split(), *options.split()])
+    command = (
+        "lm_eval --model dmax --model_args pretrained=tiny-dmax,strategy=spd,threshold=0.5 "
+        "--tasks gsm8k --limit 2 --num_fewshot 0 --batch_size 2 --apply_chat_template "
+        "--output_path out --log_samples"
+    )
+    monkeypatch.setattr(sys, "argv", ["dmax", *command.split()])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code
@@ -189,7 +198,7 @@ def test_few_shot_examples_become_turns(task: dict[str, Any]) -> None:
     assert prompt.count("<role>HUMAN</role>") == 2 and prompt.endswith("<role>ASSISTANT</role>")
 
 
-# ---- how lm_eval finds the model ----------------------------------------------------------------------------------
+# --- how lm_eval finds the model ------------------------------------------------------------------
 
 
 def test_it_is_found_beside_the_built_in_models() -> None:
@@ -206,14 +215,13 @@ def test_the_entry_point_leads_to_it() -> None:
 
 
 def test_model_arguments_go_before_those_lm_eval_adds(folder: Path) -> None:
-    lm = DMaxLM.create_from_arg_string(
-        f"pretrained={folder},threshold=0.5,strategy=credit,option.alpha=0.25,batch_size=3,seed=4,device=cpu",
-        {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"},
-    )
+    arguments = "threshold=0.5,strategy=credit,option.alpha=0.25,batch_size=3,seed=4,device=cpu"
+    added = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    lm = DMaxLM.create_from_arg_string(f"pretrained={folder},{arguments}", added)
     assert lm.params == DecodingParams(
         strategy="credit", threshold=0.5, seed=4, options={"alpha": 0.25}
     )
-    assert lm.llm.max_batch_size == 3
+    assert lm.llm.options.max_batch_size == 3
     assert (lm.device.type, lm.rank, lm.world_size) == ("cpu", 0, 1)
 
 
@@ -230,11 +238,10 @@ def test_the_default_device_of_lm_eval_is_none_without_cuda(
 
 
 def test_automatic_batch_sizes(folder: Path) -> None:
-    assert DMaxLM(str(folder), device="cpu", batch_size="auto:4").llm.max_batch_size == 16
-    assert (
-        DMaxLM(str(folder), device="cpu", batch_size="auto", max_batch_size=5).llm.max_batch_size
-        == 5
-    )
+    usual = DMaxLM(str(folder), device="cpu", batch_size="auto:4")
+    limited = DMaxLM(str(folder), device="cpu", batch_size="auto", max_batch_size=5)
+    assert usual.llm.options.max_batch_size == 16
+    assert limited.llm.options.max_batch_size == 5
 
 
 @pytest.mark.parametrize(
@@ -247,7 +254,7 @@ def test_automatic_batch_sizes(folder: Path) -> None:
         ),
         ("pretrained=X,threshold=1.5", "`threshold` must be a number between 0 and 1, got 1.5"),
         ("pretrained=X,strategy=spdd", "unknown strategy 'spdd'"),
-        ("pretrained=X,option.beta=1", "strategy `spd` has no option `beta`"),
+        ("pretrained=X,strategy=spd,option.beta=1", "strategy `spd` has no option `beta`"),
         ("pretrained=X,temperature=0.8", "`temperature` is a task's matter"),
         (
             "pretrained=X,batch_size=many",
@@ -266,7 +273,7 @@ def test_a_model_without_a_tokenizer(bare_folder: Path) -> None:
         DMaxLM(str(bare_folder), device="cpu")
 
 
-# ---- requests -----------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Result files: what is written when, going on after an interruption, and nothing lost without being asked."""
+"""Result files: what is written when, going on after an interruption, nothing lost unasked."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from dmax import DecodingParams, GenerationOutput, InputError
 from dmax.evaluation.results import ResultFiles, differences
 from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.files import write_atomically
+from dmax.outputs import as_record
 
 SIX = 6  # two chunks of the canned model: four examples and two
 
 
 class Repeating(Canned):
-    """`Canned` for any number of examples; `dies_at` is the chunk before which it is interrupted."""
+    """`Canned` for any number of examples; it is interrupted before the chunk `dies_at`."""
 
     def __init__(self, dies_at: int | None = None) -> None:
         super().__init__()
-        self.dies_at, self.asked = dies_at, list[str]()
+        self.dies_at = dies_at
+        self.asked = list[str]()
 
     def generate(self, prompts: Sequence[Any], params: DecodingParams) -> list[GenerationOutput]:
         if len(self.sizes) == self.dies_at:
@@ -51,8 +53,9 @@ def run(
     limit: int = SIX,
     **options: Any,
 ) -> tuple[Summary, list[Sample]]:
-    files, model = ResultFiles(path, **options), llm or Repeating()
-    summary, samples = evaluate(model, Sums(), params, limit=limit, seed=7, journal=files)  # type: ignore[arg-type]
+    files = ResultFiles(path, **options)
+    model: Any = llm or Repeating()
+    summary, samples = evaluate(model, Sums(), params, limit=limit, seed=7, journal=files)
     files.finish(summary, samples)
     return summary, samples
 
@@ -68,16 +71,16 @@ def names(path: Path) -> set[str]:
 
 
 def timeless(summary: Summary) -> dict[str, Any]:
-    record = asdict(replace(summary, seconds=0.0, tokens_per_second=0.0))
+    record = as_record(replace(summary, seconds=0.0, tokens_per_second=0.0))
     del record["environment"]["date"]
     return record
 
 
 def test_results_are_a_summary_and_the_samples_beside_it(path: Path) -> None:
     summary, samples = run(path)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(summary)))
+    assert json.loads(path.read_text()) == json.loads(json.dumps(as_record(summary)))
     lines = path.with_name("tiny_spd_0.5.samples.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [asdict(sample) for sample in samples]
+    assert [json.loads(line) for line in lines] == [as_record(sample) for sample in samples]
     assert names(path) == {"json", "samples.jsonl"}
 
 
@@ -113,7 +116,9 @@ def test_samples_are_written_as_they_are_finished(path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(path: Path, tmp_path: Path) -> None:
     whole, samples = run(tmp_path / "whole.json")
-    partial, told, llm = interrupt(path), list[str](), Repeating()
+    partial = interrupt(path)
+    told = list[str]()
+    llm = Repeating()
     spent = sum(json.loads(line)["seconds"] for line in partial.read_text().splitlines()[1:])
     summary, resumed = run(path, llm, report=told.append)
     assert [question[-3:] for question in llm.asked] == [".4)", ".5)"]
@@ -128,7 +133,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(path: Path, tmp_path: Path)
 @pytest.mark.parametrize("torn", ['{"index": 4, "pro', '{"index": 4}', "{"])
 def test_a_line_that_was_cut_off_is_dropped(path: Path, tmp_path: Path, torn: str) -> None:
     whole, samples = run(tmp_path / "whole.json")
-    partial, llm = interrupt(path), Repeating()
+    partial = interrupt(path)
+    llm = Repeating()
     with partial.open("a") as file:
         file.write(torn)
     summary, resumed = run(path, llm)
@@ -164,7 +170,7 @@ def test_a_run_that_only_lacked_its_summary_decodes_nothing(
     assert llm.asked == []
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", ["json", "samples.jsonl"])
@@ -205,7 +211,8 @@ def test_an_interrupted_run_of_other_settings_is_refused(
     path: Path, change: dict[str, Any], part: str
 ) -> None:
     partial = interrupt(path)
-    before, llm = partial.read_bytes(), Repeating()
+    before = partial.read_bytes()
+    llm = Repeating()
     prepare: Callable[[Repeating], None] = change.pop("llm", lambda llm: None)
     prepare(llm)
     with pytest.raises(InputError, match="interrupted run with other settings: ") as refused:
@@ -259,7 +266,7 @@ def test_no_result_replaces_a_file_of_something_else(path: Path, name: str, cont
     assert file.read_text() == content
 
 
-# ---- overwriting --------------------------------------------------------------------------------------------------
+# --- overwriting ----------------------------------------------------------------------------------
 
 
 def test_overwriting_replaces_a_finished_run_once_the_new_one_is_complete(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +14,11 @@ from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 from dmax import LLM, DecodingParams, GenerationOutput
 from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.evaluation.statistics import wilson_interval
+from dmax.outputs import Cost, as_record
+from dmax.params import EngineOptions
 from dmax.tasks import Example, get_task
 
-PARAMS = DecodingParams(max_new_tokens=16)
+PARAMS = DecodingParams(strategy="spd", max_new_tokens=16)
 # text, tokens, denoising forwards, prefill forwards, commit forwards of each example
 OUTPUTS = (
     ("4", 12, 4, 1, 1),
@@ -48,10 +50,13 @@ class Canned:
 
     checkpoint = SimpleNamespace(path="canned", special_ids=SimpleNamespace(block_length=32))
     model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, state_dict=dict)
-    max_batch_size, compile_model = 1, False
+    options = EngineOptions(max_batch_size=1)
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
+
+    def resolve(self, params: DecodingParams) -> DecodingParams:
+        return params
 
     def generate(self, prompts: Sequence[Any], params: DecodingParams) -> list[GenerationOutput]:
         assert params is PARAMS
@@ -60,7 +65,8 @@ class Canned:
         for (message,) in prompts:
             assert message["role"] == "user"
             text, tokens, *counts = OUTPUTS[int(message["content"][:-1].rpartition(".")[2])]
-            found.append(GenerationOutput(text, tuple(range(tokens)), (1,), "stop", *counts))
+            cost = Cost(*counts)
+            found.append(GenerationOutput(text, tuple(range(tokens)), (1,), "stop", cost))
         return found
 
 
@@ -73,8 +79,8 @@ def test_counts_and_ratios_of_sums() -> None:
     summary, samples = measure()
     assert (summary.correct, summary.total, summary.accuracy) == (2, 5, 0.4)
     assert summary.interval == wilson_interval(2, 5)
-    assert (summary.generated_tokens, summary.num_forwards) == (50, 20)
-    assert (summary.num_prefill_forwards, summary.num_commit_forwards) == (4, 3)
+    assert summary.generated_tokens == 50
+    assert summary.cost == Cost(num_forwards=20, num_prefill_forwards=4, num_commit_forwards=3)
     assert summary.tpf == 50 / 20  # not the mean of the ratios
     assert summary.tpf_paper == pytest.approx((12 / 5 + 2 / 10 + 0 / 1 + 30 / 6 + 6 / 2) / 5)
     assert summary.tokens_per_second == pytest.approx(50 / summary.seconds)
@@ -86,7 +92,7 @@ def test_counts_and_ratios_of_sums() -> None:
 
 def test_a_sample_tells_all_about_its_completion() -> None:
     _, samples = measure()
-    assert asdict(samples[1]) == {
+    assert as_record(samples[1]) == {
         "prompt": "2 + 2 = ? (7.1)",
         "output": "so 4",
         "expected": "4",
@@ -98,6 +104,8 @@ def test_a_sample_tells_all_about_its_completion() -> None:
         "num_prefill_forwards": 2,
         "num_commit_forwards": 0,
         "num_positions": 0,
+        "num_forced": 0,
+        "num_capped": 0,
     }
 
 
@@ -126,6 +134,16 @@ def test_a_model_is_measured_on_what_it_generates(llm: LLM) -> None:
     outputs = llm.generate(prompts, PARAMS)
     assert [sample.output for sample in samples] == [output.text for output in outputs]
     assert summary.generated_tokens == sum(len(output.token_ids) for output in outputs)
-    assert summary.num_forwards == sum(output.num_forwards for output in outputs)
-    assert summary.num_prefill_forwards == 3
+    assert summary.cost == sum((output.cost for output in outputs), Cost())
+    assert summary.cost.num_prefill_forwards == 3
     assert evaluate(llm, task, PARAMS, limit=3, seed=1)[1] == samples
+
+
+def test_the_settings_of_a_run_name_the_strategy_that_was_used(llm: LLM) -> None:
+    trained = LLM.from_checkpoint(replace(llm.checkpoint, decoding="spd"))
+    task = get_task("word_problems")
+    auto = DecodingParams(max_new_tokens=16)
+    summary, samples = evaluate(trained, task, auto, limit=2, seed=1)
+    assert summary.params == asdict(PARAMS)
+    assert summary.decoding.startswith("SoftParallelDecoding(threshold=0.5, ")
+    assert samples == evaluate(llm, task, PARAMS, limit=2, seed=1)[1]
