@@ -1,4 +1,4 @@
-"""The interval: known values, its equation, its edges. AUP: figures of the paper from its curves."""
+"""The interval: known values, its equation, its edges. AUP: the paper's figures from its curves."""
 
 from __future__ import annotations
 
