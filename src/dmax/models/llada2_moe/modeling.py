@@ -23,8 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dmax.attention import prepare_mask
-from dmax.kernels.attention import ATTENTION_FUNCTIONS
+from dmax.attention import ATTENTION_FUNCTIONS, Mask, eager_attention_forward, prepare_mask
 from dmax.kernels.block_attention import block_attention, can_attend
 from dmax.kernels.norm import add_rms_norm, can_fuse, rms_norm
 from dmax.kernels.router import route
@@ -100,31 +99,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotary * cos + swapped_halves * sin, rest), dim=-1)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Plain attention, softmax in float32. `attention_mask`: additive [B, 1, L, T + L] or None.
-
-    Returns the heads' outputs [B, L, H, d] and the attention weights [B, H, L, T + L].
-    """
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # [B, H, L, T + L]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class LLaDA2MoeAttention(nn.Module):
     """Grouped-query attention with per-head query/key RMSNorm and partial rotary positions."""
 
@@ -148,7 +122,7 @@ class LLaDA2MoeAttention(nn.Module):
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attention_mask: Any,
+        attention_mask: Mask,
         cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -338,7 +312,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -386,7 +360,7 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
