@@ -1,23 +1,33 @@
-"""Visibility: a naive reading of the paper's figure, dense against flex, and what follows from it."""
+"""Attention: visibility against a naive reading of the paper's figure, masks, and our `sdpa`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from flex import flex_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dmax.attention import (
+    ATTENTION_FUNCTIONS,
     Predicate,
     block_causal,
     dense_mask,
     flex_from_dense,
-    flex_mask,
     noisy_clean,
     prepare_mask,
+    sdpa_attention_forward,
 )
+
+BATCH = 2
+HEADS = 6
+GROUPS = 2
+QUERIES = 5
+KEYS = 40
+SIZE = 16
 
 
 def square(predicate: Predicate, length: int) -> Tensor:
@@ -125,3 +135,52 @@ def test_sdpa_gets_the_mask_that_it_would_make_itself(dtype: torch.dtype) -> Non
     attend = torch.nn.functional.scaled_dot_product_attention
     assert torch.equal(attend(query, key, value, mask), attend(query, key, value, visible))
     assert prepare_mask(visible, dtype, "eager").isfinite().all()
+
+
+# ---- our `sdpa` against transformers': the same numbers, without repeated keys and values ------
+
+
+class Layer(nn.Module):
+    num_key_value_groups = HEADS // GROUPS
+    is_causal = False
+
+
+def make_inputs(dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    # Heads come last, as projections and caches have them.
+    shapes = ((QUERIES, HEADS), (KEYS, GROUPS), (KEYS, GROUPS))
+    return [
+        torch.randn(BATCH, *shape, SIZE).to(dtype).transpose(1, 2).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def make_mask(dtype: torch.dtype) -> Tensor:
+    visible = torch.rand(BATCH, 1, QUERIES, KEYS) < 0.5
+    visible[0, 0, 0] = False  # sees nothing
+    return prepare_mask(visible, dtype, "sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+def test_sdpa_equals_that_of_transformers(dtype: torch.dtype, masked: bool) -> None:
+    found = []
+    for function in (ALL_ATTENTION_FUNCTIONS["sdpa"], ATTENTION_FUNCTIONS["sdpa"]):
+        inputs = make_inputs(dtype)
+        mask = make_mask(dtype) if masked else None
+        output, _ = function(Layer(), *inputs, mask, scaling=0.3, is_causal=False)
+        output.float().square().sum().backward()
+        found.append([output, *(each.grad for each in inputs)])
+    assert torch.equal(found[0][0], found[1][0])
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=2e-2)
+
+
+def test_other_devices_use_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    record = lambda *inputs, **options: calls.append(options)  # noqa: E731
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", record)
+    query, key, value = (each.to("meta") for each in make_inputs(torch.float32))
+    sdpa_attention_forward(Layer(), query, key, value, None, scaling=0.3, is_causal=False)
+    assert calls == [{"scaling": 0.3, "dropout": 0.0, "is_causal": False}]

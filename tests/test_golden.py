@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from flex import flex_mask
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM
 from transformers.integrations import flex_attention as flex_integration
 
-from dmax.attention import block_causal, dense_mask, flex_mask, noisy_clean
+from dmax.attention import block_causal, dense_mask, noisy_clean
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.models import LLaDA2MoeModelLM, register
 from dmax.training.objectives import Batch, mdlm_loss, oput_loss, roll_out

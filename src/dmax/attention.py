@@ -1,8 +1,8 @@
-"""Who sees whom: block-causal and [noisy | clean] visibility, as predicates with a dense and a flex form.
+"""Who sees whom in attention: visibility, the masks that follow from it, and how they are applied.
 
-A predicate maps query and key indices (broadcastable int64 tensors) to True where the key is
-visible. The dense form is a bool tensor for `sdpa` and `eager`; the flex form is a `BlockMask` for
-`flex_attention`. Both come from the same predicate, so they cannot disagree.
+A predicate maps query and key indices (broadcastable int64 tensors) to True where a key is visible.
+
+Shapes: B sequences, L queries, S keys, H query heads, G key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -11,87 +11,150 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
+Mask = Tensor | BlockMask | None
 
 
 def block_causal(block_length: int) -> Predicate:
-    """Bidirectional within a block, causal across blocks (block diffusion)."""
+    """Bidirectional within a block and causal across blocks, as in block diffusion."""
     return lambda query, key: key // block_length <= query // block_length
 
 
 def noisy_clean(block_length: int, length: int) -> Predicate:
-    """Training visibility over [noisy | clean], each half `length` positions (paper section 3.1, D7).
+    """Visibility in training over [noisy | clean], each `length` positions (paper, section 3.1).
 
-    A noisy block sees itself and the clean blocks strictly before it; a clean block sees clean
-    blocks up to itself. Clean positions never see noisy ones, so their keys and values do not
-    depend on the noise.
+    A noisy block sees itself and the clean blocks strictly before it. A clean block sees the clean
+    blocks up to itself. Clean positions never see noisy ones. So their keys and values do not
+    depend on the noise, and can be computed once (D7 in docs/paper.md).
     """
 
     def visible(query: Tensor, key: Tensor) -> Tensor:
         query_block = query % length // block_length
         key_block = key % length // block_length
-        query_clean = query >= length
-        key_clean = key >= length
-        noisy_sees = torch.where(key_clean, key_block < query_block, key_block == query_block)
-        return torch.where(query_clean, key_clean & (key_block <= query_block), noisy_sees)
+        query_is_clean = query >= length
+        key_is_clean = key >= length
+        noisy_sees = torch.where(key_is_clean, key_block < query_block, key_block == query_block)
+        clean_sees = key_is_clean & (key_block <= query_block)
+        return torch.where(query_is_clean, clean_sees, noisy_sees)
 
     return visible
 
 
 def dense_mask(predicate: Predicate, query_index: Tensor, key_index: Tensor) -> Tensor:
-    """`query_index` [..., Q] and `key_index` [..., K] int64 to a bool mask [..., Q, K], True = visible."""
+    """A predicate at indices [..., L] and [..., S] int64, as a bool mask [..., L, S]."""
     return predicate(query_index[..., :, None], key_index[..., None, :])
 
 
-def flex_mask(
-    predicate: Predicate, query_length: int, key_length: int, device: torch.device | str
-) -> BlockMask:
-    """The same visibility as a `BlockMask` over positions 0..Q-1 and 0..K-1, for `flex_attention`."""
-
-    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return predicate(query, key)
-
-    return create_block_mask(mask_mod, None, None, query_length, key_length, device=str(device))
-
-
 def flex_from_dense(visible: Tensor) -> BlockMask:
-    """A dense bool mask [B or 1, 1, Q, K], True = visible, as a `BlockMask`; one mask may serve any batch."""
+    """A bool mask [B or 1, 1, L, S] as a `BlockMask` for `flex_attention`."""
     masks, _, query_length, key_length = visible.shape
 
     def mask_mod(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible[batch % masks, 0, query, key]
 
-    return create_block_mask(
-        mask_mod, masks, None, query_length, key_length, device=str(visible.device)
-    )
+    device = str(visible.device)
+    return create_block_mask(mask_mod, masks, None, query_length, key_length, device=device)
 
 
-def prepare_mask(mask: Any, dtype: torch.dtype, implementation: str | None) -> Any:
-    """One form of mask per attention implementation, from bool or additive [B, 1, L, T + L] or padding [B, T + L].
+def prepare_mask(mask: Mask, dtype: torch.dtype, implementation: str | None) -> Mask:
+    """Bring a mask into the form that an attention implementation takes.
+
+    Args:
+        mask: bool (True = visible) or additive [B or 1, 1, L, S], padding [B, S] (1 = visible), a
+            `BlockMask`, or None. The last two stay as they are.
+        dtype: of the scores.
+        implementation: "sdpa", "eager" or "flex_attention".
 
     Raises:
         ValueError: a mask of another rank.
     """
     if not isinstance(mask, Tensor):
-        return mask  # None, or flex_attention's BlockMask
+        return mask
     if mask.dim() == 2:
         mask = mask.bool()[:, None, None, :]
     if mask.dim() != 4:
-        raise ValueError(
-            f"`attention_mask` must have 2 or 4 dimensions, got shape {tuple(mask.shape)}"
-        )
+        shape = tuple(mask.shape)
+        raise ValueError(f"`attention_mask` must have 2 or 4 dimensions, got shape {shape}")
+    is_bool = mask.dtype == torch.bool
     if implementation == "flex_attention":
-        # transformers would index the dense mask inside the kernel, out of bounds where one mask
-        # serves a batch.
-        return flex_from_dense(mask if mask.dtype == torch.bool else mask == 0)
-    if mask.dtype == torch.bool:
-        # `sdpa` would turn it into these very numbers in every layer; `eager` has no answer where
-        # nothing is visible.
-        hidden = float("-inf") if implementation == "sdpa" else torch.finfo(dtype).min
-        return torch.full(mask.shape, hidden, dtype=dtype, device=mask.device).masked_fill_(
-            mask, 0.0
-        )
-    return mask.to(dtype)
+        # Inside its kernel transformers would index out of bounds where one mask serves a batch.
+        return flex_from_dense(mask if is_bool else mask == 0)
+    if not is_bool:
+        return mask.to(dtype)
+    # `sdpa` would compute these very numbers in every layer. `eager` has no answer where nothing is
+    # visible, unless the numbers are finite.
+    hidden = float("-inf") if implementation == "sdpa" else torch.finfo(dtype).min
+    additive = torch.full(mask.shape, hidden, dtype=dtype, device=mask.device)
+    return additive.masked_fill_(mask, 0.0)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention operation by operation, with the softmax in float32; arguments as for `sdpa`.
+
+    Returns:
+        The heads' outputs [B, L, H, d], and the attention weights [B, H, L, S].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # [B, H, L, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' `sdpa`, bit for bit, but without its copies of keys and values on a CPU.
+
+    Where there is a mask, transformers repeats keys and values for the query heads that share them.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, L, d].
+        key: [B, G, S, d]; H is a multiple of G.
+        value: [B, G, S, d].
+        attention_mask: bool or additive [B, 1, L, S], or None for "everything visible".
+        scaling: what the scores are multiplied with.
+        dropout: probability that a weight is dropped.
+        kwargs: for transformers' function.
+
+    Returns:
+        The heads' outputs [B, L, H, d], and None for the weights.
+    """
+    if query.device.type != "cpu":
+        inputs = module, query, key, value, attention_mask
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(*inputs, scaling=scaling, dropout=dropout, **kwargs)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2), None
+
+
+ATTENTION_FUNCTIONS = AttentionInterface()  # other models keep transformers' own functions
+ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward

@@ -1,8 +1,10 @@
-"""Soft inputs: a decoded position fed back as a confidence-weighted mixture of token and mask embedding.
+"""Soft inputs: a decoded position is fed back as a mixture of its token and the mask embedding.
 
-Decoding (SPD) and training (soft on-policy rollouts) build their inputs with this one function.
-What travels through the program is the descriptor, token ids and probabilities; embeddings are made
-only where the model needs them.
+Decoding (SPD) and training (soft on-policy rollouts) build their inputs with `embed_tokens`. The
+program passes around the descriptor `SoftTokens`, which is token ids and probabilities. Embeddings
+are made only where the model needs them.
+
+Shapes: B sequences, L positions, k candidates for each, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,20 +22,45 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SoftTokens:
-    """Descriptor of soft inputs for B sequences of L positions with k candidates each.
+    """Which positions are fed softly, and with which candidates.
 
     Attributes:
-        where: [B, L] bool, positions to be fed softly; the rest take their hard token.
-        ids: [B, L, k] int64, candidate tokens, the first being the position's own token.
-        probs: [B, L, k] float32, their probabilities; the rest of the mass belongs to the mask
-            token.
-        renormalize: restore the length of the mixture (eq. 10); off only for ablations.
+        where: [B, L] bool, positions to be fed softly; the others take their hard token.
+        ids: [B, L, k] int64, candidate tokens; the first is the position's own token.
+        probs: [B, L, k] float32, their probabilities; the rest belongs to the mask token.
+        renormalize: restore the length of the mixture (equation 10); off only for ablations.
     """
 
     where: Tensor
     ids: Tensor
     probs: Tensor
     renormalize: bool = True
+
+
+def embed_tokens(
+    embed: Embed, tokens: Tensor, soft: SoftTokens | None, mask_token_id: int
+) -> Tensor:
+    """Input embeddings [B, L, D]: hard for `tokens` [B, L], and blended where `soft` says so.
+
+    On a GPU one kernel does it all, from a plain table and without gradients. It differs only in
+    the order of float32 sums. Shapes are static and nothing waits for the device.
+    """
+    if soft is None:
+        return embed(tokens)
+    table = _plain_table(embed)
+    if (
+        table is not None
+        and implementation(table.device) == "triton"
+        and table.dtype in FUSED_DTYPES
+        and not torch.is_grad_enabled()
+    ):
+        return triton_kernels("blend").embed_soft(
+            table, tokens, soft.where, soft.ids, soft.probs, mask_token_id, soft.renormalize
+        )
+    where = soft.where[..., None]
+    ids = torch.where(where, soft.ids, tokens[..., None])
+    mask_embed = embed(tokens.new_full((1,), mask_token_id))[0]
+    return blend(embed(ids), mask_embed, soft.probs, where=where, renormalize=soft.renormalize)
 
 
 def blend(
@@ -44,76 +71,53 @@ def blend(
     where: Tensor | None = None,
     renormalize: bool = True,
 ) -> Tensor:
-    """Mix token and mask embeddings by confidence and restore the length (paper eqs. 8-10, any number of candidates).
+    """Mix token and mask embeddings by confidence, and restore the length (equations 8-10).
 
         h̃ = Σ_k π_k e(y_k) + (1 - Σ_k π_k) e_mask                                    (8, 9)
         h  = h̃ / ‖h̃‖ · (Σ_k π_k ‖e(y_k)‖ + (1 - Σ_k π_k) ‖e_mask‖)                   (10)
 
-    Without (10) averaging nearly orthogonal vectors shrinks them, to 0.71 of their length at π =
-    0.5.
+    Nearly orthogonal vectors become shorter when they are averaged, by a factor of 0.71 at π = 0.5.
+    Equation 10 makes up for that. The paper writes the equations for one candidate; here are k.
 
     Args:
         token_embeds: [..., k, D] embeddings of the candidates, any float dtype.
         mask_embed: [D] embedding of the mask token.
-        probs: [..., k] float32 probabilities, summing to at most 1.
-        where: [..., 1] bool, what to blend; the rest are their first candidates as they are. None:
-            blend all.
-        renormalize: apply (10); off only for ablations.
+        probs: [..., k] float32 probabilities, which sum to at most 1.
+        where: [..., 1] bool, which positions are blended; the others keep their first candidate.
+            None: all are blended.
+        renormalize: apply equation 10; off only for ablations.
 
     Returns:
-        [..., D] in the dtype of `token_embeds`; computed in float32 or better.
+        [..., D] in the dtype of `token_embeds`, computed in float32 or better.
     """
     dtype = torch.promote_types(token_embeds.dtype, torch.float32)
     tokens = token_embeds.to(dtype)
     mask = mask_embed.to(dtype)
-    if where is not None:  # choosing between whole embeddings at the end takes far longer
-        probs = torch.where(where, probs, torch.eye(1, probs.shape[-1], device=probs.device))
+    if where is not None:  # to choose between whole embeddings at the end would take far longer
+        only_first = torch.eye(1, probs.shape[-1], device=probs.device)
+        probs = torch.where(where, probs, only_first)
     weights = probs.to(dtype)[..., None]  # [..., k, 1]
-    rest = 1.0 - _total(weights)  # [..., 1, 1], mass on the mask token
-    mixed = _total(weights * tokens) + rest * mask  # [..., 1, D]
+    rest = 1.0 - _sum(weights)  # [..., 1, 1], the mask token's share
+    mixed = _sum(weights * tokens) + rest * mask  # [..., 1, D]
     if renormalize:
-        norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)  # [..., k, 1]
-        target = _total(weights * norms) + rest * torch.linalg.vector_norm(mask)
-        scale = target / (
-            torch.linalg.vector_norm(mixed, dim=-1, keepdim=True) + 1e-6
-        )  # [..., 1, 1]
-        mixed = mixed * (scale if where is None else torch.where(where[..., None], scale, 1.0))
+        token_norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)  # [..., k, 1]
+        target = _sum(weights * token_norms) + rest * torch.linalg.vector_norm(mask)
+        length = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)  # [..., 1, 1]
+        scale = target / (length + 1e-6)
+        if where is not None:
+            scale = torch.where(where[..., None], scale, 1.0)
+        mixed = mixed * scale
     return mixed.squeeze(-2).to(token_embeds.dtype)
 
 
-def _total(values: Tensor) -> Tensor:
-    """The sum over candidates, [..., k, X] to [..., 1, X]; of a single one nothing is to be done."""
+def _sum(values: Tensor) -> Tensor:
+    """The sum over candidates, from [..., k, X] to [..., 1, X]; a single one is its own sum."""
     return values if values.shape[-2] == 1 else values.sum(dim=-2, keepdim=True)
 
 
-def embed_tokens(
-    embed: Embed, tokens: Tensor, soft: SoftTokens | None, mask_token_id: int
-) -> Tensor:
-    """Input embeddings [B, L, D]: hard for `tokens` [B, L], blended where `soft` says so.
-
-    Without gradients, on a GPU and from a plain table one kernel does it all
-    (`dmax.kernels.blend_triton`), up to the order of float32 sums. Shapes are static and nothing
-    waits for the device.
-    """
-    if soft is None:
-        return embed(tokens)
-    table = None if torch.is_grad_enabled() else _table(embed)
-    is_fused = table is not None and implementation(table.device) == "triton"
-    if table is not None and is_fused and table.dtype in FUSED_DTYPES:
-        return triton_kernels("blend").embed_soft(
-            table, tokens, soft.where, soft.ids, soft.probs, mask_token_id, soft.renormalize
-        )
-    where = soft.where[..., None]
-    ids = torch.where(where, soft.ids, tokens[..., None])
-    mask_embed = (
-        embed(tokens.new_full((1,), mask_token_id))[0] if table is None else table[mask_token_id]
-    )
-    return blend(embed(ids), mask_embed, soft.probs, where=where, renormalize=soft.renormalize)
-
-
-def _table(embed: Embed) -> Tensor | None:
-    """The weights [V, D] of an embedding that looks tokens up and does nothing else; None of any other."""
+def _plain_table(embed: Embed) -> Tensor | None:
+    """The weights [V, D] of an embedding that only looks tokens up; None for any other."""
     if type(embed) is not nn.Embedding or embed.max_norm is not None:
         return None
-    wrapped = "forward" in vars(embed) or embed._forward_hooks or embed._forward_pre_hooks
-    return None if wrapped else embed.weight
+    is_wrapped = "forward" in vars(embed) or embed._forward_hooks or embed._forward_pre_hooks
+    return None if is_wrapped else embed.weight

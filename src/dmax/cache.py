@@ -1,9 +1,7 @@
 """Keys and values of final tokens: for decoding block by block, and for training on a clean stream.
 
-Newer releases of transformers pass further arguments to `update`, which have no use here.
-
 Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head
-size.
+size. Newer releases of transformers pass further arguments to `update`, which have no use here.
 """
 
 from __future__ import annotations

@@ -90,10 +90,10 @@ def precision(logits: Tensor) -> torch.dtype:
 
 
 def take_best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of [..., M], best first, and where they stand; `values` is overwritten.
+    """The k largest of each row of [..., M], best first, and their indices.
 
     Ties go to the lowest index, which `torch.topk` does not promise. A row with a NaN gives indices
-    in range.
+    in range. With k > 1, `values` is overwritten.
     """
     if k == 1:
         return values.max(dim=-1, keepdim=True)

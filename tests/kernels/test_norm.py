@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dmax.kernels import norm
-from dmax.kernels.norm import add_rms_norm, rms_norm
+from dmax.kernels.norm import add_rms_norm, can_fuse, rms_norm
 
 EPS = 1e-6
 
@@ -20,11 +20,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> tor
 
 
 def case(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.randn(2, 3, size).to(dtype),
-        3 * torch.randn(2, 3, size).to(dtype),
-        torch.rand(size).to(dtype) + 0.5,
-    )
+    x = torch.randn(2, 3, size)
+    more = 3 * torch.randn(2, 3, size)
+    weight = torch.rand(size) + 0.5
+    return x.to(dtype), more.to(dtype), weight.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -33,29 +32,29 @@ def test_the_kernel_equals_the_twin(
     size: int, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     x, more, weight = case(size, dtype)
-    alone, (total, behind) = rms_norm(x, weight, EPS), add_rms_norm(x, more, weight, EPS)
+    expected = rms_norm(x, weight, EPS)
+    total = x + more
+    expected_of_total = rms_norm(total, weight, EPS)
     device = request.getfixturevalue("kernels")
     x, more, weight = (each.to(device) for each in (x, more, weight))
-    found_total, found = add_rms_norm(x, more, weight, EPS)
+    found_total, found_of_total = add_rms_norm(x, more, weight, EPS)
     last = torch.finfo(dtype).eps  # the mean of squares is summed in another order
-    if (
-        dtype == torch.bfloat16 and device.type == "cpu"
-    ):  # Triton's interpreter cuts digits off where a GPU rounds
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        # Triton's interpreter cuts digits off where a GPU rounds.
         torch.testing.assert_close(found_total.cpu(), total, rtol=last, atol=0.0)
         last *= 4
     else:
         assert torch.equal(found_total.cpu(), total)
-    torch.testing.assert_close(found.cpu(), behind, rtol=2 * last, atol=last)
-    torch.testing.assert_close(rms_norm(x, weight, EPS).cpu(), alone, rtol=2 * last, atol=last)
+    tolerance = {"rtol": 2 * last, "atol": last}
+    torch.testing.assert_close(found_of_total.cpu(), expected_of_total, **tolerance)
+    torch.testing.assert_close(rms_norm(x, weight, EPS).cpu(), expected, **tolerance)
 
 
 def test_views_are_taken(kernels: torch.device) -> None:
     x, _, weight = case(8, torch.float32)
     turned = x.to(kernels).mT.contiguous().mT
-    torch.testing.assert_close(
-        rms_norm(turned, weight.to(kernels), EPS).cpu(),
-        weight * x / x.square().mean(-1, True).sqrt(),
-    )
+    found = rms_norm(turned, weight.to(kernels), EPS)
+    torch.testing.assert_close(found.cpu(), weight * x / x.square().mean(-1, True).sqrt())
 
 
 @pytest.mark.usefixtures("triton_device")
@@ -68,13 +67,14 @@ def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, more, weight = case(8, torch.float32)
 
     def fuses(x: Tensor, more: Tensor, weight: Tensor) -> bool:
-        alone, (_, behind) = rms_norm(x, weight, EPS), add_rms_norm(x, more, weight, EPS)
-        assert (alone is sentinel) == (behind is sentinel)
-        return alone is sentinel
+        is_fused = rms_norm(x, weight, EPS) is sentinel
+        assert can_fuse(weight, x, more) == is_fused
+        return is_fused
 
     assert fuses(x, more, weight)
     assert not fuses(x.double(), more.double(), weight.double())
     assert not fuses(x.half(), more.half(), weight)  # a norm in float32 of 16 bits promotes
+    assert not can_fuse(weight.to("meta"), x, more)  # a weight that is not loaded yet
     learned = weight.clone().requires_grad_()
     assert not fuses(x, more, learned)  # a gradient is wanted, and the kernel has none
     with torch.no_grad():

@@ -16,7 +16,7 @@ from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gra
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bool:
     """Whether `block_attention` takes these arguments.
 
-    Only the kind of the cache, dtypes and devices decide. Three cases are left to the twin: forwards
+    Only the kind of cache, dtypes and devices decide. Three cases are left to the twin: forwards
     whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
     """
     return (

@@ -219,7 +219,7 @@ def block_attention(
 
 
 def num_splits(num_programs: int, span: int) -> int:
-    """How many shares the keys are divided into, so that the whole GPU has work and no share is empty.
+    """How many shares the keys are divided into: the whole GPU has work, and no share is empty.
 
     With more programs there are fewer shares, which are summed in another order. So other rows
     change the last bits of a result, as they do in PyTorch's own products on a GPU.

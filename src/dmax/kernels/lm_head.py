@@ -1,4 +1,4 @@
-"""The LM head without its logits: the most probable tokens of every position, and their probabilities.
+"""The LM head without its logits: the most probable tokens of every position.
 
 For a block of 32 positions and 157,184 tokens the logits are 20 MB, which a step would write only
 to read them twice. The Triton path (`lm_head_triton.py`) keeps them in registers, one tile of the
@@ -23,7 +23,7 @@ CHUNK_BYTES = 64 * 2**20  # float32 logits that the twin holds at once
 
 @torch.no_grad()
 def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
-    """The k most probable tokens of logits = hidden · weightᵀ, under the rules of `dmax.confidence`.
+    """The k best tokens of logits = hidden · weightᵀ, under the rules of `dmax.confidence`.
 
     Logits are rounded to the dtype of the weights before they are compared, as a model that returns
     logits rounds them. Shapes are static and nothing waits for the device, so a CUDA graph can hold

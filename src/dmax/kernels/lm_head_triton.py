@@ -84,7 +84,7 @@ def top_k_of_tiles(
     largest: float,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `dmax.kernels.lm_head.merge_tiles` takes: the best tokens of T tiles of the vocabulary.
+    """The best tokens of T tiles of the vocabulary, for `dmax.kernels.lm_head.merge_tiles`.
 
     Args:
         hidden: [N, D] float32, float16 or bfloat16.
@@ -118,6 +118,6 @@ def top_k_of_tiles(
 
 
 def default_tile(block_n: int, dtype: torch.dtype) -> Tile:
-    """Lines of 128 bytes along D, with more warps where a tile would not fit the registers of four."""
+    """Lines of 128 bytes along D; more warps where four have too few registers for a tile."""
     warps = 8 if block_n >= 128 else 4
     return Tile(vocabulary=128, size=128 // dtype.itemsize, warps=warps, stages=4)

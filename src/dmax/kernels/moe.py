@@ -88,8 +88,9 @@ def fused_moe(
     """SiLU experts in two Triton kernels; the twin is `routed` with SiLU.
 
     The kernels read the weights of the experts in use once. They accumulate in float32, and round
-    the inner state and each expert's output to the dtype of `tokens`. The sum over a token's experts
-    is in a fixed order. Shapes are static, nothing waits for the device, and there is no gradient.
+    the inner state and each expert's output to the dtype of `tokens`. The sum over a token's
+    experts is in a fixed order. Shapes are static, nothing waits for the device, and there is no
+    gradient.
 
     Args:
         tokens: [N, D] float32, float16 or bfloat16.
@@ -161,9 +162,9 @@ def routed(
 
 
 def best_experts_implementation(num_experts: int, device: torch.device) -> str | None:
-    """The experts implementation that runs a block of tokens fastest; None leaves it to transformers.
+    """The experts implementation that is fastest for a block; None leaves it to transformers.
 
-    This is `dense_mm` for few experts on a CPU, and `fused_moe` wherever Triton compiles.
+    It is `dense_mm` for few experts on a CPU, and `fused_moe` wherever Triton compiles.
     """
     if device.type == "cpu":
         return "dense_mm" if num_experts <= 16 else None

@@ -1,8 +1,8 @@
-"""Root-mean-square norms, alone or behind the addition that comes before them.
+"""Root-mean-square norms, by themselves or after an addition, each in one kernel on a GPU.
 
-As in the published models the norm is taken in float32 and rounded before its weight is applied. In
-PyTorch that is two kernels, three with the addition; the Triton path (`norm_triton.py`) is one, and
-rounds where the twin does.
+As in the published models, the norm is taken in float32 and rounded before its weight is applied.
+PyTorch needs two kernels for that, and a third for the addition. The Triton path
+(`norm_triton.py`) needs one, and rounds at the same places.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ MAX_SIZE = 8192  # of what is normed: a program holds all of it
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of `x` [..., D], times `weight` [D]."""
-    if _can_fuse(weight, x):
-        return triton_kernels("norm").add_rms_norm(x, None, weight, eps)[1]
+    if can_fuse(weight, x):
+        _, normed = triton_kernels("norm").add_rms_norm(x, None, weight, eps)
+        return normed
     return weight * F.rms_norm(x, weight.shape, eps=eps)
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of `x` and `more`, both [..., D], and its norm times `weight` [D]."""
-    if _can_fuse(weight, x, more):
-        return triton_kernels("norm").add_rms_norm(x, more, weight, eps)
-    total = x + more
-    return total, rms_norm(total, weight, eps)
+    """The sum of `x` and `more` [..., D], and its norm times `weight` [D]; see `can_fuse`.
+
+    The twin is an addition and `rms_norm`.
+    """
+    return triton_kernels("norm").add_rms_norm(x, more, weight, eps)
 
 
-def _can_fuse(weight: Tensor, *inputs: Tensor) -> bool:
+def can_fuse(weight: Tensor, *inputs: Tensor) -> bool:
+    """Whether there is a kernel for these tensors; only shapes, dtypes and devices decide.
+
+    A weight that is elsewhere (offloaded) comes when the module that owns it runs.
+    """
     return (
-        implementation(weight.device) == "triton"
+        implementation(inputs[0].device) == "triton"
         and len(weight) <= MAX_SIZE
         and weight.dtype in FUSED_DTYPES
-        and all(each.dtype == weight.dtype for each in inputs)
+        and all(each.dtype == weight.dtype and each.device == weight.device for each in inputs)
         and not wants_gradient(weight, *inputs)
     )

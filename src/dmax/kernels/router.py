@@ -1,4 +1,4 @@
-"""From tokens to the experts that they go to: float32 logits, sigmoid scores and a choice by groups.
+"""From tokens to their experts: float32 logits, sigmoid scores and a choice by groups.
 
 For 32 tokens this is hardly any work, but PyTorch needs some fifteen kernels for it in each layer.
 Each of them takes a GPU as long as reading megabytes of weights. The Triton path

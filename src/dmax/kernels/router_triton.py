@@ -1,4 +1,4 @@
-"""The Triton path of `router.py`, behind the product: one kernel, with one program for each token."""
+"""The Triton path of `router.py` after the product: a kernel with one program for each token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token's experts. BLOCK_G groups have BLOCK_E places; places without an expert never win."""
+    """One token's experts. BLOCK_G groups have BLOCK_E places; empty places never win."""
     token = tl.program_id(0)
     group = tl.arange(0, BLOCK_G)[:, None]
     member = tl.arange(0, BLOCK_E)[None, :]

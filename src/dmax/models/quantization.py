@@ -17,7 +17,7 @@ from dmax.kernels.quant import FP8, Format, QuantizedWeight, quantize
 
 
 class QuantizedExperts(nn.Module):
-    """Takes the place of a layer's stacked experts, whatever experts implementation the model names.
+    """Takes the place of a layer's stacked experts under every experts implementation.
 
     Its state is in the buffers `gate_up_values`, `gate_up_scale`, `down_values` and `down_scale`
     (see `QuantizedWeight`).

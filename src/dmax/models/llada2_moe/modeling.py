@@ -1,4 +1,4 @@
-"""LLaDA-2.x mixture-of-experts transformer: the one implementation, for training, reference and engine.
+"""LLaDA-2.x mixture-of-experts transformer: the one implementation, for training and decoding.
 
 Nothing here is causal by itself: only the attention mask decides what a position sees. So one
 network can be trained on [noisy | clean] and decoded block by block.
@@ -9,9 +9,8 @@ heads, d head size, E experts, K experts per token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dmax.attention import prepare_mask
-from dmax.kernels.attention import ATTENTION_FUNCTIONS
+from dmax.attention import ATTENTION_FUNCTIONS, Mask, eager_attention_forward, prepare_mask
 from dmax.kernels.block_attention import block_attention, can_attend
-from dmax.kernels.norm import add_rms_norm, rms_norm
+from dmax.kernels.norm import add_rms_norm, can_fuse, rms_norm
 from dmax.kernels.router import route
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
@@ -43,19 +41,21 @@ class LLaDA2MoeRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: Tensor, more: Tensor | None = None, *, is_normal: bool = False) -> Any:
-        """Of `x` [..., D], or with `more` of their sum, which comes first; `is_normal`: only the weight is applied."""
-        if is_normal:
-            return self.weight * x
-        return (
-            rms_norm(x, self.weight, self.eps)
-            if more is None
-            else add_rms_norm(x, more, self.weight, self.eps)
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of `x` [..., D], times the weight."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def add_and_norm(x: Tensor, more: Tensor, norm: LLaDA2MoeRMSNorm) -> tuple[Tensor, Tensor]:
+    """The sum of `x` and `more` [..., D], and its norm: one kernel where there is one."""
+    if can_fuse(norm.weight, x, more):
+        return add_rms_norm(x, more, norm.weight, norm.eps)
+    total = x + more
+    return total, norm(total)
 
 
 class LLaDA2MoeRotaryEmbedding(nn.Module):
-    """Rotary positions for the first `rotary_dim` dimensions of every head (half-split convention)."""
+    """Rotary positions for the first `rotary_dim` dimensions of every head, in split halves."""
 
     inv_freq: Tensor
 
@@ -74,52 +74,29 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: LLaDA2MoeConfig, *_: Any, **__: Any
     ) -> tuple[Tensor, float]:
-        """Inverse frequencies `[rotary_dim / 2]` float32 and the cosine/sine scale; the name is transformers' own."""
+        """Inverse frequencies [rotary_dim / 2] float32, and a scale; transformers calls this too."""
         theta = (config.rope_parameters or {}).get("rope_theta", config.default_theta)
         exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
         return 1.0 / theta**exponents, 1.0
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`position_ids` [B, L] int64 to cosine, and sine with a sign, each [B, L, 1, rotary_dim] in `dtype`."""
+        """Cosine, and sine with its sign, of positions [B, L] int64: each [B, L, 1, rotary_dim]."""
         # [B, L, 1, rotary_dim / 2]
         angles = position_ids[..., None, None].float() * self.inv_freq.float()
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+        cos = torch.cat((cos, cos), dim=-1)
+        sin = torch.cat((-sin, sin), dim=-1)
+        return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of `x` [B, L, heads, d]; dimensions past the rotary ones pass through."""
+    """Rotate the leading dimensions of `x` [B, L, heads, d]; the others pass through."""
     rotary_dim = cos.shape[-1]
-    rotary, passthrough = x.split_with_sizes((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
-    swapped = rotary.roll(rotary_dim // 2, dims=-1)  # its halves
-    return torch.cat((rotary * cos + swapped * sin, passthrough), dim=-1)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Plain attention, softmax in float32. `attention_mask`: additive [B, 1, L, T + L] or None.
-
-    Returns the heads' outputs [B, L, H, d] and the attention weights [B, H, L, T + L].
-    """
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # [B, H, L, T + L]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
+    rotary, rest = x.split_with_sizes((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+    swapped_halves = rotary.roll(rotary_dim // 2, dims=-1)
+    return torch.cat((rotary * cos + swapped_halves * sin, rest), dim=-1)
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -138,56 +115,38 @@ class LLaDA2MoeAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_qkv_bias)
         self.query_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
         self.key_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.dense = nn.Linear(
-            self.num_heads[0] * config.head_dim, config.hidden_size, bias=config.use_bias
-        )
+        columns = config.num_attention_heads * config.head_dim
+        self.dense = nn.Linear(columns, config.hidden_size, bias=config.use_bias)
 
     def forward(
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
+        attention_mask: Mask,
         cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`hidden_states` [B, L, D] to [B, L, D]; keys and values go through `cache.update` if given."""
+        """From hidden states [B, L, D] to [B, L, D], with keys and values through `cache`."""
         batch, length, _ = hidden_states.shape
         heads = self.query_key_value(hidden_states).view(batch, length, -1, self.head_dim)
         norms = self.query_layernorm.weight, self.key_layernorm.weight
         if can_attend(heads, norms, cache):
             eps = self.query_layernorm.eps
-            return self.dense(
-                block_attention(heads, norms, eps, rotary, cache, self.layer_idx, self.scaling)
-            )
-        query_key, value = heads.split_with_sizes((sum(self.num_heads), self.num_heads[1]), dim=2)
-        # Norm and rotation take queries and keys together, [B, L, H + G, d]; only the norms'
-        # weights differ.
-        query_key = F.rms_norm(query_key, (self.head_dim,), eps=self.query_layernorm.eps)
-        query, key = query_key.split_with_sizes(self.num_heads, dim=2)
-        query_key = torch.cat(
-            (self.query_layernorm(query, is_normal=True), self.key_layernorm(key, is_normal=True)),
-            dim=2,
-        )
+            inputs = heads, norms, eps, rotary, cache, self.layer_idx, self.scaling
+            return self.dense(block_attention(*inputs))
+        query, key, value = heads.split_with_sizes((*self.num_heads, self.num_heads[1]), dim=2)
+        # Rotation takes queries and keys together, [B, L, H + G, d].
+        query_key = torch.cat((self.query_layernorm(query), self.key_layernorm(key)), dim=2)
         query_key = apply_rotary(query_key, *rotary).transpose(1, 2)
         query, key = query_key.split_with_sizes(self.num_heads, dim=1)  # [B, H, L, d], [B, G, L, d]
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attend = ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            is_causal=False,
-            **kwargs,
-        )
+        options = {"scaling": self.scaling, "dropout": dropout, "is_causal": False}
+        output, _ = attend(self, query, key, value, attention_mask, **options, **kwargs)
         return self.dense(output.reshape(batch, length, -1))
 
 
@@ -207,7 +166,7 @@ class LLaDA2MoeMLP(nn.Module):
 
 @use_experts_implementation
 class LLaDA2MoeExperts(nn.Module):
-    """All routed experts of a layer, stacked; this forward is the `eager` entry of transformers' experts interface."""
+    """All routed experts of a layer, stacked; transformers calls this `forward` "eager"."""
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
@@ -219,14 +178,13 @@ class LLaDA2MoeExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum over each token's experts; tokens [N, D], index [N, K] int64, weights [N, K] to [N, D]."""
+        """The weighted sum over each token's experts, [N, D]; arguments as in `dmax.kernels.moe`."""
         order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
         inner = self.down_proj.shape[-1]
         outputs = []
         for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
-            # Two products, and below a sum in the router's order: bit for bit what the published
-            # model computes.
+            # Two products, and a sum in the router's order, are what the published model computes.
             gate = F.linear(rows, self.gate_up_proj[expert, :inner])
             up = F.linear(rows, self.gate_up_proj[expert, inner:])
             outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
@@ -237,7 +195,7 @@ class LLaDA2MoeExperts(nn.Module):
 
 
 class LLaDA2MoeRouter(nn.Module):
-    """Sigmoid router in float32 with group-limited selection; `expert_bias` steers the choice, never the weights."""
+    """Sigmoid router in float32 with a choice by groups; `expert_bias` steers only the choice."""
 
     expert_bias: Tensor | None
 
@@ -255,22 +213,21 @@ class LLaDA2MoeRouter(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K] float32."""
+        """The experts of tokens [N, D]: indices [N, K] int64 and weights [N, K] float32."""
         return route(x, self.weight, self.expert_bias, **self.settings)
 
 
 class LLaDA2MoeSparseBlock(nn.Module):
-    """Routed experts plus the always-on shared expert."""
+    """Routed experts plus the shared expert, which sees every token."""
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.gate = LLaDA2MoeRouter(config)
         self.experts = LLaDA2MoeExperts(config)
-        self.shared_experts = (
-            LLaDA2MoeMLP(config, config.moe_intermediate_size * config.num_shared_experts)
-            if config.num_shared_experts
-            else None
-        )
+        self.shared_experts: nn.Module | None = None
+        if config.num_shared_experts:
+            width = config.moe_intermediate_size * config.num_shared_experts
+            self.shared_experts = LLaDA2MoeMLP(config, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.flatten(0, 1)  # [B * L, D]
@@ -282,26 +239,26 @@ class LLaDA2MoeSparseBlock(nn.Module):
 
 
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward; the first `first_k_dense_replace` layers have no experts."""
+    """Attention and feed-forward; the first `first_k_dense_replace` layers have no experts."""
 
-    # The cache that training passes records a layer once, however often backward replays it
-    # (`ContextCache`).
+    # A `ContextCache` records a layer once, however often backward replays it.
     _can_checkpoint_with_cache = True
 
     def __init__(self, config: LLaDA2MoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.attention = LLaDA2MoeAttention(config, layer_idx)
-        self.mlp: nn.Module = (
-            LLaDA2MoeMLP(config, config.intermediate_size)
-            if layer_idx < config.first_k_dense_replace
-            else LLaDA2MoeSparseBlock(config)
-        )
+        self.mlp: nn.Module
+        if layer_idx < config.first_k_dense_replace:
+            self.mlp = LLaDA2MoeMLP(config, config.intermediate_size)
+        else:
+            self.mlp = LLaDA2MoeSparseBlock(config)
         self.input_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended = self.attention(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states, normal = self.post_attention_layernorm(hidden_states, attended)
+        norm = self.post_attention_layernorm
+        hidden_states, normal = add_and_norm(hidden_states, attended, norm)
         return hidden_states + self.mlp(normal)
 
 
@@ -310,12 +267,13 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     config_class = LLaDA2MoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # expert_bias is balanced in float32 while the weights may be bf16
+    # `expert_bias` is balanced in float32, also where the weights are bfloat16.
     _keep_in_fp32_modules_strict = ["expert_bias"]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -339,7 +297,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
 
 
 class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
-    """Embedding, decoder layers and final norm; what a position sees is decided by `attention_mask` alone."""
+    """Embedding, decoder layers and final norm; only the mask decides what a position sees."""
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
@@ -351,49 +309,41 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.rotary_emb = LLaDA2MoeRotaryEmbedding(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.word_embeddings = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `LLaDA2MoeModelLM.forward`; returns the final hidden states [B, L, D]."""
+        """The final hidden states [B, L, D]; arguments as for `LLaDA2MoeModelLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            start = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(
-                start, start + hidden_states.shape[1], device=hidden_states.device
-            )[None]
+            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            end = start + hidden_states.shape[1]
+            position_ids = torch.arange(start, end, device=hidden_states.device)[None]
         rotary = self.rotary_emb(position_ids, hidden_states.dtype)
         mask = prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
         for layer in self.layers:
-            # `cache`, not `past_key_values`: that one transformers drops under gradient
-            # checkpointing, and with it the clean context that the noisy streams of training attend
-            # to (`dmax.cache.ContextCache`).
+            # Not `past_key_values`, which transformers drops under gradient checkpointing, and with
+            # it the clean context that the noisy streams of training attend to.
             hidden_states = layer(
                 hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs
             )
-        # By position: the name of the second field depends on the release of transformers.
+        # By position, as the name of the second field depends on the release of transformers.
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
 
 class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
-    """LLaDA-2.x with its language-model head; the class name is the `architectures` entry of published checkpoints."""
+    """LLaDA-2.x with its LM head; published checkpoints name this class in `architectures`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
-    has_linear_head = True  # logits are hidden states times `lm_head.weight`, nothing more: the engine may fuse them
+    has_linear_head = True  # logits are hidden states times `lm_head.weight` and nothing else
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
@@ -402,21 +352,15 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but damaged or foreign files in a local folder raise one clear `InputError` first."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As in transformers, but damaged files in a local folder raise an `InputError` first."""
         check_before_loading(cls, pretrained_model_name_or_path, args, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
 
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Any = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -427,19 +371,17 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         """Predict the token *at* each position (no shift), as masked diffusion does.
 
         Args:
-            input_ids: [B, L] int64 token ids; or `inputs_embeds` instead, exactly one of the two.
+            input_ids: [B, L] int64 token ids; exactly one of these and `inputs_embeds` is given.
             attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L]
                 (1 = visible), a flex_attention `BlockMask`, or None for "everything visible".
-            position_ids: [B, L] int64; counted on from the cache when absent.
-            past_key_values: any transformers `Cache`, or `dmax.cache.BlockCache`.
-            inputs_embeds: [B, L, D], mixtures of embeddings included (`dmax.blend`).
-            labels: [B, L] int64, -100 where no loss is wanted; adds the mean cross-entropy as
-                `loss`.
-            logits_to_keep: number of last positions to compute logits for, or a slice of positions;
-                0 means all.
+            position_ids: [B, L] int64; without them, positions count on from the cache.
+            past_key_values: any transformers `Cache`, or a window or view of `dmax.cache`.
+            inputs_embeds: [B, L, D], which may be mixtures of embeddings (`dmax.blend`).
+            labels: [B, L] int64, -100 where no loss is wanted; `loss` is the mean cross-entropy.
+            logits_to_keep: number of last positions to compute logits for (0: all), or a slice.
 
         Returns:
-            `.logits` [B, L or kept, V] in the model's dtype, `.loss` if labels were given,
+            `.logits` [B, L or fewer, V] in the model's dtype, `.loss` if labels were given, and
             `.past_key_values`.
 
         Raises:
@@ -453,16 +395,10 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else logits_to_keep
-        )
-        hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states[:, kept] if isinstance(kept, slice) else hidden_states)
-        loss = (
-            None
-            if labels is None
-            else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        )
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = slice(-logits_to_keep, None)
+        logits = self.lm_head(outputs.last_hidden_state[:, logits_to_keep])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return CausalLMOutputWithPast(loss, logits, past_key_values)
