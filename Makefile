@@ -30,6 +30,7 @@ format: .venv/.setup-stamp ## rewrite the sources in the house style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
+results: export GOMP_SPINCOUNT ?= 2000# as the dmax command sets it
 results: .venv/.setup-stamp ## train and measure everything under docs/results again; hours, goes on where it stopped
 	@$(PY) bench/ablation_training.py
 	@$(PY) bench/paper.py

@@ -34,7 +34,7 @@ LAYERS = {
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.serve", "dmax.integrations", "dmax.cli", "dmax.demo", "dmax"), 6),
-    **dict.fromkeys(("dmax.recipe",), 6),
+    **dict.fromkeys(("dmax.recipe", "dmax_command"), 6),
     **dict.fromkeys(
         ("dmax.tiny.build", "dmax.tiny.tokenizer"), 6
     ),  # the package itself only knows paths

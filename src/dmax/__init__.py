@@ -6,15 +6,8 @@ use.
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-# An idle OpenMP thread of torch spins for milliseconds before it sleeps: worth a tenth when the
-# cores are ours alone, ten times slower and worse when they are shared. Read once, when torch is
-# loaded.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from dmax.models import register as _register
 
