@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import signal
 import symtable
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from dmax.sandbox.process import Job, last_line, supervise
 __all__ = ["KINDS", "Limits", "Outcome", "check", "run_python", "works"]
 
 PASSED = 86  # the exit status by which the checker says so; no accident gives it
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # the second comes from a tool that isolates
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,7 @@ def conclude(
     """The outcome of jobs that have ended; `shown` is the one whose output it has."""
     limits = shown.limits
     status = exceeded or ("passed" if passed else "failed")
-    if status == "failed" and any(job.cpu_seconds > limits.cpu_seconds - 0.1 for job in jobs):
+    if status == "failed" and any(_used_up_time(job) for job in jobs):
         status = "timeout"
     elif status == "failed" and detail.startswith("MemoryError"):
         status = "memory"
@@ -199,3 +201,12 @@ def conclude(
         "threads": f"ran more than {limits.threads} threads",
     }
     return Outcome(status, shown.text(1), shown.text(2), told.get(status, detail), seconds, kind)
+
+
+def _used_up_time(job: Job) -> bool:
+    """Whether the kernel killed a job for the processor time that it used.
+
+    The kernel compares the limit with a coarser count than `cpu_seconds`, and on a busy machine the
+    two differ.
+    """
+    return job.code in KILLED and job.cpu_seconds > job.limits.cpu_seconds / 2
