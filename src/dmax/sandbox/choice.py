@@ -41,7 +41,7 @@ def choose(kind: str | None, allow_weak: bool) -> str:
         )
     found = kind or next((name for name in KINDS if works(name)), WEAK)
     if found == WEAK and not allow_weak:
-        hint = "install bubblewrap, or pass allow_weak=True where you trust the code"
+        hint = "install libseccomp and bubblewrap, or pass allow_weak=True if you trust the code"
         raise InputError(
             f"model-written code is not run with {WEAK}, and nothing stronger was found to work",
             hint,

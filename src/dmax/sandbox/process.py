@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, settings
+from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, jail_settings
 
 POLL_SECONDS = 0.02  # between looks at disk use and threads
 START_SECONDS = 60.0  # for an interpreter to come up on a busy machine
@@ -59,8 +59,7 @@ class Job:
         everything = {
             **config,
             **SOURCES,
-            "jail": settings(kind, limits, self._folder),
-            "ready": READY,
+            "jail": jail_settings(kind, limits, self._folder),
         }
         head = json.dumps(everything).encode()
         source = (
@@ -115,7 +114,7 @@ class Job:
             return False
         self.printed[number] += piece
         if number == 2 and not self.is_ready:
-            before, mark, after = self.printed[2].partition(READY.encode())
+            before, mark, after = self.printed[2].partition(READY)
             self.is_ready = bool(mark)
             self.printed[2] = after if mark else before
         return bool(piece)
