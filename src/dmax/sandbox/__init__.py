@@ -10,8 +10,8 @@ docs/sandbox.md has the details, and what is not covered.
 from __future__ import annotations
 
 import builtins
-import os
 import signal
+import socket
 import symtable
 import sys
 from collections.abc import Iterator, Sequence
@@ -125,24 +125,19 @@ def check(
             "name what they test: check(..., names=['function'])",
         )
     setup += "".join(f"\nimport {module}" for module in modules)
-    requests = os.pipe()
-    replies = os.pipe()
-    ours = {"role": "check", "tests": text, "setup": setup, "names": names, "passed": PASSED}
-    theirs = {"role": "serve", "program": program}
-    with ExitStack() as stack:
-        try:
-            checker, candidate = (
-                stack.enter_context(
-                    Job(kind, limits, {**role, "read": read, "write": write}, b"", (read, write))
-                )
-                for role, read, write in (
-                    (ours, replies[0], requests[1]),
-                    (theirs, requests[0], replies[1]),
-                )
+    trusted = {"role": "check", "tests": text, "setup": setup, "names": names, "passed": PASSED}
+    untrusted = {"role": "serve", "program": program}
+    checker_end, candidate_end = socket.socketpair()
+    with checker_end, candidate_end, ExitStack() as stack:
+        checker, candidate = (
+            stack.enter_context(
+                Job(kind, limits, {**config, "channel": end.fileno()}, b"", (end.fileno(),))
             )
-        finally:
-            for descriptor in (*requests, *replies):
-                os.close(descriptor)
+            for config, end in ((trusted, checker_end), (untrusted, candidate_end))
+        )
+        # With no copy of the ends left here, each process sees it when the other one ends.
+        checker_end.close()
+        candidate_end.close()
         exceeded, seconds = supervise([checker, candidate], limits)
     detail = last_line(checker.text(2)) or f"the tests ended with exit status {checker.code}"
     return conclude(
