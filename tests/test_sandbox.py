@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from dmax.errors import InputError
 from dmax.sandbox import KINDS, Limits, Outcome, check, choice, run_python, works
 from dmax.sandbox.isolation import WEAK
-from dmax.sandbox.process import Job, family, nameless, supervise
+from dmax.sandbox.process import Job, supervise
 from dmax.sandbox.remote import decode, encode
+from dmax.sandbox.usage import family, nameless
 
 HELD = [kind for kind in KINDS if works(kind)]  # every isolation that this machine has is attacked
 NO_KERNEL = (
@@ -287,7 +288,7 @@ libc.syscall({60 if platform.machine() == "x86_64" else 93}, 0)  # ends only thi
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path
     ) as process:
         assert process.stdout and process.stdout.readline() == b"1\n"
-        assert nameless(process.pid, tmp_path.resolve(), os.stat(os.devnull)) == expected
+        assert nameless(process.pid, tmp_path.resolve()) == expected
         process.kill()
 
 
@@ -375,7 +376,7 @@ def test_no_process_is_left(kind: str) -> None:
     with Job(kind, SHORT, config) as job:
         select.select([job.streams[1]], [], [], LONG)  # it runs
         handles = [os.pidfd_open(pid) for pid in family(job.pid)]
-        assert supervise([job], SHORT)[0] == "timeout"
+        assert supervise([job], SHORT) == "timeout"
     for handle in handles:
         assert select.select([handle], [], [], LONG)[0], "a process outlived its job"
         os.close(handle)
@@ -384,7 +385,9 @@ def test_no_process_is_left(kind: str) -> None:
 def test_the_sandbox_ends_with_the_harness() -> None:
     harness = f"""
 import contextlib, select
-from dmax.sandbox.process import Job, Limits, family
+from dmax.sandbox.isolation import Limits
+from dmax.sandbox.process import Job
+from dmax.sandbox.usage import family
 config = {{"role": "run", "program": "print(1, flush=True)\\nwhile True:\\n    pass"}}
 with contextlib.ExitStack() as stack:
     jobs = [stack.enter_context(Job(kind, Limits(), config)) for kind in {HELD}]
