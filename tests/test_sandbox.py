@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import logging
 import os
 import platform
@@ -21,11 +22,15 @@ from hypothesis import strategies as st
 from dmax.errors import InputError
 from dmax.sandbox import KINDS, Limits, Outcome, check, choice, run_python, works
 from dmax.sandbox.isolation import WEAK
-from dmax.sandbox.process import Job, family, nameless, supervise
+from dmax.sandbox.process import Job, supervise
 from dmax.sandbox.remote import decode, encode
+from dmax.sandbox.usage import family, nameless
 
 HELD = [kind for kind in KINDS if works(kind)]  # every isolation that this machine has is attacked
-NO_KERNEL = "needs bubblewrap, user namespaces, or Landlock 3 (Linux 6.2) with seccomp; none of them works here"
+NO_KERNEL = (
+    "needs libseccomp, and bubblewrap, user namespaces or Landlock 3 (Linux 6.2); "
+    "these do not work here"
+)
 pytestmark = pytest.mark.skipif(not HELD, reason=NO_KERNEL)
 every_isolation = pytest.mark.parametrize("kind", HELD)
 
@@ -46,7 +51,7 @@ def system(*arguments):
 
 
 def successes(kind: str, actions: str, **names: object) -> list[str]:
-    """Those of some expressions, one a line, that a sandboxed program evaluates without an error."""
+    """The expressions, one a line, that a sandboxed program evaluates without an error."""
     lines = [f"{name} = {value!r}" for name, value in names.items()]
     lines += [
         f"if succeeds(lambda: {action}): print({action!r})"
@@ -162,9 +167,8 @@ socket.socketpair()[0].sendto(b'x', path)
 system(425, 1, 0)
 """  # the last sets up io_uring, whose operations no filter sees
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as local:
-        local.bind(
-            path := os.path.relpath(tmp_path / "s")
-        )  # relative, since the name has to be short
+        path = os.path.relpath(tmp_path / "s")  # relative, since the name has to be short
+        local.bind(path)
         local.listen()
         assert successes(kind, actions, port=tcp.getsockname()[1], path=os.path.abspath(path)) == []
 
@@ -216,8 +220,18 @@ while True:
 FILLERS = {
     "one file": "open('file', 'ab').write(block)",
     "many files": "open(str(count), 'wb').write(block)",
-    "unlinked files": "hoard.append(open('x', 'wb', buffering=0)); hoard[-1].write(block); os.unlink('x')",
-    "mapped files": "f = open('x', 'w+b', 0); f.write(block); map_page(f.fileno()); os.unlink('x'); f.close()",
+    "unlinked files": """
+    hoard.append(open('x', 'wb', buffering=0))
+    hoard[-1].write(block)
+    os.unlink('x')
+""",
+    "mapped files": """
+    file = open('x', 'w+b', 0)
+    file.write(block)
+    map_page(file.fileno())
+    os.unlink('x')
+    file.close()
+""",
     "hidden folders": "os.mkdir(str(count), 0o300); open(f'{count}/file', 'wb').write(block)",
     "empty files": "open(str(count), 'w').close()",
     "deep folders": "os.mkdir('folder'); os.chdir('folder')",
@@ -239,9 +253,8 @@ while True:
     count += 1
 """
     outcome = run_python(program, limits=Limits(seconds=LONG, disk=4 << 20), isolation=kind)
-    assert outcome.status == "disk" or (
-        outcome.status == "failed" and "OSError" in outcome.detail
-    ), outcome
+    is_refused = outcome.status == "failed" and "OSError" in outcome.detail
+    assert outcome.status == "disk" or is_refused, outcome
     assert os.listdir(scratch) == []
 
 
@@ -268,31 +281,28 @@ file = open("x", "w+b", 0)
 file.write(bytes(8192))
 os.unlink("x")
 threading.Thread(target=work).start()
-libc.syscall({60 if platform.machine() == "x86_64" else 93}, 0)  # ends this thread alone
+libc.syscall({60 if platform.machine() == "x86_64" else 93}, 0)  # ends only this thread
 """
     command = [sys.executable, "-c", program]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path
     ) as process:
         assert process.stdout and process.stdout.readline() == b"1\n"
-        assert nameless(process.pid, tmp_path.resolve(), os.stat(os.devnull)) == expected
+        assert nameless(process.pid, tmp_path.resolve()) == expected
         process.kill()
 
 
 @every_isolation
 def test_sleep_for_ever(kind: str) -> None:
-    assert (
-        run_python("import time\ntime.sleep(1e6)", limits=SHORT, isolation=kind).status == "timeout"
-    )
+    program = "import time\ntime.sleep(1e6)"
+    assert run_python(program, limits=SHORT, isolation=kind).status == "timeout"
 
 
 @every_isolation
 def test_spin_for_ever(kind: str) -> None:
     program = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
-    assert (
-        run_python(program, limits=Limits(seconds=LONG, cpu_seconds=1), isolation=kind).status
-        == "timeout"
-    )
+    limits = Limits(seconds=LONG, cpu_seconds=1)
+    assert run_python(program, limits=limits, isolation=kind).status == "timeout"
 
 
 @every_isolation
@@ -334,6 +344,9 @@ resource.prlimit(parent, resource.RLIMIT_NOFILE, (0, 0))
 os.memfd_create('x')
 os.setuid(1)
 """
+    if platform.machine() == "x86_64":
+        # F_SETOWN again: the kernel reads only the lower half of the argument.
+        actions += f"system(72, 1, {(1 << 32) + fcntl.F_SETOWN}, parent)"
     assert successes(kind, actions, parent=os.getpid()) == []
 
 
@@ -349,23 +362,21 @@ def is_open(number):
         return bool(os.fstat(number))
     except OSError:
         return False
-print(sorted(os.environ.keys() - {"LC_CTYPE", "PWD"}), [number for number in range(256) if is_open(number)])
-"""
+descriptors = [number for number in range(256) if is_open(number)]
+print(sorted(os.environ.keys() - {"LC_CTYPE", "PWD"}), descriptors)
+"""  # Python itself sets LC_CTYPE
     with tempfile.TemporaryFile() as file:
         os.set_inheritable(file.fileno(), True)
-        assert (
-            run_python(program, isolation=kind).stdout == "[] [0, 1, 2]\n"
-        )  # Python itself sets LC_CTYPE
+        assert run_python(program, isolation=kind).stdout == "[] [0, 1, 2]\n"
 
 
 @every_isolation
 def test_no_process_is_left(kind: str) -> None:
-    with Job(
-        kind, SHORT, {"role": "run", "program": "print(1, flush=True)\nwhile True:\n    pass"}
-    ) as job:
+    config = {"role": "run", "program": "print(1, flush=True)\nwhile True:\n    pass"}
+    with Job(kind, SHORT, config) as job:
         select.select([job.streams[1]], [], [], LONG)  # it runs
         handles = [os.pidfd_open(pid) for pid in family(job.pid)]
-        assert supervise([job], SHORT)[0] == "timeout"
+        assert supervise([job], SHORT) == "timeout"
     for handle in handles:
         assert select.select([handle], [], [], LONG)[0], "a process outlived its job"
         os.close(handle)
@@ -374,7 +385,9 @@ def test_no_process_is_left(kind: str) -> None:
 def test_the_sandbox_ends_with_the_harness() -> None:
     harness = f"""
 import contextlib, select
-from dmax.sandbox.process import Job, Limits, family
+from dmax.sandbox.isolation import Limits
+from dmax.sandbox.process import Job
+from dmax.sandbox.usage import family
 config = {{"role": "run", "program": "print(1, flush=True)\\nwhile True:\\n    pass"}}
 with contextlib.ExitStack() as stack:
     jobs = [stack.enter_context(Job(kind, Limits(), config)) for kind in {HELD}]
@@ -404,7 +417,11 @@ FORGERIES = {
     "the checker's own exit status": "import os\nos._exit(86)",
     "sys.exit(0) inside": "import sys\ndef add(a, b): sys.exit(0)",
     "os._exit(0) inside": "import os\ndef add(a, b): os._exit(0)",
-    "at exit": "import atexit, os\natexit.register(os._exit, 86)\ndef add(a, b): raise SystemExit(86)",
+    "at exit": """
+import atexit, os
+atexit.register(os._exit, 86)
+def add(a, b): raise SystemExit(86)
+""",
     "a line that says passed": "print('passed', flush=True)\ndef add(a, b): print('OK passed')",
     "equal to everything": """
 class Equal:
@@ -434,9 +451,10 @@ def add(a, b): return True
 import gc, sys, types
 class Equal:
     def __eq__(self, other): return True
+names = "verify fail answer encode decode check serve Remote raise_named".split()
 def patch(space):
     for name in list(space):
-        if name in ("verify", "fail", "answer", "encode", "decode", "check", "serve", "Remote", "raise_named"):
+        if name in names:
             space[name] = lambda *args, **kwargs: Equal()
 frame = sys._getframe()
 while frame:
@@ -525,11 +543,10 @@ def verdict(program: str, tests: str | list[str], **options: Any) -> Outcome:
 
 
 def test_a_right_solution_passes() -> None:
+    program = "def add(a, b):\n    print('adding')\n    return a + b"
+    tests = [f"assert {addition}" for addition in ADDITIONS]
     for kind in HELD:
-        tests = [f"assert {addition}" for addition in ADDITIONS]
-        outcome = verdict(
-            "def add(a, b):\n    print('adding')\n    return a + b", tests, isolation=kind
-        )
+        outcome = verdict(program, tests, isolation=kind)
         assert (outcome.status, outcome.detail, outcome.isolation) == ("passed", "", kind)
         assert outcome.stdout.startswith("adding\n") and outcome.stderr == ""
 
@@ -537,10 +554,8 @@ def test_a_right_solution_passes() -> None:
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forge_the_verdict(name: str) -> None:
     limits = SHORT if name.startswith("sleep") else Limits(seconds=LONG)
-    tests = (
-        f"tests = [{', '.join(f'lambda: {addition}' for addition in ADDITIONS)}]" + ONE_IS_ENOUGH
-    )
-    outcome = verdict(FORGERIES[name], tests, limits=limits)
+    tests = ", ".join(f"lambda: {addition}" for addition in ADDITIONS)
+    outcome = verdict(FORGERIES[name], f"tests = [{tests}]" + ONE_IS_ENOUGH, limits=limits)
     assert not outcome.passed and outcome.detail, outcome
 
 
@@ -549,12 +564,10 @@ def test_the_detail_says_why() -> None:
         return verdict(program, test).detail
 
     assert detail("def f(x): return 1", "assert f(1) == 2") == "AssertionError in: assert f(1) == 2"
-    assert detail("def f(x): return x.y", "f(1)").startswith(
-        "AttributeError: 'int' object has no attribute 'y' in: "
-    )
-    assert detail("def f(x): 1 +", "assert f(1)").startswith(
-        "Exception: SyntaxError: invalid syntax"
-    )
+    missing = detail("def f(x): return x.y", "f(1)")
+    assert missing.startswith("AttributeError: 'int' object has no attribute 'y' in: ")
+    unreadable = detail("def f(x): 1 +", "assert f(1)")
+    assert unreadable.startswith("Exception: SyntaxError: invalid syntax")
     assert detail("import os\nos._exit(0)", "f(1)") == "the candidate ended before it answered"
     assert run_python("1 / 0").detail == "ZeroDivisionError: division by zero"
     assert verdict("def f(): return [0] * 10**10", "f()").status == "memory"
@@ -584,12 +597,14 @@ USES = {
     "endless iterator": ("def f(): return iter(int, 1)", "assert next(iter(f())) == 0"),
     "closure": ("def f(x): return lambda y: x + y", "assert f(1)(2) == 3"),
     "class": (
-        "class Pair:\n    def __init__(self, a): self.a = a\ndef f(pairs): return [pairs[0].a, *pairs]",
+        "class Pair:\n    def __init__(self, a): self.a = a\n"
+        "def f(pairs): return [pairs[0].a, *pairs]",
         "p = Pair(1)\np.a += 1\nassert f([p]) == [2, p] and f([p])[1] != Pair(2)",
     ),
     "exception": (
         "class Bad(ValueError): pass\ndef f(): raise Bad('x')",
-        "try:\n    f()\nexcept ValueError as error:\n    assert str(error) == 'x'\nelse:\n    assert False",
+        "try:\n    f()\nexcept ValueError as error:\n    assert str(error) == 'x'\n"
+        "else:\n    assert False",
     ),
     "subclass": (
         "from collections import Counter\ndef f(x): return Counter(x)",
@@ -628,25 +643,28 @@ def test_humaneval_and_mbpp_run_unchanged() -> None:
     prompt = (
         "def twice(s):\n    return s + s\n\n\ndef half(s: str) -> str:\n    '''The first half.'''\n"
     )
-    tests = "def check(candidate):\n    for s in 'ab', '':\n        assert candidate(twice(s)) == s\n\ncheck(half)"
+    tests = """
+def check(candidate):
+    for s in 'ab', '':
+        assert candidate(twice(s)) == s
+
+check(half)
+"""
     humaneval = {"setup": prompt, "names": ["half"]}
     assert verdict(prompt + "    return s[:len(s) // 2]", tests, **humaneval).passed
     assert not verdict(prompt, tests, **humaneval).passed
+    # The tests use the helper of the prompt, not that of the candidate.
     cheat = prompt + "    return ''\ntwice = lambda s: s"
-    assert not verdict(
-        cheat, tests, **humaneval
-    ).passed  # the helper is the prompt's, not the candidate's
+    assert not verdict(cheat, tests, **humaneval).passed
     mbpp = {"setup": "import math", "names": ["sum"]}
-    assert verdict(
-        "def sum(a, b): return a + b", ["assert sum(1, 2) == 3", "assert math.pi > 3"], **mbpp
-    ).passed
+    asserts = ["assert sum(1, 2) == 3", "assert math.pi > 3"]
+    assert verdict("def sum(a, b): return a + b", asserts, **mbpp).passed
     assert verdict("def f(x): return x", "assert f(1) == 1 and sys.maxsize > 1").passed
 
 
 def test_callables_cannot_be_handed_over() -> None:
-    assert (
-        "cannot be handed" in verdict("def f(g): return g(1)", "assert f(lambda x: x) == 1").detail
-    )
+    outcome = verdict("def f(g): return g(1)", "assert f(lambda x: x) == 1")
+    assert "cannot be handed" in outcome.detail
 
 
 numbers = st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
@@ -685,11 +703,8 @@ def test_run_python_gives_input_and_output() -> None:
     long = run_python("print(len(input()))", stdin="x" * (1 << 20), limits=Limits(disk=1 << 16))
     assert long.stdout == f"{1 << 20}\n"  # what it is given is not what it writes
     failed = run_python("def f():\n    raise ValueError('bad')\nf()")
-    assert (
-        failed.status == "failed"
-        and failed.stderr.count("File") == 2
-        and 'File "<main>", line 3' in failed.stderr
-    )
+    assert failed.status == "failed"
+    assert failed.stderr.count("File") == 2 and 'File "<main>", line 3' in failed.stderr
     assert run_python("exit(3)").detail == "exit status 3"
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import signal
-import stat
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, settings
+from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, jail_settings
+from dmax.sandbox.usage import content, family, nameless, threads
 
+STDOUT = 1
+STDERR = 2
 POLL_SECONDS = 0.02  # between looks at disk use and threads
 START_SECONDS = 60.0  # for an interpreter to come up on a busy machine
-CHUNK = 1 << 16  # bytes
+BYTES_OF_READ = 1 << 16
 SOURCES = {
     f"{name}_source": Path(__file__).with_name(f"{name}.py").read_text("utf-8")
     for name in ("jail", "remote")
@@ -29,15 +30,17 @@ SOURCES = {
 
 
 class Job:
-    """One sandboxed process; a context manager that leaves neither the process nor its folder behind.
+    """One sandboxed process; as a context manager it leaves neither process nor folder behind.
 
     Attributes:
+        kind: its isolation, one of `KINDS`.
+        limits: what it may use.
         pid: of the process, or of the tool that isolates it.
-        streams: descriptors from which stdout (1) and stderr (2) are read.
+        streams: the descriptors from which stdout (1) and stderr (2) are read.
         printed: bytes of stdout (1) and stderr (2), at most `limits.output` and one read more.
-        is_ready: whether it has given up its rights; foreign code runs only after that.
-        code: exit status, negative for a signal; None while it runs.
-        cpu_seconds: processor time used, known when it has ended.
+        is_ready: whether it has given up its rights; untrusted code runs only after that.
+        code: its exit status, negative for a signal; None while it runs.
+        cpu_seconds: the processor time that it used, known when it has ended.
     """
 
     def __init__(
@@ -46,59 +49,57 @@ class Job:
         limits: Limits,
         config: dict[str, Any],
         stdin: bytes = b"",
-        descriptors: Sequence[int] = (),
+        channel: int | None = None,
     ) -> None:
+        """Start it; `remote.main` gets `config`, and `channel` is a descriptor that it keeps."""
+        self.kind = kind
         self.limits = limits
-        self.printed = {1: bytearray(), 2: bytearray()}
+        self.printed = {STDOUT: bytearray(), STDERR: bytearray()}
         self.is_ready = False
         self.code: int | None = None
         self.cpu_seconds = 0.0
         self._base = Path(tempfile.mkdtemp(prefix="dmax-sandbox-")).resolve()
         self._folder = self._base / "scratch"
         self._folder.mkdir()
-        everything = {
-            **config,
-            **SOURCES,
-            "jail": settings(kind, limits, self._folder),
-            "ready": READY,
+        self._process = self._start(config, stdin, channel)
+        self.pid = self._process.pid
+        assert self._process.stdout and self._process.stderr
+        self.streams = {
+            STDOUT: self._process.stdout.fileno(),
+            STDERR: self._process.stderr.fileno(),
         }
+        for descriptor in self.streams.values():
+            os.set_blocking(descriptor, False)
+
+    def _start(
+        self, config: dict[str, Any], stdin: bytes, channel: int | None
+    ) -> subprocess.Popen[bytes]:
+        settings = jail_settings(self.kind, self.limits, self._folder)
+        everything = {**config, **SOURCES, "jail": settings, "channel": channel}
         head = json.dumps(everything).encode()
-        source = (
-            self._base / "stdin"
-        )  # a file: needs no thread to feed it, and foreign code gets it read-only
+        # A file needs no thread that feeds it, and untrusted code can only read it.
+        source = self._base / "stdin"
         source.write_bytes(head + stdin)
-        with source.open("rb") as stream:
-            source.unlink()
-            self._stdin = os.fstat(stream.fileno())
-            try:
-                self._process = subprocess.Popen(
-                    [*command(kind, limits), str(len(head))],
+        try:
+            with source.open("rb") as stream:
+                return subprocess.Popen(
+                    [*command(self.kind, self.limits), str(len(head))],
                     stdin=stream,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     cwd=self._folder,
                     env={},
-                    pass_fds=descriptors,
+                    pass_fds=() if channel is None else (channel,),
                     start_new_session=True,
                 )
-            except OSError:
-                remove(self._base)
-                raise
-        self.pid = self._process.pid
-        assert self._process.stdout and self._process.stderr
-        self.streams = {1: self._process.stdout.fileno(), 2: self._process.stderr.fileno()}
-        for descriptor in self.streams.values():
-            os.set_blocking(descriptor, False)
+        except OSError:
+            remove(self._base)
+            raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         with self._process:  # closes the pipes
             remove(self._base)
@@ -108,24 +109,25 @@ class Job:
         return self.printed[number][: self.limits.output].decode("utf-8", "replace")
 
     def read(self, number: int) -> bool:
-        """Take one piece of output; False at its end, or if none is there yet."""
+        """Take one piece of output; False at its end, or if there is none yet."""
         try:
-            piece = os.read(self.streams[number], CHUNK)
+            piece = os.read(self.streams[number], BYTES_OF_READ)
         except BlockingIOError:
             return False
         self.printed[number] += piece
-        if number == 2 and not self.is_ready:
-            before, mark, after = self.printed[2].partition(READY.encode())
+        if number == STDERR and not self.is_ready:
+            before, mark, after = self.printed[STDERR].partition(READY)
             self.is_ready = bool(mark)
-            self.printed[2] = after if mark else before
+            self.printed[STDERR] = after if mark else before
         return bool(piece)
 
     def has_ended(self, wait: bool = False) -> bool:
-        """Whether the process has ended, or that it has with `wait`."""
+        """Whether the process has ended; with `wait`, after waiting until it has."""
         if self.code is None:
             pid, status, used = os.wait4(self.pid, 0 if wait else os.WNOHANG)
             if pid:
-                self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
+                self.code = os.waitstatus_to_exitcode(status)
+                self._process.returncode = self.code
                 self.cpu_seconds = used.ru_utime + used.ru_stime
         return self.code is not None
 
@@ -136,162 +138,83 @@ class Job:
                 os.killpg(self.pid, signal.SIGKILL)
             self.has_ended(wait=True)
         for number in self.streams:
-            while not self.is_verbose() and self.read(number):
+            while not self.prints_too_much() and self.read(number):
                 pass
 
-    def is_verbose(self) -> bool:
+    def prints_too_much(self) -> bool:
         """Whether it has printed more than it may."""
-        return any(len(piece) > self.limits.output for piece in self.printed.values())
+        return any(len(printed) > self.limits.output for printed in self.printed.values())
 
     def exceeded(self) -> str | None:
-        """The limit that a running process exceeds, if it does."""
-        members = list(family(self.pid))
-        if self.is_verbose():
+        """The limit that it exceeds while it runs, if there is one."""
+        if self.code is not None:
+            return None
+        if self.prints_too_much():
             return "output"
-        if any(len(tasks(pid)) > self.limits.threads for pid in members):
+        members = list(family(self.pid))
+        if any(len(threads(pid)) > self.limits.threads for pid in members):
             return "threads"
-        size, entries = usage(self._folder)
-        size += sum(nameless(pid, self._folder, self._stdin) for pid in members)
-        return "disk" if size > self.limits.disk or entries > MAX_ENTRIES else None
+        size, entries = content(self._folder)
+        size += sum(nameless(pid, self._folder) for pid in members)
+        if size > self.limits.disk or entries > MAX_ENTRIES:
+            return "disk"
+        return None
 
 
-def supervise(jobs: Sequence[Job], limits: Limits) -> tuple[str | None, float]:
-    """Run until the first job ends or a limit is exceeded, then stop all; the limit, and seconds of foreign code.
+def supervise(jobs: Sequence[Job], limits: Limits) -> str | None:
+    """Run jobs until the first one ends or a limit is exceeded, stop them all, return that limit.
 
     Raises:
-        RuntimeError: isolation could not be set up, so no foreign code ran.
+        RuntimeError: isolation could not be set up, so no untrusted code ran.
     """
-    began = time.monotonic()
-    deadline = began + START_SECONDS
-    is_ready = False
-    exceeded = None
+    exceeded = _watch(jobs, limits)
+    for job in jobs:
+        job.stop()
+    # With any other limit, it is the untrusted code of another job that has exceeded it.
+    if exceeded in (None, "timeout"):
+        for job in jobs:
+            if not job.is_ready:
+                reason = last_line(job.text(STDERR)) or "no reason given"
+                raise RuntimeError(f"the sandbox could not be set up: {reason}")
+    if exceeded is None and any(job.prints_too_much() for job in jobs):
+        return "output"
+    return exceeded
+
+
+def _watch(jobs: Sequence[Job], limits: Limits) -> str | None:
+    """Read what jobs print until the first one ends, or until one exceeds a limit: that limit."""
+    deadline = time.monotonic() + START_SECONDS
+    are_ready = False
     with selectors.DefaultSelector() as selector:
         for job in jobs:
             for number, descriptor in job.streams.items():
                 selector.register(descriptor, selectors.EVENT_READ, (job, number))
-        while exceeded is None and not jobs[0].has_ended():
-            for key, _ in selector.select(
-                POLL_SECONDS if selector.get_map() else POLL_SECONDS / 10
-            ):
+        while not jobs[0].has_ended():
+            is_silent = not selector.get_map()  # all streams are closed, so nothing wakes us
+            for key, _ in selector.select(POLL_SECONDS / 10 if is_silent else POLL_SECONDS):
                 job, number = key.data
                 if not job.read(number):
                     selector.unregister(key.fd)
-            if not is_ready and all(job.is_ready for job in jobs):
-                is_ready = True
-                began = time.monotonic()
-                deadline = began + limits.seconds
-            exceeded = next(
-                (limit for job in jobs if job.code is None and (limit := job.exceeded())), None
-            )
-            if exceeded is None and time.monotonic() > deadline:
-                exceeded = "timeout"
-    for job in jobs:
-        job.stop()
-    for job in jobs:
-        if not job.is_ready and exceeded in (
-            None,
-            "timeout",
-        ):  # other limits are those of foreign code in another job
-            raise RuntimeError(
-                f"the sandbox could not be set up: {last_line(job.text(2)) or 'no reason given'}"
-            )
-    if exceeded is None and any(job.is_verbose() for job in jobs):
-        exceeded = "output"
-    return exceeded, time.monotonic() - began
+            if not are_ready and all(job.is_ready for job in jobs):
+                are_ready = True
+                deadline = time.monotonic() + limits.seconds
+            for job in jobs:
+                if exceeded := job.exceeded():
+                    return exceeded
+            if time.monotonic() > deadline:
+                return "timeout"
+    return None
 
 
 def last_line(text: str) -> str:
-    """The last line with something on it, empty if there is none."""
+    """The last line that has something on it; empty if there is none."""
     return text.strip().rpartition("\n")[2]
 
 
-def usage(folder: Path) -> tuple[int, int]:
-    """Bytes and entries in a folder; more than any limit where it cannot be looked into."""
-    size = entries = 0
-    pending = [str(folder)]
-    while pending and entries <= MAX_ENTRIES:
-        try:
-            with os.scandir(pending.pop()) as content:
-                for entry in content:
-                    entries += 1
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    else:
-                        size += entry.stat(follow_symlinks=False).st_blocks * 512
-        except FileNotFoundError:
-            continue  # gone since it was listed
-        except OSError:  # hidden from us by its rights or its depth
-            return size, MAX_ENTRIES + 1
-    return size, entries
-
-
-def nameless(pid: int, folder: Path, stdin: os.stat_result) -> int:
-    """Bytes in files without a name that a process holds open, its own stdin left out.
-
-    Each thread may have descriptors of its own, and one that has ended hides what the others share.
-    A file of `folder` that is mapped and no longer open has a size that cannot be seen, so it
-    counts as more than any limit.
-    """
-    # inodes, and their bytes
-    mapped = set[int]()
-    found = dict[int, int]()
-    for task in tasks(pid):
-        mapped |= mapped_nameless(task, folder)
-        with suppress(OSError), os.scandir(f"{task}/fd") as content:
-            for entry in content:
-                with suppress(OSError):
-                    info = entry.stat()
-                    if (
-                        stat.S_ISREG(info.st_mode)
-                        and info.st_nlink == 0
-                        and not os.path.samestat(info, stdin)
-                    ):
-                        found[info.st_ino] = info.st_blocks * 512
-    return sys.maxsize if mapped - found.keys() else sum(found.values())
-
-
-def mapped_nameless(task: str, folder: Path) -> set[int]:
-    """Inodes of the files that were in a folder, have no name any more, and are mapped into memory."""
+def remove(folder: Path) -> None:
+    """Delete a folder, whatever its depth and rights."""
     try:
-        lines = Path(f"{task}/maps").read_bytes().splitlines()
-    except OSError:
-        return set()
-    start = os.fsencode(folder) + b"/"
-    end = b" (deleted)"
-    fields = (line.split(maxsplit=5) for line in lines if line.endswith(end))
-    return {int(inode) for *_, inode, path in fields if path.startswith(start)}
-
-
-def family(pid: int) -> Iterator[int]:
-    """A process and those below it: the tool that isolates has the foreign code as a child."""
-    yield pid
-    with suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            yield from family(int(child))
-
-
-def tasks(pid: int) -> list[str]:
-    """Folders of /proc, one for each thread of a process; none where they cannot be seen."""
-    folder = f"/proc/{pid}/task"
-    try:
-        return [f"{folder}/{thread}" for thread in os.listdir(folder)]
-    except OSError:
-        return []
-
-
-def remove(base: Path) -> None:
-    """Delete a job's folders, whatever their depth and rights: each moves up before its content is looked at."""
-    pending = [str(base / "scratch")]
-    count = 0
-    while pending:
-        folder = pending.pop()
-        for entry in list(os.scandir(folder)):
-            if entry.is_dir(follow_symlinks=False):
-                os.chmod(entry.path, 0o700)
-                count += 1
-                pending.append(str(base / str(count)))
-                os.rename(entry.path, pending[-1])
-            else:
-                os.unlink(entry.path)
-        os.rmdir(folder)
-    base.rmdir()
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)
+        subprocess.run(["rm", "-rf", folder], check=True)
