@@ -20,7 +20,7 @@ LAYERS = {
             "dmax.environment",
             "dmax.sandbox",
             "dmax.tiny",
-            "dmax.heads",
+            "dmax.baselines.heads",
         ),
         0,
     ),
@@ -28,7 +28,7 @@ LAYERS = {
         ("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence", "dmax.kernels"), 1
     ),
     **dict.fromkeys(("dmax.models", "dmax.checkpoint"), 2),
-    **dict.fromkeys(("dmax.decoding", "dmax.training"), 3),
+    **dict.fromkeys(("dmax.decoding", "dmax.training", "dmax.baselines"), 3),
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs", "dmax.distill"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.serve", "dmax.integrations", "dmax.cli", "dmax.demo", "dmax"), 6),

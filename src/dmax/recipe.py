@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from dmax import models
+from dmax.baselines.head_states import Special
+from dmax.baselines.head_training import HeadConfig, fit, record
+from dmax.baselines.heads import Kind, load_head, save_head
 from dmax.checkpoint import (
     Checkpoint,
     check_target,
@@ -29,7 +32,6 @@ from dmax.decoding import get_strategy
 from dmax.environment import environment, select_device
 from dmax.errors import InputError, did_you_mean
 from dmax.evaluation.run import check_writable, evaluate
-from dmax.heads import Kind, load_head, save_head
 from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import DecodingParams, check_number
@@ -39,8 +41,6 @@ from dmax.tasks import Task, get_task
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.data import Conversation, ResponseDataset, read_records
-from dmax.training.head_states import Special
-from dmax.training.heads import HeadConfig, fit, record
 from dmax.training.trainer import DMaxConfig, DMaxTrainer
 
 

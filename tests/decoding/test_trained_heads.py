@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scripted import MASK, logits_of, opened, play, rows
 from torch import Tensor
 
+from dmax.baselines.heads import Head, Tensors, save_head
 from dmax.decoding import get_strategy
 from dmax.decoding.block import Output
 from dmax.decoding.demask import within_dependency
 from dmax.errors import InputError
-from dmax.heads import Head, Tensors, save_head
 from dmax.params import DecodingParams
 
 

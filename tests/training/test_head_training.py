@@ -11,15 +11,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from dmax.baselines.head_states import Blocks, Special, dependency_examples, filter_examples
+from dmax.baselines.head_training import HeadConfig, fit, record
+from dmax.baselines.heads import KINDS, Head, dependency_logits, filter_logits, load_head, save_head
 from dmax.errors import InputError
-from dmax.heads import KINDS, Head, dependency_logits, filter_logits, load_head, save_head
 from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.params import DecodingParams
 from dmax.recipe import load_recipe, run_recipe
 from dmax.training.data import Encoded
-from dmax.training.head_states import Blocks, Special, dependency_examples, filter_examples
-from dmax.training.heads import HeadConfig, fit, record
 
 BLOCK, MASK, EOS = 4, 47, 46
 SPECIAL = Special(BLOCK, MASK, EOS)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask, noisy_clean
+from dmax.baselines.objectives import certainty_loss, d2f_loss
 from dmax.blend import blend
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.training.noise import rising_ratios
@@ -26,7 +27,6 @@ from dmax.training.objectives import (
     roll_out,
     uniform_loss,
 )
-from dmax.training.rivals import certainty_loss, d2f_loss
 
 BLOCK, VOCAB, MASK, EOS = 4, 48, 47, 46
 OPTIONS: dict[str, Any] = {"block_length": BLOCK, "mask_token_id": MASK}

@@ -17,7 +17,7 @@ class D2F(ThresholdDecoding):
     A block opens once `opens_at` of the one before is decoded, and holds no EOS; until `forces_at`
     of the one before is decoded it takes confident positions alone and may wait, afterwards at
     least the surest. Wants a model trained on unfinished predecessors
-    (`dmax.training.objectives.d2f_loss`); runs without.
+    (`dmax.baselines.objectives.d2f_loss`); runs without.
 
     Attributes:
         threshold: confidence to decode at.

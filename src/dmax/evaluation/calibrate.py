@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dmax.baselines.head_states import Blocks, Special, replay
 from dmax.decoding import selection
 from dmax.decoding.block import Output
 from dmax.decoding.sched import ScheduledExit, mean_margin
@@ -16,7 +17,6 @@ from dmax.errors import InputError
 from dmax.llm import LLM, Prompt
 from dmax.params import DecodingParams, check_number
 from dmax.training.data import Encoded
-from dmax.training.head_states import Blocks, Special, replay
 
 NEVER = 1e9  # no margin reaches it
 PLACES = 100  # bounds are whole hundredths

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from dmax.baselines.objectives import certainty_loss, d2f_loss
 from dmax.errors import InputError, did_you_mean
 from dmax.training import noise
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
 from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
-from dmax.training.rivals import certainty_loss, d2f_loss
 
 OBJECTIVES = ("mdlm", "uniform", "oput", "dparallel", "d2f")
 ROLLOUTS = ("argmax", "sample", "soft", "spd")

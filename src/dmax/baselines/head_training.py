@@ -10,11 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmax.baselines.head_states import (
+    Blocks,
+    Example,
+    Special,
+    dependency_examples,
+    filter_examples,
+)
+from dmax.baselines.heads import (
+    KINDS,
+    Head,
+    Kind,
+    Tensors,
+    dependency_logits,
+    filter_logits,
+    shapes,
+)
 from dmax.errors import InputError, did_you_mean
-from dmax.heads import KINDS, Head, Kind, Tensors, dependency_logits, filter_logits, shapes
 from dmax.params import check_number
 from dmax.training.data import Encoded
-from dmax.training.head_states import Blocks, Example, Special, dependency_examples, filter_examples
 
 HELD_OUT = 0.1  # share of the examples that say how good a head is, the last ones
 
