@@ -30,7 +30,8 @@ from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint, save_ch
 from dmax.errors import InputError
 from dmax.models import backbone
 from dmax.recipe import blend_weights, load_recipe, run_recipe
-from dmax.training.objectives import Batch, oput_loss
+from dmax.training.clean_stream import Batch
+from dmax.training.objectives import oput_loss
 
 BLOCK, VOCAB, EOS, MASK = 8, 64, 2, 3
 KINDS = ["llama", "qwen3"]
@@ -198,7 +199,7 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     noisy = ids.clone()
     noisy[:, BLOCK::2] = MASK
     labels = torch.where(torch.arange(ids.shape[1]) < BLOCK, -100, ids)
-    batch = Batch(ids, noisy, labels, start=BLOCK)
+    batch = Batch(ids, noisy[:, BLOCK:], labels[:, BLOCK:])
     model.zero_grad()
     loss = oput_loss(model, batch, block_length=BLOCK, mask_token_id=MASK, rollout="soft").total
     assert torch.isfinite(loss)

@@ -16,11 +16,9 @@ from dmax.attention import block_causal, dense_mask, noisy_clean
 from dmax.baselines.objectives import certainty_loss, d2f_loss
 from dmax.blend import blend
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from dmax.training.clean_stream import IGNORE, Batch, CleanStream
 from dmax.training.noise import rising_ratios
 from dmax.training.objectives import (
-    IGNORE,
-    Batch,
-    CleanStream,
     confident_prefix,
     mdlm_loss,
     oput_loss,
@@ -114,7 +112,7 @@ def test_shared_clean_stream_gives_the_concatenated_logits(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     embed = model.model.word_embeddings
-    stream = CleanStream(model, batch, BLOCK)
+    stream = CleanStream(model, batch.clean_ids, BLOCK)
     for ids in (
         batch.noisy_ids,
         batch.clean_ids.flip(1),
@@ -166,7 +164,9 @@ def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(
     embed, block = model.model.word_embeddings, slice(3 * BLOCK, 4 * BLOCK)
 
     def logits(changed: Batch) -> Tensor:
-        return CleanStream(model, changed, BLOCK).denoise(embed(changed.noisy_ids))[:, block]
+        return CleanStream(model, changed.clean_ids, BLOCK).denoise(embed(changed.noisy_ids))[
+            :, block
+        ]
 
     expected = logits(batch)
     clean, noisy = batch.clean_ids.clone(), batch.noisy_ids.clone()
@@ -186,15 +186,16 @@ def test_a_later_start_drops_work_but_not_loss(
         if objective == "mdlm":
             return mdlm_loss(model, chosen, **OPTIONS)
         if objective == "uniform":
-            return uniform_loss(model, chosen, batch.noisy_ids.clamp(max=EOS), **OPTIONS)
+            return uniform_loss(model, chosen, chosen.noisy_ids.clamp(max=EOS), **OPTIONS)
         return oput_loss(
             model, chosen, **OPTIONS, rollout="soft" if objective == "soft" else "argmax"
         )
 
-    late = replace(batch, start=2 * BLOCK)  # both prompts are at least that long
+    start = 2 * BLOCK  # both prompts are at least that long
+    late = Batch(batch.clean_ids, batch.noisy_ids[:, start:], batch.labels[:, start:])
     with recorded_streams(model) as inputs:
         ours = loss(late)
-    assert {stream.shape[1] for stream in inputs} == {batch.clean_ids.shape[1] - late.start}
+    assert {stream.shape[1] for stream in inputs} == {batch.clean_ids.shape[1] - start}
     whole = loss(batch)
     torch.testing.assert_close(ours.total, whole.total)
     for name, each in whole.per_sequence.items():
@@ -241,7 +242,7 @@ def test_soft_rollout_feeds_the_blend_that_decoding_feeds(
     embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
     with recorded_streams(model) as inputs:
         oput_loss(model, batch, **OPTIONS, rollout="soft")
-    logits = CleanStream(model, batch, BLOCK).denoise(embed(batch.noisy_ids))
+    logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(embed(batch.noisy_ids))
     tokens, confidence = roll_out(logits, MASK, "soft", 1.0, None)
     soft = blend(embed(tokens[..., None]), embed.weight[MASK], confidence[..., None])
     torch.testing.assert_close(inputs[1][masked], soft[masked])
@@ -270,7 +271,7 @@ def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> 
         oput_loss(model, batch, **OPTIONS).total.backward()
         optimizer.step()
         with torch.no_grad():
-            logits = CleanStream(model, batch, BLOCK).denoise(
+            logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(
                 model.model.word_embeddings(batch.noisy_ids)
             )
         expected, _ = roll_out(logits, MASK, "argmax", 1.0, None)
@@ -303,7 +304,7 @@ def test_rollout_error_is_the_share_of_wrong_predictions(
 ) -> None:
     masked = batch.noisy_ids == MASK
     with torch.no_grad():
-        logits = CleanStream(model, batch, BLOCK).denoise(
+        logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(
             model.model.word_embeddings(batch.noisy_ids)
         )
     predicted, _ = roll_out(logits, MASK, "argmax", 1.0, None)
@@ -320,7 +321,7 @@ def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
     """Both streams share their labels; unmasked response positions are among them."""
     embed = model.model.word_embeddings
     with torch.no_grad():
-        logits = CleanStream(model, batch, BLOCK).denoise(embed(batch.noisy_ids))
+        logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(embed(batch.noisy_ids))
     each = F.cross_entropy(logits.transpose(1, 2), batch.clean_ids, reduction="none")
     labelled = batch.labels != IGNORE
     assert (labelled & (batch.noisy_ids != MASK)).any()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dmax.confidence import candidates
 from dmax.training import noise
+from dmax.training.clean_stream import IGNORE, CleanStream
 from dmax.training.data import Collator, Encoded
-from dmax.training.objectives import IGNORE, Batch, CleanStream
 
 Reveal = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From masked [N, L], logits [N, L, V] and the final tokens [N, L] to the masked positions to decode [N, L] bool."""
@@ -50,7 +50,7 @@ class Blocks:
         batch = Collator(special.block_length, special.eos_token_id, eos_labels=1)(examples)
         start = int(batch["start"])
         clean = batch["clean_ids"].to(device)
-        self._stream = CleanStream(model, Batch(clean, clean, clean, start), special.block_length)
+        self._stream = CleanStream(model, clean, special.block_length)
         self._num_rows = len(clean)
         self.final = self._blocks(clean[:, start:])
         is_answered = self._blocks(batch["labels"][:, start:].to(device) != IGNORE).any(

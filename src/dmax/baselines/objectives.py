@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask
-from dmax.training.objectives import IGNORE, Batch, CleanStream, Loss, cross_entropy
+from dmax.training.clean_stream import IGNORE, Batch, CleanStream
+from dmax.training.objectives import Loss, cross_entropy
 
 
 def certainty_loss(
@@ -30,11 +31,11 @@ def certainty_loss(
     Meant for a model's own responses and half of each block masked; `temperature` below 1 sharpens
     what is forced.
     """
-    logits = CleanStream(model, batch, block_length).denoise(
-        model.get_input_embeddings()(batch.noisy_ids[:, batch.start :])
+    logits = CleanStream(model, batch.clean_ids, block_length).denoise(
+        model.get_input_embeddings()(batch.noisy_ids)
     )
-    labels = batch.labels[:, batch.start :]
-    labels = labels.masked_fill(batch.noisy_ids[:, batch.start :] != mask_token_id, IGNORE)
+    labels = batch.labels
+    labels = labels.masked_fill(batch.noisy_ids != mask_token_id, IGNORE)
     loss, each = cross_entropy(logits, labels)
     right = (logits.argmax(dim=-1) == labels) & (labels != IGNORE)
     entropy = torch.special.entr((logits.float() / temperature).softmax(dim=-1)).sum(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dmax.errors import InputError
-from dmax.training.objectives import IGNORE
+from dmax.training.clean_stream import IGNORE
 
 KEYS = (("prompt", "response"), ("question", "answer"))
 

@@ -16,31 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.attention import block_causal, dense_mask
 from dmax.blend import SoftTokens, embed_tokens
-from dmax.cache import ContextCache
+from dmax.training.clean_stream import IGNORE, Batch, CleanStream
 
 Rollout = Literal["argmax", "sample", "soft", "spd"]
-IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One training batch.
-
-    Attributes:
-        clean_ids: [B, L] int64, prompt, response and padding (EOS); L a multiple of the block
-            length.
-        noisy_ids: [B, L] int64, the same with some positions corrupted.
-        labels: [B, L] int64, the clean token where loss is wanted, else -100.
-        start: first position of the noisy stream, a multiple of the block length. Everything before
-            it is prompt in every sequence, carries no loss, and need not be run noisily.
-    """
-
-    clean_ids: Tensor
-    noisy_ids: Tensor
-    labels: Tensor
-    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,48 +35,6 @@ class Loss:
     total: Tensor
     parts: dict[str, Tensor]
     per_sequence: dict[str, Tensor]
-
-
-class CleanStream:
-    """Keys and values of the clean half, run once with gradient; noisy streams attend to a view of them."""
-
-    def __init__(self, model: Any, batch: Batch, block_length: int) -> None:
-        position = torch.arange(batch.clean_ids.shape[1], device=batch.clean_ids.device)
-        self.model = model
-        self.start = batch.start
-        self.block_length = block_length
-        self.position = position
-        recorded = ContextCache()
-        causal = dense_mask(block_causal(block_length), position, position)[
-            None, None
-        ]  # [1, 1, L, L]
-        # The clean half serves as context only: the backbone is run without its head.
-        model.base_model(
-            input_ids=batch.clean_ids,
-            attention_mask=causal,
-            position_ids=position[None],
-            past_key_values=recorded,
-        )
-        self.context = recorded.view()
-
-    def denoise(self, inputs_embeds: Tensor) -> Tensor:
-        """Logits [B, L - start, V] of a noisy stream given its inputs [B, L - start, D]."""
-        query = self.position[self.start :]
-        block = query // self.block_length
-        sees_clean = (
-            block[:, None] > (self.position // self.block_length)[None]
-        )  # clean blocks strictly before
-        sees_noisy = block[:, None] == block[None]  # its own noisy block
-        mask = torch.cat((sees_clean, sees_noisy), dim=1)[
-            None, None
-        ]  # [1, 1, L - start, L + L - start]
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=query[None],
-            past_key_values=self.context,
-        )
-        return outputs.logits
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +54,9 @@ def mdlm_loss(model: Any, batch: Batch, *, block_length: int, mask_token_id: int
 
     Like the published code, all labelled positions count, masked or not, without a 1/t weight.
     """
-    clean = CleanStream(model, batch, block_length)
-    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids[:, batch.start :]))
-    loss, each = cross_entropy(logits, batch.labels[:, batch.start :])
+    clean = CleanStream(model, batch.clean_ids, block_length)
+    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))
+    loss, each = cross_entropy(logits, batch.labels)
     return Loss(loss, {"loss_masked": loss.detach()}, {"masked": each})
 
 
@@ -128,15 +65,13 @@ def uniform_loss(
 ) -> Loss:
     """The uniform-noise baseline: masks, and random vocabulary tokens in place of on-policy ones (paper eq. 2).
 
-    `random_ids` [B, L] int64: the clean ids with random replacements (`noise.random_tokens`).
+    `random_ids` [B, L'] int64: the clean ids with random replacements (`noise.random_tokens`).
     """
-    clean = CleanStream(model, batch, block_length)
+    clean = CleanStream(model, batch.clean_ids, block_length)
     embed = model.get_input_embeddings()
-    labels = batch.labels[:, batch.start :]
-    masked, each_masked = cross_entropy(
-        clean.denoise(embed(batch.noisy_ids[:, batch.start :])), labels
-    )
-    random, each_random = cross_entropy(clean.denoise(embed(random_ids[:, batch.start :])), labels)
+    labels = batch.labels
+    masked, each_masked = cross_entropy(clean.denoise(embed(batch.noisy_ids)), labels)
+    random, each_random = cross_entropy(clean.denoise(embed(random_ids)), labels)
     parts = {"loss_masked": masked.detach(), "loss_random": random.detach()}
     return Loss((masked + random) / 2, parts, {"masked": each_masked, "random": each_random})
 
@@ -178,11 +113,10 @@ def oput_loss(
         clean ones.
     """
     embed = model.get_input_embeddings()
-    start = batch.start
-    noisy = batch.noisy_ids[:, start:]
-    labels = batch.labels[:, start:]
+    noisy = batch.noisy_ids
+    labels = batch.labels
     was_masked = noisy == mask_token_id
-    clean = CleanStream(model, batch, block_length)
+    clean = CleanStream(model, batch.clean_ids, block_length)
 
     # 1. the masked stream: M_θ(x^(m))
     masked_logits = clean.denoise(embed(noisy))  # [B, L', V]

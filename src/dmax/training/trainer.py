@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from dmax.baselines.objectives import certainty_loss, d2f_loss
 from dmax.errors import InputError, did_you_mean
 from dmax.training import noise
+from dmax.training.clean_stream import Batch, CleanBatch
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
-from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
+from dmax.training.objectives import Loss, mdlm_loss, oput_loss, uniform_loss
 
 OBJECTIVES = ("mdlm", "uniform", "oput", "dparallel", "d2f")
 ROLLOUTS = ("argmax", "sample", "soft", "spd")
@@ -158,8 +159,10 @@ class DMaxTrainer(Trainer):
         """Corrupt the batch and apply the objective; noise depends on (seed, step) alone, so a resume repeats it."""
         args = self.args
         generator = self._generator()
-        clean = inputs["clean_ids"]
-        corruptible = inputs["corruptible"]
+        start = int(inputs["start"])
+        examples = CleanBatch(inputs["clean_ids"], inputs["labels"], inputs["corruptible"], start)
+        clean = examples.clean_ids
+        corruptible = examples.corruptible
         low = args.mask_ratio_low
         high = args.mask_ratio_high
         if args.objective == "d2f":
@@ -167,13 +170,17 @@ class DMaxTrainer(Trainer):
         else:
             ratios = noise.mask_ratios(len(clean), low, high, generator)
         noisy = noise.mask_tokens(clean, corruptible, ratios, self.mask_token_id, generator)
-        batch = Batch(clean, noisy, inputs["labels"], int(inputs["start"]))
-        extra: Tensor | None = ratios if args.objective == "d2f" else None
+        batch = examples.with_noise(noisy)
+        extra: Tensor | None = None
+        if args.objective == "d2f":
+            batch = Batch(clean, noisy, examples.labels)
+            extra = ratios
         if args.objective == "uniform":
             vocab_size = self.accelerator.unwrap_model(model).config.vocab_size
-            extra = noise.random_tokens(
+            random_ids = noise.random_tokens(
                 clean, corruptible, ratios, vocab_size, self.mask_token_id, generator
             )
+            extra = examples.noisy_part(random_ids)
         with torch.autocast(clean.device.type, torch.bfloat16, enabled=args.bf16):
             loss = self._loss(model, batch, extra, generator)
         for name, value in loss.parts.items():

@@ -381,7 +381,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         for layer in self.layers:
             # `cache`, not `past_key_values`: that one transformers drops under gradient
             # checkpointing, and with it the clean context that the noisy streams of training attend
-            # to (`dmax.cache.ContextCache`).
+            # to (`ContextCache`).
             hidden_states = layer(
                 hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs
             )
