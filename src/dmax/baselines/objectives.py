@@ -36,14 +36,14 @@ def certainty_loss(
     )
     labels = batch.labels
     labels = labels.masked_fill(batch.noisy_ids != mask_token_id, IGNORE)
-    loss, each = cross_entropy(logits, labels)
+    loss = cross_entropy(logits, labels, "masked")
     right = (logits.argmax(dim=-1) == labels) & (labels != IGNORE)
     entropy = torch.special.entr((logits.float() / temperature).softmax(dim=-1)).sum(
         dim=-1
     )  # [B, L']
     certainty = (entropy * right).sum() / right.sum().clamp(min=1)
-    parts = {"loss_masked": loss.detach(), "entropy_right": certainty.detach()}
-    return Loss(loss + weight * certainty, parts, {"masked": each})
+    parts = loss.parts | {"entropy_right": certainty.detach()}
+    return Loss(loss.total + weight * certainty, parts, loss.per_sequence)
 
 
 def d2f_loss(

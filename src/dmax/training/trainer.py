@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from dmax.baselines.objectives import certainty_loss, d2f_loss
+from dmax.baselines.rollouts import soft_oput_loss
 from dmax.errors import InputError, did_you_mean
 from dmax.training import noise
 from dmax.training.clean_stream import Batch, CleanBatch
@@ -192,26 +193,26 @@ class DMaxTrainer(Trainer):
         self, model: nn.Module, batch: Batch, extra: Tensor | None, generator: torch.Generator
     ) -> Loss:
         """`extra`: the random ids of `uniform`, the ratios of `d2f`."""
-        ids = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}
+        length = self.block_length
+        ids = {"block_length": length, "mask_token_id": self.mask_token_id}
         args = self.args
+        if args.objective == "uniform" and extra is not None:
+            return uniform_loss(model, batch, extra, block_length=length)
         if extra is not None:
-            return (uniform_loss if args.objective == "uniform" else d2f_loss)(
-                model, batch, extra, **ids
-            )
+            return d2f_loss(model, batch, extra, **ids)
         if args.objective == "mdlm":
-            return mdlm_loss(model, batch, **ids)
+            return mdlm_loss(model, batch, block_length=length)
         if args.objective == "dparallel":
             weight = args.certainty_weight
             temperature = args.certainty_temperature
             return certainty_loss(model, batch, **ids, weight=weight, temperature=temperature)
-        return oput_loss(
-            model,
-            batch,
-            **ids,
-            rollout=args.rollout,  # type: ignore[arg-type]  # checked in DMaxConfig
-            temperature=args.rollout_temperature,
-            generator=generator if args.rollout in ("sample", "spd") else None,
-        )
+        if args.rollout in ("soft", "spd"):
+            thresholds = torch.zeros(len(batch.noisy_ids), 1)
+            if args.rollout == "spd":
+                thresholds = torch.rand(len(batch.noisy_ids), 1, generator=generator)
+            return soft_oput_loss(model, batch, thresholds.to(batch.noisy_ids.device), **ids)
+        temperature = args.rollout_temperature if args.rollout == "sample" else 0.0
+        return oput_loss(model, batch, **ids, temperature=temperature, generator=generator)
 
     def _generator(self) -> torch.Generator:
         step, count = self._micro
