@@ -27,7 +27,7 @@ LAYERS = {
     **dict.fromkeys(
         ("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence", "dmax.kernels"), 1
     ),
-    **dict.fromkeys(("dmax.models", "dmax.checkpoint"), 2),
+    **dict.fromkeys(("dmax.models", "dmax.checkpoint", "dmax.special_ids"), 2),
     **dict.fromkeys(("dmax.decoding", "dmax.training", "dmax.baselines"), 3),
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.outputs", "dmax.distill"), 4),
     **dict.fromkeys(("dmax.tasks", "dmax.evaluation", "dmax.benchmark", "dmax.trace"), 5),

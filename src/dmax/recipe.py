@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from dmax import models
-from dmax.baselines.head_states import Special
 from dmax.baselines.head_training import HeadConfig, fit, record
 from dmax.baselines.heads import Kind, load_head, save_head
 from dmax.checkpoint import (
@@ -37,6 +36,7 @@ from dmax.models import LLaDA2MoeConfig
 from dmax.params import DecodingParams, check_number
 from dmax.recipe_file import RecipeFile, read_recipe_file
 from dmax.run_folder import ANEW, RunFolder
+from dmax.special_ids import SpecialIds
 from dmax.tasks import Task, get_task
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
@@ -236,9 +236,7 @@ def run_recipe(
         checkpoint.model,
         args,
         dataset,
-        mask_token_id=checkpoint.mask_token_id,
-        eos_token_id=checkpoint.eos_token_ids[0],
-        block_length=checkpoint.block_length,
+        special_ids=_special_ids(checkpoint),
         eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
         processing_class=checkpoint.tokenizer,
         callbacks=[run],
@@ -339,10 +337,7 @@ def _run_head(
         )
     checkpoint = _build_checkpoint(recipe.model)
     dataset = _build_data(recipe, checkpoint)
-    special = Special(
-        checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0]
-    )
-    states = record(checkpoint.model, dataset.examples, special, config)
+    states = record(checkpoint.model, dataset.examples, _special_ids(checkpoint), config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)
     hidden_size = checkpoint.model.config.hidden_size
@@ -350,6 +345,15 @@ def _run_head(
         fit(states, config, model_digest=digest, hidden_size=hidden_size, report=report), file
     )
     return file
+
+
+def _special_ids(checkpoint: Checkpoint) -> SpecialIds:
+    return SpecialIds(
+        checkpoint.mask_token_id,
+        checkpoint.eos_token_ids,
+        checkpoint.pad_token_id,
+        checkpoint.block_length,
+    )
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmax.baselines.head_states import Blocks, Special, replay
+from dmax.baselines.head_states import Blocks, replay
 from dmax.decoding import selection
 from dmax.decoding.block import Output
 from dmax.decoding.sched import ScheduledExit, mean_margin
 from dmax.errors import InputError
 from dmax.llm import LLM, Prompt
 from dmax.params import DecodingParams, check_number
+from dmax.special_ids import SpecialIds
 from dmax.training.data import Encoded
 
 NEVER = 1e9  # no margin reaches it
@@ -105,8 +106,11 @@ def calibrate(
 def record(llm: LLM, answers: Sequence[Encoded]) -> Margins:
     """Margins at every step of decoding these answers, least uncertain position first."""
     checkpoint = llm.checkpoint
-    special = Special(
-        checkpoint.block_length, checkpoint.mask_token_id, checkpoint.eos_token_ids[0]
+    special = SpecialIds(
+        checkpoint.mask_token_id,
+        checkpoint.eos_token_ids,
+        checkpoint.pad_token_id,
+        checkpoint.block_length,
     )
 
     def surest(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArgum
 from dmax.baselines.objectives import certainty_loss, d2f_loss
 from dmax.baselines.rollouts import soft_oput_loss
 from dmax.errors import InputError, did_you_mean
+from dmax.special_ids import SpecialIds
 from dmax.training import noise
 from dmax.training.clean_stream import Batch, CleanBatch
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
@@ -104,7 +105,7 @@ class DMaxTrainer(Trainer):
             `inputs_embeds`.
         args: a `DMaxConfig`.
         train_dataset: encoded prompts and responses.
-        mask_token_id, eos_token_id, block_length: from the checkpoint.
+        special_ids: those of the checkpoint.
         eval_hook: called at every evaluation with the model in eval mode; returns metrics such as
             accuracy and TPF.
         kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
@@ -119,14 +120,13 @@ class DMaxTrainer(Trainer):
         args: DMaxConfig,
         train_dataset: ResponseDataset,
         *,
-        mask_token_id: int,
-        eos_token_id: int,
-        block_length: int,
+        special_ids: SpecialIds,
         eval_hook: EvalHook | None = None,
         **kwargs: Any,
     ) -> None:
+        block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
-        collator = Collator(block_length, eos_token_id, eos_labels, args.pad_to)
+        collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
         if eval_hook is not None:
             kwargs["eval_dataset"] = (
                 train_dataset  # never read: Trainer only insists that there is one
@@ -138,7 +138,7 @@ class DMaxTrainer(Trainer):
         # conclude that they are scaled by the caller, and add up the micro-batches of a step
         # instead of averaging them.
         self.model_accepts_loss_kwargs = False
-        self.mask_token_id = mask_token_id
+        self.mask_token_id = special_ids.mask_token_id
         self.block_length = block_length
         self.eval_hook = eval_hook
         objective: Callable[..., Loss] = self._objective
