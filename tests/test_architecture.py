@@ -52,7 +52,7 @@ THIRD_PARTY = {
     "sglang": ("dmax.integrations",),
 }
 MAX_FILE, MAX_FUNCTION = 500, 80  # 400 and 60 at 120 columns
-MAX_HEART = 3165  # lines of 100 columns, one assignment each; 2,750 of 120 columns
+MAX_HEART = 3270  # lines of 100 columns, one assignment each; 2,750 of 120 columns
 LONGER = {  # file or file:function -> lines it may have, and why
     "dmax/models/llada2_moe/modeling.py": 500,  # one architecture, one file
 }

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask, noisy_clean
-from dmax.baselines.objectives import certainty_loss, d2f_loss
+from dmax.baselines.objectives import certainty_loss, d2f_loss, rising_ratios
 from dmax.baselines.rollouts import decoded_masks, soft_oput_loss
 from dmax.blend import blend
 from dmax.confidence import candidates
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.training.clean_stream import IGNORE, Batch, CleanStream
-from dmax.training.noise import rising_ratios
 from dmax.training.objectives import mdlm_loss, oput_loss, uniform_loss
 from dmax.training.rollout import roll_out
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.confidence import candidates
 from dmax.decoding import selection
-from dmax.training.clean_stream import Batch, CleanStream
-from dmax.training.objectives import Loss, cross_entropy, mean_loss
+from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
+from dmax.training.objectives import Loss, Objective, cross_entropy, mean_loss
 from dmax.training.rollout import rollout_error
 
 
@@ -70,3 +71,32 @@ def decoded_masks(
     threshold = thresholds.expand_as(confidence).reshape(blocks)[:, :1]  # [B * blocks, 1]
     prefix = selection.prefix(masked.reshape(blocks), confidence.reshape(blocks), threshold)
     return prefix.view(masked.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftOPUT(Objective):
+    """On-policy uniform training on blends, `soft_oput_loss`.
+
+    Attributes:
+        rollout: "soft" turns all masks into blends. "spd" draws a threshold from U(0, 1) for each
+            sequence, and masks stay where decoding at that threshold would leave them.
+    """
+
+    decoding: ClassVar[str] = "spd"
+
+    rollout: str
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens; the model itself draws the rest of the noise."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        thresholds = torch.zeros(len(ratios), 1)
+        if self.rollout == "spd":
+            thresholds = torch.rand(len(ratios), 1, generator=generator)
+        return soft_oput_loss(
+            model,
+            batch,
+            thresholds.to(clean.clean_ids.device),
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+        )

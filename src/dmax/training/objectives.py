@@ -1,23 +1,26 @@
 """What a model is trained for: masked diffusion, uniform noise, and on-policy uniform training.
 
-Every loss is a pure function of (model, batch). The clean half of the training sequence is run
-once (`CleanStream`), and each noisy copy attends to it. On-policy uniform training needs two noisy
-copies, and the logits of the first one are its rollout: a step runs 3L tokens, where the published
-code runs 2 x (2L + 2L).
+Every loss is a pure function of (model, batch), and every objective draws the noise for its loss.
+The clean half of the training sequence is run once (`CleanStream`), and each noisy copy attends to
+it. On-policy uniform training needs two noisy copies, and the logits of the first one are its
+rollout: a step runs 3L tokens, where the published code runs 2 x (2L + 2L).
 
-Shapes: B sequences, L' positions of the noisy copy, V vocabulary.
+Shapes: B sequences of L positions, L' of them in the noisy copy, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.training.clean_stream import IGNORE, Batch, CleanStream
+from dmax.training.clean_stream import IGNORE, Batch, CleanBatch, CleanStream
+from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
 from dmax.training.rollout import roll_out, rollout_error
 
 
@@ -141,3 +144,110 @@ def mean_loss(first: Loss, second: Loss, **parts: Tensor) -> Loss:
     total = (first.total + second.total) / 2
     both = first.parts | second.parts
     return Loss(total, both | parts, first.per_sequence | second.per_sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective(ABC):
+    """A training objective: it draws noise for clean sequences and returns a loss.
+
+    Subclasses are dataclasses of their settings. Each field is set by the training argument or
+    special id of its name.
+
+    Attributes:
+        decoding: the strategy that decodes a model trained so.
+        block_length: positions that are decoded together.
+        mask_token_id: MASK.
+        mask_ratio_low: the lowest share of response tokens that are masked.
+        mask_ratio_high: the highest share.
+    """
+
+    decoding: ClassVar[str]
+
+    block_length: int
+    mask_token_id: int
+    mask_ratio_low: float
+    mask_ratio_high: float
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The objective with those of the settings that it has fields for."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: settings[name] for name in names if name in settings})
+
+    @abstractmethod
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Draw noise, the same for the same state of the generator, and return the loss."""
+
+    def mask_ratios(self, clean: CleanBatch, generator: torch.Generator) -> Tensor:
+        """A share of tokens to mask for every sequence, [B] float32."""
+        num = len(clean.clean_ids)
+        return mask_ratios(num, self.mask_ratio_low, self.mask_ratio_high, generator)
+
+    def masked(self, clean: CleanBatch, ratios: Tensor, generator: torch.Generator) -> Batch:
+        """The batch with masks at these ratios, [B] or [B, L] float32."""
+        ids = clean.clean_ids
+        noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
+        return clean.with_noise(noisy)
+
+
+@dataclass(frozen=True, slots=True)
+class MDLM(Objective):
+    """Masked block diffusion, `mdlm_loss`."""
+
+    decoding: ClassVar[str] = "threshold"
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        return mdlm_loss(model, batch, block_length=self.block_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform(Objective):
+    """The uniform-noise baseline of the paper, `uniform_loss`."""
+
+    decoding: ClassVar[str] = "spd"
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens in one stream, and draw random ones at the same ratios in the other."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        random_ids = random_tokens(
+            clean.clean_ids,
+            clean.corruptible,
+            ratios,
+            model.config.vocab_size,
+            self.mask_token_id,
+            generator,
+        )
+        random_ids = clean.noisy_part(random_ids)
+        return uniform_loss(model, batch, random_ids, block_length=self.block_length)
+
+
+@dataclass(frozen=True, slots=True)
+class OPUT(Objective):
+    """DMax's on-policy uniform training, `oput_loss`.
+
+    Attributes:
+        rollout: "argmax", as the published code has it, or "sample", as equation 3 is written.
+        rollout_temperature: of the samples.
+    """
+
+    decoding: ClassVar[str] = "spd"
+
+    rollout: str
+    rollout_temperature: float
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens; the model itself draws the rest of the noise."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        return oput_loss(
+            model,
+            batch,
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+            temperature=self.rollout_temperature if self.rollout == "sample" else 0.0,
+            generator=generator,
+        )
