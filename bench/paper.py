@@ -32,8 +32,9 @@ from dmax.params import DecodingParams
 from dmax.tasks import get_task
 from dmax.tasks.word_problems import problems
 from dmax.training import noise
+from dmax.training.clean_stream import IGNORE, CleanStream
 from dmax.training.data import Collator, Conversation, ResponseDataset
-from dmax.training.objectives import IGNORE, Batch, CleanStream, roll_out
+from dmax.training.rollout import roll_out
 
 Record = dict[str, Any]
 HARD = ("soft_inputs", False)
@@ -127,16 +128,15 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
         inputs = collate([dataset[i] for i in range(start, min(start + 32, num))])
         clean = inputs["clean_ids"]
         labels = inputs["labels"]
-        first = 0
         noisy = noise.mask_tokens(
             clean, inputs["corruptible"], torch.full((len(clean),), ratio), mask, generator
         )
-        stream = CleanStream(llm.model, Batch(clean, noisy, labels, first), length)
+        stream = CleanStream(llm.model, clean, length)
         embed = llm.model.get_input_embeddings()
-        predicted, _ = roll_out(stream.denoise(embed(noisy)), mask, "argmax", 1.0, None)
+        predicted = roll_out(stream.denoise(embed(noisy)), mask)
         was_masked = (noisy == mask) & (labels != IGNORE)
         fed = torch.where(noisy == mask, predicted, noisy)
-        again, _ = roll_out(stream.denoise(embed(fed)), mask, "argmax", 1.0, None)
+        again = roll_out(stream.denoise(embed(fed)), mask)
         before = predicted == labels
         after = again == labels
         counts["wrong"] += int((was_masked & ~before).sum())

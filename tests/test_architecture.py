@@ -22,7 +22,7 @@ LAYERS = {
             "dmax.files",
             "dmax.sandbox",
             "dmax.tiny",
-            "dmax.heads",
+            "dmax.baselines.heads",
         ),
         0,
     ),
@@ -54,12 +54,13 @@ THIRD_PARTY = {
     "sglang": ("dmax.integrations",),
 }
 MAX_FILE, MAX_FUNCTION = 500, 80  # 400 and 60 at 120 columns
-MAX_HEART = 3120  # lines of 100 columns, one assignment each; 2,750 of 120 columns
+MAX_HEART = 3270  # lines of 100 columns, one assignment each; 2,750 of 120 columns
 LONGER = {  # file or file:function -> lines it may have, and why
     "dmax/models/llada2_moe/modeling.py": 500,  # one architecture, one file
 }
 HEART = (
-    "attention cache blend confidence models/llada2_moe/modeling training/noise training/objectives "
+    "attention cache blend confidence models/llada2_moe/modeling "
+    "training/noise training/clean_stream training/objectives training/rollout "
     "decoding/block decoding/selection decoding/feed decoding/stop decoding/spd "
     "engine/request engine/rows engine/flight engine/scheduler engine/lane engine/runner engine/engine"
 ).split()

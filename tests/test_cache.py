@@ -1,4 +1,4 @@
-"""BlockCache: in-place blocks, commits, rollbacks; ContextCache: one recording, many readers."""
+"""BlockCache: in-place blocks, commits, rollbacks."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ from transformers.integrations import flex_attention as flex_integration
 from dmax.attention import block_causal, dense_mask, noisy_clean
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.models import LLaDA2MoeModelLM, register
-from dmax.training.objectives import Batch, mdlm_loss, oput_loss, roll_out
+from dmax.training.clean_stream import Batch
+from dmax.training.objectives import mdlm_loss, oput_loss
+from dmax.training.rollout import roll_out
 
 register()
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,7 +135,7 @@ def test_losses_match_the_published_code(golden: Golden) -> None:
     predicted = golden.tensors["oput.loss_predicted_per_sequence"]
     torch.testing.assert_close(loss.per_sequence["masked"], masked, rtol=1e-4, atol=0)
     torch.testing.assert_close(loss.per_sequence["predicted"], predicted, rtol=1e-4, atol=0)
-    mdlm = mdlm_loss(golden.model, golden_batch(golden), **options)
+    mdlm = mdlm_loss(golden.model, golden_batch(golden), block_length=golden.block_length)
     torch.testing.assert_close(mdlm.per_sequence["masked"], masked, rtol=1e-4, atol=0)
 
 
@@ -147,7 +149,7 @@ def test_rollout_matches_the_published_code(golden: Golden) -> None:
         logits = golden.model(
             input_ids=both, attention_mask=mask, position_ids=(position % length)[None]
         ).logits
-    tokens, _ = roll_out(logits[:, :length], golden.mask_token_id, "argmax", 1.0, None)
+    tokens = roll_out(logits[:, :length], golden.mask_token_id)
     predicted = torch.where(batch.noisy_ids == golden.mask_token_id, tokens, batch.noisy_ids)
     assert torch.equal(predicted, golden.tensors["oput.predicted_ids"])
 

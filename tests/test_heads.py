@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmax.errors import InputError
-from dmax.heads import (
+from dmax.baselines.heads import (
     KINDS,
     Head,
     Kind,
@@ -22,6 +21,7 @@ from dmax.heads import (
     save_head,
     shapes,
 )
+from dmax.errors import InputError
 from dmax.tiny import BUNDLED, bundled_head
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmax.heads import KINDS
+from dmax.baselines.heads import KINDS
 from dmax.models import LLaDA2MoeConfig
 from dmax.recipe.sections import load_recipe
 from dmax.tasks.word_problems import Numbers

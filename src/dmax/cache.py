@@ -1,4 +1,4 @@
-"""Keys and values of final tokens: for decoding block by block, and for training on a clean stream.
+"""Keys and values of what is already settled, for decoding block by block.
 
 Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head
 size. Newer releases of transformers pass further arguments to `update`, which have no use here.
@@ -10,49 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class ContextCache:
-    """Keys and values of one forward, kept with their gradient so that other forwards can attend to them (training).
-
-    A forward through the cache sees only itself; forwards through its `view()` see the recorded
-    ones before their own and leave no trace. Repeating either changes nothing, which gradient
-    checkpointing relies on.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by layer index, keys and values [B, G, T, d]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions seen before the new ones: none."""
-        return 0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """Record new keys and values [B, G, T, d] and return them as they are."""
-        self.layers.setdefault(layer_idx, (key, value))
-        return key, value
-
-    def view(self) -> ContextView:
-        """What the other forwards take as their cache."""
-        return ContextView(self.layers)
-
-
-class ContextView:
-    """Read-only access to what a `ContextCache` recorded."""
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.layers = layers
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of recorded positions."""
-        return self.layers[layer_idx][0].shape[2]
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """New keys and values [B, G, L, d] to the ones attention sees, [B, G, T + L, d]."""
-        recorded_key, recorded_value = self.layers[layer_idx]
-        return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)
 
 
 class BlockCache:

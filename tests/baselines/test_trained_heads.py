@@ -12,10 +12,10 @@ from scripted import MASK, logits_of, opened, play, rows
 from torch import Tensor
 
 from dmax.baselines.demask import within_dependency
+from dmax.baselines.heads import Head, Tensors, save_head
 from dmax.decoding import get_strategy
 from dmax.decoding.block import Output
 from dmax.errors import InputError
-from dmax.heads import Head, Tensors, save_head
 from dmax.params import DecodingParams
 
 

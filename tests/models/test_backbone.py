@@ -25,13 +25,14 @@ from transformers import (
 
 from dmax import LLM, DecodingParams
 from dmax.attention import block_causal, dense_mask
+from dmax.baselines.rollouts import soft_oput_loss
 from dmax.cache import BlockCache
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.errors import InputError
 from dmax.models import backbone
 from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
-from dmax.training.objectives import Batch, oput_loss
+from dmax.training.clean_stream import Batch
 
 BLOCK, VOCAB, EOS, MASK = 8, 64, 2, 3
 KINDS = ["llama", "qwen3"]
@@ -198,9 +199,10 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     noisy = ids.clone()
     noisy[:, BLOCK::2] = MASK
     labels = torch.where(torch.arange(ids.shape[1]) < BLOCK, -100, ids)
-    batch = Batch(ids, noisy, labels, start=BLOCK)
+    batch = Batch(ids, noisy[:, BLOCK:], labels[:, BLOCK:])
     model.zero_grad()
-    loss = oput_loss(model, batch, block_length=BLOCK, mask_token_id=MASK, rollout="soft").total
+    thresholds = torch.zeros(len(ids), 1)
+    loss = soft_oput_loss(model, batch, thresholds, block_length=BLOCK, mask_token_id=MASK).total
     assert torch.isfinite(loss)
     loss.backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}

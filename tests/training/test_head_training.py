@@ -11,19 +11,20 @@ import torch
 import yaml
 from torch import Tensor
 
+from dmax.baselines.head_states import Blocks, dependency_examples, filter_examples
+from dmax.baselines.head_training import HeadConfig, fit, record
+from dmax.baselines.heads import KINDS, Head, dependency_logits, filter_logits, load_head, save_head
 from dmax.errors import InputError
-from dmax.heads import KINDS, Head, dependency_logits, filter_logits, load_head, save_head
 from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.params import DecodingParams
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
+from dmax.special_ids import SpecialIds
 from dmax.training.data import Encoded
-from dmax.training.head_states import Blocks, Special, dependency_examples, filter_examples
-from dmax.training.heads import HeadConfig, fit, record
 
 BLOCK, MASK, EOS = 4, 47, 46
-SPECIAL = Special(BLOCK, MASK, EOS)
+SPECIAL = SpecialIds(MASK, (EOS,), EOS, BLOCK)
 SHORT, LONG = (
     Encoded([1, 2, 3, 4, 5], [6, 7]),
     Encoded([8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19]),
@@ -95,7 +96,7 @@ class Scripted:
     """`Blocks` whose model is a function of what is masked and of the tokens that are not."""
 
     def __init__(self, final: list[list[int]], denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.final, self.special, self._denoise = torch.tensor(final), SPECIAL, denoise
+        self.final, self.special_ids, self._denoise = torch.tensor(final), SPECIAL, denoise
         self.masked = torch.ones_like(self.final, dtype=torch.bool)
 
     def denoise(self, masked: Tensor, tokens: Tensor | None = None) -> Tensor:

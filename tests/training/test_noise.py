@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmax.training.noise import mask_ratios, mask_tokens, random_tokens, rising_ratios
+from dmax.baselines.objectives import rising_ratios
+from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
 
 VOCAB, MASK = 50, 17
 

@@ -13,20 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask, noisy_clean
+from dmax.baselines.objectives import certainty_loss, d2f_loss, rising_ratios
+from dmax.baselines.rollouts import decoded_masks, soft_oput_loss
 from dmax.blend import blend
+from dmax.confidence import candidates
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from dmax.training.noise import rising_ratios
-from dmax.training.objectives import (
-    IGNORE,
-    Batch,
-    CleanStream,
-    confident_prefix,
-    mdlm_loss,
-    oput_loss,
-    roll_out,
-    uniform_loss,
-)
-from dmax.training.rivals import certainty_loss, d2f_loss
+from dmax.training.clean_stream import IGNORE, Batch, CleanStream
+from dmax.training.objectives import mdlm_loss, oput_loss, uniform_loss
+from dmax.training.rollout import roll_out
 
 BLOCK, VOCAB, MASK, EOS = 4, 48, 47, 46
 OPTIONS: dict[str, Any] = {"block_length": BLOCK, "mask_token_id": MASK}
@@ -114,7 +108,7 @@ def test_shared_clean_stream_gives_the_concatenated_logits(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     embed = model.model.word_embeddings
-    stream = CleanStream(model, batch, BLOCK)
+    stream = CleanStream(model, batch.clean_ids, BLOCK)
     for ids in (
         batch.noisy_ids,
         batch.clean_ids.flip(1),
@@ -126,7 +120,7 @@ def test_shared_clean_stream_gives_the_concatenated_logits(
 def test_mdlm_gradients_are_those_of_the_concatenated_forward(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
-    ours = mdlm_loss(model, batch, **OPTIONS)
+    ours = mdlm_loss(model, batch, block_length=BLOCK)
     found = gradients(model, ours.total)
     expected = plain_loss(
         concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)), batch
@@ -140,14 +134,18 @@ def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
     model: LLaDA2MoeModelLM, batch: Batch, rollout: Any
 ) -> None:
     """Two concatenated forwards after a separate rollout without gradient give the same loss and gradients."""
-    ours = oput_loss(model, batch, **OPTIONS, rollout=rollout)
+    if rollout == "soft":
+        ours = soft_oput_loss(model, batch, torch.zeros(2, 1), **OPTIONS)
+    else:
+        ours = oput_loss(model, batch, **OPTIONS)
     found = gradients(model, ours.total)
 
     embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
     with torch.no_grad():
         logits = concatenated_logits(model, batch, embed(batch.noisy_ids))
-        logits[..., MASK] = float("-inf")
-        confidence, predicted = logits.softmax(-1).max(-1)
+        shares = logits.softmax(-1)  # MASK's own counts against the others (A9)
+        shares[..., MASK] = 0.0
+        confidence, predicted = shares.max(-1)
     inputs = embed(torch.where(masked, predicted, batch.noisy_ids))
     if rollout == "soft":
         soft = blend(embed(predicted[..., None]), embed(torch.tensor(MASK)), confidence[..., None])
@@ -166,7 +164,9 @@ def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(
     embed, block = model.model.word_embeddings, slice(3 * BLOCK, 4 * BLOCK)
 
     def logits(changed: Batch) -> Tensor:
-        return CleanStream(model, changed, BLOCK).denoise(embed(changed.noisy_ids))[:, block]
+        return CleanStream(model, changed.clean_ids, BLOCK).denoise(embed(changed.noisy_ids))[
+            :, block
+        ]
 
     expected = logits(batch)
     clean, noisy = batch.clean_ids.clone(), batch.noisy_ids.clone()
@@ -184,17 +184,18 @@ def test_a_later_start_drops_work_but_not_loss(
 ) -> None:
     def loss(chosen: Batch) -> Any:
         if objective == "mdlm":
-            return mdlm_loss(model, chosen, **OPTIONS)
+            return mdlm_loss(model, chosen, block_length=BLOCK)
         if objective == "uniform":
-            return uniform_loss(model, chosen, batch.noisy_ids.clamp(max=EOS), **OPTIONS)
-        return oput_loss(
-            model, chosen, **OPTIONS, rollout="soft" if objective == "soft" else "argmax"
-        )
+            return uniform_loss(model, chosen, chosen.noisy_ids.clamp(max=EOS), block_length=BLOCK)
+        if objective == "soft":
+            return soft_oput_loss(model, chosen, torch.zeros(2, 1), **OPTIONS)
+        return oput_loss(model, chosen, **OPTIONS)
 
-    late = replace(batch, start=2 * BLOCK)  # both prompts are at least that long
+    start = 2 * BLOCK  # both prompts are at least that long
+    late = Batch(batch.clean_ids, batch.noisy_ids[:, start:], batch.labels[:, start:])
     with recorded_streams(model) as inputs:
         ours = loss(late)
-    assert {stream.shape[1] for stream in inputs} == {batch.clean_ids.shape[1] - late.start}
+    assert {stream.shape[1] for stream in inputs} == {batch.clean_ids.shape[1] - start}
     whole = loss(batch)
     torch.testing.assert_close(ours.total, whole.total)
     for name, each in whole.per_sequence.items():
@@ -209,7 +210,7 @@ def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batc
     noisy = torch.where(batch.noisy_ids == only_clean, 0, batch.noisy_ids)
     clean[:, 0] = only_clean
     gradient = gradients(
-        model, mdlm_loss(model, Batch(clean, noisy, batch.labels), **OPTIONS).total
+        model, mdlm_loss(model, Batch(clean, noisy, batch.labels), block_length=BLOCK).total
     )
     assert gradient["model.word_embeddings.weight"][only_clean].any()
 
@@ -217,16 +218,16 @@ def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batc
 # ---- the rollout --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rollout", ["argmax", "sample"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
-    model: LLaDA2MoeModelLM, batch: Batch, rollout: Any
+    model: LLaDA2MoeModelLM, batch: Batch, temperature: float
 ) -> None:
     embed = model.model.word_embeddings
     with torch.no_grad():  # tokens can be read off the inputs; a head that wants MASK above all
         embed.weight.copy_(F.normalize(embed.weight, dim=-1))
         model.lm_head.weight.data[MASK] *= 100
     with recorded_streams(model) as inputs:
-        oput_loss(model, batch, **OPTIONS, rollout=rollout)
+        oput_loss(model, batch, **OPTIONS, temperature=temperature)
     first, second = ((stream @ embed.weight.T).argmax(-1) for stream in inputs)
     assert torch.equal(first, batch.noisy_ids)
     masked = batch.noisy_ids == MASK
@@ -239,21 +240,23 @@ def test_soft_rollout_feeds_the_blend_that_decoding_feeds(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
+    model.lm_head.weight.data[MASK] *= 100  # the model would often rather leave a mask
     with recorded_streams(model) as inputs:
-        oput_loss(model, batch, **OPTIONS, rollout="soft")
-    logits = CleanStream(model, batch, BLOCK).denoise(embed(batch.noisy_ids))
-    tokens, confidence = roll_out(logits, MASK, "soft", 1.0, None)
-    soft = blend(embed(tokens[..., None]), embed.weight[MASK], confidence[..., None])
+        soft_oput_loss(model, batch, torch.zeros(2, 1), **OPTIONS)
+    logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(embed(batch.noisy_ids))
+    assert logits.softmax(-1)[masked][:, MASK].max() > 0.5
+    best = candidates(logits, 1, MASK)
+    soft = blend(embed(best.ids), embed.weight[MASK], best.probs)
     torch.testing.assert_close(inputs[1][masked], soft[masked])
     assert torch.equal(inputs[1][~masked], embed(batch.noisy_ids)[~masked])
 
 
 def test_rollout_carries_no_gradient() -> None:
     logits = torch.randn(2, 5, VOCAB, requires_grad=True)
-    for rollout in ("argmax", "sample", "soft"):
-        tokens, confidence = roll_out(logits, MASK, rollout, 1.0, None)  # type: ignore[arg-type]
-        assert not tokens.requires_grad and not confidence.requires_grad
-        assert (tokens != MASK).all() and ((confidence > 0) & (confidence <= 1)).all()
+    for temperature in (0.0, 1.0):
+        tokens = roll_out(logits, MASK, temperature)
+        assert not tokens.requires_grad
+        assert (tokens != MASK).all()
 
 
 def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> None:
@@ -270,10 +273,10 @@ def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> 
         oput_loss(model, batch, **OPTIONS).total.backward()
         optimizer.step()
         with torch.no_grad():
-            logits = CleanStream(model, batch, BLOCK).denoise(
+            logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(
                 model.model.word_embeddings(batch.noisy_ids)
             )
-        expected, _ = roll_out(logits, MASK, "argmax", 1.0, None)
+        expected = roll_out(logits, MASK)
         after = second_stream()
         assert torch.equal(after, torch.where(batch.noisy_ids == MASK, expected, batch.noisy_ids))
         assert not torch.equal(after, before)
@@ -283,19 +286,18 @@ def test_sampling_rollout_is_reproducible_and_follows_temperature() -> None:
     logits = torch.randn(4, 200, VOCAB, generator=torch.Generator().manual_seed(0))
 
     def sampled(seed: int, temperature: float = 1.0) -> Tensor:
-        return roll_out(logits, MASK, "sample", temperature, torch.Generator().manual_seed(seed))[0]
+        return roll_out(logits, MASK, temperature, torch.Generator().manual_seed(seed))
 
     assert torch.equal(sampled(1), sampled(1))
     assert not torch.equal(sampled(1), sampled(2))
-    assert torch.equal(sampled(1, 1e-4), roll_out(logits, MASK, "argmax", 1.0, None)[0])
+    assert torch.equal(sampled(1, 1e-4), roll_out(logits, MASK))
 
 
 def test_sampling_frequencies_are_the_models_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 5.0]).expand(1, 40_000, 4)
-    tokens, confidence = roll_out(logits, 3, "sample", 1.0, torch.Generator().manual_seed(0))
-    expected = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    tokens = roll_out(logits, 3, 1.0, torch.Generator().manual_seed(0))
+    expected = torch.tensor([0.0, 1.0, 2.0]).softmax(0)  # among the others, as MASK is never drawn
     torch.testing.assert_close(tokens[0].bincount() / 40_000, expected, atol=0.01, rtol=0)
-    torch.testing.assert_close(confidence, expected[tokens])
 
 
 def test_rollout_error_is_the_share_of_wrong_predictions(
@@ -303,10 +305,10 @@ def test_rollout_error_is_the_share_of_wrong_predictions(
 ) -> None:
     masked = batch.noisy_ids == MASK
     with torch.no_grad():
-        logits = CleanStream(model, batch, BLOCK).denoise(
+        logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(
             model.model.word_embeddings(batch.noisy_ids)
         )
-    predicted, _ = roll_out(logits, MASK, "argmax", 1.0, None)
+    predicted = roll_out(logits, MASK)
     expected = (predicted != batch.clean_ids)[masked].float().mean()
     torch.testing.assert_close(oput_loss(model, batch, **OPTIONS).parts["rollout_error"], expected)
 
@@ -320,7 +322,7 @@ def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
     """Both streams share their labels; unmasked response positions are among them."""
     embed = model.model.word_embeddings
     with torch.no_grad():
-        logits = CleanStream(model, batch, BLOCK).denoise(embed(batch.noisy_ids))
+        logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(embed(batch.noisy_ids))
     each = F.cross_entropy(logits.transpose(1, 2), batch.clean_ids, reduction="none")
     labelled = batch.labels != IGNORE
     assert (labelled & (batch.noisy_ids != MASK)).any()
@@ -346,7 +348,7 @@ def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     random_ids = batch.noisy_ids.clamp(max=EOS)
-    ours = uniform_loss(model, batch, random_ids, **OPTIONS)
+    ours = uniform_loss(model, batch, random_ids, block_length=BLOCK)
     embed = model.model.word_embeddings
     expected = [
         plain_loss(concatenated_logits(model, batch, embed(ids)), batch)
@@ -417,13 +419,15 @@ def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
     assert_same_gradients(gradients(model, loss.total), gradients(model, loss_sum / weight_sum))
 
 
-def test_confident_prefixes_end_at_the_first_unsure_mask_of_each_block() -> None:
-    masked = torch.tensor([[True, True, False, True, True, True, False, True]] * 2)
-    confidence = torch.tensor([[0.9, 0.6, 0.1, 0.8, 0.4, 0.9, 0.9, 0.9]] * 2)
-    found = confident_prefix(masked, confidence, torch.tensor([[0.7], [0.5]]), 4)
+def test_rollouts_decode_the_confident_prefix_of_each_block_or_its_leftmost_mask() -> None:
+    masked = torch.tensor([[True, True, False, True, False, True, True, True]] * 3)
+    confidence = torch.tensor([[0.9, 0.6, 0.1, 0.8, 0.9, 0.4, 0.9, 0.9]] * 3)
+    thresholds = torch.tensor([[0.7], [0.5], [0.0]])
+    found = decoded_masks(masked, confidence, thresholds, 4)
     assert found.tolist() == [
-        [True, False, False, False, False, False, False, False],
-        [True, True, False, True, False, False, False, False],
+        [True, False, False, False, False, True, False, False],
+        [True, True, False, True, False, True, False, False],
+        [True, True, False, True, False, True, True, True],
     ]
 
 
@@ -431,23 +435,20 @@ def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_behind_it(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     model.get_output_embeddings().weight.data.mul_(20.0)  # an untrained model is sure of nothing
-    generator = torch.Generator().manual_seed(8)
-    with recorded_streams(model) as streams:
-        oput_loss(model, batch, rollout="spd", generator=generator, **OPTIONS)
     thresholds = torch.rand(2, 1, generator=torch.Generator().manual_seed(8))
+    with recorded_streams(model) as streams:
+        soft_oput_loss(model, batch, thresholds, **OPTIONS)
     logits = concatenated_logits(
         model, batch, model.model.word_embeddings(batch.noisy_ids)
     ).detach()
-    tokens, confidence = roll_out(logits, MASK, "spd", 1.0, None)
+    best = candidates(logits, 1, MASK)
     masked = batch.noisy_ids == MASK
-    promoted = confident_prefix(masked, confidence, thresholds, BLOCK)
+    promoted = decoded_masks(masked, best.probs[..., 0], thresholds, BLOCK)
     assert 0 < promoted.sum() < masked.sum()
     embed = model.model.word_embeddings
     expected = embed(batch.noisy_ids)  # clean tokens, and masks where nothing was promoted
     for row, position in promoted.nonzero().tolist():
         here = (slice(row, row + 1), slice(position, position + 1))
-        blended = blend(
-            embed(tokens[here][..., None]), embed.weight[MASK], confidence[here][..., None]
-        )
+        blended = blend(embed(best.ids[here]), embed.weight[MASK], best.probs[here])
         expected[row, position] = blended[0, 0]
     torch.testing.assert_close(streams[-1], expected)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dmax.baselines.heads import Head, dependency_logits, load_head
 from dmax.decoding.block import Decision, Output, State, View, predict
 from dmax.decoding.strategy import Number, Strategy, number
 from dmax.errors import InputError
-from dmax.heads import Head, dependency_logits, load_head
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from dmax.baselines.heads import Head, filter_logits, load_head
 from dmax.decoding.block import Decision, Output, State, View, predict
 from dmax.decoding.selection import most_confident
 from dmax.decoding.strategy import Number, Strategy, number
-from dmax.heads import Head, filter_logits, load_head
 
 
 @dataclass(frozen=True)

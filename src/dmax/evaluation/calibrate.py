@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dmax.baselines import selection
+from dmax.baselines.head_states import Blocks, replay
 from dmax.baselines.sched import ScheduledExit, mean_margin
 from dmax.decoding.block import Output
 from dmax.errors import InputError
 from dmax.llm import LLM, Prompt
 from dmax.params import DecodingParams, check_number
 from dmax.training.data import Encoded
-from dmax.training.head_states import Blocks, Special, replay
 
 NEVER = 1e9  # no margin reaches it
 PLACES = 100  # bounds are whole hundredths
@@ -106,8 +106,7 @@ def calibrate(
 def record(llm: LLM, answers: Sequence[Encoded]) -> Margins:
     """Margins at every step of decoding these answers, least uncertain position first."""
     checkpoint = llm.checkpoint
-    ids = checkpoint.special_ids
-    special = Special(ids.block_length, ids.mask_token_id, ids.eos_token_ids[0])
+    special = checkpoint.special_ids
 
     def surest(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         entropy = selection.entropy(Output(logits, special.mask_token_id).logits)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from dmax.baselines.head_training import HeadConfig, fit, record
+from dmax.baselines.heads import Kind, load_head, save_head
 from dmax.checkpoint import weights_digest
 from dmax.errors import InputError
 from dmax.files import check_writable
-from dmax.heads import Kind, load_head, save_head
 from dmax.recipe.build import build_checkpoint, build_data
 from dmax.recipe.sections import Recipe
-from dmax.training.head_states import Special
-from dmax.training.heads import HeadConfig, fit, record
 
 
 def train_head(
@@ -36,9 +35,7 @@ def train_head(
         )
     checkpoint = build_checkpoint(recipe.model)
     dataset = build_data(recipe.data, checkpoint)
-    ids = checkpoint.special_ids
-    special = Special(ids.block_length, ids.mask_token_id, ids.eos_token_ids[0])
-    states = record(checkpoint.model, dataset.examples, special, config)
+    states = record(checkpoint.model, dataset.examples, checkpoint.special_ids, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)
     hidden_size = checkpoint.model.config.hidden_size

@@ -24,16 +24,9 @@ from dmax.recipe.build import build_checkpoint, build_data
 from dmax.recipe.folder import ANEW, MOVE, RunFolder
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
+from dmax.training import get_objective
 from dmax.training.trainer import DMaxConfig, DMaxTrainer
 
-# The strategy that a model decodes best with, by the objective that it was trained with.
-DECODING = {
-    "mdlm": "threshold",
-    "uniform": "spd",
-    "oput": "spd",
-    "d2f": "d2f",
-    "dparallel": "dparallel",
-}
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
 UNTRACKED = (
     "disable_tqdm",
@@ -83,7 +76,7 @@ def run_recipe(
             )
 
     set_seed(args.seed)
-    decoding = DECODING[args.objective]
+    decoding = get_objective(args.objective, args.rollout).decoding
     checkpoint = dataclasses.replace(build_checkpoint(recipe.model), decoding=decoding)
     checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
     dataset = build_data(recipe.data, checkpoint)
@@ -94,9 +87,7 @@ def run_recipe(
         checkpoint.model,
         args,
         dataset,
-        mask_token_id=special_ids.mask_token_id,
-        eos_token_id=special_ids.eos_token_ids[0],
-        block_length=special_ids.block_length,
+        special_ids=special_ids,
         eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
         processing_class=checkpoint.tokenizer,
         callbacks=[run],

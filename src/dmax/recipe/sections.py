@@ -24,7 +24,7 @@ from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.trainer import DMaxConfig
 
 if TYPE_CHECKING:
-    from dmax.training.heads import HeadConfig
+    from dmax.baselines.head_training import HeadConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         sections["eval"] = EvalSection(**_fields(file, "eval", EvalSection))
     changes = dict(overrides or {})
     if trains_head:
-        from dmax.training.heads import HeadConfig
+        from dmax.baselines.head_training import HeadConfig
 
         fields = _fields(file, "head", HeadConfig) | changes
         with file.at("head"):

@@ -1,0 +1,61 @@
+"""Training objectives by name. An objective sees a model and a batch, never a trainer or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from dmax.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from dmax.training.objectives import Objective
+
+_GROUP = "dmax.objectives"
+_OBJECTIVES = {
+    "mdlm": "dmax.training.objectives:MDLM",
+    "uniform": "dmax.training.objectives:Uniform",
+    "oput": "dmax.training.objectives:OPUT",
+    "dparallel": "dmax.baselines.objectives:DParallel",
+    "d2f": "dmax.baselines.objectives:D2F",
+}
+_ROLLOUTS = {  # of `oput`, and which objective rolls out so
+    "argmax": "dmax.training.objectives:OPUT",
+    "sample": "dmax.training.objectives:OPUT",
+    "soft": "dmax.baselines.rollouts:SoftOPUT",
+    "spd": "dmax.baselines.rollouts:SoftOPUT",
+}
+
+
+def objective_names() -> tuple[str, ...]:
+    """Names of all objectives, those of plugins (entry-point group `dmax.objectives`) included."""
+    return tuple(_table())
+
+
+def get_objective(name: str, rollout: str = "argmax") -> type[Objective]:
+    """The objective of a name; `oput` has one for each kind of `rollout`.
+
+    Raises:
+        InputError: there is no such objective or rollout; names those that exist.
+    """
+    entry = _find("objective", name, _table())
+    rollout_entry = _find("rollout", rollout, _ROLLOUTS)
+    if name == "oput":
+        entry = rollout_entry
+    objective: type[Objective] = EntryPoint(name, entry, _GROUP).load()
+    return objective
+
+
+def _table() -> dict[str, str]:
+    plugins = {entry.name: entry.value for entry in entry_points(group=_GROUP)}
+    return plugins | _OBJECTIVES  # no plugin changes what a published name means
+
+
+def _find(setting: str, name: str, table: Mapping[str, str]) -> str:
+    if name not in table:
+        choices = ", ".join(table)
+        raise InputError(
+            f"`{setting}` must be one of {choices}, got {name!r}",
+            hint=did_you_mean(name, list(table)),
+        )
+    return table[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dmax.errors import InputError
-from dmax.training.objectives import IGNORE
+from dmax.training.clean_stream import IGNORE
 
 KEYS = (("prompt", "response"), ("question", "answer"))
 
@@ -76,26 +76,20 @@ def _parse(line: bytes, where: str) -> Conversation:
         raise InputError(f"{where}: not a JSON object ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+
     if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise InputError(
-                f"{where}: `messages` must be a list of objects whose `role` and `content` are texts"
-            )
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise InputError(
-                f"{where}: the last of `messages` must be the assistant's, the response to learn, and others before it"
-            )
-        messages, response = messages[:-1], messages[-1]["content"]
+        messages = _checked_messages(record["messages"], where)
+        response: Any = messages.pop()["content"]
     else:
-        prompt, response = next(
-            ((record.get(p), record.get(r)) for p, r in KEYS if p in record), (None, None)
-        )
+        prompt_key, response_key = next((keys for keys in KEYS if keys[0] in record), KEYS[0])
+        prompt = record.get(prompt_key)
+        response = record.get(response_key)
         if not isinstance(prompt, str):
             raise InputError(
                 f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`"
             )
         messages = [{"role": "user", "content": prompt}]
+
     if not isinstance(response, str) or not response.strip():
         raise InputError(f"{where}: a record without a response")
     try:
@@ -103,6 +97,19 @@ def _parse(line: bytes, where: str) -> Conversation:
     except UnicodeEncodeError:  # JSON can write what no text holds
         raise InputError(f"{where}: a text holds half of a surrogate pair") from None
     return Conversation(messages, response, where)
+
+
+def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise InputError(
+            f"{where}: `messages` must be a list of objects whose `role` and `content` are texts"
+        )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"{where}: the last of `messages` must be the assistant's, the response to learn, "
+            "and others before it"
+        )
+    return messages
 
 
 def _is_message(value: Any) -> bool:
@@ -126,24 +133,21 @@ class ResponseDataset(Dataset[Encoded]):
     def __init__(
         self, conversations: Sequence[Conversation], tokenizer: Any, max_length: int
     ) -> None:
-        self.examples = [
-            Encoded(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                ),
-                tokenizer.encode(response, add_special_tokens=False),
-            )
-            for messages, response, _ in conversations
-        ]
-        if not self.examples:
+        if not conversations:
             raise InputError("there is no example to learn from")
-        for conversation, example in zip(conversations, self.examples, strict=True):
-            if len(example) >= max_length:
+        self.examples: list[Encoded] = []
+        for messages, response, where in conversations:
+            prompt_ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            response_ids = tokenizer.encode(response, add_special_tokens=False)
+            if len(prompt_ids) + len(response_ids) >= max_length:
                 raise InputError(
-                    f"{conversation.where}: {len(example.prompt)} prompt and {len(example.response)} response "
-                    f"tokens leave no room for EOS in `max_length` {max_length}",
+                    f"{where}: {len(prompt_ids)} prompt and {len(response_ids)} response tokens "
+                    f"leave no room for EOS in `max_length` {max_length}",
                     hint="drop the record or raise `max_length` up to the model's context",
                 )
+            self.examples.append(Encoded(prompt_ids, response_ids))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -159,8 +163,8 @@ class Collator:
     Attributes:
         block_length: every sequence is padded to a multiple of it.
         eos_token_id: end of the response and padding.
-        eos_labels: how many trailing EOS carry a label (A5: one block length, so that a model
-            learns to fill its last block); the rest are padding without loss.
+        eos_labels: how many trailing EOS carry a label; the rest are padding without loss. One
+            block of them teaches a model to fill its last block (A5 in docs/paper.md).
         pad_to: pad every batch to this length instead of its longest sequence, for static shapes.
     """
 
@@ -170,7 +174,7 @@ class Collator:
     pad_to: int | None = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """`clean_ids`, `labels`, [B, L] int64; `corruptible` [B, L] bool: response and labelled EOS; `start` scalar."""
+        """The fields of a `CleanBatch` by name; its `start` is a scalar tensor."""
         longest = self.pad_to or max(len(example) for example in examples) + 1
         length = -(-longest // self.block_length) * self.block_length
         clean = torch.full((len(examples), length), self.eos_token_id)
@@ -180,18 +184,18 @@ class Collator:
             clean[row, :end] = torch.tensor(example.prompt + example.response)
             labelled = slice(len(example.prompt), min(end + self.eos_labels, length))
             labels[row, labelled] = clean[row, labelled]
-        first = min(len(example.prompt) for example in examples)
+
+        prompts = torch.tensor([[len(example.prompt)] for example in examples])  # [B, 1]
         return {
             "clean_ids": clean,
             "labels": labels,
-            "corruptible": torch.arange(length)
-            >= torch.tensor([[len(e.prompt)] for e in examples]),
-            "start": torch.tensor(first // self.block_length * self.block_length),
+            "corruptible": torch.arange(length) >= prompts,
+            "start": prompts.min() // self.block_length * self.block_length,
         }
 
 
 class LengthSampler(Sampler[int]):
-    """A seeded shuffle in which batches hold examples of similar length, so that little is padding.
+    """A seeded shuffle whose batches hold examples of similar length, so that little is padding.
 
     Every epoch shuffles anew: windows of `batch_size * window` random examples are sorted by
     length, cut into batches, and the batches shuffled. A pure function of (seed, epoch), hence the
@@ -220,9 +224,8 @@ class LengthSampler(Sampler[int]):
         span = self.batch_size * self.window
         for begin in range(0, len(order), span):
             window = sorted(order[begin : begin + span], key=self.lengths.__getitem__)
-            batches = [
-                window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)
-            ]
+            cuts = range(0, len(window), self.batch_size)
+            batches = [window[cut : cut + self.batch_size] for cut in cuts]
             whole = batches[:-1] if len(batches[-1]) < self.batch_size else batches
             for index in torch.randperm(len(whole), generator=generator).tolist():
                 yield from whole[index]

@@ -1,7 +1,6 @@
-"""Corruption of clean sequences: pure functions of token ids and a random generator.
+"""Noise on clean sequences: pure functions of token ids and a random generator.
 
-B sequences, L positions. Only positions marked corruptible (the response and its padding) are ever
-touched.
+Shapes: B sequences of L positions. Only the response and its padding are ever changed.
 """
 
 from __future__ import annotations
@@ -10,22 +9,12 @@ import torch
 from torch import Tensor
 
 
-def mask_ratios(
-    num: int, low: float, high: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Noise levels t ~ Uniform(low, high) per sequence, [num] float32; low = high gives the paper's fixed ratio."""
-    return low + (high - low) * torch.rand(num, generator=generator)
+def mask_ratios(num: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Noise levels t ~ Uniform(low, high), one for each of `num` sequences, [num] float32.
 
-
-def rising_ratios(corruptible: Tensor, block_length: int, low: float, high: float) -> Tensor:
-    """Noise levels [B, L] float32 that rise evenly from `low` in a response's first block to `high` in its last (D2F).
-
-    `corruptible` [B, L] bool marks the response and its padding; a response of one block has `low`
-    everywhere.
+    With low = high they are fixed, as in the paper's experiments (A6 in docs/paper.md).
     """
-    block = torch.arange(corruptible.shape[1], device=corruptible.device) // block_length
-    first = block[corruptible.int().argmax(dim=1)][:, None]
-    return low + (high - low) * ((block - first) / (block[-1] - first).clamp(min=1)).clamp(min=0)
+    return low + (high - low) * torch.rand(num, generator=generator)
 
 
 def mask_tokens(
@@ -33,22 +22,22 @@ def mask_tokens(
     corruptible: Tensor,
     ratios: Tensor,
     mask_token_id: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Replace each corruptible token by MASK independently with its sequence's probability (eq. 1's x_t).
+    """Replace each corruptible token by MASK with the probability given for it (x_t of eq. 1).
 
     Args:
-        ids: [B, L] int64 clean tokens.
-        corruptible: [B, L] bool.
-        ratios: [B] float32 in [0, 1], or [B, L], one for every position.
-        mask_token_id: what masked positions become.
-        generator: CPU generator; None uses torch's global one.
+        ids: [B, L] int64, clean tokens.
+        corruptible: [B, L] bool, the positions that may change.
+        ratios: [B] float32 in [0, 1], a probability for each sequence; or [B, L], for each token.
+        mask_token_id: MASK.
+        generator: on the CPU.
 
     Returns:
-        [B, L] int64 noisy tokens.
+        [B, L] int64, noisy tokens.
     """
-    ratios = ratios.view(len(ids), -1).to(ids.device)
-    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < ratios
+    probability = ratios.view(len(ids), -1).to(ids.device)  # [B, 1 or L]
+    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < probability
     return ids.masked_fill(drawn & corruptible, mask_token_id)
 
 
@@ -58,15 +47,23 @@ def random_tokens(
     ratios: Tensor,
     vocab_size: int,
     mask_token_id: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Replace each corruptible token by a uniformly random one, never MASK, with its sequence's probability (eq. 2).
+    """Replace each corruptible token by a uniformly random one, never MASK (x_t of eq. 2).
 
-    Shapes as in `mask_tokens`.
+    Args:
+        ids: [B, L] int64, clean tokens.
+        corruptible: [B, L] bool, the positions that may change.
+        ratios: [B] float32 in [0, 1], the probability for each sequence.
+        vocab_size: number of tokens, MASK included.
+        mask_token_id: MASK.
+        generator: on the CPU.
+
+    Returns:
+        [B, L] int64, noisy tokens; a random token may be the clean one.
     """
-    drawn = (
-        torch.rand(ids.shape, generator=generator).to(ids.device) < ratios.to(ids.device)[:, None]
-    )
+    probability = ratios.to(ids.device)[:, None]  # [B, 1]
+    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < probability
     noise = torch.randint(vocab_size - 1, ids.shape, generator=generator).to(ids.device)
-    noise = noise + (noise >= mask_token_id)  # skip the mask token's id
+    noise = noise + (noise >= mask_token_id)  # skips the id of MASK
     return torch.where(drawn & corruptible, noise, ids)

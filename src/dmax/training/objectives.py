@@ -1,46 +1,27 @@
-"""Training objectives as pure functions of (model, batch): MDLM, uniform noise and OPUT.
+"""What a model is trained for: masked diffusion, uniform noise, and on-policy uniform training.
 
-B sequences, L positions, V vocabulary, D hidden. The network is trained on [noisy | clean]
-(`attention.noisy_clean`). The clean half sees only clean tokens, so its keys and values do not
-depend on the noise: it is run once, into a cache, and any number of noisy streams attend to it.
-OPUT needs two, the masked one and the one with the model's own predictions, and the logits of the
-first *are* the rollout; 3L tokens a step instead of the published 2 x (2L + 2L).
+Every loss is a pure function of (model, batch), and every objective draws the noise for its loss.
+The clean half of the training sequence is run once (`CleanStream`), and each noisy copy attends to
+it. On-policy uniform training needs two noisy copies, and the logits of the first one are its
+rollout: a step runs 3L tokens, where the published code runs 2 x (2L + 2L).
+
+Shapes: B sequences of L positions, L' of them in the noisy copy, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.attention import block_causal, dense_mask
-from dmax.blend import SoftTokens, embed_tokens
-from dmax.cache import ContextCache
-
-Rollout = Literal["argmax", "sample", "soft", "spd"]
-IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One training batch.
-
-    Attributes:
-        clean_ids: [B, L] int64, prompt, response and padding (EOS); L a multiple of the block
-            length.
-        noisy_ids: [B, L] int64, the same with some positions corrupted.
-        labels: [B, L] int64, the clean token where loss is wanted, else -100.
-        start: first position of the noisy stream, a multiple of the block length. Everything before
-            it is prompt in every sequence, carries no loss, and need not be run noisily.
-    """
-
-    clean_ids: Tensor
-    noisy_ids: Tensor
-    labels: Tensor
-    start: int = 0
+from dmax.training.clean_stream import IGNORE, Batch, CleanBatch, CleanStream
+from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
+from dmax.training.rollout import roll_out, rollout_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,96 +30,13 @@ class Loss:
 
     Attributes:
         total: scalar, with gradient.
-        parts: scalars without gradient, by name.
-        per_sequence: [B] float32 mean loss of each sequence, by name, without gradient.
+        parts: scalars without gradient, by the name they are logged under.
+        per_sequence: [B] float32 mean loss of each sequence, without gradient, by stream.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     per_sequence: dict[str, Tensor]
-
-
-class CleanStream:
-    """Keys and values of the clean half, run once with gradient; noisy streams attend to a view of them."""
-
-    def __init__(self, model: Any, batch: Batch, block_length: int) -> None:
-        position = torch.arange(batch.clean_ids.shape[1], device=batch.clean_ids.device)
-        self.model = model
-        self.start = batch.start
-        self.block_length = block_length
-        self.position = position
-        recorded = ContextCache()
-        causal = dense_mask(block_causal(block_length), position, position)[
-            None, None
-        ]  # [1, 1, L, L]
-        # The clean half serves as context only: the backbone is run without its head.
-        model.base_model(
-            input_ids=batch.clean_ids,
-            attention_mask=causal,
-            position_ids=position[None],
-            past_key_values=recorded,
-        )
-        self.context = recorded.view()
-
-    def denoise(self, inputs_embeds: Tensor) -> Tensor:
-        """Logits [B, L - start, V] of a noisy stream given its inputs [B, L - start, D]."""
-        query = self.position[self.start :]
-        block = query // self.block_length
-        sees_clean = (
-            block[:, None] > (self.position // self.block_length)[None]
-        )  # clean blocks strictly before
-        sees_noisy = block[:, None] == block[None]  # its own noisy block
-        mask = torch.cat((sees_clean, sees_noisy), dim=1)[
-            None, None
-        ]  # [1, 1, L - start, L + L - start]
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=query[None],
-            past_key_values=self.context,
-        )
-        return outputs.logits
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over labelled positions, of the batch (scalar) and of each sequence [B] (float32)."""
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    loss = loss.view(labels.shape)
-    counted = labels != IGNORE
-    return loss.sum() / counted.sum().clamp(min=1), loss.sum(dim=1).detach() / counted.sum(
-        dim=1
-    ).clamp(min=1)
-
-
-def mdlm_loss(model: Any, batch: Batch, *, block_length: int, mask_token_id: int) -> Loss:
-    """Masked block diffusion: recover the clean tokens from masks (paper eq. 5's L_mask alone).
-
-    Like the published code, all labelled positions count, masked or not, without a 1/t weight.
-    """
-    clean = CleanStream(model, batch, block_length)
-    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids[:, batch.start :]))
-    loss, each = cross_entropy(logits, batch.labels[:, batch.start :])
-    return Loss(loss, {"loss_masked": loss.detach()}, {"masked": each})
-
-
-def uniform_loss(
-    model: Any, batch: Batch, random_ids: Tensor, *, block_length: int, mask_token_id: int
-) -> Loss:
-    """The uniform-noise baseline: masks, and random vocabulary tokens in place of on-policy ones (paper eq. 2).
-
-    `random_ids` [B, L] int64: the clean ids with random replacements (`noise.random_tokens`).
-    """
-    clean = CleanStream(model, batch, block_length)
-    embed = model.get_input_embeddings()
-    labels = batch.labels[:, batch.start :]
-    masked, each_masked = cross_entropy(
-        clean.denoise(embed(batch.noisy_ids[:, batch.start :])), labels
-    )
-    random, each_random = cross_entropy(clean.denoise(embed(random_ids[:, batch.start :])), labels)
-    parts = {"loss_masked": masked.detach(), "loss_random": random.detach()}
-    return Loss((masked + random) / 2, parts, {"masked": each_masked, "random": each_random})
 
 
 def oput_loss(
@@ -147,99 +45,209 @@ def oput_loss(
     *,
     block_length: int,
     mask_token_id: int,
-    rollout: Rollout = "argmax",
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Loss:
-    """On-policy uniform training: recover the clean tokens from masks *and* from the model's own predictions.
+    """On-policy uniform training: recover the clean tokens from masks and from own predictions.
 
-        x^(p)_i = x^(m)_i where it is not MASK, else x̂_i ~ p_θ(· | x^(m)), without gradient           (3)
-        L = L_mask + L_pred = -Σ_i log p_θ(x_0^i | x^(m)) - Σ_i log p_θ(x_0^i | x^(p))                (4-6)
+        x^(p)_i = x^(m)_i where it is not MASK, else x̂_i ~ p_θ(· | x^(m)), without gradient     (3)
+        p^(m) = M_θ(x^(m)),   p^(p) = M_θ(x^(p))                                                 (4)
+        L_mask = -Σ_i log p^(m)(x_0^i),   L_pred = -Σ_i log p^(p)(x_0^i)                         (5)
+        L = L_mask + L_pred                                                                      (6)
 
-    Both sums run over all labelled positions; as in the published code they are means, and we halve
-    the sum, so that the learning rate means the same as for `mdlm_loss`.
+    Both sums run over all labelled positions, masked or not. As in the published code they are
+    means. Their sum is halved, so that a learning rate means what it means for `mdlm_loss`.
 
     Args:
-        model: any block-diffusion model with `base_model`, `get_input_embeddings` and
-            `forward(inputs_embeds, ...)`.
+        model: a block-diffusion model with `base_model`, `get_input_embeddings` and
+            `forward(inputs_embeds, …)`.
         batch: clean, masked and label ids.
-        block_length: block size of the diffusion.
-        mask_token_id: MASK, never predicted by the rollout.
-        rollout: how x̂ enters the second stream. `argmax` (the published recipe), `sample` (eq. 3
-            as written), `soft`: the very blends of prediction and mask that soft parallel decoding
-            will feed (`dmax.blend`), or `spd`: those blends for the confident prefix of each
-            block's masks alone, as one of its steps promotes it at a threshold drawn from U(0, 1)
-            per sequence; the other masks stay.
-        temperature: of the sampling rollout.
+        block_length: positions that are decoded together.
+        mask_token_id: MASK.
+        temperature: of the rollout; 0 takes the most probable tokens (`roll_out`).
         generator: random source of the rollout.
 
     Returns:
-        The loss; `parts` adds `rollout_error`, the share of predicted tokens that differ from the
-        clean ones.
+        The loss; its `parts` have `rollout_error`, the share of wrong predictions.
     """
     embed = model.get_input_embeddings()
-    start = batch.start
-    noisy = batch.noisy_ids[:, start:]
-    labels = batch.labels[:, start:]
-    was_masked = noisy == mask_token_id
-    clean = CleanStream(model, batch, block_length)
+    is_masked = batch.noisy_ids == mask_token_id
+    clean = CleanStream(model, batch.clean_ids, block_length)
 
-    # 1. the masked stream: M_θ(x^(m))
-    masked_logits = clean.denoise(embed(noisy))  # [B, L', V]
-    masked, each_masked = cross_entropy(masked_logits, labels)
+    # 1. The masked stream, x^(m).
+    masked_logits = clean.denoise(embed(batch.noisy_ids))  # [B, L', V]
 
-    # 2. the on-policy rollout, from the same logits, without gradient
-    predicted, confidence = roll_out(
-        masked_logits.detach(), mask_token_id, rollout, temperature, generator
+    # 2. The rollout takes the place of the masks (3).
+    predicted = roll_out(masked_logits, mask_token_id, temperature, generator)  # [B, L']
+    predicted_ids = torch.where(is_masked, predicted, batch.noisy_ids)
+
+    # 3. The predicted stream, x^(p).
+    predicted_logits = clean.denoise(embed(predicted_ids))  # [B, L', V]
+
+    # 4. Both streams are to give the clean tokens (4-6).
+    masked_loss = cross_entropy(masked_logits, batch.labels, "masked")
+    predicted_loss = cross_entropy(predicted_logits, batch.labels, "predicted")
+    error = rollout_error(predicted, batch.labels, is_masked)
+    return mean_loss(masked_loss, predicted_loss, rollout_error=error)
+
+
+def mdlm_loss(model: Any, batch: Batch, *, block_length: int) -> Loss:
+    """Masked block diffusion: recover the clean tokens from masks (eq. 1).
+
+    Like the published code, all labelled positions count, masked or not, without a 1/t weight.
+    """
+    clean = CleanStream(model, batch.clean_ids, block_length)
+    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))
+    return cross_entropy(logits, batch.labels, "masked")
+
+
+def uniform_loss(model: Any, batch: Batch, random_ids: Tensor, *, block_length: int) -> Loss:
+    """Uniform diffusion: recover the clean tokens from masks and from random tokens (eq. 2).
+
+    The paper's baseline has random tokens where on-policy training has the model's own (A19 in
+    docs/paper.md). `random_ids` [B, L'] int64 are the clean ids with random ones among them.
+    """
+    embed = model.get_input_embeddings()
+    clean = CleanStream(model, batch.clean_ids, block_length)
+    masked_logits = clean.denoise(embed(batch.noisy_ids))
+    random_logits = clean.denoise(embed(random_ids))
+    masked_loss = cross_entropy(masked_logits, batch.labels, "masked")
+    random_loss = cross_entropy(random_logits, batch.labels, "random")
+    return mean_loss(masked_loss, random_loss)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, stream: str) -> Loss:
+    """The mean cross-entropy of one stream over its labelled positions.
+
+    Args:
+        logits: [B, L', V], any float dtype; the loss is computed in float32.
+        labels: [B, L'] int64, the clean tokens, or `IGNORE`.
+        stream: its name in the loss.
+    """
+    losses = token_losses(logits, labels)
+    counted = labels != IGNORE
+    mean = losses.sum() / counted.sum().clamp(min=1)
+    per_sequence = losses.detach().sum(dim=1) / counted.sum(dim=1).clamp(min=1)  # [B]
+    return Loss(mean, {f"loss_{stream}": mean.detach()}, {stream: per_sequence})
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy [B, L'] float32 of every position; 0 where the label is `IGNORE`."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    promoted = was_masked
-    if rollout == "spd":
-        thresholds = torch.rand(len(noisy), 1, generator=generator).to(noisy.device)
-        promoted = confident_prefix(was_masked, confidence, thresholds, block_length)
-    is_soft = rollout in ("soft", "spd")
-    soft = SoftTokens(promoted, predicted[..., None], confidence[..., None]) if is_soft else None
-
-    # 3. the predicted stream: M_θ(x^(p))
-    inputs = embed_tokens(embed, torch.where(promoted, predicted, noisy), soft, mask_token_id)
-    predicted_loss, each_predicted = cross_entropy(clean.denoise(inputs), labels)
-
-    wrong = (predicted != labels) & was_masked & (labels != IGNORE)
-    error = wrong.sum() / (was_masked & (labels != IGNORE)).sum().clamp(min=1)
-    parts = {
-        "loss_masked": masked.detach(),
-        "loss_predicted": predicted_loss.detach(),
-        "rollout_error": error,
-    }
-    return Loss(
-        (masked + predicted_loss) / 2, parts, {"masked": each_masked, "predicted": each_predicted}
-    )
+    return losses.view(labels.shape)
 
 
-def confident_prefix(
-    masked: Tensor, confidence: Tensor, threshold: Tensor, block_length: int
-) -> Tensor:
-    """The masks of each block [B, L] bool before its first one below the threshold [B, 1], all shapes as in a batch."""
-    low = (masked & (confidence < threshold)).unflatten(1, (-1, block_length))
-    return masked & (low.cumsum(dim=-1) == 0).flatten(1)
+def mean_loss(first: Loss, second: Loss, **parts: Tensor) -> Loss:
+    """The mean of the losses of two streams, with further parts to log."""
+    total = (first.total + second.total) / 2
+    both = first.parts | second.parts
+    return Loss(total, both | parts, first.per_sequence | second.per_sequence)
 
 
-@torch.no_grad()
-def roll_out(
-    logits: Tensor,
-    mask_token_id: int,
-    rollout: Rollout,
-    temperature: float,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """One parallel prediction of every position: tokens [B, L] int64 and their probabilities [B, L] float32."""
-    logits = logits.float().index_fill(
-        -1, torch.tensor([mask_token_id], device=logits.device), float("-inf")
-    )
-    if rollout == "sample":
-        drawn = torch.multinomial(
-            (logits / temperature).softmax(-1).flatten(0, 1), 1, generator=generator
+@dataclass(frozen=True, slots=True)
+class Objective(ABC):
+    """A training objective: it draws noise for clean sequences and returns a loss.
+
+    Subclasses are dataclasses of their settings. Each field is set by the training argument or
+    special id of its name.
+
+    Attributes:
+        decoding: the strategy that decodes a model trained so.
+        block_length: positions that are decoded together.
+        mask_token_id: MASK.
+        mask_ratio_low: the lowest share of response tokens that are masked.
+        mask_ratio_high: the highest share.
+    """
+
+    decoding: ClassVar[str]
+
+    block_length: int
+    mask_token_id: int
+    mask_ratio_low: float
+    mask_ratio_high: float
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """The objective with those of the settings that it has fields for."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: settings[name] for name in names if name in settings})
+
+    @abstractmethod
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Draw noise, the same for the same state of the generator, and return the loss."""
+
+    def mask_ratios(self, clean: CleanBatch, generator: torch.Generator) -> Tensor:
+        """A share of tokens to mask for every sequence, [B] float32."""
+        num = len(clean.clean_ids)
+        return mask_ratios(num, self.mask_ratio_low, self.mask_ratio_high, generator)
+
+    def masked(self, clean: CleanBatch, ratios: Tensor, generator: torch.Generator) -> Batch:
+        """The batch with masks at these ratios, [B] or [B, L] float32."""
+        ids = clean.clean_ids
+        noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
+        return clean.with_noise(noisy)
+
+
+@dataclass(frozen=True, slots=True)
+class MDLM(Objective):
+    """Masked block diffusion, `mdlm_loss`."""
+
+    decoding: ClassVar[str] = "threshold"
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        return mdlm_loss(model, batch, block_length=self.block_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform(Objective):
+    """The uniform-noise baseline of the paper, `uniform_loss`."""
+
+    decoding: ClassVar[str] = "spd"
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens in one stream, and draw random ones at the same ratios in the other."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        random_ids = random_tokens(
+            clean.clean_ids,
+            clean.corruptible,
+            ratios,
+            model.config.vocab_size,
+            self.mask_token_id,
+            generator,
         )
-        tokens = drawn.view(logits.shape[:-1])
-    else:
-        tokens = logits.argmax(dim=-1)
-    return tokens, logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+        random_ids = clean.noisy_part(random_ids)
+        return uniform_loss(model, batch, random_ids, block_length=self.block_length)
+
+
+@dataclass(frozen=True, slots=True)
+class OPUT(Objective):
+    """DMax's on-policy uniform training, `oput_loss`.
+
+    Attributes:
+        rollout: "argmax", as the published code has it, or "sample", as equation 3 is written.
+        rollout_temperature: of the samples.
+    """
+
+    decoding: ClassVar[str] = "spd"
+
+    rollout: str
+    rollout_temperature: float
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens; the model itself draws the rest of the noise."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        return oput_loss(
+            model,
+            batch,
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+            temperature=self.rollout_temperature if self.rollout == "sample" else 0.0,
+            generator=generator,
+        )

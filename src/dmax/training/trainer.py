@@ -1,67 +1,62 @@
-"""`DMaxTrainer`: the objectives on transformers' Trainer. Wiring only; the mathematics is in `objectives`."""
+"""`DMaxTrainer`: the objectives on transformers' Trainer. The mathematics is in `objectives`."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError
 from dmax.files import writing
-from dmax.training import noise
+from dmax.special_ids import SpecialIds
+from dmax.training import get_objective
+from dmax.training.clean_stream import CleanBatch
 from dmax.training.data import Collator, LengthSampler, ResponseDataset
-from dmax.training.objectives import Batch, Loss, mdlm_loss, oput_loss, uniform_loss
-from dmax.training.rivals import certainty_loss, d2f_loss
 
-OBJECTIVES = ("mdlm", "uniform", "oput", "dparallel", "d2f")
-ROLLOUTS = ("argmax", "sample", "soft", "spd")
 EvalHook = Callable[[nn.Module], dict[str, float]]
+"""Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
 
 
 @dataclass
 class DMaxConfig(TrainingArguments):
-    """Training arguments of transformers, plus what block diffusion needs; defaults are the paper's recipe."""
+    """Training arguments of transformers, plus what block diffusion needs.
 
-    objective: str = field(
-        default="oput", metadata={"help": "mdlm, uniform, oput, dparallel or d2f"}
-    )
-    rollout: str = field(
-        default="argmax",
-        metadata={"help": "on-policy rollout of oput: argmax, sample, soft or spd"},
-    )
-    rollout_temperature: float = field(
-        default=1.0, metadata={"help": "temperature of the sampling rollout"}
-    )
-    mask_ratio_low: float = field(
-        default=0.75, metadata={"help": "lowest share of response tokens masked"}
-    )
-    mask_ratio_high: float = field(
-        default=0.75, metadata={"help": "highest share; equal to the lowest: fixed"}
-    )
-    certainty_weight: float = field(
-        default=2.0, metadata={"help": "of dparallel's entropy of right predictions"}
-    )
-    certainty_temperature: float = field(
-        default=0.5, metadata={"help": "of the softmax in that entropy"}
-    )
-    eos_labels: int | None = field(
-        default=None, metadata={"help": "labelled trailing EOS; None: one block length"}
-    )
-    pad_to: int | None = field(
-        default=None, metadata={"help": "pad every batch to this length (static shapes)"}
-    )
-    router_bias_speed: float = field(
-        default=0.0, metadata={"help": "step of loss-free expert balancing; 0: off"}
-    )
-    compile_objective: bool = field(
-        default=False, metadata={"help": "torch.compile the loss; wants a C++ compiler"}
-    )
+    Objective, rollout, mask ratio and learning rate are the paper's by default.
+
+    Attributes:
+        objective: mdlm, uniform, oput, dparallel, d2f, or that of a plugin.
+        rollout: of oput: argmax, sample, soft or spd.
+        rollout_temperature: of the sampling rollout.
+        mask_ratio_low: lowest share of response tokens that are masked.
+        mask_ratio_high: highest share; if it equals the lowest, the share is fixed.
+        certainty_weight: of dparallel's entropy of right predictions.
+        certainty_temperature: of the softmax in that entropy.
+        eos_labels: how many trailing EOS are labelled; None: one block of them.
+        pad_to: pad every batch to this length, for static shapes.
+        router_bias_speed: step of loss-free expert balancing; 0: off.
+        compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
+        objective_class: what `objective` and `rollout` name; not an argument.
+    """
+
+    objective: str = "oput"
+    rollout: str = "argmax"
+    rollout_temperature: float = 1.0
+    mask_ratio_low: float = 0.75
+    mask_ratio_high: float = 0.75
+    certainty_weight: float = 2.0
+    certainty_temperature: float = 0.5
+    eos_labels: int | None = None
+    pad_to: int | None = None
+    router_bias_speed: float = 0.0
+    compile_objective: bool = False
+
     learning_rate: float = 2e-6
     lr_scheduler_type: Any = "cosine"
     remove_unused_columns: bool = False
@@ -70,15 +65,7 @@ class DMaxConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Raises `InputError` naming the field that is wrong."""
         super().__post_init__()
-        for name, value, choices in (
-            ("objective", self.objective, OBJECTIVES),
-            ("rollout", self.rollout, ROLLOUTS),
-        ):
-            if value not in choices:
-                hint = did_you_mean(value, choices)
-                raise InputError(
-                    f"`{name}` must be one of {', '.join(choices)}, got {value!r}", hint
-                )
+        self.objective_class = get_objective(self.objective, self.rollout)
         for name, is_right, rule in (
             ("learning_rate", self.learning_rate >= 0, "at least 0"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
@@ -91,7 +78,8 @@ class DMaxConfig(TrainingArguments):
                 raise InputError(f"`{name}` must be {rule}, got {getattr(self, name)}")
         if not 0 <= self.mask_ratio_low <= self.mask_ratio_high <= 1:
             raise InputError(
-                f"mask ratios must satisfy 0 <= low <= high <= 1, got {self.mask_ratio_low} and {self.mask_ratio_high}"
+                "mask ratios must satisfy 0 <= low <= high <= 1, "
+                f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
             )
 
 
@@ -99,13 +87,11 @@ class DMaxTrainer(Trainer):
     """Train a block-diffusion model with one of the objectives.
 
     Args:
-        model: a model with `base_model`, `get_input_embeddings` and logits for given
-            `inputs_embeds`.
+        model: a block-diffusion model, as `oput_loss` takes it.
         args: a `DMaxConfig`.
         train_dataset: encoded prompts and responses.
-        mask_token_id, eos_token_id, block_length: from the checkpoint.
-        eval_hook: called at every evaluation with the model in eval mode; returns metrics such as
-            accuracy and TPF.
+        special_ids: those of the checkpoint.
+        eval_hook: called at every evaluation with the model in evaluation mode; returns metrics.
         kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
     """
 
@@ -118,34 +104,30 @@ class DMaxTrainer(Trainer):
         args: DMaxConfig,
         train_dataset: ResponseDataset,
         *,
-        mask_token_id: int,
-        eos_token_id: int,
-        block_length: int,
+        special_ids: SpecialIds,
         eval_hook: EvalHook | None = None,
         **kwargs: Any,
     ) -> None:
+        block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
-        collator = Collator(block_length, eos_token_id, eos_labels, args.pad_to)
+        collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
         if eval_hook is not None:
-            kwargs["eval_dataset"] = (
-                train_dataset  # never read: Trainer only insists that there is one
-            )
+            kwargs["eval_dataset"] = train_dataset  # never read, but Trainer insists on one
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs
         )
-        # Our losses are means over a micro-batch; models take **kwargs, from which Trainer would
+        # Our losses are means over a micro-batch. Models take **kwargs, from which Trainer would
         # conclude that they are scaled by the caller, and add up the micro-batches of a step
         # instead of averaging them.
         self.model_accepts_loss_kwargs = False
-        self.mask_token_id = mask_token_id
-        self.block_length = block_length
         self.eval_hook = eval_hook
-        objective: Callable[..., Loss] = self._objective
-        self._loss = torch.compile(objective) if args.compile_objective else objective
+        objective = args.objective_class.from_settings(vars(args) | asdict(special_ids))
+        self._loss = torch.compile(objective.loss) if args.compile_objective else objective.loss
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._tokens = 0
         self._since = time.perf_counter()
-        self._micro = (-1, 0)
+        self._step = -1
+        self._micro_batch = 0
         if args.router_bias_speed:
             self.add_callback(RouterBalancing(model, args.router_bias_speed))
 
@@ -156,63 +138,26 @@ class DMaxTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Corrupt the batch and apply the objective; noise depends on (seed, step) alone, so a resume repeats it."""
-        args = self.args
-        generator = self._generator()
-        clean = inputs["clean_ids"]
-        corruptible = inputs["corruptible"]
-        low = args.mask_ratio_low
-        high = args.mask_ratio_high
-        if args.objective == "d2f":
-            ratios = noise.rising_ratios(corruptible, self.block_length, low, high)
-        else:
-            ratios = noise.mask_ratios(len(clean), low, high, generator)
-        noisy = noise.mask_tokens(clean, corruptible, ratios, self.mask_token_id, generator)
-        batch = Batch(clean, noisy, inputs["labels"], int(inputs["start"]))
-        extra: Tensor | None = ratios if args.objective == "d2f" else None
-        if args.objective == "uniform":
-            vocab_size = self.accelerator.unwrap_model(model).config.vocab_size
-            extra = noise.random_tokens(
-                clean, corruptible, ratios, vocab_size, self.mask_token_id, generator
-            )
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=args.bf16):
-            loss = self._loss(model, batch, extra, generator)
+        """The objective's loss on one micro-batch of the collator's."""
+        start = int(inputs["start"])
+        clean = CleanBatch(inputs["clean_ids"], inputs["labels"], inputs["corruptible"], start)
+        device = clean.clean_ids.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16):
+            loss = self._loss(model, clean, self._generator())
         for name, value in loss.parts.items():
             self._parts[name].append(value)
-        self._tokens += clean.numel()
+        self._tokens += clean.clean_ids.numel()
         return (loss.total, loss) if return_outputs else loss.total
 
-    def _objective(
-        self, model: nn.Module, batch: Batch, extra: Tensor | None, generator: torch.Generator
-    ) -> Loss:
-        """`extra`: the random ids of `uniform`, the ratios of `d2f`."""
-        ids = {"block_length": self.block_length, "mask_token_id": self.mask_token_id}
-        args = self.args
-        if extra is not None:
-            return (uniform_loss if args.objective == "uniform" else d2f_loss)(
-                model, batch, extra, **ids
-            )
-        if args.objective == "mdlm":
-            return mdlm_loss(model, batch, **ids)
-        if args.objective == "dparallel":
-            weight = args.certainty_weight
-            temperature = args.certainty_temperature
-            return certainty_loss(model, batch, **ids, weight=weight, temperature=temperature)
-        return oput_loss(
-            model,
-            batch,
-            **ids,
-            rollout=args.rollout,  # type: ignore[arg-type]  # checked in DMaxConfig
-            temperature=args.rollout_temperature,
-            generator=generator if args.rollout in ("sample", "spd") else None,
-        )
-
     def _generator(self) -> torch.Generator:
-        step, count = self._micro
-        self._micro = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
-        return torch.Generator().manual_seed(
-            (self.args.seed * 1_000_003 + self._micro[0]) * 1_009 + self._micro[1]
-        )
+        """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it."""
+        step = self.state.global_step
+        if self._step != step:
+            self._step = step
+            self._micro_batch = 0
+        seed = (self.args.seed * 1_000_003 + step) * 1_009 + self._micro_batch
+        self._micro_batch += 1
+        return torch.Generator().manual_seed(seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         dataset: Any = train_dataset or self.train_dataset
@@ -232,11 +177,10 @@ class DMaxTrainer(Trainer):
         model.load_state_dict(stored.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss components, the rollout error rate and tokens per second since the last line."""
+        """Adds the parts of the loss and the tokens per second since the last line."""
         if "loss" in logs:
-            logs |= {
-                name: torch.stack(values).mean().item() for name, values in self._parts.items()
-            }
+            parts = {name: torch.stack(values).mean() for name, values in self._parts.items()}
+            logs |= {name: value.item() for name, value in parts.items()}
             logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
             self._parts.clear()
             self._tokens = 0
@@ -257,39 +201,38 @@ class DMaxTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self._since += (
-            time.perf_counter() - began
-        )  # evaluation does not count against tokens per second
+        # Evaluation does not count against tokens per second.
+        self._since += time.perf_counter() - began
         return metrics
 
 
 class RouterBalancing(TrainerCallback):
-    """Loss-free expert balancing: after each step, nudge `expert_bias` towards the experts that had too few tokens.
+    """Loss-free balancing: after each step, favour the experts that had too few tokens.
 
-    The bias enters the choice of experts only, so balance costs the loss nothing (DeepSeek-V3,
-    section 2.1.2).
+    It moves `expert_bias`, which enters the choice of experts only, so balance costs the loss
+    nothing (DeepSeek-V3, section 2.1.2).
     """
 
     def __init__(self, model: nn.Module, speed: float) -> None:
         self.speed = speed
-        routers = [
-            m for m in model.modules() if isinstance(getattr(m, "expert_bias", None), Tensor)
-        ]
-        self.biases: list[Any] = [router.expert_bias for router in routers]
-        self.loads = [torch.zeros_like(bias) for bias in self.biases]
-        for router, load in zip(routers, self.loads, strict=True):
-            router.register_forward_hook(self._counter(load))
-
-    @staticmethod
-    def _counter(load: Tensor) -> Callable[..., None]:
-        def count(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-            index = output[0].flatten()
-            load.index_add_(0, index, torch.ones(index.shape, dtype=load.dtype, device=load.device))
-
-        return count
+        self.biases: list[Tensor] = []
+        self.loads: list[Tensor] = []  # tokens that each expert had since the last step
+        for module in model.modules():
+            bias = getattr(module, "expert_bias", None)
+            if isinstance(bias, Tensor):
+                load = torch.zeros_like(bias)
+                module.register_forward_hook(partial(_count_tokens, load))
+                self.biases.append(bias)
+                self.loads.append(load)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move every bias by one step and start counting anew."""
         for bias, load in zip(self.biases, self.loads, strict=True):
             bias += self.speed * torch.sign(load.mean() - load)
             load.zero_()
+
+
+def _count_tokens(load: Tensor, _router: nn.Module, _inputs: Any, output: Any) -> None:
+    """A forward hook: add up in `load` how often a router chose each expert."""
+    chosen = output[0].flatten()
+    load.index_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))

@@ -330,8 +330,9 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         rotary = self.rotary_emb(position_ids, hidden_states.dtype)
         mask = prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
         for layer in self.layers:
-            # Not `past_key_values`, which transformers drops under gradient checkpointing, and with
-            # it the clean context that the noisy streams of training attend to.
+            # `cache`, not `past_key_values`: that one transformers drops under gradient
+            # checkpointing, and with it the clean context that the noisy streams of training attend
+            # to (`ContextCache`).
             hidden_states = layer(
                 hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs
             )

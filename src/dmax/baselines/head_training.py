@@ -10,11 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dmax.baselines.head_states import (
+    Blocks,
+    Example,
+    dependency_examples,
+    filter_examples,
+)
+from dmax.baselines.heads import (
+    KINDS,
+    Head,
+    Kind,
+    Tensors,
+    dependency_logits,
+    filter_logits,
+    shapes,
+)
 from dmax.errors import InputError, did_you_mean
-from dmax.heads import KINDS, Head, Kind, Tensors, dependency_logits, filter_logits, shapes
 from dmax.params import check_number
+from dmax.special_ids import SpecialIds
 from dmax.training.data import Encoded
-from dmax.training.head_states import Blocks, Example, Special, dependency_examples, filter_examples
 
 HELD_OUT = 0.1  # share of the examples that say how good a head is, the last ones
 
@@ -73,14 +87,14 @@ LOSSES: dict[Kind, Callable[[Tensors, Example], Tensor]] = {
 
 
 def record(
-    model: Any, examples: Sequence[Encoded], special: Special, config: HeadConfig
+    model: Any, examples: Sequence[Encoded], special_ids: SpecialIds, config: HeadConfig
 ) -> Example:
     """States of the responses with their labels, in the order of the responses' lengths."""
     generator = torch.Generator().manual_seed(config.seed)
     ordered = sorted(examples, key=len)
     found = list[Example]()
     for first in range(0, len(ordered), config.record_batch_size):
-        blocks = _blocks(model, ordered[first : first + config.record_batch_size], special)
+        blocks = _blocks(model, ordered[first : first + config.record_batch_size], special_ids)
         found += (
             filter_examples(blocks)
             if config.kind == "learn2pd"
@@ -92,8 +106,8 @@ def record(
 
 
 @torch.no_grad()
-def _blocks(model: Any, examples: Sequence[Encoded], special: Special) -> Blocks:
-    return Blocks(model, examples, special)
+def _blocks(model: Any, examples: Sequence[Encoded], special_ids: SpecialIds) -> Blocks:
+    return Blocks(model, examples, special_ids)
 
 
 def fit(

@@ -9,30 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmax.confidence import candidates
+from dmax.special_ids import SpecialIds
 from dmax.training import noise
+from dmax.training.clean_stream import IGNORE, CleanStream
 from dmax.training.data import Collator, Encoded
-from dmax.training.objectives import IGNORE, Batch, CleanStream
 
 Reveal = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From masked [N, L], logits [N, L, V] and the final tokens [N, L] to the masked positions to decode [N, L] bool."""
 Example = dict[str, Tensor]
 """Examples for a head by the names that its loss takes; every tensor has a leading dimension N."""
-
-
-@dataclass(frozen=True, slots=True)
-class Special:
-    """Ids and block length of a checkpoint, as recording needs them."""
-
-    block_length: int
-    mask_token_id: int
-    eos_token_id: int
 
 
 class Blocks:
@@ -43,14 +34,16 @@ class Blocks:
         masked: [N, L] bool, the positions to decode; none in blocks of padding.
     """
 
-    def __init__(self, model: Any, examples: Sequence[Encoded], special: Special) -> None:
+    def __init__(self, model: Any, examples: Sequence[Encoded], special_ids: SpecialIds) -> None:
         self.model = model
-        self.special = special
+        self.special_ids = special_ids
         device = model.device
-        batch = Collator(special.block_length, special.eos_token_id, eos_labels=1)(examples)
+        batch = Collator(special_ids.block_length, special_ids.eos_token_ids[0], eos_labels=1)(
+            examples
+        )
         start = int(batch["start"])
         clean = batch["clean_ids"].to(device)
-        self._stream = CleanStream(model, Batch(clean, clean, clean, start), special.block_length)
+        self._stream = CleanStream(model, clean, special_ids.block_length)
         self._num_rows = len(clean)
         self.final = self._blocks(clean[:, start:])
         is_answered = self._blocks(batch["labels"][:, start:].to(device) != IGNORE).any(
@@ -59,12 +52,12 @@ class Blocks:
         self.masked = self._blocks(batch["corruptible"][:, start:].to(device)) & is_answered
 
     def _blocks(self, values: Tensor) -> Tensor:
-        return values.unflatten(1, (-1, self.special.block_length)).flatten(0, 1)
+        return values.unflatten(1, (-1, self.special_ids.block_length)).flatten(0, 1)
 
     def denoise(self, masked: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Logits [N, L, V] of the blocks with `masked` [N, L] positions, the others `tokens` (None: the final ones)."""
         visible = self.final if tokens is None else tokens
-        ids = visible.masked_fill(masked, self.special.mask_token_id).view(self._num_rows, -1)
+        ids = visible.masked_fill(masked, self.special_ids.mask_token_id).view(self._num_rows, -1)
         return self._blocks(self._stream.denoise(self.model.get_input_embeddings()(ids)))
 
     def hidden_states(self, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +97,7 @@ def filter_examples(blocks: Blocks) -> Iterator[Example]:
     The oracle decodes exactly the masks whose likeliest token is the final one, or the most
     confident mask if none is. Each example has `confidence` [L], `right` [L] and `masked` [L].
     """
-    mask_token_id = blocks.special.mask_token_id
+    mask_token_id = blocks.special_ids.mask_token_id
 
     def reveal(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         best = candidates(logits, 1, mask_token_id)
@@ -135,7 +128,7 @@ def dependency_examples(blocks: Blocks, generator: torch.Generator) -> Iterator[
     drawn = torch.rand(blocks.final.shape, generator=generator) < shares[:, None]
     masked = blocks.masked & drawn.to(blocks.masked.device)
     logits, hidden = blocks.hidden_states(masked)
-    tokens = candidates(logits, 1, blocks.special.mask_token_id).ids[..., 0]
+    tokens = candidates(logits, 1, blocks.special_ids.mask_token_id).ids[..., 0]
     before = logits.float().softmax(dim=-1)
     dependency = torch.zeros(*masked.shape, masked.shape[1], device=masked.device)
     for rank in range(1, int(masked.sum(dim=1).max()) + 1):

@@ -1,0 +1,155 @@
+"""Objectives of other methods, over the same batches and models as DMax's own.
+
+Shapes: B sequences of L positions, L' of them in the noisy copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dmax.attention import block_causal, dense_mask
+from dmax.training.clean_stream import IGNORE, Batch, CleanBatch, CleanStream
+from dmax.training.objectives import Loss, Objective, cross_entropy, token_losses
+
+
+def certainty_loss(
+    model: Any,
+    batch: Batch,
+    *,
+    block_length: int,
+    mask_token_id: int,
+    weight: float,
+    temperature: float,
+) -> Loss:
+    """Certainty-forcing distillation (dParallel, arXiv 2509.26488): be right, and sure of it.
+
+        L = CE over masked positions + weight * mean entropy of softmax(logits / temperature)
+
+    The entropy, in nats, is that of masked positions whose prediction is already right. The source
+    trains on a model's own responses with half of each block masked.
+
+    Args:
+        model: as `oput_loss` takes it.
+        batch: clean, masked and label ids.
+        block_length: positions that are decoded together.
+        mask_token_id: MASK.
+        weight: of the entropy.
+        temperature: below 1 it sharpens what is forced.
+    """
+    clean = CleanStream(model, batch.clean_ids, block_length)
+    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))  # [B, L', V]
+    labels = batch.labels.masked_fill(batch.noisy_ids != mask_token_id, IGNORE)
+    loss = cross_entropy(logits, labels, "masked")
+
+    is_right = (logits.argmax(dim=-1) == labels) & (labels != IGNORE)
+    probs = (logits.float() / temperature).softmax(dim=-1)
+    entropy = torch.special.entr(probs).sum(dim=-1)  # [B, L']
+    certainty = (entropy * is_right).sum() / is_right.sum().clamp(min=1)
+    parts = loss.parts | {"entropy_right": certainty.detach()}
+    return Loss(loss.total + weight * certainty, parts, loss.per_sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class DParallel(Objective):
+    """dParallel's certainty-forcing distillation, `certainty_loss`.
+
+    Attributes:
+        certainty_weight: of the entropy of right predictions.
+        certainty_temperature: of the softmax in that entropy.
+    """
+
+    decoding: ClassVar[str] = "dparallel"
+
+    certainty_weight: float
+    certainty_temperature: float
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        return certainty_loss(
+            model,
+            batch,
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+            weight=self.certainty_weight,
+            temperature=self.certainty_temperature,
+        )
+
+
+def d2f_loss(
+    model: Any, batch: Batch, ratios: Tensor, *, block_length: int, mask_token_id: int
+) -> Loss:
+    """Discrete diffusion forcing (arXiv 2508.09192): recover masks after unfinished blocks.
+
+        L = Σ_i w_i CE_i / Σ_i w_i over masked positions, w_i = 1 / ratio of its block
+
+    There is one stream, and it is block-causal: a block sees the noisy blocks before it as they
+    are, which is what a window of open blocks shows the model. Targets are the tokens of the data,
+    best the model's own responses. The source has a bidirectional teacher's distribution instead.
+
+    Args:
+        model: a block-diffusion model.
+        batch: masked and label ids of whole sequences, L' = L.
+        ratios: [B, L] float32, the mask ratio of every position (`rising_ratios`).
+        block_length: positions that are decoded together.
+        mask_token_id: MASK.
+    """
+    position = torch.arange(batch.noisy_ids.shape[1], device=batch.noisy_ids.device)
+    causal = dense_mask(block_causal(block_length), position, position)  # [L, L]
+    outputs = model(
+        input_ids=batch.noisy_ids,
+        attention_mask=causal[None, None],
+        position_ids=position[None],
+    )
+    counted = (batch.noisy_ids == mask_token_id) & (batch.labels != IGNORE)
+    losses = token_losses(outputs.logits, batch.labels.masked_fill(~counted, IGNORE))
+    weights = counted / ratios.to(losses.device).clamp(min=1e-3)
+    weighted = losses * weights
+    total = weighted.sum() / weights.sum().clamp(min=1e-6)
+    per_sequence = weighted.detach().sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)
+    return Loss(total, {"loss_masked": total.detach()}, {"masked": per_sequence})
+
+
+@dataclass(frozen=True, slots=True)
+class D2F(Objective):
+    """Discrete diffusion forcing, `d2f_loss`."""
+
+    decoding: ClassVar[str] = "d2f"
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens, more of them from block to block."""
+        low = self.mask_ratio_low
+        high = self.mask_ratio_high
+        ratios = rising_ratios(clean.corruptible, self.block_length, low, high)
+        whole = replace(clean, start=0)
+        return d2f_loss(
+            model,
+            self.masked(whole, ratios, generator),
+            ratios,
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+        )
+
+
+def rising_ratios(corruptible: Tensor, block_length: int, low: float, high: float) -> Tensor:
+    """Mask ratios that rise evenly from a response's first block to its last (D2F).
+
+    Args:
+        corruptible: [B, L] bool, the response and its padding.
+        block_length: positions of a block.
+        low: the ratio in the first block, and everywhere in a response of one block.
+        high: the ratio in the last block.
+
+    Returns:
+        [B, L] float32.
+    """
+    block = torch.arange(corruptible.shape[1], device=corruptible.device) // block_length  # [L]
+    first = block[corruptible.int().argmax(dim=1)][:, None]  # [B, 1]
+    blocks_to_rise = (block[-1] - first).clamp(min=1)
+    risen = ((block - first) / blocks_to_rise).clamp(min=0)  # [B, L], from 0 to 1
+    return low + (high - low) * risen

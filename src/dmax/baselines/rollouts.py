@@ -1,0 +1,102 @@
+"""On-policy training on what decoding will feed: blends instead of hard tokens (ours, not DMax's)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dmax.blend import SoftTokens, embed_tokens
+from dmax.confidence import candidates
+from dmax.decoding.spd import prefix
+from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
+from dmax.training.objectives import Loss, Objective, cross_entropy, mean_loss
+from dmax.training.rollout import rollout_error
+
+
+def soft_oput_loss(
+    model: Any, batch: Batch, thresholds: Tensor, *, block_length: int, mask_token_id: int
+) -> Loss:
+    """`oput_loss` whose second stream is what soft parallel decoding feeds after one step.
+
+    In every block the confident prefix of the masks, or the leftmost one, is fed as blends of
+    prediction and mask. The masks after it stay. At a threshold of 0 all masks become blends.
+
+    Args:
+        model: as `oput_loss` takes it.
+        batch: clean, masked and label ids.
+        thresholds: [B, 1] float32, the confidence from which a sequence's masks are decoded.
+        block_length: positions that are decoded together.
+        mask_token_id: MASK.
+
+    Returns:
+        The loss, with the parts of `oput_loss`.
+    """
+    embed = model.get_input_embeddings()
+    is_masked = batch.noisy_ids == mask_token_id
+    clean = CleanStream(model, batch.clean_ids, block_length)
+    masked_logits = clean.denoise(embed(batch.noisy_ids))  # [B, L', V]
+
+    best = candidates(masked_logits.detach(), 1, mask_token_id)
+    predicted = best.ids[..., 0]  # [B, L']
+    decoded = decoded_masks(is_masked, best.probs[..., 0], thresholds, block_length)
+    predicted_ids = torch.where(decoded, predicted, batch.noisy_ids)
+    soft = SoftTokens(decoded, best.ids, best.probs)
+    inputs = embed_tokens(embed, predicted_ids, soft, mask_token_id)
+    predicted_logits = clean.denoise(inputs)  # [B, L', V]
+
+    masked_loss = cross_entropy(masked_logits, batch.labels, "masked")
+    predicted_loss = cross_entropy(predicted_logits, batch.labels, "predicted")
+    error = rollout_error(predicted, batch.labels, is_masked)
+    return mean_loss(masked_loss, predicted_loss, rollout_error=error)
+
+
+def decoded_masks(
+    masked: Tensor, confidence: Tensor, thresholds: Tensor, block_length: int
+) -> Tensor:
+    """The masks that one step of decoding replaces, if it decodes all blocks at once.
+
+    Args:
+        masked: [B, L] bool.
+        confidence: [B, L] float32.
+        thresholds: [B, 1] float32.
+        block_length: positions of a block, a divisor of L.
+
+    Returns:
+        [B, L] bool.
+    """
+    blocks = (-1, block_length)
+    threshold = thresholds.expand_as(confidence).reshape(blocks)[:, :1]  # [B * blocks, 1]
+    decoded = prefix(masked.reshape(blocks), confidence.reshape(blocks), threshold)
+    return decoded.view(masked.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftOPUT(Objective):
+    """On-policy uniform training on blends, `soft_oput_loss`.
+
+    Attributes:
+        rollout: "soft" turns all masks into blends. "spd" draws a threshold from U(0, 1) for each
+            sequence, and masks stay where decoding at that threshold would leave them.
+    """
+
+    decoding: ClassVar[str] = "spd"
+
+    rollout: str
+
+    def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        """Mask tokens; the model itself draws the rest of the noise."""
+        ratios = self.mask_ratios(clean, generator)
+        batch = self.masked(clean, ratios, generator)
+        thresholds = torch.zeros(len(ratios), 1)
+        if self.rollout == "spd":
+            thresholds = torch.rand(len(ratios), 1, generator=generator)
+        return soft_oput_loss(
+            model,
+            batch,
+            thresholds.to(clean.clean_ids.device),
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+        )

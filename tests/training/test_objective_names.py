@@ -1,0 +1,172 @@
+"""Objectives by name, ours and a plugin's: what they draw, and what they are decoded with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dmax
+import dmax.training
+from dmax.baselines.objectives import D2F
+from dmax.baselines.rollouts import SoftOPUT
+from dmax.errors import InputError
+from dmax.training import get_objective, objective_names
+from dmax.training.clean_stream import IGNORE, CleanBatch
+from dmax.training.objectives import MDLM, OPUT, Objective
+
+BLOCK, VOCAB, MASK = 4, 48, 47
+SETTINGS: dict[str, Any] = {
+    "block_length": BLOCK,
+    "mask_token_id": MASK,
+    "mask_ratio_low": 0.3,
+    "mask_ratio_high": 0.8,
+    "rollout": "argmax",
+    "rollout_temperature": 1.0,
+    "certainty_weight": 2.0,
+    "certainty_temperature": 0.5,
+    "learning_rate": 1.0,  # a training argument that is none of theirs
+}
+
+
+def test_objectives_of_ours_and_their_rollouts() -> None:
+    assert objective_names() == ("mdlm", "uniform", "oput", "dparallel", "d2f")
+    assert get_objective("mdlm") is MDLM
+    assert get_objective("oput") is get_objective("oput", "sample") is OPUT
+    assert get_objective("oput", "soft") is get_objective("oput", "spd") is SoftOPUT
+    assert get_objective("mdlm", "soft") is MDLM  # which has no rollout
+
+
+def test_each_objective_names_a_decoding_that_exists() -> None:
+    decodings = {name: get_objective(name).decoding for name in objective_names()}
+    assert decodings == {
+        "mdlm": "threshold",
+        "uniform": "spd",
+        "oput": "spd",
+        "dparallel": "dparallel",
+        "d2f": "d2f",
+    }
+    assert set(decodings.values()) <= set(dmax.strategies())
+
+
+@pytest.mark.parametrize(
+    ("name", "rollout", "message", "hint"),
+    [
+        (
+            "opud",
+            "argmax",
+            "`objective` must be one of mdlm, uniform, oput, dparallel, d2f, got 'opud'",
+            "did you mean `oput`?",
+        ),
+        (
+            "oput",
+            "sampled",
+            "`rollout` must be one of argmax, sample, soft, spd, got 'sampled'",
+            "did you mean `sample`?",
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_choices(
+    name: str, rollout: str, message: str, hint: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        get_objective(name, rollout)
+    assert error.value.message == message
+    assert error.value.hint == hint
+
+
+def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = "dmax.training.objectives:MDLM"
+    found = [EntryPoint(name, target, "dmax.objectives") for name in ("mine", "oput")]
+    monkeypatch.setattr(
+        dmax.training, "entry_points", lambda group: found if group == "dmax.objectives" else []
+    )
+    assert "mine" in objective_names()
+    assert objective_names().count("oput") == 1
+    assert get_objective("mine") is MDLM
+    assert get_objective("oput") is OPUT
+
+
+def test_the_annex_is_imported_for_its_own_objectives_only() -> None:
+    program = (
+        "import sys\n"
+        "from dmax.training import get_objective\n"
+        "import dmax.training.trainer\n"
+        "get_objective('oput')\n"
+        "print([name for name in sys.modules if name.startswith('dmax.baselines')])\n"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+class Recorder(torch.nn.Module):
+    """A model without weights to train that keeps the ids of every noisy stream it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"vocab_size": VOCAB})
+        self.embedding = torch.nn.Embedding(VOCAB, VOCAB)
+        self.embedding.weight.data = torch.eye(VOCAB)
+        self.seen: list[Tensor] = []
+
+    def base_model(self, **_: Any) -> None:
+        """The clean half leaves no trace."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any
+    ) -> Any:
+        ids = input_ids if inputs_embeds is None else inputs_embeds.argmax(dim=-1)
+        assert ids is not None
+        self.seen.append(ids)
+        logits = torch.nn.functional.one_hot(ids, VOCAB).float()
+        return type("Outputs", (), {"logits": logits})
+
+
+@pytest.fixture
+def clean() -> CleanBatch:
+    """Prompts of 9 and 13 tokens in blocks of 4: two whole blocks are prompt in both."""
+    ids = torch.randint(MASK, (2, 6 * BLOCK), generator=torch.Generator().manual_seed(1))
+    is_response = torch.arange(6 * BLOCK) >= torch.tensor([[9], [13]])
+    return CleanBatch(ids, ids.masked_fill(~is_response, IGNORE), is_response, start=2 * BLOCK)
+
+
+def streams(objective: Objective, clean: CleanBatch, seed: int = 0) -> list[Tensor]:
+    model = Recorder()
+    objective.loss(model, clean, torch.Generator().manual_seed(seed))
+    return model.seen
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_noise_falls_on_responses_only_and_repeats_with_the_seed(
+    name: str, clean: CleanBatch
+) -> None:
+    objective = get_objective(name).from_settings(SETTINGS)
+    found = streams(objective, clean)
+    assert len(found) == (2 if name in ("uniform", "oput") else 1)
+    for ids, again in zip(found, streams(objective, clean), strict=True):
+        assert torch.equal(ids, again)
+    for ids in found:
+        length = ids.shape[1]
+        changed = ids != clean.clean_ids[:, -length:]
+        assert changed.any()
+        assert not (changed & ~clean.corruptible[:, -length:]).any()
+    assert not torch.equal(found[0], streams(objective, clean, seed=1)[0])
+    if name == "uniform":
+        assert (found[1] != MASK).all()
+
+
+def test_the_noisy_copy_begins_where_not_all_is_prompt(clean: CleanBatch) -> None:
+    oput = OPUT.from_settings(SETTINGS)
+    assert {ids.shape[1] for ids in streams(oput, clean)} == {4 * BLOCK}
+    # D2F has no clean half, so it needs the prompt in its one stream.
+    (ids,) = streams(D2F.from_settings(SETTINGS), clean)
+    assert torch.equal(ids[:, : clean.start], clean.clean_ids[:, : clean.start])
