@@ -13,7 +13,7 @@ import pytest
 
 from dmax.errors import InputError
 from dmax.tasks import get_task
-from dmax.tasks.data import Hub, rows_of_hub
+from dmax.tasks.data import HubDataset, rows_of_hub
 from dmax.tasks.maths import Gsm8k
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(5)]
@@ -131,7 +131,7 @@ def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_out(
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(InputError) as caught:
-        list(rows_of_hub(Hub("openai/gsm8k", "main", "test")))
+        list(rows_of_hub(HubDataset("openai/gsm8k", "main", "test")))
     assert caught.value.message == "cannot read `openai/gsm8k` from the hub: Couldn't reach the Hub"
     assert caught.value.hint == "give the rows as a JSONL file: --data FILE"
 
@@ -163,4 +163,4 @@ def test_the_real_package_offline_ends_in_the_same_sentence(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"cannot read `nobody/nothing` from the hub: "):
-        list(rows_of_hub(Hub("nobody/nothing", None, "test")))
+        list(rows_of_hub(HubDataset("nobody/nothing", None, "test")))

@@ -12,7 +12,7 @@ import pytest
 from dmax.errors import InputError
 from dmax.sandbox import KINDS, works
 from dmax.tasks import Task, get_task
-from dmax.tasks.python_code import NUMPY, Problem, complete, definitions, extract_code
+from dmax.tasks.python_code import NUMPY, CodeProblem, complete, definitions, extract_code
 
 pytestmark = pytest.mark.skipif(
     not any(map(works, KINDS)), reason="no isolation for foreign code works here"
@@ -288,7 +288,7 @@ def test_humaneval_scored_by_hand(tmp_path: Path, text: str, verdict: bool) -> N
 
 def test_a_problem_knows_its_tests_and_its_stub(tmp_path: Path) -> None:
     [problem] = task_of(tmp_path, "humaneval", HUMANEVAL).examples(1, seed=0)
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, CodeProblem)
     assert (problem.stub, problem.names) == (STUB, ("halves",))
     assert problem.setup.startswith(STUB)
     assert problem.tests.endswith("\ncheck(halves)")
@@ -302,7 +302,7 @@ def test_a_function_may_have_the_name_of_a_builtin(tmp_path: Path) -> None:
     }
     task = task_of(tmp_path, "mbpp", row)
     [problem] = task.examples(1, seed=0)
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, CodeProblem)
     assert problem.names == ("sum",)
     assert task.score("def sum(a, b):\n    return b + a", problem)
 

@@ -49,13 +49,13 @@ class Task(Protocol):
         """Whether a completion answers the example."""
 
 
-def _table() -> dict[str, str]:
+def _classes() -> dict[str, str]:
     return _TASKS | {entry.name: entry.value for entry in entry_points(group="dmax.tasks")}
 
 
 def task_names() -> tuple[str, ...]:
     """Names of all tasks, those of plugins (entry-point group `dmax.tasks`) included."""
-    return tuple(sorted(_table()))
+    return tuple(sorted(_classes()))
 
 
 def get_task(name: str, data: Path | None = None) -> Task:
@@ -64,7 +64,7 @@ def get_task(name: str, data: Path | None = None) -> Task:
     Raises:
         InputError: there is no such task, it reads no file, or its rows cannot be read.
     """
-    table = _table()
+    table = _classes()
     if name not in table:
         choices = task_names()
         raise InputError(

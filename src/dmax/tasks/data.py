@@ -14,7 +14,7 @@ from dmax.tasks import Example
 
 
 @dataclass(frozen=True, slots=True)
-class Hub:
+class HubDataset:
     """Where a benchmark lies on the hub: what `datasets.load_dataset` is asked for."""
 
     path: str
@@ -23,11 +23,11 @@ class Hub:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """One row and where it stands, so that a complaint can name the place."""
 
     fields: Mapping[str, Any]
-    place: str
+    location: str
 
     def text(self, *names: str) -> str:
         """The first of these fields that is there: a text that is not blank."""
@@ -58,7 +58,7 @@ class Row:
     def wrong(self, reason: str) -> InputError:
         """The error that says what is wrong with this row."""
         return InputError(
-            f"{self.place}: {reason}", hint="docs/tasks.md lists the fields of every task"
+            f"{self.location}: {reason}", hint="docs/tasks.md lists the fields of every task"
         )
 
 
@@ -69,7 +69,7 @@ class Benchmark(ABC):
     """
 
     name: str
-    hub: Hub
+    hub: HubDataset
     max_new_tokens = 2048  # of the published evaluation, for every task (DMax section 4.1)
 
     def __init__(self, data: Path | None = None) -> None:
@@ -80,7 +80,7 @@ class Benchmark(ABC):
         )
 
     @abstractmethod
-    def example(self, row: Row) -> Example:
+    def example(self, row: DatasetRow) -> Example:
         """The example a row stands for; raises `InputError` if it stands for none."""
 
     @abstractmethod
@@ -96,18 +96,18 @@ class Benchmark(ABC):
         return self._examples[:limit]
 
     def _read(self, data: Path) -> list[Example]:
-        first_place: dict[str, str] = {}
+        first_asked: dict[str, str] = {}
         examples = []
         for row in rows_of_file(data):
             example = self.example(row)
-            if example.prompt in first_place:
-                raise row.wrong(f"repeats the question of {first_place[example.prompt]}")
-            first_place[example.prompt] = row.place
+            if example.prompt in first_asked:
+                raise row.wrong(f"repeats the question of {first_asked[example.prompt]}")
+            first_asked[example.prompt] = row.location
             examples.append(example)
         return examples
 
 
-def rows_of_file(path: Path) -> Iterator[Row]:
+def rows_of_file(path: Path) -> Iterator[DatasetRow]:
     """Rows of a JSONL file, one object a line; blank lines are skipped.
 
     Raises:
@@ -128,20 +128,20 @@ def rows_of_file(path: Path) -> Iterator[Row]:
         )
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Row(_object(line, f"{path}:{number}"), f"{path}:{number}")
+            yield DatasetRow(_object(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def _object(line: bytes, place: str) -> dict[str, Any]:
+def _object(line: bytes, location: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
-        raise InputError(f"{place}: not a JSON object ({error})") from None
+        raise InputError(f"{location}: not a JSON object ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{place}: not a JSON object but {value!r:.40}")
+        raise InputError(f"{location}: not a JSON object but {value!r:.40}")
     return value
 
 
-def rows_of_hub(hub: Hub) -> Iterator[Row]:
+def rows_of_hub(hub: HubDataset) -> Iterator[DatasetRow]:
     """Rows of a dataset on the hub.
 
     Raises:
@@ -170,4 +170,4 @@ def rows_of_hub(hub: Hub) -> Iterator[Row]:
             hint="give the rows as a JSONL file: --data FILE",
         )
     for number, fields in enumerate(rows, 1):
-        yield Row(fields, f"{hub.path} ({hub.split}), row {number}")
+        yield DatasetRow(fields, f"{hub.path} ({hub.split}), row {number}")

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from dmax.tasks import Example
-from dmax.tasks.data import Benchmark, Hub, Row
+from dmax.tasks.data import Benchmark, DatasetRow, HubDataset
 from dmax.tasks.equality import equal, require_math_verify
 
 # A minus right after a word, number or bracket is an operation; digits may be grouped by commas.
@@ -107,9 +107,9 @@ class Gsm8k(WordProblemBenchmark):
     """The task `gsm8k`: 1,319 grade-school word problems."""
 
     name = "gsm8k"
-    hub = Hub("openai/gsm8k", "main", "test")
+    hub = HubDataset("openai/gsm8k", "main", "test")
 
-    def example(self, row: Row) -> Example:
+    def example(self, row: DatasetRow) -> Example:
         """A row has `question` and `answer`, whose last line is `#### N`."""
         question = row.text("question")
         answer = row.text("answer")
@@ -123,9 +123,9 @@ class Asdiv(WordProblemBenchmark):
     """The task `asdiv`: 2,305 short word problems."""
 
     name = "asdiv"
-    hub = Hub("EleutherAI/asdiv", "asdiv", "validation")
+    hub = HubDataset("EleutherAI/asdiv", "asdiv", "validation")
 
-    def example(self, row: Row) -> Example:
+    def example(self, row: DatasetRow) -> Example:
         """A row has `question`, often `body` before it, and `answer` such as `9 (apples)`."""
         body = row.optional_text("body")
         question = row.text("question")
@@ -139,9 +139,9 @@ class Math500(MathBenchmark):
     """The task `math500`: 500 competition problems from MATH."""
 
     name = "math500"
-    hub = Hub("HuggingFaceH4/MATH-500", None, "test")
+    hub = HubDataset("HuggingFaceH4/MATH-500", None, "test")
 
-    def example(self, row: Row) -> Example:
+    def example(self, row: DatasetRow) -> Example:
         r"""A row has `problem` (or `question`) and `answer` (or `ground_truth_answer`, or a boxing `solution`)."""
         problem = row.text("problem", "question")
         solution = row.optional_text("solution")
@@ -166,4 +166,4 @@ class MinervaAlgebra(Math500):
     """The task `minerva_algebra`: 1,187 algebra problems of the test set of MATH."""
 
     name = "minerva_algebra"
-    hub = Hub("EleutherAI/hendrycks_math", "algebra", "test")
+    hub = HubDataset("EleutherAI/hendrycks_math", "algebra", "test")

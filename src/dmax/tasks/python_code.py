@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dmax.sandbox import check, run_python
 from dmax.tasks import Example
-from dmax.tasks.data import Benchmark, Hub, Row
+from dmax.tasks.data import Benchmark, DatasetRow, HubDataset
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "python3", "py")  # what may stand after the fence of a block that counts
@@ -41,7 +41,7 @@ sys.modules["numpy"] = types.SimpleNamespace(allclose=allclose, ndarray=(), floa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem(Example):
+class CodeProblem(Example):
     """An example that a program answers; `answer` is a solution.
 
     Attributes:
@@ -139,7 +139,7 @@ def complete(code: str, stub: str, entry_point: str) -> str:
     return f"{stub}\n{textwrap.indent(textwrap.dedent(code), '    ')}"
 
 
-def passes(program: str, problem: Problem) -> bool:
+def passes(program: str, problem: CodeProblem) -> bool:
     """Whether a program passes the tests of a problem, in the sandbox."""
     return check(program, problem.tests, names=problem.names, setup=problem.setup).passed
 
@@ -152,7 +152,7 @@ class CodeBenchmark(Benchmark):
         super().__init__(data)
 
     @abstractmethod
-    def example(self, row: Row) -> Problem:
+    def example(self, row: DatasetRow) -> CodeProblem:
         """The problem a row stands for."""
 
     def extract(self, text: str) -> str | None:
@@ -161,7 +161,7 @@ class CodeBenchmark(Benchmark):
 
     def score(self, text: str, example: Example) -> bool:
         """Whether the code of a completion passes the tests of the problem."""
-        assert isinstance(example, Problem), "the examples of this task are problems"
+        assert isinstance(example, CodeProblem), "the examples of this task are problems"
         code = extract_code(text)
         if code is None:
             return False
@@ -175,10 +175,10 @@ class Mbpp(CodeBenchmark):
     """The task `mbpp`: all 427 problems of the sanitized set."""
 
     name = "mbpp"
-    hub = Hub("google-research-datasets/mbpp", "sanitized", "prompt+train+validation+test")
+    hub = HubDataset("google-research-datasets/mbpp", "sanitized", "prompt+train+validation+test")
     setup = ""
 
-    def example(self, row: Row) -> Problem:
+    def example(self, row: DatasetRow) -> CodeProblem:
         """A row has `prompt`, `code`, `test_list` and perhaps `test_imports`."""
         text = row.text("prompt")
         solution = row.text("code")
@@ -193,11 +193,11 @@ class Mbpp(CodeBenchmark):
             f"You are an expert Python programmer, and here is your task: {text} "
             "Your code should pass these tests:\n\n" + "\n".join(shown) + f"\n\n{DELIMITERS}"
         )
-        return Problem(
+        return CodeProblem(
             prompt, solution, _fenced(solution), tests=tests, names=names, setup=self.setup
         )
 
-    def tests(self, row: Row, shown: list[str]) -> str:
+    def tests(self, row: DatasetRow, shown: list[str]) -> str:
         """The tests that count: those shown in the prompt."""
         return "\n".join([*row.texts("test_imports"), *shown])
 
@@ -206,10 +206,10 @@ class MbppPlus(Mbpp):
     """The task `mbpp_plus`: 378 problems, the prompt of `mbpp`, many more tests."""
 
     name = "mbpp_plus"
-    hub = Hub("evalplus/mbppplus", None, "test")
+    hub = HubDataset("evalplus/mbppplus", None, "test")
     setup = NUMPY
 
-    def tests(self, row: Row, shown: list[str]) -> str:
+    def tests(self, row: DatasetRow, shown: list[str]) -> str:
         """The tests that count: the program `test`, not only those shown."""
         return row.text("test")
 
@@ -218,10 +218,10 @@ class HumanEval(CodeBenchmark):
     """The task `humaneval`: 164 problems, asked as instructions."""
 
     name = "humaneval"
-    hub = Hub("openai/openai_humaneval", None, "test")
+    hub = HubDataset("openai/openai_humaneval", None, "test")
     setup = ""
 
-    def example(self, row: Row) -> Problem:
+    def example(self, row: DatasetRow) -> CodeProblem:
         """A row has `prompt`, `entry_point`, `canonical_solution` and `test`, which defines `check`."""
         stub = row.text("prompt")
         name = row.text("entry_point")
@@ -236,7 +236,7 @@ class HumanEval(CodeBenchmark):
         tests = f"{row.text('test')}\ncheck({name})"
         setup = f"{stub}\n{self.setup}"
         program = stub + solution
-        return Problem(
+        return CodeProblem(
             prompt, program, _fenced(program), tests=tests, names=(name,), setup=setup, stub=stub
         )
 
@@ -245,7 +245,7 @@ class HumanEvalPlus(HumanEval):
     """The task `humaneval_plus`: the same problems with many more tests."""
 
     name = "humaneval_plus"
-    hub = Hub("evalplus/humanevalplus", None, "test")
+    hub = HubDataset("evalplus/humanevalplus", None, "test")
     setup = NUMPY
 
 
