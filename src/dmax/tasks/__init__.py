@@ -1,7 +1,11 @@
-"""Tasks: where prompts come from and how an answer is scored. Names resolve lazily; plugins add their own."""
+"""Tasks: where prompts come from, and how an answer is scored.
+
+A task is loaded when somebody asks for it by name. Plugins add tasks of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -26,7 +30,13 @@ _TASKS = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt, the expected answer, and a worked reference where there is one."""
+    """A prompt and its expected answer.
+
+    Attributes:
+        prompt: what the model is asked.
+        answer: what it should answer.
+        reference: a worked solution, if there is one.
+    """
 
     prompt: str
     answer: str
@@ -40,42 +50,48 @@ class Task(Protocol):
     max_new_tokens: int
 
     def examples(self, limit: int, seed: int) -> list[Example]:
-        """The examples to solve, at most `limit`, the same for the same seed."""
+        """The examples to solve, at most `limit`; the same seed gives the same examples."""
 
     def extract(self, text: str) -> str | None:
-        """The answer in a completion, or None."""
+        """The answer in a completion; None if there is none."""
 
     def score(self, text: str, example: Example) -> bool:
         """Whether a completion answers the example."""
 
 
 def _classes() -> dict[str, str]:
+    """Where the class of every task is, as "module:name", by the name of the task."""
     return _TASKS | {entry.name: entry.value for entry in entry_points(group="dmax.tasks")}
 
 
 def task_names() -> tuple[str, ...]:
-    """Names of all tasks, those of plugins (entry-point group `dmax.tasks`) included."""
+    """Names of all tasks, with those of plugins (entry-point group `dmax.tasks`)."""
     return tuple(sorted(_classes()))
 
 
 def get_task(name: str, data: Path | None = None) -> Task:
-    """The task of that name, over the rows of the JSONL file `data` if one is given.
+    """The task of that name.
+
+    Args:
+        name: one of `task_names()`.
+        data: JSONL file of the task's rows. None: the task's own examples, or the hub's rows.
 
     Raises:
         InputError: there is no such task, it reads no file, or its rows cannot be read.
     """
-    table = _classes()
-    if name not in table:
+    classes = _classes()
+    if name not in classes:
         choices = task_names()
         raise InputError(
             f"unknown task {name!r}; choose from {', '.join(choices)}",
             hint=did_you_mean(name, choices),
         )
-    module, _, attribute = table[name].partition(":")
-    make = getattr(import_module(module), attribute)
-    if data is not None and not signature(make).parameters:
+    module, _, attribute = classes[name].partition(":")
+    make: Callable[..., Task] = getattr(import_module(module), attribute)
+    if data is None:
+        return make()
+    if not signature(make).parameters:
         raise InputError(
             f"the task {name!r} makes its own examples and reads no file", hint="leave out --data"
         )
-    task: Task = make() if data is None else make(data)
-    return task
+    return make(data)

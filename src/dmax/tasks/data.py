@@ -1,4 +1,7 @@
-"""Rows of a fixed benchmark, from a JSONL file or from the hub, every one checked before a model is opened."""
+"""Benchmarks over a fixed set of rows, from a JSONL file or from the hub.
+
+Every row is checked when the task is made, before a model is opened.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ from dmax.tasks import Example
 
 @dataclass(frozen=True, slots=True)
 class HubDataset:
-    """Where a benchmark lies on the hub: what `datasets.load_dataset` is asked for."""
+    """Where a benchmark lies on the hub, as `datasets.load_dataset` takes it.
+
+    Attributes:
+        path: name of the dataset.
+        config: one of its configurations; None for a dataset that has only one.
+        split: which of its rows.
+    """
 
     path: str
     config: str | None
@@ -24,13 +33,22 @@ class HubDataset:
 
 @dataclass(frozen=True, slots=True)
 class DatasetRow:
-    """One row and where it stands, so that a complaint can name the place."""
+    """One row of a dataset.
+
+    Attributes:
+        fields: its values by their names.
+        location: file and line, or number on the hub; errors begin with it.
+    """
 
     fields: Mapping[str, Any]
     location: str
 
     def text(self, *names: str) -> str:
-        """The first of these fields that is there: a text that is not blank."""
+        """The first of these fields that is there.
+
+        Raises:
+            InputError: none is there, or the first is no text or a blank one.
+        """
         found = next((name for name in names if self.fields.get(name) is not None), None)
         if found is None:
             raise self.wrong(f"{' or '.join(f'`{name}`' for name in names)} is missing")
@@ -42,12 +60,20 @@ class DatasetRow:
         return value
 
     def optional_text(self, name: str) -> str:
-        """A field that may be missing or blank; then it is empty."""
-        value = self.fields.get(name)
-        return self.text(name) if value is not None and value != "" else ""
+        """The text of a field; empty if the field is missing or empty.
+
+        Raises:
+            InputError: the field is no text, or a blank one.
+        """
+        is_missing = self.fields.get(name) in (None, "")
+        return "" if is_missing else self.text(name)
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts; a missing one is empty."""
+        """A list of texts; empty if the field is missing.
+
+        Raises:
+            InputError: the field is something else.
+        """
         value = self.fields.get(name)
         if value is None:
             return []
@@ -56,16 +82,16 @@ class DatasetRow:
         return value
 
     def wrong(self, reason: str) -> InputError:
-        """The error that says what is wrong with this row."""
-        return InputError(
-            f"{self.location}: {reason}", hint="docs/tasks.md lists the fields of every task"
-        )
+        """The error that says where the row is and what is wrong with it."""
+        message = f"{self.location}: {reason}"
+        return InputError(message, hint="docs/tasks.md lists the fields of every task")
 
 
 class Benchmark(ABC):
     """A task over the rows of one published test set.
 
-    The set is read when the task is made, so that a bad row is an error before hours of computing.
+    All rows are read when the task is made. A bad row is an error then, not after hours of
+    computing.
     """
 
     name: str
@@ -73,29 +99,29 @@ class Benchmark(ABC):
     max_new_tokens = 2048  # of the published evaluation, for every task (DMax section 4.1)
 
     def __init__(self, data: Path | None = None) -> None:
-        self._examples = (
-            [self.example(row) for row in rows_of_hub(self.hub)]
-            if data is None
-            else self._read(data)
-        )
+        if data is None:
+            self._examples = [self.example(row) for row in rows_of_hub(self.hub)]
+        else:
+            self._examples = self._distinct_examples(data)
 
     @abstractmethod
     def example(self, row: DatasetRow) -> Example:
-        """The example a row stands for; raises `InputError` if it stands for none."""
+        """The example of a row; raises `InputError` if the row has none."""
 
     @abstractmethod
     def extract(self, text: str) -> str | None:
-        """The answer in a completion, or None."""
+        """The answer in a completion; None if there is none."""
 
     @abstractmethod
     def score(self, text: str, example: Example) -> bool:
         """Whether a completion answers the example."""
 
     def examples(self, limit: int, seed: int) -> list[Example]:
-        """The first `limit` rows in the order of the set, or all if it has fewer; `seed` changes nothing."""
+        """The first `limit` rows of the set, or all if it has fewer; `seed` changes nothing."""
         return self._examples[:limit]
 
-    def _read(self, data: Path) -> list[Example]:
+    def _distinct_examples(self, data: Path) -> list[Example]:
+        """The examples of a file; raises `InputError` if two ask the same."""
         first_asked: dict[str, str] = {}
         examples = []
         for row in rows_of_file(data):
@@ -108,16 +134,16 @@ class Benchmark(ABC):
 
 
 def rows_of_file(path: Path) -> Iterator[DatasetRow]:
-    """Rows of a JSONL file, one object a line; blank lines are skipped.
+    r"""Rows of a JSONL file, one object a line; blank lines are skipped.
+
+    Only `\n` separates rows, since texts may hold other line breaks.
 
     Raises:
-        InputError: the file is missing, unreadable or empty, or a line is not a JSON object; names
-            file and line.
+        InputError: the file is missing, unreadable or empty, or a line is not a JSON object. The
+            error names file and line.
     """
     try:
-        lines = path.read_bytes().split(
-            b"\n"
-        )  # only these separate rows: texts may hold other line breaks
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}", hint="--data takes a JSONL file"
@@ -128,7 +154,8 @@ def rows_of_file(path: Path) -> Iterator[DatasetRow]:
         )
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield DatasetRow(_object(line, f"{path}:{number}"), f"{path}:{number}")
+            location = f"{path}:{number}"
+            yield DatasetRow(_object(line, location), location)
 
 
 def _object(line: bytes, location: str) -> dict[str, Any]:
@@ -154,20 +181,16 @@ def rows_of_hub(hub: HubDataset) -> Iterator[DatasetRow]:
             f"reading `{hub.path}` from the hub needs the package `datasets`",
             hint='pip install "dmax[eval]", or give the rows as a JSONL file: --data FILE',
         ) from None
+    from_a_file = "give the rows as a JSONL file: --data FILE"
     try:
         rows = list(load_dataset(hub.path, hub.config, split=hub.split))
-    except (
-        Exception
-    ) as error:  # what it raises without a network depends on its version and on the network
+    # Without a network, the error depends on the version of `datasets` and on the network.
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"cannot read `{hub.path}` from the hub: {reason}",
-            hint="give the rows as a JSONL file: --data FILE",
+            f"cannot read `{hub.path}` from the hub: {reason}", hint=from_a_file
         ) from None
     if not rows:
-        raise InputError(
-            f"`{hub.path}` on the hub holds no rows",
-            hint="give the rows as a JSONL file: --data FILE",
-        )
+        raise InputError(f"`{hub.path}` on the hub holds no rows", hint=from_a_file)
     for number, fields in enumerate(rows, 1):
         yield DatasetRow(fields, f"{hub.path} ({hub.split}), row {number}")

@@ -1,8 +1,8 @@
 """Whether two mathematical answers are equal, by math-verify in a process of its own.
 
-math-verify limits its own time by signals, which only a main thread can take and which do not reach
-a long computation inside one operation. A separate process needs neither: a comparison that does
-not come back is killed with it, and whatever an answer does to the parser, the evaluation goes on.
+math-verify limits its own time with signals. Only a main thread can take them, and they do not
+reach a long computation inside one operation. A process of its own can simply be killed, so that
+the evaluation goes on whatever an answer does to the parser.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def require_math_verify() -> None:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether an answer, LaTeX or plain, equals the gold one; what cannot be read or compared in time is not equal.
+    """Whether an answer, LaTeX or plain, equals the gold one.
+
+    What cannot be read, or not compared in time, is not equal.
 
     Raises:
         InputError: math-verify is missing or does not start.
@@ -50,13 +52,16 @@ def _comparer() -> Comparer:
 class Comparer:
     """A process that compares answers, started when first needed and again after it was killed."""
 
-    def __init__(self, limit: float = COMPARE_SECONDS) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
+        self._limit: float = COMPARE_SECONDS
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()  # one question at a time, whichever thread asks
 
     def compare(self, gold: str, answer: str) -> bool:
-        """Whether the process says that they are equal; False if it dies over it or says nothing in time."""
+        """Whether the process says that they are equal.
+
+        False if the process dies over the question, or says nothing in time.
+        """
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 self.stop()
@@ -65,7 +70,8 @@ class Comparer:
             try:
                 reply = _ask(process, json.dumps([gold, answer]), self._limit)
             finally:
-                if not reply:  # dead, or interrupted: a reply that comes now must not be taken for the next one
+                # Dead or interrupted: what it says now would be taken for the next reply.
+                if not reply:
                     self.stop()
             return reply == "true"
 
@@ -78,8 +84,7 @@ class Comparer:
 
     def _start(self) -> subprocess.Popen[str]:
         require_math_verify()
-        # -P: the folder of the script stays off the path, so that no file in it hides a module of
-        # the same name.
+        # -P keeps the folder of the script off the path: no file in it may hide a module.
         command = [sys.executable, "-P", str(Path(__file__).with_name("equality_worker.py"))]
         self._process = subprocess.Popen(
             command,
@@ -91,15 +96,16 @@ class Comparer:
         reply = _ask(self._process, "", START_SECONDS)
         if reply != "null":
             self.stop()
-            raise InputError(
-                f"math-verify does not start: {json.loads(reply) if reply else 'no reply'}",
-                hint=INSTALL,
-            )
+            reason = json.loads(reply) if reply else "no reply"
+            raise InputError(f"math-verify does not start: {reason}", hint=INSTALL)
         return self._process
 
 
 def _ask(process: subprocess.Popen[str], line: str, seconds: float) -> str:
-    """The line a process writes after it was given one; empty if it ends first, which it must after some seconds."""
+    """The line that a process writes after it was given one.
+
+    Empty if the process ends first. After so many seconds it is killed.
+    """
     assert process.stdin is not None and process.stdout is not None
     timer = threading.Timer(seconds, process.kill)
     timer.start()

@@ -1,7 +1,7 @@
-"""The process behind `dmax.tasks.equality`: reads `[gold, answer]` lines, writes `true` or `false`.
+"""The process of `dmax.tasks.equality`: reads lines `[gold, answer]`, writes `true` or `false`.
 
-A script, run by its path: it imports nothing of this package, which would take longer than
-math-verify itself.
+It is a script that is run by its path. It imports nothing of this package, since that would take
+longer than importing math-verify.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 
 
 def serve() -> None:
-    """Say that math-verify is there, or why not; then answer one line with one line until the input ends."""
-    # whatever the parsers print is no reply
+    """Say that math-verify is there, or why not; then answer line by line until the input ends."""
+    # Whatever the parsers print is no reply, so it goes to stderr.
     replies = sys.stdout
     sys.stdout = sys.stderr
     try:

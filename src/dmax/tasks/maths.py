@@ -2,7 +2,7 @@ r"""Tasks with a mathematical answer: `gsm8k`, `asdiv`, `math500`, `minerva_alge
 
 Prompts are those of the published evaluation, zero-shot. Scoring is strict: one answer is taken
 from a completion, the last `\boxed{…}`, and math-verify compares it with the gold one. The prompt
-of the word problems asks for no form, so there a closing line `#### N` counts as well, and without
+of the word problems asks for no form. There a closing line `#### N` counts as well, and without
 either the last number, as in lm-eval's flexible extraction.
 """
 
@@ -28,7 +28,7 @@ SPELLINGS = {"−": "-", "{,}": ",", r"\!": "", r"\,": "", r"\$": "$"}
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last `\boxed{…}` holds; None if there is none, or if the last one is empty or never closed."""
+    r"""What the last `\boxed{…}` holds; None without one, or if it is empty or never closed."""
     boxes = list(BOX.finditer(text))
     if not boxes:
         return None
@@ -37,6 +37,7 @@ def last_box(text: str) -> str | None:
 
 
 def _until_closed(text: str) -> str:
+    """The text up to the brace that closes what was open before it; empty if none does."""
     depth = 1
     for found in BRACE.finditer(text):
         depth += {"{": 1, "}": -1}.get(found[0], 0)
@@ -50,10 +51,11 @@ def _clean(answer: str) -> str:
 
 
 def final_number(text: str) -> str | None:
-    r"""The final number: in the last `\boxed{…}` or closing line `#### N`, whichever comes later, else the last one.
+    r"""The final number of a completion; None if there is none.
 
-    A box may hold something else, such as `\frac{1}{2}`, which is given back as it stands; a unit
-    is left out.
+    It stands in the last `\boxed{…}` or in the last line `#### N`, whichever comes later. Without
+    either it is the last number of the text. A box may hold something else, such as `\frac{1}{2}`,
+    which is given back as it stands. A unit is left out.
     """
     for spelling, plain in SPELLINGS.items():
         text = text.replace(spelling, plain)
@@ -94,7 +96,7 @@ class WordProblemBenchmark(MathBenchmark):
     """Word problems with one number as their answer."""
 
     def extract(self, text: str) -> str | None:
-        """The final number of a completion, or None."""
+        """The final number of a completion; None if there is none."""
         return final_number(text)
 
     @staticmethod
@@ -142,7 +144,10 @@ class Math500(MathBenchmark):
     hub = HubDataset("HuggingFaceH4/MATH-500", None, "test")
 
     def example(self, row: DatasetRow) -> Example:
-        r"""A row has `problem` (or `question`) and `answer` (or `ground_truth_answer`, or a boxing `solution`)."""
+        r"""A row has `problem` or `question`, and an answer.
+
+        The answer is `answer`, `ground_truth_answer`, or the last box of `solution`.
+        """
         problem = row.text("problem", "question")
         solution = row.optional_text("solution")
         answer = (
@@ -158,7 +163,7 @@ class Math500(MathBenchmark):
         return Example(f"{problem}\n{instruction}", answer, solution or None)
 
     def extract(self, text: str) -> str | None:
-        """The last boxed answer of a completion, or None."""
+        """The last boxed answer of a completion; None if there is none."""
         return last_box(text)
 
 

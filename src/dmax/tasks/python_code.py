@@ -1,8 +1,8 @@
 """Tasks whose answer is a Python function: `mbpp` (sanitized), `humaneval` and their plus variants.
 
 Prompts are those of the published evaluation, zero-shot. As there, the first fenced block of a
-completion counts, and of it the imports and definitions alone. What is left runs in the sandbox,
-against the tests of the row.
+completion counts, and only its imports and definitions. They run in the sandbox, against the tests
+of the row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.C
 DELIMITERS = (
     "Please enclose your code within delimiters as follows:\n```python\n# YOUR CODE HERE\n```\n\n"
 )
-# Tests of the plus sets import numpy for one comparison and the names of its types. The sandbox has
-# the standard library alone, so that this stands for it; arrays do not leave a candidate.
+# Tests of the plus sets import numpy for one comparison and for the names of its types. The sandbox
+# has only the standard library, so this stands for numpy there. Candidates return no arrays.
 NUMPY = """
 import sys, types
 
@@ -36,7 +36,9 @@ def allclose(a, b, rtol=1e-05, atol=1e-08):
         return len(a) == len(b) and all(allclose(x, y, rtol, atol) for x, y in zip(a, b))
     return a == b or abs(a - b) <= atol + rtol * abs(b)
 
-sys.modules["numpy"] = types.SimpleNamespace(allclose=allclose, ndarray=(), float64=float, float32=float)
+sys.modules["numpy"] = types.SimpleNamespace(
+    allclose=allclose, ndarray=(), float64=float, float32=float
+)
 """
 
 
@@ -46,10 +48,10 @@ class CodeProblem(Example):
 
     Attributes:
         tests: program that calls a solution and fails if it is wrong.
-        names: what the tests take from a solution; with a stub, the one function that it asks for.
-        setup: program that the tests need before them.
-        stub: start of a program that a solution completes: imports, helpers, signature; may be
-            empty.
+        names: what the tests take from a solution. With a stub it is the one function asked for.
+        setup: program that runs before the tests.
+        stub: start of a program that a solution completes: imports, helpers and signature. It may
+            be empty.
     """
 
     tests: str
@@ -59,14 +61,17 @@ class CodeProblem(Example):
 
 
 def extract_code(text: str) -> str | None:
-    """The code of a completion: its first Python block, else what of the text can be read as code, else all of it."""
+    """The code of a completion; None if it holds nothing.
+
+    It is the first Python block. Without one it is what can be read as code, else the whole text.
+    """
     blocks = [code for language, code in FENCE.findall(text) if language.lower() in PYTHON]
     code = blocks[0] if blocks else _without_prose(text)
     return code.strip("\n").rstrip() or None
 
 
 def _without_prose(text: str) -> str:
-    """From the first line that starts like code to the last line with which it can still be read."""
+    """From the first line that starts like code to the last line with which it still parses."""
     lines = text.split("\n")
     start = next((index for index, line in enumerate(lines) if START_OF_CODE.match(line)), None)
     if start is None:
@@ -79,17 +84,11 @@ def _without_prose(text: str) -> str:
 
 
 def _parse(code: str) -> ast.Module | None:
+    """The tree of a program; None if it is no Python, holds null bytes, or is nested too deeply."""
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of the completion's escapes and comparisons
+        with warnings.catch_warnings(action="ignore"):  # the completion's own faults
             return ast.parse(code)
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # null bytes, or nested without end
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
@@ -99,40 +98,46 @@ def definitions(code: str) -> str:
     A program that cannot be read, or has none of them, is given back as it stands.
     """
     tree = _parse(code)
-    kept = [node for node in tree.body if _is_definition(node)] if tree else []
+    if tree is None:
+        return code
+    kept = [node for node in tree.body if _is_definition(node)]
     try:
         return "\n\n".join(ast.unparse(node) for node in kept) or code
-    except RecursionError:  # a sum of a thousand terms is a tree as deep
+    except RecursionError:  # a sum of a thousand terms is a tree a thousand levels deep
         return code
 
 
 def _is_definition(node: ast.stmt) -> bool:
-    """Imports, functions, classes, and the constants they use: 3 of MBPP's own solutions have one. Not what reads."""
+    """Whether a statement is an import, a function, a class, or a constant.
+
+    Constants stay because three of MBPP's own solutions need one. One that reads input does not.
+    """
     if isinstance(node, ast.Assign | ast.AnnAssign):
-        return not any(isinstance(name, ast.Name) and name.id == "input" for name in ast.walk(node))
+        names = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+        return "input" not in names
     return isinstance(node, KEPT)
 
 
 def defined(code: str) -> set[str]:
     """Names of the functions and classes that a program defines; empty if it cannot be read."""
     tree = _parse(code)
-    return (
-        {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        if tree
-        else set()
-    )
+    if tree is None:
+        return set()
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
 def used(code: str) -> set[str]:
     """Names that a program reads anywhere; empty if it cannot be read."""
     tree = _parse(code)
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} if tree else set()
+    if tree is None:
+        return set()
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def complete(code: str, stub: str, entry_point: str) -> str:
-    """A program from a stub and a completion that repeats its signature, or gives the body alone.
+    """A program from a stub and a completion that repeats its signature or gives only the body.
 
-    The stub stands first either way: its imports and helpers are part of the problem.
+    The stub stands first in both cases: its imports and helpers are part of the problem.
     """
     if entry_point in defined(code):
         return f"{stub}\n\n{definitions(code)}"
@@ -148,15 +153,15 @@ class CodeBenchmark(Benchmark):
     """A benchmark whose answers run against tests."""
 
     def __init__(self, data: Path | None = None) -> None:
-        run_python("")  # raises `InputError` where nothing can hold foreign code
+        run_python("")  # raises `InputError` where foreign code cannot be isolated
         super().__init__(data)
 
     @abstractmethod
     def example(self, row: DatasetRow) -> CodeProblem:
-        """The problem a row stands for."""
+        """The problem of a row; raises `InputError` if the row has none."""
 
     def extract(self, text: str) -> str | None:
-        """The code of a completion, or None."""
+        """The code of a completion; None if it holds nothing."""
         return extract_code(text)
 
     def score(self, text: str, example: Example) -> bool:
@@ -165,9 +170,10 @@ class CodeBenchmark(Benchmark):
         code = extract_code(text)
         if code is None:
             return False
-        program = (
-            complete(code, example.stub, example.names[0]) if example.stub else definitions(code)
-        )
+        if example.stub:
+            program = complete(code, example.stub, entry_point=example.names[0])
+        else:
+            program = definitions(code)
         return passes(program, example)
 
 
@@ -179,7 +185,7 @@ class Mbpp(CodeBenchmark):
     setup = ""
 
     def example(self, row: DatasetRow) -> CodeProblem:
-        """A row has `prompt`, `code`, `test_list` and perhaps `test_imports`."""
+        """A row has `prompt`, `code` and `test_list`; it may have `test_imports`."""
         text = row.text("prompt")
         solution = row.text("code")
         shown = row.texts("test_list")
@@ -222,7 +228,7 @@ class HumanEval(CodeBenchmark):
     setup = ""
 
     def example(self, row: DatasetRow) -> CodeProblem:
-        """A row has `prompt`, `entry_point`, `canonical_solution` and `test`, which defines `check`."""
+        """A row has `prompt`, `entry_point`, `canonical_solution`, and a `test` with `check`."""
         stub = row.text("prompt")
         name = row.text("entry_point")
         solution = row.text("canonical_solution")
@@ -232,9 +238,8 @@ class HumanEval(CodeBenchmark):
             "Write a solution to the following problem and make sure that it passes the tests:\n"
             f"```python\n{stub}\n```\n\n{DELIMITERS}"
         )
-        # tests use helpers of the stub
         tests = f"{row.text('test')}\ncheck({name})"
-        setup = f"{stub}\n{self.setup}"
+        setup = f"{stub}\n{self.setup}"  # tests use helpers of the stub
         program = stub + solution
         return CodeProblem(
             prompt, program, _fenced(program), tests=tests, names=(name,), setup=setup, stub=stub

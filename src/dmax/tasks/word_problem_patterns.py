@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-# Word lists are written as text and split here: the order of the words is part of what a seed
-# means.
+# The order of the words is part of what a seed means.
 NAMES = {
     "he": (
-        "Adam Ben Carlos David Ethan Felix Gabriel Henry Ivan Jack Kevin Liam Marco Noah Oscar Paul Rami Sam Tom Victor"
-    ).split(),  # noqa: SIM905
+        "Adam Ben Carlos David Ethan Felix Gabriel Henry Ivan Jack Kevin Liam Marco Noah Oscar "
+        "Paul Rami Sam Tom Victor"
+    ).split(),
     "she": (
-        "Alice Bella Clara Dina Emma Fiona Grace Hana Iris Julia Kate Lena Maria Nora Olivia Petra Rosa Sofia Tara Vera"
-    ).split(),  # noqa: SIM905
+        "Alice Bella Clara Dina Emma Fiona Grace Hana Iris Julia Kate Lena Maria Nora Olivia Petra "
+        "Rosa Sofia Tara Vera"
+    ).split(),
 }
 OBJECT_PRONOUNS = {"he": "him", "she": "her"}
 ITEMS = (
-    "apples books cards coins marbles stickers pencils shells stamps buttons cookies candles balloons tickets "
-    "badges beads crayons flowers leaves lemons magnets mugs oranges pears photos plums ribbons stones tokens "
-    "toys"
-).split()  # noqa: SIM905
+    "apples books cards coins marbles stickers pencils shells stamps buttons cookies candles "
+    "balloons tickets badges beads crayons flowers leaves lemons magnets mugs oranges pears photos "
+    "plums ribbons stones tokens toys"
+).split()
 
 OPENERS = (
     "{name} has {a} {items}.",
@@ -89,16 +90,16 @@ STEPS = {
     ),
 }
 
-# Each sentence of a worked answer is put together from several choices, so that neighbouring tokens
-# must agree: a lead, a clause form, a name or pronoun, a noun, an operator and a word for equality.
+# Each sentence of a worked answer is put together from several choices: a lead, a clause form, a
+# name or pronoun, a noun, an operator and a word for equality. So neighbouring tokens must agree.
 # The likelier choice stands first.
 OPENING_LEADS = ("First", "Now", "At this point", "In this step")
 LEADS = ("Then", "Next", "After that", "Now", "So here", "In this step", "At this point")
 THINGS = ("{items}", "of them", "{items} in hand", "in total")
 OPERATORS = {"+": ("+", "plus"), "-": ("-", "minus"), "*": ("x", "times"), "/": ("/", "divided by")}
 EQUALS = ("is", "equals", "makes", "gives")
-# Forms put the old value {a}, the operand {b} and the result {c} in different places and at
-# different lengths.
+# The old value {a}, the operand {b} and the result {c} stand in another order in each form, and the
+# forms differ in length.
 FORMS = (
     "we see that {a} {op} {b} {eq} {c} {things}.",
     "the count becomes {c} {things}, because {a} {op} {b} {eq} {c}.",

@@ -1,8 +1,8 @@
-"""Multi-step arithmetic word problems with worked answers, drawn from a seed: the task of the bundled models.
+"""Arithmetic word problems with worked answers, drawn from a seed: the task of the bundled models.
 
-A problem is a chain of 4 to 8 dependent steps, longer than a small network can follow in one pass,
-and every sentence of its answer is worded by several independent choices, so that tokens decided
-together must agree. Both are what makes deciding many tokens at once hard in real text.
+A problem is a chain of 4 to 8 dependent steps, longer than a small network can follow in one pass.
+Every sentence of its answer is worded by several independent choices, so that tokens decided
+together must agree. Both make deciding many tokens at once as hard as it is in real text.
 """
 
 from __future__ import annotations
@@ -35,15 +35,23 @@ from dmax.tasks.word_problem_patterns import (
 )
 
 Split = Literal["train", "test"]
-LARGEST_NUMBER = 99  # what the bundled tokenizer holds as whole tokens, and sums of two of it
-MIN_WORDS = 60  # words and punctuation marks of an answer, tokens of the bundled tokenizer
+LARGEST_NUMBER = 99  # the bundled tokenizer has a token for every number up to twice this
+MIN_WORDS = 60  # words and punctuation marks of an answer: tokens of the bundled tokenizer
+MIN_WORDS_PER_STEP = 15  # all that an answer of fewer than 4 steps needs
 PREFERENCE = 1.8  # how much likelier each wording is than the next
-MIN_WORDS_PER_STEP = 15  # what fewer than 4 steps can reach
 
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A question, its worked response ending in `#### N`, the answer N, and the chain of steps behind it."""
+    """A question with its worked response.
+
+    Attributes:
+        question: the story, and what is asked.
+        response: the steps, worked out in sentences, and the closing line `#### N`.
+        answer: the number N.
+        start: the value before the first step.
+        steps: operation and operand of each step.
+    """
 
     question: str
     response: str
@@ -59,16 +67,22 @@ class WordProblem:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """How large the numbers get: running values up to `largest`, summands up to `largest_operand`."""
+    """How large the numbers get.
+
+    Attributes:
+        largest: of all values along the chain.
+        largest_operand: of the numbers that are added or taken away.
+    """
 
     largest: int = 30
     largest_operand: int = 6
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for a range that no chain fits into or no token stands for."""
+        """Raises `InputError` for numbers too small for a chain, or too large for a token."""
         if not (20 <= self.largest <= LARGEST_NUMBER and 2 <= self.largest_operand <= self.largest):
             raise InputError(
-                f"numbers must satisfy 20 <= largest <= {LARGEST_NUMBER} and 2 <= largest_operand <= largest, "
+                f"numbers must satisfy 20 <= largest <= {LARGEST_NUMBER} and "
+                "2 <= largest_operand <= largest, "
                 f"got {self.largest} and {self.largest_operand}"
             )
 
@@ -84,9 +98,11 @@ def generate(
 ) -> WordProblem:
     """Problem number `index` of a seed: a pure function of its arguments.
 
-    One chain in ten, chosen by a hash of start, operations and operands, is for testing and never
-    appears in training, whatever the seed. Raises `InputError` for an unknown split or an empty
-    range of steps.
+    One chain in ten is for testing and never appears in training, whatever the seed. A hash of
+    start, operations and operands chooses it.
+
+    Raises:
+        InputError: an unknown split, or an empty range of steps.
     """
     if split not in get_args(Split):
         choices = get_args(Split)
@@ -100,7 +116,8 @@ def generate(
         )
     rng = random.Random(f"{seed}/{index}/{split}/{min_steps}/{max_steps}")
     while True:
-        start, steps = _draw_chain(rng, rng.randint(min_steps, max_steps), numbers or Numbers())
+        num_steps = rng.randint(min_steps, max_steps)
+        start, steps = _draw_chain(rng, num_steps, numbers or Numbers())
         if split_of(start, steps) == split:
             return _tell(rng, start, steps)
 
@@ -128,19 +145,20 @@ def problems(
 
 
 def split_of(start: int, steps: tuple[tuple[str, int], ...]) -> Split:
-    """The side a chain belongs to, stable across seeds and machines."""
+    """The split that a chain belongs to, the same for all seeds and machines."""
     digest = hashlib.blake2b(f"{start}{steps}".encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % 10 == 0 else "train"
 
 
 def apply_step(value: int, operation: str, operand: int) -> int:
-    """One step of a chain; division is exact by construction."""
-    return {
+    """The value after one step of a chain, in which every division is exact."""
+    results = {
         "+": value + operand,
         "-": value - operand,
         "*": value * operand,
         "/": value // operand,
-    }[operation]
+    }
+    return results[operation]
 
 
 def _draw_chain(
@@ -148,7 +166,8 @@ def _draw_chain(
 ) -> tuple[int, tuple[tuple[str, int], ...]]:
     largest = numbers.largest
     operands = range(2, numbers.largest_operand + 1)
-    start = value = rng.randint(4, min(40, largest - 10))
+    start = rng.randint(4, min(40, largest - 10))
+    value = start
     steps = []
     for _ in range(num_steps):
         choices = {
@@ -213,12 +232,17 @@ def _work_out(
 
 
 def _prefer(rng: random.Random, choices: Sequence[str], *, unlike: str | None = None) -> str:
-    """A choice other than `unlike`; each is `PREFERENCE` times as likely as the one after it, as words in real text."""
+    """A choice other than `unlike`.
+
+    As with words in real text, some are likelier: each is `PREFERENCE` times as likely as the next.
+    """
     left = [choice for choice in choices if choice != unlike]
-    return rng.choices(left, [PREFERENCE**-rank for rank in range(len(left))])[0]
+    weights = [PREFERENCE**-rank for rank in range(len(left))]
+    return rng.choices(left, weights)[0]
 
 
 def _interleaved(general: Sequence[str], special: Sequence[str]) -> list[str]:
+    """One of each in turn, and what is left of the longer one."""
     return [form for pair in zip_longest(general, special) for form in pair if form is not None]
 
 
@@ -233,14 +257,13 @@ def count_words(text: str) -> int:
 
 def extract_answer(text: str) -> int | None:
     """The number of the closing line `#### N`; None if the text does not end with one."""
-    match = re.search(
-        r"^#### (-?[0-9]{1,18})\s*\Z", text, flags=re.MULTILINE
-    )  # int() refuses endless digits
+    closing_line = r"^#### (-?[0-9]{1,18})\s*\Z"  # int() refuses thousands of digits
+    match = re.search(closing_line, text, flags=re.MULTILINE)
     return int(match.group(1)) if match else None
 
 
 def score(text: str, answer: int | str) -> bool:
-    """Whether the text ends with the line `#### N` of the right answer; nothing else in it counts."""
+    """Whether a text ends with the line `#### N` of the right answer; nothing else in it counts."""
     return extract_answer(text) == int(answer)
 
 
@@ -251,14 +274,14 @@ class WordProblems:
     max_new_tokens = 256
 
     def examples(self, limit: int, seed: int) -> list[Example]:
-        """`limit` test problems of a seed."""
+        """The first `limit` test problems of a seed."""
         return [
             Example(problem.question, str(problem.answer), problem.response)
             for problem in problems(limit, seed=seed, split="test")
         ]
 
     def extract(self, text: str) -> str | None:
-        """The final answer as written, or None."""
+        """The number of the closing line; None without such a line."""
         answer = extract_answer(text)
         return None if answer is None else str(answer)
 

@@ -1,4 +1,4 @@
-"""Where the bundled checkpoints live: small mixture-of-experts models that show the effect on a CPU."""
+"""Where the bundled checkpoints are: small models that show the effect of DMax on a CPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ BUNDLED = ("tiny-base", "tiny-dmax")
 
 
 def bundled(name: str) -> Path | None:
-    """Folder of the bundled checkpoint `name`; None for any other name. The folder exists in an installed wheel."""
+    """Folder of the bundled checkpoint `name`; None for any other name."""
     return Path(__file__).parent / name if name in BUNDLED else None
 
 
 def bundled_head(model: str, kind: str) -> Path:
-    """File of the head of a decoding strategy that was trained on a bundled checkpoint; not every one has one."""
+    """File of a strategy's head that was trained on a bundled checkpoint; it may not exist."""
     return Path(__file__).parent / "heads" / model / f"{kind}.safetensors"

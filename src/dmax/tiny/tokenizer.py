@@ -1,4 +1,4 @@
-"""The bundled models' tokenizer: whole words and whole numbers of the word problems, bytes for everything else."""
+"""The bundled models' tokenizer: words and numbers of the word problems, bytes for all else."""
 
 from __future__ import annotations
 
@@ -26,66 +26,45 @@ CHAT_TEMPLATE = (
 
 
 def words() -> list[str]:
-    """Every word, number and punctuation mark that the generator can write, with its leading space where it has one."""
-    openings = (
-        *patterns.OPENERS,
-        *patterns.OPENING_LEADS,
-        *patterns.LEADS,
-        *(step for steps in patterns.STEPS.values() for step in steps),
-    )
-    forms = (
-        *patterns.FORMS,
-        *(form for forms in patterns.FORMS_BY_OPERATION.values() for form in forms),
-    )
-    operators = (operator for choices in patterns.OPERATORS.values() for operator in choices)
-    sentences = (
-        *openings,
-        *patterns.QUESTIONS,
-        *forms,
-        *patterns.THINGS,
-        *patterns.EQUALS,
-        *operators,
-    )
+    """Every word, number and mark that the generator writes, also with the space before it."""
+    steps = [step for group in patterns.STEPS.values() for step in group]
+    forms = [form for group in patterns.FORMS_BY_OPERATION.values() for form in group]
+    operators = [operator for group in patterns.OPERATORS.values() for operator in group]
     names = [name for group in patterns.NAMES.values() for name in group]
+    openings = [*patterns.OPENERS, *patterns.OPENING_LEADS, *patterns.LEADS, *steps]
+    sentences = [*openings, *patterns.QUESTIONS, *patterns.FORMS, *forms]
+    parts = [*patterns.THINGS, *patterns.EQUALS, *operators, *patterns.ITEMS]
+    people = [*patterns.NAMES, *patterns.OBJECT_PRONOUNS.values(), *names]
+
     found = {"\n", "####", *ROLES}
-    for text in (
-        *sentences,
-        *patterns.NAMES,
-        *patterns.OBJECT_PRONOUNS.values(),
-        *patterns.ITEMS,
-        *names,
-    ):
-        for word in re.findall(r"\w+|[^\w\s]+", re.sub(r"\{\w+\}", " ", text)):
-            found |= {f" {word}", word} if not word.isalnum() else {f" {word}"}
-    for text in (*openings, *names):  # sentences that may open a text
-        first = re.sub(r"\{\w+\}.*", "", text).split()[:1]
-        found |= {word[0].upper() + word[1:] for word in first} | {
-            f" {word[0].upper()}{word[1:]}" for word in first
-        }
-    numbers = [
-        f"{space}{number}" for number in range(2 * LARGEST_NUMBER + 2) for space in ("", " ")
-    ]
+    for text in [*sentences, *parts, *people]:
+        without_fields = re.sub(r"\{\w+\}", " ", text)
+        for word in re.findall(r"\w+|[^\w\s]+", without_fields):
+            found.add(f" {word}")
+            if not word.isalnum():
+                found.add(word)
+    for text in [*openings, *names]:  # these may open a text
+        before_fields = re.sub(r"\{\w+\}.*", "", text)
+        for word in before_fields.split()[:1]:
+            capitalized = word[0].upper() + word[1:]
+            found |= {capitalized, f" {capitalized}"}
+
+    largest = 2 * LARGEST_NUMBER + 1
+    numbers = [f"{space}{number}" for number in range(largest + 1) for space in ("", " ")]
     return sorted(found) + numbers
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: a known word is one token, any other text its bytes."""
+    """A byte-level tokenizer without merges: a known word is one token, other text its bytes."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     for word in words():
-        piece = "".join(
-            part
-            for part, _ in pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(word)
-        )
-        if piece not in tokens:
-            tokens.append(piece)
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[],
-            ignore_merges=True,
-        )
-    )
+        token = "".join(part for part, _ in whole.pre_tokenize_str(word))
+        if token not in tokens:
+            tokens.append(token)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
