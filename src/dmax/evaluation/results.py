@@ -1,8 +1,8 @@
 """The files of an evaluation: an interrupted run goes on, and a finished one is not lost.
 
-`a.json` is the summary and `a.samples.jsonl` has a sample on each line. Both are written when the
-run is complete, each whole or not at all. Until then `a.partial.jsonl` has the settings of the run
-in its first line and finished samples below it.
+`a.json` is the summary, `a.samples.jsonl` has one sample a line. Both are written when the run is
+complete, each whole or not at all. Until then `a.partial.jsonl` holds the settings of the run in
+its first line and the finished samples below it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax.errors import InputError
-from dmax.evaluation.run import Finished, Sample, Summary
+from dmax.evaluation.run import FinishedSample, Sample, Summary
 from dmax.files import (
     append,
     check_ours,
@@ -25,21 +25,21 @@ from dmax.files import (
 from dmax.outputs import Cost, as_record
 
 OPENING = b'{"index": '  # of the line of a sample
-SHOWN = 3  # differences that an error names
+NUM_SHOWN = 3  # differences that an error names
 ANEW = "choose another output, or start anew with --overwrite"
 
 
 class ResultFiles:
-    """The journal of one run (`run.evaluate`) and its results.
+    """The journal of one run (`run.evaluate`), and its results.
 
     Args:
-        path: of the summary; the other files lie beside it.
-        overwrite: replace a finished run once this one is complete, and an interrupted run of other
-            settings when the first new samples are there.
+        path: of the summary. The other files lie beside it.
+        overwrite: replace what is there. A finished run is replaced once the new one is complete,
+            an interrupted run of other settings when the first new samples are there.
         report: told how much an interrupted run had finished.
 
     Raises:
-        InputError: a finished run is there, or a file of something else, or the place cannot be
+        InputError: a finished run is there, or a file of something else, or the files cannot be
             written.
     """
 
@@ -61,9 +61,10 @@ class ResultFiles:
         self._is_begun = False
         check_ours(self.summary, "accuracy", "interval", "tpf")
         check_ours(self.samples, "prompt", "output", "is_correct")
-        # An interruption between the two results leaves the samples, and the journal that both are
-        # written from.
-        is_finished = self.summary.exists() or (self.samples.exists() and not self.partial.exists())
+        # An interruption between the two results leaves the samples beside the partial file, from
+        # which both are written again.
+        only_samples = self.samples.exists() and not self.partial.exists()
+        is_finished = self.summary.exists() or only_samples
         if is_finished and not overwrite:
             held = self.summary if self.summary.exists() else self.samples
             raise InputError(
@@ -71,7 +72,7 @@ class ResultFiles:
                 hint="choose another output, or replace it with --overwrite",
             )
 
-    def begin(self, settings: Mapping[str, Any]) -> list[Finished]:
+    def begin(self, settings: Mapping[str, Any]) -> list[FinishedSample]:
         """What an interrupted run of these settings has finished; nothing is written yet.
 
         Raises:
@@ -80,13 +81,14 @@ class ResultFiles:
         self._settings = json.loads(json.dumps(settings))  # as they come back from the file
         if not self.partial.exists():
             return []
-        previous, records = _read(self.partial)
-        others = list(differences(previous, self._settings))
-        if others and self._overwrite:
-            return []  # the first samples take its place
-        if others:
-            shown = ", ".join(others[:SHOWN])
-            more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        previous, finished = _read_partial(self.partial)
+        changed = list(differences(previous, self._settings))
+        if changed and self._overwrite:
+            return []  # `append` replaces the file
+        if changed:
+            shown = ", ".join(changed[:NUM_SHOWN])
+            num_more = len(changed) - NUM_SHOWN
+            more = f" and {num_more} more" if num_more > 0 else ""
             raise InputError(
                 f"{self.partial} is an interrupted run with other settings: {shown}{more}",
                 hint=ANEW,
@@ -94,31 +96,36 @@ class ResultFiles:
         drop_unfinished_line(self.partial)
         self._is_begun = True
         self._report(
-            f"going on with an interrupted run: {len(records)} samples are finished already"
+            f"going on with an interrupted run: {len(finished)} samples are finished already"
         )
-        return records
+        return finished
 
-    def append(self, records: Sequence[Finished]) -> None:
-        """Write finished samples down; the first of a new run bring its settings along."""
-        lines = _lines(
-            {"index": r.index, **as_record(r.sample), "seconds": r.seconds} for r in records
+    def append(self, finished: Sequence[FinishedSample]) -> None:
+        """Write finished samples down; the first ones of a new run begin a new file.
+
+        Raises:
+            InputError: the file cannot be written, or the disk is full.
+        """
+        lines = _json_lines(
+            {"index": each.index, **as_record(each.sample), "seconds": each.seconds}
+            for each in finished
         )
         if not self._is_begun:
-            write_atomically(self.partial, _lines([{"settings": self._settings}]) + lines)
+            first_line = _json_lines([{"settings": self._settings}])
+            write_atomically(self.partial, first_line + lines)
             self._is_begun = True
             return
         append(self.partial, lines)
 
     def finish(self, summary: Summary, samples: Sequence[Sample]) -> None:
-        """Write the results of the complete run and remove what was kept for going on.
+        """Write the results of the complete run, and remove the partial file.
 
         Raises:
-            InputError: the place cannot be written; running the command again then only writes.
+            InputError: the files cannot be written. Running the command again then only writes.
         """
-        write_atomically(self.samples, _lines(as_record(sample) for sample in samples))
-        write_atomically(
-            self.summary, json.dumps(as_record(summary), indent=2, ensure_ascii=False) + "\n"
-        )
+        write_atomically(self.samples, _json_lines(as_record(sample) for sample in samples))
+        record = json.dumps(as_record(summary), indent=2, ensure_ascii=False)
+        write_atomically(self.summary, f"{record}\n")
         self.partial.unlink(missing_ok=True)
 
 
@@ -135,27 +142,27 @@ def differences(
             yield f"{prefix}{name} was {old!r} and is {new!r}"
 
 
-def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[Finished]]:
+def _read_partial(file: Path) -> tuple[dict[str, Any], list[FinishedSample]]:
     """Settings and samples of an interrupted run; raises `InputError` if the file is not ours."""
     lines, rest = read_lines(file)
     try:
         first, *others = lines
         settings: dict[str, Any] = json.loads(first)["settings"]
-        records = [_record(json.loads(line)) for line in others]
+        finished = [_finished_sample(json.loads(line)) for line in others]
         is_ours = rest.startswith(OPENING) or OPENING.startswith(rest)
     except (ValueError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
         raise InputError(f"{file} is not an interrupted run of dmax", hint="choose another output")
-    return settings, records
+    return settings, finished
 
 
-def _record(line: dict[str, Any]) -> Finished:
+def _finished_sample(line: dict[str, Any]) -> FinishedSample:
     index = line.pop("index")
     seconds = line.pop("seconds")
     cost = Cost(**{name: line.pop(name) for name in Cost.__slots__})
-    return Finished(index, Sample(**line, cost=cost), seconds)
+    return FinishedSample(index, Sample(**line, cost=cost), seconds)

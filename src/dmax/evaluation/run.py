@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -18,10 +18,23 @@ from dmax.outputs import Cost, GenerationOutput
 from dmax.params import DecodingParams
 from dmax.tasks import Example, Task
 
+CHUNK_BATCHES = 4  # batches that are decoded before the results are kept and progress is told
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scored completion."""
+    """One scored completion.
+
+    Attributes:
+        prompt: what was asked.
+        output: what the model answered.
+        expected: the right answer.
+        extracted: the answer found in the output; None if there is none.
+        is_correct: whether it is right.
+        finish_reason: why the completion ended, as in `GenerationOutput`.
+        generated_tokens: its length, cut at EOS.
+        cost: its forwards and positions.
+    """
 
     prompt: str
     output: str
@@ -34,12 +47,12 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class FinishedSample:
     """A sample within its run.
 
     Attributes:
         index: of its example.
-        sample: what was decoded and how it scored.
+        sample: what was decoded, and how it scored.
         seconds: its share of the wall time of the samples it was decoded with.
     """
 
@@ -49,33 +62,61 @@ class Finished:
 
 
 class Journal(Protocol):
-    """Where a run keeps what it has finished, so that an interrupted one goes on (`results.ResultFiles`)."""
+    """Where a run keeps finished samples, so that an interrupted run goes on (`ResultFiles`)."""
 
-    def begin(self, settings: Mapping[str, Any]) -> Sequence[Finished]:
+    def begin(self, settings: Mapping[str, Any]) -> Sequence[FinishedSample]:
         """What an earlier run of the same settings has finished."""
 
-    def append(self, records: Sequence[Finished]) -> None:
+    def append(self, finished: Sequence[FinishedSample]) -> None:
         """Keep what has just been finished."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What a run measured; ratios are ratios of sums over the run.
+class Totals:
+    """What several completions cost together.
 
     Attributes:
-        weights: digest of the model's weights (`checkpoint.weights_digest`), so that figures name
-            what they measured.
+        generated_tokens: of all completions, each cut at EOS.
+        cost: forwards and positions of all completions.
+        tpf: generated tokens per denoising forward, a ratio of sums.
+        tpf_paper: as the published evaluation counts: the mean over completions, with the prefill
+            as one more forward.
+    """
+
+    generated_tokens: int
+    cost: Cost
+    tpf: float
+    tpf_paper: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run measured, and all that its figures depend on.
+
+    Attributes:
+        model: name of the model.
+        weights: digest of its weights (`checkpoint.weights_digest`).
+        dtype: in which it computed.
+        task: name of the task.
         examples: digest of the prompts and the expected answers.
-        params: as they were given; `decoding` is the strategy with every setting resolved, defaults
-            included.
-        accuracy: correct / total, strict scoring; `interval` is its 95 % Wilson interval.
-        tpf: generated tokens (cut at EOS) per denoising forward.
-        cost: forwards and positions of all samples.
-        tpf_paper: as the published evaluation counts: mean over samples, the prefill being one more
-            forward.
+        params: decoding parameters as they were given.
+        decoding: the strategy with every setting, defaults included.
+        block_length: tokens decoded together.
+        accuracy: correct / total, scored strictly.
+        correct: how many answers are right.
+        total: how many there are.
+        interval: 95 % Wilson interval of the accuracy.
+        tpf: see `Totals`.
+        tpf_paper: see `Totals`.
+        generated_tokens: see `Totals`.
+        cost: see `Totals`.
         tokens_per_second: generated tokens per second of wall time, prefill included, at this batch
             size.
-        seconds: of decoding and scoring; of a run that was interrupted, those of all its parts.
+        seconds: of decoding and scoring. They add up over the parts of a run that was interrupted.
+        batch_size: sequences decoded together.
+        limit: how many examples were asked for.
+        seed: of the examples.
+        environment: versions, commit and hardware.
     """
 
     model: str
@@ -113,33 +154,61 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     journal: Journal | None = None,
 ) -> tuple[Summary, list[Sample]]:
-    """Decode `limit` examples of a task and score them strictly.
+    """Decode examples of a task and score them strictly.
 
-    What `journal` holds already is not decoded again. `params.max_new_tokens` is the caller's
-    business: `task.max_new_tokens` says what the task needs.
+    Args:
+        llm: the model.
+        task: what to solve.
+        params: how to decode. `task.max_new_tokens` says how long an answer the task needs; the
+            caller decides.
+        limit: how many examples.
+        seed: of the examples.
+        model_name: what the summary calls the model; empty: the folder of its checkpoint.
+        progress: told how many samples of how many are finished.
+        journal: keeps finished samples. What it holds already is not decoded again.
+
+    Returns:
+        The summary, and the samples in the order of the examples.
     """
     params = llm.resolve(params)
     examples = task.examples(limit, seed)
-    settings = _settings(llm, task, params, examples, limit, seed)
-    done = {record.index: record for record in (journal.begin(settings) if journal else ())}
+    settings = _settings_of_run(llm, task, params, examples, limit, seed)
+    earlier = journal.begin(settings) if journal else []
+    done = {finished.index: finished for finished in earlier}
     waiting = [index for index in range(len(examples)) if index not in done]
-    size = 4 * llm.options.max_batch_size
-    for start in range(0, len(waiting), size):
-        finished = _decode(llm, task, params, examples, waiting[start : start + size])
+    chunk_size = CHUNK_BATCHES * llm.options.max_batch_size
+    for start in range(0, len(waiting), chunk_size):
+        chunk = _decode(llm, task, params, examples, waiting[start : start + chunk_size])
         if journal:
-            journal.append(finished)
-        done |= {record.index: record for record in finished}
+            journal.append(chunk)
+        done |= {finished.index: finished for finished in chunk}
         progress(len(done), len(examples))
-    records = [done[index] for index in range(len(examples))]
-    return _summarize(model_name or llm.checkpoint.path, settings, records), [
-        record.sample for record in records
-    ]
+    ordered = [done[index] for index in range(len(examples))]
+    summary = _summarize(model_name or llm.checkpoint.path, settings, ordered)
+    return summary, [finished.sample for finished in ordered]
 
 
-def _settings(
+def add_up(completions: Iterable[tuple[int, Cost]]) -> Totals:
+    """The totals of completions, each given as its generated tokens and what it cost."""
+    generated_tokens = 0
+    total = Cost()
+    ratios = []
+    for tokens, cost in completions:
+        generated_tokens += tokens
+        total += cost
+        ratios.append(tokens / (cost.num_forwards + cost.num_prefill_forwards))
+    return Totals(
+        generated_tokens=generated_tokens,
+        cost=total,
+        tpf=generated_tokens / total.num_forwards if total.num_forwards else 0.0,
+        tpf_paper=sum(ratios) / len(ratios) if ratios else 0.0,
+    )
+
+
+def _settings_of_run(
     llm: LLM, task: Task, params: DecodingParams, examples: Sequence[Example], limit: int, seed: int
 ) -> dict[str, Any]:
-    """All that a run's figures depend on, by the names it has in `Summary`."""
+    """All that the figures of a run depend on, by the names of the fields of `Summary`."""
     questions = json.dumps([[example.prompt, example.answer] for example in examples])
     return {
         "weights": weights_digest(llm.model),
@@ -162,17 +231,15 @@ def _decode(
     params: DecodingParams,
     examples: Sequence[Example],
     indices: Sequence[int],
-) -> list[Finished]:
+) -> list[FinishedSample]:
     began = time.perf_counter()
-    outputs = llm.generate(
-        [[{"role": "user", "content": examples[index].prompt}] for index in indices], params
-    )
-    samples = [
-        _score(task, examples[index], output)
-        for index, output in zip(indices, outputs, strict=True)
-    ]
+    prompts = [[{"role": "user", "content": examples[index].prompt}] for index in indices]
+    outputs = llm.generate(prompts, params)
+    pairs = list(zip(indices, outputs, strict=True))
+    samples = [_score(task, examples[index], output) for index, output in pairs]
     share = (time.perf_counter() - began) / len(indices)
-    return [Finished(index, sample, share) for index, sample in zip(indices, samples, strict=True)]
+    finished = zip(indices, samples, strict=True)
+    return [FinishedSample(index, sample, share) for index, sample in finished]
 
 
 def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
@@ -188,17 +255,14 @@ def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:
     )
 
 
-def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Finished]) -> Summary:
-    samples = [record.sample for record in records]
-    seconds = sum(record.seconds for record in records)
+def _summarize(
+    model: str, settings: Mapping[str, Any], ordered: Sequence[FinishedSample]
+) -> Summary:
+    samples = [finished.sample for finished in ordered]
+    seconds = sum(finished.seconds for finished in ordered)
     correct = sum(sample.is_correct for sample in samples)
     total = len(samples)
-    tokens = sum(sample.generated_tokens for sample in samples)
-    cost = sum((sample.cost for sample in samples), Cost())
-    ratios = [
-        sample.generated_tokens / (sample.cost.num_forwards + sample.cost.num_prefill_forwards)
-        for sample in samples
-    ]
+    totals = add_up((sample.generated_tokens, sample.cost) for sample in samples)
     return Summary(
         **settings,
         model=model,
@@ -206,10 +270,10 @@ def _summarize(model: str, settings: Mapping[str, Any], records: Sequence[Finish
         correct=correct,
         total=total,
         interval=wilson_interval(correct, total),
-        tpf=tokens / cost.num_forwards if cost.num_forwards else 0.0,
-        tpf_paper=sum(ratios) / total if total else 0.0,
-        generated_tokens=tokens,
-        cost=cost,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
+        tpf=totals.tpf,
+        tpf_paper=totals.tpf_paper,
+        generated_tokens=totals.generated_tokens,
+        cost=totals.cost,
+        tokens_per_second=totals.generated_tokens / seconds if seconds else 0.0,
         seconds=seconds,
     )

@@ -25,24 +25,26 @@ def accuracy_under_parallelism(
     floor: float | None = None,
     alpha: float = 3.0,
 ) -> float:
-    """AUP of d3LLM: the area under a curve of accuracy over TPF, each accuracy y weighted by how near it is to `best`.
+    """AUP of d3LLM: the area under a curve of accuracy over TPF, low accuracies discounted.
 
-        AUP = ρ_1 y_1 + ½ Σ_{i≥2} (ρ_i - ρ_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})),  W(y) = min(e^{-α (1 - y/best)}, 1)
+        AUP = ρ_1 y_1 + ½ Σ_{i≥2} (ρ_i - ρ_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1}))
+        W(y) = min(e^{-α (1 - y/best)}, 1)
 
     Args:
-        points: (TPF, accuracy in percent) of one method at its settings, in any order.
-        best: accuracy that counts in full. d3LLM takes the best of the task; the DMax paper's
-            figures follow from the base model's most careful accuracy.
-        floor: points below it are left out. d3LLM: five below the curve's first accuracy (default);
-            the DMax paper's figures follow from ten below `best`.
+        points: (TPF ρ, accuracy y in percent) of one method at its settings, in any order.
+        best: accuracy that counts in full. d3LLM takes the best of the task. The figures of the
+            DMax paper follow from the most careful accuracy of the base model.
+        floor: points below it are left out. None is d3LLM's: five below the first accuracy of the
+            curve. The figures of the DMax paper follow from ten below `best`.
         alpha: how steeply lower accuracies are discounted.
 
     Returns:
         The area; 0 when every point is below `floor`.
     """
     curve = sorted(points)
-    lowest = (curve[0][1] - 5 if curve else 0.0) if floor is None else floor
-    curve = [(tpf, accuracy) for tpf, accuracy in curve if accuracy >= lowest]
+    if floor is None:
+        floor = curve[0][1] - 5 if curve else 0.0
+    curve = [(tpf, accuracy) for tpf, accuracy in curve if accuracy >= floor]
     if not curve:
         return 0.0
 

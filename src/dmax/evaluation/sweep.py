@@ -1,4 +1,7 @@
-"""Accuracy against tokens per forward: models and methods over their settings, one record that grows point by point."""
+"""Accuracy against tokens per forward: models and methods over their settings.
+
+A sweep is one record that grows point by point, so that an interrupted one goes on.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from dmax.outputs import as_record
 from dmax.params import DecodingParams
 from dmax.tasks import Task
 
-# What is turned in methods without a threshold, from careful to bold.
+# What is varied in methods without a threshold, and its values from careful to bold.
 KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "autoregressive": ("count", (1,)),
     "llada": ("steps", (32, 16, 11, 8, 6, 4)),
@@ -29,14 +32,19 @@ KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "demask": ("bound", (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)),
     "sched": ("margin", (9.0, 7.5, 6.0, 4.5, 3.0, 1.5)),
 }
-HEADS = ("demask", "learn2pd")  # methods with a trained head: the one that comes with the model
+HEADS = ("demask", "learn2pd")  # methods with a trained head; the model's own is taken
 FIGURES = (
-    "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards num_prefill_forwards "
-    "num_commit_forwards num_positions tokens_per_second batch_size"
+    "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards "
+    "num_prefill_forwards num_commit_forwards num_positions tokens_per_second batch_size"
 ).split()
 RECORD = "sweep.json"
 PAGES = ("plot.svg", "plot.png", "report.html")  # what is drawn from the record
-Record = dict[str, Any]
+
+
+Point = dict[str, Any]
+"""One measured point: label, model, strategy, knob, value, the `FIGURES` and the parameters."""
+SweepRecord = dict[str, Any]
+"""A sweep as its file has it: what was asked, the environment, and the points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Curve:
         label: name in tables and plots.
         model: bundled name, folder or hub id.
         strategy: name of the method.
-        values: of its threshold, or of what stands in `KNOBS` for it.
+        values: of its threshold, or of its knob in `KNOBS`.
         settings: further fields of `DecodingParams`.
     """
 
@@ -64,22 +72,22 @@ class Curve:
 
     def params(self, value: float, max_new_tokens: int) -> DecodingParams:
         """Decoding parameters at one value; raises `InputError` if the method does not take it."""
-        chosen: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "strategy": self.strategy,
             "max_new_tokens": max_new_tokens,
             **dict(self.settings),
         }
         if self.knob == "threshold":
-            chosen["threshold"] = value
-        elif (
-            self.knob == "margin"
-        ):  # both ends of the schedule, in the proportion the paper gives them
-            chosen["options"] = {"high": value, "low": value / 3}
+            fields["threshold"] = value
+        elif self.knob == "margin":  # both ends of the schedule, in the paper's proportion
+            fields["options"] = {"high": value, "low": value / 3}
+        elif self.knob == "steps":
+            fields["options"] = {"steps": int(value)}
         elif self.knob != "count":
-            chosen["options"] = {self.knob: int(value) if self.knob == "steps" else value}
+            fields["options"] = {self.knob: value}
         if self.strategy in HEADS:
-            chosen["options"] = {"head": self.model, **chosen.get("options", {})}
-        return DecodingParams(**chosen)
+            fields["options"] = {"head": self.model, **fields.get("options", {})}
+        return DecodingParams(**fields)
 
 
 def curves_of(
@@ -87,25 +95,32 @@ def curves_of(
 ) -> list[Curve]:
     """Every model with every method; a method without a threshold takes its own values.
 
-    Labels have the last part of a model's path, or the whole one where two models would be called
+    A label has the last part of the model's path, or the whole path if two models would be called
     the same.
+
+    Raises:
+        InputError: a name or a value is wrong. That is known before anything is computed.
     """
-    found = []
-    names = [Path(model).name for model in dict.fromkeys(models)]
-    for model in dict.fromkeys(models):
-        name = Path(model).name if names.count(Path(model).name) == 1 else model
+    curves = []
+    models = list(dict.fromkeys(models))
+    names = [Path(model).name for model in models]
+    for model, name in zip(models, names, strict=True):
+        shown = name if names.count(name) == 1 else model
         for strategy in dict.fromkeys(strategies):
-            values = KNOBS[strategy][1] if strategy in KNOBS else tuple(thresholds)
-            found.append(Curve(f"{name}, {strategy}", model, strategy, values))
+            _, values = KNOBS.get(strategy, ("threshold", tuple(thresholds)))
+            curve = Curve(f"{shown}, {strategy}", model, strategy, values)
             for value in values:
-                get_strategy(
-                    found[-1].params(value, 1)
-                )  # a wrong name or value is an error before any computing
-    return found
+                get_strategy(curve.params(value, max_new_tokens=1))
+            curves.append(curve)
+    return curves
 
 
 def parse_grid(text: str) -> tuple[float, ...]:
-    """Numbers from `start:stop:step`, both ends included, or from a list `a,b,c`; raises `InputError` otherwise."""
+    """Numbers from `start:stop:step`, both ends included, or from a list `a,b,c`.
+
+    Raises:
+        InputError: the text is neither, or asks for more than a thousand steps.
+    """
     try:
         if ":" in text:
             start, stop, step = (float(part) for part in text.split(":"))
@@ -114,7 +129,7 @@ def parse_grid(text: str) -> tuple[float, ...]:
                 raise ValueError
             return tuple(round(start + index * step, 10) for index in range(count + 1))
         return tuple(float(part) for part in text.split(","))
-    except (ValueError, ArithmeticError):  # no number, a step of 0, no end
+    except (ValueError, ArithmeticError):  # not a number, a step of 0, or no end
         raise InputError(
             f"cannot read the grid {text!r}", hint="write start:stop:step or a,b,c"
         ) from None
@@ -148,16 +163,29 @@ def run_sweep(
     data: str | None = None,
     open_model: Callable[[str], LLM],
     report: Callable[[str], None] = lambda line: None,
-) -> Record:
+) -> SweepRecord:
     """Measure every point that `output` does not hold yet, and write it after each.
 
-    A point counts as held if weights and value are the same, so an interrupted sweep goes on where
-    it stopped and a retrained model is measured anew. `data` names the file of the task's rows, if
-    it has one; `max_new_tokens` None is what the task needs.
+    A point is held already if weights and value are the same. So an interrupted sweep goes on where
+    it stopped, and a retrained model is measured anew.
+
+    Args:
+        curves: what to measure.
+        task: what to solve.
+        output: the file of the sweep.
+        limit: how many examples.
+        seed: of the examples.
+        max_new_tokens: longest completion; None: what the task needs.
+        data: name of the file of the task's rows, if it has one.
+        open_model: gives the model of a name.
+        report: told each point in one line.
+
+    Returns:
+        The whole record, with the points that were held already.
 
     Raises:
-        InputError: `output` holds something else or a sweep of another task, limit, seed, file or
-            `max_new_tokens`, or cannot be written.
+        InputError: `output` cannot be written, holds something else, or holds a sweep of another
+            task, limit, seed, file or `max_new_tokens`.
     """
     length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     header = {
@@ -167,16 +195,20 @@ def run_sweep(
         "data": data,
         "max_new_tokens": length,
     }
-    record = _read(output, header, task.max_new_tokens)
+    record = _read_sweep(output, header, task.max_new_tokens)
     for model, own in _by_model(curves):
         llm = open_model(model)
         weights = weights_digest(llm.model)
         for curve in own:
             record["points"] = [
-                p for p in record["points"] if p["label"] != curve.label or p["weights"] == weights
+                point
+                for point in record["points"]
+                if point["label"] != curve.label or point["weights"] == weights
             ]
-            held = {p["value"] for p in record["points"] if p["label"] == curve.label}
-            for value in (v for v in curve.values if v not in held):
+            held = [point["value"] for point in record["points"] if point["label"] == curve.label]
+            for value in curve.values:
+                if value in held:
+                    continue
                 params = curve.params(value, length)
                 summary, _ = evaluate(llm, task, params, limit=limit, seed=seed, model_name=model)
                 point = _point(curve, value, summary)
@@ -187,13 +219,13 @@ def run_sweep(
     return record
 
 
-def _read(output: Path, header: Record, usual_length: int) -> Record:
+def _read_sweep(output: Path, header: dict[str, Any], usual_length: int) -> SweepRecord:
+    """The sweep of this header in `output`; without a file, one that has no points yet."""
     if not output.exists():
         return {**header, "environment": environment(), "points": []}
+    written_later = {"data": None, "max_new_tokens": usual_length}  # older files lack them
     try:
-        record: Record = {"data": None, "max_new_tokens": usual_length} | json.loads(
-            output.read_text(encoding="utf-8")
-        )
+        record: SweepRecord = written_later | json.loads(output.read_text(encoding="utf-8"))
         found = {name: record[name] for name in header}
         record["points"]  # noqa: B018  # a sweep has them
     except (ValueError, KeyError, TypeError):
@@ -212,60 +244,53 @@ def _by_model(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
         yield model, [curve for curve in curves if curve.model == model]
 
 
-def _point(curve: Curve, value: float, summary: Summary) -> Record:
+def _point(curve: Curve, value: float, summary: Summary) -> Point:
     measured = as_record(summary)
-    figures = {name: measured[name] for name in FIGURES}
-    identity = {
+    params = asdict(curve.params(value, max_new_tokens=1))
+    return {
         "label": curve.label,
         "model": curve.model,
         "strategy": curve.strategy,
         "knob": curve.knob,
-    }
-    return {
-        **identity,
         "value": value,
-        **figures,
-        "params": asdict(curve.params(value, 1)) | {"max_new_tokens": None},
+        **{name: measured[name] for name in FIGURES},
+        "params": params | {"max_new_tokens": None},
     }
 
 
-def describe(point: Record) -> str:
-    """One line for a terminal."""
+def describe(point: Point) -> str:
+    """A point in one line for a terminal."""
+    setting = f"{point['label']:32} {point['knob']} {point['value']:<5g}"
     share = f"{point['correct']}/{point['total']}"
-    return f"{point['label']:32} {point['knob']} {point['value']:<5g} {share:>9} TPF {point['tpf']:.2f}"
+    return f"{setting} {share:>9} TPF {point['tpf']:.2f}"
 
 
-def pareto(points: Sequence[Record], x: str = "tpf") -> list[Record]:
+def pareto(points: Sequence[Point], x: str = "tpf") -> list[Point]:
     """The points that no other beats in accuracy and in `x` at once, by rising `x`."""
-    front: list[Record] = []
+    front: list[Point] = []
     for point in sorted(points, key=lambda p: (-p[x], -p["accuracy"])):
         if not front or point["accuracy"] > front[-1]["accuracy"]:
             front.append(point)
     return front[::-1]
 
 
-def aup_table(record: Record) -> list[Record]:
-    """AUP of every curve: as d3LLM defines it, and as the DMax paper's figures follow from.
+def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
+    """`label`, `aup` and `aup_paper` of every curve.
 
-    The base of the second is the most careful point of the first curve.
+    `aup` is as d3LLM defines it, `aup_paper` as the figures of the DMax paper follow from. The base
+    model's accuracy in the latter is the most careful point of the first curve.
     """
-    points = record["points"]
-    labels = list(dict.fromkeys(point["label"] for point in points))
-    curves = {
-        label: [(p["tpf"], 100 * p["accuracy"]) for p in points if p["label"] == label]
-        for label in labels
-    }
+    curves: dict[str, list[tuple[float, float]]] = {}  # (TPF, accuracy in percent) by label
+    for point in record["points"]:
+        curve = curves.setdefault(point["label"], [])
+        curve.append((point["tpf"], 100 * point["accuracy"]))
     if not curves:
         return []
     best = max(accuracy for curve in curves.values() for _, accuracy in curve)
-    base = min(curves[labels[0]])[1]
-    return [
-        {
-            "label": label,
-            "aup": accuracy_under_parallelism(curve, best=best) if best else 0.0,
-            "aup_paper": accuracy_under_parallelism(curve, best=base, floor=base - 10)
-            if base
-            else 0.0,
-        }
-        for label, curve in curves.items()
-    ]
+    _, base = min(next(iter(curves.values())))
+    table = []
+    for label, curve in curves.items():
+        aup = accuracy_under_parallelism(curve, best=best) if best else 0.0
+        paper = accuracy_under_parallelism(curve, best=base, floor=base - 10) if base else 0.0
+        table.append({"label": label, "aup": aup, "aup_paper": paper})
+    return table
