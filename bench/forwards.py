@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from open_block import open_block
+from open_block import captured, open_block
 from torch import Tensor
 
 from dmax.benchmark.gpu import failure
@@ -16,7 +16,6 @@ from dmax.benchmark.report import MISSING, Row, Table, figure
 from dmax.benchmark.roofline import against_floor, forward_bytes
 from dmax.benchmark.routing import distinct_experts, prescribe, replayed
 from dmax.checkpoint import Checkpoint
-from dmax.engine.graphs import CudaCapture
 from dmax.kernels import using
 
 IMPLEMENTATIONS = ("fused_moe", "grouped_mm", "batched_mm", "eager")
@@ -119,7 +118,7 @@ def timed_forward(
     kernels = nullcontext if name == "fused_moe" else without_kernels
     model.set_experts_implementation(name)
     with kernels():
-        run = CudaCapture()(forward) if graph else forward
+        run = captured(forward) if graph else forward
         run()
 
     def timed() -> float:
