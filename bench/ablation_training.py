@@ -1,9 +1,9 @@
-"""Train the models of the ablation: every variant of `recipes/tiny_ablation.yaml` under three seeds, what is missing.
+"""Train the models of the ablation: `recipes/tiny_ablation.yaml`, its variants, three seeds each.
 
     python bench/ablation_training.py
 
-An interrupted run goes on where it stopped. The base model's responses are made first if they are
-not there.
+Models that are there already are not trained again, so an interrupted run goes on where it stopped.
+The base model's responses are made first if they are not there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def folder(variant: str, seed: int) -> Path:
 
 
 def recipes() -> Iterator[Recipe]:
-    """One recipe a variant and seed, seed by seed, so that every comparison is complete as early as can be."""
+    """One recipe a variant and seed; seed by seed, so that comparisons are complete early."""
     for seed in SEEDS:
         for variant, overrides in VARIANTS.items():
             recipe = load_recipe(RECIPE, {**overrides, "seed": seed})
@@ -47,7 +47,7 @@ def recipes() -> Iterator[Recipe]:
 
 
 def make_responses(output: Path) -> None:
-    """The base model's own answers to 5,000 training problems, as the recipes name the command that writes them."""
+    """The base model's own answers to 5,000 training problems; the recipes name the command."""
     questions = [problem.question for problem in problems(5000, seed=1)]
     llm = LLM("tiny-base", dtype="bfloat16", max_batch_size=128)
     print(distill(llm, questions, output, DecodingParams(strategy="threshold", threshold=0.95)))

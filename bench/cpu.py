@@ -1,24 +1,217 @@
-"""Speed on a CPU: SPD, threshold and one token a forward; engine and hub loop; batch sizes; a dense backbone's floor.
+"""Speed on a CPU: the tables of `dmax bench`, and what else the documentation quotes.
 
     python bench/cpu.py
     python bench/cpu.py --quick --dtypes float32
 
-The last line on stdout is the JSON record, which also goes to bench/results/.
+Beside methods and batch sizes it measures memory, the loop's own share of the time, the engine
+against the loop of the published checkpoints, compiled models, and a dense backbone against its
+matrix products. The last line on stdout is the JSON record, which also goes to bench/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+from command_line import changed, given_options, result_path
+from compiled import compiled_table
+from dense import dense_table
+from hub_contest import TOGETHER, contests, hub_table
+from memory import measure_apart
+from overhead import loop_times
+from ratios import ratio, ratio_table
 from transformers.utils import logging
 
-from dmax.benchmark import cpu
-from dmax.benchmark.report import console
-from dmax.benchmark.run import result_path, run_cpu
+from dmax.benchmark.cpu import (
+    SPD,
+    TASK,
+    CpuOptions,
+    batching,
+    bundled_models,
+    decoding,
+    encode,
+)
+from dmax.benchmark.measure import spread
+from dmax.benchmark.report import Row, Table, console, figure
+from dmax.benchmark.run import record_tables
+from dmax.environment import DTYPES, lacks_compiler
 from dmax.errors import InputError
+from dmax.llm import LLM
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Options(CpuOptions):
+    """What to measure beside the tables of `dmax bench`.
+
+    Attributes:
+        dense_layers: of the dense backbone.
+        compiles: whether compiled models are measured, where there is a C++ compiler.
+
+    Raises:
+        InputError: an unknown dtype, or no batch size 1 to compare the others with.
+    """
+
+    dense_layers: int = 30
+    compiles: bool = True
+
+    def __post_init__(self) -> None:
+        if 1 not in self.batch_sizes:
+            given = ", ".join(map(str, self.batch_sizes))
+            raise InputError(f"the batch sizes must hold 1, got {given}")
+        unknown = [name for name in self.dtypes if name not in DTYPES]
+        if unknown:
+            raise InputError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
+
+
+FULL = Options()
+QUICK = Options(
+    limit=3, batch_limit=16, repeats=1, batch_sizes=(1, 16), dtypes=("float32",), compiles=False
+)
+
+
+def tables(options: Options) -> Iterator[Table]:
+    """The tables, each measured when it is asked for."""
+    options = replace(options, compiles=options.compiles and not lacks_compiler(CPU))
+    first = options.dtypes[0]
+    llms = bundled_models(first)
+    methods = decoding(llms, options)
+    yield methods
+
+    limit = max(1, options.limit // 2)
+    rounds = contests(llms, limit, options.base_threshold, options.seed)
+    loops = hub_table(rounds, first, max(1, options.repeats - 1), options.compiles)
+    yield loops
+
+    batches = with_anatomy(batching(options), options)
+    yield batches
+    if options.compiles:
+        sizes = [size for size in options.batch_sizes if size in (1, 16)]
+        yield compiled_table(
+            options.dtypes, sizes, options.batch_limit, options.seed, options.repeats
+        )
+    dense = dense_table(options.dtypes, options.dense_layers, 5 * options.repeats, options.compiles)
+    yield dense
+
+    judged = (
+        *method_ratios(methods.rows),
+        *loop_ratios(loops.rows),
+        *batch_ratios(batches.rows),
+        *dense_ratios(dense.rows),
+    )
+    yield ratio_table(judged)
+
+
+# --- what batch sizes cost ------------------------------------------------------------------------
+
+
+def with_anatomy(table: Table, options: Options) -> Table:
+    """The table of batch sizes with memory and the loop's own share of the time."""
+    examples = TASK.examples(options.batch_limit, options.seed)
+    params = replace(SPD, max_new_tokens=TASK.max_new_tokens)
+    rows = []
+    for row in table.rows:
+        llm = LLM("tiny-dmax", dtype=row["dtype"], device="cpu", max_batch_size=row["batch"])
+        prompts = encode(llm, examples)
+        times = [loop_times(llm, params, prompts) for _ in range(options.repeats)]
+        calls = times[0].calls
+        milliseconds = {name: each / calls * 1e3 for name, each in row["seconds"].items()}
+        rows.append(
+            {
+                **row,
+                "ms_per_forward": milliseconds,
+                "model_calls": calls,
+                "loop_overhead": spread([each.overhead for each in times]),
+                "picking": spread([each.picking_share for each in times]),
+                **measure_apart(
+                    "tiny-dmax", row["dtype"], row["batch"], options.batch_limit, options.seed
+                ),
+            }
+        )
+    cells = [
+        {
+            "dtype": row["dtype"],
+            "batch": str(row["batch"]),
+            "tokens/s": figure(row["tokens_per_second"], ".0f"),
+            "ms/forward": figure(row["ms_per_forward"], ".2f"),
+            "loop overhead": figure(row["loop_overhead"], ".1%"),
+            "of it best tokens": figure(row["picking"], ".1%"),
+            "peak MiB": figure(row["peak_mib"], ".0f"),
+            "loaded MiB": figure(row["loaded_mib"], ".0f"),
+        }
+        for row in rows
+    ]
+    note = (
+        "Loop overhead: share of the steps' time outside `base_model.forward` and the head's "
+        "product (hidden states times output embeddings, timed by running it once more). Forwards: "
+        "calls of the model, prefill included. Memory: resident, in a process of its own for each "
+        "row (VmHWM; loaded: VmRSS before decoding)."
+    )
+    return Table(table.name, table.title, rows, cells, note)
+
+
+# --- ratios ---------------------------------------------------------------------------------------
+
+
+def method_ratios(rows: Sequence[Row]) -> list[Row]:
+    """How many times as fast SPD is as the base model's ways to decode."""
+    speed = {row["method"]: row["tokens_per_second"]["median"] for row in rows}
+    targets = {"threshold": ">= 2.5", "one token": ">= 5", "one token, block 1": ""}
+    return [
+        ratio(f"{spd} / {other}", speed[spd] / speed[other], target)
+        for spd in ("SPD", "SPD, best")
+        for other, target in targets.items()
+    ]
+
+
+def loop_ratios(rows: Sequence[Row]) -> list[Row]:
+    """How many times as fast the engine is as the hub loop."""
+    names = {
+        "engine": "engine",
+        "compiled": "compiled engine",
+        "together": f"engine, {TOGETHER} at once,",
+    }
+    judged = []
+    for row in rows:
+        shots = f", {row['shots']} examples before" if row["shots"] else ""
+        for key, name in names.items():
+            if f"{key}_ratio" in row:
+                gain = row[f"{key}_ratio"]["median"]
+                judged.append(ratio(f"{name} / hub loop, {row['method']}{shots}", gain, ">= 3"))
+    return judged
+
+
+def batch_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The loop's share of the time, and how many times as fast sixteen sequences are as one."""
+    targets = {1: "<= 0.1", 16: "<= 0.03"}
+    alone = {row["dtype"]: row["tokens_per_second"]["median"] for row in rows if row["batch"] == 1}
+    judged = []
+    for row in rows:
+        dtype = row["dtype"]
+        size = row["batch"]
+        if size in targets:
+            share = row["loop_overhead"]["median"]
+            judged.append(ratio(f"loop overhead, batch {size}, {dtype}", share, targets[size]))
+        if size == 16:
+            gain = row["tokens_per_second"]["median"] / alone[dtype]
+            judged.append(ratio(f"batch 16 / batch 1, {dtype}", gain, ">= 6"))
+    return judged
+
+
+def dense_ratios(rows: Sequence[Row]) -> list[Row]:
+    """How many times as long a forward of the dense backbone takes as its products."""
+    names = {"ratio": "135M forward", "compiled_ratio": "135M forward, compiled,"}
+    return [
+        ratio(f"{name} / its products, {row['dtype']}", row[key], "<= 1.5")
+        for row in rows
+        for key, name in names.items()
+        if key in row
+    ]
 
 
 def main() -> None:
@@ -29,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="problems at batch 1")
     parser.add_argument("--batch-limit", type=int, help="problems at every batch size")
-    parser.add_argument("--repeats", type=int, help="rounds behind the one that warms up")
+    parser.add_argument("--repeats", type=int, help="rounds after the one that warms up")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="1 among them")
     parser.add_argument(
         "--dtypes", nargs="+", help="float32, bfloat16; methods are compared in the first"
@@ -39,19 +232,15 @@ def main() -> None:
     )
     parser.add_argument("--best-threshold", type=float, help="of tiny-dmax, besides 0.5")
     parser.add_argument("--seed", type=int, help="of the problems")
-    parser.add_argument(
-        "--output", type=Path, default=result_path(Path("bench/results"), "cpu", cpu.CPU)
-    )
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    quick = given.pop("quick")
+    parser.add_argument("--output", type=Path, default=result_path("cpu", CPU))
+    given = given_options(parser)
+    preset = QUICK if given.pop("quick") else FULL
     output = given.pop("output")
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    try:
-        options = replace(cpu.QUICK if quick else cpu.CpuOptions(), **given | lists)
-    except InputError as error:
-        parser.error(str(error))
+    options = changed(parser, preset, given)
     logging.disable_progress_bar()
-    record = run_cpu(options, console=console(), output=output)
+    record = record_tables(
+        "cpu", CPU, asdict(options), tables(options), console=console(), output=output
+    )
     print(json.dumps(record))
 
 

@@ -1,26 +1,277 @@
-"""Speed on a GPU: forwards and steps of LLaDA-2.0-mini at full size, against the time of reading its weights.
+"""Speed on a GPU: LLaDA-2.0-mini at full size, against the time of reading its weights.
 
     python bench/gpu.py
     python bench/gpu.py --device cpu --scale tiny    # only shows that everything runs
 
-Weights are random and drawn on the device. The last line on stdout is the JSON record, which also
-goes to bench/results/ unless the scale is tiny.
+Beside the steps that `dmax bench` measures there are single forwards, steps without our kernels and
+graphs, batch sizes and contexts. Weights are random and drawn on the device. The last line on
+stdout is the JSON record, which also goes to bench/results/ unless the scale is tiny.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from dmax.benchmark import rig
-from dmax.benchmark.report import console
-from dmax.benchmark.run import result_path, run_gpu
+import torch
+from command_line import changed, given_options, result_path
+from forwards import forward_table, uniform, without_kernels
+from ratios import ratio, ratio_table
+
+from dmax.benchmark.gpu import (
+    GpuOptions,
+    build,
+    machine,
+    quantised_rows,
+    speed,
+    step_row,
+    step_table,
+)
+from dmax.benchmark.measure import Spread, copy_bandwidth
+from dmax.benchmark.report import Row, Table, console, figure
+from dmax.benchmark.routing import prescribe, replayed
+from dmax.benchmark.run import record_tables
+from dmax.benchmark.shapes import BLOCK_LENGTH
+from dmax.checkpoint import Checkpoint
 from dmax.environment import select_device
 from dmax.errors import InputError
+from dmax.params import check_number
 
-OPTIONS = {"full": rig.FULL, "quick": rig.QUICK, "tiny": rig.SMALL}
+PUBLISHED = 1338.0
+"""Tokens per second at batch 1 that the paper reports, on two H200 (arXiv 2604.08302)."""
+TPF = range(1, 9)
+TARGETS = {"H100": (1395, 2200), "H200": (1800, 2900)}
+"""Tokens per second at TPF 6 that were aimed at, in bfloat16 and with 8-bit experts."""
+SMALL_SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "mask_token_id": 510,
+    "eos_token_id": 511,
+    "pad_token_id": 511,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options(GpuOptions):
+    """What to measure beside the tables of `dmax bench`.
+
+    Attributes:
+        contexts: of the table of contexts.
+        batch_sizes: of the table of batch sizes.
+        forwards: timed for each row of the table of forwards.
+
+    Raises:
+        InputError: too few steps or tokens to tell a block's first step from the others.
+    """
+
+    contexts: tuple[int, ...] = (1024, 4096, 8192, 16_384)
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    forwards: int = 30
+
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, low=2, whole=True)
+        check_number("new_tokens", self.new_tokens, low=2 * BLOCK_LENGTH, whole=True)
+
+
+FULL = Options()
+QUICK = replace(FULL, contexts=(1024, 8192), batch_sizes=(1, 8), repeats=1, forwards=10)
+SMALL = Options(
+    distinct=8.7,
+    context=128,
+    contexts=(128, 256),
+    batch_sizes=(1, 2),
+    new_tokens=64,
+    steps=3,
+    repeats=1,
+    forwards=2,
+    copy_bytes=2**20,
+    changes=SMALL_SHAPE,
+)
+SCALES = {"full": FULL, "quick": QUICK, "tiny": SMALL}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to run the engine's steps; what is on by default is what `LLM` does on a GPU.
+
+    Attributes:
+        label: names its row.
+        experts: implementation of the experts; others than `fused_moe` are transformers' own, and
+            run without any kernel of ours.
+        fused_head: whether the head gives the best tokens without making logits.
+        cuda_graphs: whether steps are captured.
+        compiled: whether forwards are compiled.
+        routing: of the blocks of a forward.
+    """
+
+    label: str
+    experts: str = "fused_moe"
+    fused_head: bool = True
+    cuda_graphs: bool = True
+    compiled: bool = False
+    routing: Literal["replayed", "uniform"] = "replayed"
+
+
+VARIANTS = (
+    Variant("engine"),
+    Variant("engine, uniform routing", routing="uniform"),
+    Variant("compiled", compiled=True),
+    Variant("without CUDA graphs", cuda_graphs=False),
+    Variant("without the fused head", fused_head=False),
+    Variant("grouped_mm, CUDA graphs", "grouped_mm"),
+    Variant("grouped_mm", "grouped_mm", cuda_graphs=False),
+    Variant("batched_mm", "batched_mm", cuda_graphs=False),
+    Variant("eager", "eager", cuda_graphs=False),
+)
+
+
+def tables(options: Options, device: torch.device) -> Iterator[Table]:
+    """The tables, each measured when it is asked for.
+
+    Raises:
+        InputError: the GPU has no room for the model.
+    """
+    checkpoint = build(options, device)
+    bandwidth = copy_bandwidth(device, options.copy_bytes)
+    yield machine(checkpoint, bandwidth)
+    yield forward_table(checkpoint, options.distinct, options.context, options.forwards, bandwidth)
+    title = f"denoising steps, batch 1, {options.context} positions"
+    variants = [variant_row(checkpoint, variant, options, bandwidth) for variant in VARIANTS]
+    yield step_table("steps", title, variants)
+    yield by_batch(checkpoint, options, bandwidth)
+    yield by_context(checkpoint, options, bandwidth)
+
+    del checkpoint  # makes room for the quantised ones
+    quantised = quantised_rows(options, device, bandwidth)
+    title = f"quantised experts, batch 1, {options.context} positions"
+    yield step_table("quantised", title, quantised)
+    yield speeds([*variants, *quantised])
+    yield ratios([*variants, *quantised], targets(device, options))
+
+
+def variant_row(
+    checkpoint: Checkpoint, variant: Variant, options: Options, bandwidth: Spread
+) -> Row:
+    """Steps at batch 1 with kernels and graphs on or off, or with transformers' own experts."""
+    model: Any = checkpoint.model
+    num_blocks = 2
+    route(checkpoint, variant.routing, num_blocks, options.distinct)
+    model.set_experts_implementation(variant.experts)
+    model.has_linear_head = variant.fused_head
+    with nullcontext() if variant.experts == "fused_moe" else without_kernels():
+        row = step_row(
+            checkpoint,
+            variant.label,
+            options,
+            bandwidth,
+            cuda_graphs=variant.cuda_graphs,
+            compiled=variant.compiled,
+        )
+    model.has_linear_head = True
+    model.set_experts_implementation("fused_moe")
+    return row
+
+
+def route(checkpoint: Checkpoint, routing: str, num_blocks: int, distinct: float) -> None:
+    """Prescribe the experts of so many blocks."""
+    model: Any = checkpoint.model
+    length = checkpoint.special_ids.block_length
+    if routing == "uniform":
+        prescribe(model, uniform(model.config, num_blocks * length))
+    else:
+        prescribe(model, replayed(model.config, distinct, num_blocks, length))
+
+
+def by_batch(checkpoint: Checkpoint, options: Options, bandwidth: Spread) -> Table:
+    """Steps of several sequences; each block hits a set of experts of its own."""
+    num_blocks = 2 * max(options.batch_sizes)
+    route(checkpoint, "replayed", num_blocks, options.distinct)
+    rows = [
+        step_row(checkpoint, str(size), options, bandwidth, batch=size)
+        for size in options.batch_sizes
+    ]
+    title = f"batch sizes, {options.context} positions"
+    return step_table("batches", title, rows, first="batch")
+
+
+def by_context(checkpoint: Checkpoint, options: Options, bandwidth: Spread) -> Table:
+    """Steps after longer prefixes."""
+    route(checkpoint, "replayed", 2, options.distinct)
+    rows = [
+        step_row(checkpoint, str(context), replace(options, context=context), bandwidth)
+        for context in options.contexts
+    ]
+    return step_table("contexts", "contexts, batch 1", rows, first="positions")
+
+
+def speeds(rows: Sequence[Row]) -> Table:
+    """What the steps amount to in tokens per second, by the tokens that a step decodes."""
+    shown: list[Row] = []
+    for row in rows:
+        if "error" not in row:
+            by_tpf = {f"tpf_{tpf}": speed(row, tpf) for tpf in TPF}
+            shown.append({"case": row["case"], "step_ms": row["step_ms"], **by_tpf})
+    shown.append({"case": "published: two H200, not measured here", "reported": PUBLISHED})
+    cells = [
+        {
+            "case": row["case"],
+            "ms/step": figure(row.get("step_ms"), ".2f"),
+            **{f"TPF {tpf}": figure(row.get(f"tpf_{tpf}"), ".0f") for tpf in TPF},
+            "reported": figure(row.get("reported"), ".0f"),
+        }
+        for row in shown
+    ]
+    note = (
+        "TPF over the time of a step; a block's first step, which also commits the block before, "
+        "takes longer."
+    )
+    return Table("speeds", "tokens/s at batch 1", shown, cells, note)
+
+
+def ratios(rows: Sequence[Row], aims: tuple[int, int] | None) -> Table:
+    """What the tables amount to, against tokens per second that were aimed at, if any were."""
+    measured = {row["case"]: row for row in rows if "error" not in row}
+    judged: list[Row] = []
+    if "engine" in measured:
+        engine = measured.pop("engine")
+        plain = f">= {aims[0]}" if aims else ""
+        eight_bit = f">= {aims[1]}" if aims else ""
+        at_6 = speed(engine, 6) or 0.0
+        judged.append(ratio("share of the floor", engine["of_floor"], ">= 0.75" if aims else ""))
+        judged.append(ratio("tokens/s at TPF 6", at_6, plain))
+        for case, row in measured.items():
+            gain = row["step_ms"]["median"] / engine["step_ms"]["median"]
+            target = ">= 5" if aims and case == "grouped_mm" else ""
+            judged.append(ratio(f"engine / {case}", gain, target))
+        for case in ("int8 experts", "fp8 experts"):
+            if case in measured:
+                quantised = speed(measured[case], 6) or 0.0
+                judged.append(ratio(f"tokens/s at TPF 6, {case}", quantised, eight_bit))
+        if aims:
+            judged.append(ratio("tokens/s at TPF 6 / published on two H200", at_6 / PUBLISHED))
+    return ratio_table(judged, "Engine / other: how many times faster its steps are.")
+
+
+def targets(device: torch.device, options: Options) -> tuple[int, int] | None:
+    """What was aimed at, in bfloat16 and with 8-bit experts; None but for the full size."""
+    if device.type != "cuda" or options.changes:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((aims for card, aims in TARGETS.items() if card in name), None)
 
 
 def main() -> None:
@@ -28,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
-        "--scale", choices=OPTIONS, default="full", help="quick: fewer rows; tiny: a small model"
+        "--scale", choices=SCALES, default="full", help="quick: fewer rows; tiny: a small model"
     )
     parser.add_argument(
         "--distinct", type=float, help="experts that a block hits in a layer, on average"
@@ -39,18 +290,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps of a block")
     parser.add_argument("--repeats", type=int, help="completions timed")
     parser.add_argument("--output", type=Path)
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    given = given_options(parser)
     scale = given.pop("scale")
     output = given.pop("output", None)
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     try:
-        device = select_device(given.pop("device"))[0]
-        options = replace(OPTIONS[scale], **given | lists)
+        device, _ = select_device(given.pop("device"))
     except InputError as error:
         parser.error(str(error))
+    options = changed(parser, SCALES[scale], given)
     if output is None and scale != "tiny":
-        output = result_path(Path("bench/results"), "gpu", device)
-    record = run_gpu(options, device, console=console(), output=output)
+        output = result_path("gpu", device)
+    record = record_tables(
+        "gpu", device, asdict(options), tables(options, device), console=console(), output=output
+    )
     print(json.dumps(record))
 
 

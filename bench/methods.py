@@ -1,4 +1,4 @@
-"""Every decoding method on the bundled models: accuracy, tokens per forward and what a token costs, in one record.
+"""Every decoding method on the bundled models: accuracy, tokens per forward, cost of a token.
 
     python bench/methods.py
 
@@ -51,12 +51,14 @@ CURVES = (
 def page(record: dict[str, Any]) -> str:
     """The table of all points, Markdown."""
     points = record["points"]
-    rows = [
-        f"| {p['label']} | `{p['strategy']}` | {p['knob']} {p['value']:g} | {p['correct']}/{p['total']} "
-        f"({100 * p['interval'][0]:.1f} to {100 * p['interval'][1]:.1f} %) | {p['tpf']:.2f} "
-        f"| {p['num_positions'] / p['generated_tokens']:.1f} |"
-        for p in points
-    ]
+    rows = []
+    for p in points:
+        low, high = (100 * bound for bound in p["interval"])
+        correct = f"{p['correct']}/{p['total']} ({low:.1f} to {high:.1f} %)"
+        positions = p["num_positions"] / p["generated_tokens"]
+        setting = f"`{p['strategy']}` | {p['knob']} {p['value']:g}"
+        figures = f"{correct} | {p['tpf']:.2f} | {positions:.1f}"
+        rows.append(f"| {p['label']} | {setting} | {figures} |")
     machine = record["environment"]
     return TEMPLATE.format(
         rows="\n".join(rows),
@@ -68,10 +70,11 @@ def page(record: dict[str, Any]) -> str:
 
 TEMPLATE = """# Every method on the bundled models
 
-Written by `python bench/methods.py` from [methods.json](methods.json): {total} unseen word problems (seed {seed}),
-exact final answer with its 95 % interval. *Positions a token* is what a token costs where a forward's width is not
-free: positions computed in denoising and commit forwards, all open blocks and versions included, over generated tokens.
-[docs/methods.md](../methods.md) says what each method is and what it needs. Machine: {machine}.
+Written by `python bench/methods.py` from [methods.json](methods.json): {total} unseen word problems
+(seed {seed}), exact final answer with its 95 % interval. *Positions a token* is what a token costs
+where a forward's width is not free: positions computed in denoising and commit forwards, all open
+blocks and versions included, over generated tokens. [docs/methods.md](../methods.md) says what each
+method is and what it needs. Machine: {machine}.
 
 ![Accuracy against tokens per forward](methods.svg)
 
@@ -89,8 +92,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="problems")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    present = [c for c in CURVES if not c.model.startswith("runs/") or Path(c.model).is_dir()]
     record = run_sweep(
-        [c for c in CURVES if not c.model.startswith("runs/") or Path(c.model).is_dir()],
+        present,
         get_task("word_problems"),
         options.output / "methods.json",
         limit=options.limit,

@@ -1,4 +1,4 @@
-"""The paper's experiments in miniature, on the bundled models: one command for everything under `docs/results/`.
+"""The paper's experiments in miniature, on the bundled models: all that `docs/results/` shows.
 
     python bench/ablation_training.py   # the retrained models, about an hour on two cores
     python bench/paper.py               # decode, measure, draw, write the page
@@ -89,8 +89,13 @@ MEASURED = {
 
 
 def revisions(llm: LLM, questions: Sequence[str], params: DecodingParams) -> Record:
-    """How often a decoded token changes: changes, and chances of one (decoded positions times forwards)."""
-    changes = chances = 0
+    """How often a decoded token changes.
+
+    Returns:
+        `changes`, and the `chances` of one: decoded positions, counted at every forward.
+    """
+    changes = 0
+    chances = 0
     for question in questions:
         previous = None
         for event in llm.stream(question, params):
@@ -158,27 +163,24 @@ def forward_times(llm: LLM, num: int = 24, repeats: int = 5) -> Record:
         for name, params in ways.items():
             run, _ = evaluate(llm, task, params, limit=num, seed=7)
             times[name].append(1000 * run.seconds / (run.num_forwards + run.num_prefill_forwards))
-    ratios = [
-        spd / threshold for spd, threshold in zip(times["spd"], times["threshold"], strict=True)
-    ]
+    pairs = zip(times["spd"], times["threshold"], strict=True)
+    ratios = [spd / threshold for spd, threshold in pairs]
     return {"milliseconds": times, "ratios": ratios, "ratio": statistics.median(ratios)}
 
 
 def measure(output: Path) -> Record:
     """All of the above, each written as soon as it is known and not repeated."""
-    record: Record = (
-        json.loads(output.read_text()) if output.exists() else {"environment": environment()}
-    )
+    record: Record = {"environment": environment()}
+    if output.exists():
+        record = json.loads(output.read_text())
     questions = [p.question for p in problems(64, seed=7, split="test")]
-    hard = DecodingParams(threshold=0.5, soft_inputs=False)
-    soft = DecodingParams(threshold=0.5)
+    hard = DecodingParams("spd", 0.5, options={"soft_inputs": False})
+    soft = DecodingParams("spd", 0.5)
     jobs: dict[str, Callable[[], Record]] = {}
     for name, path in MEASURED.items():
-        jobs[f"revisions, hard tokens, {name}"] = lambda path=path: revisions(
-            LLM(path), questions, hard
-        )  # type: ignore[misc]
-        jobs[f"revisions, SPD, {name}"] = lambda path=path: revisions(LLM(path), questions, soft)  # type: ignore[misc]
-        jobs[f"corrections, {name}"] = lambda path=path: corrections(LLM(path))  # type: ignore[misc]
+        jobs[f"revisions, hard tokens, {name}"] = with_model(path, revisions, questions, hard)
+        jobs[f"revisions, SPD, {name}"] = with_model(path, revisions, questions, soft)
+        jobs[f"corrections, {name}"] = with_model(path, corrections)
     jobs["forward times"] = lambda: forward_times(LLM("tiny-dmax", max_batch_size=1))
     for name, job in jobs.items():
         if name not in record:
@@ -186,6 +188,13 @@ def measure(output: Path) -> Record:
             print(name, json.dumps(record[name]), flush=True)
             write_atomically(output, json.dumps(record, indent=1) + "\n")
     return record
+
+
+def with_model(
+    path: str, function: Callable[..., Record], *arguments: object
+) -> Callable[[], Record]:
+    """A job that opens a model when it is called, and applies the function to it."""
+    return lambda: function(LLM(path), *arguments)
 
 
 # --- what the paper says, and whether it holds here -----------------------------------------------
@@ -210,8 +219,8 @@ class Share:
 
 def difference(a: Share, b: Share) -> tuple[float, float, float]:
     """a - b in points with its 95 % interval (Newcombe's hybrid score interval)."""
-    (low_a, high_a) = wilson_interval(a.correct, a.total)
-    (low_b, high_b) = wilson_interval(b.correct, b.total)
+    low_a, high_a = wilson_interval(a.correct, a.total)
+    low_b, high_b = wilson_interval(b.correct, b.total)
     delta = a.rate - b.rate
     low = delta - math.hypot(a.rate - low_a, high_b - b.rate)
     high = delta + math.hypot(high_a - a.rate, b.rate - low_b)
@@ -221,7 +230,9 @@ def difference(a: Share, b: Share) -> tuple[float, float, float]:
 def better(a: Share, b: Share) -> str:
     """Whether a is more accurate than b."""
     _, low, high = difference(a, b)
-    return "holds" if low > 0 else "fails" if high < 0 else "within noise"
+    if low > 0:
+        return "holds"
+    return "fails" if high < 0 else "within noise"
 
 
 def gap(a: Share, b: Share) -> str:
@@ -251,12 +262,11 @@ class Results:
         points = [
             p for p in self.training["points"] if p["label"] in labels and p["value"] == value
         ]
-        tokens, forwards = (
-            sum(p[name] for p in points) for name in ("generated_tokens", "num_forwards")
+        correct, total, tokens, forwards = (
+            sum(p[name] for p in points)
+            for name in ("correct", "total", "generated_tokens", "num_forwards")
         )
-        return Share(
-            sum(p["correct"] for p in points), sum(p["total"] for p in points), tokens / forwards
-        )
+        return Share(correct, total, tokens / forwards)
 
 
 Finding = tuple[str, str]  # verdict, figures
@@ -394,9 +404,8 @@ def _(r: Results) -> Finding:
     bold = r.at("DMax, SPD", 0.5)
     pushed = r.at("base, threshold", 0.3)
     kept = "fails" if better(base, careful) == "holds" else "holds"
-    return worst(
-        kept, better(bold, pushed)
-    ), f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
+    verdict = worst(kept, better(bold, pushed))
+    return verdict, f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
 
 
 @claim("27", "Blends need their length restored", "asserted, not measured")
@@ -442,8 +451,8 @@ def _(r: Results) -> Finding:
         and broken[oput] < broken["random tokens"]
     )
     shown = "; ".join(
-        f"{n}: mended {c['mended']}/{c['wrong']} ({100 * mended[n]:.1f} %), broken {c['broken']}/{c['right']} "
-        f"({100 * broken[n]:.1f} %)"
+        f"{n}: mended {c['mended']}/{c['wrong']} ({100 * mended[n]:.1f} %), "
+        f"broken {c['broken']}/{c['right']} ({100 * broken[n]:.1f} %)"
         for n, c in counts.items()
     )
     return "holds" if good else "fails", shown
@@ -500,7 +509,9 @@ def page(results: Results) -> str:
         problems=record["limit"],
         retrained=results.training["limit"],
         seeds=len(SEEDS),
-        machine=f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, bfloat16",
+        machine=(
+            f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, bfloat16"
+        ),
     )
 
 
@@ -512,9 +523,8 @@ def _points(points: Sequence[Record]) -> str:
     for p in points:
         low, high = (100 * bound for bound in p["interval"])
         share = f"{p['correct']}/{p['total']}"
-        rows.append(
-            f"| {p['label']} | {p['value']:g} | {share} | {low:.1f} to {high:.1f} | {p['tpf']:.2f} |"
-        )
+        interval = f"{low:.1f} to {high:.1f}"
+        rows.append(f"| {p['label']} | {p['value']:g} | {share} | {interval} | {p['tpf']:.2f} |")
     return "\n".join(rows)
 
 
@@ -533,9 +543,8 @@ def _pooled(results: Results) -> str:
                     if p["value"] == value
                 }
                 each = ", ".join(str(found[label]) for label in labels)
-                rows.append(
-                    f"| {variant} | {how} | {value:g} | {each} | {results.pooled(variant, how, value)} |"
-                )
+                pooled = results.pooled(variant, how, value)
+                rows.append(f"| {variant} | {how} | {value:g} | {each} | {pooled} |")
     return "\n".join(rows)
 
 

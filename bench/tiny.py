@@ -1,4 +1,4 @@
-"""The bundled models' results in one command: accuracy against tokens per forward, base, DMax and the controls.
+"""Accuracy against tokens per forward of the bundled models, and of the controls, in one command.
 
     python bench/tiny.py --limit 500 --output bench/results/tiny.json --plot docs/images/tiny.svg
 
@@ -31,14 +31,13 @@ CURVES = (
     Curve("DMax, SPD", "tiny-dmax", "spd", PUSHED),
     Curve("DMax, hard feedback", "tiny-dmax", "spd", PUSHED, HARD),
     Curve("DMax, threshold", "tiny-dmax", "threshold", FEW),
-    *(
-        curve
-        for name in ("argmax", "soft", "spd")  # tiny-dmax is the fourth, trained on sampled ones
-        for curve in (
-            Curve(f"{name} rollouts, SPD", f"runs/tiny-oput-{name}", "spd", COARSE),
-            Curve(f"{name} rollouts, hard feedback", f"runs/tiny-oput-{name}", "spd", COARSE, HARD),
-        )
-    ),
+    # The other rollouts; tiny-dmax was trained on sampled ones.
+    Curve("argmax rollouts, SPD", "runs/tiny-oput-argmax", "spd", COARSE),
+    Curve("argmax rollouts, hard feedback", "runs/tiny-oput-argmax", "spd", COARSE, HARD),
+    Curve("soft rollouts, SPD", "runs/tiny-oput-soft", "spd", COARSE),
+    Curve("soft rollouts, hard feedback", "runs/tiny-oput-soft", "spd", COARSE, HARD),
+    Curve("spd rollouts, SPD", "runs/tiny-oput-spd", "spd", COARSE),
+    Curve("spd rollouts, hard feedback", "runs/tiny-oput-spd", "spd", COARSE, HARD),
     Curve("masks only, threshold", "runs/tiny-mdlm", "threshold", FEW),
     Curve("masks only, SPD", "runs/tiny-mdlm", "spd", COARSE),
     Curve("random tokens, SPD", "runs/tiny-uniform", "spd", COARSE),
@@ -81,9 +80,8 @@ def main() -> None:
         report=lambda line: print(line, flush=True),
     )
     if options.plot:
-        draw(
-            {**record, "points": [p for p in record["points"] if p["label"] in DRAWN]}, options.plot
-        )
+        drawn = [point for point in record["points"] if point["label"] in DRAWN]
+        draw({**record, "points": drawn}, options.plot)
     print(json.dumps(record))
 
 

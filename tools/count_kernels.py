@@ -10,8 +10,9 @@ Launches of Triton kernels are counted and not made.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -21,17 +22,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from dmax.benchmark.shapes import llada2_mini
-from dmax.engine.lane import Lane
-from dmax.engine.rows import Row, Rows, Shape
+from dmax.checkpoint import Checkpoint
+from dmax.decoding import get_strategy
+from dmax.engine.batch import Batch
+from dmax.engine.blocks import OpenBlocks
 from dmax.engine.runner import ModelRunner
+from dmax.engine.step import step
 from dmax.kernels import using
 from dmax.params import DecodingParams
 
 DEVICE = torch.device("meta")
 LENGTH = 32
 SPAN = 1024
-WITHOUT_KERNEL = """alias as_strided chunk detach empty empty_like empty_strided expand lift_fresh new_empty permute
-    promote_types select slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view""".split()
+WITHOUT_KERNEL = """
+    alias as_strided chunk detach empty empty_like empty_strided expand lift_fresh new_empty permute
+    promote_types select slice split split_with_sizes squeeze t transpose unbind unsqueeze view
+    _unsafe_view
+""".split()
 
 
 class Count(TorchDispatchMode):
@@ -84,38 +91,52 @@ def counting(fused: bool) -> Iterator[Count]:
 
 @torch.no_grad()
 def kernels_of_a_step(fused: bool, **changes: Any) -> Counter[str]:
-    """Of SPD's step over an open block; `changes` to the model's configuration."""
+    """Kernels of SPD's step over an open block; `changes` to the model's configuration."""
     checkpoint = llada2_mini(torch.bfloat16, DEVICE, **changes)
     checkpoint.model.set_experts_implementation("fused_moe" if fused else "batched_mm")
-    runner = ModelRunner(checkpoint.model, LENGTH, 2, SPAN, checkpoint.special_ids.mask_token_id)
-    lane = Lane(DecodingParams("spd"), 2, LENGTH, DEVICE, (0,))
-    lane.open(0, (), checkpoint.special_ids.mask_token_id, runner.embed)
-    shape = Shape(num_pending=0, num_open=1, versions=1, span=SPAN, in_order=True, aligned=False)
-    rows = Rows.of([Row(0, SPAN - LENGTH, SPAN - LENGTH, 0)], [], LENGTH).to(DEVICE)
+    step = step_of_engine(checkpoint)
     with counting(fused) as count:
-        lane.denoise(runner, shape, rows)  # makes what later steps find in its place
+        step()  # makes what later steps find in its place
         count.kernels.clear()
         with count:
-            lane.denoise(runner, shape, rows)
+            step()
     return count.kernels
+
+
+def step_of_engine(checkpoint: Checkpoint) -> Callable[[], object]:
+    """What runs SPD's step over an open block at the end of `SPAN` positions.
+
+    Only this function knows the insides of the engine.
+    """
+    special_ids = checkpoint.special_ids
+    runner = ModelRunner(checkpoint.model, special_ids, 2, SPAN)
+    params = DecodingParams("spd")
+    strategy = get_strategy(params)
+    blocks = OpenBlocks(strategy, 2, special_ids, runner.embed, DEVICE)
+    blocks.admit(0, strategy, params)
+    blocks.open(0)
+    start = SPAN - LENGTH
+    batch = Batch.of([(0, start, start, 0, -1)], pending=[], block_length=LENGTH).to(DEVICE)
+    return partial(step, runner, blocks, batch)
 
 
 def main() -> None:
     """Count with and without Triton's kernels, in all and for each layer of experts."""
     for fused in (False, True):
-        few, more = (kernels_of_a_step(fused, num_hidden_layers=number) for number in (2, 3))
+        two = kernels_of_a_step(fused, num_hidden_layers=2)
+        three = kernels_of_a_step(fused, num_hidden_layers=3)
         whole = kernels_of_a_step(fused)
-        layer = more - few
-        print(
-            "with Triton" if fused else "without Triton",
-            f"{whole.total()} kernels, {layer.total()} of each layer:",
-        )
-        print("   ", ", ".join(f"{name} {number}" for name, number in layer.most_common()))
-        rest = few - layer - layer
-        print(
-            "    and outside the layers and the first:",
-            ", ".join(f"{n} {c}" for n, c in rest.most_common()),
-        )
+        layer = three - two
+        rest = two - layer - layer
+        name = "with Triton" if fused else "without Triton"
+        print(name, f"{whole.total()} kernels, {layer.total()} of each layer:")
+        print("   ", listed(layer))
+        print("    and outside the layers and the first:", listed(rest))
+
+
+def listed(kernels: Counter[str]) -> str:
+    """Names and numbers, the most frequent first."""
+    return ", ".join(f"{name} {number}" for name, number in kernels.most_common())
 
 
 if __name__ == "__main__":

@@ -64,7 +64,10 @@ def has_nvidia_gpu() -> bool:
 
 
 def reuse(python: str, requirement: str) -> bool:
-    """Let this environment see the packages of another Python, of the same version, that has a suitable CUDA torch."""
+    """Let this environment see another Python's packages, if that has a suitable CUDA torch.
+
+    Both must be of the same version of the language.
+    """
     probe = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False)
     if probe.returncode:
         return False

@@ -4,6 +4,8 @@ The heart is what DMax is: model, decoding, engine, training, the kernels' PyTor
 these call. What is not DMax, the annex, is left out of every count, also in revisions where it
 still stood among the heart: moving a file there saves nothing. Tokens are Python's own, without
 comments, docstrings, line ends and indentation. Without arguments the working tree is measured.
+`--trace` also runs one prompt and counts the classes whose methods run, and the files they lie in:
+methods that dmax defines or that a dataclass generates, of the model too.
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import json
+import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +61,36 @@ SKIPPED = (
     tokenize.ENCODING,
     tokenize.ENDMARKER,
 )
+
+
+TRACE = """
+import json, sys
+from dmax.llm import LLM
+from dmax.params import DecodingParams
+
+llm = LLM("tiny-dmax", dtype="float32", device="cpu")
+params = DecodingParams(strategy="spd", max_new_tokens=64)
+classes, files = set(), set()
+
+def follow(frame, event, argument):
+    code = frame.f_code
+    is_ours = "/dmax/" in code.co_filename
+    if event != "call" or not (is_ours or code.co_filename == "<string>"):
+        return
+    if is_ours and code.co_name != "<module>":
+        files.add(code.co_filename)
+    first = code.co_varnames[:1]
+    if first in (("self",), ("cls",), ("_cls",)):
+        owner = frame.f_locals.get(first[0])
+        owner = owner if isinstance(owner, type) else type(owner)
+        if owner.__module__.startswith("dmax."):
+            classes.add(owner.__qualname__)
+
+sys.setprofile(follow)
+llm.generate("Liam has 8 apples. Liam buys 5 apples more. How many apples are there?", params)
+sys.setprofile(None)
+print(json.dumps([sorted(classes), sorted(files)]))
+"""
 
 
 @dataclass(frozen=True)
@@ -172,9 +208,9 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     """Lines of texts that stand alone: docstrings, of attributes too."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_constant and isinstance(node.value.value, str):
+            lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return lines
 
 
@@ -245,29 +281,43 @@ def measure(source: Path) -> Reading:
     return Reading(tokens, code_lines, wide_lines, import_depth(modules))
 
 
-def measure_revision(revision: str) -> Reading:
-    """Measure the package as a revision has it."""
+def trace(source: Path) -> tuple[list[str], list[str]]:
+    """Classes whose methods run in one generate call, and files whose functions do."""
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    command = [sys.executable, "-c", TRACE]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    classes, files = json.loads(run.stdout)
+    return classes, [name.rpartition("/dmax/")[2] for name in files]
+
+
+@contextmanager
+def tree_of(revision: str) -> Iterator[Path]:
+    """The source folder as a revision has it."""
     archive = subprocess.run(
         ["git", "archive", revision, "src"], cwd=ROOT, capture_output=True, check=True
     ).stdout
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(folder, filter="data")
-        return measure(Path(folder) / "src")
+        yield Path(folder) / "src"
 
 
 def main() -> None:
+    """Print a row for every revision."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("revisions", nargs="*", help="revisions to measure beside the working tree")
+    parser.add_argument("--trace", action="store_true", help="also run one prompt")
     options = parser.parse_args()
-    readings = {name: measure_revision(name) for name in options.revisions}
-    readings["working tree"] = measure(ROOT / "src")
-    print(f"{'':16}{'tokens':>9}{'code lines':>12}{'per line':>10}{'wide':>6}{'depth':>7}")
-    for name, reading in readings.items():
-        print(
-            f"{name[:15]:16}{reading.tokens:>9,}{reading.code_lines:>12,}"
-            f"{reading.tokens_per_line:>10.1f}{reading.wide_lines:>6}{reading.depth:>7}"
-        )
+    columns = ["tokens", "code lines", "per line", "wide", "depth"]
+    print(f"{'':16}" + "".join(f"{name:>12}" for name in [*columns, "classes", "files"]))
+    with ExitStack() as stack:
+        trees = {name: stack.enter_context(tree_of(name)) for name in options.revisions}
+        for name, source in (trees | {"working tree": ROOT / "src"}).items():
+            reading = measure(source)
+            classes, files = trace(source) if options.trace else ([], [])
+            values = (reading.tokens, reading.code_lines, f"{reading.tokens_per_line:.1f}")
+            values += (reading.wide_lines, reading.depth, len(classes), len(files))
+            print(f"{name[:15]:16}" + "".join(f"{value:>12}" for value in values))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""The GPU benchmark on a small model and a CPU: it runs, routes as told, and counts bytes as by hand."""
+"""The GPU benchmarks on a small model and a CPU: they run, route as told and count bytes right."""
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
+import gpu as bench
 import pytest
 import torch
+from forwards import uniform
 from rich.console import Console
 
-from dmax.benchmark import gpu, rig
-from dmax.benchmark.rig import SMALL, TINY, build, failure
-from dmax.benchmark.roofline import expected_distinct, expert_bytes, forward_bytes
-from dmax.benchmark.routing import counted, counts_of_mean, pooled, prescribe, uniform
-from dmax.benchmark.run import run_gpu
+from dmax.benchmark import gpu
+from dmax.benchmark.gpu import build, failure
+from dmax.benchmark.roofline import against_floor, forward_bytes
+from dmax.benchmark.routing import counts_of_mean, distinct_experts, prescribe, replayed
+from dmax.benchmark.run import record_tables
 from dmax.benchmark.shapes import llada2_mini
 from dmax.benchmark.steps import measure_steps, never_sure, step_times
 from dmax.checkpoint import Checkpoint
-from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.errors import InputError
+from dmax.kernels.quant import quantize_experts
+from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig
 
 CPU = torch.device("cpu")
@@ -31,28 +36,51 @@ SECTIONS = "machine forwards steps batches contexts quantised speeds ratios".spl
 
 @pytest.fixture(scope="module")
 def small() -> Checkpoint:
-    return llada2_mini(torch.float32, CPU, **TINY)
+    return llada2_mini(torch.float32, CPU, **bench.SMALL_SHAPE)
+
+
+def test_the_tables_of_the_command() -> None:
+    options = gpu.GpuOptions(
+        distinct=8.7,
+        context=96,
+        new_tokens=64,
+        steps=2,
+        repeats=1,
+        copy_bytes=2**20,
+        changes=bench.SMALL_SHAPE,
+    )
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    tables = gpu.tables(options, CPU)
+    record = record_tables("gpu", CPU, asdict(options), tables, console=console)
+    json.dumps(record)
+    assert list(record["notes"]) == ["machine", "steps"]
+    assert record["machine"][0]["parameters"] == 537_120
+    cases = ["bfloat16", "int8 experts", "fp8 experts", "int4 experts"]
+    assert [row["case"] for row in record["steps"]] == cases
+    assert not [row for row in record["steps"] if "error" in row]
+    plain, *quantised = record["steps"]
+    assert all(row["bytes"]["experts"] < plain["bytes"]["experts"] for row in quantised)
+    assert all(row["distinct"] == 8.5 for row in record["steps"])
+    assert "at TPF 6" in shown.getvalue()
 
 
 def test_everything_runs_on_a_small_model() -> None:
-    options = replace(SMALL, contexts=(128, 192), forwards=1, steps=2)
+    options = replace(bench.SMALL, contexts=(128, 192), forwards=1, steps=2)
     shown = io.StringIO()
-    record = run_gpu(options, CPU, console=Console(file=shown, width=200))
+    console = Console(file=shown, width=200)
+    tables = bench.tables(options, CPU)
+    record = record_tables("gpu", CPU, asdict(options), tables, console=console)
     json.dumps(record)
     assert list(record) == ["benchmark", "command", "environment", "settings", "notes", *SECTIONS]
     assert record["environment"]["device"] == "cpu" and "gpu" not in record["environment"]
     assert not [row for name in SECTIONS for row in record[name] if "error" in row]
 
-    assert [row["experts"] for row in record["forwards"]] == [
-        "fused_moe",
-        "grouped_mm",
-        "batched_mm",
-        "eager",
-    ] * 2
-    assert [row["distinct"] for row in record["forwards"][::4]] == [
-        8.5,
-        pytest.approx(31.5, abs=0.6),
-    ]
+    implementations = ["fused_moe", "grouped_mm", "batched_mm", "eager"]
+    assert [row["experts"] for row in record["forwards"]] == implementations * 2
+    replayed_row, uniform_row = record["forwards"][::4]
+    assert replayed_row["distinct"] == 8.5
+    assert uniform_row["distinct"] == pytest.approx(31.5, abs=0.6)
     assert [row["batch"] for row in record["batches"]] == [1, 2]
     assert [row["context"] for row in record["contexts"]] == [128, 192]
     assert [row["format"] for row in record["quantised"]] == ["int8", "fp8", "int4"]
@@ -73,10 +101,8 @@ def test_everything_runs_on_a_small_model() -> None:
 
 def test_the_full_model_is_drawn_on_its_device() -> None:
     model = llada2_mini(torch.bfloat16, torch.device("meta")).model
-    tensors = [
-        *model.parameters(),
-        *(buffer for name, buffer in model.named_buffers() if "expert_bias" in name),
-    ]
+    biases = [buffer for name, buffer in model.named_buffers() if "expert_bias" in name]
+    tensors = [*model.parameters(), *biases]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert sum(tensor.numel() for tensor in tensors) == 16_255_643_392
 
@@ -84,22 +110,25 @@ def test_the_full_model_is_drawn_on_its_device() -> None:
 def test_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 2**30, 24 * 2**30))
     with pytest.raises(InputError, match="needs 36 GiB of free GPU memory, this GPU has 24"):
-        build(rig.FULL, torch.device("cuda"))
+        build(gpu.FULL, torch.device("cuda"))
 
 
 def test_too_few_steps() -> None:
     with pytest.raises(InputError, match="`steps` must be a whole number of at least 2"):
-        replace(SMALL, steps=1)
+        replace(bench.SMALL, steps=1)
+    with pytest.raises(InputError, match="`new_tokens` must be a whole number of at least 64"):
+        replace(bench.SMALL, new_tokens=32)
 
 
-def test_targets_belong_to_a_gpu_and_the_full_size(
-    small: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_belong_to_a_gpu_and_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    steps = [_steps("engine", 4.0, of_floor=0.8), _steps("grouped_mm", 24.0)]
-    quantised = [_steps("int8 experts", 3.0)]
-    on_h100 = rig.Rig(small, rig.FULL, torch.device("cuda"), {"median": 3e12})
-    rows = {row["name"]: row for row in gpu.ratios(on_h100, steps, quantised).rows}
+    cuda = torch.device("cuda")
+    assert bench.targets(cuda, bench.SMALL) is None
+    assert bench.targets(CPU, bench.FULL) is None
+    aims = bench.targets(cuda, bench.FULL)
+    engine = _steps("engine", 4.0, of_floor=0.8)
+    measured = [engine, _steps("grouped_mm", 24.0), _steps("int8 experts", 3.0)]
+    rows = {row["name"]: row for row in bench.ratios(measured, aims).rows}
     assert rows["share of the floor"]["met"] is True
     assert rows["tokens/s at TPF 6"] == {
         "name": "tokens/s at TPF 6",
@@ -115,33 +144,39 @@ def test_targets_belong_to_a_gpu_and_the_full_size(
     }
     assert rows["tokens/s at TPF 6, int8 experts"]["met"] is False
     assert rows["tokens/s at TPF 6 / published on two H200"]["value"] == pytest.approx(1500 / 1338)
-    assert gpu.ratios(on_h100, [{"case": "engine", "error": "out of memory"}], []).rows == []
+    assert bench.ratios([{"case": "engine", "error": "out of memory"}], aims).rows == []
 
 
 def _steps(case: str, ms: float, **more: float) -> dict[str, Any]:
     return {"case": case, "batch": 1, "step_ms": {"median": ms}, **more}
 
 
-def test_failures_become_rows() -> None:
+def test_failures_become_rows(small: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure(RuntimeError("CUDA out of memory.\nTried")) == {"error": "CUDA out of memory."}
     assert failure(torch.OutOfMemoryError()) == {"error": "OutOfMemoryError"}
+
+    def measure(*_: object, **__: object) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(gpu, "measure_steps", measure)
+    prescribe(small.model, replayed(small.model.config, 8.7, 2, 32))
+    row = gpu.step_row(small, "engine", bench.SMALL, {"median": 1e9})
+    assert row["error"] == "CUDA out of memory."
+    assert "step_ms" not in row and gpu.speed(row, 6) is None
+    (cells,) = gpu.step_table("steps", "steps", [row]).cells
+    assert cells["ms/step"] == "–" and cells["problem"] == "CUDA out of memory."
 
 
 # --- bytes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tokens", "distinct"), [(16, 102.0), (32, 163.3), (64, 222.4), (128, 251.6), (256, 255.9)]
-)
-def test_distinct_experts_of_uniform_routing(tokens: int, distinct: float) -> None:
-    assert expected_distinct(256, 8, tokens) == pytest.approx(distinct, abs=0.05)
-
-
-@pytest.mark.parametrize(
     ("distinct", "experts", "total"), [(163.3, 19_522, 20.83), (69.5, 8_308, 9.62)]
 )
 def test_bytes_of_a_forward(distinct: float, experts: float, total: float) -> None:
-    parts = forward_bytes(MINI, distinct=distinct, context=1024)
+    model = llada2_mini(torch.bfloat16, torch.device("meta")).model
+    prescribe(model, replayed(MINI, 69.5, 2, 32))
+    parts = forward_bytes(model, distinct, context=1024)
     mega = {name: value / 1e6 for name, value in parts.items()}
     assert mega["experts"] == pytest.approx(experts, rel=1e-3)
     others = {
@@ -157,25 +192,27 @@ def test_bytes_of_a_forward(distinct: float, experts: float, total: float) -> No
 
 
 def test_bytes_of_quantised_experts() -> None:
-    one = 3 * 512 * 2048
-    assert expert_bytes(MINI, 2, None) == 2 * one
-    assert expert_bytes(MINI, 2, "int8") == expert_bytes(MINI, 2, "fp8") == one + 4 * (1024 + 2048)
-    assert expert_bytes(MINI, 2, "int4") == one / 2 + 2 * one / 128
-    total = sum(forward_bytes(MINI, distinct=163.3, context=1024, quantization="fp8").values())
-    assert total / 1e9 == pytest.approx(11.07, abs=0.05)
+    hidden = 256
+    inner = 128
+    one = 3 * inner * hidden
+    scales = 2 * inner + hidden  # one for each output channel of gate, up and down
+    expected = {
+        None: 2 * one,
+        "int8": one + 4 * scales,
+        "fp8": one + 4 * scales,
+        "int4": one / 2 + 2 * one / 128,  # a scale for 128 input channels
+    }
+    sizes = {"num_hidden_layers": 2, "hidden_size": hidden, "moe_intermediate_size": inner}
+    for form, num_bytes in expected.items():
+        model = llada2_mini(torch.bfloat16, CPU, **bench.SMALL_SHAPE | sizes).model
+        if form is not None:
+            quantize_experts(model, form)  # type: ignore[arg-type]
+        assert forward_bytes(model, 1, context=32)["experts"] == num_bytes
 
 
-def test_bytes_of_quantised_experts_are_those_they_hold(small: Checkpoint) -> None:
-    from dmax.models.quantization import quantize_experts
-
-    for form in ("int8", "fp8", "int4"):
-        model: Any = llada2_mini(torch.bfloat16, CPU, **TINY).model
-        quantize_experts(model, form)  # type: ignore[arg-type]
-        held = sum(
-            each.numel() * each.element_size()
-            for each in model.model.layers[1].mlp.experts.buffers()
-        )
-        assert held == model.config.num_experts * expert_bytes(model.config, 2, form)  # type: ignore[arg-type]
+def test_the_floor_of_a_time() -> None:
+    found = against_floor({"median": 4.0}, {"a": 2e9, "b": 1e9}, {"median": 1.5e12})
+    assert (found["gb"], found["floor_ms"], found["of_floor"]) == (3.0, 2.0, 0.5)
 
 
 # --- routing --------------------------------------------------------------------------------------
@@ -186,71 +223,79 @@ def test_counts_have_the_mean_that_was_asked_for() -> None:
     assert sum(counts_of_mean(8.7, 100)) == 870
 
 
-def test_pools_are_hit_whole_and_by_distinct_experts() -> None:
-    table = pooled(256, 8, [69, 70], 32, torch.Generator().manual_seed(0))
-    assert table.shape == (64, 8)
-    first, second = table.split(32)
-    assert (len(first.unique()), len(second.unique())) == (69, 70)
-    assert set(first.unique().tolist()) != set(second.unique().tolist())
-    assert all(len(set(row)) == 8 for row in table.tolist())
+def test_blocks_are_hit_by_distinct_experts_of_a_set_of_their_own() -> None:
+    tables = replayed(MINI, 69.5, 2, 32)
+    assert len(tables) == 19 and tables[0].shape == (64, 8)
+    counts = []
+    for table in tables:
+        first, second = table.split(32)
+        counts += [len(first.unique()), len(second.unique())]
+        assert set(first.unique().tolist()) != set(second.unique().tolist())
+        assert all(len(set(row)) == 8 for row in table.tolist())
+    assert set(counts) == {69, 70} and sum(counts) / len(counts) == 69.5
 
 
-def test_uniform_choices_hit_as_many_as_expected() -> None:
-    table = uniform(256, 8, 32 * 50, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("tokens", "distinct"), [(16, 102.0), (32, 163.3), (64, 222.4), (128, 251.6), (256, 255.9)]
+)
+def test_uniform_choices_hit_as_many_as_expected(tokens: int, distinct: float) -> None:
+    assert 256 * (1 - (1 - 8 / 256) ** tokens) == pytest.approx(distinct, abs=0.05)
+    tables = uniform(LLaDA2MoeConfig(num_hidden_layers=2), tokens * 50)
+    (table,) = tables
     assert all(len(set(row)) == 8 for row in table.tolist())
-    mean = sum(len(block.unique()) for block in table.split(32)) / 50
-    assert mean == pytest.approx(163.3, abs=2)
+    mean = sum(len(block.unique()) for block in table.split(tokens)) / 50
+    assert mean == pytest.approx(distinct, abs=2)
 
 
 def test_a_model_reads_the_experts_it_is_told_to(small: Checkpoint) -> None:
     model: Any = small.model
-    tokens, prompt = torch.zeros((1, 32), dtype=torch.long), torch.zeros((1, 96), dtype=torch.long)
+    tokens = torch.zeros((1, 32), dtype=torch.long)
+    prompt = torch.zeros((1, 96), dtype=torch.long)
     with torch.no_grad():
         with counted(model) as alike:
             model.model(input_ids=prompt)
         for distinct, expected in ((8.5, [8, 9]), (20, [20, 20])):
-            prescribe(model, distinct, 2, 32)
+            prescribe(model, replayed(model.config, distinct, 2, 32))
             with counted(model) as found:
                 model.model(input_ids=tokens)
             assert found == expected
+            assert distinct_experts(model, 32) == sum(expected) / 2
         with counted(model) as found:
             model.model(input_ids=prompt)  # longer than what is prescribed
         assert found == alike
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """Distinct experts of each layer and forward, in the order in which they run."""
+    found: list[int] = []
+    layers = [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    hooks = [
+        experts.register_forward_pre_hook(lambda _, inputs: found.append(len(inputs[1].unique())))
+        for experts in layers
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 # --- steps ----------------------------------------------------------------------------------------
 
 
 def test_every_block_takes_the_steps_it_is_told_to(small: Checkpoint) -> None:
-    engine = Engine(
-        small.model,
-        mask_token_id=510,
-        eos_token_ids=[511],
-        block_length=32,
-        max_batch_size=2,
-        prefill_tokens=64,
-    )
-    requests = [
-        Request(index, tuple(range(index, index + 64)), never_sure(96, 3)) for index in range(2)
-    ]
+    llm = LLM.from_checkpoint(small, max_batch_size=2)
+    engine = llm.engine(max_length=160, prefill_tokens=64)
+    params = never_sure(96, 3)
+    requests = [Request(index, tuple(range(index, index + 64)), params) for index in range(2)]
     times = step_times(engine, requests)
     assert [is_first for _, is_first in times] == [True, False, False] * 3
     assert all(ms > 0 for ms, _ in times)
 
 
-def test_steps_are_those_behind_the_first_block(small: Checkpoint) -> None:
-    row = measure_steps(
-        small,
-        batch=1,
-        context=128,
-        new_tokens=64,
-        steps=4,
-        repeats=1,
-        cuda_graphs=False,
-        prefill_tokens=32,
-    )
+def test_steps_are_those_after_the_first_block(small: Checkpoint) -> None:
+    engine = LLM.from_checkpoint(small, max_batch_size=1).engine(max_length=128)
+    row = measure_steps(engine, [range(64)], 64, steps=4, repeats=1)
     assert row["tpf"] == 8 and row["peak_gib"] is None
-    seconds = (
-        3 * row["step_ms"]["low"] + row["first_step_ms"]["median"]
-    ) / 1e3  # at least, for 32 tokens
+    # At least, for 32 tokens.
+    seconds = (3 * row["step_ms"]["low"] + row["first_step_ms"]["median"]) / 1e3
     assert 32 / row["tokens_per_second"]["median"] >= seconds

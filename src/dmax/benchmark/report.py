@@ -1,4 +1,4 @@
-"""The tables of a benchmark: what they hold, and how they look."""
+"""The tables of a benchmark: what is recorded, and how it is printed."""
 
 from __future__ import annotations
 
@@ -7,78 +7,61 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
+
+from dmax.benchmark.measure import Spread
 
 Row = dict[str, Any]
 MISSING = "–"
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """A table.
+class Table:
+    """A table of measurements.
 
     Attributes:
         name: its key in the record.
-        title: above it.
-        columns: headings, each with the key of its values and their format: `{"tokens/s":
-            "tokens_per_second:.0f"}`.
-        rows: values by key; a `Spread` shows its median and range. All are recorded, whether they
-            have a column or not.
-        note: below it, what the figures mean.
+        title: printed above it.
+        rows: what is recorded.
+        cells: what is printed of each row, by heading.
+        note: printed below it; says what the figures mean.
     """
 
     name: str
     title: str
-    columns: Mapping[str, str]
     rows: Sequence[Row]
+    cells: Sequence[Mapping[str, str]]
     note: str = ""
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where tables go; a file or pipe is as wide as they need."""
-    shown = Console(stderr=stderr)
-    if not shown.is_terminal:
-        shown.width = 160
-    return shown
+    """Where tables go; a file or a pipe is as wide as they need."""
+    target = Console(stderr=stderr)
+    if not target.is_terminal:
+        target.width = 160
+    return target
 
 
-def show(section: Section, target: Console) -> None:
-    """Print a section."""
-    target.print(table(section), highlight=False)
-    if section.note:
-        target.print(section.note, style="dim", highlight=False)
+def show(table: Table, target: Console) -> None:
+    """Print a table: columns of figures to the right, words to the left."""
+    grid = Grid(title=table.title, title_justify="left", title_style="bold")
+    for heading in table.cells[0] if table.cells else ():
+        column = [cells[heading] for cells in table.cells]
+        has_figures = all(text == MISSING or text[0].isdigit() for text in column)
+        grid.add_column(heading, justify="right" if has_figures else "left", overflow="fold")
+    for cells in table.cells:
+        grid.add_row(*cells.values())
+
+    target.print(grid, highlight=False)
+    if table.note:
+        target.print(table.note, style="dim", highlight=False)
 
 
-def table(section: Section) -> Table:
-    """A section as rich shows it; texts to the left, numbers to the right."""
-    shown = Table(title=section.title, title_justify="left", title_style="bold")
-    for heading, column in section.columns.items():
-        shown.add_column(heading, justify="right" if ":" in column else "left", overflow="fold")
-    for row in section.rows:
-        shown.add_row(*(cell(row, column) for column in section.columns.values()))
-    return shown
-
-
-def cell(row: Row, column: str) -> str:
-    """The value of a column `KEY` or `KEY:FORMAT`; a spread as median (low to high)."""
-    key, _, form = column.partition(":")
-    value = row.get(key)
+def figure(value: Spread | float | None, form: str) -> str:
+    """A number as a cell shows it, a spread as its median with the lowest and the highest."""
     if value is None:
         return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return f"{value['median']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
-    return f"{value:{form}}"
-
-
-def ratio(name: str, value: float, target: str = "") -> Row:
-    """A row of a table of ratios; `target` is ">= 2.5" or "<= 0.1"."""
-    row: Row = {"name": name, "value": value, "target": target or None, "met": None}
-    if target:
-        sign, limit = target.split()
-        row["met"] = value >= float(limit) if sign == ">=" else value <= float(limit)
-    return row
-
-
-RATIO_COLUMNS = {"": "name", "measured": "value:.3g", "target": "target", "met": "met"}
+        median, low, high = (format(value[key], form) for key in ("median", "low", "high"))
+        return f"{median} ({low} to {high})"
+    return format(value, form)

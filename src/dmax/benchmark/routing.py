@@ -1,12 +1,12 @@
-"""Choices of experts that are prescribed, so that a forward reads as many as one wants: speed depends on no more.
+"""Prescribed choices of experts: a random model then reads as many experts as a trained one.
 
-E experts, K experts per token, L block length.
+The speed of a forward depends on how many experts it reads, not on which. E experts, K experts per
+token, L block length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 class PrescribedRouter(nn.Module):
-    """A router that does all its work and then has its choice replaced by rows of a table, token by token.
+    """A router that does all its work and then has its choice replaced, token by token.
 
     Inputs longer than the table, which are prompts, go where the router itself sends them.
 
     Args:
-        router: gives indices and weights [N, K].
+        router: gives expert indices and weights [N, K].
         table: [tokens, K] int64 experts.
     """
 
@@ -30,82 +30,55 @@ class PrescribedRouter(nn.Module):
         self.router = router
         self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K]."""
-        index, weights = self.router(x)
-        return (self.table[: len(x)] if len(x) <= len(self.table) else index), weights
+        chosen, weights = self.router(tokens)
+        if len(tokens) <= len(self.table):
+            chosen = self.table[: len(tokens)]
+        return chosen, weights
 
 
-def uniform(num_experts: int, per_token: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Each token's experts drawn at random without repetition, [tokens, K]."""
-    return torch.rand((tokens, num_experts), generator=generator).topk(per_token, dim=-1).indices
+def prescribe(model: Any, tables: Sequence[Tensor]) -> None:
+    """Prescribe the experts of a LLaDA-2.x model, with one table [tokens, K] for each MoE layer."""
+    for block, table in zip(sparse_blocks(model), tables, strict=True):
+        is_prescribed = isinstance(block.gate, PrescribedRouter)
+        router = block.gate.router if is_prescribed else block.gate
+        block.gate = PrescribedRouter(router, table.to(model.device))
 
 
-def pooled(
-    num_experts: int,
-    per_token: int,
-    counts: Sequence[int],
-    block_length: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Blocks whose tokens together hit exactly `counts[b]` experts, a random set for each, [blocks L, K].
+def sparse_blocks(model: Any) -> list[Any]:
+    """The feed-forward blocks of a LLaDA-2.x model that have experts."""
+    blocks = [layer.mlp for layer in model.base_model.layers]
+    return [block for block in blocks if hasattr(block, "experts")]
 
-    A count is at least K and at most E and L K: the tokens take the experts of the set in turn.
+
+def distinct_experts(model: Any, num_tokens: int) -> float:
+    """Experts that the first tokens of a forward are prescribed, as a mean over layers."""
+    tables = [block.gate.table[:num_tokens] for block in sparse_blocks(model)]
+    return sum(len(table.unique()) for table in tables) / len(tables)
+
+
+def replayed(config: Any, distinct: float, num_blocks: int, block_length: int) -> list[Tensor]:
+    """Tables for `prescribe`: a block hits `distinct` experts, on average over layers and blocks.
+
+    `distinct` is at least K and at most E and L K. A block's experts are a random set, which its
+    tokens take in turn.
     """
+    generator = torch.Generator().manual_seed(0)
+    num_layers = config.num_hidden_layers - config.first_k_dense_replace
+    counts = counts_of_mean(distinct, num_layers * num_blocks)
+    per_token = config.num_experts_per_tok
     turns = torch.arange(block_length * per_token).view(block_length, per_token)
-    blocks = [
-        torch.randperm(num_experts, generator=generator)[:count][turns % count] for count in counts
-    ]
-    return torch.cat(blocks)
+    tables = []
+    for layer in range(num_layers):
+        blocks = []
+        for count in counts[layer::num_layers]:
+            experts = torch.randperm(config.num_experts, generator=generator)[:count]
+            blocks.append(experts[turns % count])  # [L, K]
+        tables.append(torch.cat(blocks))  # [num_blocks L, K]
+    return tables
 
 
 def counts_of_mean(mean: float, num: int) -> list[int]:
-    """`num` whole numbers of that mean, as nearly as can be: 69.5 gives 70, 69, 69, 70, …."""
+    """`num` whole numbers with this mean, as nearly as possible: 69.5 gives 70, 69, 69, 70, …."""
     return [round((index + 1) * mean) - round(index * mean) for index in range(num)]
-
-
-def prescribe(model: Any, distinct: float | None, blocks: int, block_length: int) -> None:
-    """Prescribe the choices of all layers of a LLaDA-2.x model, in place of what was prescribed before.
-
-    Args:
-        model: its language model.
-        distinct: experts that the tokens of a block hit, as a mean over layers and blocks; None:
-            drawn uniformly.
-        blocks: that a forward holds at most.
-        block_length: L.
-    """
-    config = model.config
-    device = model.device
-    generator = torch.Generator().manual_seed(0)
-    layers = [layer.mlp for layer in model.base_model.layers if hasattr(layer.mlp, "experts")]
-    counts = counts_of_mean(distinct or 0.0, len(layers) * blocks)
-    for number, layer in enumerate(layers):
-        experts = config.num_experts
-        per_token = config.num_experts_per_tok
-        if distinct is None:
-            table = uniform(experts, per_token, blocks * block_length, generator)
-        else:
-            table = pooled(
-                experts, per_token, counts[number :: len(layers)], block_length, generator
-            )
-        router = layer.gate.router if isinstance(layer.gate, PrescribedRouter) else layer.gate
-        layer.gate = PrescribedRouter(router, table.to(device))
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[list[int]]:
-    """Distinct experts of each layer and forward, in the order in which they run."""
-    found: list[int] = []
-
-    def count(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(len(arguments[1].unique()))  # waits for the device
-
-    layers = [
-        layer.mlp.experts for layer in model.base_model.layers if hasattr(layer.mlp, "experts")
-    ]
-    hooks = [experts.register_forward_pre_hook(count) for experts in layers]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

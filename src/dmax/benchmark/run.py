@@ -1,21 +1,20 @@
-"""From a device to the benchmark that suits it, its tables as they are measured, and one JSON record of all."""
+"""From a device to its benchmark: tables as they are measured, and one JSON record of all."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from dmax.benchmark import cpu, gpu, rig
-from dmax.benchmark.report import Row, Section, show
+from dmax.benchmark import cpu, gpu
+from dmax.benchmark.report import Row, Table, show
 from dmax.environment import environment, select_device
 from dmax.errors import InputError
 from dmax.files import check_ours, check_writable, write_atomically
@@ -37,38 +36,31 @@ def run_benchmark(
             cannot be written.
     """
     chosen, _ = select_device(device)
+    options: cpu.CpuOptions | gpu.GpuOptions
     if chosen.type == "cpu":
-        return run_cpu(cpu.QUICK if quick else cpu.CpuOptions(), console=console, output=output)
-    if chosen.type == "cuda":
-        return run_gpu(rig.QUICK if quick else rig.FULL, chosen, console=console, output=output)
-    raise InputError(
-        f"there is no benchmark for {chosen.type}", hint="use --device cpu or --device cuda"
-    )
+        options = cpu.QUICK if quick else cpu.FULL
+        tables = cpu.tables(options)
+    elif chosen.type == "cuda":
+        options = gpu.QUICK if quick else gpu.FULL
+        tables = gpu.tables(options, chosen)
+    else:
+        raise InputError(
+            f"there is no benchmark for {chosen.type}", hint="use --device cpu or --device cuda"
+        )
+    theme = "cpu" if chosen.type == "cpu" else "gpu"
+    return record_tables(theme, chosen, asdict(options), tables, console=console, output=output)
 
 
-def run_cpu(
-    options: cpu.CpuOptions, *, console: Console, output: Path | None = None
-) -> dict[str, Any]:
-    """`dmax.benchmark.cpu` with these options."""
-    return _gather("cpu", cpu.CPU, asdict(options), cpu.sections(options), console, output)
-
-
-def run_gpu(
-    options: rig.GpuOptions, device: torch.device, *, console: Console, output: Path | None = None
-) -> dict[str, Any]:
-    """`dmax.benchmark.gpu` with these options, on any device."""
-    return _gather("gpu", device, asdict(options), gpu.sections(options, device), console, output)
-
-
-def _gather(
+def record_tables(
     theme: str,
     device: torch.device,
     settings: Row,
-    sections: Iterable[Section],
+    tables: Iterable[Table],
+    *,
     console: Console,
-    output: Path | None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
-    """Show the sections as they come and gather them in one record, which is written after each."""
+    """Print the tables as they come and gather them in one record, which is written after each."""
     if output is not None:
         check_writable(output)
         check_ours(output, "benchmark", "settings", "environment")
@@ -76,13 +68,14 @@ def _gather(
         "benchmark": theme,
         "command": command(sys.argv),
         "environment": environment(device),
+        "settings": settings,
+        "notes": {},
     }
-    record |= {"settings": settings, "notes": {}}
     console.print(headline(record["environment"]), highlight=False)
-    for section in sections:
-        show(section, console)
-        record[section.name] = list(section.rows)
-        record["notes"][section.name] = section.note
+    for table in tables:
+        show(table, console)
+        record[table.name] = list(table.rows)
+        record["notes"][table.name] = table.note
         if output is not None:
             write_atomically(output, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return record
@@ -91,11 +84,10 @@ def _gather(
 def command(arguments: Sequence[str]) -> str:
     """The command line, without the folders of this machine."""
     program = Path(arguments[0]).name
-    here = f"{Path.cwd()}/"
     name = f"python bench/{program}" if program.endswith(".py") else program
-    return " ".join(
-        [name, *(shlex.quote(argument.replace(here, "")) for argument in arguments[1:])]
-    )
+    here = f"{Path.cwd()}/"
+    rest = [shlex.quote(argument.replace(here, "")) for argument in arguments[1:]]
+    return " ".join([name, *rest])
 
 
 def headline(record: Row) -> str:
@@ -103,11 +95,3 @@ def headline(record: Row) -> str:
     hardware = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
     versions = ", ".join(f"{name} {record[name]}" for name in ("dmax", "torch", "transformers"))
     return f"{hardware}; {versions}; commit {record['commit'] or 'unknown'}"
-
-
-def result_path(folder: Path, theme: Literal["cpu", "gpu"], device: torch.device) -> Path:
-    """THEME_HARDWARE_DATE.json."""
-    record = environment(device)
-    hardware = record.get("gpu") or f"{record['cpu']} {record['cores']} cores"
-    slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return folder / f"{theme}_{slug}_{record['date'][:10]}.json"

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: speed depends on the shape alone, and no file need be downloaded."""
+"""Models of published shapes with random weights: speed depends on the shape, not on the values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_LENGTH = 32
 
 
 def llama_135m(dtype: torch.dtype = torch.float32, **changes: Any) -> Checkpoint:
-    """A Llama of SmolLM2-135M's shape: 134.5 million parameters, tied embeddings; `changes` to its configuration."""
+    """A Llama of SmolLM2-135M's shape, 134.5 million parameters; `changes` to its configuration."""
     shape: dict[str, Any] = {
         "vocab_size": 49_152,
         "hidden_size": 576,
@@ -34,7 +34,7 @@ def llama_135m(dtype: torch.dtype = torch.float32, **changes: Any) -> Checkpoint
 
 
 def llada2_mini(dtype: torch.dtype, device: torch.device, **changes: Any) -> Checkpoint:
-    """LLaDA-2.0-mini, 16.26 billion parameters, drawn on the device itself; `changes` to its configuration."""
+    """LLaDA-2.0-mini, 16.3 billion parameters, drawn on the device; `changes` to its shape."""
     config = LLaDA2MoeConfig(**{"mask_token_id": 156_895, "block_length": BLOCK_LENGTH} | changes)
     torch.manual_seed(0)
     with torch.device(device):

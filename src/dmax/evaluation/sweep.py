@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
     "demask": ("bound", (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)),
     "sched": ("margin", (9.0, 7.5, 6.0, 4.5, 3.0, 1.5)),
 }
+SHARED = [field.name for field in fields(DecodingParams)]  # the rest are options
 HEADS = ("demask", "learn2pd")  # methods with a trained head; the model's own is taken
 FIGURES = (
     "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards "
@@ -72,22 +73,21 @@ class Curve:
 
     def params(self, value: float, max_new_tokens: int) -> DecodingParams:
         """Decoding parameters at one value; raises `InputError` if the method does not take it."""
-        fields: dict[str, Any] = {
-            "strategy": self.strategy,
-            "max_new_tokens": max_new_tokens,
-            **dict(self.settings),
-        }
+        shared = {name: given for name, given in self.settings if name in SHARED}
+        options = {name: given for name, given in self.settings if name not in SHARED}
         if self.knob == "threshold":
-            fields["threshold"] = value
+            shared["threshold"] = value
         elif self.knob == "margin":  # both ends of the schedule, in the paper's proportion
-            fields["options"] = {"high": value, "low": value / 3}
+            options |= {"high": value, "low": value / 3}
         elif self.knob == "steps":
-            fields["options"] = {"steps": int(value)}
+            options["steps"] = int(value)
         elif self.knob != "count":
-            fields["options"] = {self.knob: value}
+            options[self.knob] = value
         if self.strategy in HEADS:
-            fields["options"] = {"head": self.model, **fields.get("options", {})}
-        return DecodingParams(**fields)
+            options["head"] = self.model
+        return DecodingParams(
+            self.strategy, max_new_tokens=max_new_tokens, options=options, **shared
+        )
 
 
 def curves_of(
