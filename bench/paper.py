@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,16 +271,36 @@ class Results:
 
 
 Finding = tuple[str, str]  # verdict, figures
-CLAIMS: list[tuple[str, str, str, Callable[[Results], Finding]]] = []
+Judge = Callable[[Results], Finding]
 
 
-def claim(
-    number: str, text: str, paper: str
-) -> Callable[[Callable[[Results], Finding]], Callable[[Results], Finding]]:
-    """Register a claim of the paper and how it is judged."""
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, or of ours, and how it is judged.
 
-    def register(judge: Callable[[Results], Finding]) -> Callable[[Results], Finding]:
-        CLAIMS.append((number, text, paper, judge))
+    Attributes:
+        number: as this project counts them, or "ours".
+        text: the claim.
+        paper: the paper's figures.
+        brief: the claim in a few words, for the first lines of the page.
+        judge: the verdict and our figures, from the records.
+    """
+
+    number: str
+    text: str
+    paper: str
+    brief: str
+    judge: Judge
+
+
+CLAIMS: list[Claim] = []
+
+
+def claim(number: str, text: str, paper: str, brief: str) -> Callable[[Judge], Judge]:
+    """Register a claim."""
+
+    def register(judge: Judge) -> Judge:
+        CLAIMS.append(Claim(number, text, paper, brief, judge))
         return judge
 
     return register
@@ -290,7 +311,12 @@ def worst(*verdicts: str) -> str:
     return max(verdicts, key=("holds", "within noise", "fails").index)
 
 
-@claim("17", "The base model collapses as its threshold falls", "92.6, 78.0, 0.9 % at 0.95, 0.5, 0")
+@claim(
+    "17",
+    "The base model collapses as its threshold falls",
+    "92.6, 78.0, 0.9 % at 0.95, 0.5, 0",
+    brief="the base model collapses when pushed",
+)
 def _(r: Results) -> Finding:
     careful, middle, bold = (r.at("base, threshold", value) for value in (0.95, 0.5, 0.0))
     return worst(better(careful, middle), better(middle, bold)), f"{careful}; {middle}; {bold}"
@@ -300,6 +326,7 @@ def _(r: Results) -> Finding:
     "18",
     "SPD on the base model, without OPUT, collapses at every threshold",
     "0.0 % at TPF 1.04, 1.73, 5.39",
+    brief="so does SPD without OPUT",
 )
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("base, SPD", value)) for value in TAUS]
@@ -310,6 +337,7 @@ def _(r: Results) -> Finding:
     "19",
     "OPUT alone, hard tokens: no loss at 0.95, a gain at 0.5",
     "92.6 at 0.95, 90.1 against 78.0 at 0.5",
+    brief="OPUT gains with hard tokens too",
 )
 def _(r: Results) -> Finding:
     name = "DMax, hard tokens, no prefix rule"
@@ -320,7 +348,12 @@ def _(r: Results) -> Finding:
     return worst(kept, better(bold, r.at("base, threshold", 0.5))), f"{careful}; {bold}"
 
 
-@claim("20", "At threshold 0, soft inputs keep what hard tokens lose", "90.4 against 68 to 70 %")
+@claim(
+    "20",
+    "At threshold 0, soft inputs keep what hard tokens lose",
+    "90.4 against 68 to 70 %",
+    brief="soft inputs help at threshold 0",
+)
 def _(r: Results) -> Finding:
     soft = r.at("DMax, SPD", 0.0)
     hard = r.at("DMax, hard tokens", 0.0)
@@ -328,7 +361,10 @@ def _(r: Results) -> Finding:
 
 
 @claim(
-    "21", "At mild thresholds soft and hard differ little", "93.3 against 93.0, 92.1 against 91.3"
+    "21",
+    "At mild thresholds soft and hard differ little",
+    "93.3 against 93.0, 92.1 against 91.3",
+    brief="soft and hard inputs are alike at mild thresholds",
 )
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("DMax, hard tokens", value)) for value in (0.95, 0.5)]
@@ -342,6 +378,7 @@ def _(r: Results) -> Finding:
     "22",
     "The prefix rule trades TPF for accuracy at 0.5",
     "5.64 / 91.4 without, 5.48 / 92.1 with it",
+    brief="the prefix rule trades TPF for accuracy",
 )
 def _(r: Results) -> Finding:
     with_rule = r.at("DMax, SPD", 0.5)
@@ -350,7 +387,12 @@ def _(r: Results) -> Finding:
     return verdict, f"with {with_rule}; without {without}: {gap(with_rule, without)}"
 
 
-@claim("23", "Random-token training is worse than OPUT, and oscillates", "68.7 % at TPF 2.26")
+@claim(
+    "23",
+    "Random-token training is worse than OPUT, and oscillates",
+    "68.7 % at TPF 2.26",
+    brief="random tokens are worse than OPUT",
+)
 def _(r: Results) -> Finding:
     oput = r.pooled("sampled rollouts", "hard tokens", 0.5)
     random = r.pooled("random tokens", "hard tokens", 0.5)
@@ -372,6 +414,7 @@ def _(r: Results) -> Finding:
     "24",
     "Stopping on confidence alone costs TPF, on consistency alone a little",
     "5.48; 2.28 and 5.13",
+    brief="each stop rule by itself costs TPF",
 )
 def _(r: Results) -> Finding:
     both, consistent, confident = (
@@ -382,7 +425,12 @@ def _(r: Results) -> Finding:
     return verdict, f"both {both}; consistency alone {consistent}; confidence alone {confident}"
 
 
-@claim("25", "OPUT raises TPF at the same threshold of 0.95", "2.04 to 2.95, with no control")
+@claim(
+    "25",
+    "OPUT raises TPF at the same threshold of 0.95",
+    "2.04 to 2.95, with no control",
+    brief="OPUT raises TPF at the same threshold",
+)
 def _(r: Results) -> Finding:
     base = r.at("base, threshold", 0.95)
     oput, masks = (r.pooled(name, "threshold", 0.95) for name in ("sampled rollouts", "masks only"))
@@ -397,6 +445,7 @@ def _(r: Results) -> Finding:
     "26",
     "At equal TPF DMax dominates, and when careful it is no worse than the base",
     "+0.8 to +3.0 points",
+    brief="DMax beats the base at equal TPF",
 )
 def _(r: Results) -> Finding:
     base = r.at("base, threshold", 0.95)
@@ -408,7 +457,12 @@ def _(r: Results) -> Finding:
     return verdict, f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
 
 
-@claim("27", "Blends need their length restored", "asserted, not measured")
+@claim(
+    "27",
+    "Blends need their length restored",
+    "asserted, not measured",
+    brief="blends need their length restored",
+)
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("DMax, no renormalisation", value)) for value in TAUS]
     return worst(*(better(*pair) for pair in pairs)), "; ".join(
@@ -416,13 +470,23 @@ def _(r: Results) -> Finding:
     )
 
 
-@claim("27", "More candidates in a blend (top-k 2, 4) help", "an option of the code, not measured")
+@claim(
+    "27",
+    "More candidates in a blend (top-k 2, 4) help",
+    "an option of the code, not measured",
+    brief="more candidates in a blend help",
+)
 def _(r: Results) -> Finding:
     one, two, four = (r.at(name, 0.5) for name in ("DMax, SPD", "DMax, top-k 2", "DMax, top-k 4"))
     return worst(better(two, one), better(four, one)), f"k = 1 {one}; 2 {two}; 4 {four}"
 
 
-@claim("28", "A forward of SPD takes 10 to 20 % longer", "4.4 ms in place of 4.0")
+@claim(
+    "28",
+    "A forward of SPD takes 10 to 20 % longer",
+    "4.4 ms in place of 4.0",
+    brief="a forward of SPD takes 10 to 20 % longer",
+)
 def _(r: Results) -> Finding:
     measured = r.measures["forward times"]
     low = min(measured["ratios"])
@@ -438,6 +502,7 @@ def _(r: Results) -> Finding:
     "29",
     "OPUT mends more wrong tokens than the base, and breaks fewer right ones than random tokens",
     "figure",
+    brief="OPUT mends more and breaks less",
 )
 def _(r: Results) -> Finding:
     counts = {
@@ -458,7 +523,12 @@ def _(r: Results) -> Finding:
     return "holds" if good else "fails", shown
 
 
-@claim("ours", "Sampled rollouts are as good as the published argmax ones", "not measured")
+@claim(
+    "ours",
+    "Sampled rollouts are as good as the published argmax ones",
+    "not measured",
+    brief="sampled rollouts are as good as argmax",
+)
 def _(r: Results) -> Finding:
     pairs = [
         (r.pooled("sampled rollouts", "SPD", t), r.pooled("argmax rollouts", "SPD", t))
@@ -468,7 +538,12 @@ def _(r: Results) -> Finding:
     return verdict, "; ".join(f"sampled {a}, argmax {b}: {gap(a, b)}" for a, b in pairs)
 
 
-@claim("ours", "A mask ratio of 0.75 is better than 0.5 and than 1", "0.75, not varied")
+@claim(
+    "ours",
+    "A mask ratio of 0.75 is better than 0.5 and than 1",
+    "0.75, not varied",
+    brief="a mask ratio of 0.75 is best",
+)
 def _(r: Results) -> Finding:
     names = ("sampled rollouts", "mask ratio 0.5", "mask ratio 1")
     middle, low, high = (r.pooled(name, "SPD", 0.5) for name in names)
@@ -479,6 +554,7 @@ def _(r: Results) -> Finding:
     "ours",
     "OPUT is better than the same data with masks only, decoded as is best for each",
     "the missing control",
+    brief="OPUT beats masks only on the same data",
 )
 def _(r: Results) -> Finding:
     oput = r.pooled("sampled rollouts", "SPD", 0.5)
@@ -497,12 +573,16 @@ def _(r: Results) -> Finding:
 def page(results: Results) -> str:
     """The Markdown page: verdicts with counts, then every point."""
     rows = ["| # | the paper says | there | here | |", "|---|---|---|---|---|"]
-    for number, text, paper, judge in CLAIMS:
-        verdict, figures = judge(results)
-        rows.append(f"| {number} | {text} | {paper} | {figures} | **{verdict}** |")
+    briefs: dict[str, list[str]] = {"holds": [], "fails": [], "within noise": []}
+    for entry in CLAIMS:
+        verdict, figures = entry.judge(results)
+        cells = (entry.number, entry.text, entry.paper, figures, f"**{verdict}**")
+        rows.append(f"| {' | '.join(cells)} |")
+        briefs[verdict].append(f"{entry.brief} ({entry.number})")
     record = results.decoding
     machine = record["environment"]
     return TEMPLATE.format(
+        summary="\n\n".join(_line(verdict, briefs[verdict]) for verdict in briefs),
         claims="\n".join(rows),
         decoding=_points(record["points"]),
         training=_pooled(results),
@@ -513,6 +593,10 @@ def page(results: Results) -> str:
             f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, bfloat16"
         ),
     )
+
+
+def _line(verdict: str, briefs: Sequence[str]) -> str:
+    return textwrap.fill(f"**{verdict.capitalize()}:** {'; '.join(briefs) or 'none'}.", width=120)
 
 
 def _points(points: Sequence[Record]) -> str:
@@ -550,13 +634,16 @@ def _pooled(results: Results) -> str:
 
 TEMPLATE = """# The paper's experiments in miniature
 
-Written by `python bench/paper.py` from the records in this folder; the retrained models come from
-`python bench/ablation_training.py` ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `make results`
-runs both and [every decoding method](methods.md). Numbers in the
-first column are those of the paper's claims as this project counts them. A verdict is computed: *holds* and *fails*
-mean that the 95 % interval of the difference leaves out zero (or that a ratio lies on that side), *within noise* that
-it does not. Accuracies of single settings come from {problems} unseen word problems, those of retrained models from
-{retrained} for each of {seeds} seeds. Machine: {machine}.
+{summary}
+
+Numbers in brackets are rows of the table below. A verdict is computed. *Holds* and *fails* mean that the 95 % interval
+of the difference leaves out zero, or that a ratio lies on that side. *Within noise* means that it does not.
+
+Single settings were decoded on {problems} unseen word problems, retrained models on {retrained} for each of {seeds}
+seeds. Machine: {machine}. The retrained models come from
+`python bench/ablation_training.py` ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and
+`python bench/paper.py` wrote this page from the records in this folder. `make results` runs both, and
+[every decoding method](methods.md).
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.main import get_command
@@ -118,6 +120,19 @@ def test_python_blocks_run() -> None:
         if language == "python" and is_run:
             code = compile("\n" * (line - 1) + content, str(README), "exec")
             exec(code, namespace)
+
+
+@needs_models
+def test_the_picture_of_a_block_shows_what_the_model_does() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "draw_block.py"))
+    drawn = tool["draw"](tool["trajectory"](tool["QUESTION"], tool["PARAMS"]))
+    kept = (ROOT / "docs" / "images" / "block.svg").read_text(encoding="utf-8")
+
+    def words(picture: str) -> list[str]:
+        return list(ElementTree.fromstring(picture).itertext())
+
+    assert words(drawn) == words(kept)
+    assert sum("revised" in word for word in words(drawn)) >= 2, "the picture shows no revision"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
