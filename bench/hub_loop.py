@@ -76,7 +76,7 @@ def decode_block(
         block[:] = torch.where(promoted | revised, best, block)
         masked = masked & ~promoted
 
-        if soft:  # decoded tokens are fed back as blends with MASK (equations 8 to 10)
+        if soft:  # decoded tokens are fed back as blends with MASK (equations 8-10)
             decoded = active & ~masked
             feed = SoftTokens(decoded[None], best[None, :, None], confidence[None, :, None])
         is_sure = bool((confidence >= stop_confidence)[active].all())
@@ -122,8 +122,8 @@ def predict(
 def select(masked: Tensor, confidence: Tensor, threshold: float, *, prefix_only: bool) -> Tensor:
     """Masked positions [L] to decode: the confident ones, or at least the best one.
 
-    With `prefix_only` they are the masked positions before the first that is not confident
-    (equation 7), or at least the first one.
+    With `prefix_only` they are the confident prefix (section 3.2): the masked positions before the
+    first that is not confident, or at least the first one.
     """
     confident = masked & (confidence >= threshold)
     if prefix_only:
