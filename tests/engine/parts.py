@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
+from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.engine.engine import Engine
 from dmax.engine.request import Completion, Request
 from dmax.params import DecodingParams
@@ -80,3 +82,21 @@ def run(engine: Engine, *requests: Request) -> dict[int, Completion]:
     return {
         event.index: event.completion for event in engine.run(requests) if event.kind == "finished"
     }
+
+
+def dense_decoder(vocab_size: int) -> Checkpoint:
+    """A small Llama with random weights and blocks of 32."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        mask_token_id=vocab_size - 1,
+        block_length=32,
+    )
+    torch.manual_seed(0)
+    return new_checkpoint(config)
