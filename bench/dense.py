@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from open_block import open_block
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from dmax.benchmark.measure import Spread, in_turns, milliseconds, spread
 from dmax.benchmark.report import Row, Table, figure
-from dmax.benchmark.shapes import llama_135m
-from dmax.checkpoint import Checkpoint
+from dmax.benchmark.shapes import BLOCK_LENGTH
+from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.environment import DTYPES
 
 CONTEXT = 256  # tokens before the open block
@@ -49,6 +50,26 @@ def dense_table(dtypes: Sequence[str], num_layers: int, repeats: int, compiles: 
         for row in rows
     ]
     return Table("dense", "135M dense backbone, random weights", rows, cells, NOTE)
+
+
+def llama_135m(dtype: torch.dtype = torch.float32, **changes: Any) -> Checkpoint:
+    """A Llama of SmolLM2-135M's shape, 134.5 million parameters; `changes` to its configuration."""
+    shape: dict[str, Any] = {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100_000.0,
+        "tie_word_embeddings": True,
+    } | changes
+    config = LlamaConfig(
+        **shape, eos_token_id=0, mask_token_id=shape["vocab_size"] - 1, block_length=BLOCK_LENGTH
+    )
+    torch.manual_seed(0)
+    return new_checkpoint(config, dtype=dtype)
 
 
 @torch.no_grad()

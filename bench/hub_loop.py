@@ -71,12 +71,12 @@ def decode_block(
         best, confidence = predict(checkpoint, tokens, feed)
 
         promoted = select(masked, confidence, threshold, prefix_only=soft)  # [L] bool
-        revised = active & ~masked & soft
+        revised = active & ~masked & soft  # SPD may change what it has decoded before
         changed = promoted | (revised & (best != block))
         block[:] = torch.where(promoted | revised, best, block)
         masked = masked & ~promoted
 
-        if soft:
+        if soft:  # decoded tokens are fed back as blends with MASK (equations 8-10)
             decoded = active & ~masked
             feed = SoftTokens(decoded[None], best[None, :, None], confidence[None, :, None])
         is_sure = bool((confidence >= stop_confidence)[active].all())
@@ -106,15 +106,12 @@ def predict(
     positions = torch.arange(len(tokens))
     visible = dense_mask(block_causal(length), positions, positions)  # [P, P]
 
-    logits = (
-        model(
-            inputs_embeds=torch.cat((prefix, block), dim=1),  # [1, P, D]
-            attention_mask=visible[None, None],
-            position_ids=positions[None],
-        )
-        .logits[0, -length:]
-        .float()
-    )  # [L, V]
+    output = model(
+        inputs_embeds=torch.cat((prefix, block), dim=1),  # [1, P, D]
+        attention_mask=visible[None, None],
+        position_ids=positions[None],
+    )
+    logits = output.logits[0, -length:].float()  # [L, V]
 
     without_mask = logits.index_fill(
         -1, torch.tensor([checkpoint.special_ids.mask_token_id]), -torch.inf
@@ -127,8 +124,8 @@ def predict(
 def select(masked: Tensor, confidence: Tensor, threshold: float, *, prefix_only: bool) -> Tensor:
     """Masked positions [L] to decode: the confident ones, or at least the best one.
 
-    With `prefix_only` they are the masked positions before the first that is not confident
-    (equation 7), or at least the first one.
+    With `prefix_only` they are the confident prefix (section 3.2): the masked positions before the
+    first that is not confident, or at least the first one.
     """
     confident = masked & (confidence >= threshold)
     if prefix_only:

@@ -27,7 +27,6 @@ from rich.console import Console
 from dmax.benchmark.cpu import SPD, TASK, encode
 from dmax.benchmark.measure import spread
 from dmax.benchmark.run import record_tables
-from dmax.benchmark.shapes import llama_135m
 from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.tasks.word_problems import WordProblems
@@ -191,7 +190,7 @@ def test_what_compiling_gains_and_costs(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_products_of_a_dense_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = llama_135m(
+    small = dense.llama_135m(
         num_hidden_layers=2,
         vocab_size=64,
         hidden_size=48,
@@ -211,7 +210,7 @@ def test_products_of_a_dense_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_backbone_has_the_published_shape() -> None:
     with torch.device("meta"):
-        model = llama_135m().model
+        model = dense.llama_135m().model
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
 
 

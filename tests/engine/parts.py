@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
-from dmax.checkpoint import Checkpoint
+from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.outputs import GenerationOutput, StreamEvent
@@ -122,3 +123,21 @@ def random_prompts(*lengths: int, shared: int = 0) -> list[tuple[int, ...]]:
     start = torch.randint(300, (shared,), generator=generator).tolist()
     ends = [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
     return [tuple(start + end) for end in ends]
+
+
+def dense_decoder(vocab_size: int) -> Checkpoint:
+    """A small Llama with random weights and blocks of 32."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        mask_token_id=vocab_size - 1,
+        block_length=32,
+    )
+    torch.manual_seed(0)
+    return new_checkpoint(config)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from parts import dense_decoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dmax.benchmark.shapes import llama_135m
 from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.decoding import get_strategy, strategies
 from dmax.engine.engine import Engine
@@ -111,14 +111,8 @@ def test_a_graph_can_hold_the_step_of(name: str, needed: dict[str, dict[str, str
 
 
 def test_a_graph_can_hold_dense_decoders() -> None:
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_attention_heads": 3,
-    }
     with DEVICE:
-        checkpoint = llama_135m(vocab_size=VOCABULARY, **small)
+        checkpoint = dense_decoder(vocab_size=VOCABULARY)
     params = DecodingParams(strategy="spd", max_new_tokens=32)
     assert captured_step(checkpoint, params).shape == (6, 2)
 

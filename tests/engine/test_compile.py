@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from parts import engine_of, random_prompts, run
+from parts import dense_decoder, engine_of, random_prompts, run
 from torch._dynamo.testing import CompileCounter
 
-from dmax.benchmark.shapes import llama_135m
 from dmax.engine import runner
 from dmax.engine.request import Request
 from dmax.environment import lacks_compiler
@@ -59,14 +58,7 @@ def test_two_graphs_serve_every_batch_and_length(
 
 
 def test_dense_decoders_compile_too(graphs: CompileCounter) -> None:
-    torch.manual_seed(0)
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_attention_heads": 3,
-    }
-    checkpoint = llama_135m(vocab_size=400, **small)
+    checkpoint = dense_decoder(vocab_size=400)
     engine = engine_of(checkpoint, compile_model=True)
     for lengths in ((9,), (3, 40, 17), (70, 130)):
         batch = requests(*lengths)

@@ -161,20 +161,9 @@ def step_row(
     on_gpu = model.device.type == "cuda"
     distinct = distinct_experts(model, batch * checkpoint.special_ids.block_length)
     row: Row = {"case": case, "batch": batch, "context": options.context, "distinct": distinct}
-    shape = (batch, options.context - options.new_tokens)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
-    compiled = compiled and on_gpu
-    llm = LLM.from_checkpoint(checkpoint, max_batch_size=batch, compile_model=compiled)
+    llm = LLM.from_checkpoint(checkpoint, max_batch_size=batch, compile_model=compiled and on_gpu)
     try:
-        engine = llm.engine(
-            max_length=options.context,
-            prefill_tokens=PREFILL_TOKENS,
-            cuda_graphs=cuda_graphs and on_gpu,
-        )
-        row |= measure_steps(
-            engine, prompts, options.new_tokens, steps=options.steps, repeats=options.repeats
-        )
+        row |= run_steps(llm, options, cuda_graphs and on_gpu)
     except RuntimeError as error:
         return row | failure(error)
     finally:
@@ -183,6 +172,20 @@ def step_row(
     context = options.context - options.new_tokens / 2  # halfway through the completion
     parts = forward_bytes(model, distinct, context, batch)
     return row | against_floor(row["step_ms"], parts, bandwidth)
+
+
+def run_steps(llm: LLM, options: GpuOptions, cuda_graphs: bool) -> Row:
+    """`measure_steps` with an engine of its own, on as many random prompts as it takes at once."""
+    config: Any = llm.model.config
+    shape = (llm.max_batch_size, options.context - options.new_tokens)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(config.vocab_size, shape, generator=generator).tolist()
+    engine = llm.engine(
+        max_length=options.context, prefill_tokens=PREFILL_TOKENS, cuda_graphs=cuda_graphs
+    )
+    return measure_steps(
+        engine, prompts, options.new_tokens, steps=options.steps, repeats=options.repeats
+    )
 
 
 def failure(error: RuntimeError) -> Row:
