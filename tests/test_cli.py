@@ -131,6 +131,20 @@ def test_eval_json(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     assert sum(sample["generated_tokens"] for sample in samples) == record["generated_tokens"]
 
 
+def test_decoding_is_the_checkpoints_own_unless_asked(
+    dmax: Dmax, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("eval", "-m", folder, "--limit", "1", "--json", *SMALL)
+    assert one_object(dmax(*words))["params"]["strategy"] == "threshold"
+    (record,) = caplog.records
+    assert "does not say which decoding it was trained for" in record.getMessage()
+    caplog.clear()
+    spd = one_object(dmax(*words, "--strategy", "spd", "--option", "soft_inputs=false"))
+    assert spd["params"]["strategy"] == "spd"
+    assert "soft_inputs=False" in spd["decoding"]
+    assert caplog.records == []
+
+
 def test_eval_and_sweep_over_a_file_of_rows(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     data, other, output = (
