@@ -196,7 +196,8 @@ def add_up(completions: Iterable[tuple[int, Cost]]) -> Totals:
     for tokens, cost in completions:
         generated_tokens += tokens
         total += cost
-        ratios.append(tokens / (cost.num_forwards + cost.num_prefill_forwards))
+        num_forwards = cost.num_forwards + cost.num_prefill_forwards
+        ratios.append(tokens / num_forwards if num_forwards else 0.0)
     return Totals(
         generated_tokens=generated_tokens,
         cost=total,
