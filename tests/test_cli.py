@@ -100,6 +100,17 @@ def test_sampling_repeats_with_its_seed(dmax: Dmax, folder: Path) -> None:
     assert one_object(dmax(*words, 1)) == one_object(dmax(*words, 1)) != one_object(dmax(*words, 2))
 
 
+def test_a_model_that_names_no_decoding_costs_one_line_on_stderr(dmax: Dmax, folder: Path) -> None:
+    words = ("generate", "-m", folder, *SMALL, *TEXTS)
+    fallback = "does not say which decoding it was trained for"
+    for result in (dmax(*words), dmax(*words, "--json")):
+        assert fallback not in result.out
+        (line,) = [line for line in result.err.splitlines() if fallback in line]
+        assert line.startswith(f"warning: {folder}") and "`threshold`" in line
+    assert len(one_object(result)) == len(TEXTS)
+    assert fallback not in dmax(*words, "--strategy", "threshold").err
+
+
 def test_eval_json(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "result.json"
     words = (

@@ -1,12 +1,13 @@
-"""The `dmax` command. Each command imports what it needs when it runs; `--help` waits for transformers alone.
+"""The `dmax` command: options, and where the work is done.
 
-That takes seconds, and all of them are the price of `import dmax` making the Auto classes know our
-models.
+Each command imports what it needs when it runs, so that `--help` waits only for transformers.
+`import dmax` needs those seconds to make its model classes known to the Auto classes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -18,14 +19,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from dmax.errors import InputError
 from dmax.outputs import as_record
-from dmax.params import AUTO, DecodingParams
+from dmax.params import DecodingParams, EngineOptions
 
 if TYPE_CHECKING:
+    from dmax.evaluation.results import ResultFiles
     from dmax.evaluation.run import Summary
+    from dmax.llm import LLM
+    from dmax.tasks import Task
 
 app = typer.Typer(
     help="Train, decode and measure self-revising diffusion language models.",
@@ -35,28 +39,50 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
+# Where these have a default, commands have no other one.
+DECODING = DecodingParams()
+ENGINE = EngineOptions()
+
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
+ModelsOption = Annotated[
+    list[str],
+    typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more"),
+]
 StrategyOption = Annotated[
     str,
-    typer.Option(
-        help="auto: what the model was trained for; or spd, threshold, … (docs/methods.md)"
-    ),
+    typer.Option(help="auto (what the model was trained for), spd, threshold, … (docs/methods.md)"),
 ]
-SettingsOption = Annotated[
-    list[str] | None, typer.Option("--option", help="NAME=VALUE, of the strategy alone")
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="NAME=VALUE, an option of the strategy; repeat for more"),
 ]
 ThresholdOption = Annotated[
-    float | None, typer.Option(help="confidence to decode at [default: the strategy's]")
+    float | None, typer.Option(help="confidence to decode at (default: the strategy's own)")
 ]
-TokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
+LengthOption = Annotated[int, typer.Option(help="longest completion, in tokens")]
+TaskLengthOption = Annotated[
+    int | None,
+    typer.Option(help="longest completion, in tokens (default: what the task needs)"),
+]
 TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
 BlockOption = Annotated[
-    int | None, typer.Option(help="tokens decoded together [default: the checkpoint's]")
+    int | None, typer.Option(help="tokens decoded together (default: the checkpoint's own)")
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
+SamplingSeedOption = Annotated[int | None, typer.Option(help="of the sampling")]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="text that ends a completion; repeat for more"),
+]
+IgnoreEosOption = Annotated[
+    bool, typer.Option("--ignore-eos", help="go on to the longest completion")
+]
+TaskOption = Annotated[str, typer.Option(help="what to solve (docs/tasks.md)")]
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
 ]
+LimitOption = Annotated[int, typer.Option(help="examples to solve", min=1)]
+SeedOption = Annotated[int, typer.Option(help="of the examples")]
 BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
@@ -64,17 +90,37 @@ CompileOption = Annotated[
     bool, typer.Option("--compile", help="compile the model; pays in long runs")
 ]
 QuantizationOption = Annotated[str | None, typer.Option(help="of the experts: int8, fp8 or int4")]
+SummaryOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="JSON file for the summary")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="replace the results in --output")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows what dmax logs on stderr, each message as one plain line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message, above a progress bar if there is one."""
+        level = (f"{record.levelname.lower()}: ", "bold yellow")
+        console.print(Text.assemble(level, record.getMessage()), soft_wrap=True)
 
 
 def main() -> None:
     """Entry point: bad input ends with one sentence on stderr and exit code 2."""
-    logging.disable_progress_bar()  # of weight loading, which takes less time than its bar
+    disable_progress_bar()  # of weight loading, which takes less time than its bar
+    handler = ConsoleHandler()
+    log = logging.getLogger("dmax")
+    log.addHandler(handler)
     try:
         app()
     except InputError as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
+    finally:
+        log.removeHandler(handler)
 
 
 @contextmanager
@@ -91,10 +137,16 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _settings(given: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` texts as a dictionary; values are read as JSON where they are JSON."""
-    settings: dict[str, Any] = {}
-    for text in given:
+def _decoding_params(*, option: list[str] | None = None, **given: Any) -> DecodingParams:
+    """Decoding parameters from a command's options; None stands for the default."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    return DecodingParams(**fields, options=_strategy_options(option or []))
+
+
+def _strategy_options(texts: list[str]) -> dict[str, Any]:
+    """Texts `NAME=VALUE` as a dictionary; a value that is JSON is read as JSON."""
+    options: dict[str, Any] = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise InputError(
@@ -102,13 +154,13 @@ def _settings(given: list[str]) -> dict[str, Any]:
                 hint="for example --option alpha=0.7",
             )
         try:
-            settings[name] = json.loads(value)
+            options[name] = json.loads(value)
         except json.JSONDecodeError:
-            settings[name] = value
-    return settings
+            options[name] = value
+    return options
 
 
-def _emit(record: Any) -> None:
+def _print_json(record: Any) -> None:
     sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -129,20 +181,16 @@ def generate(
         list[str] | None, typer.Argument(help="prompts; read from stdin if none is given")
     ] = None,
     model: ModelOption = "tiny-dmax",
-    strategy: StrategyOption = AUTO,
+    strategy: StrategyOption = DECODING.strategy,
     threshold: ThresholdOption = None,
-    max_new_tokens: TokensOption = None,
-    top_k: TopKOption = 1,
-    option: SettingsOption = None,
+    max_new_tokens: LengthOption = DECODING.max_new_tokens,
+    top_k: TopKOption = DECODING.top_k,
+    option: StrategyOptions = None,
     block_length: BlockOption = None,
-    temperature: TemperatureOption = 0.0,
-    seed: Annotated[int | None, typer.Option(help="of the sampling")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="text that ends a completion")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="go on to the longest completion")
-    ] = False,
+    temperature: TemperatureOption = DECODING.temperature,
+    seed: SamplingSeedOption = None,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
@@ -151,44 +199,31 @@ def generate(
     """Complete one or more prompts.
 
     Example: dmax generate --model tiny-dmax "Liam has 9 photos. Later Liam collects 5 photos more.
-        Liam leaves 2 photos
-    at school. Liam throws away 6 broken photos. Liam throws away 2 broken photos. How many photos
-    does Liam end up with?"
+    Liam leaves 2 photos at school. Liam throws away 6 broken photos. Liam throws away 2 broken
+    photos. How many photos does Liam end up with?"
     """
     from dmax.llm import LLM
 
-    try:
-        texts = prompts or [sys.stdin.read().strip()]
-        "".join(texts).encode()
-    except UnicodeError:
-        raise InputError(
-            "the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
-        ) from None
-    if not all(texts):
-        raise InputError("no prompt given", hint='dmax generate "your question"')
-    params = DecodingParams(
+    texts = _read_prompts(prompts)
+    params = _decoding_params(
         strategy=strategy,
         threshold=threshold,
-        max_new_tokens=DecodingParams().max_new_tokens
-        if max_new_tokens is None
-        else max_new_tokens,
+        max_new_tokens=max_new_tokens,
         top_k=top_k,
-        options=_settings(option or []),
+        option=option,
         block_length=block_length,
         temperature=temperature,
         seed=seed,
-        stop=tuple(stop or ()),
+        stop=stop,
         ignore_eos=ignore_eos,
     )
     llm = LLM(model, dtype=dtype, device=device, quantization=cast(Any, quantization))
     outputs = llm.generate(list(texts), params)
     if as_json:
-        _emit(
-            [
-                as_record(output) | {"tokens_per_forward": output.tokens_per_forward}
-                for output in outputs
-            ]
-        )
+        records = [as_record(output) for output in outputs]
+        for record, output in zip(records, outputs, strict=True):
+            record["tokens_per_forward"] = output.tokens_per_forward
+        _print_json(records)
         return
     for output in outputs:
         sys.stdout.write(output.text + "\n")
@@ -197,6 +232,20 @@ def generate(
             f"({output.tokens_per_forward:.2f} per forward), {output.finish_reason}",
             style="dim",
         )
+
+
+def _read_prompts(given: list[str] | None) -> list[str]:
+    """The prompts of the command line, or the one on stdin."""
+    try:
+        texts = given or [sys.stdin.read().strip()]
+        "".join(texts).encode()
+    except UnicodeError:
+        raise InputError(
+            "the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
+        ) from None
+    if not all(texts):
+        raise InputError("no prompt given", hint='dmax generate "your question"')
+    return texts
 
 
 @app.command()
@@ -213,7 +262,9 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train as a recipe says; interrupted runs continue from their last checkpoint, finished ones are left as they are.
+    """Train as a recipe says.
+
+    An interrupted run continues from its last checkpoint. A finished run is left as it is.
 
     Example: dmax train recipes/tiny_oput_soft.yaml
     """
@@ -221,16 +272,11 @@ def train(
     from dmax.recipe.sections import load_recipe
 
     overrides = {} if max_steps is None else {"max_steps": max_steps}
-    with redirect_stdout(
-        sys.stderr
-    ):  # where the Trainer's log lines belong: stdout is for the result
-        folder = run_recipe(
-            load_recipe(recipe, overrides),
-            resume=not fresh,
-            report=lambda line: console.print(line),
-        )
+    with redirect_stdout(sys.stderr):  # the Trainer prints its log; stdout is for the result
+        checked = load_recipe(recipe, overrides)
+        folder = run_recipe(checked, resume=not fresh, report=console.print)
     if as_json:
-        _emit({"checkpoint": str(folder)})
+        _print_json({"checkpoint": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
 
@@ -247,7 +293,7 @@ def distill(
     ] = None,
     strategy: StrategyOption = "threshold",
     threshold: ThresholdOption = 0.95,
-    max_new_tokens: TokensOption = None,
+    max_new_tokens: LengthOption = DECODING.max_new_tokens,
     seed: Annotated[int, typer.Option(help="of the problems")] = 1,
     batch_size: BatchOption = 64,
     dtype: DtypeOption = "auto",
@@ -255,7 +301,7 @@ def distill(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model's own responses to training prompts: the data OPUT learns from.
+    """Write a model's own responses to training prompts: the data that OPUT learns from.
 
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
@@ -266,18 +312,11 @@ def distill(
     from dmax.recipe.distill import read_prompts
     from dmax.tasks.word_problems import problems
 
-    questions = (
-        read_prompts(prompts)
-        if prompts
-        else [problem.question for problem in problems(num, seed=seed)]
-    )
-    params = DecodingParams(
-        strategy=strategy,
-        threshold=threshold,
-        max_new_tokens=DecodingParams().max_new_tokens
-        if max_new_tokens is None
-        else max_new_tokens,
-    )
+    if prompts:
+        questions = read_prompts(prompts)
+    else:
+        questions = [problem.question for problem in problems(num, seed=seed)]
+    params = _decoding_params(strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens)
     get_strategy(params)  # an unknown one is an error before files and models are touched
     check_writable(output)
     llm = LLM(
@@ -286,7 +325,7 @@ def distill(
     with progress_bar("distilling") as progress:
         report = run_distill(llm, questions, output, params, progress=progress)
     if as_json:
-        _emit({"output": str(output), **asdict(report)})
+        _print_json({"output": str(output), **asdict(report)})
     else:
         sys.stdout.write(
             f"{output}: {report.kept} responses, {report.unfinished} unfinished ones dropped\n"
@@ -296,82 +335,103 @@ def distill(
 @app.command("eval")
 def evaluate(
     model: ModelOption = "tiny-dmax",
-    task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
+    task: TaskOption = "word_problems",
     data: DataOption = None,
-    strategy: StrategyOption = AUTO,
+    strategy: StrategyOption = DECODING.strategy,
     threshold: ThresholdOption = None,
-    limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="of the examples")] = 7,
-    max_new_tokens: TokensOption = None,
-    top_k: TopKOption = 1,
-    option: SettingsOption = None,
+    limit: LimitOption = 200,
+    seed: SeedOption = 7,
+    max_new_tokens: TaskLengthOption = None,
+    top_k: TopKOption = DECODING.top_k,
+    option: StrategyOptions = None,
     block_length: BlockOption = None,
-    batch_size: BatchOption = 16,
+    batch_size: BatchOption = ENGINE.max_batch_size,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     compile_model: CompileOption = False,
     device: DeviceOption = "auto",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file for the summary")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace the results in --output")
-    ] = False,
+    output: SummaryOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure accuracy, tokens per forward and speed on a task; with --output an interrupted run goes on.
+    """Measure accuracy, tokens per forward and speed on a task.
 
-    Example: dmax eval --model tiny-dmax --task word_problems --strategy spd --threshold 0.5 --limit
-        200 --seed 7
+    With --output, an interrupted run goes on where it stopped.
+
+    Example: dmax eval --model tiny-dmax --strategy spd --threshold 0.5 --limit 200 --seed 7
     """
     from dmax.evaluation.results import ResultFiles
-    from dmax.evaluation.run import evaluate as run_evaluation
     from dmax.llm import LLM
     from dmax.tasks import get_task
 
     chosen = get_task(task, data)
-    params = DecodingParams(
+    params = _decoding_params(
         strategy=strategy,
         threshold=threshold,
         max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
         top_k=top_k,
-        options=_settings(option or []),
+        option=option,
         block_length=block_length,
     )
     files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
-    options = {
-        "max_batch_size": batch_size,
-        "quantization": quantization,
-        "compile_model": compile_model,
-    }
-    llm = LLM(model, dtype=dtype, device=device, **cast(Any, options))
-    with progress_bar(f"{model} on {task}") as progress:
+    llm = LLM(
+        model,
+        dtype=dtype,
+        device=device,
+        quantization=cast(Any, quantization),
+        max_batch_size=batch_size,
+        compile_model=compile_model,
+    )
+    summary = _measure(llm, chosen, params, files, limit=limit, seed=seed, model_name=model)
+    if as_json:
+        _print_json(as_record(summary))
+    else:
+        sys.stdout.write(_in_words(summary))
+
+
+def _measure(
+    llm: LLM,
+    task: Task,
+    params: DecodingParams,
+    files: ResultFiles | None,
+    *,
+    limit: int,
+    seed: int,
+    model_name: str,
+) -> Summary:
+    """Run an evaluation with a progress bar, and write its files if there are any."""
+    from dmax.evaluation.run import evaluate as run_evaluation
+
+    with progress_bar(f"{model_name} on {task.name}") as progress:
         summary, samples = run_evaluation(
             llm,
-            chosen,
+            task,
             params,
             limit=limit,
             seed=seed,
-            model_name=model,
+            model_name=model_name,
             progress=progress,
             journal=files,
         )
     if files:
         files.finish(summary, samples)
-    if as_json:
-        _emit(as_record(summary))
-    else:
-        sys.stdout.write(_in_words(summary))
+    return summary
 
 
 def _in_words(summary: Summary) -> str:
-    low, high = summary.interval
     cost = summary.cost
+    low, high = summary.interval
+    correct = f"{summary.accuracy:.1%} ({summary.correct}/{summary.total})"
+    tokens = f"{summary.generated_tokens} tokens / {cost.num_forwards} forwards"
+    others = (
+        f"{cost.num_prefill_forwards} encoded prompts, "
+        f"{cost.num_commit_forwards} only finished blocks"
+    )
+    speed = f"{summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}"
     return (
-        f"accuracy  {summary.accuracy:.1%} ({summary.correct}/{summary.total}), 95 % interval {low:.1%} to {high:.1%}\n"
-        f"TPF       {summary.tpf:.2f} ({summary.generated_tokens} tokens / {cost.num_forwards} forwards; "
-        f"{cost.num_prefill_forwards} encoded prompts, {cost.num_commit_forwards} only finished blocks)\n"
-        f"speed     {summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}\n"
+        f"accuracy  {correct}, 95 % interval {low:.1%} to {high:.1%}\n"
+        f"TPF       {summary.tpf:.2f} ({tokens}; {others})\n"
+        f"speed     {speed}\n"
     )
 
 
@@ -386,7 +446,9 @@ def bench(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure speed: the bundled models on a CPU, or LLaDA-2.0-mini's shape with random weights on a CUDA GPU.
+    """Measure speed, of the bundled models on a CPU.
+
+    On a CUDA GPU, the model has the shape of LLaDA-2.0-mini and random weights.
 
     Example: dmax bench --quick
     """
@@ -395,15 +457,16 @@ def bench(
 
     record = run_benchmark(device, quick=quick, console=open_console(stderr=as_json), output=output)
     if as_json:
-        _emit(record)
+        _print_json(record)
 
 
 @app.command("lm_eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with `dmax` among its models; all arguments are those of its command lm_eval.
+    """Run lm-evaluation-harness with `dmax` among its models.
 
-    Example: dmax lm_eval --model dmax --model_args pretrained=tiny-dmax,strategy=spd,threshold=0.5
-        --tasks gsm8k
+    All arguments are those of its command lm_eval.
+
+    Example: dmax lm_eval --model dmax --model_args pretrained=tiny-dmax,threshold=0.5 --tasks gsm8k
     """
     from dmax.evaluation.harness import main as run_lm_eval
 
@@ -412,10 +475,7 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def sweep(
-    model: Annotated[
-        list[str],
-        typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more"),
-    ],
+    model: ModelsOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder for sweep.json, plots and report.html")
     ],
@@ -425,23 +485,22 @@ def sweep(
     thresholds: Annotated[
         str, typer.Option(help="start:stop:step, or a list separated by commas")
     ] = "0:1:0.1",
-    task: Annotated[str, typer.Option(help="what to solve")] = "word_problems",
+    task: TaskOption = "word_problems",
     data: DataOption = None,
-    limit: Annotated[int, typer.Option(help="examples to solve", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="of the examples")] = 7,
-    max_new_tokens: TokensOption = None,
+    limit: LimitOption = 200,
+    seed: SeedOption = 7,
+    max_new_tokens: TaskLengthOption = None,
     batch_size: BatchOption = 32,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Trace accuracy against tokens per forward: models x methods x thresholds, as a table, a plot and a page.
+    """Trace accuracy against tokens per forward: models x methods x thresholds.
 
-    An interrupted sweep goes on where it stopped. Methods without a threshold are swept over their
-    own setting.
+    The result is a table, a plot and a page. A method without a threshold is swept over its own
+    setting. An interrupted sweep goes on where it stopped.
 
-    Example: dmax sweep --model tiny-base --model tiny-dmax --strategies spd,threshold --output
-        runs/sweep
+    Example: dmax sweep --model tiny-base --model tiny-dmax --output runs/sweep
     """
     from dmax.evaluation.plots import draw, page
     from dmax.evaluation.sweep import check_folder, curves_of, parse_grid, run_sweep
@@ -471,6 +530,6 @@ def sweep(
         draw(record, output / name)
     write_atomically(output / "report.html", page(record, f"dmax sweep: {task}"))
     if as_json:
-        _emit(record)
+        _print_json(record)
     else:
         sys.stdout.write(f"{output / 'report.html'}\n")

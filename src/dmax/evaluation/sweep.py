@@ -200,15 +200,7 @@ def run_sweep(
         llm = open_model(model)
         weights = weights_digest(llm.model)
         for curve in own:
-            record["points"] = [
-                point
-                for point in record["points"]
-                if point["label"] != curve.label or point["weights"] == weights
-            ]
-            held = [point["value"] for point in record["points"] if point["label"] == curve.label]
-            for value in curve.values:
-                if value in held:
-                    continue
+            for value in _values_left(record, curve, weights):
                 params = curve.params(value, length)
                 summary, _ = evaluate(llm, task, params, limit=limit, seed=seed, model_name=model)
                 point = _point(curve, value, summary)
@@ -237,6 +229,17 @@ def _read_sweep(output: Path, header: dict[str, Any], usual_length: int) -> Swee
             f"{output} holds a sweep of {found}, not of {header}", hint="choose another output"
         )
     return record
+
+
+def _values_left(record: SweepRecord, curve: Curve, weights: str) -> list[float]:
+    """Values of a curve that are still to be measured; points of other weights are dropped."""
+    record["points"] = [
+        point
+        for point in record["points"]
+        if point["label"] != curve.label or point["weights"] == weights
+    ]
+    held = [point["value"] for point in record["points"] if point["label"] == curve.label]
+    return [value for value in curve.values if value not in held]
 
 
 def _by_model(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
