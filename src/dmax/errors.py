@@ -9,12 +9,12 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Bad input, said in one sentence.
 
-    Commands print it and exit with code 2; `str(error)` is the message and, as a second paragraph,
-    the hint.
+    `str(error)` is the message, with the hint as a second paragraph. Commands print it and exit
+    with code 2.
 
     Attributes:
         message: what is wrong, with the value that was given.
-        hint: what to do about it, if that is known.
+        hint: how to mend it; None if that is not known.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -27,6 +27,6 @@ class InputError(ValueError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A hint naming the choice nearest to a mistyped name; empty, which is no hint, if none is near."""
+    """A hint that names the choice nearest to a mistyped name; empty if none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f"did you mean `{near[0]}`?" if near else ""

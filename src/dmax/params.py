@@ -1,4 +1,4 @@
-"""Every option of decoding and engine, with its default: nothing else writes these down."""
+"""Every option of decoding and of the engine, with its default, which stands nowhere else."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ class DecodingParams:
     Attributes:
         strategy: name of a decoding strategy (`dmax.strategies()` lists them), or "auto": the one
             that the checkpoint names, else threshold decoding.
-        threshold: confidence from which a masked position is decoded, in [0, 1]; None: the
-            strategy's own default (0.5 for `spd`, 0.95 for `threshold`).
-        stop_confidence: a block whose every position is at least this sure is finished, in (0, 1].
-        top_k: candidates mixed into a soft input.
-        block_length: positions decoded together; None: the checkpoint's own.
-        max_new_tokens: longest completion; the last block is still decoded whole.
-        temperature: 0 decodes greedily; above 0 tokens are sampled.
-        seed: of the sampling, below 2^63; None draws a fresh one.
+        threshold: confidence from which a masked position is decoded, in [0, 1]. None: the
+            strategy's own default, which is 0.5 for `spd` and 0.95 for `threshold`.
+        stop_confidence: a block is finished when the confidence of every position is at least this,
+            in (0, 1].
+        top_k: candidates blended into a soft input.
+        block_length: positions decoded together. None: the checkpoint's own.
+        max_new_tokens: longest completion. The last block is still decoded whole.
+        temperature: 0 decodes greedily. Above 0, tokens are sampled.
+        seed: of the sampling, below 2^63. None draws a fresh one.
         stop: texts that end the completion where they first appear. The text is cut before the stop
             text, the token ids after it.
         ignore_eos: go on after an EOS, up to `max_new_tokens`; for measuring speed.
-        deadline: seconds after its submission at which a request ends with what it has by then;
+        deadline: seconds after its submission at which a request ends with what it has by then.
             None: no limit.
-        max_steps_per_block: cap on forwards per block; None: the block length, times the blocks
+        max_steps_per_block: cap on forwards per block. None: the block length, times the blocks
             that are open at once.
-        options: what only the chosen strategy knows, by name (`{"alpha": 0.7}` for `credit`,
-            `{"soft_inputs": False}` for `spd`); kept as sorted pairs.
+        options: settings that only the chosen strategy has, by name: `{"alpha": 0.7}` for `credit`,
+            `{"soft_inputs": False}` for `spd`. They are kept as sorted pairs.
 
     Raises:
-        InputError: a value out of range or of the wrong type. Whether the strategy exists is known
+        InputError: a value out of range or of the wrong type. That a strategy exists is checked
             when it is made.
     """
 
@@ -91,19 +92,19 @@ class EngineOptions:
     """How much an engine decodes at once, and how it runs the model.
 
     Attributes:
-        max_batch_size: sequences decoded together; more wait their turn.
-        max_length: positions that a sequence may take. With it the memory of keys and values is
-            reserved once, at the start, for `max_batch_size` sequences. None: as much as the
-            requests need.
-        prefill_tokens: prompt tokens encoded between two steps, so that running sequences do not
-            wait long for the prompts of others.
-        prefix_cache_mib: memory for the leading blocks of prompts, which are then encoded once for
-            all requests that begin alike. 0: none, so that the last bits of a result do not depend
-            on what was decoded before.
-        cuda_graphs: whether steps are captured; None: on a CUDA device.
+        max_batch_size: sequences decoded together. Further ones wait for their turn.
+        max_length: positions that a sequence may take. With it, memory for the keys and values of
+            `max_batch_size` sequences is reserved once, at the start. None: as much as the requests
+            need.
+        prefill_tokens: prompt tokens that are encoded between two steps. Running sequences
+            therefore never wait long for the prompts of others.
+        prefix_cache_mib: memory in MiB for the first blocks of prompts, which are then encoded once
+            for all requests that begin alike. 0: none, so that the last bits of a result do not
+            depend on what was decoded before.
+        cuda_graphs: whether steps are captured as CUDA graphs. None: on a CUDA device.
         compile_model: have `torch.compile` fuse the small operations of a forward. The first two
-            forwards take half a minute longer, which long jobs earn back (docs/performance.md). On
-            a CPU it takes a C++ compiler.
+            forwards take half a minute longer, which pays in long runs (docs/performance.md). On a
+            CPU it needs a C++ compiler.
 
     Raises:
         InputError: a value out of range or of the wrong type.
@@ -137,12 +138,12 @@ def check_number(
 
     Args:
         name: what the error calls it.
-        value: to be checked.
+        value: what is checked.
         low: smallest value allowed.
         high: largest value allowed.
-        above_low: `low` itself is not allowed.
-        whole: it must be a whole number.
-        optional: None is allowed.
+        above_low: whether `low` itself is too small.
+        whole: whether it must be a whole number.
+        optional: whether None is allowed.
     """
     if value is None and optional:
         return
