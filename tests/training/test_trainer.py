@@ -159,6 +159,24 @@ def test_training_moves_the_expert_bias(tmp_path: Path) -> None:
     assert model.model.layers[1].mlp.gate.expert_bias.abs().max() > 0
 
 
+def test_one_process_trains_on_one_of_several_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would wrap the model in `DataParallel`, which the objectives cannot call."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    changes = {
+        "max_steps": 1,
+        "save_steps": 1,
+        "use_cpu": False,
+        "dataloader_pin_memory": False,  # there may be no GPU at all
+    }
+    folder = run_recipe(load_recipe(write_recipe(tmp_path, training=changes)))
+    assert (folder / "model.safetensors").is_file()
+    config = DMaxConfig(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=3)
+    assert config.n_gpu == 1
+    assert config.train_batch_size == 3
+
+
 def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
