@@ -1,4 +1,4 @@
-"""The trainer: a resumed run repeats the uninterrupted one, bad recipes and data are named, losses and rates logged."""
+"""The trainer: resumed runs repeat whole ones, bad recipes and data are named, losses logged."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def losses(folder: Path) -> list[dict[str, float]]:
 def test_a_killed_run_resumes_on_the_same_losses(
     tmp_path: Path, rollout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     run_recipe(load_recipe(write_recipe(whole, training={"rollout": rollout})))
@@ -118,7 +119,8 @@ def test_a_killed_run_resumes_on_the_same_losses(
 def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> None:
     folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
     assert (folder / "model.safetensors").is_file()
-    first, last = losses(tmp_path)[0], losses(tmp_path)[-1]
+    first = losses(tmp_path)[0]
+    last = losses(tmp_path)[-1]
     assert (
         last["loss_masked"] < first["loss_masked"]
     )  # the others may rise with what is right at first
@@ -145,7 +147,8 @@ def test_what_is_saved_may_keep_a_share_of_the_start(tmp_path: Path) -> None:
 
 
 def test_weights_are_blended_by_the_share() -> None:
-    one, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    one = torch.nn.Linear(2, 1)
+    other = torch.nn.Linear(2, 1)
     expected = {k: 0.75 * v + 0.25 * other.state_dict()[k] for k, v in one.state_dict().items()}
     blend_weights(one, other.state_dict(), 0.25)
     torch.testing.assert_close(dict(one.state_dict()), expected)
