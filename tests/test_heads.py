@@ -1,4 +1,4 @@
-"""Heads: their equations on numbers worked out by hand, and what is said of a file that is not one."""
+"""Heads: their equations on numbers worked out by hand, and what is said of other files."""
 
 from __future__ import annotations
 
@@ -98,10 +98,8 @@ def test_no_head_is_one_error_that_says_how_to_get_one(kind: Kind, name: Any) ->
 
 
 def damage(file: Path, what: str) -> None:
-    tensors, about = (
-        load_file(file),
-        {"kind": "learn2pd", "model": "a", "block_length": "4", "hidden_size": "6"},
-    )
+    tensors = load_file(file)
+    about = {"kind": "learn2pd", "model": "a", "block_length": "4", "hidden_size": "6"}
     about["steps"] = "1"
     match what:
         case "bytes":

@@ -23,12 +23,12 @@ from dmax.recipe.sections import load_recipe
 from dmax.special_ids import SpecialIds
 from dmax.training.data import Encoded
 
-BLOCK, MASK, EOS = 4, 47, 46
+BLOCK = 4
+MASK = 47
+EOS = 46
 SPECIAL = SpecialIds(MASK, (EOS,), EOS, BLOCK)
-SHORT, LONG = (
-    Encoded([1, 2, 3, 4, 5], [6, 7]),
-    Encoded([8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19]),
-)
+SHORT = Encoded([1, 2, 3, 4, 5], [6, 7])
+LONG = Encoded([8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19])
 
 
 @pytest.fixture
@@ -96,7 +96,9 @@ class Scripted:
     """`Blocks` whose model is a function of what is masked and of the tokens that are not."""
 
     def __init__(self, final: list[list[int]], denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.final, self.special_ids, self._denoise = torch.tensor(final), SPECIAL, denoise
+        self.final = torch.tensor(final)
+        self.special_ids = SPECIAL
+        self._denoise = denoise
         self.masked = torch.ones_like(self.final, dtype=torch.bool)
 
     def denoise(self, masked: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -138,7 +140,8 @@ def test_the_greedy_oracle_decodes_what_is_right_or_else_the_surest() -> None:
 
 def test_the_dependency_is_how_far_a_token_moves_the_others() -> None:
     undecided = torch.full((2, MASK + 1), 1e-9)
-    undecided[0, 3], undecided[1, [4, 5]] = 1.0, torch.tensor([0.75, 0.25])
+    undecided[0, 3] = 1.0
+    undecided[1, [4, 5]] = torch.tensor([0.75, 0.25])
 
     def script(masked: Tensor, tokens: Tensor) -> Tensor:
         probs = undecided.repeat(len(masked), 1, 1)

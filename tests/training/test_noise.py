@@ -11,7 +11,8 @@ from torch import Tensor
 from dmax.baselines.objectives import rising_ratios
 from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
 
-VOCAB, MASK = 50, 17
+VOCAB = 50
+MASK = 17
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -49,7 +50,8 @@ def test_the_prompt_is_never_touched(seed: int, prompt: int, ratio: float) -> No
 
 
 def test_each_sequence_is_masked_at_its_own_ratio() -> None:
-    ids, ratios = clean(), torch.linspace(0, 1, 8)
+    ids = clean()
+    ratios = torch.linspace(0, 1, 8)
     masked = mask_tokens(ids, response(ids, 500), ratios, MASK, seeded()) == MASK
     shares = masked[:, 500:].float().mean(dim=1)
     torch.testing.assert_close(shares, ratios, atol=0.04, rtol=0)
@@ -87,7 +89,8 @@ def test_random_ratio_counts_positions_drawn() -> None:
 
 def test_noise_is_reproducible_and_leaves_its_input_alone() -> None:
     ids = clean(2, 100)
-    before, ratios = ids.clone(), torch.full((2,), 0.5)
+    before = ids.clone()
+    ratios = torch.full((2,), 0.5)
     one = mask_tokens(ids, response(ids, 10), ratios, MASK, seeded(5))
     assert torch.equal(one, mask_tokens(ids, response(ids, 10), ratios, MASK, seeded(5)))
     assert not torch.equal(one, mask_tokens(ids, response(ids, 10), ratios, MASK, seeded(6)))
@@ -102,7 +105,8 @@ def test_ratios_rise_from_the_first_block_of_the_response_to_the_last() -> None:
 
 
 def test_a_ratio_for_every_position_masks_by_it() -> None:
-    ids, corruptible = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
+    ids = torch.arange(8)[None]
+    corruptible = torch.ones(1, 8, dtype=torch.bool)
     ratios = torch.tensor([[1.0] * 3 + [0.0] * 5])
     masked = mask_tokens(ids, corruptible, ratios, 9, torch.Generator().manual_seed(0))
     assert masked.tolist() == [[9, 9, 9, 3, 4, 5, 6, 7]]

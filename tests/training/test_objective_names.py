@@ -20,7 +20,9 @@ from dmax.training import get_objective, objective_names
 from dmax.training.clean_stream import IGNORE, CleanBatch
 from dmax.training.objectives import MDLM, OPUT, Objective
 
-BLOCK, VOCAB, MASK = 4, 48, 47
+BLOCK = 4
+VOCAB = 48
+MASK = 47
 SETTINGS: dict[str, Any] = {
     "block_length": BLOCK,
     "mask_token_id": MASK,

@@ -1,4 +1,4 @@
-"""Objectives against the plain recipe: one forward over [noisy | clean] per stream, as the paper writes it."""
+"""Losses against the paper's plain recipe, which runs [noisy | clean] once for every stream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from dmax.training.clean_stream import IGNORE, Batch, CleanStream
 from dmax.training.objectives import mdlm_loss, oput_loss, uniform_loss
 from dmax.training.rollout import roll_out
 
-BLOCK, VOCAB, MASK, EOS = 4, 48, 47, 46
+BLOCK = 4
+VOCAB = 48
+MASK = 47
+EOS = 46
 OPTIONS: dict[str, Any] = {"block_length": BLOCK, "mask_token_id": MASK}
 
 
@@ -52,7 +55,7 @@ def model() -> LLaDA2MoeModelLM:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Prompts of 9 and 13 tokens, responses with three quarters masked, labels on the whole response."""
+    """Prompts of 9 and 13 tokens; three quarters of the responses masked, all of them labelled."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.randint(EOS, (2, 6 * BLOCK), generator=generator)
     is_response = torch.arange(clean.shape[1]) >= torch.tensor([[9], [13]])
@@ -69,6 +72,12 @@ def concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch, noisy_embeds: Ten
     return model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=(position % length)[None]
     ).logits[:, :length]
+
+
+def masked_logits(model: LLaDA2MoeModelLM, batch: Batch) -> Tensor:
+    """The masked stream's logits, as the losses compute them."""
+    embeds = model.model.word_embeddings(batch.noisy_ids)
+    return CleanStream(model, batch.clean_ids, BLOCK).denoise(embeds)
 
 
 def plain_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -100,7 +109,7 @@ def recorded_streams(model: LLaDA2MoeModelLM) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-# ---- one clean stream serves all noisy ones -----------------------------------------------------------------------
+# --- one clean stream serves all noisy ones ------------------------------------------------------
 
 
 @torch.no_grad()
@@ -109,10 +118,8 @@ def test_shared_clean_stream_gives_the_concatenated_logits(
 ) -> None:
     embed = model.model.word_embeddings
     stream = CleanStream(model, batch.clean_ids, BLOCK)
-    for ids in (
-        batch.noisy_ids,
-        batch.clean_ids.flip(1),
-    ):  # a second stream is not disturbed by the first
+    # A second stream is not disturbed by the first.
+    for ids in (batch.noisy_ids, batch.clean_ids.flip(1)):
         expected = concatenated_logits(model, batch, embed(ids))
         torch.testing.assert_close(stream.denoise(embed(ids)), expected, atol=1e-5, rtol=1e-4)
 
@@ -122,9 +129,8 @@ def test_mdlm_gradients_are_those_of_the_concatenated_forward(
 ) -> None:
     ours = mdlm_loss(model, batch, block_length=BLOCK)
     found = gradients(model, ours.total)
-    expected = plain_loss(
-        concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids)), batch
-    )
+    embeds = model.model.word_embeddings(batch.noisy_ids)
+    expected = plain_loss(concatenated_logits(model, batch, embeds), batch)
     torch.testing.assert_close(ours.total, expected)
     assert_same_gradients(found, gradients(model, expected))
 
@@ -133,14 +139,15 @@ def test_mdlm_gradients_are_those_of_the_concatenated_forward(
 def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
     model: LLaDA2MoeModelLM, batch: Batch, rollout: Any
 ) -> None:
-    """Two concatenated forwards after a separate rollout without gradient give the same loss and gradients."""
+    """Two concatenated forwards after a separate rollout give the same loss and gradients."""
     if rollout == "soft":
         ours = soft_oput_loss(model, batch, torch.zeros(2, 1), **OPTIONS)
     else:
         ours = oput_loss(model, batch, **OPTIONS)
     found = gradients(model, ours.total)
 
-    embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
+    embed = model.model.word_embeddings
+    masked = batch.noisy_ids == MASK
     with torch.no_grad():
         logits = concatenated_logits(model, batch, embed(batch.noisy_ids))
         shares = logits.softmax(-1)  # MASK's own counts against the others (A9)
@@ -161,15 +168,14 @@ def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
 def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
-    embed, block = model.model.word_embeddings, slice(3 * BLOCK, 4 * BLOCK)
+    block = slice(3 * BLOCK, 4 * BLOCK)
 
     def logits(changed: Batch) -> Tensor:
-        return CleanStream(model, changed.clean_ids, BLOCK).denoise(embed(changed.noisy_ids))[
-            :, block
-        ]
+        return masked_logits(model, changed)[:, block]
 
     expected = logits(batch)
-    clean, noisy = batch.clean_ids.clone(), batch.noisy_ids.clone()
+    clean = batch.clean_ids.clone()
+    noisy = batch.noisy_ids.clone()
     clean[:, block.start :] = 0
     noisy[:, : block.start] = 0
     noisy[:, block.stop :] = 0
@@ -204,18 +210,17 @@ def test_a_later_start_drops_work_but_not_loss(
 
 
 def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batch) -> None:
-    """Context is trained too: a token that occurs in the clean half alone gets an embedding gradient."""
+    """Context is trained too: a token of the clean half only gets an embedding gradient."""
     only_clean = int(batch.clean_ids[0, 0])
     clean = torch.where(batch.clean_ids == only_clean, 0, batch.clean_ids)
     noisy = torch.where(batch.noisy_ids == only_clean, 0, batch.noisy_ids)
     clean[:, 0] = only_clean
-    gradient = gradients(
-        model, mdlm_loss(model, Batch(clean, noisy, batch.labels), block_length=BLOCK).total
-    )
+    loss = mdlm_loss(model, Batch(clean, noisy, batch.labels), block_length=BLOCK)
+    gradient = gradients(model, loss.total)
     assert gradient["model.word_embeddings.weight"][only_clean].any()
 
 
-# ---- the rollout --------------------------------------------------------------------------------------------------
+# --- the rollout ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -223,7 +228,7 @@ def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
     model: LLaDA2MoeModelLM, batch: Batch, temperature: float
 ) -> None:
     embed = model.model.word_embeddings
-    with torch.no_grad():  # tokens can be read off the inputs; a head that wants MASK above all
+    with torch.no_grad():  # tokens can be read off the inputs, and MASK is the likeliest token
         embed.weight.copy_(F.normalize(embed.weight, dim=-1))
         model.lm_head.weight.data[MASK] *= 100
     with recorded_streams(model) as inputs:
@@ -239,11 +244,12 @@ def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
 def test_soft_rollout_feeds_the_blend_that_decoding_feeds(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
-    embed, masked = model.model.word_embeddings, batch.noisy_ids == MASK
+    embed = model.model.word_embeddings
+    masked = batch.noisy_ids == MASK
     model.lm_head.weight.data[MASK] *= 100  # the model would often rather leave a mask
     with recorded_streams(model) as inputs:
         soft_oput_loss(model, batch, torch.zeros(2, 1), **OPTIONS)
-    logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(embed(batch.noisy_ids))
+    logits = masked_logits(model, batch)
     assert logits.softmax(-1)[masked][:, MASK].max() > 0.5
     best = candidates(logits, 1, MASK)
     soft = blend(embed(best.ids), embed.weight[MASK], best.probs)
@@ -273,9 +279,7 @@ def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> 
         oput_loss(model, batch, **OPTIONS).total.backward()
         optimizer.step()
         with torch.no_grad():
-            logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(
-                model.model.word_embeddings(batch.noisy_ids)
-            )
+            logits = masked_logits(model, batch)
         expected = roll_out(logits, MASK)
         after = second_stream()
         assert torch.equal(after, torch.where(batch.noisy_ids == MASK, expected, batch.noisy_ids))
@@ -305,24 +309,21 @@ def test_rollout_error_is_the_share_of_wrong_predictions(
 ) -> None:
     masked = batch.noisy_ids == MASK
     with torch.no_grad():
-        logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(
-            model.model.word_embeddings(batch.noisy_ids)
-        )
+        logits = masked_logits(model, batch)
     predicted = roll_out(logits, MASK)
     expected = (predicted != batch.clean_ids)[masked].float().mean()
     torch.testing.assert_close(oput_loss(model, batch, **OPTIONS).parts["rollout_error"], expected)
 
 
-# ---- what is counted ----------------------------------------------------------------------------------------------
+# --- what is counted -----------------------------------------------------------------------------
 
 
 def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     """Both streams share their labels; unmasked response positions are among them."""
-    embed = model.model.word_embeddings
     with torch.no_grad():
-        logits = CleanStream(model, batch.clean_ids, BLOCK).denoise(embed(batch.noisy_ids))
+        logits = masked_logits(model, batch)
     each = F.cross_entropy(logits.transpose(1, 2), batch.clean_ids, reduction="none")
     labelled = batch.labels != IGNORE
     assert (labelled & (batch.noisy_ids != MASK)).any()
@@ -375,7 +376,7 @@ def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: 
     assert_same_gradients(gradients(model, oput_loss(model, batch, **OPTIONS).total), expected)
 
 
-# --- objectives of rivals -------------------------------------------------------------------------
+# --- the annex -----------------------------------------------------------------------------------
 
 
 def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch: Batch) -> None:
@@ -385,7 +386,8 @@ def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch
     labels = torch.where(torch.arange(masked.shape[1]) % 2 == 0, logits.argmax(-1), batch.labels)
     labels = torch.where(batch.labels == IGNORE, IGNORE, labels)
     batch = replace(batch, labels=labels)
-    total, entropies = torch.zeros(()), []
+    total = torch.zeros(())
+    entropies = []
     for row, position in masked.nonzero().tolist():
         total = total - logits[row, position].log_softmax(-1)[labels[row, position]]
         if logits[row, position].argmax() == labels[row, position]:
@@ -409,7 +411,8 @@ def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
     logits = model(
         input_ids=batch.noisy_ids, attention_mask=mask, position_ids=position[None]
     ).logits
-    loss_sum, weight_sum = torch.zeros(()), torch.zeros(())
+    loss_sum = torch.zeros(())
+    weight_sum = torch.zeros(())
     for row, place in ((batch.noisy_ids == MASK) & corruptible).nonzero().tolist():
         weight = 1 / ratios[row, place]
         loss_sum = loss_sum - weight * logits[row, place].log_softmax(-1)[batch.labels[row, place]]
@@ -431,7 +434,7 @@ def test_rollouts_decode_the_confident_prefix_of_each_block_or_its_leftmost_mask
     ]
 
 
-def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_behind_it(
+def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_after_it(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     model.get_output_embeddings().weight.data.mul_(20.0)  # an untrained model is sure of nothing

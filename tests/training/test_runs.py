@@ -1,4 +1,4 @@
-"""Runs of `dmax train`: what a second start does, what is refused before any compute, and where an error points."""
+"""Runs of `dmax train`: a second start, what is refused before compute, where errors point."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, no_compute: Callable[[], None]) -> None:
     path = write_recipe(tmp_path, training=TWO_STEPS)
     run(path)
-    before, state = files(tmp_path / "out"), (tmp_path / "out-run" / "run.json").read_bytes()
+    before = files(tmp_path / "out")
+    state = (tmp_path / "out-run" / "run.json").read_bytes()
     no_compute()
     assert run(path) == [f"already finished: {tmp_path / 'out'}"]
     assert files(tmp_path / "out") == before
@@ -84,7 +85,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, no_compute: Callable[[]
 def test_a_run_killed_before_its_result_only_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     run(write_recipe(whole, training=TWO_STEPS))
@@ -104,7 +106,8 @@ def test_a_run_killed_before_its_result_only_writes_it(
 
 
 def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, state = write_recipe(tmp_path, training=TWO_STEPS), tmp_path / "out-run" / "run.json"
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    state = tmp_path / "out-run" / "run.json"
     killed_at(1, monkeypatch, path)
     record = json.loads(state.read_text())
     assert record["seconds"] > 0 and not record["is_finished"]
@@ -118,7 +121,8 @@ def test_seconds_are_those_of_all_parts(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_checkpoint_cut_off_in_writing_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     run(write_recipe(whole, training=TWO_STEPS))

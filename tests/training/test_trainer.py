@@ -1,4 +1,4 @@
-"""The trainer: a resumed run repeats the uninterrupted one, bad recipes and data are named, losses and rates logged."""
+"""The trainer: resumed runs repeat whole ones, bad recipes and data are named, losses logged."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def losses(folder: Path) -> list[dict[str, float]]:
 def test_a_killed_run_resumes_on_the_same_losses(
     tmp_path: Path, rollout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     run_recipe(load_recipe(write_recipe(whole, training={"rollout": rollout})))
@@ -119,7 +120,8 @@ def test_a_killed_run_resumes_on_the_same_losses(
 def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> None:
     folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
     assert (folder / "model.safetensors").is_file()
-    first, last = losses(tmp_path)[0], losses(tmp_path)[-1]
+    first = losses(tmp_path)[0]
+    last = losses(tmp_path)[-1]
     assert (
         last["loss_masked"] < first["loss_masked"]
     )  # the others may rise with what is right at first
@@ -146,7 +148,8 @@ def test_what_is_saved_may_keep_a_share_of_the_start(tmp_path: Path) -> None:
 
 
 def test_weights_are_blended_by_the_share() -> None:
-    one, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    one = torch.nn.Linear(2, 1)
+    other = torch.nn.Linear(2, 1)
     expected = {k: 0.75 * v + 0.25 * other.state_dict()[k] for k, v in one.state_dict().items()}
     blend_weights(one, other.state_dict(), 0.25)
     torch.testing.assert_close(dict(one.state_dict()), expected)
@@ -158,6 +161,24 @@ def test_training_moves_the_expert_bias(tmp_path: Path) -> None:
     folder = run_recipe(load_recipe(write_recipe(tmp_path)))
     model: Any = load_checkpoint(folder, dtype=torch.float32, device="cpu").model
     assert model.model.layers[1].mlp.gate.expert_bias.abs().max() > 0
+
+
+def test_one_process_trains_on_one_of_several_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would wrap the model in `DataParallel`, which the objectives cannot call."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    changes = {
+        "max_steps": 1,
+        "save_steps": 1,
+        "use_cpu": False,
+        "dataloader_pin_memory": False,  # there may be no GPU at all
+    }
+    folder = run_recipe(load_recipe(write_recipe(tmp_path, training=changes)))
+    assert (folder / "model.safetensors").is_file()
+    config = DMaxConfig(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=3)
+    assert config.n_gpu == 1
+    assert config.train_batch_size == 3
 
 
 def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:

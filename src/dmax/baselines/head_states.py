@@ -1,8 +1,10 @@
-"""What the heads learn from: blocks in every state between masked and finished, with the answers measured in the model.
+"""What heads learn from: blocks in every state from masked to finished, with the answers.
 
-Responses are the model's own, decoded one token a step. All blocks of a response are denoised at
-once, each behind its clean predecessors, which is what decoding shows the model. N blocks, L
-positions, V vocabulary, D hidden.
+The answers are measured in the model, on its own responses, decoded one token a step. All blocks
+of a response are denoised at once, each after clean predecessors, as decoding shows them to the
+model.
+
+Shapes: B responses, N blocks, L positions of a block, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,73 +18,80 @@ from torch import Tensor
 
 from dmax.confidence import candidates
 from dmax.special_ids import SpecialIds
-from dmax.training import noise
 from dmax.training.clean_stream import IGNORE, CleanStream
 from dmax.training.data import Collator, Encoded
+from dmax.training.noise import mask_ratios
 
 Reveal = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From masked [N, L], logits [N, L, V] and the final tokens [N, L] to the masked positions to decode [N, L] bool."""
+"""Which masks to decode [N, L], from masked [N, L], logits [N, L, V] and final tokens [N, L]."""
 Example = dict[str, Tensor]
-"""Examples for a head by the names that its loss takes; every tensor has a leading dimension N."""
+"""Examples for a head by the names that its loss takes; each tensor has N rows."""
 
 
 class Blocks:
     """The blocks that a batch of responses fills, and the model's view of them in any state.
 
     Attributes:
-        final: [N, L] int64, their final tokens; what follows EOS in the last block is EOS.
-        masked: [N, L] bool, the positions to decode; none in blocks of padding.
+        special_ids: those of the checkpoint.
+        final: [N, L] int64, their final tokens; after the first EOS of a response all are EOS.
+        masked: [N, L] bool, the positions to decode; none in blocks that are all padding.
     """
 
     def __init__(self, model: Any, examples: Sequence[Encoded], special_ids: SpecialIds) -> None:
         self.model = model
         self.special_ids = special_ids
-        device = model.device
-        batch = Collator(special_ids.block_length, special_ids.eos_token_ids[0], eos_labels=1)(
-            examples
-        )
+        length = special_ids.block_length
+        batch = Collator(length, special_ids.eos_token_ids[0], eos_labels=1)(examples)
         start = int(batch["start"])
-        clean = batch["clean_ids"].to(device)
-        self._stream = CleanStream(model, clean, special_ids.block_length)
-        self._num_rows = len(clean)
+        clean = batch["clean_ids"].to(model.device)
+        labels = batch["labels"].to(model.device)
+        corruptible = batch["corruptible"].to(model.device)
+
+        self._stream = CleanStream(model, clean, length)
+        self._num_responses = len(clean)
         self.final = self._blocks(clean[:, start:])
-        is_answered = self._blocks(batch["labels"][:, start:].to(device) != IGNORE).any(
-            dim=1, keepdim=True
-        )
-        self.masked = self._blocks(batch["corruptible"][:, start:].to(device)) & is_answered
+        has_labels = self._blocks(labels[:, start:] != IGNORE).any(dim=1, keepdim=True)  # [N, 1]
+        self.masked = self._blocks(corruptible[:, start:]) & has_labels
 
     def _blocks(self, values: Tensor) -> Tensor:
+        """The blocks of all responses, [B, blocks * L, …] to [N, L, …]."""
         return values.unflatten(1, (-1, self.special_ids.block_length)).flatten(0, 1)
 
     def denoise(self, masked: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Logits [N, L, V] of the blocks with `masked` [N, L] positions, the others `tokens` (None: the final ones)."""
+        """Logits [N, L, V] of the blocks in a state.
+
+        Args:
+            masked: [N, L] bool, what is still masked.
+            tokens: [N, L] int64, what stands at the other positions; None: the final tokens.
+        """
         visible = self.final if tokens is None else tokens
-        ids = visible.masked_fill(masked, self.special_ids.mask_token_id).view(self._num_rows, -1)
-        return self._blocks(self._stream.denoise(self.model.get_input_embeddings()(ids)))
+        ids = visible.masked_fill(masked, self.special_ids.mask_token_id)
+        embeds = self.model.get_input_embeddings()(ids.view(self._num_responses, -1))
+        return self._blocks(self._stream.denoise(embeds))
 
     def hidden_states(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, L, V], and the hidden states [N, L, D] that the model's head makes them from."""
-        with _inputs_of(self.model.get_output_embeddings()) as seen:
+        """Logits [N, L, V], and the hidden states [N, L, D] that the model makes them from."""
+        with _inputs_of(self.model.get_output_embeddings()) as inputs:
             logits = self.denoise(masked)
-        return logits, self._blocks(seen[0])
+        return logits, self._blocks(inputs[0])
 
 
 @contextmanager
 def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
     """What goes into a module while the context is open."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     try:
-        yield seen
+        yield inputs
     finally:
         hook.remove()
 
 
 @torch.no_grad()
 def replay(blocks: Blocks, reveal: Reveal) -> Iterator[tuple[Tensor, Tensor]]:
-    """Masked positions [N, L] and logits [N, L, V] at every step of decoding the blocks, in the order of `reveal`.
+    """Masked positions [N, L] and logits [N, L, V] at every step of decoding, ordered by `reveal`.
 
-    Whatever is decoded gets its final token, so that blocks stay on the recorded way.
+    Whatever is decoded gets its final token, so that blocks keep to the recorded responses.
     """
     masked = blocks.masked
     while masked.any():
@@ -92,60 +101,57 @@ def replay(blocks: Blocks, reveal: Reveal) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def filter_examples(blocks: Blocks) -> Iterator[Example]:
-    """Learn2PD's labels: at every step of the "extremely greedy" oracle, which predictions are final already.
+    """Learn2PD's labels: which predictions are already final, at every step of its oracle.
 
-    The oracle decodes exactly the masks whose likeliest token is the final one, or the most
-    confident mask if none is. Each example has `confidence` [L], `right` [L] and `masked` [L].
+    The "extremely greedy" oracle decodes exactly the masks whose most probable token is the final
+    one, or the most confident mask if there is none. Each example has `confidence` [L], `right`
+    [L] and `masked` [L].
     """
     mask_token_id = blocks.special_ids.mask_token_id
 
     def reveal(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         best = candidates(logits, 1, mask_token_id)
         right = masked & (best.ids[..., 0] == final)
-        surest = torch.where(masked, best.probs[..., 0], float("-inf")).argmax(dim=1, keepdim=True)
+        confidence = torch.where(masked, best.probs[..., 0], float("-inf"))
+        surest = confidence.argmax(dim=1, keepdim=True)  # [N, 1]
         stuck = masked.any(dim=1, keepdim=True) & ~right.any(dim=1, keepdim=True)
         return right | torch.zeros_like(masked).scatter(1, surest, stuck)
 
     for masked, logits in replay(blocks, reveal):
         best = candidates(logits, 1, mask_token_id)
         right = best.ids[..., 0] == blocks.final
-        yield _rows(
-            {"confidence": best.probs[..., 0], "right": right, "masked": masked}, masked.any(dim=1)
-        )
+        example = {"confidence": best.probs[..., 0], "right": right, "masked": masked}
+        yield _rows(example, masked.any(dim=1))
 
 
 @torch.no_grad()
 def dependency_examples(blocks: Blocks, generator: torch.Generator) -> Iterator[Example]:
-    """DEMASK's labels: how far each masked position's likeliest token would move the distribution at the others.
+    """DEMASK's labels: how far the most probable token of one mask moves the others' distributions.
 
         D_ij = TV(p(x_j | ctx), p(x_j | ctx, x_i)) = ½ Σ_v |p(v) - p'(v)|
 
-    One state a block, a share ~ U(0, 1) of its positions masked, costs a forward and one more for
-    each mask; those of all blocks run side by side. Each example has `hidden` [L, D], `dependency`
-    [L, L] (i first) and `masked` [L].
+    A block is seen in one state, with a share ~ U(0, 1) of its positions masked. That takes one
+    forward and one more for each mask; all blocks go through them side by side. Each example has
+    `hidden` [L, D], `dependency` [L, L] (i first) and `masked` [L].
     """
-    shares = noise.mask_ratios(len(blocks.final), 0.0, 1.0, generator)
+    shares = mask_ratios(len(blocks.final), 0.0, 1.0, generator)
     drawn = torch.rand(blocks.final.shape, generator=generator) < shares[:, None]
     masked = blocks.masked & drawn.to(blocks.masked.device)
     logits, hidden = blocks.hidden_states(masked)
     tokens = candidates(logits, 1, blocks.special_ids.mask_token_id).ids[..., 0]
     before = logits.float().softmax(dim=-1)
+
     dependency = torch.zeros(*masked.shape, masked.shape[1], device=masked.device)
     for rank in range(1, int(masked.sum(dim=1).max()) + 1):
-        told = masked & (
-            masked.cumsum(dim=1) == rank
-        )  # the next mask of every block that has one more
-        after = (
-            blocks.denoise(masked & ~told, torch.where(told, tokens, blocks.final))
-            .float()
-            .softmax(dim=-1)
-        )
+        told = masked & (masked.cumsum(dim=1) == rank)  # the next mask of every block with one more
+        logits = blocks.denoise(masked & ~told, torch.where(told, tokens, blocks.final))
+        after = logits.float().softmax(dim=-1)
         distance = (after - before).abs().sum(dim=-1) / 2  # [N, L]
         dependency = torch.where(told[:, :, None], distance[:, None], dependency)
-    yield _rows(
-        {"hidden": hidden, "dependency": dependency, "masked": masked}, masked.sum(dim=1) > 1
-    )
+    example = {"hidden": hidden, "dependency": dependency, "masked": masked}
+    yield _rows(example, masked.sum(dim=1) > 1)
 
 
 def _rows(example: Example, which: Tensor) -> Example:
+    """Some of the rows, on the CPU."""
     return {name: value[which].cpu() for name, value in example.items()}

@@ -1,4 +1,4 @@
-"""Fit the heads of Learn2PD and DEMASK to what was recorded in the model: labels, loss, head."""
+"""Fit the heads of Learn2PD and DEMASK to what was recorded in the model."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class HeadConfig:
 
     Attributes:
         kind: learn2pd or demask.
-        max_steps: of AdamW.
-        learning_rate: falls to 0 along a cosine.
-        batch_size: recorded states a step.
+        max_steps: how many steps AdamW takes.
+        learning_rate: of the first step; it falls to 0 along a cosine.
+        batch_size: recorded states in a step.
         record_batch_size: responses that are recorded together.
-        inner_size: K of the dependency head.
+        inner_size: K of DEMASK's head.
         seed: of states, initial weights and batches.
     """
 
@@ -66,17 +66,22 @@ class HeadConfig:
 
 
 def filter_loss(tensors: Tensors, examples: Example) -> Tensor:
-    """Binary cross-entropy of "this prediction is final", mean over masked positions (Learn2PD)."""
-    logits = filter_logits(tensors, examples["confidence"])
+    """Learn2PD: binary cross-entropy of "this prediction is final", mean over masked positions."""
+    logits = filter_logits(tensors, examples["confidence"])  # [B, L]
     masked = examples["masked"]
-    return F.binary_cross_entropy_with_logits(logits[masked], examples["right"][masked].float())
+    right = examples["right"][masked].float()
+    return F.binary_cross_entropy_with_logits(logits[masked], right)
 
 
 def dependency_loss(tensors: Tensors, examples: Example) -> Tensor:
-    """Cross-entropy against total variations, mean over pairs of masks; least at their conditional mean (DEMASK)."""
-    logits = dependency_logits(tensors, examples["hidden"])
+    """DEMASK: cross-entropy against total variations, mean over pairs of masks.
+
+    It is least at their conditional mean.
+    """
+    logits = dependency_logits(tensors, examples["hidden"])  # [B, L, L]
     masked = examples["masked"]
-    pairs = masked[:, :, None] & masked[:, None] & ~torch.eye(masked.shape[1], dtype=torch.bool)
+    itself = torch.eye(masked.shape[1], dtype=torch.bool)
+    pairs = masked[:, :, None] & masked[:, None] & ~itself  # [B, L, L]
     return F.binary_cross_entropy_with_logits(logits[pairs], examples["dependency"][pairs])
 
 
@@ -89,25 +94,28 @@ LOSSES: dict[Kind, Callable[[Tensors, Example], Tensor]] = {
 def record(
     model: Any, examples: Sequence[Encoded], special_ids: SpecialIds, config: HeadConfig
 ) -> Example:
-    """States of the responses with their labels, in the order of the responses' lengths."""
+    """States of the responses with their labels, in an order drawn at random.
+
+    Args:
+        model: the model that a head is for.
+        examples: its own responses, decoded one token a step.
+        special_ids: those of its checkpoint.
+        config: how the head is trained.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     ordered = sorted(examples, key=len)
     found = list[Example]()
     for first in range(0, len(ordered), config.record_batch_size):
-        blocks = _blocks(model, ordered[first : first + config.record_batch_size], special_ids)
-        found += (
-            filter_examples(blocks)
-            if config.kind == "learn2pd"
-            else dependency_examples(blocks, generator)
-        )
+        with torch.no_grad():
+            chosen = ordered[first : first + config.record_batch_size]
+            blocks = Blocks(model, chosen, special_ids)
+        if config.kind == "learn2pd":
+            found += filter_examples(blocks)
+        else:
+            found += dependency_examples(blocks, generator)
     states = {name: torch.cat([example[name] for example in found]) for name in found[0]}
     order = torch.randperm(len(states["masked"]), generator=generator)
     return {name: value[order] for name, value in states.items()}
-
-
-@torch.no_grad()
-def _blocks(model: Any, examples: Sequence[Encoded], special_ids: SpecialIds) -> Blocks:
-    return Blocks(model, examples, special_ids)
 
 
 def fit(
@@ -118,27 +126,41 @@ def fit(
     hidden_size: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> Head:
-    """The head that minimises the loss of its kind over the recorded states; the last tenth only measures it."""
+    """The head that minimises the loss of its kind over the recorded states.
+
+    The last tenth of the states is not learnt from; it says how good the head is.
+
+    Args:
+        states: what `record` returns.
+        config: how the head is trained.
+        model_digest: of the model's weights (`checkpoint.weights_digest`).
+        hidden_size: D of the model.
+        report: told how the loss falls.
+    """
     kind = cast(Kind, config.kind)
+    head_loss = LOSSES[kind]
     length = states["masked"].shape[1]
     generator = torch.Generator().manual_seed(config.seed)
     tensors = _initial(shapes(kind, length, hidden_size, config.inner_size), generator)
     count = len(states["masked"])
     learnt = max(1, count - int(HELD_OUT * count))
+    batch_size = min(config.batch_size, learnt)
+
     optimizer = torch.optim.AdamW(tensors.values(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps)
     for step in range(config.max_steps):
-        rows = torch.randint(learnt, (min(config.batch_size, learnt),), generator=generator)
-        loss = LOSSES[kind](tensors, {name: value[rows] for name, value in states.items()})
+        rows = torch.randint(learnt, (batch_size,), generator=generator)
+        loss = head_loss(tensors, {name: value[rows] for name, value in states.items()})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if (step + 1) % 500 == 0 or step + 1 == config.max_steps:
             report(f"step {step + 1}: loss {loss.item():.4f}")
+
     tensors = {name: value.detach() for name, value in tensors.items()}
     if learnt < count:
-        held_out = LOSSES[kind](tensors, {name: value[learnt:] for name, value in states.items()})
+        held_out = head_loss(tensors, {name: value[learnt:] for name, value in states.items()})
         report(f"{learnt} states learnt, loss {held_out.item():.4f} on {count - learnt} others")
     return Head(kind, model_digest, length, hidden_size, config.max_steps, tensors)
 

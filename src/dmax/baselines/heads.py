@@ -1,8 +1,9 @@
-"""Small trained heads that say which positions may be decoded together, and the files they come in.
+"""Small trained heads that say which positions may be decoded together, and their files.
 
 Learn2PD's filter sees the confidences of a block, DEMASK's head its hidden states. A head is a few
-tensors fitted to one model: training fits them and decoding applies them with the functions below.
-B blocks, L positions, D hidden, K inner.
+tensors fitted to one model. Training and decoding both apply them with the functions below.
+
+Shapes: B blocks of L' positions, L positions of the blocks trained on, D hidden size, K inner size.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Head:
             (`checkpoint.weights_digest`).
         block_length: L of that model.
         hidden_size: D of that model.
-        steps: of training.
-        tensors: float32, on the CPU; their names and shapes are `shapes`'.
+        steps: how long it was trained.
+        tensors: float32, on the CPU; `shapes` gives their names and shapes.
+        digest: of the tensors.
     """
 
     kind: Kind
@@ -61,7 +63,7 @@ class Head:
         object.__setattr__(self, "digest", digest.hexdigest()[:16])
 
     def check_length(self, length: int, name: str) -> None:
-        """Raises `InputError`, which calls it `name`, if a block is longer than those it was trained on."""
+        """Raises `InputError`, naming the head, for a block longer than those it learnt from."""
         if length > self.block_length:
             raise InputError(
                 f"the {name} takes blocks of up to {self.block_length} positions, got {length}",
@@ -71,24 +73,23 @@ class Head:
     def on(self, device: torch.device) -> Tensors:
         """The tensors on a device, copied there once."""
         if device not in self._placed:
-            self._placed[device] = {
-                name: tensor.to(device) for name, tensor in self.tensors.items()
-            }
+            placed = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+            self._placed[device] = placed
         return self._placed[device]
 
 
 def shapes(
     kind: Kind, block_length: int, hidden_size: int, inner: int
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a head's tensors; `inner` K is of the dependency head alone."""
+    """Names and shapes of a head's tensors; only DEMASK's has an `inner` size K."""
     if kind == "learn2pd":
-        square = (block_length, block_length)
-        line = (block_length,)
+        weight = (block_length, block_length)
+        bias = (block_length,)
         return {
-            "inner.weight": square,
-            "inner.bias": line,
-            "outer.weight": square,
-            "outer.bias": line,
+            "inner.weight": weight,
+            "inner.bias": bias,
+            "outer.weight": weight,
+            "outer.bias": bias,
         }
     return {
         "query": (hidden_size, inner),
@@ -98,14 +99,17 @@ def shapes(
 
 
 def filter_logits(tensors: Tensors, confidence: Tensor) -> Tensor:
-    """Learn2PD's filter (arXiv 2509.25188): logits [B, L'] that a position's prediction is the final one already.
+    """Learn2PD's filter (arXiv 2509.25188): is a position's prediction already the final one?
 
         f(c) = W_2 relu(W_1 c + b_1) + b_2
 
     Args:
-        tensors: of a `learn2pd` head for blocks of L positions.
+        tensors: those of a `learn2pd` head.
         confidence: [B, L'] float32 of all positions of the block, decoded ones included; L' <= L,
-            the rest counts as 0.
+            and the rest counts as 0.
+
+    Returns:
+        [B, L'] float32, the logit of yes.
     """
     length = confidence.shape[1]
     padded = F.pad(confidence, (0, len(tensors["inner.bias"]) - length))  # [B, L]
@@ -114,47 +118,51 @@ def filter_logits(tensors: Tensors, confidence: Tensor) -> Tensor:
 
 
 def dependency_logits(tensors: Tensors, hidden_states: Tensor) -> Tensor:
-    """DEMASK's head (arXiv 2604.02560): logits [B, L', L'] of how far deciding i moves the distribution at j.
+    """DEMASK's head (arXiv 2604.02560): how far does deciding i move the distribution at j?
 
         D_ij = sigmoid(q_i · k_j / √K + b_{j - i}),   q = h W_q,   k = h W_k
 
-    The scaled dot product is the source's; the sigmoid (the target lies in [0, 1]) and the bias for
-    the distance (the last hidden states need not carry positions) are ours.
+    The scaled dot product is the source's. Ours are the sigmoid, as the target lies in [0, 1], and
+    the bias for the distance, as the last hidden states need not carry positions.
 
     Args:
-        tensors: of a `demask` head for blocks of L positions.
+        tensors: those of a `demask` head.
         hidden_states: [B, L', D] of the model's last layer; L' <= L.
+
+    Returns:
+        [B, L', L'] float32, the logit of D.
     """
     hidden_states = hidden_states.float()
-    # [B, L', K]
-    query = hidden_states @ tensors["query"]
-    key = hidden_states @ tensors["key"]
+    query = hidden_states @ tensors["query"]  # [B, L', K]
+    key = hidden_states @ tensors["key"]  # [B, L', K]
+    product = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])  # [B, L', L']
+
     position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    apart = (
-        position[None] - position[:, None] + len(tensors["distance"]) // 2
-    )  # [L', L'], j - i from 0 on
-    return query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]) + tensors["distance"][apart]
+    distance = position[None] - position[:, None]  # [L', L'], j - i
+    farthest = len(tensors["distance"]) // 2
+    return product + tensors["distance"][distance + farthest]
 
 
 def load_head(name: object, kind: Kind) -> Head:
-    """A head by the bundled model that it comes with, by its file, or by the folder of its file `<kind>.safetensors`.
+    """A head by its name: a bundled model that it comes with, its file, or the folder of its file.
 
-    Read once for as long as the file does not change.
+    In a folder the file is `<kind>.safetensors`. It is read once for as long as it does not change.
 
     Raises:
         InputError: no name, no such file, or not a sound head of that kind.
     """
     have = [model for model in BUNDLED if bundled_head(model, kind).is_file()]
-    hint = f"train one as recipes/tiny_{kind}.yaml does" + (
-        f", or take that of {' or '.join(have)}" if have else ""
-    )
+    hint = f"train one as recipes/tiny_{kind}.yaml does"
+    if have:
+        hint += f", or take that of {' or '.join(have)}"
     if not isinstance(name, str) or not name:
         raise InputError(
             f"strategy `{kind}` needs the option `head`, the file of a trained head, got {name!r}",
             hint,
         )
     path = bundled_head(name, kind) if name in BUNDLED else Path(name).expanduser()
-    path = path / f"{kind}.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        path = path / f"{kind}.safetensors"
     try:
         return _read(path, path.stat().st_mtime_ns, kind)
     except OSError:
@@ -178,27 +186,21 @@ def _read(path: Path, _modified: int, kind: Kind) -> Head:
         raise ValueError(f"it belongs to strategy `{about['kind']}`")
     length = int(about["block_length"])
     hidden = int(about["hidden_size"])
-    wanted = shapes(kind, length, hidden, tensors["query"].shape[-1] if "query" in tensors else 0)
+    inner = tensors["query"].shape[-1] if "query" in tensors else 0
+    wanted = shapes(kind, length, hidden, inner)
     for key, shape in wanted.items():
         if tensors[key].shape != shape or not tensors[key].isfinite().all():
             raise ValueError(
                 f"`{key}` must be {list(shape)} finite numbers, got {list(tensors[key].shape)}"
             )
-    return Head(
-        kind,
-        about["model"],
-        length,
-        hidden,
-        int(about["steps"]),
-        {key: tensors[key].float() for key in wanted},
-    )
+    steps = int(about["steps"])
+    tensors = {key: tensors[key].float() for key in wanted}
+    return Head(kind, about["model"], length, hidden, steps, tensors)
 
 
 def save_head(head: Head, path: Path) -> None:
     """Write a head, whole or not at all; raises `InputError` if the place cannot be written."""
-    about = {
-        name: str(getattr(head, name))
-        for name in ("kind", "model", "block_length", "hidden_size", "steps")
-    }
+    names = ("kind", "model", "block_length", "hidden_size", "steps")
+    about = {name: str(getattr(head, name)) for name in names}
     tensors = {name: tensor.contiguous() for name, tensor in head.tensors.items()}
     write_atomically(path, save(tensors, about))

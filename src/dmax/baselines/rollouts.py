@@ -1,4 +1,4 @@
-"""On-policy training on what decoding will feed: blends instead of hard tokens (ours, not DMax's)."""
+"""On-policy training on the blends that decoding feeds, which is ours and not DMax's."""
 
 from __future__ import annotations
 

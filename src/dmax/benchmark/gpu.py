@@ -177,7 +177,7 @@ def step_row(
 def run_steps(llm: LLM, options: GpuOptions, cuda_graphs: bool) -> Row:
     """`measure_steps` with an engine of its own, on as many random prompts as it takes at once."""
     config: Any = llm.model.config
-    shape = (llm.max_batch_size, options.context - options.new_tokens)
+    shape = (llm.options.max_batch_size, options.context - options.new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, shape, generator=generator).tolist()
     engine = llm.engine(

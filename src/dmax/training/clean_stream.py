@@ -88,7 +88,7 @@ class CleanStream:
         self._context = recorded.view()
 
     def denoise(self, inputs_embeds: Tensor) -> Tensor:
-        """Logits [B, L', V] of a noisy copy of the last L' positions, from its inputs [B, L', D]."""
+        """Logits [B, L', V] of a noisy copy of the last L' positions, given as [B, L', D]."""
         noisy = self._positions[-inputs_embeds.shape[1] :]
         keys = torch.cat((self._clean, noisy))
         mask = dense_mask(self._visible, noisy, keys)  # [L', L + L']
@@ -137,6 +137,6 @@ class ContextView:
         return self._layers[layer_idx][0].shape[2]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """New keys and values [B, G, L', d] with the recorded ones before them, [B, G, L + L', d]."""
+        """New keys and values [B, G, L', d] after the recorded ones, [B, G, L + L', d]."""
         recorded_key, recorded_value = self._layers[layer_idx]
         return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)

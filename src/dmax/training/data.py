@@ -220,14 +220,12 @@ class LengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        span = self.batch_size * self.window
-        for begin in range(0, len(order), span):
-            window = sorted(order[begin : begin + span], key=self.lengths.__getitem__)
-            cuts = range(0, len(window), self.batch_size)
-            batches = [window[cut : cut + self.batch_size] for cut in cuts]
-            whole = batches[:-1] if len(batches[-1]) < self.batch_size else batches
-            for index in torch.randperm(len(whole), generator=generator).tolist():
-                yield from whole[index]
-            if len(whole) < len(batches):
-                yield from batches[-1]
+        order = torch.randperm(len(self.lengths), generator=generator)
+        for window in order.split(self.batch_size * self.window):
+            by_length = sorted(window.tolist(), key=self.lengths.__getitem__)
+            batches = torch.tensor(by_length).split(self.batch_size)
+            num_whole = len(by_length) // self.batch_size
+            for index in torch.randperm(num_whole, generator=generator).tolist():
+                yield from batches[index].tolist()
+            for rest in batches[num_whole:]:
+                yield from rest.tolist()

@@ -82,6 +82,15 @@ class DMaxConfig(TrainingArguments):
                 f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
             )
 
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses: one, or none. Several need a process each.
+
+        Trainer would take all GPUs it sees and wrap the model in `DataParallel`, which hides the
+        methods that the objectives call.
+        """
+        return min(1, super().n_gpu)
+
 
 class DMaxTrainer(Trainer):
     """Train a block-diffusion model with one of the objectives.
