@@ -179,4 +179,4 @@ class OpenBlocks:
         for name, value in values.items():
             if name not in kept:
                 kept[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
-            kept[name][rows] = value
+            kept[name][rows] = value.to(kept[name].dtype)
