@@ -91,7 +91,7 @@ def test_a_task_that_makes_its_examples_reads_no_file(tmp_path: Path) -> None:
         get_task("word_problems", tmp_path / "a.jsonl")
 
 
-# ---- the hub ------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
 def test_rows_come_from_the_hub_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The process that compares answers: threads, deaths, silence, and a math-verify that does not start."""
+"""The process that compares answers: threads, deaths, silence, and no math-verify."""
 
 from __future__ import annotations
 

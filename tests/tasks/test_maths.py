@@ -19,7 +19,7 @@ def task_of(folder: Path, name: str, *rows: dict[str, Any]) -> Task:
     return get_task(name, path)
 
 
-# ---- prompts and gold answers -------------------------------------------------------------------------------------
+# --- prompts and gold answers ---------------------------------------------------------------------
 
 
 def test_gsm8k_asks_as_published_and_takes_the_gold_number_from_the_last_line(
@@ -141,7 +141,7 @@ def test_a_bad_row_is_named_with_file_line_and_reason(
     assert caught.value.message.startswith(f"{tmp_path / 'rows.jsonl'}:2: {reason}")
 
 
-# ---- completions scored by hand -----------------------------------------------------------------------------------
+# --- completions scored by hand -------------------------------------------------------------------
 
 NUMBERS = [  # completion, gold number, verdict
     ("She sells 9 eggs for $2 each: 9 * 2 = 18.\n#### 18", "18", True),
@@ -180,11 +180,8 @@ NUMBERS = [  # completion, gold number, verdict
     ("#### 18\n\\boxed{16}", "18", False),
     ("#### 2. Add up\nThe total is 18", "18", True),  # a heading, no answer
     (r"She has 18 eggs, so the answer is \boxed{20}.", "18", False),  # right in the reasoning only
-    (
-        "16 - 3 - 4 = 9. Then 9 * 2 = 18. So she gets 18 in 1 day",
-        "18",
-        False,
-    ),  # no mark: the last number counts
+    # No mark: the last number counts.
+    ("16 - 3 - 4 = 9. Then 9 * 2 = 18. So she gets 18 in 1 day", "18", False),
     (r"9 * 2 = 18, so \boxed{18", "18", False),  # cut off
     ("16 - 3 - 4 =", "4", True),  # cut off, and right by luck, as lm-eval has it too
     ("", "18", False),
@@ -276,10 +273,8 @@ def test_competition_problems_scored_by_hand(
     ("text", "box"),
     [
         (r"\boxed{\left\{ a \mid a > 0 \right\}}", r"\left\{ a \mid a > 0 \right\}"),
-        (
-            r"\boxed{\left\{ a \right.}",
-            r"\left\{ a \right",
-        ),  # an escaped brace opens nothing; a last point is dropped
+        # An escaped brace opens nothing, and a point at the end is dropped.
+        (r"\boxed{\left\{ a \right.}", r"\left\{ a \right"),
         (r"\boxed {3}", "3"),
         (r"\boxed{a} and \boxed{b} end", "b"),
         ("\\boxed{\n 4 \n}", "4"),
@@ -311,7 +306,5 @@ def test_extraction_is_what_was_scored(tmp_path: Path) -> None:
     task = task_of(tmp_path, "gsm8k", {"question": "How many?", "answer": "#### 18"})
     assert task.extract("It is $1,800 in all.") == "1800"
     assert task.extract("Nothing.") is None
-    assert (
-        task_of(tmp_path, "math500", {"problem": "A?", "answer": "1"}).extract(r"\boxed{\frac12}")
-        == r"\frac12"
-    )
+    task = task_of(tmp_path, "math500", {"problem": "A?", "answer": "1"})
+    assert task.extract(r"\boxed{\frac12}") == r"\frac12"

@@ -1,4 +1,4 @@
-"""Programming tasks: published prompts, the code in a completion, and completions scored by hand."""
+"""Programming tasks: published prompts, the code in a completion, completions scored by hand."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ MBPP = {
 }
 STUB = (
     "from typing import List\n\n\ndef half(x: int) -> int:\n    return x // 2\n\n\n"
-    'def halves(xs: List[int]) -> List[int]:\n    """ Half of each.\n    >>> halves([4])\n    [2]\n    """\n'
+    "def halves(xs: List[int]) -> List[int]:\n"
+    '    """ Half of each.\n    >>> halves([4])\n    [2]\n    """\n'
 )
 HUMANEVAL = {
     "task_id": "HumanEval/1",
     "prompt": STUB,
     "entry_point": "halves",
     "canonical_solution": "    return [half(x) for x in xs]\n",
-    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([4, 2]) == [half(4), 1]\n",
+    "test": (
+        "\n\nMETADATA = {}\n\n\n"
+        "def check(candidate):\n    assert candidate([4, 2]) == [half(4), 1]\n"
+    ),
 }
 
 
@@ -45,16 +49,18 @@ def task_of(folder: Path, name: str, *rows: dict[str, Any]) -> Task:
     return get_task(name, path)
 
 
-# ---- prompts and rows ---------------------------------------------------------------------------------------------
+# --- prompts and rows -----------------------------------------------------------------------------
 
 
 def test_mbpp_asks_as_published(tmp_path: Path) -> None:
     task = task_of(tmp_path, "mbpp", MBPP)
     [example] = task.examples(5, seed=0)
     assert example.prompt == (
-        "You are an expert Python programmer, and here is your task: Write a function to double a number. "
-        "Your code should pass these tests:\n\nassert double(2) == 4\nassert math.isnan(double(math.nan))\n\n"
-        "Please enclose your code within delimiters as follows:\n```python\n# YOUR CODE HERE\n```\n\n"
+        "You are an expert Python programmer, and here is your task: "
+        "Write a function to double a number. Your code should pass these tests:\n\n"
+        "assert double(2) == 4\nassert math.isnan(double(math.nan))\n\n"
+        "Please enclose your code within delimiters as follows:\n"
+        "```python\n# YOUR CODE HERE\n```\n\n"
     )
     assert example.answer == MBPP["code"]
     assert task.max_new_tokens == 2048
@@ -65,7 +71,8 @@ def test_humaneval_asks_as_published(tmp_path: Path) -> None:
     assert example.prompt == (
         "Write a solution to the following problem and make sure that it passes the tests:\n"
         f"```python\n{STUB}\n```\n\n"
-        "Please enclose your code within delimiters as follows:\n```python\n# YOUR CODE HERE\n```\n\n"
+        "Please enclose your code within delimiters as follows:\n"
+        "```python\n# YOUR CODE HERE\n```\n\n"
     )
 
 
@@ -145,7 +152,7 @@ def test_a_bad_row_is_named_with_file_line_and_reason(
     assert caught.value.message.startswith(f"{tmp_path / 'rows.jsonl'}:1: {reason}")
 
 
-# ---- the code in a completion -------------------------------------------------------------------------------------
+# --- the code in a completion ---------------------------------------------------------------------
 
 CODE = "def f(x):\n    return x"
 
@@ -193,8 +200,10 @@ def test_what_else_may_come(text: str, code: str | None) -> None:
 
 def test_definitions_leave_out_what_runs_beside_them() -> None:
     code = (
-        "import math\nLIMIT = 3\nsize: int = 4\nx = input()\n@staticmethod\ndef f(x):\n    print(x)\n    return x\n"
-        "class A:\n    pass\nprint(f(2))\nassert f(2) == 3\nif __name__ == '__main__':\n    input()\n"
+        "import math\nLIMIT = 3\nsize: int = 4\nx = input()\n"
+        "@staticmethod\ndef f(x):\n    print(x)\n    return x\n"
+        "class A:\n    pass\n"
+        "print(f(2))\nassert f(2) == 3\nif __name__ == '__main__':\n    input()\n"
     )
     kept = definitions(code)
     assert [line for line in kept.split("\n") if line and not line.startswith(" ")] == (
@@ -218,7 +227,7 @@ def test_a_completion_gives_the_body_or_repeats_the_signature() -> None:
     assert complete("def halves(xs):\n    return 1", STUB, "halves").startswith(STUB)
 
 
-# ---- completions scored by hand -----------------------------------------------------------------------------------
+# --- completions scored by hand -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,24 +236,19 @@ def test_a_completion_gives_the_body_or_repeats_the_signature() -> None:
         ("```python\ndef double(x):\n    return x + x\n```", True),
         ("Use addition:\n```python\ndef double(x):\n    return x + x\n```\nDone.", True),
         ("def double(x):\n    return x + x", True),
-        (
-            "```python\ndef double(x):\n    return x + x\n\nassert double(2) == 5\n```",
-            True,
-        ),  # its own test is not run
+        # Its own test is not run.
+        ("```python\ndef double(x):\n    return x + x\n\nassert double(2) == 5\n```", True),
         (
             "```python\nn = int(input())\ndef double(x):\n    return x + x\nprint(double(n))\n```",
             True,
         ),
+        # Constants are kept, unlike as published.
+        ("```python\nFACTOR = 2\ndef double(x):\n    return FACTOR * x\n```", True),
+        # There is nothing to read.
+        ("```python\ndef double(x):\n    return 2 * int(input())\n```", False),
         (
-            "```python\nFACTOR = 2\ndef double(x):\n    return FACTOR * x\n```",
-            True,
-        ),  # constants are kept, unlike as published
-        (
-            "```python\ndef double(x):\n    return 2 * int(input())\n```",
-            False,
-        ),  # there is nothing to read
-        (
-            "```python\ndef double(x):\n    return 2\n```\n```python\ndef double(x):\n    return x + x\n```",
+            "```python\ndef double(x):\n    return 2\n```\n"
+            "```python\ndef double(x):\n    return x + x\n```",
             False,
         ),
         ("```python\ndef twice(x):\n    return x + x\n```", False),
@@ -266,7 +270,8 @@ def test_mbpp_scored_by_hand(tmp_path: Path, text: str, verdict: bool) -> None:
     [
         (f"```python\n{STUB}    return [half(x) for x in xs]\n```", True),
         (
-            "```python\ndef halves(xs: List[int]) -> List[int]:\n    return [x // 2 for x in xs]\n```",
+            "```python\ndef halves(xs: List[int]) -> List[int]:\n"
+            "    return [x // 2 for x in xs]\n```",
             True,
         ),
         ("```python\n    return [half(x) for x in xs]\n```", True),
@@ -317,7 +322,8 @@ def is_floats(x):
 
 for given, expected in (({given}, {expected}),):
     found = double(given)
-    assert found == expected or is_floats(expected) and np.allclose(found, expected, rtol=1e-07, atol=1e-06)
+    is_close = is_floats(expected) and np.allclose(found, expected, rtol=1e-07, atol=1e-06)
+    assert found == expected or is_close
 """
 
 
@@ -355,8 +361,7 @@ def test_plus_tests_compare_numbers_without_numpy(
 def test_what_stands_for_numpy_compares_as_numpy_does(
     a: str, b: str, verdict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "numpy", sys.modules["numpy"]
-    )  # what stands for it is gone after the test
+    # What stands for numpy is gone after the test.
+    monkeypatch.setitem(sys.modules, "numpy", sys.modules["numpy"])
     exec(NUMPY, namespace := {})  # type: ignore[var-annotated]
     assert eval(f"allclose({a}, {b}, rtol=1e-07, atol=1e-06)", namespace) is verdict

@@ -1,4 +1,4 @@
-"""Word problems: arithmetic checked from the text by an independent reader, lengths, splits, scoring."""
+"""Word problems: arithmetic read back from the text, lengths, splits, scoring."""
 
 from __future__ import annotations
 

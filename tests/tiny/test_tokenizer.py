@@ -1,4 +1,4 @@
-"""The bundled tokenizer: whole words and numbers, any text back to itself, everything kept by a save."""
+"""The bundled tokenizer: whole words and numbers, any text back to itself, a save keeps all."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def test_a_save_keeps_ids_and_template(tmp_path: Path) -> None:
     for tokenizer in (TOKENIZER, loaded):
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert text == (
-            "<role>SYSTEM</role>s<|role_end|><role>HUMAN</role>Tom has 3 apples.<|role_end|><role>ASSISTANT</role>"
+            "<role>SYSTEM</role>s<|role_end|><role>HUMAN</role>Tom has 3 apples.<|role_end|>"
+            "<role>ASSISTANT</role>"
         )
     for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(loaded, name) == getattr(TOKENIZER, name) is not None
