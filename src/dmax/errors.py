@@ -27,6 +27,6 @@ class InputError(ValueError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A hint naming the choice nearest to a mistyped name; empty, which is no hint, if none is near."""
+    """A hint that names the choice nearest to a mistyped name; empty if none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f"did you mean `{near[0]}`?" if near else ""

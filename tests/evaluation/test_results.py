@@ -1,4 +1,4 @@
-"""Result files: what is written when, going on after an interruption, and nothing lost without being asked."""
+"""Result files: what is written when, what a second run goes on from, and what is never lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIX = 6  # two chunks of the canned model: four examples and two
 
 
 class Repeating(Canned):
-    """`Canned` for any number of examples; `dies_at` is the chunk before which it is interrupted."""
+    """`Canned` for any number of examples; it is interrupted before chunk number `dies_at`."""
 
     def __init__(self, dies_at: int | None = None) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_a_run_that_only_lacked_its_summary_decodes_nothing(
     assert llm.asked == []
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", ["json", "samples.jsonl"])
@@ -259,7 +259,7 @@ def test_no_result_replaces_a_file_of_something_else(path: Path, name: str, cont
     assert file.read_text() == content
 
 
-# ---- overwriting --------------------------------------------------------------------------------------------------
+# ---- overwriting ---------------------------------------------------------------------------------
 
 
 def test_overwriting_replaces_a_finished_run_once_the_new_one_is_complete(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs of `dmax train`: what a second start does, what is refused before any compute, and where an error points."""
+"""Runs of `dmax train`: a second start, torn files, full disks, and errors before any compute."""
 
 from __future__ import annotations
 
