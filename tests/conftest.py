@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("dmax")
 
 @pytest.fixture(scope="session")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a head of each kind for blocks of 8 and hidden states of size 4, its numbers drawn at random."""
+    """A folder with a random head of each kind, for blocks of 8 and hidden states of size 4."""
     from dmax.baselines.heads import KINDS, Head, save_head, shapes  # after what is set above
 
     folder, generator = tmp_path_factory.mktemp("heads"), torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""From names to ready checkpoints: where special ids come from, saving whole or not at all, and clear errors."""
+"""From names to ready checkpoints: special ids, decoding, whole saves and clear errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-# ---- special ids --------------------------------------------------------------------------------------------------
+# ---- special ids ---------------------------------------------------------------------------------
 
 
 def test_arguments_decide_and_the_family_knows_its_block_length(folder: Path) -> None:
@@ -147,7 +147,7 @@ def tiny_qwen() -> Any:
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=32, num_hidden_layers=1, **sizes))
 
 
-# ---- names and files ----------------------------------------------------------------------------------------------
+# ---- names and files -----------------------------------------------------------------------------
 
 
 def test_bundled_names_lead_to_folders_of_the_package() -> None:
@@ -335,7 +335,7 @@ def test_implementations_and_dtype_are_passed_on(folder: Path) -> None:
         load(folder, **IDS, attn_implementation="no-such-attention")
 
 
-# ---- decoding -----------------------------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
 def test_bundled_checkpoints_name_their_decoding() -> None:
@@ -385,7 +385,7 @@ def test_a_saved_checkpoint_names_its_decoding(folder: Path, tmp_path: Path) -> 
         save_checkpoint(model, None, target, SAVED, decoding="spdd")
 
 
-# ---- saving -------------------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 SAVED = SpecialIds(mask_token_id=511, eos_token_ids=(508, 509), pad_token_id=508, block_length=16)
 

@@ -1,4 +1,4 @@
-"""Distillation: what is kept and what is set apart, and going on after an interruption as if there had been none."""
+"""Distillation: what is kept, what is set apart, and what an interrupted run goes on from."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
     assert [record["response"] for record in apart] == [result.text for result in outputs]
 
 
-# ---- prompts ------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:

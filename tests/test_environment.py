@@ -1,4 +1,4 @@
-"""Choices of device and dtype come with a reason, wrong names with the valid ones; the record is complete."""
+"""Choices of device and dtype come with a reason; the record of versions is complete."""
 
 from __future__ import annotations
 

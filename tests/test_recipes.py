@@ -1,4 +1,4 @@
-"""The recipes that come with dmax: each is valid as it is and continues what another one, or dmax itself, provides."""
+"""The recipes that come with dmax: each is valid and continues what is there or can be made."""
 
 from __future__ import annotations
 

@@ -53,6 +53,7 @@ OWN_FILES = (
     *SETTINGS_FILES,
     "added_tokens.json",
     "merges.txt",
+    "*.model",
     "chat_template.jinja",
     "dmax.json",
     "*.safetensors",
@@ -289,7 +290,7 @@ def _named_decoding(
     if named is not None:
         _check_decoding(named, folder)
         return str(named)
-    return "spd" if is_published_dmax(name_or_path) else None
+    return "spd" if is_published_dmax(name_or_path, folder) else None
 
 
 def _check_decoding(name: object, place: object) -> None:

@@ -1,4 +1,7 @@
-"""What the program runs on: device and dtype with the reason for the choice, and a record to stand beside numbers."""
+"""What the program runs on: device and dtype with the reason for the choice, and versions.
+
+The record of hardware and versions stands beside every number that was measured.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def select_device(device: str | torch.device = "auto") -> tuple[torch.device, str]:
-    """The device to use and why; "auto" is the first CUDA GPU, else the CPU. Others, like "mps", only if asked for.
+    """The device to use and why.
+
+    "auto" is the first CUDA GPU, else the CPU. Others, such as "mps", are used only if asked for.
 
     Raises:
         InputError: an unknown device, or one that this machine or this build of torch does not
@@ -49,7 +54,9 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
 
 
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the weights and why; "auto" is bfloat16 where the hardware computes in it, else float32.
+    """The dtype of the weights and why.
+
+    "auto" is bfloat16 where the hardware computes in it, else float32.
 
     Raises:
         InputError: a name or dtype that weights cannot have.
@@ -73,7 +80,7 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
 
 
 def lacks_compiler(device: torch.device) -> str | None:
-    """The C++ compiler that `torch.compile` would call for a CPU, if it is not there; None where nothing is missing."""
+    """The C++ compiler that `torch.compile` wants for a CPU, if it is missing; else None."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return name if device.type == "cpu" and shutil.which(name) is None else None
 
@@ -116,11 +123,10 @@ def _cpu_has_bfloat16() -> bool:
 def _output(command: Sequence[str]) -> str | None:
     """What a program prints, or None if it is missing, fails or hangs."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:
@@ -131,13 +137,15 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout the package runs from, with a `+` if it has changes; None for an installed wheel."""
+    """Commit of the checkout that the package runs from; None for an installed wheel.
+
+    A `+` after it says that the checkout has changes.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    return _output(
-        ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    )
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    return _output(["git", "-C", str(root), *describe])
 
 
 def _cpu_name() -> str:
@@ -145,22 +153,17 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _power_limit(uuid: str) -> float | None:
-    """Watts the GPU may draw, by its UUID: the indices of nvidia-smi and of torch differ under CUDA_VISIBLE_DEVICES."""
-    watts = _output(
-        [
-            "nvidia-smi",
-            f"--id=GPU-{uuid}",
-            "--query-gpu=power.limit",
-            "--format=csv,noheader,nounits",
-        ]
-    )
+    """Watts that the GPU may draw.
+
+    It is named by its UUID: with CUDA_VISIBLE_DEVICES, torch and nvidia-smi count differently.
+    """
+    query = ["--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    watts = _output(["nvidia-smi", f"--id=GPU-{uuid}", *query])
     try:
         return float(watts or "")
     except ValueError:

@@ -10,8 +10,8 @@ import huggingface_hub
 from dmax.errors import InputError
 from dmax.tiny import BUNDLED, bundled
 
-# What the authors of DMax published. It is decoded with SPD, and its files cannot say so.
-PUBLISHED_DMAX = ("Zigeng/DMax-16B", "Zigeng/DMax-Math-16B", "Zigeng/DMax-Coder-16B")
+# Published by the authors of DMax as `Zigeng/…`. They are decoded with SPD, which no file says.
+PUBLISHED_DMAX = ("DMax-16B", "DMax-Math-16B", "DMax-Coder-16B")
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -48,10 +48,7 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def is_published_dmax(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a hub id is a published DMax model, or a folder has the name of one."""
-    name = os.fspath(name_or_path)
-    folder = os.path.abspath(os.path.expanduser(name))
-    if not os.path.isdir(folder):
-        return name in PUBLISHED_DMAX
-    return os.path.basename(folder) in [published.split("/")[1] for published in PUBLISHED_DMAX]
+def is_published_dmax(name_or_path: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether this is the hub id of a published DMax model, or its folder has the name of one."""
+    names = (os.fspath(name_or_path).removeprefix("Zigeng/"), folder.absolute().name)
+    return any(name in PUBLISHED_DMAX for name in names)

@@ -59,82 +59,53 @@ def resolve_special_ids(
     Raises:
         InputError: something is neither given nor in the files, or lies outside the vocabulary.
     """
-    mask = _resolve_mask(config, tokenizer, mask_token_id)
-    eos = _resolve_eos(generation_config, config, tokenizer, eos_token_id)
-    pad = _resolve_pad(config, tokenizer, eos)
-    length = _resolve_block_length(config, block_length)
-    return SpecialIds(mask, eos, pad, length)
+    mask = _first(mask_token_id, find_mask_token_id(config, tokenizer))
+    if mask is None:
+        raise InputError(
+            "the checkpoint names no mask token",
+            hint="pass `mask_token_id`; an autoregressive model gets one in training, "
+            "by `model.add_mask_token: true`",
+        )
+    mask = _in_vocabulary("mask_token_id", mask, config)
+
+    sources = (generation_config, config, tokenizer)
+    eos = _first(eos_token_id, *(getattr(source, "eos_token_id", None) for source in sources))
+    if eos is None:
+        raise InputError(
+            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
+        )
+    several = eos if isinstance(eos, list | tuple) else [eos]
+    ends = [_in_vocabulary("eos_token_id", token, config) for token in several]
+
+    pads = [getattr(source, "pad_token_id", None) for source in (tokenizer, config)]
+    usable = [pad for pad in pads if isinstance(pad, int) and 0 <= pad < config.vocab_size]
+
+    family = FAMILY_BLOCK_LENGTH.get(config.model_type)
+    length = _first(block_length, getattr(config, "block_length", None), family)
+    if length is None:
+        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
+    check_number("block_length", length, low=1, whole=True)
+    return SpecialIds(
+        mask_token_id=mask,
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        pad_token_id=_first(*usable, ends[0]),
+        block_length=length,
+    )
 
 
 def find_mask_token_id(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> int | None:
     """MASK's id by the config, by the tokenizer, or as the vocabulary entry `<|mask|>`."""
-    found: int | None = getattr(config, "mask_token_id", None)
-    if found is not None or tokenizer is None:
-        return found
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    return tokenizer.get_vocab().get(MASK_TOKEN)
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    named = [getattr(source, "mask_token_id", None) for source in (config, tokenizer)]
+    found: int | None = _first(*named, vocabulary.get(MASK_TOKEN))
+    return found
 
 
-def _resolve_mask(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, given: int | None
-) -> int:
-    found = given
-    if found is None:
-        found = find_mask_token_id(config, tokenizer)
-    if found is None:
-        raise InputError(
-            "the checkpoint names no mask token",
-            hint="pass `mask_token_id`; an autoregressive model gets one in training, "
-            "by `model.add_mask_token: true`",
-        )
-    return _in_vocabulary("mask_token_id", found, config)
-
-
-def _resolve_eos(
-    generation_config: GenerationConfig | None,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    given: int | list[int] | None,
-) -> tuple[int, ...]:
-    """`given`, else what the generation config, the config or the tokenizer says."""
-    sources = (generation_config, config, tokenizer)
-    candidates = [given, *(getattr(source, "eos_token_id", None) for source in sources)]
-    named = [ids for ids in candidates if ids not in (None, [], ())]
-    if not named:
-        raise InputError(
-            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
-        )
-    found: Any = named[0]
-    several = found if isinstance(found, (list, tuple)) else [found]
-    checked = [_in_vocabulary("eos_token_id", token, config) for token in several]
-    return tuple(dict.fromkeys(checked))
-
-
-def _resolve_pad(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, eos: tuple[int, ...]
-) -> int:
-    """What the tokenizer or the config says, if it lies in the vocabulary, else the first EOS."""
-    for source in (tokenizer, config):
-        token = getattr(source, "pad_token_id", None)
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
-            return token
-    return eos[0]
-
-
-def _resolve_block_length(config: PreTrainedConfig, given: int | None) -> int:
-    """`given`, else the config's, else the family's."""
-    found = given
-    if found is None:
-        found = getattr(config, "block_length", None)
-    if found is None:
-        found = FAMILY_BLOCK_LENGTH.get(config.model_type)
-    if found is None:
-        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
-    check_number("block_length", found, low=1, whole=True)
-    return int(found)
+def _first(*candidates: Any) -> Any:
+    """The first of the candidates that says something; None if none does."""
+    return next((each for each in candidates if each not in (None, [], ())), None)
 
 
 def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:

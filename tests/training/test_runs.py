@@ -1,4 +1,4 @@
-"""Runs of `dmax train`: a second start, what is refused before compute, where errors point."""
+"""Runs of `dmax train`: a second start, torn files, full disks, and errors before any compute."""
 
 from __future__ import annotations
 

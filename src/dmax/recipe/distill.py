@@ -91,7 +91,8 @@ def _responses(
         return
     messages = {index: [{"role": "user", "content": text}] for index, text in prompts.items()}
     longest = max(messages, key=lambda index: len(llm.encode(messages[index])))
-    waiting = iter(sorted(messages, key=lambda index: index != longest))
+    others = [index for index in messages if index != longest]
+    waiting = iter([longest, *others])
     batch_size = min(llm.options.max_batch_size, len(prompts))
     engine = llm.engine(params.block_length, max_batch_size=batch_size)
     requests: dict[int, Request] = {}
@@ -119,7 +120,7 @@ def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
         try:
             record = json.loads(line)
             index = record["index"]
-            is_ours = isinstance(index, int) and prompts[index] == record["prompt"] and index >= 0
+            is_ours = isinstance(index, int) and index >= 0 and prompts[index] == record["prompt"]
         except (ValueError, LookupError, TypeError):
             is_ours = False
         if not is_ours:

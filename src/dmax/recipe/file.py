@@ -1,4 +1,4 @@
-"""A YAML file that knows the line of each of its keys, so that every complaint about it says where to look."""
+"""A YAML file that knows the line of each of its keys, so that every error says where to look."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -42,7 +43,10 @@ class RecipeFile:
             raise self.wrong(key, f"in `{key}`, {error.message}", error.hint) from error
 
     def check_keys(self, prefix: str, section: Any, known: set[str]) -> None:
-        """Raise `InputError` unless the value at `prefix` is a mapping of known keys; an empty prefix is the file."""
+        """Raise `InputError` unless the value at `prefix` is a mapping of known keys.
+
+        An empty prefix is the whole file.
+        """
         if not isinstance(section, dict):
             raise self.wrong(prefix, f"`{prefix}` must be a mapping")
         for key in section:
@@ -53,26 +57,27 @@ class RecipeFile:
                 )
 
     def check_types(self, prefix: str, section: dict[str, Any], kind: type) -> None:
-        """Raise `InputError` for a value that is not of the type its field has in the dataclass `kind`.
+        """Raise `InputError` for a value whose type is not that of its field in a dataclass.
 
-        Fields of plain types only: what transformers converts by itself is left to it. YAML reads
+        Only fields of plain types are checked: transformers converts others by itself. YAML reads
         5e-4 as a text.
         """
         hints = get_type_hints(kind)
         for key, value in section.items():
-            members = (
-                (hints[key],)
-                if get_origin(hints[key]) is dict
-                else get_args(hints[key]) or (hints[key],)
-            )
-            types = {get_origin(member) or member for member in members}
-            if not types <= {int, float, str, bool, dict, type(None)}:
-                continue
-            if type(value) not in types | ({int} if float in types else set()):
+            types = _plain_types(hints[key])
+            accepted = types | {int} if float in types else types
+            if types and type(value) not in accepted:
                 names = " or ".join(sorted(member.__name__ for member in types - {type(None)}))
-                raise self.wrong(
-                    f"{prefix}.{key}", f"`{prefix}.{key}` must be {names}, got {value!r}"
-                )
+                name = f"{prefix}.{key}"
+                raise self.wrong(name, f"`{name}` must be {names}, got {value!r}")
+
+
+def _plain_types(hint: Any) -> set[type]:
+    """The types that a field may have; empty if one of them is more than a plain type."""
+    is_union = get_origin(hint) in (Union, UnionType)
+    members = get_args(hint) if is_union else (hint,)
+    types = {get_origin(member) or member for member in members}
+    return types if types <= {int, float, str, bool, dict, type(None)} else set()
 
 
 def read_recipe_file(path: Path) -> RecipeFile:
@@ -103,7 +108,7 @@ def read_recipe_file(path: Path) -> RecipeFile:
         yaml.YAMLError,
         ValueError,
         RecursionError,
-    ) as error:  # no such date; an anchor that contains itself
+    ) as error:  # a date or an anchor that is none
         raise InputError(
             f"{path}:{_line_of(error, text)}: not valid YAML ({type(error).__name__})"
         ) from None

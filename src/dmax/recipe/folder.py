@@ -1,4 +1,4 @@
-"""The folder of a training run, `<output_dir>-run`: its checkpoints, and what they were trained by."""
+"""The folder of a training run, `<output_dir>-run`: its checkpoints, and what trained them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dmax train` with a recipe that has a `head`: record states of a trained model, fit a head to them."""
+"""`dmax train` with a recipe that has a `head`: fit a head to states of a trained model."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def run_recipe(
 
 @torch.no_grad()
 def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
-    """Replace every weight by (1 - share) of itself + share of `other`'s, router biases included."""
+    """Make every weight (1 - share) of itself + share of `other`'s, router biases included."""
     for name, value in (*model.named_parameters(), *model.named_buffers()):  # tied ones come once
         if name in other:  # buffers that follow from the config are in no file
             value.lerp_(other[name].to(value), share)

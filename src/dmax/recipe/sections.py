@@ -1,4 +1,4 @@
-"""What a recipe says: its sections, read from a YAML file and checked before anything is computed."""
+"""What a recipe says: its sections, read from YAML and checked before anything is computed."""
 
 from __future__ import annotations
 
