@@ -25,8 +25,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dmax.attention import ATTENTION_FUNCTIONS, Mask, eager_attention_forward, prepare_mask
 from dmax.kernels.block_attention import block_attention, can_attend
-from dmax.kernels.norm import add_rms_norm, can_fuse, rms_norm
-from dmax.kernels.router import route
+from dmax.kernels.norm import add_rms_norm, fits_kernel, rms_norm
+from dmax.kernels.router import router_logits, select_experts
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
 from dmax.models.llada2_moe.files import check_before_loading
@@ -48,7 +48,7 @@ class LLaDA2MoeRMSNorm(nn.Module):
 
 def add_and_norm(x: Tensor, more: Tensor, norm: LLaDA2MoeRMSNorm) -> tuple[Tensor, Tensor]:
     """The sum of `x` and `more` [..., D], and its norm: one kernel where there is one."""
-    if can_fuse(norm.weight, x, more):
+    if fits_kernel(norm.weight, x, more):
         return add_rms_norm(x, more, norm.weight, norm.eps)
     total = x + more
     return total, norm(total)
@@ -214,7 +214,8 @@ class LLaDA2MoeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of tokens [N, D]: indices [N, K] int64 and weights [N, K] float32."""
-        return route(x, self.weight, self.expert_bias, **self.settings)
+        logits = router_logits(x, self.weight)
+        return select_experts(logits, self.expert_bias, **self.settings)
 
 
 class LLaDA2MoeSparseBlock(nn.Module):
