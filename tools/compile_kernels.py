@@ -119,7 +119,7 @@ def attention(num_rows: int, span: int, num_heads: int = 16) -> None:
 def router(num_tokens: int) -> None:
     bias = new(EXPERTS, dtype=torch.float32)
     logits = new(num_tokens, EXPERTS, dtype=torch.float32)
-    router_triton.select(logits, bias, CHOSEN, 8, 4, scaling=2.5)
+    router_triton.select_experts(logits, bias, CHOSEN, 8, 4, scaling=2.5)
 
 
 def norm(num_tokens: int) -> None:

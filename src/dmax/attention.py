@@ -93,32 +93,6 @@ def prepare_mask(mask: Mask, dtype: torch.dtype, implementation: str | None) -> 
     return additive.masked_fill_(mask, 0.0)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention operation by operation, with the softmax in float32; arguments as for `sdpa`.
-
-    Returns:
-        The heads' outputs [B, L, H, d], and the attention weights [B, H, L, S].
-    """
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # [B, H, L, S]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
 def sdpa_attention_forward(
     module: nn.Module,
     query: Tensor,

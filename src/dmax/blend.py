@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels
+from dmax.kernels import can_fuse, triton_kernels
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -48,12 +48,7 @@ def embed_tokens(
     if soft is None:
         return embed(tokens)
     table = _plain_table(embed)
-    if (
-        table is not None
-        and implementation(table.device) == "triton"
-        and table.dtype in FUSED_DTYPES
-        and not torch.is_grad_enabled()
-    ):
+    if table is not None and can_fuse(table, soft.probs):
         return triton_kernels("blend").embed_soft(
             table, tokens, soft.where, soft.ids, soft.probs, mask_token_id, soft.renormalize
         )

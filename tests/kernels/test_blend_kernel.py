@@ -93,14 +93,13 @@ class Scaled(nn.Embedding):
         return 3 * super().forward(ids)
 
 
-@pytest.mark.usefixtures("triton_device")
+@pytest.mark.usefixtures("kernels")
 def test_the_kernel_runs_for_plain_tables_where_triton_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dmax.kernels import blend_triton
 
     sentinel = torch.zeros(1)
-    monkeypatch.setattr(blend, "implementation", lambda device: "triton")
     monkeypatch.setattr(blend_triton, "embed_soft", lambda *_: sentinel)
     _, tokens, soft = case(1, torch.float32)
 

@@ -12,7 +12,7 @@ from dmax.cache import CacheWindow
 from dmax.checkpoint import new_checkpoint
 from dmax.engine.batch import Batch
 from dmax.engine.runner import ModelRunner
-from dmax.kernels import block_attention
+from dmax.kernels import block_attention, can_fuse, using
 from dmax.kernels.block_attention import can_attend
 from dmax.models import LLaDA2MoeConfig
 from dmax.special_ids import SpecialIds
@@ -71,8 +71,13 @@ def run(
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
-    """Where they run from now on."""
-    monkeypatch.setattr(block_attention, "implementation", lambda device: "triton")
+    """The device where the kernels of attention run, and from now on do so; no others do."""
+
+    def can_fuse_here(*tensors: Tensor) -> bool:
+        with using("triton"):
+            return can_fuse(*tensors)
+
+    monkeypatch.setattr(block_attention, "can_fuse", can_fuse_here)
     return triton_device
 
 

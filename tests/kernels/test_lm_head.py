@@ -234,7 +234,7 @@ def test_hidden_states_may_be_a_slice(triton_head: Head) -> None:
 
 
 def test_what_the_kernel_cannot_do_goes_to_the_twin(
-    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+    monkeypatch: pytest.MonkeyPatch, kernels: torch.device
 ) -> None:
     from dmax.kernels import lm_head_triton
 
@@ -245,10 +245,9 @@ def test_what_the_kernel_cannot_do_goes_to_the_twin(
         calls.append((weight.dtype, k))
         return run(hidden, weight, k, *rest)
 
-    monkeypatch.setattr(lm_head, "implementation", lambda device: "triton")
     monkeypatch.setattr(lm_head_triton, "top_k_of_tiles", spy)
-    hidden = torch.randn(2, 16, device=triton_device)
-    weight = torch.randn(40, 16, device=triton_device)
+    hidden = torch.randn(2, 16, device=kernels)
+    weight = torch.randn(40, 16, device=kernels)
     lm_head_top_k(hidden, weight, 2, 5)
     lm_head_top_k(hidden.double(), weight.double(), 2, 5)
     lm_head_top_k(hidden, weight, 9, 5)

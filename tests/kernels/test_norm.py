@@ -6,17 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmax.kernels import norm
-from dmax.kernels.norm import add_rms_norm, can_fuse, rms_norm
+from dmax.kernels.norm import add_rms_norm, fits_kernel, rms_norm
 
 EPS = 1e-6
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> torch.device:
-    """Where they run from now on."""
-    monkeypatch.setattr(norm, "implementation", lambda device: "triton")
-    return triton_device
 
 
 def case(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,24 +49,23 @@ def test_views_are_taken(kernels: torch.device) -> None:
     torch.testing.assert_close(found.cpu(), weight * x / x.square().mean(-1, True).sqrt())
 
 
-@pytest.mark.usefixtures("triton_device")
+@pytest.mark.usefixtures("kernels")
 def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from dmax.kernels import norm_triton
 
     sentinel = torch.zeros(1)
-    monkeypatch.setattr(norm, "implementation", lambda device: "triton")
     monkeypatch.setattr(norm_triton, "add_rms_norm", lambda *_: (sentinel, sentinel))
     x, more, weight = case(8, torch.float32)
 
     def fuses(x: Tensor, more: Tensor, weight: Tensor) -> bool:
         is_fused = rms_norm(x, weight, EPS) is sentinel
-        assert can_fuse(weight, x, more) == is_fused
+        assert fits_kernel(weight, x, more) == is_fused
         return is_fused
 
     assert fuses(x, more, weight)
     assert not fuses(x.double(), more.double(), weight.double())
     assert not fuses(x.half(), more.half(), weight)  # a norm in float32 of 16 bits promotes
-    assert not can_fuse(weight.to("meta"), x, more)  # a weight that is not loaded yet
+    assert not fits_kernel(weight.to("meta"), x, more)  # a weight that is not loaded yet
     learned = weight.clone().requires_grad_()
     assert not fuses(x, more, learned)  # a gradient is wanted, and the kernel has none
     with torch.no_grad():

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmax.kernels import router
-from dmax.kernels.router import route, select
+from dmax.kernels.router import router_logits, select_experts
 
 ROUTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "one group": (8, dict(top_k=2)),
@@ -40,9 +39,9 @@ def test_the_kernel_equals_the_twin(name: str, biased: bool, triton_device: torc
     num_experts, routing = ROUTINGS[name]
     logits = torch.randn(33, num_experts)
     bias = torch.randn(num_experts) / 4 if biased else None
-    expected = spread(select(logits, bias, **routing), num_experts)
+    expected = spread(select_experts(logits, bias, **routing), num_experts)
     on_device = None if bias is None else bias.to(triton_device)
-    actual = router_triton.select(logits.to(triton_device), on_device, **routing)
+    actual = router_triton.select_experts(logits.to(triton_device), on_device, **routing)
     torch.testing.assert_close(spread(actual, num_experts), expected)
 
 
@@ -50,7 +49,7 @@ def test_ties_go_to_the_lowest_index(triton_device: torch.device) -> None:
     from dmax.kernels import router_triton
 
     logits = torch.zeros(2, 8, device=triton_device)
-    index, weights = router_triton.select(logits, None, 2, 4, 2)
+    index, weights = router_triton.select_experts(logits, None, 2, 4, 2)
     assert index.tolist() == [[0, 1]] * 2
     assert weights.tolist() == [[0.5, 0.5]] * 2
 
@@ -63,26 +62,29 @@ def test_a_nan_chooses_no_expert_that_is_not_there(triton_device: torch.device) 
     logits[1, 2] = float("nan")
     logits[2] = float("inf")
     logits[3] = float("-inf")
-    index, _ = router_triton.select(logits.to(triton_device), None, 3, 3, 2)
+    index, _ = router_triton.select_experts(logits.to(triton_device), None, 3, 3, 2)
     assert set(index.flatten().tolist()) <= set(range(6))
 
 
 def test_the_kernel_runs_where_triton_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+    monkeypatch: pytest.MonkeyPatch, kernels: torch.device
 ) -> None:
     from dmax.kernels import router_triton
 
-    chosen = []
-    monkeypatch.setattr(router, "implementation", lambda device: "triton")
-    monkeypatch.setattr(
-        router_triton, "select", lambda *arguments: chosen.append(arguments) or select(*arguments)
-    )
-    x = torch.randn(5, 16, device=triton_device)
-    weight = torch.randn(8, 16, device=triton_device, requires_grad=True)
-    route(x, weight, None, 2)
-    assert not chosen  # a gradient is wanted, and the kernel has none
+    calls = []
+    run = router_triton.select_experts
+
+    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(router_triton, "select_experts", spy)
+    x = torch.randn(5, 16, device=kernels)
+    weight = torch.randn(8, 16, device=kernels, requires_grad=True)
+    select_experts(router_logits(x, weight), None, 2)
+    assert not calls  # a gradient is wanted, and the kernel has none
     with torch.no_grad():
-        route(x.double(), weight.double(), None, 2)
-        assert not chosen
-        index, weights = route(x, weight, None, 2)
-    assert len(chosen) == 1 and index.shape == weights.shape == (5, 2)
+        select_experts(router_logits(x.double(), weight.double()), None, 2)
+        assert not calls
+        index, weights = select_experts(router_logits(x, weight), None, 2)
+    assert len(calls) == 1 and index.shape == weights.shape == (5, 2)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Size, Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dmax.errors import InputError
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM, register
-from dmax.models.llada2_moe.conversion import published_layout
+from dmax.models.llada2_moe.conversion import merged_layout, per_expert
 
 register()
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada2_moe_a"
@@ -29,6 +29,14 @@ FLASH: dict[str, Any] = dict(
     moe_intermediate_size=1024,
     num_attention_heads=32,
 )
+
+
+def published_layout(model: PreTrainedModel) -> dict[str, Size]:
+    """Names and shapes of per-expert files, as on the hub and as `save_pretrained` writes them."""
+    layout: dict[str, Size] = {}
+    for name, shape in merged_layout(model).items():
+        layout |= per_expert(name, shape)
+    return layout
 
 
 def table(

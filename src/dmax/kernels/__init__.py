@@ -11,7 +11,8 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, get_args
+from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 
@@ -65,8 +66,17 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def can_fuse(*tensors: torch.Tensor) -> bool:
+    """Whether Triton kernels run on these tensors; only device, dtypes and gradients decide."""
+    return (
+        implementation(tensors[0].device) == "triton"
+        and all(tensor.dtype in FUSED_DTYPES for tensor in tensors)
+        and not wants_gradient(*tensors)
+    )
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def triton_kernels(name: str) -> Any:
+def triton_kernels(name: str) -> ModuleType:
     """The module `dmax.kernels.<name>_triton`, imported when it is needed: it imports triton.
 
     Code under `torch.compile`, which cannot trace an import, takes the module as a constant.

@@ -10,23 +10,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmax.cache import CacheWindow
-from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
+from dmax.kernels import can_fuse, triton_kernels
 
 
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bool:
     """Whether `block_attention` takes these arguments.
 
-    Only the kind of cache, dtypes and devices decide. Three cases are left to the twin: forwards
+    Only the kind of cache, dtypes, devices and gradients decide. Three cases are left to the twin: forwards
     whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
     """
     return (
         isinstance(cache, CacheWindow)
         and cache.is_block
-        and implementation(heads.device) == "triton"
-        and heads.dtype in FUSED_DTYPES
+        and can_fuse(heads)
         and heads.dtype == cache.cache.keys[0].dtype
         and all(weight.device == heads.device for weight in norms)
-        and not wants_gradient(heads)
     )
 
 

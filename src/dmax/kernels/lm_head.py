@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmax.confidence import LARGEST, Candidates, candidates, concatenate, take_best
 from dmax.errors import InputError
-from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels
+from dmax.kernels import can_fuse, triton_kernels
 
 MAX_FUSED_CANDIDATES = 8  # the kernel makes one pass over its tile for each of them
 CHUNK_BYTES = 64 * 2**20  # float32 logits that the twin holds at once
@@ -46,11 +46,7 @@ def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) ->
         message = f"top-{k} of the vocabulary was asked for"
         raise InputError(message, hint="ask for one candidate or more")
     k = min(k, weight.shape[0] - 1)
-    if (
-        implementation(weight.device) == "triton"
-        and k <= MAX_FUSED_CANDIDATES
-        and weight.dtype in FUSED_DTYPES
-    ):
+    if k <= MAX_FUSED_CANDIDATES and can_fuse(weight):
         kernels = triton_kernels("lm_head")
         return merge_tiles(*kernels.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST))
     return lm_head_top_k_torch(hidden, weight, k, mask_token_id)

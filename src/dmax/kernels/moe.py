@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
+from dmax.kernels import can_fuse, implementation, triton_kernels
 from dmax.kernels.quant import QuantizedWeight
 
 Activation = Callable[[Tensor], Tensor]
@@ -58,24 +58,15 @@ def fused_moe_experts_forward(
     gate_up = experts.gate_up_proj
     down = experts.down_proj
     if (
-        can_fuse(hidden_states, experts.act_fn)
+        can_fuse(hidden_states, top_k_weights, gate_up, down)
         and hidden_states.dtype == gate_up.dtype
         and top_k_index.numel() <= MAX_FUSED_PAIRS_PER_EXPERT * gate_up.shape[0]
-        and not wants_gradient(hidden_states, top_k_weights, gate_up, down)
+        and isinstance(experts.act_fn, SILU)
         and not getattr(experts, "_is_expert_parallel", False)
     ):
         return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
     grouped_mm = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return grouped_mm(experts, hidden_states, top_k_index, top_k_weights)
-
-
-def can_fuse(tokens: Tensor, act_fn: Activation) -> bool:
-    """Whether the Triton kernels run on these tokens with this activation."""
-    return (
-        implementation(tokens.device) == "triton"
-        and tokens.dtype in FUSED_DTYPES
-        and isinstance(act_fn, SILU)
-    )
 
 
 def fused_moe(

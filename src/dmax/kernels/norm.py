@@ -10,36 +10,34 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
+from dmax.kernels import can_fuse, triton_kernels
 
 MAX_SIZE = 8192  # of what is normed: a program holds all of it
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of `x` [..., D], times `weight` [D]."""
-    if can_fuse(weight, x):
+    if fits_kernel(weight, x):
         _, normed = triton_kernels("norm").add_rms_norm(x, None, weight, eps)
         return normed
     return weight * F.rms_norm(x, weight.shape, eps=eps)
 
 
 def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of `x` and `more` [..., D], and its norm times `weight` [D]; see `can_fuse`.
+    """The sum of `x` and `more` [..., D], and its norm times `weight` [D]; see `fits_kernel`.
 
     The twin is an addition and `rms_norm`.
     """
     return triton_kernels("norm").add_rms_norm(x, more, weight, eps)
 
 
-def can_fuse(weight: Tensor, *inputs: Tensor) -> bool:
-    """Whether there is a kernel for these tensors; only shapes, dtypes and devices decide.
+def fits_kernel(weight: Tensor, *inputs: Tensor) -> bool:
+    """Whether the kernel takes these tensors; only sizes, dtypes, devices and gradients decide.
 
     A weight that is elsewhere (offloaded) comes when the module that owns it runs.
     """
     return (
-        implementation(inputs[0].device) == "triton"
+        can_fuse(*inputs, weight)
         and len(weight) <= MAX_SIZE
-        and weight.dtype in FUSED_DTYPES
         and all(each.dtype == weight.dtype and each.device == weight.device for each in inputs)
-        and not wants_gradient(weight, *inputs)
     )

@@ -15,12 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import FUSED_DTYPES, implementation, triton_kernels, wants_gradient
+from dmax.kernels import can_fuse, triton_kernels
 
 
-def route(
-    x: Tensor,
-    weight: Tensor,
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Tokens [N, D] times router weights [E, D]: [N, E] in float32 or wider, even under autocast."""
+    device = x.device.type
+    if device != "cpu" and x.dtype == weight.dtype != torch.float32 and can_fuse(x, weight):
+        # Products of 16 bits are exact in float32, so no wide copies are needed.
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    # Leaving autocast costs as much as a small product, so it is left only where it is on.
+    is_on = not x.is_meta and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_on else nullcontext():
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight.to(wide))
+
+
+def select_experts(
+    logits: Tensor,
     bias: Tensor | None,
     top_k: int,
     num_groups: int = 1,
@@ -28,11 +40,10 @@ def route(
     normalizes: bool = True,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The experts of every token and how much each of them counts.
+    """The experts of every token, and how much each of them counts.
 
     Args:
-        x: [N, D] tokens.
-        weight: [E, D] of the router.
+        logits: [N, E] float32, or float64.
         bias: [E] float32; it steers which experts are chosen, never their weights.
         top_k: K.
         num_groups: the experts are divided into so many groups of one size.
@@ -42,42 +53,12 @@ def route(
         scaling: what the weights are multiplied with.
 
     Returns:
-        Indices [N, K] int64, in no order, and weights [N, K] float32 (float64 for float64 tokens).
+        Indices [N, K] int64, in no order, and weights [N, K] in the dtype of `logits`.
     """
-    is_fused = (
-        implementation(x.device) == "triton"
-        and x.dtype in FUSED_DTYPES
-        and not wants_gradient(x, weight)
-    )
-    pick = triton_kernels("router").select if is_fused else select
-    if is_fused and x.device.type != "cpu" and x.dtype == weight.dtype != torch.float32:
-        # Products of 16 bits are exact in float32, so no wide copies are needed.
-        logits = torch.mm(x, weight.T, out_dtype=torch.float32)
-    else:
-        logits = router_logits(x, weight)
-    return pick(logits, bias, top_k, num_groups, num_kept_groups, normalizes, scaling)
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of tokens and router weights, [N, E] in float32 or wider, even under autocast."""
-    device = x.device.type
-    # Leaving autocast costs as much as a small product, so it is left only where it is on.
-    is_on = not x.is_meta and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if is_on else nullcontext():
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight.to(wide))
-
-
-def select(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    num_groups: int = 1,
-    num_kept_groups: int = 1,
-    normalizes: bool = True,
-    scaling: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Indices and weights from logits [N, E], as `route` gives them: the twin of the kernel."""
+    if can_fuse(logits):
+        return triton_kernels("router").select_experts(
+            logits, bias, top_k, num_groups, num_kept_groups, normalizes, scaling
+        )
     scores = logits.sigmoid()
     choice = scores if bias is None else scores + bias
     if num_kept_groups < num_groups:

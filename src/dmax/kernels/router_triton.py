@@ -59,7 +59,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
     tl.store(weights + token * K + column, chosen * scaling, mask=column < K)
 
 
-def select(
+def select_experts(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
@@ -68,7 +68,7 @@ def select(
     normalizes: bool = True,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`dmax.kernels.router.select` for float32 logits; ties go to the lowest index."""
+    """`dmax.kernels.router.select_experts` for float32 logits; ties go to the lowest index."""
     num_tokens, num_experts = logits.shape
     index = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)

@@ -1,4 +1,4 @@
-"""Model architectures, registered with transformers' Auto classes so that no remote code is needed."""
+"""Model architectures, registered with transformers' Auto classes: no remote code is needed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig, LLaDA2MoeVeomn
 from dmax.models.llada2_moe.conversion import CONVERSIONS
 from dmax.models.llada2_moe.modeling import LLaDA2MoeModel, LLaDA2MoeModelLM
 
-# Written for block diffusion; every other architecture goes through `models.backbone`.
-NATIVE = (LLaDA2MoeModelLM,)
+NATIVE = (LLaDA2MoeModelLM,)  # all other architectures go through `models.backbone`
 
 
 def register() -> None:
-    """Make `Auto*.from_pretrained` give our classes; calling it again changes nothing."""
+    """Make `Auto*.from_pretrained` return our classes; calling it again changes nothing."""
     moe.register()
     AutoConfig.register(LLaDA2MoeConfig.model_type, LLaDA2MoeConfig, exist_ok=True)
     AutoConfig.register(LLaDA2MoeVeomniConfig.model_type, LLaDA2MoeVeomniConfig, exist_ok=True)

@@ -1,9 +1,10 @@
-"""Any dense transformers decoder (Llama, Qwen2, Qwen3, …) as a block-diffusion model, with no modelling file of ours.
+"""Any dense transformers decoder (Llama, Qwen2, Qwen3, …) as a block-diffusion model.
 
-A causal language model hides later positions by itself unless it is given a 4-D mask, wants that
-mask in a form that depends on its attention implementation, and takes its cache under a name that
-depends on the release of transformers. All three are settled in the model's inputs; its weights,
-class and files stay as they were published.
+There is no modelling file of ours for them. A causal language model differs from what we need in
+three things. It hides later positions by itself unless it is given a 4-D mask. It wants that mask
+in a form that depends on its attention implementation. It takes its cache under a name that depends
+on the release of transformers. All three are settled in the inputs of the model; its weights, class
+and files stay as they were published.
 
 Shapes: B sequences, L new positions, T cached positions.
 """
@@ -23,21 +24,17 @@ from dmax.attention import prepare_mask
 from dmax.errors import InputError
 from dmax.special_ids import MASK_TOKEN
 
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # the ones that take any mask
-LINEAR_HEADS = (
-    "llama",
-    "qwen2",
-    "qwen3",
-)  # logits are hidden states times the output embeddings, nothing more
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # those that take any mask
+LINEAR_HEADS = ("llama", "qwen2", "qwen3")  # logits are a product and nothing else
 
 
 def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a causal language model one whose visibility the attention mask alone decides; returns the same object.
+    """Make a causal language model one in which only the mask decides what a position sees.
 
-    From then on `forward` takes what `LLaDA2MoeModelLM.forward` takes: a bool or additive mask [B,
-    1, L, T + L], or None for "everything visible", and any cache as `past_key_values`. Its logits
-    are read as predictions of the token *at* each position; a checkpoint that was trained to
-    predict the next one has to learn that first.
+    The same object is returned. From then on `forward` takes what `LLaDA2MoeModelLM.forward` takes:
+    a bool or additive mask [B, 1, L, T + L], or None for "everything visible", and any cache as
+    `past_key_values`. Its logits are read as predictions of the token *at* each position. A
+    checkpoint that was trained to predict the next one has to learn that first.
 
     Raises:
         InputError: an architecture that would not obey the mask, or an attention implementation
@@ -46,21 +43,18 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
     if reason := _unsuitable(model):
         raise InputError(
             f"{type(model).__name__} cannot be a block-diffusion backbone: {reason}",
-            hint="dense decoders with full attention in every layer can, such as Llama, Qwen2 and Qwen3",
+            hint="dense decoders with full attention in every layer can, "
+            "such as Llama, Qwen2 and Qwen3",
         )
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
         if isinstance(module, GradientCheckpointingLayer):
-            # The cache that training passes records a layer once, however often backward replays it
-            # (`ContextCache`).
+            # A `ContextCache` records a layer once, however often backward replays it.
             module._can_checkpoint_with_cache = True
     for module in (model, model.base_model):
-        cache_name = (
-            "cache"
-            if "cache" in inspect.signature(module.forward).parameters
-            else "past_key_values"
-        )
+        parameters = inspect.signature(module.forward).parameters
+        cache_name = "cache" if "cache" in parameters else "past_key_values"
         module.register_forward_pre_hook(partial(_prepare_inputs, cache_name), with_kwargs=True)
     model.has_linear_head = model.config.model_type in LINEAR_HEADS
     return model
@@ -69,63 +63,65 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
 def _prepare_inputs(
     cache_name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put mask and cache into the form that `model` expects; input that is in it already stays as it is."""
+    """Put mask and cache into the form that `model` expects; inputs in that form stay as they are."""
     inputs = dict(kwargs)
     caches = [inputs.pop(name, None) for name in ("past_key_values", "cache")]
     cache = next((cache for cache in caches if cache is not None), None)
     mask = inputs.get("attention_mask")
     if mask is None:  # the model would take it for "causal"
-        new = next(
-            x
-            for x in (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids"))
-            if x is not None
-        )
-        seen = cache.get_seq_length() if cache is not None else 0
-        mask = torch.ones(
-            1, 1, new.shape[1], seen + new.shape[1], dtype=torch.bool, device=new.device
-        )
+        given = (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids"))
+        new = next(tensor for tensor in given if tensor is not None)
+        length = new.shape[1]
+        seen = 0 if cache is None else cache.get_seq_length()
+        mask = torch.ones(1, 1, length, seen + length, dtype=torch.bool, device=new.device)
     inputs["attention_mask"] = prepare_mask(mask, model.dtype, model.config._attn_implementation)
-    # Without `use_cache=False` a model that is given no cache builds one of its own.
+    # Without `use_cache=False`, a model that is given no cache builds one of its own.
     return args, inputs | {cache_name: cache, "use_cache": False}
 
 
 def _unsuitable(model: Any) -> str | None:
-    """Why a model's visibility cannot be left to the mask, or None if it can."""
+    """Why visibility cannot be left to the mask in this model, or None if it can."""
     config = model.config
-    implementation = model.config._attn_implementation
+    implementation = config._attn_implementation
     if implementation not in ATTENTION_IMPLEMENTATIONS:
-        return f"`attn_implementation` must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}"
-    num_layers = config.num_hidden_layers
-    num_attentions = sum(hasattr(m, "is_causal") for m in model.modules())
+        names = ", ".join(ATTENTION_IMPLEMENTATIONS)
+        return f"`attn_implementation` must be one of {names}, got {implementation!r}"
+    num_attentions = sum(hasattr(module, "is_causal") for module in model.modules())
     if (
         not model._supports_attention_backend
         or model.base_model is model
-        or num_attentions != num_layers
+        or num_attentions != config.num_hidden_layers
     ):
         return "not each of its layers attends through transformers' attention interface"
-    # Without a list of layer types a window is every layer's; one as long as the context hides
-    # nothing.
+    # Without a list of layer types, all layers have the window. A window as long as the context
+    # hides nothing.
     window = getattr(config, "sliding_window", None)
-    partial_layers = set(getattr(config, "layer_types", None) or ["sliding_attention"]) - {
-        "full_attention"
-    }
+    layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    harmless = {"full_attention"}
     if window is None or window >= config.max_position_embeddings:
-        partial_layers -= {"sliding_attention"}
-    if partial_layers:
+        harmless.add("sliding_attention")
+    if layer_types - harmless:
         return f"some of its layers see only a part of the context (`sliding_window` {window})"
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        return "its rotary frequencies depend on the longest sequence of the batch (`rope_type` longrope)"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return (
+            "its rotary frequencies depend on the longest sequence of the batch "
+            "(`rope_type` longrope)"
+        )
     if getattr(config, "kv_lora_rank", None) is not None:
-        return "its keys and values are of different sizes (latent attention), which the cache does not hold"
+        return (
+            "its keys and values are of different sizes (latent attention), "
+            "which the cache does not hold"
+        )
     return None
 
 
 @torch.no_grad()
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give a model that has none a mask token, `<|mask|>`, and its tokenizer too; returns the new id.
+    """Give a model that has none a mask token, `<|mask|>`, and its tokenizer too; returns its id.
 
     Its embedding starts as the mean of all others, which is close to none of them. Spare rows of an
-    embedding that is longer than the vocabulary are used up before new ones are made.
+    embedding that is longer than the vocabulary are used before new ones are made.
     """
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     mask = int(tokenizer.mask_token_id)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dmax.errors import InputError
-from dmax.kernels import wants_gradient
-from dmax.kernels.moe import Activation, can_fuse, fused_moe, routed
+from dmax.kernels import can_fuse, wants_gradient
+from dmax.kernels.moe import SILU, Activation, fused_moe, routed
 from dmax.kernels.quant import FP8, Format, QuantizedWeight, quantize
 
 
@@ -54,9 +54,11 @@ class QuantizedExperts(nn.Module):
             )
         gate_up = QuantizedWeight(self.gate_up_values, self.gate_up_scale)
         down = QuantizedWeight(self.down_values, self.down_scale)
-        if can_fuse(hidden_states, self.act_fn) and self._gpu_has_format():
-            return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
-        return routed(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+        arguments = hidden_states, top_k_index, top_k_weights, gate_up, down
+        has_kernel = can_fuse(hidden_states) and isinstance(self.act_fn, SILU)
+        if has_kernel and self._gpu_has_format():
+            return fused_moe(*arguments)
+        return routed(*arguments, self.act_fn)
 
     def _gpu_has_format(self) -> bool:
         """Whether Triton compiles the format: e4m3 takes compute capability 8.9 or later."""

@@ -1,4 +1,4 @@
-"""Configuration of LLaDA-2.x mixture-of-experts models, with the attribute names of the published `config.json`."""
+"""Configuration of LLaDA-2.x models, with the attribute names of the published `config.json`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from transformers import PreTrainedConfig
 
 
 class LLaDA2MoeConfig(PreTrainedConfig):
-    """LLaDA-2.x (`model_type: llada2_moe`): grouped-query attention, partial rotary, sigmoid-routed experts.
+    """Configuration of a LLaDA-2.x model; the defaults are those of LLaDA-2.0-mini.
 
-    The defaults are those of LLaDA-2.0-mini. The published configuration names neither a mask token
-    nor a block length; checkpoints written by dmax add `mask_token_id` and `block_length`, and both
-    stay `None` for published ones, where the tokenizer and the family's default of 32 decide (see
-    `dmax.checkpoint`).
+    A published configuration names neither a mask token nor a block length. Its `mask_token_id` and
+    `block_length` stay None; the tokenizer and the family's default of 32 then decide. Checkpoints
+    written by dmax name both.
     """
 
     model_type = "llada2_moe"
@@ -58,7 +57,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     block_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check what the router and the attention rely on; raises `ValueError` naming the offending fields."""
+        """Check what router and attention rely on; a `ValueError` names the fields that are wrong."""
         for name in LLaDA2MoeConfig.__annotations__:
             value = getattr(self, name)
             kind = type(getattr(LLaDA2MoeConfig, name))
@@ -66,45 +65,44 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             if wanted and not name.endswith("_token_id") and type(value) not in wanted:
                 raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
         super().__post_init__(**kwargs)
-        if self.score_function != "sigmoid":
-            raise ValueError(
-                f"`score_function` must be 'sigmoid' for llada2_moe, got {self.score_function!r}"
-            )
+        score = self.score_function
+        if score != "sigmoid":
+            raise ValueError(f"`score_function` must be 'sigmoid' for llada2_moe, got {score!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of "
                 f"`num_key_value_heads` ({self.num_key_value_heads})"
             )
-        if self.num_experts % max(self.n_group, 1):
+        num_groups = max(self.n_group, 1)
+        if self.num_experts % num_groups:
             raise ValueError(
-                f"`num_experts` ({self.num_experts}) must be a multiple of `n_group` ({self.n_group})"
+                f"`num_experts` ({self.num_experts}) must be a multiple of "
+                f"`n_group` ({self.n_group})"
             )
-        choice = self.num_experts * min(self.topk_group, self.n_group) // max(self.n_group, 1)
-        if (
-            self.num_hidden_layers > self.first_k_dense_replace
-            and not 1 <= self.num_experts_per_tok <= choice
-        ):
+        choice = self.num_experts * min(self.topk_group, self.n_group) // num_groups
+        has_experts = self.num_hidden_layers > self.first_k_dense_replace
+        if has_experts and not 1 <= self.num_experts_per_tok <= choice:
             raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must lie between 1 and the {choice} experts of "
-                f"the `topk_group` ({self.topk_group}) groups that a token may choose from"
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must lie between 1 and the "
+                f"{choice} experts of the `topk_group` ({self.topk_group}) groups that a token may "
+                "choose from"
             )
 
     @property
     def rotary_dim(self) -> int:
-        """Number of leading head dimensions that carry rotary positions; the rest pass through."""
+        """Number of leading dimensions of a head that carry rotary positions."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @rotary_dim.setter
     def rotary_dim(self, value: int) -> None:
-        # Published configs store it beside the factor it follows from; the factor is the one we
-        # keep.
-        if value != self.rotary_dim:
-            raise ValueError(
-                f"`rotary_dim` {value} contradicts `partial_rotary_factor` × `head_dim` {self.rotary_dim}"
-            )
+        # Published configurations store it beside the factor that it follows from.
+        expected = self.rotary_dim
+        if value != expected:
+            product = "`partial_rotary_factor` × `head_dim`"
+            raise ValueError(f"`rotary_dim` {value} contradicts {product} {expected}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The published keys beside transformers' own, so that other engines read what we write."""
+        """Published keys beside transformers' own, so that other engines read what we write."""
         record = super().to_dict()
         record["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
         record["rotary_dim"] = self.rotary_dim
@@ -112,9 +110,9 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
 
 class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
-    """Alias for merged training checkpoints (`model_type: llada2_moe_veomni`): only their files are laid out otherwise.
+    """Alias for merged training checkpoints, whose files are laid out in another way.
 
-    Reading one gives a plain `LLaDA2MoeConfig`, so the model and everything it saves are of the
+    Reading one gives a plain `LLaDA2MoeConfig`, so the model and all that it saves have the
     published type.
     """
 
@@ -123,6 +121,5 @@ class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `LLaDA2MoeConfig.from_dict`, whatever model type the record names."""
-        return LLaDA2MoeConfig.from_dict(
-            {**config_dict, "model_type": LLaDA2MoeConfig.model_type}, **kwargs
-        )
+        published = config_dict | {"model_type": LLaDA2MoeConfig.model_type}
+        return LLaDA2MoeConfig.from_dict(published, **kwargs)

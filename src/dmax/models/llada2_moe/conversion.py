@@ -1,8 +1,8 @@
-"""Published weight layouts of `llada2_moe` and the stacked one in memory, as tables used for loading and saving.
+"""Weight layouts of `llada2_moe` in files and in memory, as tables for loading and saving.
 
-Per-expert files (the hub) hold `experts.{e}.gate_proj.weight` and its siblings; merged files
-(`llada2_moe_veomni`, training) hold them stacked over experts. In memory gate and up are one tensor
-per layer.
+Per-expert files (the hub) hold `experts.{e}.gate_proj.weight` and its siblings. Merged files
+(`llada2_moe_veomni`, training) hold them stacked over experts. In memory, gate and up are one
+tensor per layer.
 """
 
 from __future__ import annotations
@@ -34,39 +34,28 @@ PER_EXPERT = [
         operations=[MergeModulelist(dim=0)],
     ),
 ]
-# Loading uses whichever rows match the files. Saving must be given one layout: with both,
-# transformers would write gate and up merged but down per expert.
+# Loading uses the rows that match the files. Saving needs one layout: with both, transformers would
+# write gate and up merged, but down per expert.
 CONVERSIONS: list[WeightConverter | WeightRenaming] = [*MERGED, *PER_EXPERT]
 
 
 def merged_layout(model: nn.Module) -> dict[str, Size]:
-    """Tensor names and shapes of merged files for `model` (the meta device suffices)."""
+    """Tensor names and shapes of merged files for `model`, which may be on the meta device."""
     layout = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("mlp.experts.gate_up_proj"):
             experts, rows, columns = tensor.shape
             stem = name.removesuffix("gate_up_proj")
-            layout[f"{stem}gate_proj"] = layout[f"{stem}up_proj"] = Size(
-                (experts, rows // 2, columns)
-            )
+            for projection in ("gate_proj", "up_proj"):
+                layout[stem + projection] = Size((experts, rows // 2, columns))
         else:
             layout[name] = tensor.shape
     return layout
 
 
 def per_expert(name: str, shape: Size) -> dict[str, Size]:
-    """What one tensor of the merged layout is called in the per-expert one: itself, or one tensor for each expert."""
-    stem, is_expert, projection = name.partition("mlp.experts.")
-    if not is_expert:
+    """One tensor of the merged layout in the per-expert one: itself, or a tensor for each expert."""
+    stem, experts, projection = name.partition("mlp.experts.")
+    if not experts:
         return {name: shape}
-    return {
-        f"{stem}mlp.experts.{expert}.{projection}.weight": shape[1:] for expert in range(shape[0])
-    }
-
-
-def published_layout(model: nn.Module) -> dict[str, Size]:
-    """Tensor names and shapes of per-expert files for `model`, as on the hub and as `save_pretrained` writes them."""
-    layout: dict[str, Size] = {}
-    for name, shape in merged_layout(model).items():
-        layout |= per_expert(name, shape)
-    return layout
+    return {f"{stem}{experts}{e}.{projection}.weight": shape[1:] for e in range(shape[0])}

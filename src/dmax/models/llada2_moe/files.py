@@ -1,4 +1,4 @@
-"""Checkpoint files against the model they should fill, from their headers alone: no weight is read.
+"""Checkpoint files against the model that they should fill, from their headers: no weight is read.
 
 A damaged or foreign file becomes one sentence that names file and tensor, before minutes of
 loading.
@@ -21,11 +21,13 @@ from dmax.errors import InputError
 from dmax.models.llada2_moe.conversion import merged_layout, per_expert
 
 HINT = "copy or download the checkpoint again, or check that its config.json belongs to these files"
+INTEGERS = ("I", "U", "BOOL")  # how their dtypes begin
+HARMLESS = "rotary_emb.inv_freq"  # in files of old releases; it follows from the configuration
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies, its shape and dtype (such as BF16), as its file's header says."""
+    """Where a tensor is stored, with its shape and dtype (such as BF16) from the file's header."""
 
     file: Path
     shape: Size
@@ -33,13 +35,18 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Tensors of one safetensors file; raises `InputError` if it is missing, unreadable or not as long as it says."""
+    """The tensors of one safetensors file.
+
+    Raises:
+        InputError: it is missing, unreadable, or not as long as it says.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            # A length past the end of the file is damage, not a reason to allocate it.
-            entries = json.loads(stream.read(length)) if 8 + length <= size else None
+            if 8 + length > size:  # damage, and no reason to allocate so much
+                raise ValueError("no header")
+            entries = json.loads(stream.read(length))
         if not isinstance(entries, dict):
             raise ValueError("no header")
         entries.pop("__metadata__", None)
@@ -51,37 +58,41 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise InputError(f"{file} is missing", hint=HINT) from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(
-            f"{file} is not a readable safetensors file ({error})", hint=HINT
-        ) from None
+        message = f"{file} is not a readable safetensors file ({error})"
+        raise InputError(message, hint=HINT) from None
     if size != end:
-        raise InputError(
-            f"{file} is truncated or damaged: {size} bytes, its header promises {end}", hint=HINT
-        )
+        message = f"{file} is truncated or damaged: {size} bytes, its header promises {end}"
+        raise InputError(message, hint=HINT)
     return tensors
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Tensors of a folder's weight files: `model.safetensors`, else the shards its index names; empty if neither is."""
+    """The tensors of a folder's weight files; empty without any.
+
+    They are in `model.safetensors`, or else in the shards that the index names.
+
+    Raises:
+        InputError: as `read_header`, an unreadable index, or a tensor that its shard lacks.
+    """
     single = folder / "model.safetensors"
+    if single.exists():
+        return read_header(single)
     index = folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return read_header(single) if single.exists() else {}
+    if not index.exists():
+        return {}
     try:
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{index} is not a readable index of safetensors files ({error!r})", hint=HINT
-        ) from None
+        message = f"{index} is not a readable index of safetensors files ({error!r})"
+        raise InputError(message, hint=HINT) from None
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         found |= read_header(folder / shard)
     for name, shard in weight_map.items():
         if name not in found:
-            raise InputError(
-                f"{folder / shard} lacks tensor `{name}`, which the index promises", hint=HINT
-            )
+            message = f"{folder / shard} lacks tensor `{name}`, which the index promises"
+            raise InputError(message, hint=HINT)
     return found
 
 
@@ -93,7 +104,7 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
 
     Args:
         folder: a checkpoint folder.
-        model: the model to fill, on any device; only names and shapes are looked at.
+        model: the model to fill, on any device; only names and shapes are read.
     """
     folder = Path(folder)
     found = read_headers(folder)
@@ -105,85 +116,70 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
     optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = [name for name in expected if name not in found and name not in optional]
     if missing:
-        where = _common_file(found, folder)
-        raise InputError(
-            f"{where} lacks {_listed(missing)}, expected with shape {list(expected[missing[0]])}",
-            hint=HINT,
-        )
+        files = {tensor.file for tensor in found.values()}
+        where = files.pop() if len(files) == 1 else folder
+        wanted = list(expected[missing[0]])
+        message = f"{where} lacks {_listed(missing)}, expected with shape {wanted}"
+        raise InputError(message, hint=HINT)
     for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
-            raise InputError(
-                f"{found[name].file}: tensor `{name}` has shape {list(found[name].shape)}, expected {list(shape)}",
-                hint=HINT,
-            )
-        if name in found and found[name].dtype.startswith(
-            ("I", "U", "BOOL")
-        ):  # would be cast, codes taken for weights
-            raise InputError(
-                f"{found[name].file}: tensor `{name}` holds integers ({found[name].dtype}), expected floating point",
-                hint="take the checkpoint with its unquantised weights",
-            )
-    # Old releases stored the rotary frequencies, which follow from the config.
-    unexpected = [
-        name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")
-    ]
+        if name in found:
+            _check_tensor(name, found[name], shape)
+    unexpected = [name for name in found if name not in expected and not name.endswith(HARMLESS)]
     if unexpected:
+        file = found[unexpected[0]].file
+        message = f"{file} holds {_listed(unexpected)}, unknown to the model"
+        raise InputError(message, hint=HINT)
+
+
+def _check_tensor(name: str, stored: StoredTensor, expected: Size) -> None:
+    if stored.shape != expected:
+        shape = f"shape {list(stored.shape)}, expected {list(expected)}"
+        raise InputError(f"{stored.file}: tensor `{name}` has {shape}", hint=HINT)
+    if stored.dtype.startswith(INTEGERS):  # transformers would take the codes for weights
         raise InputError(
-            f"{found[unexpected[0]].file} holds {_listed(unexpected)}, unknown to the model",
-            hint=HINT,
+            f"{stored.file}: tensor `{name}` holds integers ({stored.dtype}), "
+            "expected floating point",
+            hint="take the checkpoint with its unquantised weights",
         )
 
 
 def check_before_loading(
     model_class: Any, source: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """`check_files` for a plain `from_pretrained(folder)`; anything unusual (a hub id, a variant, …) is left alone."""
-    if (
-        args
-        or not set(kwargs) <= _ORDINARY
-        or not isinstance(source, (str, os.PathLike))
-        or not os.path.isdir(source)
-    ):
+    """`check_files` for a plain `from_pretrained(folder)`; anything unusual is not checked.
+
+    Unusual are a hub id, a variant, weights given by hand, and the like.
+    """
+    if args or not set(kwargs) <= ORDINARY:
         return
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+        return
+    config_class = model_class.config_class
     config = kwargs.get("config")
     if config is None:
-        config = model_class.config_class.from_pretrained(source)
-    if not isinstance(config, model_class.config_class) or getattr(
-        config, "quantization_config", None
-    ):
+        config = config_class.from_pretrained(source)
+    if not isinstance(config, config_class) or getattr(config, "quantization_config", None):
         return
     with torch.device("meta"):
-        model = model_class(
-            copy.deepcopy(config)
-        )  # the constructor may settle fields of its config
+        model = model_class(copy.deepcopy(config))  # the constructor may settle fields of it
     check_files(source, model)
 
 
-# What changes neither which files are read nor what they should hold.
-_ORDINARY = {
-    *("config", "dtype", "torch_dtype", "device_map", "max_memory", "low_cpu_mem_usage"),
-    *(
-        "attn_implementation",
-        "experts_implementation",
-        "trust_remote_code",
-        "output_loading_info",
-        "weights_only",
-    ),
-    *("local_files_only", "cache_dir", "force_download", "token", "revision", "code_revision"),
-    *("adapter_kwargs", "_from_auto", "_commit_hash"),
-}
+ORDINARY = set(
+    """
+    config dtype torch_dtype device_map max_memory low_cpu_mem_usage
+    attn_implementation experts_implementation trust_remote_code output_loading_info weights_only
+    local_files_only cache_dir force_download token revision code_revision
+    adapter_kwargs _from_auto _commit_hash
+    """.split()
+)
+"""Arguments that change neither which files are read nor what they should hold."""
 
 
 def _listed(names: list[str]) -> str:
+    """Up to three of the names, after their number."""
     shown = ", ".join(f"`{name}`" for name in names[:3])
-    return (
-        f"tensor {shown}"
-        if len(names) == 1
-        else f"{len(names)} tensors ({shown}{', …' if len(names) > 3 else ''})"
-    )
-
-
-def _common_file(found: dict[str, StoredTensor], folder: Path) -> Path:
-    """The one file everything lies in, else the folder."""
-    files = {tensor.file for tensor in found.values()}
-    return files.pop() if len(files) == 1 else folder
+    if len(names) == 1:
+        return f"tensor {shown}"
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} tensors ({shown}{more})"

@@ -22,11 +22,12 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from dmax.attention import ATTENTION_FUNCTIONS, Mask, eager_attention_forward, prepare_mask
+from dmax.attention import ATTENTION_FUNCTIONS, Mask, prepare_mask
 from dmax.kernels.block_attention import block_attention, can_attend
-from dmax.kernels.norm import add_rms_norm, can_fuse, rms_norm
-from dmax.kernels.router import route
+from dmax.kernels.norm import add_rms_norm, fits_kernel, rms_norm
+from dmax.kernels.router import router_logits, select_experts
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
 from dmax.models.llada2_moe.files import check_before_loading
@@ -48,7 +49,7 @@ class LLaDA2MoeRMSNorm(nn.Module):
 
 def add_and_norm(x: Tensor, more: Tensor, norm: LLaDA2MoeRMSNorm) -> tuple[Tensor, Tensor]:
     """The sum of `x` and `more` [..., D], and its norm: one kernel where there is one."""
-    if can_fuse(norm.weight, x, more):
+    if fits_kernel(norm.weight, x, more):
         return add_rms_norm(x, more, norm.weight, norm.eps)
     total = x + more
     return total, norm(total)
@@ -64,9 +65,8 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
         parameters = config.rope_parameters or {}
         self.rope_type = parameters.get("rope_type", "default")
         self.config = config
-        inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
-        if self.rope_type != "default":
-            inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config, None)
+        functions = ROPE_INIT_FUNCTIONS | {"default": self.compute_default_rope_parameters}
+        inv_freq, self.attention_scaling = functions[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -214,7 +214,8 @@ class LLaDA2MoeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of tokens [N, D]: indices [N, K] int64 and weights [N, K] float32."""
-        return route(x, self.weight, self.expert_bias, **self.settings)
+        logits = router_logits(x, self.weight)
+        return select_experts(logits, self.expert_bias, **self.settings)
 
 
 class LLaDA2MoeSparseBlock(nn.Module):
@@ -286,14 +287,11 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, LLaDA2MoeExperts):
-            nn.init.normal_(module.gate_up_proj, std=std)
-            nn.init.normal_(module.down_proj, std=std)
-        elif isinstance(module, LLaDA2MoeRouter):
-            nn.init.normal_(module.weight, std=std)
-            if module.expert_bias is not None:
-                nn.init.zeros_(module.expert_bias)
+        if isinstance(module, LLaDA2MoeExperts | LLaDA2MoeRouter):
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=self.config.initializer_range)
+            for bias in module.buffers(recurse=False):
+                nn.init.zeros_(bias)
 
 
 class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
