@@ -57,23 +57,13 @@ def run_recipe(
         from dmax.recipe.head import train_head
 
         return train_head(recipe, recipe.head, replace=not resume, report=report)
-    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
-    args = _arguments(recipe, run_dir)
+    args = _arguments(recipe)
     task = _task(recipe)
     with recipe.file.at("output_dir"):
-        check_target(recipe.output_dir)
-        run = RunFolder(run_dir, _settings(recipe, args), fresh=not resume)
-        is_written = (recipe.output_dir / "config.json").is_file()
-        if is_written and not (recipe.output_dir / "dmax.json").is_file():
-            raise InputError(f"{recipe.output_dir} holds a checkpoint of something else", MOVE)
-        if run.is_finished and is_written:
-            report(f"already finished: {recipe.output_dir}")
-            return recipe.output_dir
-        run.find_checkpoint(report)
-        if is_written and resume and run.last_checkpoint is None:
-            raise InputError(
-                f"{recipe.output_dir} holds a checkpoint that is not of this run", ANEW
-            )
+        run = _run_folder(recipe, args, resume, report)
+    if run.is_finished:
+        report(f"already finished: {recipe.output_dir}")
+        return recipe.output_dir
 
     set_seed(args.seed)
     decoding = get_objective(args.objective, args.rollout).decoding
@@ -115,6 +105,29 @@ def run_recipe(
     return recipe.output_dir
 
 
+def _run_folder(
+    recipe: Recipe, args: DMaxConfig, resume: bool, report: Callable[[str], None]
+) -> RunFolder:
+    """The folder of the run, which is finished only if its result is there too.
+
+    Raises:
+        InputError: something else is in the place of the run or of its result.
+    """
+    output_dir = recipe.output_dir
+    check_target(output_dir)
+    run = RunFolder(Path(args.output_dir), _settings(recipe, args), fresh=not resume)
+    is_written = (output_dir / "config.json").is_file()
+    if is_written and not (output_dir / "dmax.json").is_file():
+        raise InputError(f"{output_dir} holds a checkpoint of something else", MOVE)
+    run.is_finished = run.is_finished and is_written
+    if run.is_finished:
+        return run
+    run.find_checkpoint(report)
+    if is_written and resume and run.last_checkpoint is None:
+        raise InputError(f"{output_dir} holds a checkpoint that is not of this run", ANEW)
+    return run
+
+
 @torch.no_grad()
 def blend_weights(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
     """Make every weight (1 - share) of itself + share of `other`'s, router biases included."""
@@ -137,7 +150,8 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
     return int(result.global_step)
 
 
-def _arguments(recipe: Recipe, run_dir: Path) -> DMaxConfig:
+def _arguments(recipe: Recipe) -> DMaxConfig:
+    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
     with recipe.file.at("training"):
         try:
             return DMaxConfig(output_dir=str(run_dir), **recipe.training)
