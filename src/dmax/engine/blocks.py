@@ -43,19 +43,18 @@ class OpenBlocks:
         self.mask_token_id = special_ids.mask_token_id
         self.block_length = special_ids.block_length
         self.embed = embed
-        self._eos_token_ids = torch.tensor(special_ids.eos_token_ids, device=device)
         num_rows = num_slots * strategy.blocks
         shape = (num_rows, self.block_length)
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.active = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.confidence = torch.zeros(shape, device=device)
-        self.step = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.max_steps = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.ignores_eos = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.numbers = {
-            name: torch.zeros(num_rows, 1, device=device) for name in strategy.numbers()
-        }
+        with device:
+            self._eos_token_ids = torch.tensor(special_ids.eos_token_ids)
+            self.tokens = torch.zeros(shape, dtype=torch.long)
+            self.masked = torch.zeros(shape, dtype=torch.bool)
+            self.active = torch.zeros(shape, dtype=torch.bool)
+            self.confidence = torch.zeros(shape)
+            self.step = torch.zeros(num_rows, dtype=torch.long)
+            self.max_steps = torch.zeros(num_rows, dtype=torch.long)
+            self.ignores_eos = torch.zeros(num_rows, dtype=torch.bool)
+            self.numbers = {name: torch.zeros(num_rows, 1) for name in strategy.numbers()}
         # What strategies remember and feed back; made when they first do.
         self.state: State = {}
         self.feedback: State = {}
@@ -67,8 +66,7 @@ class OpenBlocks:
 
     def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
         """Give the rows of a slot the settings of the request that has it now."""
-        own = self.rows_of(slot)
-        rows = slice(own.start, own.stop)
+        rows = list(self.rows_of(slot))
         for name, value in strategy.numbers().items():
             self.numbers[name][rows] = value
         steps = self.block_length * strategy.blocks + strategy.extra_steps
@@ -79,7 +77,8 @@ class OpenBlocks:
         """Open a block: it begins with `known` tokens, the end of the prompt, then it is masked."""
         self.tokens[row] = self.mask_token_id
         self.tokens[row, : len(known)] = torch.tensor(known, dtype=torch.long)
-        self.masked[row] = torch.arange(self.block_length, device=self.masked.device) >= len(known)
+        self.masked[row] = True
+        self.masked[row, : len(known)] = False
         self.active[row] = self.masked[row]
         self.step[row] = 0
         self.confidence[row] = 0
