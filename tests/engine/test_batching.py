@@ -332,18 +332,19 @@ def test_steps_are_captured_with_what_is_remembered_and_fed_back(
 
 
 @torch.inference_mode()
-def test_steps_of_one_shape_share_a_graph() -> None:
+def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scripted(confident([1] * 160, 0.6), max_batch_size=4, max_length=160)
     for index in range(3):
         engine.add(request((1,), index, max_new_tokens=2 * L))
     engine.step()
     ((blocks, _, _),) = engine.batches()
     captured = list[Replay]()
-    steps = GraphedSteps(spare_slot=3, capacity=160, capture=recorder(captured))
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
+    steps = GraphedSteps(engine.runner)
 
     def flags_of(num_rows: int) -> Tensor:
         rows = [(slot, 0, 0, slot, -1) for slot in range(num_rows)]
-        return steps(engine.runner, blocks, Batch.of(rows, [], L))
+        return steps(blocks, Batch.of(rows, [], L))
 
     for num_rows in (3, 3, 3, 4, 2, 2):
         assert flags_of(num_rows).shape == (6, num_rows)
