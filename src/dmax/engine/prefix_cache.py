@@ -43,8 +43,11 @@ class PrefixCache:
         for index in range(len(self._use(digests)), len(digests)):
             start = index * self.block_length
             keys, values = cache.read(slot, start, start + self.block_length)
-            if not self._make_room(keys.nbytes + values.nbytes, digests):
+            most = self.max_bytes // (keys.nbytes + values.nbytes)
+            if index >= most:
                 break
+            if len(self._blocks) == most:
+                self._blocks.popitem(last=False)
             self._blocks[digests[index]] = (keys, values)
         self._use(digests)
 
@@ -63,12 +66,3 @@ class PrefixCache:
         for digest in reversed(known):
             self._blocks.move_to_end(digest)
         return [self._blocks[digest] for digest in known]
-
-    def _make_room(self, block_bytes: int, kept: list[bytes]) -> bool:
-        """Drop the oldest blocks until one more fits; False if only `kept` ones are left."""
-        while (len(self._blocks) + 1) * block_bytes > self.max_bytes:  # all are of one size
-            oldest = next(iter(self._blocks), None)
-            if oldest is None or oldest in kept:
-                return False
-            del self._blocks[oldest]
-        return True
