@@ -96,15 +96,16 @@ class OpenBlocks:
         if num_branches > 1:
             branches = self.strategy.branches(self.view(rows), self.state_of(rows))
             return self.embed(branches.flatten(0, 1))
-        feedback = {name: values[rows] for name, values in self.feedback.items()}
+        tokens = self.tokens[rows]
+        if not self.feedback:
+            return self.embed(tokens)
+        feedback = _of_rows(self.feedback, rows)
         if "embeds" in feedback:
             is_first = (self.step[rows] == 0)[:, None, None]
-            return torch.where(is_first, self.embed(self.tokens[rows]), feedback["embeds"])
-        soft = None
-        if feedback:
-            decoded = self.active[rows] & ~self.masked[rows]
-            soft = SoftTokens(decoded, **feedback, renormalize=self.strategy.renormalize)
-        return embed_tokens(self.embed, self.tokens[rows], soft, self.mask_token_id)
+            return torch.where(is_first, self.embed(tokens), feedback["embeds"])
+        decoded = self.active[rows] & ~self.masked[rows]
+        soft = SoftTokens(decoded, **feedback, renormalize=self.strategy.renormalize)
+        return embed_tokens(self.embed, tokens, soft, self.mask_token_id)
 
     # --- after a forward ---
 
@@ -134,12 +135,11 @@ class OpenBlocks:
 
     def strategy_of(self, rows: Tensor) -> Strategy:
         """The strategy with the numbers [B, 1] of these rows."""
-        numbers = {name: values[rows] for name, values in self.numbers.items()}
-        return self.strategy.with_numbers(numbers)
+        return self.strategy.with_numbers(_of_rows(self.numbers, rows))
 
     def state_of(self, rows: Tensor) -> State:
         """What the strategy remembers of these rows."""
-        return {name: values[rows] for name, values in self.state.items()}
+        return _of_rows(self.state, rows)
 
     def store(self, rows: Tensor, advance: Advance, decision: Decision, state: State) -> None:
         """Keep what a step made of the blocks in `rows` [B]."""
@@ -152,8 +152,8 @@ class OpenBlocks:
         if decision.embeds is not None:
             self._keep(self.feedback, rows, {"embeds": decision.embeds})
         if decision.soft is not None:
-            soft = {"ids": decision.soft.ids, "probs": decision.soft.probs}
-            self._keep(self.feedback, rows, soft)
+            ids, probs, _ = decision.soft
+            self._keep(self.feedback, rows, {"ids": ids, "probs": probs})
 
     def may_open_next(self, rows: Tensor) -> Tensor:
         """[B] bool, enough of the block is settled and it holds no EOS: the next one may open."""
@@ -179,3 +179,7 @@ class OpenBlocks:
             if name not in kept:
                 kept[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
             kept[name][rows] = value
+
+
+def _of_rows(tensors: State, rows: Tensor) -> State:
+    return {name: values[rows] for name, values in tensors.items()}

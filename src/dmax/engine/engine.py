@@ -23,7 +23,7 @@ from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner
 from dmax.engine.scheduler import Scheduler
-from dmax.engine.sequence import Sequence, finished, gumbel_noise, own_generator
+from dmax.engine.sequence import Sequence, finished, own_generator
 from dmax.engine.step import step
 from dmax.errors import InputError
 from dmax.outputs import Cost, StreamEvent
@@ -62,10 +62,8 @@ class Engine:
         self.special_ids = special_ids
         self.block_length = special_ids.block_length
         self.options = options
-        self.prefix_cache: PrefixCache | None = None
-        if options.prefix_cache_mib:
-            num_bytes = options.prefix_cache_mib * 2**20
-            self.prefix_cache = PrefixCache(self.block_length, num_bytes)
+        num_bytes = options.prefix_cache_mib * 2**20
+        self.prefix_cache = PrefixCache(self.block_length, num_bytes) if num_bytes else None
         self._scheduler = Scheduler(
             block_length=self.block_length,
             vocab_size=model.config.vocab_size,
@@ -186,7 +184,7 @@ class Engine:
         self._prefill()
         return events
 
-    def batches(self) -> list[tuple[OpenBlocks, Batch, list[Sequence]]]:
+    def batches(self) -> Iterator[tuple[OpenBlocks, Batch, list[Sequence]]]:
         """The forwards of the next step, on the host: sequences decoded alike share one.
 
         `dmax.engine.step.step(engine.runner, blocks, batch.to(device))` runs one of them.
@@ -197,20 +195,21 @@ class Engine:
             if slot not in unfilled:
                 alike = (sequence.blocks, sequence.num_branches)
                 groups.setdefault(alike, []).append(sequence)
-        return [
-            (blocks, self._batch(sequences), sequences) for (blocks, _), sequences in groups.items()
-        ]
-
-    def _batch(self, sequences: list[Sequence]) -> Batch:
-        rows = [row for each in sequences for row in each.forward_rows()]
-        rows.sort(key=lambda row: row[3] >= 0)  # pending blocks first
-        pending = [block for each in sequences for block in each.pending]
-        return Batch.of(rows, pending, self.block_length, sequences[0].num_branches)
+        for (blocks, num_branches), sequences in groups.items():
+            rows = [row for each in sequences for row in each.forward_rows()]
+            rows.sort(key=lambda row: row[3] >= 0)  # pending blocks first
+            pending = [block for each in sequences for block in each.pending]
+            batch = Batch.of(rows, pending, self.block_length, num_branches)
+            yield blocks, batch, sequences
 
     def _step(self, blocks: OpenBlocks, batch: Batch, sequences: list[Sequence]) -> Tensor:
         """Take the step of sequences that share a forward, and count it."""
         runner = self.runner
-        noise = gumbel_noise(sequences, self.model.config.vocab_size, runner.device)
+        noise = None
+        if any(sequence.generator is not None for sequence in sequences):
+            vocab_size = self.model.config.vocab_size
+            noise = torch.cat([each.gumbel_noise(vocab_size) for each in sequences])
+            noise = noise.to(runner.device)
         if self._graphs is not None and noise is None:
             flags = self._graphs(blocks, batch)
         else:
@@ -312,7 +311,7 @@ class Engine:
                 starts = range(self.runner.cache.lengths[slot], sequence.start, length)
                 sequence.pending = [prompt_ids[start : start + length] for start in starts]
             if chunk:
-                self._encode([self._sequences[slot] for slot in chunk], size)
+                self._encode(chunk, size)
             unfilled = self._unfilled()
             is_last = any(left <= self._scheduler.prefill_tokens for left in unfilled.values())
             if is_running or joining or not is_last:
@@ -320,21 +319,21 @@ class Engine:
 
     def _unfilled(self) -> dict[int, int]:
         """By slot in order of admission, prompt tokens that are neither encoded nor pending."""
-        left = {
-            slot: sequence.first - self.runner.cache.lengths[slot]
+        return {
+            slot: left
             for slot, sequence in self._sequences.items()
+            if (left := sequence.first - self.runner.cache.lengths[slot])
         }
-        return {slot: num for slot, num in left.items() if num}
 
-    def _encode(self, sequences: list[Sequence], size: int) -> None:
+    def _encode(self, slots: list[int], size: int) -> None:
         """Encode the next `size` tokens of prompts in a forward of their own."""
         runner = self.runner
         tokens = []
-        for sequence in sequences:
-            start = runner.cache.lengths[sequence.slot]
+        for slot in slots:
+            sequence = self._sequences[slot]
+            start = runner.cache.lengths[slot]
             tokens.append(sequence.request.prompt_ids[start : start + size])
             sequence.cost += Cost(num_prefill_forwards=1)
-        slots = [sequence.slot for sequence in sequences]
         runner.prefill(slots, torch.tensor(tokens, device=runner.device))
 
     # --- memory ---

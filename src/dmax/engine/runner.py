@@ -48,11 +48,12 @@ class ModelRunner:
         self.model = model
         self.block_length = special_ids.block_length
         self.mask_token_id = special_ids.mask_token_id
-        self.embed: Embed = model.get_input_embeddings()
+        embeddings = model.get_input_embeddings()
+        self.embed: Embed = embeddings
         self._lm_head: Tensor | None = None
         if getattr(model, "has_linear_head", False):
             self._lm_head = model.get_output_embeddings().weight
-        weight = model.get_input_embeddings().weight
+        weight = embeddings.weight
         self.device = weight.device
         config = model.config
         num_heads = config.num_attention_heads
@@ -104,6 +105,7 @@ class ModelRunner:
         Returns:
             What the model says of the R rows of open blocks.
         """
+        num_open = len(embeds)
         if batch.num_pending:
             embeds = torch.cat((self.embed(batch.pending), embeds))
         where = batch.where[:3]  # slots, starts and positions of the rows
@@ -111,13 +113,13 @@ class ModelRunner:
         lm_head = self._lm_head
         if lm_head is None:
             inputs = self._inputs(embeds, where, keys, batch.in_order)
-            return self._output_of_model(inputs, batch.num_rows - batch.num_pending, hidden_states)
+            return self._output_of_model(inputs, num_open, hidden_states)
         if self.compiled:
             _mark_dynamic(embeds, 0)
             _mark_dynamic(where, 1)
             _mark_dynamic(keys, 0)
         hidden = self._run(embeds, where, keys, batch.in_order and not self.compiled)
-        opened = hidden[batch.num_pending :]  # [R, L, D]
+        opened = hidden[-num_open:]  # [R, L, D]
 
         def best(k: int) -> Candidates:
             found = lm_head_top_k(opened.flatten(0, 1), lm_head, k, self.mask_token_id)

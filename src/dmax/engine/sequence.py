@@ -82,6 +82,14 @@ class Sequence:
         )
         self.pending = []
 
+    def gumbel_noise(self, vocab_size: int) -> Tensor:
+        """Gumbel noise times the temperature for the open blocks, [B, L, V] float32 on the host."""
+        shape = (len(self.rows), self.blocks.block_length, vocab_size)
+        if self.generator is None:
+            return torch.zeros(shape)
+        exponential = torch.empty(shape).exponential_(generator=self.generator)
+        return self.request.params.temperature * -exponential.log()
+
     # --- what becomes of it after the forward ---
 
     def settle(self, flags: Iterable[tuple[bool, ...]], provisional: bool) -> Iterator[StreamEvent]:
@@ -120,9 +128,8 @@ class Sequence:
                 yield self.finish()
                 return
         if provisional:
-            starts = count(self.start, self.blocks.block_length)
-            for row, start in zip(self.rows, starts, strict=False):
-                yield self._event("provisional", row, start)
+            for row in self.rows:
+                yield self._event("provisional", row)
         self.open_next(may_open_next[-1])
 
     def open_next(self, may_open: bool) -> None:
@@ -152,17 +159,17 @@ class Sequence:
 
     def _close(self) -> StreamEvent:
         """Turn the first open block into a finished one."""
-        event = self._event("committed", self.rows.pop(0), self.start)
+        event = self._event("committed", self.rows[0])
+        self.rows.pop(0)
         known = self.request.prompt_ids[self.start :]  # the end of the prompt, in its first block
         self.pending.append((*known, *event.token_ids))
         self.generated += event.token_ids
         self.start += self.blocks.block_length
         return event
 
-    def _event(
-        self, kind: Literal["provisional", "committed"], row: int, start: int
-    ) -> StreamEvent:
-        """The open block in `row`, which begins at position `start`, as it stands."""
+    def _event(self, kind: Literal["provisional", "committed"], row: int) -> StreamEvent:
+        """The open block in `row` as it stands."""
+        start = self.start + self.rows.index(row) * self.blocks.block_length
         num_prompt = len(self.request.prompt_ids)
         first = max(num_prompt - start, 0)
         return StreamEvent(
@@ -191,27 +198,5 @@ def own_generator(params: DecodingParams) -> torch.Generator | None:
     if params.temperature == 0:
         return None
     generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
-
-
-def gumbel_noise(sequences: list[Sequence], vocab_size: int, device: torch.device) -> Tensor | None:
-    """Gumbel noise times the temperature for all open blocks; None if all decode greedily.
-
-    Returns:
-        [B, L, V] float32, from each request's own generator, 0 for greedy ones.
-    """
-    if all(sequence.generator is None for sequence in sequences):
-        return None
-    noise = []
-    for sequence in sequences:
-        shape = (len(sequence.rows), sequence.blocks.block_length, vocab_size)
-        if sequence.generator is None:
-            noise.append(torch.zeros(shape))
-        else:
-            exponential = torch.empty(shape).exponential_(generator=sequence.generator)
-            noise.append(sequence.request.params.temperature * -exponential.log())
-    return torch.cat(noise).to(device)
+    seed = generator.seed() if params.seed is None else params.seed
+    return generator.manual_seed(seed)
