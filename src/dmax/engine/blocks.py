@@ -66,7 +66,8 @@ class OpenBlocks:
 
     def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
         """Give the rows of a slot the settings of the request that has it now."""
-        rows = list(self.rows_of(slot))
+        own = self.rows_of(slot)
+        rows = slice(own.start, own.stop)
         for name, value in strategy.numbers().items():
             self.numbers[name][rows] = value
         steps = self.block_length * strategy.blocks + strategy.extra_steps
