@@ -283,7 +283,7 @@ class Engine:
         return blocks
 
     def _fail(self, sequence: Sequence, error: InputError) -> StreamEvent:
-        """End a request that has no result."""
+        """Free a slot; the last event of a request that has no result."""
         self._release(sequence)
         return StreamEvent("finished", "", (), index=sequence.request.index, error=error)
 
@@ -313,8 +313,9 @@ class Engine:
             if chunk:
                 self._encode(chunk, size)
             unfilled = self._unfilled()
-            is_last = any(left <= self._scheduler.prefill_tokens for left in unfilled.values())
-            if is_running or joining or not is_last:
+            limit = self._scheduler.prefill_tokens
+            has_last_chunk = any(left <= limit for left in unfilled.values())
+            if is_running or joining or not has_last_chunk:
                 return
 
     def _unfilled(self) -> dict[int, int]:
