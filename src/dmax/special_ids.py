@@ -59,11 +59,37 @@ def resolve_special_ids(
     Raises:
         InputError: something is neither given nor in the files, or lies outside the vocabulary.
     """
-    mask = _resolve_mask(config, tokenizer, mask_token_id)
-    eos = _resolve_eos(generation_config, config, tokenizer, eos_token_id)
-    pad = _resolve_pad(config, tokenizer, eos)
-    length = _resolve_block_length(config, block_length)
-    return SpecialIds(mask, eos, pad, length)
+    mask = _first(mask_token_id, find_mask_token_id(config, tokenizer))
+    if mask is None:
+        raise InputError(
+            "the checkpoint names no mask token",
+            hint="pass `mask_token_id`; an autoregressive model gets one in training, "
+            "by `model.add_mask_token: true`",
+        )
+    _check_token("mask_token_id", mask, config)
+
+    sources = (generation_config, config, tokenizer)
+    named = [eos_token_id, *(getattr(source, "eos_token_id", None) for source in sources)]
+    ends: Any = next((ids for ids in named if ids not in (None, [], ())), None)
+    if ends is None:
+        raise InputError(
+            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
+        )
+    eos = ends if isinstance(ends, (list, tuple)) else [ends]
+    for token in eos:
+        _check_token("eos_token_id", token, config)
+
+    # What lies outside the vocabulary is no padding; the first EOS serves as well.
+    pads = [getattr(source, "pad_token_id", None) for source in (tokenizer, config)]
+    usable = [pad for pad in pads if isinstance(pad, int) and 0 <= pad < config.vocab_size]
+    pad = usable[0] if usable else eos[0]
+
+    family = FAMILY_BLOCK_LENGTH.get(config.model_type)
+    length = _first(block_length, getattr(config, "block_length", None), family)
+    if length is None:
+        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
+    check_number("block_length", length, low=1, whole=True)
+    return SpecialIds(mask, tuple(dict.fromkeys(eos)), pad, length)
 
 
 def find_mask_token_id(
@@ -71,73 +97,17 @@ def find_mask_token_id(
 ) -> int | None:
     """MASK's id by the config, by the tokenizer, or as the vocabulary entry `<|mask|>`."""
     found: int | None = getattr(config, "mask_token_id", None)
-    if found is not None or tokenizer is None:
-        return found
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    return tokenizer.get_vocab().get(MASK_TOKEN)
+    if tokenizer is not None:
+        found = _first(found, tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN))
+    return found
 
 
-def _resolve_mask(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, given: int | None
-) -> int:
-    found = given
-    if found is None:
-        found = find_mask_token_id(config, tokenizer)
-    if found is None:
-        raise InputError(
-            "the checkpoint names no mask token",
-            hint="pass `mask_token_id`; an autoregressive model gets one in training, "
-            "by `model.add_mask_token: true`",
-        )
-    return _in_vocabulary("mask_token_id", found, config)
+def _first(*values: Any) -> Any:
+    """The first value that is given; None if none is."""
+    return next((value for value in values if value is not None), None)
 
 
-def _resolve_eos(
-    generation_config: GenerationConfig | None,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    given: int | list[int] | None,
-) -> tuple[int, ...]:
-    """`given`, else what the generation config, the config or the tokenizer says."""
-    sources = (generation_config, config, tokenizer)
-    candidates = [given, *(getattr(source, "eos_token_id", None) for source in sources)]
-    named = [ids for ids in candidates if ids not in (None, [], ())]
-    if not named:
-        raise InputError(
-            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
-        )
-    found: Any = named[0]
-    several = found if isinstance(found, (list, tuple)) else [found]
-    checked = [_in_vocabulary("eos_token_id", token, config) for token in several]
-    return tuple(dict.fromkeys(checked))
-
-
-def _resolve_pad(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, eos: tuple[int, ...]
-) -> int:
-    """What the tokenizer or the config says, if it lies in the vocabulary, else the first EOS."""
-    for source in (tokenizer, config):
-        token = getattr(source, "pad_token_id", None)
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
-            return token
-    return eos[0]
-
-
-def _resolve_block_length(config: PreTrainedConfig, given: int | None) -> int:
-    """`given`, else the config's, else the family's."""
-    found = given
-    if found is None:
-        found = getattr(config, "block_length", None)
-    if found is None:
-        found = FAMILY_BLOCK_LENGTH.get(config.model_type)
-    if found is None:
-        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
-    check_number("block_length", found, low=1, whole=True)
-    return int(found)
-
-
-def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
+def _check_token(name: str, token: Any, config: PreTrainedConfig) -> None:
     if not isinstance(token, int) or isinstance(token, bool):
         raise InputError(f"`{name}` must be a token id, got {token!r}", hint=f"pass `{name}`")
     if not 0 <= token < config.vocab_size:
@@ -145,4 +115,3 @@ def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
             f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}",
             hint=f"pass `{name}`",
         )
-    return token
