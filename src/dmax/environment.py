@@ -1,4 +1,4 @@
-"""What the program runs on: device and dtype with the reason for the choice, and a record to stand beside numbers."""
+"""What the program runs on: device, dtype, and a record to stand beside numbers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def select_device(device: str | torch.device = "auto") -> tuple[torch.device, str]:
-    """The device to use and why; "auto" is the first CUDA GPU, else the CPU. Others, like "mps", only if asked for.
+def select_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to use; "auto" is the first CUDA GPU, else the CPU, and "mps" only if asked for.
 
     Raises:
         InputError: an unknown device, or one that this machine or this build of torch does not
             have.
     """
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"{torch.cuda.get_device_name()} is present"
-        return torch.device("cpu"), "no CUDA GPU is present"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -45,35 +43,32 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
         reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
         message = f"device {str(device)!r} is not available on this machine: {reason}"
         raise InputError(message, "auto takes the best device there is") from None
-    return chosen, "asked for"
+    return chosen
 
 
-def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the weights and why; "auto" is bfloat16 where the hardware computes in it, else float32.
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the weights; "auto" is bfloat16 where the hardware computes in it, else float32.
 
     Raises:
         InputError: a name or dtype that weights cannot have.
     """
     if dtype == "auto":
-        if device.type == "cpu" and _cpu_has_bfloat16():
-            return torch.bfloat16, "the processor computes in it; float32 on request, exact"
-        if device.type != "cuda":
-            return torch.float32, f"{device.type} does not compute in bfloat16 by itself"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"the GPU computes in it (sm{major}{minor})"
-        return torch.float32, f"the GPU (sm{major}{minor}) does not compute in bfloat16"
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            has_bfloat16 = device.type == "cpu" and _cpu_has_bfloat16()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise InputError(
             f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
             did_you_mean(str(dtype), ("auto", *DTYPES)),
         )
-    return chosen, "asked for"
+    return chosen
 
 
 def lacks_compiler(device: torch.device) -> str | None:
-    """The C++ compiler that `torch.compile` would call for a CPU, if it is not there; None where nothing is missing."""
+    """The C++ compiler that `torch.compile` would call for a CPU, if it is not there; else None."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return name if device.type == "cpu" and shutil.which(name) is None else None
 
@@ -131,7 +126,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout the package runs from, with a `+` if it has changes; None for an installed wheel."""
+    """Commit of the checkout that the package runs from, with a `+` if it has changes.
+
+    None for an installed wheel.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -152,7 +150,11 @@ def _cpu_name() -> str:
 
 
 def _power_limit(uuid: str) -> float | None:
-    """Watts the GPU may draw, by its UUID: the indices of nvidia-smi and of torch differ under CUDA_VISIBLE_DEVICES."""
+    """Watts that the GPU may draw.
+
+    It is found by its UUID: under CUDA_VISIBLE_DEVICES the indices of nvidia-smi and of torch
+    differ.
+    """
     watts = _output(
         [
             "nvidia-smi",

@@ -58,11 +58,10 @@ class LLM:
         **options: Any,
     ) -> None:
         engine_options = EngineOptions(**options)
-        chosen_device, _ = select_device(device)
-        chosen_dtype, _ = select_dtype(dtype, chosen_device)
+        chosen_device = select_device(device)
         checkpoint = load_checkpoint(
             model,
-            dtype=chosen_dtype,
+            dtype=select_dtype(dtype, chosen_device),
             device=chosen_device,
             mask_token_id=mask_token_id,
             eos_token_id=eos_token_id,
