@@ -1,8 +1,9 @@
-"""What the program runs on: device, dtype, and a record to stand beside numbers."""
+"""What the program runs on, and records of hardware and weights to stand beside numbers."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import shutil
@@ -100,6 +101,18 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
         record["gpu_power_limit_w"] = _power_limit(str(properties.uuid))
         record["cuda"] = torch.version.cuda
     return record
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that tell weights apart.
+
+    SHA-256 of every tensor's name, dtype, shape and bytes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _cpu_has_bfloat16() -> bool:

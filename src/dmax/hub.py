@@ -48,10 +48,8 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def is_published_dmax(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a hub id is a published DMax model, or a folder has the name of one."""
-    name = os.fspath(name_or_path)
-    folder = os.path.abspath(os.path.expanduser(name))
-    if not os.path.isdir(folder):
-        return name in PUBLISHED_DMAX
-    return os.path.basename(folder) in [published.split("/")[1] for published in PUBLISHED_DMAX]
+def is_published_dmax(name_or_path: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether a hub id is a published DMax model, or the folder found has the name of one."""
+    names = [published.split("/")[1] for published in PUBLISHED_DMAX]
+    is_copy = os.path.basename(os.path.abspath(folder)) in names
+    return is_copy or os.fspath(name_or_path) in PUBLISHED_DMAX

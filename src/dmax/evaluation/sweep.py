@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
-from dmax.environment import environment
+from dmax.environment import environment, weights_digest
 from dmax.errors import InputError
 from dmax.evaluation.run import Summary, evaluate
 from dmax.evaluation.statistics import accuracy_under_parallelism
