@@ -106,10 +106,8 @@ def load_checkpoint(
         block_length: overrides the checkpoint's.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
-        add_mask_token: give an autoregressive checkpoint the mask token it lacks, to be trained;
-            needs a tokenizer.
-        quantization: of the experts, "int8", "fp8" or "int4" (`dmax.kernels.quant`), for decoding
-            only.
+        add_mask_token: give an autoregressive model the mask token it lacks; takes a tokenizer.
+        quantization: of the experts, for decoding only: "int8", "fp8" or "int4".
 
     Raises:
         InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
@@ -132,16 +130,9 @@ def load_checkpoint(
         eos_token_id=eos_token_id,
         block_length=block_length,
     )
-    decoding = getattr(config, "decoding_strategy", None)
-    _check_decoding(decoding, folder)
-    if decoding is None and is_published_dmax(name_or_path, folder):
-        decoding = "spd"
-    if experts_implementation is None and hasattr(config, "num_experts"):
-        experts_implementation = best_experts_implementation(
-            config.num_experts, torch.device(device)
-        )
-    implementations = _chosen(attn_implementation, experts_implementation)
-    model: Any = _load_model(folder, config, dtype, implementations)
+    decoding = _named_decoding(config, name_or_path, folder)
+    experts = experts_implementation or _best_experts(config, device)
+    model = _load_model(folder, config, dtype, _chosen(attn_implementation, experts))
     if add_mask_token:
         added = backbone.add_mask_token(model, tokenizer)
         special_ids = replace(special_ids, mask_token_id=added)
@@ -260,6 +251,16 @@ def _is_replaceable(folder: Path) -> bool:
     return not entries or (is_checkpoint and is_own)
 
 
+def _named_decoding(
+    config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
+) -> str | None:
+    """The strategy that a model was trained for; None where nobody says."""
+    named: str | None = getattr(config, "decoding_strategy", None)
+    _check_decoding(named, folder)
+    is_dmax = named is None and is_published_dmax(name_or_path, folder)
+    return "spd" if is_dmax else named
+
+
 def _check_decoding(name: object, place: object) -> None:
     known = strategies()
     if name is not None and name not in known:
@@ -327,6 +328,13 @@ def _load_model(
             f"{folder} lacks {len(missing)} weights of the model, the first is `{missing[0]}`"
         )
     return _ready(model)
+
+
+def _best_experts(config: Any, device: torch.device | str) -> str | None:
+    """The experts implementation that is fastest here; None leaves it to transformers."""
+    if not hasattr(config, "num_experts"):
+        return None
+    return best_experts_implementation(config.num_experts, torch.device(device))
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
