@@ -163,10 +163,12 @@ def new_checkpoint(
         InputError: an id or the block length is missing, or the architecture cannot be used.
     """
     special_ids = resolve_special_ids(config, tokenizer)
-    implementations = _chosen(attn_implementation, experts_implementation)
     try:
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False, **implementations
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            trust_remote_code=False,
+            **_chosen(attn_implementation, experts_implementation),
         )
     except ValueError as error:
         raise InputError(

@@ -59,13 +59,13 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         else:
             has_bfloat16 = device.type == "cpu" and _cpu_has_bfloat16()
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise InputError(
-            f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
-            did_you_mean(str(dtype), ("auto", *DTYPES)),
-        )
-    return chosen
+    for name, known in DTYPES.items():
+        if dtype in (name, known):
+            return known
+    raise InputError(
+        f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
+        did_you_mean(str(dtype), ("auto", *DTYPES)),
+    )
 
 
 def lacks_compiler(device: torch.device) -> str | None:

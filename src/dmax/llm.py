@@ -248,8 +248,7 @@ class LLM:
                 f"got {len(prompts)} prompts and {len(each)} params; give one for all or one for "
                 "each"
             )
-        pairs = zip(prompts, each, strict=True)
-        return [self.request(index, prompt, own) for index, (prompt, own) in enumerate(pairs)]
+        return list(map(self.request, range(len(prompts)), prompts, each))
 
     def _engine(self, params: DecodingParams) -> Engine:
         """The engine of earlier calls, with its memory and graphs, unless it is in use."""
