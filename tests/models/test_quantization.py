@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_digest
+from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dmax.environment import weights_digest
 from dmax.errors import InputError
 from dmax.kernels.quant import Format, quantize
 from dmax.llm import LLM
