@@ -1,4 +1,4 @@
-"""Attention over the cache in place: the kernels against the model's own way, in a model and its cache."""
+"""Attention over the cache in place: the kernels against the model's own way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from dmax.kernels import block_attention, can_fuse, using
 from dmax.kernels.block_attention import can_attend
 from dmax.models import LLaDA2MoeConfig
 
-L, SLOTS, CAPACITY, VOCABULARY = 8, 3, 320, 40
+L = 8
+SLOTS = 3
+CAPACITY = 320
+VOCABULARY = 40
 BEHIND_A_PREFIX = [Row(1, 136, 136)]
 CASES = {
     "the first block": [Row(0, 0, 0)],
@@ -34,9 +37,10 @@ CASES = {
 def model(**changes: Any) -> Any:
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16} | changes
     config = LLaDA2MoeConfig(
-        vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, eos_token_id=0, block_length=L, hidden_size=32,
-        intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_experts=4, num_experts_per_tok=2,
-        n_group=1, topk_group=1, moe_intermediate_size=16, **shape,
+        vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, eos_token_id=0, block_length=L,
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1,
+        num_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+        **shape,
     )  # fmt: skip
     torch.manual_seed(0)
     made = new_checkpoint(config, experts_implementation="eager").model
@@ -51,9 +55,13 @@ def model(**changes: Any) -> Any:
 def run(
     made: Any, rows: list[Row], device: torch.device, stale: float = 0.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """Last hidden states of the rows, and the cache afterwards; `stale` is what stands where nothing was written."""
+    """Last hidden states of the rows, and the cache afterwards.
+
+    Where nothing was written, the cache holds `stale`.
+    """
     runner = ModelRunner(made.to(device), L, SLOTS, CAPACITY, VOCABULARY - 1)
-    generator, stores = torch.Generator().manual_seed(1), [*runner.cache.keys, *runner.cache.values]
+    generator = torch.Generator().manual_seed(1)
+    stores = [*runner.cache.keys, *runner.cache.values]
     for store in stores:
         store.copy_(torch.randn(store.shape, generator=generator))
         for slot in range(SLOTS):
@@ -78,7 +86,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> tor
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_equal_the_model_without_them(case: str, request: pytest.FixtureRequest) -> None:
-    made, rows = model(), CASES[case]
+    made = model()
+    rows = CASES[case]
     expected, caches = run(made, rows, torch.device("cpu"))
     actual, written = run(made, rows, request.getfixturevalue("kernels"))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -104,7 +113,8 @@ def test_shapes_of_heads(changes: dict[str, Any], request: pytest.FixtureRequest
 
 
 def test_what_stands_behind_a_row_is_never_read(request: pytest.FixtureRequest) -> None:
-    made, rows = model(), CASES["sequences in different states"]
+    made = model()
+    rows = CASES["sequences in different states"]
     expected, _ = run(made, rows, torch.device("cpu"))
     actual, _ = run(made, rows, request.getfixturevalue("kernels"), stale=float("nan"))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -115,7 +125,8 @@ def test_keys_may_go_in_any_number_of_shares(
 ) -> None:
     from dmax.kernels import block_attention_triton
 
-    made, rows = model(), CASES["sequences in different states"]
+    made = model()
+    rows = CASES["sequences in different states"]
     in_many, _ = run(made, rows, kernels)
     monkeypatch.setattr(block_attention_triton, "PROGRAMS", 1)  # all keys of a row in one program
     in_one, _ = run(made, rows, kernels)
@@ -126,12 +137,12 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     runner = ModelRunner(model(), L, SLOTS, CAPACITY, VOCABULARY - 1)
     place = runner._place(Shape.of(BEHIND_A_PREFIX, 1, L), Rows.of(BEHIND_A_PREFIX, [], L))
     window = runner._inputs(torch.zeros(1, L, 32), place)["past_key_values"]
-    heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
+    heads = torch.randn(1, L, 8, 16)
+    norms = (torch.ones(16), torch.ones(16))
     assert can_attend(heads, norms, window)
     assert not can_attend(heads, norms, None)
-    assert not can_attend(
-        heads, (norms[0].to("meta"), norms[1]), window
-    )  # weights that are not loaded yet
+    unloaded = (norms[0].to("meta"), norms[1])
+    assert not can_attend(heads, unloaded, window)
     assert not can_attend(heads.half(), norms, window)  # the cache is float32
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
     chunk = runner.cache.write_at([0], L)  # of a prompt, with a mask of its own

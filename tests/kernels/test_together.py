@@ -18,15 +18,16 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "llada2_moe_c"
 
 
 def step(device: torch.device, experts: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A finished block and the open one behind it, of two sequences: best tokens, probabilities and hidden states."""
+    """A step over a finished block and the open one after it, of two sequences.
+
+    Returns the best tokens, their probabilities, and the hidden states.
+    """
     ids: dict[str, Any] = {"mask_token_id": 319, "eos_token_id": 318, "block_length": 8}
     checkpoint = load_checkpoint(
         GOLDEN, dtype=torch.float32, device=device, experts_implementation=experts, **ids
     )
-    runner, generator = (
-        ModelRunner(checkpoint.model, 8, 2, 64, 319),
-        torch.Generator().manual_seed(3),
-    )
+    runner = ModelRunner(checkpoint.model, 8, 2, 64, 319)
+    generator = torch.Generator().manual_seed(3)
     for store in (*runner.cache.keys, *runner.cache.values):
         store.copy_(torch.randn(store.shape, generator=generator))
     rows = [Row(0, 16, 16), Row(1, 0, 0), Row(0, 24, 24), Row(1, 8, 8)]
