@@ -47,9 +47,8 @@ MASK = 156_895
 KEY_VALUE_HEADS = 4
 HEAD_SIZE = 128
 BF16 = torch.bfloat16
-# the compute capability that has fp8
 FORMATS = ("bf16", "int8", "fp8", "int4")
-FP8_FROM = 89
+FP8_FROM = 89  # compute capability
 
 
 class AbsentGPU:
@@ -143,16 +142,20 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def facts(name: str, kernel: Any) -> dict[str, Any]:
-    """Of a compiled kernel: bytes of shared memory, registers, bytes spilled, and what the assembler was given."""
+    """A compiled kernel's shared memory, registers, bytes spilled, and hardware features used."""
     ptx: str = kernel.asm["ptx"]
+    tensor_cores = ""
+    if "mma.sync" in ptx:
+        tensor_cores = "mma"
+    if "wgmma.mma_async" in ptx:
+        tensor_cores = "wgmma"
+    sizes = {int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)}
     return {
         "kernel": name,
         "shared": kernel.metadata.shared,
         **resources(kernel.asm["cubin"]),
-        "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
-        "async_copies": sorted(
-            {int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)}
-        ),
+        "tensor_cores": tensor_cores,
+        "async_copies": sorted(sizes),
     }
 
 
@@ -177,16 +180,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.capability < 80:
         parser.error(
-            f"the kernels are for compute capability 8.0 and later; give 80 or more, got {given.capability}"
+            "the kernels are for compute capability 8.0 and later; "
+            f"give 80 or more, got {given.capability}"
         )
-    formats = (
-        FORMATS if given.capability >= FP8_FROM else [form for form in FORMATS if form != "fp8"]
-    )
+    has_fp8 = given.capability >= FP8_FROM
+    formats = [form for form in FORMATS if form != "fp8" or has_fp8]
     chosen = [(name, call) for name, call in cases(formats) if given.part in name]
     if not chosen:
-        parser.error(
-            f"nothing has {given.part!r} in its name; there are: {'; '.join(n for n, _ in cases(formats))}"
-        )
+        names = "; ".join(name for name, _ in cases(formats))
+        parser.error(f"nothing has {given.part!r} in its name; there are: {names}")
     driver.set_active(AbsentGPU(given.capability))
     run = JITFunction.run
     compiled = []

@@ -63,10 +63,12 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
 def _prepare_inputs(
     cache_name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put mask and cache into the form that `model` expects; inputs in that form stay as they are."""
+    """Put mask and cache into the form that `model` expects, unless they are in it already."""
     inputs = dict(kwargs)
-    caches = [inputs.pop(name, None) for name in ("past_key_values", "cache")]
-    cache = next((cache for cache in caches if cache is not None), None)
+    cache = inputs.pop("past_key_values", None)
+    renamed = inputs.pop("cache", None)
+    if cache is None:
+        cache = renamed
     mask = inputs.get("attention_mask")
     if mask is None:  # the model would take it for "causal"
         given = (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids"))

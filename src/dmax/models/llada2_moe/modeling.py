@@ -74,7 +74,7 @@ class LLaDA2MoeRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(
         config: LLaDA2MoeConfig, *_: Any, **__: Any
     ) -> tuple[Tensor, float]:
-        """Inverse frequencies [rotary_dim / 2] float32, and a scale; transformers calls this too."""
+        """Inverse frequencies [rotary_dim / 2] float32, and a scale; transformers calls it too."""
         theta = (config.rope_parameters or {}).get("rope_theta", config.default_theta)
         exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
         return 1.0 / theta**exponents, 1.0
@@ -178,7 +178,7 @@ class LLaDA2MoeExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum over each token's experts, [N, D]; arguments as in `dmax.kernels.moe`."""
+        """The weighted sum over each token's experts [N, D]; arguments as in `dmax.kernels.moe`."""
         order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
         inner = self.down_proj.shape[-1]
@@ -278,7 +278,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["expert_bias"]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the published per-expert layout, also for a model that was read from merged files."""
+        """Write the published per-expert layout, even if the model was read from merged files."""
         check_savable(self)
         # Without this, transformers would write the layout that it read.
         self._weight_conversions = deepcopy(PER_EXPERT)
@@ -317,7 +317,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The final hidden states [B, L, D]; arguments as for `LLaDA2MoeModelLM.forward`."""
+        """The final hidden states [B, L, D]; for the arguments see `LLaDA2MoeModelLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -386,12 +386,7 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
             ValueError: neither or both of ids and embeddings, or a mask of another rank.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
         )
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None)
