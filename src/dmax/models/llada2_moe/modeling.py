@@ -179,11 +179,13 @@ class LLaDA2MoeExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum over each token's experts [N, D]; arguments as in `dmax.kernels.moe`."""
-        order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
-        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        experts = top_k_index.flatten()  # [N * K], one for each pair of token and expert
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=self.num_experts).tolist()
+        tokens = order // top_k_index.shape[1]
         inner = self.down_proj.shape[-1]
         outputs = []
-        for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
+        for expert, rows in enumerate(hidden_states[tokens].split(counts)):
             # Two products, and a sum in the router's order, are what the published model computes.
             gate = F.linear(rows, self.gate_up_proj[expert, :inner])
             up = F.linear(rows, self.gate_up_proj[expert, inner:])
