@@ -45,7 +45,7 @@ def test_first_come_first_served_into_the_lowest_free_slot() -> None:
     for index in range(4):
         plan.add(request(index))
     assert [(slot, r.index) for slot, r in plan.admit()] == [(0, 0), (1, 1)]
-    assert plan.admit() == []
+    assert list(plan.admit()) == []
     plan.release(1, request(1))
     plan.release(0, request(0))
     assert [(slot, r.index) for slot, r in plan.admit()] == [(0, 2), (1, 3)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,13 +106,13 @@ class Scheduler:
         self._ends_at[request.index] = self.clock() + (math.inf if limit is None else limit)
         self.waiting.append(request)
 
-    def admit(self) -> list[tuple[int, Request]]:
-        """Requests that get a slot now, the lowest free ones first.
+    def admit(self) -> Iterator[tuple[int, Request]]:
+        """Slots and the requests that get them now, the lowest free ones first.
 
         Slots that follow each other are read without a copy.
         """
-        num = min(len(self._free), len(self.waiting))
-        return [(heapq.heappop(self._free), self.waiting.popleft()) for _ in range(num)]
+        while self._free and self.waiting:
+            yield heapq.heappop(self._free), self.waiting.popleft()
 
     def release(self, slot: int, request: Request) -> None:
         """The request is over and has left its slot."""
