@@ -15,7 +15,7 @@ from dmax.errors import InputError
 from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.tiny.tokenizer import build_tokenizer
-from dmax.training import objective_names
+from dmax.training import objective_table
 from dmax.training.data import (
     Collator,
     Conversation,
@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_on_the_same_losses(
     assert len(losses(whole)) == 6
 
 
-@pytest.mark.parametrize("objective", objective_names())
+@pytest.mark.parametrize("objective", objective_table())
 def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> None:
     folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
     assert (folder / "model.safetensors").is_file()
