@@ -21,7 +21,7 @@ from dmax.training.data import (
     Conversation,
     Encoded,
     LengthSampler,
-    ResponseDataset,
+    encode_conversations,
     read_records,
 )
 from dmax.training.trainer import DMaxConfig
@@ -298,12 +298,12 @@ def test_an_example_longer_than_the_context_is_named_by_its_line(tmp_path: Path)
     with pytest.raises(
         InputError, match=r"data.jsonl:4: .* leave no room for EOS in `max_length` 12"
     ):
-        ResponseDataset(read_records(path), build_tokenizer(), 12)
+        encode_conversations(read_records(path), build_tokenizer(), 12)
 
 
 def test_no_example_at_all_is_refused() -> None:
     with pytest.raises(InputError, match="there is no example to learn from"):
-        ResponseDataset([], build_tokenizer(), 12)
+        encode_conversations([], build_tokenizer(), 12)
 
 
 def test_a5_labels_one_block_of_trailing_eos() -> None:
@@ -329,7 +329,7 @@ def test_batches_of_similar_length_cover_everything_once() -> None:
         )
         for index in range(53)
     ]
-    dataset = ResponseDataset(conversations, tokenizer, 200)
+    dataset = encode_conversations(conversations, tokenizer, 200)
     sampler = LengthSampler(dataset, batch_size=4, seed=1, window=4)
     first = list(sampler)
     assert sorted(first) == list(range(53))
