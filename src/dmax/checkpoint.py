@@ -98,10 +98,9 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read a bundled checkpoint, a local folder or a hub repository; no remote code is ever run.
 
-    Besides our own architectures, dense decoders of transformers (`dmax.models.backbone`) are read.
-
     Args:
-        name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id.
+        name_or_path: a bundled name, a folder or a hub id; besides our own architectures, dense
+            decoders of transformers (`dmax.models.backbone`) are read.
         dtype: of the weights; "auto" keeps the files' own.
         device: where the model goes.
         mask_token_id: overrides the checkpoint's.
@@ -109,15 +108,12 @@ def load_checkpoint(
         block_length: overrides the checkpoint's.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
-        add_mask_token: give an autoregressive checkpoint the mask token it lacks, to be trained;
-            needs a tokenizer.
-        quantization: of the experts, "int8", "fp8" or "int4" (`dmax.kernels.quant`), for decoding
-            only.
+        add_mask_token: add the mask token that an autoregressive checkpoint lacks, to be trained.
+        quantization: of the experts (`dmax.models.quantization`), only for decoding.
 
     Raises:
-        InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
-            files, the architecture cannot be used, the decoding strategy that the files name is
-            unknown, or a mask token is to be added to a checkpoint that has one.
+        InputError: the name leads nowhere, files are damaged or say what cannot be used, or an id
+            is neither given nor in the files.
     """
     models.register()
     folder = find_folder(name_or_path)
@@ -138,11 +134,9 @@ def load_checkpoint(
     )
     decoding = _named_decoding(name_or_path, folder, config)
     if experts_implementation is None and hasattr(config, "num_experts"):
-        experts_implementation = best_experts_implementation(
-            config.num_experts, torch.device(device)
-        )
-    implementations = _chosen(attn_implementation, experts_implementation)
-    model: Any = _load_model(folder, config, dtype, implementations)
+        place = torch.device(device)
+        experts_implementation = best_experts_implementation(config.num_experts, place)
+    model: Any = _load_model(folder, config, dtype, attn_implementation, experts_implementation)
     if add_mask_token:
         added = backbone.add_mask_token(model, tokenizer)
         special_ids = replace(special_ids, mask_token_id=added)
@@ -336,7 +330,11 @@ def _check_settings_files(folder: Path) -> None:
 
 
 def _load_model(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, str]
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    experts_implementation: str | None,
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -345,7 +343,7 @@ def _load_model(
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
-            **options,
+            **_chosen(attn_implementation, experts_implementation),
         )
     except InputError:
         raise

@@ -72,12 +72,11 @@ def run_recipe(
     dataset = build_data(recipe.data, checkpoint)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     report(f"{len(dataset)} examples, {num_parameters:,} parameters")
-    special_ids = checkpoint.special_ids
     trainer = DMaxTrainer(
         checkpoint.model,
         args,
         dataset,
-        special_ids=special_ids,
+        special_ids=checkpoint.special_ids,
         eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
         processing_class=checkpoint.tokenizer,
         callbacks=[run],
@@ -88,18 +87,14 @@ def run_recipe(
     blend_weights(checkpoint.model, start, recipe.model.keep_start)
     run.stop_clock()
 
+    origin = {"recipe": recipe.file.path.name, "steps": steps, "seconds": round(run.seconds)}
     save_checkpoint(
         checkpoint.model,
         checkpoint.tokenizer,
         recipe.output_dir,
-        special_ids,
+        checkpoint.special_ids,
         decoding=decoding,
-        extra={
-            "recipe": recipe.file.path.name,
-            "steps": steps,
-            "seconds": round(run.seconds),
-            "environment": environment(),
-        },
+        extra=origin | {"environment": environment()},
     )
     run.finish()
     return recipe.output_dir
