@@ -122,6 +122,7 @@ def test_stop_texts_are_texts(stop: Any) -> None:
         ("max_length", 0, "a whole number of at least 1"),
         ("prefill_tokens", 0, "a whole number of at least 1"),
         ("prefix_cache_mib", -1, "a whole number of at least 0"),
+        ("compile_model", "no", "true or false"),  # a string would count as true
     ],
 )
 def test_bad_options_of_the_engine_are_named(name: str, value: Any, allowed: str) -> None:

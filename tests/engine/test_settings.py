@@ -48,9 +48,8 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> WeakSet[OpenBlocks]:
 def num_bytes(blocks: OpenBlocks) -> int:
     """Memory of its tensors."""
     tensors = [value for value in vars(blocks).values() if isinstance(value, Tensor)]
-    tensors += [*blocks.numbers.values(), *blocks.state.values()]
-    if blocks.soft is not None:
-        tensors += [blocks.soft.where, blocks.soft.ids, blocks.soft.probs]
+    for named in (blocks.numbers, blocks.state, blocks.feedback):
+        tensors += named.values()
     return sum(tensor.nbytes for tensor in tensors)
 
 

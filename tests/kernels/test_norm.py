@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmax.kernels.norm import add_rms_norm, fits_kernel, rms_norm
+from dmax.kernels.norm import add_and_norm, fits_kernel, rms_norm
+from dmax.models.llada2_moe.modeling import LLaDA2MoeRMSNorm
 
 EPS = 1e-6
 
@@ -29,7 +30,10 @@ def test_the_kernel_equals_the_twin(
     expected_of_total = rms_norm(total, weight, EPS)
     device = request.getfixturevalue("kernels")
     x, more, weight = (each.to(device) for each in (x, more, weight))
-    found_total, found_of_total = add_rms_norm(x, more, weight, EPS)
+    norm = LLaDA2MoeRMSNorm(size, EPS)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    assert fits_kernel(weight, x, more)
+    found_total, found_of_total = add_and_norm(x, more, norm)
     last = torch.finfo(dtype).eps  # the mean of squares is summed in another order
     if dtype == torch.bfloat16 and device.type == "cpu":
         # Triton's interpreter cuts digits off where a GPU rounds.

@@ -16,9 +16,8 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
-from dmax.environment import environment
+from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, did_you_mean
 from dmax.evaluation.run import CHUNK_BATCHES, add_up
 from dmax.llm import LLM

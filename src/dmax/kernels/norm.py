@@ -8,7 +8,7 @@ PyTorch needs two kernels for that, and a third for the addition. The Triton pat
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmax.kernels import can_fuse, triton_kernels
 
@@ -23,12 +23,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x, weight.shape, eps=eps)
 
 
-def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum of `x` and `more` [..., D], and its norm times `weight` [D]; see `fits_kernel`.
-
-    The twin is an addition and `rms_norm`.
-    """
-    return triton_kernels("norm").add_rms_norm(x, more, weight, eps)
+def add_and_norm(x: Tensor, more: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """The sum of `x` and `more` [..., D], and its norm by a module that calls `rms_norm`."""
+    if fits_kernel(norm.weight, x, more):
+        return triton_kernels("norm").add_rms_norm(x, more, norm.weight, norm.eps)
+    total = x + more
+    return total, norm(total)
 
 
 def fits_kernel(weight: Tensor, *inputs: Tensor) -> bool:

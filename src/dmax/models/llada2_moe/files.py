@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Size
 from transformers import PreTrainedModel
 
@@ -25,8 +25,7 @@ INTEGERS = ("I", "U", "BOOL")  # how their dtypes begin
 HARMLESS = "rotary_emb.inv_freq"  # in files of old releases; it follows from the configuration
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor is stored, with its shape and dtype (such as BF16) from the file's header."""
 
     file: Path
@@ -38,31 +37,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file.
 
     Raises:
-        InputError: it is missing, unreadable, or not as long as it says.
+        InputError: it is missing, unreadable, or not as long as its header says.
     """
+    tensors = {}
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if 8 + length > size:  # damage, and no reason to allocate so much
-                raise ValueError("no header")
-            entries = json.loads(stream.read(length))
-        if not isinstance(entries, dict):
-            raise ValueError("no header")
-        entries.pop("__metadata__", None)
-        tensors = {
-            name: StoredTensor(file, Size(entry["shape"]), str(entry["dtype"]))
-            for name, entry in entries.items()
-        }
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        with safe_open(file, "pt") as stored:
+            names = stored.keys()
+            for name in names:
+                header = stored.get_slice(name)
+                shape = Size(header.get_shape())
+                tensors[name] = StoredTensor(file, shape, header.get_dtype())
     except FileNotFoundError:
         raise InputError(f"{file} is missing", hint=HINT) from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, SafetensorError) as error:
         message = f"{file} is not a readable safetensors file ({error})"
         raise InputError(message, hint=HINT) from None
-    if size != end:
-        message = f"{file} is truncated or damaged: {size} bytes, its header promises {end}"
-        raise InputError(message, hint=HINT)
     return tensors
 
 
@@ -96,7 +85,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
+def check_files(folder: Path, model: PreTrainedModel) -> None:
     """Raise `InputError` unless the safetensors files of `folder` hold exactly what `model` needs.
 
     Experts may be stored one by one or merged. A folder without safetensors files is left to
@@ -106,7 +95,6 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
         folder: a checkpoint folder.
         model: the model to fill, on any device; only names and shapes are read.
     """
-    folder = Path(folder)
     found = read_headers(folder)
     if not found:
         return
@@ -152,17 +140,15 @@ def check_before_loading(
     """
     if args or not set(kwargs) <= ORDINARY:
         return
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+    if not os.path.isdir(source or ""):
         return
     config_class = model_class.config_class
-    config = kwargs.get("config")
-    if config is None:
-        config = config_class.from_pretrained(source)
+    config = kwargs.get("config") or config_class.from_pretrained(source)
     if not isinstance(config, config_class) or getattr(config, "quantization_config", None):
         return
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))  # the constructor may settle fields of it
-    check_files(source, model)
+    check_files(Path(source), model)
 
 
 ORDINARY = set(

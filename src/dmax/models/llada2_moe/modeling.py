@@ -21,12 +21,15 @@ from transformers.cache_utils import Cache
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    Glm4MoeMLP,
+    Glm4MoeRotaryEmbedding,
+    eager_attention_forward,
+)
 
 from dmax.attention import ATTENTION_FUNCTIONS, Mask, prepare_mask
 from dmax.kernels.block_attention import block_attention, can_attend
-from dmax.kernels.norm import add_rms_norm, fits_kernel, rms_norm
+from dmax.kernels.norm import add_and_norm, rms_norm
 from dmax.kernels.router import router_logits, select_experts
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
@@ -34,50 +37,23 @@ from dmax.models.llada2_moe.files import check_before_loading
 from dmax.models.quantization import check_savable
 
 
-class LLaDA2MoeRMSNorm(nn.Module):
+class LLaDA2MoeRMSNorm(nn.RMSNorm):
     """Root-mean-square norm in float32, cast back before the weight is applied."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of `x` [..., D], times the weight."""
         return rms_norm(x, self.weight, self.eps)
 
 
-def add_and_norm(x: Tensor, more: Tensor, norm: LLaDA2MoeRMSNorm) -> tuple[Tensor, Tensor]:
-    """The sum of `x` and `more` [..., D], and its norm: one kernel where there is one."""
-    if fits_kernel(norm.weight, x, more):
-        return add_rms_norm(x, more, norm.weight, norm.eps)
-    total = x + more
-    return total, norm(total)
+class LLaDA2MoeRotaryEmbedding(Glm4MoeRotaryEmbedding):
+    """Rotary positions for the first `rotary_dim` dimensions of every head, in split halves.
 
-
-class LLaDA2MoeRotaryEmbedding(nn.Module):
-    """Rotary positions for the first `rotary_dim` dimensions of every head, in split halves."""
+    Unlike those of the base class, the frequencies never change with the positions of a batch.
+    """
 
     inv_freq: Tensor
-
-    def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__()
-        parameters = config.rope_parameters or {}
-        self.rope_type = parameters.get("rope_type", "default")
-        self.config = config
-        functions = ROPE_INIT_FUNCTIONS | {"default": self.compute_default_rope_parameters}
-        inv_freq, self.attention_scaling = functions[self.rope_type](config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(
-        config: LLaDA2MoeConfig, *_: Any, **__: Any
-    ) -> tuple[Tensor, float]:
-        """Inverse frequencies [rotary_dim / 2] float32, and a scale; transformers calls this too."""
-        theta = (config.rope_parameters or {}).get("rope_theta", config.default_theta)
-        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
-        return 1.0 / theta**exponents, 1.0
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,18 +126,8 @@ class LLaDA2MoeAttention(nn.Module):
         return self.dense(output.reshape(batch, length, -1))
 
 
-class LLaDA2MoeMLP(nn.Module):
+class LLaDA2MoeMLP(Glm4MoeMLP):
     """Gated feed-forward network: down(act(gate(x)) · up(x))."""
-
-    def __init__(self, config: LLaDA2MoeConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 @use_experts_implementation
@@ -178,12 +144,14 @@ class LLaDA2MoeExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum over each token's experts, [N, D]; arguments as in `dmax.kernels.moe`."""
-        order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
-        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        """The weighted sum over each token's experts [N, D]; arguments as in `dmax.kernels.moe`."""
+        experts = top_k_index.flatten()  # [N * K], one for each pair of token and expert
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=self.num_experts).tolist()
+        tokens = order // top_k_index.shape[1]
         inner = self.down_proj.shape[-1]
         outputs = []
-        for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
+        for expert, rows in enumerate(hidden_states[tokens].split(counts)):
             # Two products, and a sum in the router's order, are what the published model computes.
             gate = F.linear(rows, self.gate_up_proj[expert, :inner])
             up = F.linear(rows, self.gate_up_proj[expert, inner:])
@@ -278,7 +246,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["expert_bias"]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the published per-expert layout, also for a model that was read from merged files."""
+        """Write the published per-expert layout, even if the model was read from merged files."""
         check_savable(self)
         # Without this, transformers would write the layout that it read.
         self._weight_conversions = deepcopy(PER_EXPERT)
@@ -317,7 +285,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The final hidden states [B, L, D]; arguments as for `LLaDA2MoeModelLM.forward`."""
+        """The final hidden states [B, L, D]; for the arguments see `LLaDA2MoeModelLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -387,12 +355,7 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
             ValueError: neither or both of ids and embeddings, or a mask of another rank.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
         )
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None)
