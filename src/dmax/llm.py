@@ -211,9 +211,10 @@ class LLM:
             options: fields of `EngineOptions` that differ from this object's own.
         """
         special_ids = self.checkpoint.special_ids
-        if block_length is not None:
+        if block_length not in (None, special_ids.block_length):
             special_ids = replace(special_ids, block_length=block_length)
-        return Engine(self.model, special_ids, replace(self.options, **options))
+        engine_options = replace(self.options, **options) if options else self.options
+        return Engine(self.model, special_ids, engine_options)
 
     def event(self, request: Request, event: StreamEvent) -> StreamEvent:
         """An event of an engine with its text; raises the error of a request that failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -41,7 +42,8 @@ def check_number(
     if above_low:
         limits = f"above {low} and at most {high}"
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    in_range = is_number and low <= value <= high and value != math.inf  # type: ignore[operator]
+    most = high if whole else min(high, sys.float_info.max)
+    in_range = is_number and low <= value <= most and value != math.inf  # type: ignore[operator]
     if not in_range or (above_low and value == low):
         raise InputError(f"`{name}` must be {kind} {limits}, got {value!r}")
 

@@ -69,9 +69,11 @@ class OpenBlocks:
         own = self.rows_of(slot)
         rows = slice(own.start, own.stop)
         for name, value in strategy.numbers().items():
-            self.numbers[name][rows] = value
+            column = self.numbers[name]
+            column[rows] = min(value, torch.finfo(column.dtype).max)
         steps = self.block_length * strategy.blocks + strategy.extra_steps
-        self.max_steps[rows] = params.max_steps_per_block or steps
+        most_steps = torch.iinfo(self.max_steps.dtype).max
+        self.max_steps[rows] = min(params.max_steps_per_block or steps, most_steps)
         self.ignores_eos[rows] = params.ignore_eos
 
     def open(self, row: int, known: Sequence[int] = ()) -> None:

@@ -41,7 +41,9 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _route_kernel(index, pairs, counts, num_pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _route_kernel(  # type: ignore[no-untyped-def]
+    index, pairs, counts, num_pairs, BLOCK: tl.constexpr
+):
     """List one expert's pairs in order: the first `counts` [E] numbers of `pairs` [E, N * K]."""
     expert = tl.program_id(0)
     found = tl.zeros((), tl.int32)

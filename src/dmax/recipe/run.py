@@ -86,15 +86,14 @@ def run_recipe(
     steps = _train(trainer, run)
     blend_weights(checkpoint.model, start, recipe.model.keep_start)
     run.stop_clock()
-
-    origin = {"recipe": recipe.file.path.name, "steps": steps, "seconds": round(run.seconds)}
+    origin = {"recipe": recipe.file.path.name, "environment": environment()}
     save_checkpoint(
         checkpoint.model,
         checkpoint.tokenizer,
         recipe.output_dir,
         checkpoint.special_ids,
         decoding=decoding,
-        extra=origin | {"environment": environment()},
+        extra=origin | {"steps": steps, "seconds": round(run.seconds)},
     )
     run.finish()
     return recipe.output_dir
