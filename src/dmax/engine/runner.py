@@ -139,9 +139,7 @@ class ModelRunner:
         """The model's arguments for inputs [N, L, D]."""
         slots, starts, bases = where
         length = self.block_length
-        window = CacheWindow(
-            self.cache, slots, starts, length, len(keys), in_order, is_block=True, bases=bases
-        )
+        window = CacheWindow(self.cache, slots, starts, length, len(keys), in_order, bases)
         first = starts[:, None]
         base = bases[:, None]
         is_itself = (keys >= first) & (keys < first + self.block_length)

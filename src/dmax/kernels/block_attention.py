@@ -16,12 +16,12 @@ from dmax.kernels import can_fuse, triton_kernels
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bool:
     """Whether `block_attention` takes these arguments.
 
-    Only the kind of cache, dtypes, devices and gradients decide. Three cases are left to the twin: forwards
-    whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
+    Only the kind of cache, dtypes, devices and gradients decide. Three cases are left to the twin:
+    forwards whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
     """
     return (
         isinstance(cache, CacheWindow)
-        and cache.is_block
+        and cache.bases is not None
         and can_fuse(heads)
         and heads.dtype == cache.cache.keys[0].dtype
         and all(weight.device == heads.device for weight in norms)
@@ -44,7 +44,7 @@ def block_attention(
         norms: weights [d] of the norms of queries and keys.
         eps: of the norms.
         rotary: cosine, and sine with its sign, each [R, L, 1, rotary dimensions].
-        window: with `is_block`: each row sees the positions before its base, and itself.
+        window: with `bases`: each row sees the positions before its base, and itself.
         layer: the layer whose keys and values are used.
         scaling: what scores are multiplied with.
 
