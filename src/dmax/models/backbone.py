@@ -65,15 +65,14 @@ def _prepare_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Put mask and cache into the form that `model` expects; inputs in that form stay as they are."""
     inputs = dict(kwargs)
-    caches = [inputs.pop(name, None) for name in ("past_key_values", "cache")]
-    cache = next((cache for cache in caches if cache is not None), None)
+    cache = inputs.pop("cache", inputs.pop("past_key_values", None))
     mask = inputs.get("attention_mask")
     if mask is None:  # the model would take it for "causal"
         given = (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids"))
         new = next(tensor for tensor in given if tensor is not None)
         length = new.shape[1]
         seen = 0 if cache is None else cache.get_seq_length()
-        mask = torch.ones(1, 1, length, seen + length, dtype=torch.bool, device=new.device)
+        mask = new.new_ones(1, 1, length, seen + length, dtype=torch.bool)
     inputs["attention_mask"] = prepare_mask(mask, model.dtype, model.config._attn_implementation)
     # Without `use_cache=False`, a model that is given no cache builds one of its own.
     return args, inputs | {cache_name: cache, "use_cache": False}
