@@ -63,7 +63,7 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
 def _prepare_inputs(
     cache_name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put mask and cache into the form that `model` expects; inputs in that form stay as they are."""
+    """Put mask and cache into the form that `model` expects; what has it stays as it is."""
     inputs = dict(kwargs)
     cache = inputs.pop("cache", inputs.pop("past_key_values", None))
     mask = inputs.get("attention_mask")

@@ -57,7 +57,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     block_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check what router and attention rely on; a `ValueError` names the fields that are wrong."""
+        """Check what router and attention rely on; a `ValueError` names the wrong fields."""
         for name in LLaDA2MoeConfig.__annotations__:
             value = getattr(self, name)
             kind = type(getattr(LLaDA2MoeConfig, name))

@@ -52,7 +52,7 @@ def merged_layout(model: nn.Module) -> dict[str, Size]:
 
 
 def per_expert(name: str, shape: Size) -> dict[str, Size]:
-    """One tensor of the merged layout in the per-expert one: itself, or a tensor for each expert."""
+    """A tensor of the merged layout in the per-expert one: itself, or one for each expert."""
     stem, experts, projection = name.partition("mlp.experts.")
     if not experts:
         return {name: shape}

@@ -143,7 +143,7 @@ class LLaDA2MoeExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum over each token's experts, [N, D]; arguments as in `dmax.kernels.moe`."""
+        """The weighted sum over a token's experts, [N, D]; arguments as in `dmax.kernels.moe`."""
         order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
         inner = self.down_proj.shape[-1]
@@ -243,7 +243,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["expert_bias"]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the published per-expert layout, also for a model that was read from merged files."""
+        """Write the published per-expert layout, also for a model read from merged files."""
         check_savable(self)
         # Without this, transformers would write the layout that it read.
         self._weight_conversions = deepcopy(PER_EXPERT)
