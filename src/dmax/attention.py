@@ -89,8 +89,7 @@ def prepare_mask(mask: Mask, dtype: torch.dtype, implementation: str | None) -> 
     # `sdpa` would compute these very numbers in every layer. `eager` has no answer where nothing is
     # visible, unless the numbers are finite.
     hidden = float("-inf") if implementation == "sdpa" else torch.finfo(dtype).min
-    additive = torch.full(mask.shape, hidden, dtype=dtype, device=mask.device)
-    return additive.masked_fill_(mask, 0.0)
+    return mask.new_full(mask.shape, hidden, dtype=dtype).masked_fill_(mask, 0.0)
 
 
 def sdpa_attention_forward(

@@ -6,6 +6,7 @@ size. Newer releases of transformers pass further arguments to `update`, which h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,14 +55,15 @@ class BlockCache:
             ValueError: the new positions would not fit.
         """
         starts = [self.lengths[slot] for slot in slots]
-        if max(starts) + length > self.capacity:
+        span = max(starts) + length
+        if span > self.capacity:
             raise ValueError(
                 f"{max(starts)} committed and {length} new positions exceed the capacity "
                 f"{self.capacity}"
             )
         places = torch.tensor((slots, starts)).to(self.keys[0].device)  # one transfer, not two
         in_order = slots == list(range(len(slots)))
-        return CacheWindow(self, places[0], places[1], length, max(starts) + length, in_order)
+        return CacheWindow(self, places[0], places[1], length, span, in_order)
 
     def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of positions start to end - 1, each [layers, n, G, d]."""
@@ -87,46 +89,38 @@ class BlockCache:
         self.lengths[slot] = min(self.lengths[slot], length)
 
 
+@dataclass(eq=False)
 class CacheWindow:
     """One forward's access to a `BlockCache`; what attention layers call `past_key_values`.
 
-    Args:
+    Attributes:
         cache: where keys and values lie.
         slots: [B] int64, a slot for each row.
         starts: [B] int64, committed positions of each.
         length: new positions L.
         span: positions that are read, at least the highest start + L.
         in_order: the slots are 0..B-1, the common case, and are read without a copy.
-        is_block: each row is a whole block, which sees the positions before its base, and itself.
-            Attention may then do without the mask; otherwise only the mask says what a row sees.
-        bases: [B] int64, how many positions each row sees besides itself; None: the `starts`.
+        bases: [B] int64: each row is a whole block, which sees so many positions, and itself.
+            Attention may then do without the mask. None: only the mask says what a row sees.
+        positions: [B, L] int64, where the rows stand in their slots.
     """
 
-    def __init__(
-        self,
-        cache: BlockCache,
-        slots: Tensor,
-        starts: Tensor,
-        length: int,
-        span: int,
-        in_order: bool,
-        *,
-        is_block: bool = False,
-        bases: Tensor | None = None,
-    ) -> None:
-        self.cache = cache
-        self.span = span
-        self.slots = slots
-        self.in_order = in_order
-        self.starts = starts
-        self.is_block = is_block
-        self.bases = starts if bases is None else bases
-        self.positions = starts[:, None] + torch.arange(length, device=starts.device)  # [B, L]
-        self._written = slots[:, None], self.positions
+    cache: BlockCache
+    slots: Tensor
+    starts: Tensor
+    length: int
+    span: int
+    in_order: bool
+    bases: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Spell out the positions, once for all layers."""
+        offsets = torch.arange(self.length, device=self.starts.device)
+        self.positions = self.starts[:, None] + offsets
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the window at most; callers pass `positions`, as rows differ."""
-        return self.span - self.positions.shape[1]
+        return self.span - self.length
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values [B, G, L, d], and return what is read, each [B, G, span, d].
@@ -137,6 +131,7 @@ class CacheWindow:
         return keys, self._write_and_read(self.cache.values[layer_idx], value)
 
     def _write_and_read(self, store: Tensor, new: Tensor) -> Tensor:
-        store.index_put_(self._written, new.transpose(1, 2).to(store.dtype))
+        written = self.slots[:, None], self.positions
+        store.index_put_(written, new.transpose(1, 2).to(store.dtype))
         rows = slice(len(self.slots)) if self.in_order else self.slots
         return store[rows, : self.span].transpose(1, 2)

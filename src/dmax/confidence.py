@@ -61,9 +61,9 @@ def concatenate(parts: list[Candidates]) -> Candidates:
 
 def candidates(logits: Tensor, k: int, mask_token_id: int) -> Candidates:
     """The k most probable tokens of logits [..., V]; at most V - 1 are given."""
-    rows = max(1, CACHED // logits.shape[-1])
-    if logits.device.type != "cpu" or logits.numel() <= rows * logits.shape[-1]:
+    if logits.device.type != "cpu":
         return _candidates(logits, k, mask_token_id)
+    rows = max(1, CACHED // logits.shape[-1])
     parts = logits.flatten(0, -2).split(rows)
     found = concatenate([_candidates(part, k, mask_token_id) for part in parts])
     return found.view(*logits.shape[:-1])

@@ -145,5 +145,5 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
     chunk = runner.cache.write_at([0], L)  # of a prompt, with a mask of its own
     assert not can_attend(heads, norms, chunk)
-    chunk.is_block = True
+    chunk.bases = chunk.starts
     assert can_attend(heads, norms, chunk)

@@ -172,42 +172,69 @@ def block_attention(
         span: positions of the cache that are read at most.
         scaling: what scores are multiplied with.
     """
+    slots = slots.contiguous()
+    starts = starts.contiguous()
+    query = _prepare(heads.contiguous(), norms, eps, rotary, keys, values, slots, starts)
+    return _attend(query, keys, values, slots, starts, bases.contiguous(), span, scaling)
+
+
+def _prepare(
+    heads: Tensor,
+    norms: tuple[Tensor, Tensor],
+    eps: float,
+    rotary: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+) -> Tensor:
+    """Write keys and values into the cache; returns the queries [R, L, H, d] to attend with."""
     num_rows, length, _, size = heads.shape
     capacity = keys.shape[1]
     num_shared = keys.shape[2]
     num_heads = heads.shape[2] - 2 * num_shared
     cos, sin = (each.contiguous() for each in rotary)
-    heads = heads.contiguous()
-    slots = slots.contiguous()
-    starts = starts.contiguous()
-    bases = bases.contiguous()
-    exact_d = triton.next_power_of_2(size)
-    block_d = max(16, exact_d)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=heads.device)
-
-    query = new(num_rows, length, num_heads, size, dtype=heads.dtype)
+    query = heads.new_empty(num_rows, length, num_heads, size)
     prepare: Any = _prepare_kernel
     prepare[num_rows * length, num_heads + 2 * num_shared](
         heads, *norms, cos, sin, slots, starts, query, keys, values, length, capacity, eps,
-        H=num_heads, G=num_shared, D=size, ROTARY=cos.shape[-1], BLOCK_D=exact_d, num_warps=1,
+        H=num_heads, G=num_shared, D=size, ROTARY=cos.shape[-1],
+        BLOCK_D=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip
+    return query
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    span: int,
+    scaling: float,
+) -> Tensor:
+    """Attend in shares of the keys, and put these together: [R, L, H d]."""
+    num_rows, length, num_heads, size = query.shape
+    capacity = keys.shape[1]
+    num_shared = keys.shape[2]
+    exact_d = triton.next_power_of_2(size)
     num_queries = length * num_heads // num_shared
     block_q = min(QUERIES, max(16, triton.next_power_of_2(num_queries)))
     tiles = triton.cdiv(num_queries, block_q)
     splits = num_splits(num_rows * num_shared * tiles, span)
-    parts = new(splits, num_rows, length, num_heads, size)
-    peak = new(splits, num_rows, length, num_heads)
-    mass = new(splits, num_rows, length, num_heads)
+    shares = (splits, num_rows, length, num_heads)
+    parts = query.new_empty(*shares, size, dtype=torch.float32)
+    peak = query.new_empty(shares, dtype=torch.float32)
+    mass = query.new_empty(shares, dtype=torch.float32)
     attend: Any = _attend_kernel
     attend[num_rows, num_shared * tiles, splits](
         query, keys, values, slots, starts, bases, parts, peak, mass, scaling, capacity, length,
         SHARE=num_heads // num_shared, G=num_shared, D=size, SPLITS=splits, TILES=tiles,
-        BLOCK_Q=block_q, BLOCK_S=KEYS, BLOCK_D=block_d,
+        BLOCK_Q=block_q, BLOCK_S=KEYS, BLOCK_D=max(16, exact_d),
         num_warps=8 if block_q >= 128 else 4, num_stages=2,
     )  # fmt: skip
-    out = new(num_rows, length, num_heads * size, dtype=heads.dtype)
+    out = query.new_empty(num_rows, length, num_heads * size)
     num_outputs = num_rows * length * num_heads
     merge: Any = _merge_kernel
     merge[(num_outputs,)](

@@ -136,16 +136,14 @@ def routed(
     This waits for the device once, for the number of pairs of every expert. On a CPU that costs
     nothing.
     """
-    experts = index.flatten()  # [N * K], one for each pair
-    order = experts.argsort(stable=True)
-    counts = experts.bincount(minlength=gate_up.shape[0]).tolist()
-    token = order // index.shape[1]
-    row = tokens.index_select(0, token)
-    weight = weights.flatten().index_select(0, order)[:, None]
-    by_expert = zip(token.split(counts), row.split(counts), weight.split(counts), strict=True)
+    order = index.flatten().argsort(stable=True)  # [N * K] pairs, sorted by expert
+    counts = index.flatten().bincount(minlength=gate_up.shape[0]).tolist()
     output = torch.zeros_like(tokens)
-    for expert, (token, row, weight) in enumerate(by_expert):
-        if len(token):
+    for expert, pairs in enumerate(order.split(counts)):
+        if len(pairs):
+            token = pairs // index.shape[1]
+            row = tokens.index_select(0, token)
+            weight = weights.flatten().index_select(0, pairs)[:, None]
             gate, up = F.linear(row, gate_up[expert].to(row.dtype)).chunk(2, dim=-1)
             inner = act_fn(gate) * up * weight.to(gate.dtype)
             result = F.linear(inner, down[expert].to(row.dtype))

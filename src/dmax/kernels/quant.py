@@ -90,15 +90,15 @@ def quantize(weight: Tensor, form: Format) -> QuantizedWeight:
     if not weight.isfinite().all():
         message = "weights that are not finite cannot be quantised"
         raise InputError(message, hint="check the checkpoint")
-    columns = weight.shape[-1]
-    group: int | None = columns
+    group = columns = weight.shape[-1]
     if form == "int4":
-        group = next((size for size in GROUP_SIZES if columns % size == 0), None)
-    if group is None:
-        raise InputError(
-            f"int4 needs a number of input channels that {GROUP_SIZES[-1]} divides, got {columns}",
-            hint="choose int8 or fp8",
-        )
+        if columns % GROUP_SIZES[-1]:
+            smallest = GROUP_SIZES[-1]
+            raise InputError(
+                f"int4 needs a number of input channels that {smallest} divides, got {columns}",
+                hint="choose int8 or fp8",
+            )
+        group = next(size for size in GROUP_SIZES if columns % size == 0)
     rounded = [_quantize_matrix(matrix.float(), form, group) for matrix in weight]
     values, scales = zip(*rounded, strict=True)
     return QuantizedWeight(torch.stack(values), torch.stack(scales))

@@ -79,7 +79,7 @@ def quantize_experts(model: nn.Module, form: Format) -> None:
     Raises:
         InputError: no experts to quantise, or what `quantize` refuses.
     """
-    layers = [name for name, module in model.named_modules() if _is_stacked(module)]
+    layers = [name for name, module in model.named_modules() if _has_stacked_experts(module)]
     if not layers:
         raise InputError(f"{type(model).__name__} has no experts to quantise")
     for name in layers:
@@ -90,7 +90,6 @@ def quantize_experts(model: nn.Module, form: Format) -> None:
         except InputError as error:
             raise InputError(f"{name}: {error.message}", error.hint) from None
         model.set_submodule(name, QuantizedExperts(gate_up, down, experts.act_fn))
-        del experts
     model.requires_grad_(False)
 
 
@@ -103,7 +102,6 @@ def check_savable(model: nn.Module) -> None:
         )
 
 
-def _is_stacked(module: nn.Module) -> bool:
-    """Whether a module holds the stacked weights of a layer's experts."""
-    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
-    return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
+def _has_stacked_experts(module: nn.Module) -> bool:
+    """Whether a module holds the weights of a layer's experts; a dense layer holds modules."""
+    return isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)

@@ -64,6 +64,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             wanted = {int: (int,), float: (int, float)}.get(kind)
             if wanted and not name.endswith("_token_id") and type(value) not in wanted:
                 raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
+        kwargs.pop("model_type", None)  # merged training checkpoints name another
         super().__post_init__(**kwargs)
         score = self.score_function
         if score != "sigmoid":
@@ -104,22 +105,6 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Published keys beside transformers' own, so that other engines read what we write."""
         record = super().to_dict()
-        record["rope_theta"] = (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+        record["rope_theta"] = record["rope_parameters"]["rope_theta"]
         record["rotary_dim"] = self.rotary_dim
         return record
-
-
-class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
-    """Alias for merged training checkpoints, whose files are laid out in another way.
-
-    Reading one gives a plain `LLaDA2MoeConfig`, so the model and all that it saves have the
-    published type.
-    """
-
-    model_type = "llada2_moe_veomni"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `LLaDA2MoeConfig.from_dict`, whatever model type the record names."""
-        published = config_dict | {"model_type": LLaDA2MoeConfig.model_type}
-        return LLaDA2MoeConfig.from_dict(published, **kwargs)

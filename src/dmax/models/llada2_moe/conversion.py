@@ -15,13 +15,11 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-MERGED = [
-    WeightConverter(
-        source_patterns=["mlp.experts.gate_proj", "mlp.experts.up_proj"],
-        target_patterns="mlp.experts.gate_up_proj",
-        operations=[Concatenate(dim=1)],
-    ),
-]
+MERGED = WeightConverter(
+    source_patterns=["mlp.experts.gate_proj", "mlp.experts.up_proj"],
+    target_patterns="mlp.experts.gate_up_proj",
+    operations=[Concatenate(dim=1)],
+)
 PER_EXPERT = [
     WeightConverter(
         source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
@@ -36,7 +34,7 @@ PER_EXPERT = [
 ]
 # Loading uses the rows that match the files. Saving needs one layout: with both, transformers would
 # write gate and up merged, but down per expert.
-CONVERSIONS: list[WeightConverter | WeightRenaming] = [*MERGED, *PER_EXPERT]
+CONVERSIONS: list[WeightConverter | WeightRenaming] = [MERGED, *PER_EXPERT]
 
 
 def merged_layout(model: nn.Module) -> dict[str, Size]:

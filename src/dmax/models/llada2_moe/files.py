@@ -50,7 +50,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise InputError(f"{file} is missing", hint=HINT) from None
     except (OSError, SafetensorError) as error:
-        message = f"{file} is not a readable safetensors file ({error})"
+        message = f"{file} is not a readable safetensors file, or is truncated ({error})"
         raise InputError(message, hint=HINT) from None
     return tensors
 

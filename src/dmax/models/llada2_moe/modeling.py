@@ -103,8 +103,7 @@ class LLaDA2MoeAttention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """From hidden states [B, L, D] to [B, L, D], with keys and values through `cache`."""
-        batch, length, _ = hidden_states.shape
-        heads = self.query_key_value(hidden_states).view(batch, length, -1, self.head_dim)
+        heads = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
         norms = self.query_layernorm.weight, self.key_layernorm.weight
         if can_attend(heads, norms, cache):
             eps = self.query_layernorm.eps
@@ -121,9 +120,9 @@ class LLaDA2MoeAttention(nn.Module):
         implementation = self.config._attn_implementation
         attend = ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        options = {"scaling": self.scaling, "dropout": dropout, "is_causal": False}
+        options = {"scaling": self.scaling, "dropout": dropout}
         output, _ = attend(self, query, key, value, attention_mask, **options, **kwargs)
-        return self.dense(output.reshape(batch, length, -1))
+        return self.dense(output.flatten(2))
 
 
 class LLaDA2MoeMLP(Glm4MoeMLP):
@@ -252,13 +251,12 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
         self._weight_conversions = deepcopy(PER_EXPERT)
         super().save_pretrained(*args, **kwargs)
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LLaDA2MoeExperts | LLaDA2MoeRouter):
-            for weight in module.parameters(recurse=False):
+            for weight in module.parameters():
                 nn.init.normal_(weight, std=self.config.initializer_range)
-            for bias in module.buffers(recurse=False):
+            for bias in module.buffers():
                 nn.init.zeros_(bias)
 
 
