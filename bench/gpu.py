@@ -294,7 +294,7 @@ def main() -> None:
     scale = given.pop("scale")
     output = given.pop("output", None)
     try:
-        device, _ = select_device(given.pop("device"))
+        device = select_device(given.pop("device"))
     except InputError as error:
         parser.error(str(error))
     options = changed(parser, SCALES[scale], given)

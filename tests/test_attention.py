@@ -35,7 +35,7 @@ def square(predicate: Predicate, length: int) -> Tensor:
 
 
 def materialized(mask: BlockMask) -> Tensor:
-    """What the kernel computes: the predicate, but only inside the tiles that the block mask lists."""
+    """What the kernel computes: the predicate, but only inside the tiles of the block mask."""
     rows, columns = mask.BLOCK_SIZE
     tiles = mask.to_dense()[0, 0].bool().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     predicate = create_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")[0, 0]
@@ -137,7 +137,7 @@ def test_sdpa_gets_the_mask_that_it_would_make_itself(dtype: torch.dtype) -> Non
     assert prepare_mask(visible, dtype, "eager").isfinite().all()
 
 
-# ---- our `sdpa` against transformers': the same numbers, without repeated keys and values ------
+# ---- our `sdpa` against transformers': the same numbers, without repeated keys and values -------
 
 
 class Layer(nn.Module):

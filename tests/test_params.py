@@ -42,6 +42,7 @@ def test_defaults_are_the_public_ones() -> None:
         {"temperature": 0},
         {"seed": 0},
         {"seed": 2**63 - 1},
+        {"max_steps_per_block": 10**400},
         {"strategy": "a plugin's"},
         {"deadline": 0},
         {"stop": ("a", "b")},
@@ -70,6 +71,7 @@ def test_the_ends_of_every_range_are_valid(values: dict[str, Any]) -> None:
         ("temperature", -1, "a number of at least 0"),
         ("temperature", float("inf"), "a number of at least 0"),
         ("temperature", float("nan"), "a number of at least 0"),
+        ("temperature", 10**400, "a number of at least 0"),  # more than a float holds
         ("seed", -1, "a whole number between 0 and"),
         ("seed", 2**63, "a whole number between 0 and"),
         ("strategy", None, "a name"),
@@ -122,6 +124,7 @@ def test_stop_texts_are_texts(stop: Any) -> None:
         ("max_length", 0, "a whole number of at least 1"),
         ("prefill_tokens", 0, "a whole number of at least 1"),
         ("prefix_cache_mib", -1, "a whole number of at least 0"),
+        ("compile_model", "no", "true or false"),  # a string would count as true
     ],
 )
 def test_bad_options_of_the_engine_are_named(name: str, value: Any, allowed: str) -> None:

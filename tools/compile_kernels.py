@@ -47,9 +47,8 @@ MASK = 156_895
 KEY_VALUE_HEADS = 4
 HEAD_SIZE = 128
 BF16 = torch.bfloat16
-# the compute capability that has fp8
 FORMATS = ("bf16", "int8", "fp8", "int4")
-FP8_FROM = 89
+FP8_FROM = 89  # compute capability
 
 
 class AbsentGPU:

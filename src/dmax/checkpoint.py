@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
@@ -23,14 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dmax import models
 from dmax.decoding import strategies
 from dmax.errors import InputError, did_you_mean
 from dmax.files import check_new_folder, new_folder, writing
 from dmax.hub import find_folder, is_published_dmax
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
-from dmax.models import backbone
+from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 
@@ -109,17 +107,14 @@ def load_checkpoint(
         block_length: overrides the checkpoint's.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
-        add_mask_token: give an autoregressive checkpoint the mask token it lacks, to be trained;
-            needs a tokenizer.
-        quantization: of the experts, "int8", "fp8" or "int4" (`dmax.kernels.quant`), for decoding
-            only.
+        add_mask_token: give an autoregressive model the mask token it lacks; takes a tokenizer.
+        quantization: of the experts, for decoding only: "int8", "fp8" or "int4".
 
     Raises:
         InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
             files, the architecture cannot be used, the decoding strategy that the files name is
             unknown, or a mask token is to be added to a checkpoint that has one.
     """
-    models.register()
     folder = find_folder(name_or_path)
     config, tokenizer, generation_config = _load_settings(folder)
     # All settings first: a wrong one should not cost the loading of the weights.
@@ -136,13 +131,9 @@ def load_checkpoint(
         eos_token_id=eos_token_id,
         block_length=block_length,
     )
-    decoding = _named_decoding(name_or_path, folder, config)
-    if experts_implementation is None and hasattr(config, "num_experts"):
-        experts_implementation = best_experts_implementation(
-            config.num_experts, torch.device(device)
-        )
-    implementations = _chosen(attn_implementation, experts_implementation)
-    model: Any = _load_model(folder, config, dtype, implementations)
+    decoding = _named_decoding(config, name_or_path, folder)
+    experts = experts_implementation or _best_experts(config, device)
+    model = _load_model(folder, config, dtype, _chosen(attn_implementation, experts))
     if add_mask_token:
         added = backbone.add_mask_token(model, tokenizer)
         special_ids = replace(special_ids, mask_token_id=added)
@@ -172,12 +163,13 @@ def new_checkpoint(
     Raises:
         InputError: an id or the block length is missing, or the architecture cannot be used.
     """
-    models.register()
     special_ids = resolve_special_ids(config, tokenizer)
-    implementations = _chosen(attn_implementation, experts_implementation)
     try:
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False, **implementations
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            trust_remote_code=False,
+            **_chosen(attn_implementation, experts_implementation),
         )
     except ValueError as error:
         raise InputError(
@@ -213,11 +205,16 @@ def save_checkpoint(
             strategy is unknown.
     """
     folder = check_target(folder)
-    if decoding is not None:
-        _check_decoding(decoding, "the checkpoint")
+    _check_decoding(decoding, "the checkpoint")
     with writing(f"the checkpoint {folder}"), new_folder(folder) as partial:
         model.save_pretrained(partial)
-        config = _final_config(model.config, special_ids, decoding)
+        config: Any = copy.deepcopy(model.config)  # the caller's stays as it is
+        first, *more = special_ids.eos_token_ids
+        config.eos_token_id = [first, *more] if more else first
+        config.mask_token_id = special_ids.mask_token_id
+        config.block_length = special_ids.block_length
+        if decoding is not None:
+            config.decoding_strategy = decoding
         config.save_pretrained(partial)
         GenerationConfig(
             eos_token_id=config.eos_token_id, pad_token_id=special_ids.pad_token_id
@@ -249,32 +246,6 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """16 hexadecimal digits that tell weights apart.
-
-    SHA-256 of every tensor's name, dtype, shape and bytes.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def _final_config(
-    config: PreTrainedConfig, special_ids: SpecialIds, decoding: str | None
-) -> PreTrainedConfig:
-    """A copy of the configuration that names ids, block length and decoding."""
-    final: Any = copy.deepcopy(config)
-    ends = list(special_ids.eos_token_ids)
-    final.mask_token_id = special_ids.mask_token_id
-    final.block_length = special_ids.block_length
-    final.eos_token_id = ends[0] if len(ends) == 1 else ends
-    if decoding is not None:
-        final.decoding_strategy = decoding
-    return final
-
-
 def _is_replaceable(folder: Path) -> bool:
     """Whether a folder is empty, or a checkpoint and nothing besides."""
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
@@ -284,18 +255,18 @@ def _is_replaceable(folder: Path) -> bool:
 
 
 def _named_decoding(
-    name_or_path: str | os.PathLike[str], folder: Path, config: PreTrainedConfig
+    config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
 ) -> str | None:
-    named = getattr(config, "decoding_strategy", None)
-    if named is not None:
-        _check_decoding(named, folder)
-        return str(named)
-    return "spd" if is_published_dmax(name_or_path, folder) else None
+    """The strategy that a model was trained for; None where nobody says."""
+    named: str | None = getattr(config, "decoding_strategy", None)
+    _check_decoding(named, folder)
+    is_dmax = named is None and is_published_dmax(name_or_path, folder)
+    return "spd" if is_dmax else named
 
 
 def _check_decoding(name: object, place: object) -> None:
     known = strategies()
-    if name not in known:
+    if name is not None and name not in known:
         raise InputError(
             f"{place} names the decoding strategy {name!r}, which is unknown",
             hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
@@ -351,7 +322,6 @@ def _load_model(
         raise
     except UNREADABLE as error:
         raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from error
-    model: PreTrainedModel
     model, report = loaded
     # Our own classes have checked their files. For others transformers would fill gaps with random
     # weights.
@@ -363,9 +333,16 @@ def _load_model(
     return _ready(model)
 
 
+def _best_experts(config: Any, device: torch.device | str) -> str | None:
+    """The experts implementation that is fastest here; None leaves it to transformers."""
+    if not hasattr(config, "num_experts"):
+        return None
+    return best_experts_implementation(config.num_experts, torch.device(device))
+
+
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """One of our own architectures as it is, another made into a block-diffusion model."""
-    return model if isinstance(model, models.NATIVE) else backbone.as_block_diffusion(model)
+    return model if isinstance(model, NATIVE) else backbone.as_block_diffusion(model)
 
 
 def _chosen(attention: str | None, experts: str | None) -> dict[str, str]:

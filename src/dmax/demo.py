@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dmax.environment import environment
 from dmax.evaluation.run import Summary, evaluate
-from dmax.evaluation.sweep import pareto
+from dmax.evaluation.statistics import pareto
 from dmax.llm import LLM
 from dmax.outputs import StreamEvent, as_record
 from dmax.params import DecodingParams

@@ -1,11 +1,9 @@
-"""What the program runs on: device and dtype with the reason for the choice, and versions.
-
-The record of hardware and versions stands beside every number that was measured.
-"""
+"""What the program runs on, and records of hardware and weights to stand beside numbers."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import shutil
@@ -24,19 +22,15 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def select_device(device: str | torch.device = "auto") -> tuple[torch.device, str]:
-    """The device to use and why.
-
-    "auto" is the first CUDA GPU, else the CPU. Others, such as "mps", are used only if asked for.
+def select_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to use; "auto" is the first CUDA GPU, else the CPU, and "mps" only if asked for.
 
     Raises:
         InputError: an unknown device, or one that this machine or this build of torch does not
             have.
     """
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"{torch.cuda.get_device_name()} is present"
-        return torch.device("cpu"), "no CUDA GPU is present"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -50,37 +44,32 @@ def select_device(device: str | torch.device = "auto") -> tuple[torch.device, st
         reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
         message = f"device {str(device)!r} is not available on this machine: {reason}"
         raise InputError(message, "auto takes the best device there is") from None
-    return chosen, "asked for"
+    return chosen
 
 
-def select_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the weights and why.
-
-    "auto" is bfloat16 where the hardware computes in it, else float32.
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the weights; "auto" is bfloat16 where the hardware computes in it, else float32.
 
     Raises:
         InputError: a name or dtype that weights cannot have.
     """
     if dtype == "auto":
-        if device.type == "cpu" and _cpu_has_bfloat16():
-            return torch.bfloat16, "the processor computes in it; float32 on request, exact"
-        if device.type != "cuda":
-            return torch.float32, f"{device.type} does not compute in bfloat16 by itself"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"the GPU computes in it (sm{major}{minor})"
-        return torch.float32, f"the GPU (sm{major}{minor}) does not compute in bfloat16"
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise InputError(
-            f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
-            did_you_mean(str(dtype), ("auto", *DTYPES)),
-        )
-    return chosen, "asked for"
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            has_bfloat16 = device.type == "cpu" and _cpu_has_bfloat16()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    for name, known in DTYPES.items():
+        if dtype in (name, known):
+            return known
+    raise InputError(
+        f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
+        did_you_mean(str(dtype), ("auto", *DTYPES)),
+    )
 
 
 def lacks_compiler(device: torch.device) -> str | None:
-    """The C++ compiler that `torch.compile` wants for a CPU, if it is missing; else None."""
+    """The C++ compiler that `torch.compile` would call for a CPU, if it is not there; else None."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return name if device.type == "cpu" and shutil.which(name) is None else None
 
@@ -114,6 +103,18 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     return record
 
 
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hexadecimal digits that tell weights apart.
+
+    SHA-256 of every tensor's name, dtype, shape and bytes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def _cpu_has_bfloat16() -> bool:
     """Whether the processor has instructions for products in bfloat16 (AVX-512 BF16 or AMX)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -137,9 +138,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package runs from; None for an installed wheel.
+    """Commit of the checkout that the package runs from, with a `+` if it has changes.
 
-    A `+` after it says that the checkout has changes.
+    None for an installed wheel.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
@@ -160,10 +161,17 @@ def _cpu_name() -> str:
 def _power_limit(uuid: str) -> float | None:
     """Watts that the GPU may draw.
 
-    It is named by its UUID: with CUDA_VISIBLE_DEVICES, torch and nvidia-smi count differently.
+    It is found by its UUID: under CUDA_VISIBLE_DEVICES the indices of nvidia-smi and of torch
+    differ.
     """
-    query = ["--query-gpu=power.limit", "--format=csv,noheader,nounits"]
-    watts = _output(["nvidia-smi", f"--id=GPU-{uuid}", *query])
+    watts = _output(
+        [
+            "nvidia-smi",
+            f"--id=GPU-{uuid}",
+            "--query-gpu=power.limit",
+            "--format=csv,noheader,nounits",
+        ]
+    )
     try:
         return float(watts or "")
     except ValueError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -58,11 +60,10 @@ class LLM:
         **options: Any,
     ) -> None:
         engine_options = EngineOptions(**options)
-        chosen_device, _ = select_device(device)
-        chosen_dtype, _ = select_dtype(dtype, chosen_device)
+        chosen_device = select_device(device)
         checkpoint = load_checkpoint(
             model,
-            dtype=chosen_dtype,
+            dtype=select_dtype(dtype, chosen_device),
             device=chosen_device,
             mask_token_id=mask_token_id,
             eos_token_id=eos_token_id,
@@ -81,8 +82,7 @@ class LLM:
         return llm
 
     def _setup(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
-        missing = lacks_compiler(checkpoint.model.device) if options.compile_model else None
-        if missing:
+        if options.compile_model and (missing := lacks_compiler(checkpoint.model.device)):
             raise InputError(
                 f"compiling a model takes a C++ compiler, and {missing} is not here",
                 hint="install it, or set CXX",
@@ -113,14 +113,13 @@ class LLM:
             InputError: a prompt of no known form, one that does not fit the context, or NaN logits.
         """
         requests = self._requests(prompts, params)
-        by_length: dict[int, list[Request]] = {}
+        groups: defaultdict[Engine, list[Request]] = defaultdict(list)
         for request in requests:
-            by_length.setdefault(self._block_length(request.params), []).append(request)
-        groups = [(self._engine(length), group) for length, group in by_length.items()]
-        for engine, group in groups:
+            groups[self._engine(request.params)].append(request)
+        for engine, group in groups.items():
             engine.check(group)  # of all groups, before the first is decoded
         outputs: dict[int, GenerationOutput] = {}
-        for engine, group in groups:
+        for engine, group in groups.items():
             for event in engine.run(group):
                 if event.kind == "finished":
                     outputs[event.index] = self.output(requests[event.index], event)
@@ -133,8 +132,7 @@ class LLM:
             InputError: as `generate`.
         """
         (request,) = self._requests([prompt], params)
-        engine = self._engine(self._block_length(request.params))
-        for event in engine.run([request], provisional=True):
+        for event in self._engine(request.params).run([request], provisional=True):
             yield self.event(request, event)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -147,27 +145,26 @@ class LLM:
             if not self.tokenizer.chat_template:
                 return tuple(self.tokenizer.encode(prompt))
             prompt = [{"role": "user", "content": prompt}]
-        is_list = isinstance(prompt, Sequence)
-        if is_list and prompt and all(isinstance(message, Mapping) for message in prompt):
-            if self.tokenizer is None or not self.tokenizer.chat_template:
-                raise InputError(
-                    "this checkpoint has no chat template", hint="pass texts or lists of token ids"
-                )
-            messages: list[dict[str, str]] = [dict(message) for message in prompt]  # type: ignore[arg-type]
-            if not all({"role", "content"} <= message.keys() for message in messages):
-                raise InputError("a chat message is a mapping with `role` and `content`")
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
+        parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [None]
+        if all(isinstance(token, int) and not isinstance(token, bool) for token in parts):
+            return tuple(parts)
+        if not all(isinstance(message, Mapping) for message in parts):
+            raise InputError(
+                "a prompt must be a text, a list of token ids or a list of chat messages, "
+                f"got {prompt!r:.80}",
+                hint="a message is a mapping with `role` and `content`",
             )
-            return tuple(ids)
-        if is_list and all(
-            isinstance(token, int) and not isinstance(token, bool) for token in prompt
-        ):
-            return tuple(prompt)  # type: ignore[arg-type]
-        raise InputError(
-            f"a prompt must be a text, a list of token ids or a list of chat messages, got {prompt!r:.80}",
-            hint="a message is a mapping with `role` and `content`",
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InputError(
+                "this checkpoint has no chat template", hint="pass texts or lists of token ids"
+            )
+        messages = [dict(message) for message in parts]
+        if not all({"role", "content"} <= message.keys() for message in messages):
+            raise InputError("a chat message is a mapping with `role` and `content`")
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
         )
+        return tuple(ids)
 
     def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
         """A request for an engine; `index` is the caller's number for it.
@@ -225,11 +222,9 @@ class LLM:
             output = self.output(request, event)
             return replace(event, text=output.text, output=output)
         eos = self.checkpoint.special_ids.eos_token_ids
-        ids = event.token_ids
-        end = next((at for at, token in enumerate(ids) if token in eos), len(ids))
-        decoded = [
-            token for token, masked in zip(ids[:end], event.masked, strict=False) if not masked
-        ]
+        positions = zip(event.token_ids, event.masked, strict=True)
+        before_eos = takewhile(lambda position: position[0] not in eos, positions)
+        decoded = [token for token, is_masked in before_eos if not is_masked]
         return replace(event, text=self._text(decoded))
 
     def output(self, request: Request, event: StreamEvent) -> GenerationOutput:
@@ -242,7 +237,10 @@ class LLM:
         return replace(event.output, text=text[: min(ends, default=len(text))])
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
-        prompts = [prompts] if _is_single(prompts) else list(prompts)
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"prompts must be a text or a list, got {type(prompts).__name__}")
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
+            prompts = [prompts]  # a single one
         each = params
         if not isinstance(params, Sequence):
             each = [DecodingParams() if params is None else params] * len(prompts)
@@ -251,17 +249,14 @@ class LLM:
                 f"got {len(prompts)} prompts and {len(each)} params; give one for all or one for "
                 "each"
             )
-        pairs = zip(prompts, each, strict=True)
-        return [self.request(index, prompt, own) for index, (prompt, own) in enumerate(pairs)]
+        return list(map(self.request, range(len(prompts)), prompts, each))
 
-    def _block_length(self, params: DecodingParams) -> int:
-        return params.block_length or self.checkpoint.special_ids.block_length
-
-    def _engine(self, block_length: int) -> Engine:
+    def _engine(self, params: DecodingParams) -> Engine:
         """The engine of earlier calls, with its memory and graphs, unless it is in use."""
-        if block_length not in self._engines or self._engines[block_length].is_busy():
-            self._engines[block_length] = self.engine(block_length)
-        return self._engines[block_length]
+        length = params.block_length or self.checkpoint.special_ids.block_length
+        if length not in self._engines or self._engines[length].is_busy():
+            self._engines[length] = self.engine(length)
+        return self._engines[length]
 
     def _find_stop(self, texts: Sequence[str], token_ids: Sequence[int]) -> int | None:
         """How many tokens to keep so that their text ends in a stop text; None without one."""
@@ -278,12 +273,3 @@ class LLM:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
-def _is_single(prompts: Any) -> bool:
-    """Whether this is one prompt rather than a list of them."""
-    if isinstance(prompts, str):
-        return True
-    if not isinstance(prompts, Sequence):
-        raise InputError(f"prompts must be a text or a list, got {type(prompts).__name__}")
-    return bool(prompts) and isinstance(prompts[0], (int, Mapping))

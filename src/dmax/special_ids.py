@@ -66,49 +66,48 @@ def resolve_special_ids(
             hint="pass `mask_token_id`; an autoregressive model gets one in training, "
             "by `model.add_mask_token: true`",
         )
-    mask = _in_vocabulary("mask_token_id", mask, config)
+    _check_token("mask_token_id", mask, config)
 
     sources = (generation_config, config, tokenizer)
-    eos = _first(eos_token_id, *(getattr(source, "eos_token_id", None) for source in sources))
-    if eos is None:
+    named = [eos_token_id, *(getattr(source, "eos_token_id", None) for source in sources)]
+    ends: Any = next((ids for ids in named if ids not in (None, [], ())), None)
+    if ends is None:
         raise InputError(
             "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
         )
-    several = eos if isinstance(eos, list | tuple) else [eos]
-    ends = [_in_vocabulary("eos_token_id", token, config) for token in several]
+    eos = ends if isinstance(ends, (list, tuple)) else [ends]
+    for token in eos:
+        _check_token("eos_token_id", token, config)
 
+    # What lies outside the vocabulary is no padding; the first EOS serves as well.
     pads = [getattr(source, "pad_token_id", None) for source in (tokenizer, config)]
     usable = [pad for pad in pads if isinstance(pad, int) and 0 <= pad < config.vocab_size]
+    pad = usable[0] if usable else eos[0]
 
     family = FAMILY_BLOCK_LENGTH.get(config.model_type)
     length = _first(block_length, getattr(config, "block_length", None), family)
     if length is None:
         raise InputError("the checkpoint names no block length", hint="pass `block_length`")
     check_number("block_length", length, low=1, whole=True)
-    return SpecialIds(
-        mask_token_id=mask,
-        eos_token_ids=tuple(dict.fromkeys(ends)),
-        pad_token_id=_first(*usable, ends[0]),
-        block_length=length,
-    )
+    return SpecialIds(mask, tuple(dict.fromkeys(eos)), pad, length)
 
 
 def find_mask_token_id(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> int | None:
     """MASK's id by the config, by the tokenizer, or as the vocabulary entry `<|mask|>`."""
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    named = [getattr(source, "mask_token_id", None) for source in (config, tokenizer)]
-    found: int | None = _first(*named, vocabulary.get(MASK_TOKEN))
+    found: int | None = getattr(config, "mask_token_id", None)
+    if tokenizer is not None:
+        found = _first(found, tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN))
     return found
 
 
-def _first(*candidates: Any) -> Any:
-    """The first of the candidates that says something; None if none does."""
-    return next((each for each in candidates if each not in (None, [], ())), None)
+def _first(*values: Any) -> Any:
+    """The first value that is given; None if none is."""
+    return next((value for value in values if value is not None), None)
 
 
-def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
+def _check_token(name: str, token: Any, config: PreTrainedConfig) -> None:
     if not isinstance(token, int) or isinstance(token, bool):
         raise InputError(f"`{name}` must be a token id, got {token!r}", hint=f"pass `{name}`")
     if not 0 <= token < config.vocab_size:
@@ -116,4 +115,3 @@ def _in_vocabulary(name: str, token: Any, config: PreTrainedConfig) -> int:
             f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}",
             hint=f"pass `{name}`",
         )
-    return token

@@ -91,7 +91,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_a_device_without_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = torch.device("mps"), "asked for"
+    chosen = torch.device("mps")
     monkeypatch.setattr("dmax.benchmark.run.select_device", lambda device: chosen)
     with pytest.raises(InputError, match="there is no benchmark for mps"):
         run_benchmark("mps", console=Console(file=io.StringIO()))

@@ -25,9 +25,9 @@ from dmax.benchmark.steps import measure_steps, never_sure, step_times
 from dmax.checkpoint import Checkpoint
 from dmax.engine.request import Request
 from dmax.errors import InputError
-from dmax.kernels.quant import quantize_experts
 from dmax.llm import LLM
 from dmax.models import LLaDA2MoeConfig
+from dmax.models.quantization import quantize_experts
 
 CPU = torch.device("cpu")
 MINI = LLaDA2MoeConfig()

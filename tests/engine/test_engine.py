@@ -99,6 +99,13 @@ def test_a14_eos_in_the_prompt_does_not_stop() -> None:
     assert len(output.token_ids) == 16
 
 
+@pytest.mark.parametrize("steps", [2**63 - 1, 10**400])
+def test_a_cap_that_no_block_reaches_is_none(steps: int) -> None:
+    table = confident(COUNT * 4, 0.6)
+    capped = run(scripted(table), request((1, 2), max_steps_per_block=steps))
+    assert capped == run(scripted(table), request((1, 2)))
+
+
 def test_eos_first_gives_an_empty_completion() -> None:
     output = run(scripted(confident([EOS] * 32)), request((1, 2)))[0]
     assert output.token_ids == ()

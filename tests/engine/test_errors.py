@@ -232,6 +232,41 @@ def test_blocks_that_are_too_long_for_a_head_end_its_own_requests(
     assert not any(engine.cancel(index) for index in range(4))
 
 
+@dataclass(frozen=True)
+class Failing(Strategy):
+    """Fails with an error that is nobody's input, in one of its methods."""
+
+    name: ClassVar[str] = "failing"
+
+    where: str = "open"
+
+    def open(self, view: View) -> State:
+        if self.where == "open":
+            raise RuntimeError("out of memory")
+        return {}
+
+    def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("where", ["open", "step"])
+def test_an_engine_is_as_good_as_new_after_another_error(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all its slots, so that no later request waits for ever."""
+    plugin = EntryPoint("failing", f"{__name__}:Failing", "dmax.strategies")
+    monkeypatch.setattr("dmax.decoding.entry_points", lambda group: [plugin])
+    engine = scripted(confident(COUNT * 5), max_batch_size=2)
+    failing = request((1,), 0, strategy="failing", options={"where": where})
+    others = [request((1,), index, max_new_tokens=L - 1) for index in (1, 2)]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(engine.run([failing, *others]))
+        assert not engine.is_busy()
+        assert not any(engine.cancel(index) for index in range(3))
+    assert run(engine, *others) == run(scripted(confident(COUNT * 5)), *others)
+
+
 def test_a_strategy_that_does_not_exist_is_refused_with_the_request() -> None:
     with pytest.raises(InputError, match="unknown strategy 'spdd'"):
         request((1,), strategy="spdd")

@@ -36,7 +36,7 @@ def scheduler(num_slots: int = 2, **changes: Any) -> Scheduler:
         "clock": Clock(),
     }
     made = Scheduler(**usual | changes)
-    made.plan(num_slots)
+    made.plan(num_slots, capacity=64)
     return made
 
 
@@ -45,7 +45,7 @@ def test_first_come_first_served_into_the_lowest_free_slot() -> None:
     for index in range(4):
         plan.add(request(index))
     assert [(slot, r.index) for slot, r in plan.admit()] == [(0, 0), (1, 1)]
-    assert plan.admit() == []
+    assert list(plan.admit()) == []
     plan.release(1, request(1))
     plan.release(0, request(0))
     assert [(slot, r.index) for slot, r in plan.admit()] == [(0, 2), (1, 3)]
@@ -54,61 +54,75 @@ def test_first_come_first_served_into_the_lowest_free_slot() -> None:
 # --- prompts --------------------------------------------------------------------------------------
 
 
+class Prompts:
+    """What is left of prompts by slot, and whose turn it is."""
+
+    def __init__(self, plan: Scheduler, left: dict[int, int]) -> None:
+        self.plan = plan
+        self.left = left
+
+    def next(self, is_running: bool) -> tuple[list[int], list[int], int]:
+        return self.plan.next_prompts(self.left, is_running)
+
+    def filled(self, slot: int, num: int) -> None:
+        self.left[slot] -= num
+        if not self.left[slot]:
+            del self.left[slot]
+
+
 def test_chunks_are_bounded_and_of_one_length() -> None:
-    plan = scheduler(num_slots=5)
-    plan.unfilled.update({0: 32, 1: 160, 2: 32, 3: 32, 4: 64})
+    prompts = Prompts(scheduler(), {0: 32, 1: 160, 2: 32, 3: 32, 4: 64})
     # 2 would share it, but 1 came first and wants a whole round.
-    assert plan.next_prompts(True) == ([], [0], 32)
-    plan.filled(0, 32)
+    assert prompts.next(True) == ([], [0], 32)
+    prompts.filled(0, 32)
     for left in (96, 32):
-        assert plan.next_prompts(True) == ([], [1], 64)
-        plan.filled(1, 64)
-        assert plan.unfilled[1] == left
-    assert plan.next_prompts(True) == ([], [1, 2], 32)  # not 3: 64 tokens a round
+        assert prompts.next(True) == ([], [1], 64)
+        prompts.filled(1, 64)
+        assert prompts.left[1] == left
+    assert prompts.next(True) == ([], [1, 2], 32)  # not 3: 64 tokens a round
     for slot in (1, 2):
-        plan.filled(slot, 32)
-    assert plan.next_prompts(True) == ([], [3], 32)
-    plan.filled(3, 32)
-    assert plan.next_prompts(True) == ([], [4], 64)
-    plan.filled(4, 64)
-    assert plan.next_prompts(True) == ([], [], 0)
+        prompts.filled(slot, 32)
+    assert prompts.next(True) == ([], [3], 32)
+    prompts.filled(3, 32)
+    assert prompts.next(True) == ([], [4], 64)
+    prompts.filled(4, 64)
+    assert prompts.next(True) == ([], [], 0)
 
 
 def test_short_prompts_join_their_first_step_within_the_same_bounds() -> None:
-    plan = scheduler(num_slots=5, block_length=8, prefill_tokens=96)
+    plan = scheduler(block_length=8, prefill_tokens=96)
     assert SHORT_PROMPT * plan.block_length == 32
-    plan.unfilled.update({0: 32, 1: 64, 2: 8, 3: 32, 4: 128})
-    assert plan.next_prompts(True) == ([0], [1], 64)
-    plan.filled(0, 32)
-    plan.filled(1, 64)
-    assert plan.next_prompts(True) == ([2, 3], [], 0)  # 4 wants a whole round
-    plan.filled(2, 8)
-    plan.filled(3, 32)
-    assert plan.next_prompts(True) == ([], [4], 96)
-    plan.filled(4, 96)
-    assert plan.next_prompts(True) == ([4], [], 0)  # what is left of a long prompt joins as well
-    plan.filled(4, 32)
-    plan.unfilled.update({0: 32, 1: 32, 2: 32, 3: 32})
+    prompts = Prompts(plan, {0: 32, 1: 64, 2: 8, 3: 32, 4: 128})
+    assert prompts.next(True) == ([0], [1], 64)
+    prompts.filled(0, 32)
+    prompts.filled(1, 64)
+    assert prompts.next(True) == ([2, 3], [], 0)  # 4 wants a whole round
+    prompts.filled(2, 8)
+    prompts.filled(3, 32)
+    assert prompts.next(True) == ([], [4], 96)
+    prompts.filled(4, 96)
+    assert prompts.next(True) == ([4], [], 0)  # what is left of a long prompt joins as well
+    prompts.filled(4, 32)
+    prompts.left.update({0: 32, 1: 32, 2: 32, 3: 32})
     # Nobody waits for them: they start together.
-    assert plan.next_prompts(False) == ([], [0, 1, 2], 32)
+    assert prompts.next(False) == ([], [0, 1, 2], 32)
     for slot in (0, 1, 2):
-        plan.filled(slot, 32)
-    assert plan.next_prompts(False) == ([3], [], 0)
+        prompts.filled(slot, 32)
+    assert prompts.next(False) == ([3], [], 0)
 
 
 @pytest.mark.parametrize("is_running", [True, False])
 def test_a_short_prompt_that_is_more_than_a_round_does_not_join(is_running: bool) -> None:
-    plan = scheduler(block_length=8, prefill_tokens=20)  # two blocks a round
-    plan.unfilled[0] = 32
-    assert plan.next_prompts(is_running) == ([], [0], 16)
-    plan.filled(0, 16)
-    assert plan.next_prompts(is_running) == ([0], [], 0)
+    # Two blocks a round.
+    prompts = Prompts(scheduler(block_length=8, prefill_tokens=20), {0: 32})
+    assert prompts.next(is_running) == ([], [0], 16)
+    prompts.filled(0, 16)
+    assert prompts.next(is_running) == ([0], [], 0)
 
 
 def test_a_round_encodes_a_block_at_least() -> None:
-    plan = scheduler(block_length=8, prefill_tokens=1)
-    plan.unfilled[0] = 16
-    assert plan.next_prompts(True) == ([], [0], 8)
+    prompts = Prompts(scheduler(block_length=8, prefill_tokens=1), {0: 16})
+    assert prompts.next(True) == ([], [0], 8)
 
 
 # --- what fits ------------------------------------------------------------------------------------
@@ -169,5 +183,5 @@ def test_only_what_is_there_can_be_cancelled() -> None:
     assert plan.cancel(8) is False
     assert plan.cancel(7) is True
     assert plan.ends_early(request(7)) == "cancelled"
-    plan.forget(request(7))
+    plan.drop(request(7))
     assert plan.cancel(7) is False

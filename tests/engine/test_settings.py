@@ -25,6 +25,7 @@ from torch import Tensor
 from dmax.engine.blocks import OpenBlocks
 from dmax.engine.engine import MAX_IDLE
 from dmax.engine.request import Request
+from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
 
 Golden = tuple[str, Any, dict[str, Any]]
@@ -48,9 +49,8 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> WeakSet[OpenBlocks]:
 def num_bytes(blocks: OpenBlocks) -> int:
     """Memory of its tensors."""
     tensors = [value for value in vars(blocks).values() if isinstance(value, Tensor)]
-    tensors += [*blocks.numbers.values(), *blocks.state.values()]
-    if blocks.soft is not None:
-        tensors += [blocks.soft.where, blocks.soft.ids, blocks.soft.probs]
+    for named in (blocks.numbers, blocks.state, blocks.feedback):
+        tensors += named.values()
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -177,6 +177,25 @@ def test_a_strategy_that_is_used_again_finds_its_open_blocks(alive: WeakSet[Open
         run(engine, request((1, 2), strategy="llada", options={"steps": index + 1}))
     run(engine, request((1, 2), threshold=0.7))
     assert before in alive and len(alive) == MAX_IDLE
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("sched", {"high": 1e300, "low": 1e300}),
+        ("credit", {"power": 1e300}),
+        ("entropy_bound", {"bound": 1e300}),
+    ],
+)
+def test_numbers_may_be_larger_than_a_tensor_holds(
+    strategy: str, options: dict[str, float]
+) -> None:
+    def decoded(scale: float) -> GenerationOutput:
+        own = {name: value * scale for name, value in options.items()}
+        table = confident(COUNT * 4, 0.6)
+        return run(scripted(table), request((1, 2), strategy=strategy, options=own))[0]
+
+    assert decoded(1.0) == decoded(1e-265)  # 1e35, which it holds
 
 
 def test_settings_of_a_slot_are_those_of_its_last_request() -> None:

@@ -13,15 +13,8 @@ from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 from dmax import LLM, InputError, strategies
 from dmax.decoding import get_strategy
 from dmax.evaluation.plots import draw, page
-from dmax.evaluation.sweep import (
-    Curve,
-    aup_table,
-    check_folder,
-    curves_of,
-    pareto,
-    parse_grid,
-    run_sweep,
-)
+from dmax.evaluation.statistics import aup_table, pareto
+from dmax.evaluation.sweep import Curve, check_folder, curves_of, parse_grid, run_sweep
 from dmax.tasks import Example
 
 pytest.importorskip("matplotlib")

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from dmax import blend
 from dmax.blend import SoftTokens, embed_tokens
 
-V, D, MASK = 20, 24, 19  # D fills no block
+# D fills no block
+V = 20
+D = 24
+MASK = 19
 
 
 def case(
@@ -44,20 +47,25 @@ def test_the_kernel_equals_embed_tokens(
     triton_device: torch.device, dtype: torch.dtype, candidates: int, renormalize: bool
 ) -> None:
     table, tokens, soft = case(candidates, dtype, renormalize)
-    result, expected = fused(table, tokens, soft, triton_device), plain(table, tokens, soft)
+    result = fused(table, tokens, soft, triton_device)
+    expected = plain(table, tokens, soft)
     assert result.dtype == dtype
     assert torch.equal(result[~soft.where], table[tokens][~soft.where])
-    rounding = (
-        1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-    )  # one unit in the last place
+    # One unit in the last place, of 16 bits.
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(result, expected, rtol=rounding, atol=1e-5)
 
 
 def test_the_kernel_by_hand(triton_device: torch.device) -> None:
-    """e(0) = (8, 0, ...), e_mask = (0, 6, ...): half and half is (4, 3), of length 5; the mean length is 7."""
+    """With e(0) = (8, 0, ...) and e_mask = (0, 6, ...), half and half is (4, 3).
+
+    Its length is 5, and the mean length is 7.
+    """
     table = torch.zeros(V, D)
-    table[0, 0], table[MASK, 1] = 8, 6
-    tokens, half = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[[0.5], [1.0], [0.0]]])
+    table[0, 0] = 8
+    table[MASK, 1] = 6
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    half = torch.tensor([[[0.5], [1.0], [0.0]]])
     soft = SoftTokens(torch.ones(1, 3, dtype=torch.bool), tokens[..., None], half)
     result = fused(table, tokens, soft, triton_device)
     torch.testing.assert_close(result[0, :, :2], torch.tensor([[5.6, 4.2], [8.0, 0.0], [0.0, 6.0]]))

@@ -34,9 +34,10 @@ CASES: dict[str, list[Place]] = {
 def model(**changes: Any) -> Any:
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16} | changes
     config = LLaDA2MoeConfig(
-        vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, eos_token_id=0, block_length=L, hidden_size=32,
-        intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_experts=4, num_experts_per_tok=2,
-        n_group=1, topk_group=1, moe_intermediate_size=16, **shape,
+        vocab_size=VOCABULARY, mask_token_id=VOCABULARY - 1, eos_token_id=0, block_length=L,
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1,
+        num_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+        **shape,
     )  # fmt: skip
     torch.manual_seed(0)
     made = new_checkpoint(config, experts_implementation="eager").model
@@ -83,7 +84,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> tor
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_equal_the_model_without_them(case: str, request: pytest.FixtureRequest) -> None:
-    made, rows = model(), CASES[case]
+    made = model()
+    rows = CASES[case]
     expected, caches = run(made, rows, torch.device("cpu"))
     actual, written = run(made, rows, request.getfixturevalue("kernels"))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -120,7 +122,8 @@ def test_keys_may_go_in_any_number_of_shares(
 ) -> None:
     from dmax.kernels import block_attention_triton
 
-    made, rows = model(), CASES["sequences in different states"]
+    made = model()
+    rows = CASES["sequences in different states"]
     in_many, _ = run(made, rows, kernels)
     monkeypatch.setattr(block_attention_triton, "PROGRAMS", 1)  # all keys of a row in one program
     in_one, _ = run(made, rows, kernels)
@@ -134,9 +137,8 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
     assert can_attend(heads, norms, window)
     assert not can_attend(heads, norms, None)
-    assert not can_attend(
-        heads, (norms[0].to("meta"), norms[1]), window
-    )  # weights that are not loaded yet
+    unloaded = (norms[0].to("meta"), norms[1])
+    assert not can_attend(heads, unloaded, window)
     assert not can_attend(heads.half(), norms, window)  # the cache is float32
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
     chunk = runner.cache.write_at([0], L)  # of a prompt, with a mask of its own

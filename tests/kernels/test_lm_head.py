@@ -1,4 +1,4 @@
-"""LM head and top-k in one: the twin against what decoding computes from logits, the Triton path against the twin."""
+"""LM head and top-k in one: the twin against decoding from logits, the kernel against the twin."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encounte
 
 
 def grid(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Quarters in [-2, 2): their dot products are exact in float32, whatever the order of the sum, and often tie."""
-    return torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(seed)).to(dtype) / 4
+    """Quarters in [-2, 2): in float32 their dot products are exact in any order, and often tie."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 8, shape, generator=generator).to(dtype) / 4
 
 
 def product(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, N] and weights [V, N] whose product is `logits` [N, V]; infinities come by overflow."""
+    """Hidden states [N, N] and weights [V, N] whose product is `logits` [N, V].
+
+    Infinities come by overflow.
+    """
     huge = torch.finfo(logits.dtype).max * 0.9
-    return 2 * torch.eye(len(logits), dtype=logits.dtype), (logits / 2).clamp(
-        -huge, huge
-    ).T.contiguous()
+    hidden = 2 * torch.eye(len(logits), dtype=logits.dtype)
+    weight = (logits / 2).clamp(-huge, huge).T.contiguous()
+    return hidden, weight
 
 
 def reference(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
-    """The same from stored logits and a stable sort: `Output` and `predict`, a row at a time for `broken`."""
+    """The same from stored logits and a stable sort, by `Output` and `predict`."""
     output = Output((hidden @ weight.T)[:, None], mask_token_id)  # [N, 1, V]
     broken = output.broken
     ids = output.logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
@@ -79,23 +83,23 @@ def either(request: pytest.FixtureRequest) -> Head:
     )
 
 
-# ---- the twin -------------------------------------------------------------------------------------------------------
+# ---- the twin -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_twin_gives_the_numbers_of_decoding(dtype: torch.dtype, k: int) -> None:
-    hidden, weight = (
-        torch.randn(9, 12, dtype=torch.float64).to(dtype),
-        torch.randn(70, 12).to(dtype),
-    )
+    hidden = torch.randn(9, 12, dtype=torch.float64).to(dtype)
+    weight = torch.randn(70, 12).to(dtype)
     assert_equal(lm_head_top_k(hidden, weight, k, 69), reference(hidden, weight, k, 69))
-    hidden, weight = grid(9, 12, dtype=dtype), grid(70, 12, dtype=dtype, seed=1)
+    hidden = grid(9, 12, dtype=dtype)
+    weight = grid(70, 12, dtype=dtype, seed=1)
     assert_equal(lm_head_top_k(hidden, weight, k, 3), reference(hidden, weight, k, 3))
 
 
 def test_rows_in_chunks_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight = grid(7, 12, dtype=torch.float32), grid(50, 12, dtype=torch.float32, seed=1)
+    hidden = grid(7, 12, dtype=torch.float32)
+    weight = grid(50, 12, dtype=torch.float32, seed=1)
     whole = lm_head_top_k_torch(hidden, weight, 3, 0)
     for rows in (0, 1, 3):  # a row that is larger than the bound is a chunk of its own
         monkeypatch.setattr(lm_head, "CHUNK_BYTES", rows * 4 * 50)
@@ -103,7 +107,8 @@ def test_rows_in_chunks_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_more_candidates_than_tokens_other_than_mask() -> None:
-    hidden, weight = grid(4, 8, dtype=torch.float32), grid(3, 8, dtype=torch.float32, seed=1)
+    hidden = grid(4, 8, dtype=torch.float32)
+    weight = grid(3, 8, dtype=torch.float32, seed=1)
     result = lm_head_top_k(hidden, weight, 4, 1)
     assert result.ids.shape == result.probs.shape == (4, 2)
     assert (result.ids.sort(dim=-1).values == torch.tensor([0, 2])).all()
@@ -119,7 +124,7 @@ def test_best_are_taken_in_order_and_ties_from_the_left() -> None:
     assert values.tolist() == [[3, 3, 2, 2]] and where.tolist() == [[1, 3, 2, 4]]
 
 
-# ---- twin and kernel, worked out by hand ----------------------------------------------------------------------------
+# ---- twin and kernel, worked out by hand --------------------------------------------------------
 
 SIXTHS = [1 / 6] * 3
 BY_HAND = {  # six tokens, MASK is 2, three candidates
@@ -152,26 +157,30 @@ def test_hostile_logits_by_hand(either: Head, dtype: torch.dtype) -> None:
 
 @overflows
 def test_nan_marks_its_row_and_no_other(either: Head) -> None:
-    hidden, weight = grid(5, 12, dtype=torch.float32), grid(40, 12, dtype=torch.float32, seed=1)
+    hidden = grid(5, 12, dtype=torch.float32)
+    weight = grid(40, 12, dtype=torch.float32, seed=1)
     hidden[:, 3] = 0
     clean = either(hidden, weight, 2, 0)
     weight[:, 3] = 1
     weight[33, 3] = 0
-    hidden[1, 3] = INF  # 0 · inf at token 33 alone, +inf elsewhere
+    hidden[1, 3] = INF  # 0 · inf at token 33, +inf elsewhere
     hidden[4] = torch.nan
     result = either(hidden, weight, 2, 0)
     assert result.broken.tolist() == [False, True, False, False, True]
     assert torch.equal(result.ids[[0, 2, 3]], clean.ids[[0, 2, 3]])
     assert torch.equal(result.probs[[0, 2, 3]], clean.probs[[0, 2, 3]])
-    assert (result.ids >= 0).all() and (
-        result.ids < 40
-    ).all()  # they are looked up before the error is seen
+    # They are looked up before the error is seen.
+    assert (result.ids >= 0).all() and (result.ids < 40).all()
 
 
 @overflows
 def test_an_infinite_hidden_state_is_not_a_nan(either: Head) -> None:
-    """It makes all logits +inf here, which share; 40 rows do not fill the last tile, and 0 · inf there is not meant."""
-    hidden, weight = torch.zeros(2, 12), torch.ones(40, 12)
+    """It makes all logits +inf here, which share.
+
+    40 rows do not fill the last tile; where there is no row, 0 · inf means nothing.
+    """
+    hidden = torch.zeros(2, 12)
+    weight = torch.ones(40, 12)
     hidden[1] = INF
     result = either(hidden, weight, 2, 0)
     assert result.broken.tolist() == [False, False]
@@ -179,14 +188,15 @@ def test_an_infinite_hidden_state_is_not_a_nan(either: Head) -> None:
     torch.testing.assert_close(result.probs, torch.full((2, 2), 1 / 40))
 
 
-# ---- the kernel against the twin ------------------------------------------------------------------------------------
+# ---- the kernel against the twin ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_equals_the_twin(triton_head: Head, dtype: torch.dtype, k: int) -> None:
-    """Exact dot products, rounded to the dtype alike: same tokens, ties included. 70 and 24 fill no tile."""
-    hidden, weight = grid(9, 24, dtype=dtype), grid(70, 24, dtype=dtype, seed=1)
+    """Exact dot products are rounded alike: same tokens, with ties. 70 and 24 fill no tile."""
+    hidden = grid(9, 24, dtype=dtype)
+    weight = grid(70, 24, dtype=dtype, seed=1)
     for mask_token_id in (0, 37, 69):
         twin = lm_head_top_k_torch(hidden, weight, k, mask_token_id)
         assert_equal(triton_head(hidden, weight, k, mask_token_id), twin, tolerance=1e-5)
@@ -194,10 +204,8 @@ def test_the_kernel_equals_the_twin(triton_head: Head, dtype: torch.dtype, k: in
 
 def test_low_precision_logits_are_compared_after_rounding(triton_head: Head) -> None:
     """2049 and 2048 are one number in float16, so the lower id has it."""
-    hidden, weight = (
-        torch.ones(1, 16, dtype=torch.float16),
-        torch.zeros(40, 16, dtype=torch.float16),
-    )
+    hidden = torch.ones(1, 16, dtype=torch.float16)
+    weight = torch.zeros(40, 16, dtype=torch.float16)
     weight[7, 0] = 2048
     weight[30, :2] = torch.tensor([2048, 1])
     assert triton_head(hidden, weight, 2, 0).ids.tolist() == [[7, 30]]
@@ -206,31 +214,28 @@ def test_low_precision_logits_are_compared_after_rounding(triton_head: Head) -> 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 33, 130])
 def test_any_number_of_positions(triton_head: Head, num_tokens: int) -> None:
-    hidden, weight = torch.randn(num_tokens, 16), torch.randn(40, 16)
-    assert_equal(
-        triton_head(hidden, weight, 2, 5), lm_head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
-    )
+    hidden = torch.randn(num_tokens, 16)
+    weight = torch.randn(40, 16)
+    twin = lm_head_top_k_torch(hidden, weight, 2, 5)
+    assert_equal(triton_head(hidden, weight, 2, 5), twin, tolerance=1e-5)
 
 
 def test_every_token_but_mask_may_be_a_candidate(triton_head: Head) -> None:
-    """A tile that holds MASK alone, and tiles with fewer tokens than candidates."""
-    hidden, weight = grid(3, 16, dtype=torch.float32), grid(17, 16, dtype=torch.float32, seed=1)
-    assert_equal(
-        triton_head(hidden, weight, 8, 16),
-        lm_head_top_k_torch(hidden, weight, 8, 16),
-        tolerance=1e-5,
-    )
+    """A tile that holds only MASK, and tiles with fewer tokens than candidates."""
+    hidden = grid(3, 16, dtype=torch.float32)
+    weight = grid(17, 16, dtype=torch.float32, seed=1)
+    twin = lm_head_top_k_torch(hidden, weight, 8, 16)
+    assert_equal(triton_head(hidden, weight, 8, 16), twin, tolerance=1e-5)
     small = weight[:3]
-    assert_equal(
-        triton_head(hidden, small, 2, 1), lm_head_top_k_torch(hidden, small, 2, 1), tolerance=1e-5
-    )
+    twin = lm_head_top_k_torch(hidden, small, 2, 1)
+    assert_equal(triton_head(hidden, small, 2, 1), twin, tolerance=1e-5)
 
 
 def test_hidden_states_may_be_a_slice(triton_head: Head) -> None:
-    hidden, weight = torch.randn(12, 32)[::2, :16], torch.randn(40, 16)
-    assert_equal(
-        triton_head(hidden, weight, 2, 5), lm_head_top_k_torch(hidden, weight, 2, 5), tolerance=1e-5
-    )
+    hidden = torch.randn(12, 32)[::2, :16]
+    weight = torch.randn(40, 16)
+    twin = lm_head_top_k_torch(hidden, weight, 2, 5)
+    assert_equal(triton_head(hidden, weight, 2, 5), twin, tolerance=1e-5)
 
 
 def test_what_the_kernel_cannot_do_goes_to_the_twin(

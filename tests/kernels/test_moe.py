@@ -18,7 +18,8 @@ from dmax.models.llada2_moe.modeling import LLaDA2MoeExperts
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
-EXPERTS, TOP_K = 8, 2
+EXPERTS = 8
+TOP_K = 2
 
 
 def make_experts(
@@ -48,14 +49,14 @@ def make_inputs(
     top_k: int = TOP_K,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.rand(num_tokens, num_experts).topk(top_k).indices
-    return torch.randn(num_tokens, hidden).to(dtype), index, torch.rand(num_tokens, top_k).to(dtype)
+    tokens = torch.randn(num_tokens, hidden).to(dtype)
+    weights = torch.rand(num_tokens, top_k).to(dtype)
+    return tokens, index, weights
 
 
 def make_weights(dtype: torch.dtype, hidden: int = 64, width: int = 32) -> tuple[Tensor, Tensor]:
-    gate_up, down = (
-        torch.randn(EXPERTS, 2 * width, hidden) * 0.2,
-        torch.randn(EXPERTS, hidden, width) * 0.2,
-    )
+    gate_up = torch.randn(EXPERTS, 2 * width, hidden) * 0.2
+    down = torch.randn(EXPERTS, hidden, width) * 0.2
     return gate_up.to(dtype), down.to(dtype)
 
 
@@ -71,28 +72,26 @@ def on(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(device) for tensor in tensors]
 
 
-# ---- plain forwards -------------------------------------------------------------------------------------------------
+# ---- plain forwards -----------------------------------------------------------------------------
 
 
 def test_one_expert_by_hand() -> None:
     # gate 2 · 0.5 = 1, SiLU(1) = 0.731059; up 2 · 1.5 = 3; times the router's 0.5; down · 2.
     one = torch.tensor([[2.0]]), torch.tensor([[0]]), torch.tensor([[0.5]])
-    gate_up, down = torch.tensor([[[0.5], [1.5]]]), torch.tensor([[[2.0]]])
+    gate_up = torch.tensor([[[0.5], [1.5]]])
+    down = torch.tensor([[[2.0]]])
     for forward in (moe.dense, routed):
         assert forward(*one, gate_up, down, F.silu).item() == pytest.approx(2.193176, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "num_tokens", [1, 63, 64, 127, 128]
-)  # on both sides of where `dense_mm` changes its way
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 127, 128])
 @pytest.mark.parametrize("implementation", ["dense_mm", "fused_moe"])
 def test_forwards_equal_eager(implementation: str, num_tokens: int, dtype: torch.dtype) -> None:
+    """For numbers of tokens on both sides of where `dense_mm` changes its way."""
     inputs = make_inputs(num_tokens, 4, dtype)
     with torch.no_grad():
-        expected = make_experts("eager", dtype=torch.float64)(
-            *(x.double() if x.is_floating_point() else x for x in inputs)
-        )
+        expected = make_experts("eager", dtype=torch.float64)(*in_float64(*inputs))
         actual = make_experts(implementation, dtype=dtype)(*inputs)
     assert actual.dtype == dtype
     assert relative_error(actual, expected) <= (1e-6 if dtype == torch.float32 else 2e-2)
@@ -105,10 +104,8 @@ def test_gradients_equal_those_of_eager(num_tokens: int, implementation: str) ->
     tokens, index, weights = make_inputs(num_tokens, 3)  # the last of four experts gets no token
     found = []
     for name in ("eager", implementation):
-        experts, leaves = (
-            make_experts(name),
-            (tokens.clone().requires_grad_(), weights.clone().requires_grad_()),
-        )
+        experts = make_experts(name)
+        leaves = (tokens.clone().requires_grad_(), weights.clone().requires_grad_())
         experts(leaves[0], index, leaves[1]).square().sum().backward()
         found.append([leaf.grad for leaf in (*leaves, *experts.parameters())])
     for expected, actual in zip(*found, strict=True):
@@ -118,7 +115,8 @@ def test_gradients_equal_those_of_eager(num_tokens: int, implementation: str) ->
 
 @pytest.mark.parametrize("num_tokens", [3, 200])
 def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
-    inputs, experts = make_inputs(num_tokens, 4), make_experts("dense_mm")
+    inputs = make_inputs(num_tokens, 4)
+    experts = make_experts("dense_mm")
     with torch.no_grad():
         expected = experts(*inputs)
         with torch.autocast("cpu", torch.bfloat16):
@@ -127,7 +125,7 @@ def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
     assert relative_error(actual, expected) <= 2e-2
 
 
-# ---- which forward --------------------------------------------------------------------------------------------------
+# ---- which forward ------------------------------------------------------------------------------
 
 
 def test_the_implementation_follows_from_device_and_installation(
@@ -180,17 +178,15 @@ def test_shapes_and_gradients_decide_for_the_kernel(
     assert bool(calls) == is_fused
 
 
-# ---- Triton ---------------------------------------------------------------------------------------------------------
+# ---- Triton -------------------------------------------------------------------------------------
 
 
 def test_every_expert_lists_its_pairs_in_order(triton_device: torch.device) -> None:
     from dmax.kernels import moe_triton
 
     index = torch.tensor([[0, 2], [2, 1], [0, 2]], device=triton_device)  # pairs 0 to 5
-    pairs, counts = (
-        torch.full((4, 6), -1, dtype=torch.int32),
-        torch.full((4,), -1, dtype=torch.int32),
-    )
+    pairs = torch.full((4, 6), -1, dtype=torch.int32)
+    counts = torch.full((4,), -1, dtype=torch.int32)
     pairs, counts = on(triton_device, pairs, counts)
     moe_triton._route_kernel[(4,)](index, pairs, counts, 6, BLOCK=4)  # expert 2's go over two steps
     assert counts.tolist() == [2, 1, 3, 0]
@@ -217,7 +213,8 @@ def test_kernels_equal_their_twin(
 def test_kernels_take_any_routing(triton_device: torch.device, routing: str) -> None:
     tokens, index, weights = make_inputs(40, EXPERTS)
     if routing == "one expert for all":
-        index, weights = torch.full((40, 1), 5), weights[:, :1]
+        index = torch.full((40, 1), 5)
+        weights = weights[:, :1]
     elif routing == "idle experts":
         index = index % 2 * 3  # experts 0 and 3
     else:

@@ -1,4 +1,4 @@
-"""Quantised weights: the formats on numbers worked out by hand, and the kernels against their twin."""
+"""Quantised weights: the formats on numbers worked out by hand, the kernels against their twin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from dmax.kernels.moe import fused_moe, routed
 from dmax.kernels.quant import Format, quantize
 
 FORMATS: tuple[Format, ...] = ("int8", "fp8", "int4")
-EXPERTS, TOP_K = 8, 2
+EXPERTS = 8
+TOP_K = 2
 
 
 def dequantized(weight: Tensor, form: Format) -> Tensor:
@@ -22,7 +23,7 @@ def dequantized(weight: Tensor, form: Format) -> Tensor:
     return torch.stack([stored[expert] for expert in range(len(weight))])
 
 
-# ---- formats -----------------------------------------------------------------------------------
+# ---- formats ------------------------------------------------------------------------------------
 
 
 def test_int8_by_hand() -> None:
@@ -94,7 +95,7 @@ def test_what_cannot_be_quantised(weight: Tensor, form: Any, message: str) -> No
         quantize(weight, form)
 
 
-# ---- kernels -----------------------------------------------------------------------------------
+# ---- kernels ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS)

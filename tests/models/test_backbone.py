@@ -1,4 +1,4 @@
-"""Dense decoders of transformers as block-diffusion models: visibility, cache, decoding, training, files, refusals."""
+"""Dense decoders of transformers as block-diffusion models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.training.clean_stream import Batch
 
-BLOCK, VOCAB, EOS, MASK = 8, 64, 2, 3
+BLOCK = 8
+VOCAB = 64
+EOS = 2
+MASK = 3
 KINDS = ["llama", "qwen3"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -75,7 +78,7 @@ def causal(length: int) -> Tensor:
     return dense_mask(block_causal(BLOCK), position, position)[None, None]  # [1, 1, L, L]
 
 
-# ---- visibility and cache -----------------------------------------------------------------------------------------
+# ---- visibility and cache -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -86,9 +89,11 @@ def test_block_by_block_through_the_cache_equals_one_block_causal_forward(
 ) -> None:
     model = tiny(kind, attention).model
     expected = model(input_ids=ids, attention_mask=causal(ids.shape[1])).logits
-    cache, slots = BlockCache(2, 2, 3 * BLOCK, 2, 8), [0, 1]
+    cache = BlockCache(2, 2, 3 * BLOCK, 2, 8)
+    slots = [0, 1]
     for start in range(0, ids.shape[1], BLOCK):
-        window, block = cache.write_at(slots, BLOCK), slice(start, start + BLOCK)
+        window = cache.write_at(slots, BLOCK)
+        block = slice(start, start + BLOCK)
         logits = model(
             inputs_embeds=model.get_input_embeddings()(ids[:, block]),
             attention_mask=torch.ones(2, 1, BLOCK, start + BLOCK, dtype=torch.bool),
@@ -107,17 +112,14 @@ def test_the_mask_alone_decides_what_a_position_sees(
 ) -> None:
     model = tiny(kind, attention).model
     changed = ids.clone()
-    changed[:, 2 * BLOCK - 1] = 4 + (changed[:, 2 * BLOCK - 1] - 3) % (
-        VOCAB - 4
-    )  # last token of the second block
-    before, after = (
-        model(input_ids=x, attention_mask=causal(x.shape[1])).logits for x in (ids, changed)
-    )
+    last = 2 * BLOCK - 1  # of the second block
+    changed[:, last] = 4 + (changed[:, last] - 3) % (VOCAB - 4)
+    visible = causal(ids.shape[1])
+    before = model(input_ids=ids, attention_mask=visible).logits
+    after = model(input_ids=changed, attention_mask=visible).logits
     assert torch.equal(before[:, :BLOCK], after[:, :BLOCK])
-    moved = (
-        (before - after).abs().amax(dim=-1)[:, BLOCK:]
-    )  # the second block and the third, all of which see it
-    assert (moved > 1e-3).all()
+    moved = (before - after).abs().amax(dim=-1)
+    assert (moved[:, BLOCK:] > 1e-3).all()  # the second and the third block see it
 
 
 @torch.no_grad()
@@ -142,7 +144,8 @@ def test_without_a_mask_everything_is_visible(kind: str, attention: str, ids: Te
 
 @torch.no_grad()
 def test_without_a_mask_what_the_cache_holds_is_visible_too(ids: Tensor) -> None:
-    model, cache = tiny("llama").model, BlockCache(2, 2, 3 * BLOCK, 2, 8)
+    model = tiny("llama").model
+    cache = BlockCache(2, 2, 3 * BLOCK, 2, 8)
     inputs: dict[str, Any] = {"attention_mask": torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool)}
     window = cache.write_at([0, 1], BLOCK)
     model(ids[:, :BLOCK], **inputs, position_ids=window.positions, past_key_values=window)
@@ -172,7 +175,7 @@ def test_a_head_that_scales_its_logits_is_not_linear() -> None:
     assert not tiny("granite", logits_scaling=3.0).model.has_linear_head
 
 
-# ---- decoding -----------------------------------------------------------------------------------------------------
+# ---- decoding -----------------------------------------------------------------------------------
 
 
 @each_kind
@@ -192,7 +195,7 @@ def test_a_folder_is_decoded_alone_as_in_a_batch(kind: str, strategy: str, tmp_p
         assert MASK not in output.token_ids
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------
 
 
 def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -226,7 +229,8 @@ def test_gradient_checkpointing_keeps_the_clean_context(kind: str, ids: Tensor) 
 
 
 def test_weights_are_averaged_once_though_they_are_tied() -> None:
-    one, other = tiny("llama").model, tiny("llama", initializer_range=0.1).model
+    one = tiny("llama").model
+    other = tiny("llama", initializer_range=0.1).model
     expected = {
         name: 0.75 * w + 0.25 * other.state_dict()[name] for name, w in one.state_dict().items()
     }
@@ -235,7 +239,7 @@ def test_weights_are_averaged_once_though_they_are_tied() -> None:
         torch.testing.assert_close(weight, expected[name], msg=name)
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -291,10 +295,9 @@ def test_an_autoregressive_checkpoint_says_what_it_lacks(tmp_path: Path) -> None
     assert load(folder, mask_token_id=9, block_length=4).special_ids.mask_token_id == 9
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "expected"), [(10, 11), (16, 16)]
-)  # the second has rows to spare
+@pytest.mark.parametrize(("vocab_size", "expected"), [(10, 11), (16, 16)])
 def test_a_mask_token_is_added(tmp_path: Path, vocab_size: int, expected: int) -> None:
+    """The second model has rows to spare."""
     folder = autoregressive(tmp_path / "llama", vocab_size)
     checkpoint = load(folder, add_mask_token=True, block_length=4)
     assert checkpoint.special_ids.mask_token_id == 10
@@ -318,7 +321,7 @@ def test_a_mask_token_is_added_once_and_to_a_tokenizer(tmp_path: Path) -> None:
         load(folder, add_mask_token=True, block_length=4)
 
 
-# ---- recipes ------------------------------------------------------------------------------------------------------
+# ---- recipes ------------------------------------------------------------------------------------
 
 
 def write_recipe(folder: Path, model: dict[str, Any], **training: Any) -> Path:
@@ -408,7 +411,7 @@ def test_recipes_name_what_is_wrong_with_a_model(
         load_recipe(write_recipe(tmp_path, model))
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -466,7 +469,7 @@ def test_configurations_without_a_causal_language_model_are_refused() -> None:
         )
 
 
-# ---- documentation ------------------------------------------------------------------------------------------------
+# ---- documentation ------------------------------------------------------------------------------
 
 
 def test_the_page_about_backbones_runs_as_written() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files: the published names and shapes, both layouts, shards, configurations, and damaged files."""
+"""Checkpoint files: published names and shapes, both layouts, configurations, and damaged files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def published_layout(model: PreTrainedModel) -> dict[str, Size]:
 def table(
     layers: int, hidden: int, dense: int, inner: int, qkv: int, experts: int = 256
 ) -> dict[str, list[int]]:
-    """Names and shapes, row by row as the published files have them; written without looking at the code."""
+    """Names and shapes as in the published files; written without looking at the code."""
     rows = {"model.word_embeddings.weight": [157184, hidden], "model.norm.weight": [hidden]}
     rows["lm_head.weight"] = [157184, hidden]
     for layer in range(layers):
@@ -85,7 +85,7 @@ def test_names_and_shapes_are_the_published_ones(
     assert sum(prod(shape) for shape in layout.values()) == elements
 
 
-# ---- loading and saving -------------------------------------------------------------------------------------------
+# ---- loading and saving -------------------------------------------------------------------------
 
 
 def load(folder: Path, **options: Any) -> LLaDA2MoeModelLM:
@@ -103,7 +103,8 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same_weights(one: LLaDA2MoeModelLM, other: LLaDA2MoeModelLM) -> None:
-    first, second = one.state_dict(), other.state_dict()
+    first = one.state_dict()
+    second = other.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -131,7 +132,8 @@ def merged(published: Path, tmp_path: Path) -> Path:
     """The same weights as a merged training checkpoint, stacked by hand."""
     folder = tmp_path / "merged"
     folder.mkdir()
-    tensors, config = stored(published), json.loads((published / "config.json").read_text())
+    tensors = stored(published)
+    config = json.loads((published / "config.json").read_text())
     for layer in range(config["first_k_dense_replace"], config["num_hidden_layers"]):
         stem = f"model.layers.{layer}.mlp.experts."
         for part in ("gate_proj", "up_proj", "down_proj"):
@@ -148,7 +150,8 @@ def merged(published: Path, tmp_path: Path) -> Path:
 def test_saving_and_loading_is_bit_exact(tmp_path: Path) -> None:
     model = load(GOLDEN)
     model.save_pretrained(tmp_path)
-    before, after = stored(GOLDEN), stored(tmp_path)
+    before = stored(GOLDEN)
+    after = stored(tmp_path)
     assert after.keys() == before.keys() == published_layout(model).keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert_same_weights(load(tmp_path), model)
@@ -174,22 +177,20 @@ def test_merged_files_load_to_the_same_weights_and_are_saved_per_expert(
     assert_same_weights(model, load(GOLDEN))
     model.save_pretrained(tmp_path / "saved")
     assert stored(tmp_path / "saved").keys() == stored(GOLDEN).keys()
-    assert (
-        json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "llada2_moe"
-    )
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["model_type"] == "llada2_moe"
     assert_same_weights(load(tmp_path / "saved"), model)
 
 
 def test_half_merged_files_load_too(published: Path, merged: Path) -> None:
-    """Gate and up stacked, down per expert: what transformers saves if it is left to choose among our conversions."""
-    per_expert, stacked = stored(published), stored(merged)
-    is_half = {name: name.endswith(("experts.gate_proj", "experts.up_proj")) for name in stacked}
-    mixed = {name: tensor for name, tensor in stacked.items() if is_half[name]}
-    mixed |= {
-        name: t
-        for name, t in per_expert.items()
-        if ".experts." not in name or ".down_proj." in name
-    }
+    """Gate and up stacked, down per expert: what transformers saves if it may choose."""
+    mixed = {}
+    for name, tensor in stored(merged).items():
+        if name.endswith(("experts.gate_proj", "experts.up_proj")):
+            mixed[name] = tensor
+    for name, tensor in stored(published).items():
+        if ".experts." not in name or ".down_proj." in name:
+            mixed[name] = tensor
     save_file(mixed, published / "model.safetensors", {"format": "pt"})
     assert_same_weights(load(published), load(GOLDEN))
 
@@ -199,9 +200,8 @@ def test_bfloat16_keeps_router_bias_and_rotary_frequencies_in_float32(
 ) -> None:
     tensors = stored(published)
     bias = next(name for name in tensors if name.endswith("expert_bias"))
-    tensors[bias] = (
-        torch.rand_like(tensors[bias]) * 1e-3 + 1.0
-    )  # differences that bfloat16 would drop
+    # The differences are such that bfloat16 would drop them.
+    tensors[bias] = torch.rand_like(tensors[bias]) * 1e-3 + 1.0
     save_file(tensors, published / "model.safetensors", {"format": "pt"})
     model = load(published, dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -212,7 +212,7 @@ def test_bfloat16_keeps_router_bias_and_rotary_frequencies_in_float32(
     assert torch.equal(stored(tmp_path / "saved")[bias], tensors[bias])
 
 
-# ---- configuration ------------------------------------------------------------------------------------------------
+# ---- configuration ------------------------------------------------------------------------------
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -255,7 +255,7 @@ def test_saved_configuration_keeps_what_other_engines_read(published: Path, tmp_
     assert again.rope_parameters["rope_theta"] == before["rope_theta"]
 
 
-# ---- damaged files ------------------------------------------------------------------------------------------------
+# ---- damaged files ------------------------------------------------------------------------------
 
 
 def rewrite(folder: Path, change: Any) -> None:

@@ -1,4 +1,7 @@
-"""The LLaDA-2.x network against independent, naive readings of its specification (golden numbers: test_golden.py)."""
+"""The LLaDA-2.x network against independent, naive readings of its specification.
+
+Golden numbers are in test_golden.py.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def causal(length: int) -> Tensor:
     return dense_mask(block_causal(BLOCK), position, position)[None, None]
 
 
-# ---- inputs -------------------------------------------------------------------------------------------------------
+# ---- inputs -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -83,7 +86,8 @@ def test_bool_and_additive_masks_are_the_same(ids: Tensor, attention: str) -> No
     torch.manual_seed(0)
     config = tiny_config()
     config._attn_implementation = attention
-    model, visible = LLaDA2MoeModelLM(config).eval(), causal(ids.shape[1])
+    model = LLaDA2MoeModelLM(config).eval()
+    visible = causal(ids.shape[1])
     additive = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
     expected = model(input_ids=ids, attention_mask=visible).logits
     torch.testing.assert_close(model(input_ids=ids, attention_mask=additive).logits, expected)
@@ -141,7 +145,7 @@ def test_loss_is_not_shifted(model: LLaDA2MoeModelLM, ids: Tensor) -> None:
     torch.testing.assert_close(outputs.loss, expected)
 
 
-# ---- cache and visibility -----------------------------------------------------------------------------------------
+# ---- cache and visibility -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -149,7 +153,8 @@ def test_cached_prefix_and_block_equal_one_block_causal_forward(
     model: LLaDA2MoeModelLM, ids: Tensor
 ) -> None:
     expected = model(input_ids=ids, attention_mask=causal(ids.shape[1])).logits
-    prefix, cache = 2 * BLOCK, DynamicCache()
+    prefix = 2 * BLOCK
+    cache = DynamicCache()
     first = model(
         input_ids=ids[:, :prefix], attention_mask=causal(prefix), past_key_values=cache
     ).logits
@@ -175,13 +180,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(ids: Tensor, reentrant:
     def gradients() -> list[Tensor]:
         model.zero_grad()
         model(input_ids=ids, attention_mask=causal(ids.shape[1]), labels=ids).loss.backward()
-        return [
-            parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
-        ]
+        found = [parameter.grad for parameter in model.parameters()]
+        return [gradient.clone() for gradient in found if gradient is not None]
 
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()  # what the Trainer does: reentrant checkpointing needs an input with gradient
+    # The Trainer does so too: reentrant checkpointing needs an input with a gradient.
+    model.enable_input_require_grads()
     found = gradients()
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
@@ -200,7 +205,7 @@ def test_bfloat16_stays_close(ids: Tensor, tmp_path: Path) -> None:
     assert (logits.float() - expected).norm() < 0.03 * expected.norm()
 
 
-# ---- router and experts -------------------------------------------------------------------------------------------
+# ---- router and experts -------------------------------------------------------------------------
 
 
 def naive_route(
@@ -211,17 +216,18 @@ def naive_route(
     choice = [score + shift for score, shift in zip(scores, bias.tolist(), strict=True)]
     size = config.num_experts // config.n_group
     groups = [range(first, first + size) for first in range(0, config.num_experts, size)]
-    strength = [
-        sum(sorted((choice[expert] for expert in group), reverse=True)[:2]) for group in groups
-    ]
+    strength = []
+    for group in groups:
+        in_order = sorted((choice[expert] for expert in group), reverse=True)
+        strength.append(sum(in_order[:2]))
     best = sorted(range(config.n_group), key=lambda group: -strength[group])[: config.topk_group]
     allowed = [expert for group in best for expert in groups[group]]
     chosen = sorted(allowed, key=lambda expert: -choice[expert])[: config.num_experts_per_tok]
-    total = sum(scores[expert] for expert in chosen) + 1e-20
-    is_normed = config.norm_topk_prob and config.num_experts_per_tok > 1
-    return {
-        e: scores[e] / (total if is_normed else 1) * config.routed_scaling_factor for e in chosen
-    }
+    total = 1.0
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        total = sum(scores[expert] for expert in chosen) + 1e-20
+    scaling = config.routed_scaling_factor
+    return {expert: scores[expert] / total * scaling for expert in chosen}
 
 
 @st.composite
@@ -261,7 +267,8 @@ def test_router_equals_its_specification(config: LLaDA2MoeConfig, seed: int) -> 
 
 def test_router_computes_in_float32_on_bfloat16_tokens() -> None:
     config = tiny_config()
-    router, tokens = random_router(config, 3), torch.randn(64, config.hidden_size).bfloat16()
+    router = random_router(config, 3)
+    tokens = torch.randn(64, config.hidden_size).bfloat16()
     expected_index, expected_weights = router(tokens.float())
     index, weights = router(tokens)
     assert torch.equal(index, expected_index) and torch.equal(weights, expected_weights)
@@ -318,7 +325,7 @@ def test_gradients_reach_every_part_in_every_experts_implementation(
     assert not dead
 
 
-# ---- configuration ------------------------------------------------------------------------------------------------
+# ---- configuration ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,7 +361,7 @@ def test_optional_parts_can_be_absent(ids: Tensor) -> None:
 
 @torch.no_grad()
 def test_weights_may_arrive_module_by_module(ids: Tensor) -> None:
-    """As offloading and sharding have it: a weight is there while the module that owns it runs, and not before."""
+    """In offloading and sharding a weight is there only while the module that owns it runs."""
     accelerate = pytest.importorskip("accelerate")
     model = LLaDA2MoeModelLM(tiny_config()).eval()
     expected = model(input_ids=ids).logits

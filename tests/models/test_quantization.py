@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_digest
+from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dmax.environment import weights_digest
 from dmax.errors import InputError
 from dmax.kernels.quant import Format, quantize
 from dmax.llm import LLM
@@ -31,7 +32,7 @@ def dequantized(weight: Tensor, form: Format) -> Tensor:
     return torch.stack([stored[expert] for expert in range(len(weight))])
 
 
-# ---- layers ------------------------------------------------------------------------------------
+# ---- layers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -72,7 +73,7 @@ def test_other_activations_go_through_the_twin() -> None:
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- models ------------------------------------------------------------------------------------
+# ---- models -------------------------------------------------------------------------------------
 
 
 def test_the_experts_take_less_memory_and_the_old_ones_are_gone() -> None:

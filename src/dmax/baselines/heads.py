@@ -37,7 +37,7 @@ class Head:
     Attributes:
         kind: the strategy it belongs to.
         model: digest of the weights whose confidences or hidden states it learnt from
-            (`checkpoint.weights_digest`).
+            (`environment.weights_digest`).
         block_length: L of that model.
         hidden_size: D of that model.
         steps: how long it was trained.

@@ -64,7 +64,8 @@ class Lookahead(ThresholdDecoding):
             best = best_branch(masked, output.top(1).confidence.view(masked.shape))  # [B]
             block = torch.arange(len(best), device=best.device)
             tried = replace(view, tokens=tokens[block, best], masked=masked[block, best])
-            output = output.rows(block * self.num_branches + best)
+            row = block * self.num_branches + best
+            output = Output(output.raw[row], view.mask_token_id)
         decision, base_state = super().step(tried, output, state)
         was_tried = view.masked & ~tried.masked
         decision = replace(

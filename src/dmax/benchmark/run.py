@@ -35,7 +35,7 @@ def run_benchmark(
         InputError: a device that there is no benchmark for, a GPU without room, or an output that
             cannot be written.
     """
-    chosen, _ = select_device(device)
+    chosen = select_device(device)
     options: cpu.CpuOptions | gpu.GpuOptions
     if chosen.type == "cpu":
         options = cpu.QUICK if quick else cpu.FULL

@@ -8,7 +8,7 @@ once for every strategy, that blocks progress, end, stay free of MASK and leave 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -55,40 +55,33 @@ class View:
         return self.active & ~self.masked
 
 
+@dataclass(eq=False)
 class Output:
     """What the model says of B blocks, computed as far as a strategy asks for it.
 
     Most strategies need the best tokens only, so the whole vocabulary is often never written down.
 
-    Args:
-        logits: [B, L, V] of the model, any float dtype, never written to; or a function that makes
-            them when they are wanted.
+    Attributes:
+        source: logits [B, L, V] of the model, any float dtype, never written to; or a function that
+            makes them when they are wanted.
         mask_token_id: MASK.
         candidates: gives the k best tokens without logits (a fused head), if there is such a thing.
         hidden_states: [B, L, D] of the last layer, where the engine provides them.
     """
 
-    def __init__(
-        self,
-        logits: Tensor | Callable[[], Tensor],
-        mask_token_id: int,
-        *,
-        candidates: Callable[[int], Candidates] | None = None,
-        hidden_states: Tensor | None = None,
-    ) -> None:
-        self._given = logits
-        self._mask_token_id = mask_token_id
-        self._candidates = candidates
-        self._best: dict[int, Candidates] = {}
-        self.hidden_states = hidden_states
+    source: Tensor | Callable[[], Tensor]
+    mask_token_id: int
+    candidates: Callable[[int], Candidates] | None = None
+    hidden_states: Tensor | None = None
+    _best: dict[int, Candidates] = field(default_factory=dict, init=False)
 
     def top(self, k: int) -> Candidates:
         """The k most probable tokens of every position, [B, L, k]; see `dmax.confidence`."""
         if k not in self._best:
-            if self._candidates is None:
-                self._best[k] = candidates(self._raw, k, self._mask_token_id)
+            if self.candidates is None:
+                self._best[k] = candidates(self.raw, k, self.mask_token_id)
             else:
-                self._best[k] = self._candidates(k)
+                self._best[k] = self.candidates(k)
         return self._best[k]
 
     @property
@@ -101,30 +94,24 @@ class Output:
     def logits(self) -> Tensor:
         """[B, L, V] float32, MASK's at -inf, the others finite."""
         logits = self._finite.clone()
-        logits[..., self._mask_token_id] = float("-inf")
+        logits[..., self.mask_token_id] = float("-inf")
         return logits
 
     @cached_property
     def probs(self) -> Tensor:
         """[B, L, V] float32, softmax of the logits, MASK's included."""
-        probs = self._finite.softmax(dim=-1, dtype=precision(self._raw))
+        probs = self._finite.softmax(dim=-1, dtype=precision(self.raw))
         return probs.to(self._finite.dtype)
 
     @cached_property
-    def _raw(self) -> Tensor:
-        return self._given() if callable(self._given) else self._given
+    def raw(self) -> Tensor:
+        """[B, L, V], the logits as the model made them."""
+        return self.source() if callable(self.source) else self.source
 
     @cached_property
     def _finite(self) -> Tensor:
-        wide = self._raw.to(torch.promote_types(self._raw.dtype, torch.float32))
+        wide = self.raw.to(torch.promote_types(self.raw.dtype, torch.float32))
         return wide.nan_to_num(nan=0.0).clamp(-LARGEST, LARGEST)
-
-    def rows(self, index: Tensor) -> Output:
-        """The output of the rows `index` [B'] only."""
-        hidden_states = self.hidden_states
-        if hidden_states is not None:
-            hidden_states = hidden_states[index]
-        return Output(self._raw[index], self._mask_token_id, hidden_states=hidden_states)
 
 
 @dataclass(frozen=True, slots=True)

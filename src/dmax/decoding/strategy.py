@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
 from dmax.errors import InputError, did_you_mean
-from dmax.params import DecodingParams, check_number
+from dmax.params import DecodingParams, check_fields
+from dmax.params import number as number
+from dmax.params import whole as whole
 
 if TYPE_CHECKING:
     from dmax.decoding.block import Decision, Output, State, View
@@ -70,12 +72,7 @@ class Strategy(ABC):
 
     def __post_init__(self) -> None:
         """Check the settings; raises `InputError` naming the one that is wrong."""
-        for entry in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            value = getattr(self, entry.name, None)
-            if entry.metadata:
-                check_number(entry.name, value, **entry.metadata)
-            if isinstance(entry.default, bool) and not isinstance(value, bool):
-                raise InputError(f"`{entry.name}` must be true or false, got {value!r}")
+        check_fields(self)
 
     @classmethod
     def from_params(cls, params: DecodingParams) -> Self:
@@ -84,27 +81,30 @@ class Strategy(ABC):
         Raises:
             InputError: an option that the strategy does not have, or a setting out of range.
         """
+        # Subclasses are dataclasses, which mypy cannot know.
         names = [entry.name for entry in fields(cls) if entry.init]  # type: ignore[arg-type]
+        shared = {name: getattr(params, name) for name in names if hasattr(params, name)}
+        own = [name for name in names if name not in shared]
         options = dict(params.options)
-        own = [name for name in names if not hasattr(params, name)]
-        unknown = [name for name in options if name not in own]
-        if unknown:
-            has = f"has only {', '.join(own)}" if own else "has none"
-            raise InputError(
-                f"strategy `{cls.name}` has no option `{unknown[0]}`; it {has}",
-                hint=did_you_mean(unknown[0], own),
-            )
-        shared = {name: getattr(params, name) for name in names if name not in own}
+        for name in options:
+            if name not in own:
+                has = f"has only {', '.join(own)}" if own else "has none"
+                raise InputError(
+                    f"strategy `{cls.name}` has no option `{name}`; it {has}",
+                    hint=did_you_mean(name, own),
+                )
         if "threshold" in shared and params.threshold is None:
             shared["threshold"] = cls.default_threshold
         return cls(**shared, **options)
 
     def numbers(self) -> dict[str, float]:
         """The settings that may differ between the sequences of one forward."""
-        kinds = {entry.name: entry.metadata for entry in fields(self)}  # type: ignore[arg-type]
-        names = [name for name, kind in kinds.items() if kind and not kind.get("whole")]
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        values: dict[str, float] = {}
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            if entry.metadata and not entry.metadata.get("whole") and value is not None:
+                values[entry.name] = value
+        return values
 
     def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
         """The same strategy with other `numbers`; they are not checked again."""
@@ -112,13 +112,3 @@ class Strategy(ABC):
         for name, value in numbers.items():
             object.__setattr__(other, name, value)
         return other
-
-
-def number(default: Any = MISSING, **bounds: Any) -> Any:
-    """A field for a setting of type `Number`, with the bounds of `check_number`."""
-    return field(default=default, metadata={"low": 0, **bounds})
-
-
-def whole(default: int | None, **bounds: Any) -> Any:
-    """A field for a setting that is a whole number, with the bounds of `check_number`."""
-    return number(default, whole=True, **bounds)

@@ -51,10 +51,10 @@ class Batch:
             block_length: L.
             num_branches: of every open block.
         """
-        where = torch.tensor(rows).T.contiguous()
-        slots, starts, *_ = zip(*rows, strict=True)
+        columns = list(zip(*rows, strict=True))
+        slots, starts, *_ = columns
         return cls(
-            where=where,
+            where=torch.tensor(columns),
             pending=torch.tensor(pending, dtype=torch.long).view(-1, block_length),
             num_branches=num_branches,
             span=max(starts) + block_length,

@@ -43,19 +43,18 @@ class OpenBlocks:
         self.mask_token_id = special_ids.mask_token_id
         self.block_length = special_ids.block_length
         self.embed = embed
-        self._eos_token_ids = torch.tensor(special_ids.eos_token_ids, device=device)
         num_rows = num_slots * strategy.blocks
         shape = (num_rows, self.block_length)
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.active = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.confidence = torch.zeros(shape, device=device)
-        self.step = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.max_steps = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.ignores_eos = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.numbers = {
-            name: torch.zeros(num_rows, 1, device=device) for name in strategy.numbers()
-        }
+        with device:
+            self._eos_token_ids = torch.tensor(special_ids.eos_token_ids)
+            self.tokens = torch.zeros(shape, dtype=torch.long)
+            self.masked = torch.zeros(shape, dtype=torch.bool)
+            self.active = torch.zeros(shape, dtype=torch.bool)
+            self.confidence = torch.zeros(shape)
+            self.step = torch.zeros(num_rows, dtype=torch.long)
+            self.max_steps = torch.zeros(num_rows, dtype=torch.long)
+            self.ignores_eos = torch.zeros(num_rows, dtype=torch.bool)
+            self.numbers = {name: torch.zeros(num_rows, 1) for name in strategy.numbers()}
         # What strategies remember and feed back; made when they first do.
         self.state: State = {}
         self.feedback: State = {}
@@ -70,16 +69,19 @@ class OpenBlocks:
         own = self.rows_of(slot)
         rows = slice(own.start, own.stop)
         for name, value in strategy.numbers().items():
-            self.numbers[name][rows] = value
+            column = self.numbers[name]
+            column[rows] = min(value, torch.finfo(column.dtype).max)
         steps = self.block_length * strategy.blocks + strategy.extra_steps
-        self.max_steps[rows] = params.max_steps_per_block or steps
+        most_steps = torch.iinfo(self.max_steps.dtype).max
+        self.max_steps[rows] = min(params.max_steps_per_block or steps, most_steps)
         self.ignores_eos[rows] = params.ignore_eos
 
     def open(self, row: int, known: Sequence[int] = ()) -> None:
         """Open a block: it begins with `known` tokens, the end of the prompt, then it is masked."""
         self.tokens[row] = self.mask_token_id
         self.tokens[row, : len(known)] = torch.tensor(known, dtype=torch.long)
-        self.masked[row] = torch.arange(self.block_length, device=self.masked.device) >= len(known)
+        self.masked[row] = True
+        self.masked[row, : len(known)] = False
         self.active[row] = self.masked[row]
         self.step[row] = 0
         self.confidence[row] = 0
@@ -97,15 +99,16 @@ class OpenBlocks:
         if num_branches > 1:
             branches = self.strategy.branches(self.view(rows), self.state_of(rows))
             return self.embed(branches.flatten(0, 1))
-        feedback = {name: values[rows] for name, values in self.feedback.items()}
+        tokens = self.tokens[rows]
+        if not self.feedback:
+            return self.embed(tokens)
+        feedback = _of_rows(self.feedback, rows)
         if "embeds" in feedback:
             is_first = (self.step[rows] == 0)[:, None, None]
-            return torch.where(is_first, self.embed(self.tokens[rows]), feedback["embeds"])
-        soft = None
-        if feedback:
-            decoded = self.active[rows] & ~self.masked[rows]
-            soft = SoftTokens(decoded, **feedback, renormalize=self.strategy.renormalize)
-        return embed_tokens(self.embed, self.tokens[rows], soft, self.mask_token_id)
+            return torch.where(is_first, self.embed(tokens), feedback["embeds"])
+        decoded = self.active[rows] & ~self.masked[rows]
+        soft = SoftTokens(decoded, **feedback, renormalize=self.strategy.renormalize)
+        return embed_tokens(self.embed, tokens, soft, self.mask_token_id)
 
     # --- after a forward ---
 
@@ -135,12 +138,11 @@ class OpenBlocks:
 
     def strategy_of(self, rows: Tensor) -> Strategy:
         """The strategy with the numbers [B, 1] of these rows."""
-        numbers = {name: values[rows] for name, values in self.numbers.items()}
-        return self.strategy.with_numbers(numbers)
+        return self.strategy.with_numbers(_of_rows(self.numbers, rows))
 
     def state_of(self, rows: Tensor) -> State:
         """What the strategy remembers of these rows."""
-        return {name: values[rows] for name, values in self.state.items()}
+        return _of_rows(self.state, rows)
 
     def store(self, rows: Tensor, advance: Advance, decision: Decision, state: State) -> None:
         """Keep what a step made of the blocks in `rows` [B]."""
@@ -153,8 +155,8 @@ class OpenBlocks:
         if decision.embeds is not None:
             self._keep(self.feedback, rows, {"embeds": decision.embeds})
         if decision.soft is not None:
-            soft = {"ids": decision.soft.ids, "probs": decision.soft.probs}
-            self._keep(self.feedback, rows, soft)
+            ids, probs, _ = decision.soft
+            self._keep(self.feedback, rows, {"ids": ids, "probs": probs})
 
     def may_open_next(self, rows: Tensor) -> Tensor:
         """[B] bool, enough of the block is settled and it holds no EOS: the next one may open."""
@@ -180,3 +182,7 @@ class OpenBlocks:
             if name not in kept:
                 kept[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
             kept[name][rows] = value.to(kept[name].dtype)
+
+
+def _of_rows(tensors: State, rows: Tensor) -> State:
+    return {name: values[rows] for name, values in tensors.items()}

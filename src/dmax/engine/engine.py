@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner
 from dmax.engine.scheduler import Scheduler
-from dmax.engine.sequence import Sequence, failed, finished, gumbel_noise, own_generator
+from dmax.engine.sequence import Sequence, finished, own_generator
 from dmax.engine.step import step
 from dmax.errors import InputError
 from dmax.outputs import Cost, StreamEvent
@@ -42,7 +43,7 @@ class Engine:
     Args:
         model: a block-causal model in eval mode (see `ModelRunner`).
         special_ids: of its checkpoint.
-        options: sizes and switches; None: their defaults.
+        options: sizes and switches.
         clock: seconds, for deadlines.
 
     Attributes:
@@ -53,33 +54,30 @@ class Engine:
         self,
         model: Any,
         special_ids: SpecialIds,
-        options: EngineOptions | None = None,
+        options: EngineOptions,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.special_ids = special_ids
         self.block_length = special_ids.block_length
-        self.options = options or EngineOptions()
-        self.prefix_cache: PrefixCache | None = None
-        if self.options.prefix_cache_mib:
-            num_bytes = self.options.prefix_cache_mib * 2**20
-            self.prefix_cache = PrefixCache(self.block_length, num_bytes)
+        self.options = options
+        num_bytes = options.prefix_cache_mib * 2**20
+        self.prefix_cache = PrefixCache(self.block_length, num_bytes) if num_bytes else None
         self._scheduler = Scheduler(
             block_length=self.block_length,
             vocab_size=model.config.vocab_size,
             context=getattr(model.config, "max_position_embeddings", None),
-            max_length=self.options.max_length,
-            prefill_tokens=self.options.prefill_tokens,
+            max_length=options.max_length,
+            prefill_tokens=options.prefill_tokens,
             clock=clock,
         )
         self._sequences: dict[int, Sequence] = {}  # by slot
         self._blocks: dict[Strategy, OpenBlocks] = {}  # the ones used last come last
         self._runner: ModelRunner | None = None
         self._graphs: GraphedSteps | None = None
-        if self.options.max_length is not None:
-            capacity = self._scheduler.whole_blocks(self.options.max_length)
-            self._plan(self.options.max_batch_size, capacity)
+        if self._scheduler.max_length is not None:
+            self._plan(options.max_batch_size, self._scheduler.max_length)
 
     # --- what a server calls ---
 
@@ -112,24 +110,26 @@ class Engine:
             provisional: also report every open block, at the price of copying it from the device.
         """
         events = self.prepare()
-        stepped: list[Sequence] = []
-        flags: list[Tensor] = []
+        stepped = []
+        flags = []
         for blocks, batch, sequences in self.batches():
             try:
                 flags.append(self._step(blocks, batch, sequences))
-                stepped += sequences
+                stepped.extend(sequences)
             except InputError as error:  # of a strategy that does not go with this model
                 events += [self._fail(sequence, error) for sequence in sequences]
         if not flags:
             return events
-        columns = torch.cat(flags, dim=1).tolist()  # the only wait for the device
-        first = 0
+        found = zip(*torch.cat(flags, dim=1).tolist(), strict=True)  # the only wait for the device
         for sequence in stepped:
-            last = first + len(sequence.rows)
-            events += self._settle(
-                sequence, [column[first:last] for column in columns], provisional
-            )
-            first = last
+            own = list(islice(found, len(sequence.rows)))
+            try:
+                for event in sequence.settle(own, provisional):
+                    events.append(event)
+                    if event.kind == "finished":
+                        self._release(sequence)
+            except InputError as error:
+                events.append(self._fail(sequence, error))
         return events
 
     def run(
@@ -151,9 +151,8 @@ class Engine:
         self.check(requests)
         if not requests:
             return
-        if self.options.max_length is None:
-            num_slots = min(self.options.max_batch_size, len(requests))
-            self._plan(num_slots, max(map(self._scheduler.positions, requests)))
+        num_slots = min(self.options.max_batch_size, len(requests))
+        self._plan(num_slots, max(map(self._scheduler.positions, requests)))
         for request in requests:
             self._scheduler.add(request)
         try:
@@ -162,9 +161,8 @@ class Engine:
         finally:  # the caller may have had enough
             for sequence in list(self._sequences.values()):
                 self._release(sequence)
-            for request in self._scheduler.waiting:
-                self._scheduler.forget(request)
-            self._scheduler.waiting.clear()
+            for request in list(self._scheduler.waiting):
+                self._scheduler.drop(request)
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raises `InputError` for a request that can never fit."""
@@ -186,53 +184,43 @@ class Engine:
         self._prefill()
         return events
 
-    def batches(self) -> list[tuple[OpenBlocks, Batch, list[Sequence]]]:
+    def batches(self) -> Iterator[tuple[OpenBlocks, Batch, list[Sequence]]]:
         """The forwards of the next step, on the host: sequences decoded alike share one.
 
         `dmax.engine.step.step(engine.runner, blocks, batch.to(device))` runs one of them.
         """
+        unfilled = self._unfilled()
         groups: dict[tuple[OpenBlocks, int], list[Sequence]] = {}
         for slot, sequence in sorted(self._sequences.items()):
-            if slot not in self._scheduler.unfilled:
+            if slot not in unfilled:
                 alike = (sequence.blocks, sequence.num_branches)
                 groups.setdefault(alike, []).append(sequence)
-        return [
-            (blocks, self._batch(sequences), sequences) for (blocks, _), sequences in groups.items()
-        ]
-
-    def _batch(self, sequences: list[Sequence]) -> Batch:
-        lengths = self.runner.cache.lengths
-        rows = [row for each in sequences for row in each.pending_rows(lengths[each.slot])]
-        rows += [row for each in sequences for row in each.open_rows(lengths[each.slot])]
-        pending = [block for each in sequences for block in each.pending]
-        return Batch.of(rows, pending, self.block_length, sequences[0].num_branches)
+        for (blocks, num_branches), sequences in groups.items():
+            rows = [row for each in sequences for row in each.forward_rows()]
+            rows.sort(key=lambda row: row[3] >= 0)  # pending blocks first
+            pending = [block for each in sequences for block in each.pending]
+            batch = Batch.of(rows, pending, self.block_length, num_branches)
+            yield blocks, batch, sequences
 
     def _step(self, blocks: OpenBlocks, batch: Batch, sequences: list[Sequence]) -> Tensor:
         """Take the step of sequences that share a forward, and count it."""
         runner = self.runner
-        noise = gumbel_noise(sequences, self.model.config.vocab_size, runner.device)
+        noise = None
+        if any(sequence.generator is not None for sequence in sequences):
+            vocab_size = self.model.config.vocab_size
+            noise = torch.cat([each.gumbel_noise(vocab_size) for each in sequences])
+            noise = noise.to(runner.device)
         if self._graphs is not None and noise is None:
-            flags = self._graphs(runner, blocks, batch)
+            flags = self._graphs(blocks, batch)
         else:
             flags = step(runner, blocks, batch.to(runner.device), noise)
         for sequence in sequences:
-            runner.cache.commit([sequence.slot], len(sequence.pending) * self.block_length)
-            if sequence.num_prompt_blocks:
-                self._share_prefix(sequence)
+            slot = sequence.slot
+            runner.cache.commit([slot], len(sequence.pending) * self.block_length)
+            if self.prefix_cache is not None and not sequence.cost.num_forwards:
+                self.prefix_cache.store(runner.cache, slot, sequence.request.prompt_ids)
             sequence.count_forward()
         return flags
-
-    def _settle(
-        self, sequence: Sequence, flags: list[list[bool]], provisional: bool
-    ) -> list[StreamEvent]:
-        """What the step made of a sequence; its slot is free if it is over."""
-        try:
-            events = sequence.settle(flags, provisional)
-        except InputError as error:
-            return [self._fail(sequence, error)]
-        if events and events[-1].kind == "finished":
-            self._release(sequence)
-        return events
 
     # --- who is in progress ---
 
@@ -245,68 +233,59 @@ class Engine:
                 self._release(sequence)
         for request in list(scheduler.waiting):
             if reason := scheduler.ends_early(request):
-                scheduler.waiting.remove(request)
-                scheduler.forget(request)
+                scheduler.drop(request)
                 yield finished(request, (), reason, Cost())
 
     def _admit(self) -> Iterator[StreamEvent]:
         """Give free slots to waiting requests; report those that cannot start."""
         for slot, request in self._scheduler.admit():
+            sequence = self._start(slot, request)
             try:
-                self._start(slot, request)
+                sequence.open_next(may_open=True)
             except InputError as error:
-                self._scheduler.release(slot, request)
-                yield failed(request, error)
+                yield self._fail(sequence, error)
 
-    def _start(self, slot: int, request: Request) -> None:
-        """Open a request's first block, and restore what is known of its prompt."""
+    def _start(self, slot: int, request: Request) -> Sequence:
+        """Give a slot to a request, and restore what is known of its prompt."""
         blocks = self._blocks_for(request.strategy)
-        start = len(request.prompt_ids) // self.block_length * self.block_length
-        first_row = blocks.rows_of(slot).start
         blocks.admit(slot, request.strategy, request.params)
-        blocks.open(first_row, request.prompt_ids[start:])
-        eos_token_ids = () if request.params.ignore_eos else self.special_ids.eos_token_ids
-        self._sequences[slot] = Sequence(
+        sequence = Sequence(
             request=request,
             blocks=blocks,
             slot=slot,
-            start=start,
+            start=len(request.prompt_ids) // self.block_length * self.block_length,
             end=self._scheduler.end(request),
-            eos_token_ids=frozenset(eos_token_ids),
+            eos_token_ids=() if request.params.ignore_eos else self.special_ids.eos_token_ids,
             generator=own_generator(request.params),
-            rows=[first_row],
         )
+        self._sequences[slot] = sequence
         cache = self.runner.cache
         cache.rollback(slot)
         if self.prefix_cache is not None:
             self.prefix_cache.restore(cache, slot, request.prompt_ids)
-        if cache.lengths[slot] < start:
-            self._scheduler.unfilled[slot] = start - cache.lengths[slot]
+        return sequence
 
     def _blocks_for(self, strategy: Strategy) -> OpenBlocks:
         """Where blocks of this strategy are open, whatever numbers it is set to."""
         shared = strategy.with_numbers(dict.fromkeys(strategy.numbers(), 0.0))
         blocks = self._blocks.pop(shared, None)
         if blocks is None:
-            self._drop_idle()
             runner = self.runner
             num_slots = len(runner.cache.lengths)
             blocks = OpenBlocks(shared, num_slots, self.special_ids, runner.embed, runner.device)
         self._blocks[shared] = blocks
+        used = {sequence.blocks for sequence in self._sequences.values()}
+        idle = [key for key, kept in self._blocks.items() if kept not in used]
+        for key in idle[:-MAX_IDLE]:
+            dropped = self._blocks.pop(key)
+            if self._graphs is not None:
+                self._graphs.forget(dropped)
         return blocks
 
-    def _drop_idle(self) -> None:
-        """Forget open blocks that no request has used for long."""
-        used = {sequence.blocks for sequence in self._sequences.values()}
-        idle = [strategy for strategy, blocks in self._blocks.items() if blocks not in used]
-        for strategy in idle[: max(len(idle) - MAX_IDLE + 1, 0)]:
-            blocks = self._blocks.pop(strategy)
-            if self._graphs is not None:
-                self._graphs.forget(blocks)
-
     def _fail(self, sequence: Sequence, error: InputError) -> StreamEvent:
+        """Free a slot; the last event of a request that has no result."""
         self._release(sequence)
-        return failed(sequence.request, error)
+        return StreamEvent("finished", "", (), index=sequence.request.index, error=error)
 
     def _release(self, sequence: Sequence) -> None:
         """Free a slot."""
@@ -321,47 +300,42 @@ class Engine:
         One chunk if sequences are running. Otherwise all but the last chunks of the longest, so
         that they start together.
         """
-        scheduler = self._scheduler
-        is_running = any(slot not in scheduler.unfilled for slot in self._sequences)
-        while True:
-            joining, chunk, size = scheduler.next_prompts(is_running)
+        length = self.block_length
+        unfilled = self._unfilled()
+        is_running = len(unfilled) < len(self._sequences)
+        while unfilled:
+            joining, chunk, size = self._scheduler.next_prompts(unfilled, is_running)
             for slot in joining:
-                self._join_first_step(self._sequences[slot])
+                sequence = self._sequences[slot]
+                prompt_ids = sequence.request.prompt_ids
+                starts = range(self.runner.cache.lengths[slot], sequence.start, length)
+                sequence.pending = [prompt_ids[start : start + length] for start in starts]
             if chunk:
-                self._encode([self._sequences[slot] for slot in chunk], size)
-            is_running = is_running or bool(joining) or not scheduler.has_last_chunks()
-            if is_running or not chunk:
+                self._encode(chunk, size)
+            unfilled = self._unfilled()
+            limit = self._scheduler.prefill_tokens
+            has_last_chunk = any(left <= limit for left in unfilled.values())
+            if is_running or joining or not has_last_chunk:
                 return
 
-    def _join_first_step(self, sequence: Sequence) -> None:
-        """Make what is left of a prompt pending blocks of the sequence's first step."""
-        prompt_ids = sequence.request.prompt_ids
-        length = self.block_length
-        starts = range(self.runner.cache.lengths[sequence.slot], sequence.start, length)
-        sequence.pending = [prompt_ids[start : start + length] for start in starts]
-        sequence.num_prompt_blocks = len(starts)
-        self._scheduler.filled(sequence.slot, len(starts) * length)
+    def _unfilled(self) -> dict[int, int]:
+        """By slot in order of admission, prompt tokens that are neither encoded nor pending."""
+        return {
+            slot: left
+            for slot, sequence in self._sequences.items()
+            if (left := sequence.first - self.runner.cache.lengths[slot])
+        }
 
-    def _encode(self, sequences: list[Sequence], size: int) -> None:
+    def _encode(self, slots: list[int], size: int) -> None:
         """Encode the next `size` tokens of prompts in a forward of their own."""
         runner = self.runner
         tokens = []
-        for sequence in sequences:
-            start = runner.cache.lengths[sequence.slot]
+        for slot in slots:
+            sequence = self._sequences[slot]
+            start = runner.cache.lengths[slot]
             tokens.append(sequence.request.prompt_ids[start : start + size])
             sequence.cost += Cost(num_prefill_forwards=1)
-        slots = [sequence.slot for sequence in sequences]
-        runner.prefill(slots, torch.tensor(tokens).to(runner.device))
-        for sequence in sequences:
-            self._scheduler.filled(sequence.slot, size)
-            if sequence.slot not in self._scheduler.unfilled:
-                self._share_prefix(sequence)
-
-    def _share_prefix(self, sequence: Sequence) -> None:
-        """Keep the encoded blocks of a prompt for others that begin alike."""
-        if self.prefix_cache is not None:
-            cache = self.runner.cache
-            self.prefix_cache.store(cache, sequence.slot, sequence.request.prompt_ids)
+        runner.prefill(slots, torch.tensor(tokens, device=runner.device))
 
     # --- memory ---
 
@@ -371,19 +345,17 @@ class Engine:
         Raises:
             InputError: they are not there, and requests in progress hold what there is.
         """
-        if self._runner is not None:
-            has_slots = self._scheduler.num_slots
-            has_capacity = self._runner.cache.capacity
-            if has_capacity >= capacity and has_slots >= num_slots:
-                return
-            if self.is_busy():
-                raise InputError(
-                    f"a request needs {capacity} positions, the engine has {has_capacity} while "
-                    "others are running",
-                    hint="give the engine a `max_length`",
-                )
-            capacity = max(capacity, has_capacity)
-            num_slots = max(num_slots, has_slots)
+        scheduler = self._scheduler
+        if capacity <= scheduler.capacity and num_slots <= scheduler.num_slots:
+            return
+        if self.is_busy():
+            raise InputError(
+                f"a request needs {capacity} positions, the engine has {scheduler.capacity} while "
+                "others are running",
+                hint="give the engine a `max_length`",
+            )
+        num_slots = max(num_slots, scheduler.num_slots)
+        capacity = max(capacity, scheduler.capacity)
         use_graphs = self.options.cuda_graphs
         if use_graphs is None:
             use_graphs = self.model.get_input_embeddings().weight.is_cuda
@@ -394,6 +366,6 @@ class Engine:
             capacity,
             compiled=self.options.compile_model,
         )
-        self._graphs = GraphedSteps(num_slots, capacity) if use_graphs else None
-        self._scheduler.plan(num_slots)
+        self._graphs = GraphedSteps(self._runner) if use_graphs else None
         self._blocks.clear()
+        scheduler.plan(num_slots, capacity)

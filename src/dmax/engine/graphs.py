@@ -57,44 +57,39 @@ class GraphedSteps:
     their strategy first asks for them, and a graph must find them where they are to stay.
 
     Args:
-        spare_slot: a slot of cache and open blocks that no request uses.
-        capacity: positions of a slot.
-        capture: what records a step; None: `CudaCapture`.
+        runner: its last slot is one that no request uses.
     """
 
-    def __init__(
-        self, spare_slot: int, capacity: int, capture: Callable[[Replay], Replay] | None = None
-    ) -> None:
-        self.spare_slot = spare_slot
-        self.capacity = capacity
-        self._capture = CudaCapture() if capture is None else capture
-        self._seen: set[tuple[OpenBlocks, tuple[int, ...]]] = set()
-        self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay]] = {}
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self._capture = CudaCapture()
+        # By open blocks and shape; None: the shape came once.
+        self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay] | None] = {}
 
-    def __call__(self, runner: ModelRunner, blocks: OpenBlocks, batch: Batch) -> Tensor:
+    def __call__(self, blocks: OpenBlocks, batch: Batch) -> Tensor:
         """`step` for a batch on the host."""
         num_blocks = len(batch.rows)
         batch = self._filled(blocks, batch)
         shape = (batch.num_pending, batch.num_rows, batch.num_branches, batch.span, batch.in_order)
         key = (blocks, shape)
-        if key not in self._seen:
-            self._seen.add(key)
-            return step(runner, blocks, batch.to(runner.device))[:, :num_blocks]
         if key not in self._captured:
+            self._captured[key] = None
+            return step(self.runner, blocks, batch.to(self.runner.device))[:, :num_blocks]
+        captured = self._captured[key]
+        if captured is None:
             # Warming up runs the step once more, on spare rows, so that no request notices.
             where = self._idle(blocks, batch.num_rows)
             idle = replace(batch, where=where, pending=torch.zeros_like(batch.pending))
-            static = idle.to(runner.device)
-            replay = self._capture(lambda: step(runner, blocks, static))
-            self._captured[key] = (static, replay)
-        static, replay = self._captured[key]
+            static = idle.to(self.runner.device)
+            captured = (static, self._capture(lambda: step(self.runner, blocks, static)))
+            self._captured[key] = captured
+        static, replay = captured
         static.where.copy_(batch.where, non_blocking=True)
         static.pending.copy_(batch.pending, non_blocking=True)
         return replay()[:, :num_blocks]
 
     def forget(self, blocks: OpenBlocks) -> None:
         """Drop the graphs of open blocks that are no longer used."""
-        self._seen = {key for key in self._seen if key[0] is not blocks}
         self._captured = {key: kept for key, kept in self._captured.items() if key[0] is not blocks}
 
     def _filled(self, blocks: OpenBlocks, batch: Batch) -> Batch:
@@ -108,14 +103,15 @@ class GraphedSteps:
             batch,
             where=torch.cat(rows, dim=1),
             pending=F.pad(batch.pending, (0, 0, 0, more_pending)),
-            span=min(-(-batch.span // SPAN) * SPAN, self.capacity),
+            span=min(-(-batch.span // SPAN) * SPAN, self.runner.cache.capacity),
             in_order=batch.in_order and not more_pending and not more_open,
         )
 
     def _idle(self, blocks: OpenBlocks, num: int) -> Tensor:
         """[5, num] rows of the spare slot, which has nothing in the cache."""
-        row = blocks.rows_of(self.spare_slot).start
-        return torch.tensor((self.spare_slot, 0, 0, row, -1))[:, None].repeat(1, num)
+        slot = len(self.runner.cache.lengths) - 1
+        row = blocks.rows_of(slot).start
+        return torch.tensor((slot, 0, 0, row, -1))[:, None].repeat(1, num)
 
 
 def _power_of_two(number: int) -> int:

@@ -7,7 +7,6 @@ all prompts that begin alike can share them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from hashlib import sha256
 from itertools import takewhile
 
@@ -23,52 +22,42 @@ class PrefixCache:
     A block is known by a digest of all tokens up to its end. It counts as used after the blocks
     that follow it, so those always go before it. Whether a prefix comes from here or is encoded
     anew changes keys and values by rounding only, as the shapes of the two computations differ.
-
-    Attributes:
-        num_bytes: of the keys and values that are kept.
-        hits, misses: blocks of prompts that were known, and that were not.
     """
 
     def __init__(self, block_length: int, max_bytes: int) -> None:
         self.block_length = block_length
         self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self.hits = 0
-        self.misses = 0
         # Keys and values [layers, L, G, d] of every block, the oldest first.
         self._blocks: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
 
-    def restore(self, cache: BlockCache, slot: int, prompt_ids: Sequence[int]) -> int:
-        """Commit the known blocks of a prompt to an empty slot; returns how many tokens they hold."""
-        digests = self._digests(prompt_ids)
-        known = self._use(digests)
-        self.hits += len(known)
-        self.misses += len(digests) - len(known)
+    def restore(self, cache: BlockCache, slot: int, prompt_ids: tuple[int, ...]) -> None:
+        """Commit the known blocks of a prompt to an empty slot."""
+        known = self._use(self._digests(prompt_ids))
         if known:
             keys, values = zip(*known, strict=True)
             cache.write(slot, torch.cat(keys, dim=1), torch.cat(values, dim=1))
-        return len(known) * self.block_length
 
-    def store(self, cache: BlockCache, slot: int, token_ids: Sequence[int]) -> None:
+    def store(self, cache: BlockCache, slot: int, token_ids: tuple[int, ...]) -> None:
         """Keep the committed blocks of a slot that holds `token_ids`, as far as they fit."""
         digests = self._digests(token_ids[: cache.lengths[slot]])
         for index in range(len(self._use(digests)), len(digests)):
             start = index * self.block_length
-            block = cache.read(slot, start, start + self.block_length)
-            if not self._make_room(_num_bytes(block), digests):
+            keys, values = cache.read(slot, start, start + self.block_length)
+            most = self.max_bytes // (keys.nbytes + values.nbytes)
+            if index >= most:
                 break
-            self._blocks[digests[index]] = block
-            self.num_bytes += _num_bytes(block)
+            if len(self._blocks) == most:
+                self._blocks.popitem(last=False)
+            self._blocks[digests[index]] = (keys, values)
         self._use(digests)
 
-    def _digests(self, token_ids: Sequence[int]) -> list[bytes]:
+    def _digests(self, token_ids: tuple[int, ...]) -> list[bytes]:
         """For every whole block a digest of all tokens up to its end."""
-        digests: list[bytes] = []
-        digest = b""
+        digests = []
+        prefix = sha256()
         for end in range(self.block_length, len(token_ids) + 1, self.block_length):
-            tokens = list(token_ids[end - self.block_length : end])
-            digest = sha256(digest + repr(tokens).encode()).digest()
-            digests.append(digest)
+            prefix.update(repr(token_ids[end - self.block_length : end]).encode())
+            digests.append(prefix.digest())
         return digests
 
     def _use(self, digests: list[bytes]) -> list[tuple[Tensor, Tensor]]:
@@ -77,16 +66,3 @@ class PrefixCache:
         for digest in reversed(known):
             self._blocks.move_to_end(digest)
         return [self._blocks[digest] for digest in known]
-
-    def _make_room(self, num_bytes: int, kept: list[bytes]) -> bool:
-        """Drop the oldest blocks until `num_bytes` more fit; False if only `kept` ones are left."""
-        while self.num_bytes + num_bytes > self.max_bytes:
-            oldest = next(iter(self._blocks), None)
-            if oldest is None or oldest in kept:
-                return False
-            self.num_bytes -= _num_bytes(self._blocks.pop(oldest))
-        return True
-
-
-def _num_bytes(block: tuple[Tensor, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in block)

@@ -9,8 +9,6 @@ from dmax.decoding import get_strategy
 from dmax.decoding.strategy import Strategy
 from dmax.params import DecodingParams
 
-FindStop = Callable[[Sequence[int]], int | None]
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -31,7 +29,7 @@ class Request:
     index: int
     prompt_ids: tuple[int, ...]
     params: DecodingParams
-    find_stop: FindStop | None = field(default=None, compare=False)
+    find_stop: Callable[[Sequence[int]], int | None] | None = field(default=None, compare=False)
     strategy: Strategy = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -5,8 +5,6 @@ R rows of blocks, L block length, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,11 +48,12 @@ class ModelRunner:
         self.model = model
         self.block_length = special_ids.block_length
         self.mask_token_id = special_ids.mask_token_id
-        self.embed: Embed = model.get_input_embeddings()
+        embeddings = model.get_input_embeddings()
+        self.embed: Embed = embeddings
         self._lm_head: Tensor | None = None
         if getattr(model, "has_linear_head", False):
             self._lm_head = model.get_output_embeddings().weight
-        weight = model.get_input_embeddings().weight
+        weight = embeddings.weight
         self.device = weight.device
         config = model.config
         num_heads = config.num_attention_heads
@@ -67,7 +66,8 @@ class ModelRunner:
             dtype=weight.dtype,
             device=weight.device,
         )
-        self._compiled = torch.compile(self._encode) if compiled else None
+        self.compiled = compiled
+        self._run = torch.compile(self._encode) if compiled else self._encode
         if compiled:  # another runner, for more or longer sequences, uses the same code
             for layer in (*self.cache.keys, *self.cache.values):
                 _mark_dynamic(layer, 0, 1)
@@ -78,8 +78,12 @@ class ModelRunner:
         window = self.cache.write_at(slots, tokens.shape[1])
         keys = torch.arange(window.span, device=self.device)
         visible = dense_mask(block_causal(self.block_length), window.positions, keys)
-        mask = visible[:, None]  # [B, 1, P, span]
-        self.model.base_model(**_arguments(self.embed(tokens), mask, window.positions, window))
+        self.model.base_model(
+            inputs_embeds=self.embed(tokens),
+            attention_mask=visible[:, None],  # [B, 1, P, span]
+            position_ids=window.positions,
+            past_key_values=window,
+        )
         self.cache.commit(slots, tokens.shape[1])
 
     @torch.no_grad()
@@ -101,31 +105,43 @@ class ModelRunner:
         Returns:
             What the model says of the R rows of open blocks.
         """
+        num_open = len(embeds)
         if batch.num_pending:
             embeds = torch.cat((self.embed(batch.pending), embeds))
-        if self._lm_head is not None:
-            return self._output(self._run(batch, embeds)[batch.num_pending :], self._lm_head)
-        num_open = batch.num_rows - batch.num_pending
-        options = {"output_hidden_states": True} if hidden_states else {}
-        with _head_of_last(self.model, num_open):
-            outputs = self.model(**self._inputs(embeds, *self._places(batch)), **options)
-        last = outputs.hidden_states[-1][batch.num_pending :] if hidden_states else None
-        return Output(outputs.logits[-num_open:], self.mask_token_id, hidden_states=last)
-
-    def _run(self, batch: Batch, embeds: Tensor) -> Tensor:
-        """The last hidden states [P + R, L, D]."""
-        where, keys, in_order = self._places(batch)
-        if self._compiled is None:
-            return self._encode(embeds, where, keys, in_order)
-        _mark_dynamic(embeds, 0)
-        _mark_dynamic(where, 1)
-        _mark_dynamic(keys, 0)
-        return self._compiled(embeds, where, keys, False)
-
-    def _places(self, batch: Batch) -> tuple[Tensor, Tensor, bool]:
-        """Slots, starts and positions [3, P + R] of the rows; the positions that are read."""
+        where = batch.where[:3]  # slots, starts and positions of the rows
         keys = torch.arange(batch.span, device=self.device)
-        return batch.where[:3], keys, batch.in_order
+        lm_head = self._lm_head
+        if lm_head is None:
+            inputs = self._inputs(embeds, where, keys, batch.in_order)
+            return self._output_of_model(inputs, num_open, hidden_states)
+        if self.compiled:
+            _mark_dynamic(embeds, 0)
+            _mark_dynamic(where, 1)
+            _mark_dynamic(keys, 0)
+        hidden = self._run(embeds, where, keys, batch.in_order and not self.compiled)
+        opened = hidden[-num_open:]  # [R, L, D]
+
+        def best(k: int) -> Candidates:
+            found = lm_head_top_k(opened.flatten(0, 1), lm_head, k, self.mask_token_id)
+            return found.view(*opened.shape[:2])
+
+        return Output(
+            lambda: F.linear(opened, lm_head),
+            self.mask_token_id,
+            candidates=best,
+            hidden_states=opened,
+        )
+
+    def _output_of_model(
+        self, inputs: dict[str, Any], num_open: int, hidden_states: bool
+    ) -> Output:
+        """By a model that makes logits itself; it makes them of the last `num_open` rows only."""
+        options = {"output_hidden_states": True} if hidden_states else {}
+        head = self.model.get_output_embeddings()
+        with head.register_forward_pre_hook(lambda _, args: (args[0][-num_open:], *args[1:])):
+            outputs = self.model(**inputs, **options)
+        last = outputs.hidden_states[-1][-num_open:] if hidden_states else None
+        return Output(outputs.logits[-num_open:], self.mask_token_id, hidden_states=last)
 
     def _encode(self, embeds: Tensor, where: Tensor, keys: Tensor, in_order: bool) -> Tensor:
         """The layers as a function of tensors, [N, L, D] to [N, L, D]: this is compiled."""
@@ -136,41 +152,20 @@ class ModelRunner:
     def _inputs(
         self, embeds: Tensor, where: Tensor, keys: Tensor, in_order: bool
     ) -> dict[str, Any]:
-        """The model's arguments for inputs [N, L, D]."""
+        """The model's arguments for inputs [N, L, D] and the positions that are read."""
         slots, starts, bases = where
         length = self.block_length
         window = CacheWindow(self.cache, slots, starts, length, len(keys), in_order, bases)
         first = starts[:, None]
         base = bases[:, None]
-        is_itself = (keys >= first) & (keys < first + self.block_length)
+        is_itself = (keys >= first) & (keys < first + length)
         visible = (keys < base) | is_itself  # [N, span]
-        mask = visible[:, None, None].expand(-1, 1, self.block_length, -1)
-        return _arguments(embeds, mask, window.positions - first + base, window)
-
-    def _output(self, hidden: Tensor, lm_head: Tensor) -> Output:
-        """From hidden states [R, L, D]: logits are made only if a strategy asks for them."""
-
-        def best(k: int) -> Candidates:
-            found = lm_head_top_k(hidden.flatten(0, 1), lm_head, k, self.mask_token_id)
-            return found.view(*hidden.shape[:2])
-
-        return Output(
-            lambda: F.linear(hidden, lm_head),
-            self.mask_token_id,
-            candidates=best,
-            hidden_states=hidden,
-        )
-
-
-def _arguments(
-    embeds: Tensor, mask: Tensor, positions: Tensor, window: CacheWindow
-) -> dict[str, Any]:
-    return {
-        "inputs_embeds": embeds,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "past_key_values": window,
-    }
+        return {
+            "inputs_embeds": embeds,
+            "attention_mask": visible[:, None, None].expand(-1, 1, length, -1),
+            "position_ids": window.positions - first + base,
+            "past_key_values": window,
+        }
 
 
 def _mark_dynamic(tensor: Tensor, *dims: int) -> None:
@@ -178,14 +173,3 @@ def _mark_dynamic(tensor: Tensor, *dims: int) -> None:
     for dim in dims:
         if tensor.shape[dim] > 1:
             torch._dynamo.mark_dynamic(tensor, dim)
-
-
-@contextmanager
-def _head_of_last(model: Any, num_rows: int) -> Iterator[None]:
-    """Have a model make logits of the last rows only, whatever it does to them afterwards."""
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][-num_rows:], *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dmax.engine.request import Request
@@ -21,42 +22,39 @@ cheaper in a forward of their own.
 CANCELLED = -math.inf
 
 
+@dataclass(slots=True)
 class Scheduler:
     """First come, first served. A free slot is taken at once; prompts are encoded in chunks.
 
-    Args:
+    Attributes:
         block_length: L.
         vocab_size: V.
         context: positions that the model was made for; None: any number.
-        max_length: positions that a slot is planned for; None: as many as are asked for.
-        prefill_tokens: prompt tokens encoded between two steps, at most.
+        max_length: positions that a slot is planned for; None: as many as are asked for. They are
+            rounded up to whole blocks.
+        prefill_tokens: prompt tokens encoded between two steps, at most. They are rounded down to
+            whole blocks, at least one.
         clock: seconds, for deadlines.
-
-    Attributes:
+        num_slots, capacity: what there is now: slots, and positions of each.
         waiting: requests without a slot.
-        unfilled: by slot in order of admission, prompt tokens that are not encoded yet.
     """
 
-    def __init__(
-        self,
-        block_length: int,
-        vocab_size: int,
-        context: int | None,
-        max_length: int | None,
-        prefill_tokens: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.block_length = block_length
-        self.vocab_size = vocab_size
-        self.context = context
-        self.max_length = max_length
-        self.prefill_tokens = max(prefill_tokens // block_length, 1) * block_length
-        self.clock = clock
-        self.num_slots = 0
-        self.waiting: deque[Request] = deque()
-        self.unfilled: dict[int, int] = {}
-        self._free: list[int] = []
-        self._ends_at: dict[int, float] = {}  # by number of the request, its deadline
+    block_length: int
+    vocab_size: int
+    context: int | None
+    max_length: int | None
+    prefill_tokens: int
+    clock: Callable[[], float]
+    num_slots: int = 0
+    capacity: int = 0
+    waiting: deque[Request] = field(default_factory=deque)
+    _free: list[int] = field(default_factory=list)
+    _ends_at: dict[int, float] = field(default_factory=dict)  # by number of the request
+
+    def __post_init__(self) -> None:
+        self.prefill_tokens = max(self.prefill_tokens // self.block_length, 1) * self.block_length
+        if self.max_length is not None:
+            self.max_length = self.whole_blocks(self.max_length)
 
     # --- what fits ---
 
@@ -81,27 +79,25 @@ class Scheduler:
                 f"prompt {request.index} holds a token id outside the vocabulary of "
                 f"{self.vocab_size}"
             )
-        if self.context is not None:
-            self._check_room(request, self.end(request), "the model has", self.context)
-        if self.max_length is not None:
-            room = self.whole_blocks(self.max_length)
-            self._check_room(request, self.positions(request), "the engine was planned for", room)
-
-    def _check_room(self, request: Request, needed: int, who: str, room: int) -> None:
-        if needed > room:
-            raise InputError(
-                f"prompt {request.index} has {len(request.prompt_ids)} tokens; with "
-                f"`max_new_tokens` {request.params.max_new_tokens} it needs {needed} positions, "
-                f"{who} {room}",
-                hint="shorten the prompt or lower `max_new_tokens` (on the command line "
-                "--max-new-tokens)",
-            )
+        for needed, who, room in (
+            (self.end(request), "the model has", self.context),
+            (self.positions(request), "the engine was planned for", self.max_length),
+        ):
+            if room is not None and needed > room:
+                raise InputError(
+                    f"prompt {request.index} has {len(request.prompt_ids)} tokens; with "
+                    f"`max_new_tokens` {request.params.max_new_tokens} it needs {needed} "
+                    f"positions, {who} {room}",
+                    hint="shorten the prompt or lower `max_new_tokens` (on the command line "
+                    "--max-new-tokens)",
+                )
 
     # --- who has a slot ---
 
-    def plan(self, num_slots: int) -> None:
-        """Have this many slots, all of them free."""
+    def plan(self, num_slots: int, capacity: int) -> None:
+        """Have this many slots, all of them free, with room for this many positions."""
         self.num_slots = num_slots
+        self.capacity = capacity
         self._free = list(range(num_slots))
 
     def add(self, request: Request) -> None:
@@ -110,22 +106,22 @@ class Scheduler:
         self._ends_at[request.index] = self.clock() + (math.inf if limit is None else limit)
         self.waiting.append(request)
 
-    def admit(self) -> list[tuple[int, Request]]:
-        """Requests that get a slot now, the lowest free ones first.
+    def admit(self) -> Iterator[tuple[int, Request]]:
+        """Slots and the requests that get them now, the lowest free ones first.
 
         Slots that follow each other are read without a copy.
         """
-        num = min(len(self._free), len(self.waiting))
-        return [(heapq.heappop(self._free), self.waiting.popleft()) for _ in range(num)]
+        while self._free and self.waiting:
+            yield heapq.heappop(self._free), self.waiting.popleft()
 
     def release(self, slot: int, request: Request) -> None:
         """The request is over and has left its slot."""
         heapq.heappush(self._free, slot)
-        self.unfilled.pop(slot, None)
-        self.forget(request)
+        self._ends_at.pop(request.index, None)
 
-    def forget(self, request: Request) -> None:
-        """The request is over."""
+    def drop(self, request: Request) -> None:
+        """The request is over before it had a slot."""
+        self.waiting.remove(request)
         self._ends_at.pop(request.index, None)
 
     def cancel(self, index: int) -> bool:
@@ -144,7 +140,9 @@ class Scheduler:
 
     # --- whose prompt is next ---
 
-    def next_prompts(self, is_running: bool) -> tuple[list[int], list[int], int]:
+    def next_prompts(
+        self, unfilled: Mapping[int, int], is_running: bool
+    ) -> tuple[list[int], list[int], int]:
         """What is encoded next, in order of admission and at most `prefill_tokens` of it.
 
         Short prompts are encoded along with the first step of their sequence. If no sequence is
@@ -153,17 +151,21 @@ class Scheduler:
         forward if their chunk has the same length: no row is padded, none depends on its
         neighbours.
 
+        Args:
+            unfilled: by slot in order of admission, prompt tokens that are not encoded yet.
+            is_running: whether a sequence has its whole prompt.
+
         Returns:
             Slots whose prompts join their first step, slots that share a forward, and the number
             of tokens that each of these encodes.
         """
-        joining: list[int] = []
+        joining = []
         chunk: list[int] = []
         size = 0
         room = self.prefill_tokens
         longest_to_join = min(SHORT_PROMPT * self.block_length, room)
-        may_join = is_running or sum(self.unfilled.values()) <= room
-        for slot, left in self.unfilled.items():
+        may_join = is_running or sum(unfilled.values()) <= room
+        for slot, left in unfilled.items():
             num = min(left, self.prefill_tokens)
             if num > room:
                 break  # whoever came first goes first
@@ -176,13 +178,3 @@ class Scheduler:
                 continue
             room -= num
         return joining, chunk, size
-
-    def has_last_chunks(self) -> bool:
-        """Whether the next chunk of some prompt is its last one."""
-        return any(left <= self.prefill_tokens for left in self.unfilled.values())
-
-    def filled(self, slot: int, num: int) -> None:
-        """`num` more tokens of the slot's prompt are encoded."""
-        self.unfilled[slot] -= num
-        if not self.unfilled[slot]:
-            del self.unfilled[slot]

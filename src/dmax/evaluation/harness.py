@@ -16,9 +16,8 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
-from dmax.environment import environment
+from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, did_you_mean
 from dmax.evaluation.run import CHUNK_BATCHES, add_up
 from dmax.llm import LLM
@@ -180,8 +179,8 @@ class DMaxLM(LM):
         if not pretrained:
             raise InputError("no model given", hint="--model_args pretrained=tiny-dmax")
         size = _batch_size(batch_size, max_batch_size)
-        sizes = {} if size is None else {"max_batch_size": size}
-        self.llm = LLM(pretrained, dtype, device, mask_token_id, eos_token_id, **sizes)  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {} if size is None else {"max_batch_size": size}
+        self.llm = LLM(pretrained, dtype, device, mask_token_id, eos_token_id, **sizes)
         if self.llm.tokenizer is None:
             raise InputError(f"`{pretrained}` has no tokenizer, and lm_eval's tasks are texts")
         self.params = self.llm.resolve(params)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax.errors import InputError
-from dmax.evaluation.sweep import Point, SweepRecord, aup_table, pareto
+from dmax.evaluation.statistics import Point, SweepRecord, aup_table, pareto
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and dashes do the same
 # in greyscale.

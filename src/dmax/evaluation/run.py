@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
-from dmax.environment import environment
+from dmax.environment import environment, weights_digest
 from dmax.evaluation.statistics import wilson_interval
 from dmax.llm import LLM
 from dmax.outputs import Cost, GenerationOutput
@@ -95,7 +94,7 @@ class Summary:
 
     Attributes:
         model: name of the model.
-        weights: digest of its weights (`checkpoint.weights_digest`).
+        weights: digest of its weights (`environment.weights_digest`).
         dtype: in which it computed.
         task: name of the task.
         examples: digest of the prompts and the expected answers.

@@ -1,10 +1,16 @@
-"""Figures with their uncertainty."""
+"""Figures with their uncertainty, and what the points of a sweep say together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
+
+Point = dict[str, Any]
+"""One measured point: label, model, strategy, knob, value, figures and parameters."""
+SweepRecord = dict[str, Any]
+"""A sweep as its file has it: what was asked, the environment, and the points."""
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -55,3 +61,34 @@ def accuracy_under_parallelism(
     for (tpf, accuracy), (next_tpf, next_accuracy) in pairwise(curve):
         area += (next_tpf - tpf) * (weighted(accuracy) + weighted(next_accuracy)) / 2
     return area
+
+
+def pareto(points: Sequence[Point], x: str = "tpf") -> list[Point]:
+    """The points that no other beats in accuracy and in `x` at once, by rising `x`."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p[x], -p["accuracy"])):
+        if not front or point["accuracy"] > front[-1]["accuracy"]:
+            front.append(point)
+    return front[::-1]
+
+
+def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
+    """`label`, `aup` and `aup_paper` of every curve.
+
+    `aup` is as d3LLM defines it, `aup_paper` as the figures of the DMax paper follow from. The base
+    model's accuracy in the latter is the most careful point of the first curve.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}  # (TPF, accuracy in percent) by label
+    for point in record["points"]:
+        curve = curves.setdefault(point["label"], [])
+        curve.append((point["tpf"], 100 * point["accuracy"]))
+    if not curves:
+        return []
+    best = max(accuracy for curve in curves.values() for _, accuracy in curve)
+    _, base = min(next(iter(curves.values())))
+    table = []
+    for label, curve in curves.items():
+        aup = accuracy_under_parallelism(curve, best=best) if best else 0.0
+        paper = accuracy_under_parallelism(curve, best=base, floor=base - 10) if base else 0.0
+        table.append({"label": label, "aup": aup, "aup_paper": paper})
+    return table

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dmax.checkpoint import weights_digest
 from dmax.decoding import get_strategy
-from dmax.environment import environment
+from dmax.environment import environment, weights_digest
 from dmax.errors import InputError
 from dmax.evaluation.run import Summary, evaluate
-from dmax.evaluation.statistics import accuracy_under_parallelism
+from dmax.evaluation.statistics import Point, SweepRecord
 from dmax.files import check_writable, write_atomically
 from dmax.llm import LLM
 from dmax.outputs import as_record
@@ -40,12 +39,6 @@ FIGURES = (
 ).split()
 RECORD = "sweep.json"
 PAGES = ("plot.svg", "plot.png", "report.html")  # what is drawn from the record
-
-
-Point = dict[str, Any]
-"""One measured point: label, model, strategy, knob, value, the `FIGURES` and the parameters."""
-SweepRecord = dict[str, Any]
-"""A sweep as its file has it: what was asked, the environment, and the points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,34 +259,3 @@ def describe(point: Point) -> str:
     setting = f"{point['label']:32} {point['knob']} {point['value']:<5g}"
     share = f"{point['correct']}/{point['total']}"
     return f"{setting} {share:>9} TPF {point['tpf']:.2f}"
-
-
-def pareto(points: Sequence[Point], x: str = "tpf") -> list[Point]:
-    """The points that no other beats in accuracy and in `x` at once, by rising `x`."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p[x], -p["accuracy"])):
-        if not front or point["accuracy"] > front[-1]["accuracy"]:
-            front.append(point)
-    return front[::-1]
-
-
-def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
-    """`label`, `aup` and `aup_paper` of every curve.
-
-    `aup` is as d3LLM defines it, `aup_paper` as the figures of the DMax paper follow from. The base
-    model's accuracy in the latter is the most careful point of the first curve.
-    """
-    curves: dict[str, list[tuple[float, float]]] = {}  # (TPF, accuracy in percent) by label
-    for point in record["points"]:
-        curve = curves.setdefault(point["label"], [])
-        curve.append((point["tpf"], 100 * point["accuracy"]))
-    if not curves:
-        return []
-    best = max(accuracy for curve in curves.values() for _, accuracy in curve)
-    _, base = min(next(iter(curves.values())))
-    table = []
-    for label, curve in curves.items():
-        aup = accuracy_under_parallelism(curve, best=best) if best else 0.0
-        paper = accuracy_under_parallelism(curve, best=base, floor=base - 10) if base else 0.0
-        table.append({"label": label, "aup": aup, "aup_paper": paper})
-    return table

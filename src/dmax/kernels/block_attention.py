@@ -16,8 +16,8 @@ from dmax.kernels import can_fuse, triton_kernels
 def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bool:
     """Whether `block_attention` takes these arguments.
 
-    Only the kind of cache, dtypes, devices and gradients decide. Three cases are left to the twin:
-    forwards whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
+    Only the kind of cache, dtypes and devices decide. Three cases are left to the twin: forwards
+    whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
     """
     return (
         isinstance(cache, CacheWindow)

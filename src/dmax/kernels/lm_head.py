@@ -55,8 +55,11 @@ def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) ->
 def lm_head_top_k_torch(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
     """The twin of the kernel, for any device; k is at most V - 1."""
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    chunks = hidden.split(rows)
-    return concatenate([candidates(F.linear(chunk, weight), k, mask_token_id) for chunk in chunks])
+    parts = []
+    for chunk in hidden.split(rows):
+        logits = F.linear(chunk, weight)
+        parts.append(candidates(logits, k, mask_token_id))
+    return concatenate(parts)
 
 
 def merge_tiles(best: Tensor, ids: Tensor, peak: Tensor, mass: Tensor) -> Candidates:
@@ -72,7 +75,10 @@ def merge_tiles(best: Tensor, ids: Tensor, peak: Tensor, mass: Tensor) -> Candid
         mass: [T, N] the sum of exp(logit - peak) over each tile.
     """
     highest = peak.amax(dim=0)  # [N]
-    total = (mass * (peak - highest).exp()).sum(dim=0)  # [N]
-    logits, index = take_best(best.flatten(0, 1).T, best.shape[1])  # [N, k]
+    scale = (peak - highest).exp()
+    total = (mass * scale).sum(dim=0)  # [N]
+    k = best.shape[1]
+    logits, index = take_best(best.flatten(0, 1).T, k)  # [N, k]
+    tokens = ids.flatten(0, 1).T.gather(-1, index)
     probs = (logits - highest[:, None]).exp() / total[:, None]
-    return Candidates(ids.flatten(0, 1).T.gather(-1, index).long(), probs, total.isnan())
+    return Candidates(tokens.long(), probs, total.isnan())

@@ -42,8 +42,8 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _route_kernel(  # type: ignore[no-untyped-def]
-    index, pairs, counts, num_pairs, BLOCK: tl.constexpr,
-):  # fmt: skip
+    index, pairs, counts, num_pairs, BLOCK: tl.constexpr
+):
     """List one expert's pairs in order: the first `counts` [E] numbers of `pairs` [E, N * K]."""
     expert = tl.program_id(0)
     found = tl.zeros((), tl.int32)
@@ -62,7 +62,7 @@ def _product(  # type: ignore[no-untyped-def]
     SCALED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """left[left_row] · weight[row]ᵀ, [BLOCK_M, BLOCK_N] float32, from weights as stored."""
+    """left[left_row] · weight[row]ᵀ, [BLOCK_M, BLOCK_N] float32, for weights as they are stored."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     left_at = left + left_row.to(tl.int64)[:, None] * depth
     if GROUP == 0:  # each number has its own storage, and a row has at most one scale

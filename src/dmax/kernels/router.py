@@ -19,7 +19,7 @@ from dmax.kernels import can_fuse, triton_kernels
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Tokens [N, D] times weights [E, D]: [N, E] in float32 or wider, even under autocast."""
+    """Tokens [N, D] times router weights [E, D], in float32 or wider even under autocast."""
     device = x.device.type
     if device != "cpu" and x.dtype == weight.dtype != torch.float32 and can_fuse(x, weight):
         # Products of 16 bits are exact in float32, so no wide copies are needed.

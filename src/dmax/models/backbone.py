@@ -63,19 +63,21 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
 def _prepare_inputs(
     cache_name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put mask and cache into the form that `model` expects; what has it stays as it is."""
-    inputs = dict(kwargs)
-    cache = inputs.pop("cache", inputs.pop("past_key_values", None))
-    mask = inputs.get("attention_mask")
+    """Put mask and cache into the form that `model` expects, unless they are in it already."""
+    cache = kwargs.pop("past_key_values", None)
+    renamed = kwargs.pop("cache", None)
+    if cache is None:
+        cache = renamed
+    mask = kwargs.get("attention_mask")
     if mask is None:  # the model would take it for "causal"
-        given = (*args[:1], inputs.get("inputs_embeds"), inputs.get("input_ids"))
+        given = (*args[:1], kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
         new = next(tensor for tensor in given if tensor is not None)
         length = new.shape[1]
         seen = 0 if cache is None else cache.get_seq_length()
         mask = new.new_ones(1, 1, length, seen + length, dtype=torch.bool)
-    inputs["attention_mask"] = prepare_mask(mask, model.dtype, model.config._attn_implementation)
+    mask = prepare_mask(mask, model.dtype, model.config._attn_implementation)
     # Without `use_cache=False`, a model that is given no cache builds one of its own.
-    return args, inputs | {cache_name: cache, "use_cache": False}
+    return args, kwargs | {"attention_mask": mask, cache_name: cache, "use_cache": False}
 
 
 def _unsuitable(model: Any) -> str | None:

@@ -15,11 +15,10 @@ from dmax.training.data import Conversation, ResponseDataset, read_records
 def build_checkpoint(section: ModelSection) -> Checkpoint:
     """The checkpoint to continue on the best device, or a new model on the CPU, in float32."""
     if section.path is not None:
-        device, _ = select_device("auto")
         return load_checkpoint(
             section.path,
             dtype=torch.float32,
-            device=device,
+            device=select_device("auto"),
             block_length=section.block_length,
             attn_implementation=section.attn_implementation,
             experts_implementation=section.experts_implementation,

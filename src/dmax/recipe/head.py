@@ -8,7 +8,7 @@ from typing import cast
 
 from dmax.baselines.head_training import HeadConfig, fit, record
 from dmax.baselines.heads import Kind, load_head, save_head
-from dmax.checkpoint import weights_digest
+from dmax.environment import weights_digest
 from dmax.errors import InputError
 from dmax.files import check_writable
 from dmax.recipe.build import build_checkpoint, build_data

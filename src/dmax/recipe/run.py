@@ -57,23 +57,13 @@ def run_recipe(
         from dmax.recipe.head import train_head
 
         return train_head(recipe, recipe.head, replace=not resume, report=report)
-    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
-    args = _arguments(recipe, run_dir)
+    args = _arguments(recipe)
     task = _task(recipe)
     with recipe.file.at("output_dir"):
-        check_target(recipe.output_dir)
-        run = RunFolder(run_dir, _settings(recipe, args), fresh=not resume)
-        is_written = (recipe.output_dir / "config.json").is_file()
-        if is_written and not (recipe.output_dir / "dmax.json").is_file():
-            raise InputError(f"{recipe.output_dir} holds a checkpoint of something else", MOVE)
-        if run.is_finished and is_written:
-            report(f"already finished: {recipe.output_dir}")
-            return recipe.output_dir
-        run.find_checkpoint(report)
-        if is_written and resume and run.last_checkpoint is None:
-            raise InputError(
-                f"{recipe.output_dir} holds a checkpoint that is not of this run", ANEW
-            )
+        run = _run_folder(recipe, args, resume, report)
+    if run.is_finished:
+        report(f"already finished: {recipe.output_dir}")
+        return recipe.output_dir
 
     set_seed(args.seed)
     decoding = get_objective(args.objective, args.rollout).decoding
@@ -82,12 +72,11 @@ def run_recipe(
     dataset = build_data(recipe.data, checkpoint)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     report(f"{len(dataset)} examples, {num_parameters:,} parameters")
-    special_ids = checkpoint.special_ids
     trainer = DMaxTrainer(
         checkpoint.model,
         args,
         dataset,
-        special_ids=special_ids,
+        special_ids=checkpoint.special_ids,
         eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
         processing_class=checkpoint.tokenizer,
         callbacks=[run],
@@ -97,22 +86,40 @@ def run_recipe(
     steps = _train(trainer, run)
     blend_weights(checkpoint.model, start, recipe.model.keep_start)
     run.stop_clock()
-
+    origin = {"recipe": recipe.file.path.name, "environment": environment()}
     save_checkpoint(
         checkpoint.model,
         checkpoint.tokenizer,
         recipe.output_dir,
-        special_ids,
+        checkpoint.special_ids,
         decoding=decoding,
-        extra={
-            "recipe": recipe.file.path.name,
-            "steps": steps,
-            "seconds": round(run.seconds),
-            "environment": environment(),
-        },
+        extra=origin | {"steps": steps, "seconds": round(run.seconds)},
     )
     run.finish()
     return recipe.output_dir
+
+
+def _run_folder(
+    recipe: Recipe, args: DMaxConfig, resume: bool, report: Callable[[str], None]
+) -> RunFolder:
+    """The folder of the run, which is finished only if its result is there too.
+
+    Raises:
+        InputError: something else is in the place of the run or of its result.
+    """
+    output_dir = recipe.output_dir
+    check_target(output_dir)
+    run = RunFolder(Path(args.output_dir), _settings(recipe, args), fresh=not resume)
+    is_written = (output_dir / "config.json").is_file()
+    if is_written and not (output_dir / "dmax.json").is_file():
+        raise InputError(f"{output_dir} holds a checkpoint of something else", MOVE)
+    run.is_finished = run.is_finished and is_written
+    if run.is_finished:
+        return run
+    run.find_checkpoint(report)
+    if is_written and resume and run.last_checkpoint is None:
+        raise InputError(f"{output_dir} holds a checkpoint that is not of this run", ANEW)
+    return run
 
 
 @torch.no_grad()
@@ -137,7 +144,8 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
     return int(result.global_step)
 
 
-def _arguments(recipe: Recipe, run_dir: Path) -> DMaxConfig:
+def _arguments(recipe: Recipe) -> DMaxConfig:
+    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
     with recipe.file.at("training"):
         try:
             return DMaxConfig(output_dir=str(run_dir), **recipe.training)

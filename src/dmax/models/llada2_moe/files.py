@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +25,7 @@ INTEGERS = ("I", "U", "BOOL")  # how their dtypes begin
 HARMLESS = "rotary_emb.inv_freq"  # in files of old releases; it follows from the configuration
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor is stored, with its shape and dtype (such as BF16) from the file's header."""
 
     file: Path
@@ -87,7 +85,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
+def check_files(folder: Path, model: PreTrainedModel) -> None:
     """Raise `InputError` unless the safetensors files of `folder` hold exactly what `model` needs.
 
     Experts may be stored one by one or merged. A folder without safetensors files is left to
@@ -97,7 +95,6 @@ def check_files(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
         folder: a checkpoint folder.
         model: the model to fill, on any device; only names and shapes are read.
     """
-    folder = Path(folder)
     found = read_headers(folder)
     if not found:
         return
@@ -151,7 +148,7 @@ def check_before_loading(
         return
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))  # the constructor may settle fields of it
-    check_files(source, model)
+    check_files(Path(source), model)
 
 
 ORDINARY = set(

@@ -143,12 +143,14 @@ class LLaDA2MoeExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum over a token's experts, [N, D]; arguments as in `dmax.kernels.moe`."""
-        order = top_k_index.flatten().argsort(stable=True)  # token-expert pairs, sorted by expert
-        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        """The weighted sum over each token's experts [N, D]; arguments as in `dmax.kernels.moe`."""
+        experts = top_k_index.flatten()  # [N * K], one for each pair of token and expert
+        order = experts.argsort(stable=True)
+        counts = experts.bincount(minlength=self.num_experts).tolist()
+        tokens = order // top_k_index.shape[1]
         inner = self.down_proj.shape[-1]
         outputs = []
-        for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
+        for expert, rows in enumerate(hidden_states[tokens].split(counts)):
             # Two products, and a sum in the router's order, are what the published model computes.
             gate = F.linear(rows, self.gate_up_proj[expert, :inner])
             up = F.linear(rows, self.gate_up_proj[expert, inner:])
@@ -243,7 +245,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["expert_bias"]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the published per-expert layout, also for a model read from merged files."""
+        """Write the published per-expert layout, even if the model was read from merged files."""
         check_savable(self)
         # Without this, transformers would write the layout that it read.
         self._weight_conversions = deepcopy(PER_EXPERT)
@@ -281,7 +283,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The final hidden states [B, L, D]; arguments as for `LLaDA2MoeModelLM.forward`."""
+        """The final hidden states [B, L, D]; for the arguments see `LLaDA2MoeModelLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -351,12 +353,7 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
             ValueError: neither or both of ids and embeddings, or a mask of another rank.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
         )
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep, None)

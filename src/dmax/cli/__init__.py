@@ -1,4 +1,4 @@
-"""The `dmax` command: options, and where the work is done.
+"""The `dmax` command: what each of its commands takes, and where its work is done.
 
 Each command imports what it needs when it runs, so that `--help` waits only for transformers.
 `import dmax` needs those seconds to make its model classes known to the Auto classes.
@@ -6,29 +6,27 @@ Each command imports what it needs when it runs, so that `--help` waits only for
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
+from dmax.cli import options
+from dmax.cli.terminal import ConsoleHandler, console, print_json, progress_bar
 from dmax.errors import InputError
 from dmax.outputs import as_record
-from dmax.params import DecodingParams, EngineOptions
 
 if TYPE_CHECKING:
     from dmax.evaluation.results import ResultFiles
     from dmax.evaluation.run import Summary
     from dmax.llm import LLM
+    from dmax.params import DecodingParams
     from dmax.tasks import Task
 
 app = typer.Typer(
@@ -37,75 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(stderr=True)
-
-# Where these have a default, commands have no other one.
-DECODING = DecodingParams()
-ENGINE = EngineOptions()
-
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
-ModelsOption = Annotated[
-    list[str],
-    typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more"),
-]
-StrategyOption = Annotated[
-    str,
-    typer.Option(help="auto (what the model was trained for), spd, threshold, … (docs/methods.md)"),
-]
-StrategyOptions = Annotated[
-    list[str] | None,
-    typer.Option("--option", help="NAME=VALUE, an option of the strategy; repeat for more"),
-]
-ThresholdOption = Annotated[
-    float | None, typer.Option(help="confidence to decode at (default: the strategy's own)")
-]
-LengthOption = Annotated[int, typer.Option(help="longest completion, in tokens")]
-TaskLengthOption = Annotated[
-    int | None,
-    typer.Option(help="longest completion, in tokens (default: what the task needs)"),
-]
-TopKOption = Annotated[int, typer.Option(help="candidates blended into a soft input")]
-BlockOption = Annotated[
-    int | None, typer.Option(help="tokens decoded together (default: the checkpoint's own)")
-]
-TemperatureOption = Annotated[float, typer.Option(help="0 decodes greedily")]
-SamplingSeedOption = Annotated[int | None, typer.Option(help="of the sampling")]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="text that ends a completion; repeat for more"),
-]
-IgnoreEosOption = Annotated[
-    bool, typer.Option("--ignore-eos", help="go on to the longest completion")
-]
-TaskOption = Annotated[str, typer.Option(help="what to solve (docs/tasks.md)")]
-DataOption = Annotated[
-    Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
-]
-LimitOption = Annotated[int, typer.Option(help="examples to solve", min=1)]
-SeedOption = Annotated[int, typer.Option(help="of the examples")]
-BatchOption = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-CompileOption = Annotated[
-    bool, typer.Option("--compile", help="compile the model; pays in long runs")
-]
-QuantizationOption = Annotated[str | None, typer.Option(help="of the experts: int8, fp8 or int4")]
-SummaryOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="JSON file for the summary")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="replace the results in --output")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
-
-
-class ConsoleHandler(logging.Handler):
-    """Shows what dmax logs on stderr, each message as one plain line."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one message, above a progress bar if there is one."""
-        level = (f"{record.levelname.lower()}: ", "bold yellow")
-        console.print(Text.assemble(level, record.getMessage()), soft_wrap=True)
 
 
 def main() -> None:
@@ -123,49 +52,8 @@ def main() -> None:
         log.removeHandler(handler)
 
 
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is fed `(done, total)`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _decoding_params(*, option: list[str] | None = None, **given: Any) -> DecodingParams:
-    """Decoding parameters from a command's options; None stands for the default."""
-    fields = {name: value for name, value in given.items() if value is not None}
-    return DecodingParams(**fields, options=_strategy_options(option or []))
-
-
-def _strategy_options(texts: list[str]) -> dict[str, Any]:
-    """Texts `NAME=VALUE` as a dictionary; a value that is JSON is read as JSON."""
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise InputError(
-                f"`--option` must be NAME=VALUE, got {text!r}",
-                hint="for example --option alpha=0.7",
-            )
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
-
-
-def _print_json(record: Any) -> None:
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 @app.command()
-def demo(as_json: JsonOption = False) -> None:
+def demo(as_json: options.AsJson = False) -> None:
     """Solve unseen word problems with the bundled models, base and DMax side by side.
 
     Example: dmax demo
@@ -180,21 +68,21 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="prompts; read from stdin if none is given")
     ] = None,
-    model: ModelOption = "tiny-dmax",
-    strategy: StrategyOption = DECODING.strategy,
-    threshold: ThresholdOption = None,
-    max_new_tokens: LengthOption = DECODING.max_new_tokens,
-    top_k: TopKOption = DECODING.top_k,
-    option: StrategyOptions = None,
-    block_length: BlockOption = None,
-    temperature: TemperatureOption = DECODING.temperature,
-    seed: SamplingSeedOption = None,
-    stop: StopOption = None,
-    ignore_eos: IgnoreEosOption = False,
-    dtype: DtypeOption = "auto",
-    quantization: QuantizationOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    model: options.ModelName = "tiny-dmax",
+    strategy: options.StrategyName = options.DECODING.strategy,
+    threshold: options.Threshold = None,
+    max_new_tokens: options.MaxNewTokens = options.DECODING.max_new_tokens,
+    top_k: options.TopK = options.DECODING.top_k,
+    option: options.StrategyOptions = None,
+    block_length: options.BlockLength = None,
+    temperature: options.Temperature = options.DECODING.temperature,
+    seed: options.SamplingSeed = None,
+    stop: options.StopTexts = None,
+    ignore_eos: options.IgnoreEos = False,
+    dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """Complete one or more prompts.
 
@@ -205,7 +93,7 @@ def generate(
     from dmax.llm import LLM
 
     texts = _read_prompts(prompts)
-    params = _decoding_params(
+    params = options.decoding_params(
         strategy=strategy,
         threshold=threshold,
         max_new_tokens=max_new_tokens,
@@ -223,7 +111,7 @@ def generate(
         records = [as_record(output) for output in outputs]
         for record, output in zip(records, outputs, strict=True):
             record["tokens_per_forward"] = output.tokens_per_forward
-        _print_json(records)
+        print_json(records)
         return
     for output in outputs:
         sys.stdout.write(output.text + "\n")
@@ -260,7 +148,7 @@ def train(
             "--fresh", help="start over: drop an earlier run's checkpoints, replace its result"
         ),
     ] = False,
-    as_json: JsonOption = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train as a recipe says.
 
@@ -276,7 +164,7 @@ def train(
         checked = load_recipe(recipe, overrides)
         folder = run_recipe(checked, resume=not fresh, report=console.print)
     if as_json:
-        _print_json({"checkpoint": str(folder)})
+        print_json({"checkpoint": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
 
@@ -286,20 +174,20 @@ def distill(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")
     ],
-    model: ModelOption = "tiny-base",
+    model: options.ModelName = "tiny-base",
     num: Annotated[int, typer.Option(help="training problems to answer", min=1)] = 1000,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")
     ] = None,
-    strategy: StrategyOption = "threshold",
-    threshold: ThresholdOption = 0.95,
-    max_new_tokens: LengthOption = DECODING.max_new_tokens,
+    strategy: options.StrategyName = "threshold",
+    threshold: options.Threshold = 0.95,
+    max_new_tokens: options.MaxNewTokens = options.DECODING.max_new_tokens,
     seed: Annotated[int, typer.Option(help="of the problems")] = 1,
-    batch_size: BatchOption = 64,
-    dtype: DtypeOption = "auto",
-    compile_model: CompileOption = False,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    batch_size: options.BatchSize = 64,
+    dtype: options.Dtype = "auto",
+    compile_model: options.CompileModel = False,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a model's own responses to training prompts: the data that OPUT learns from.
 
@@ -312,11 +200,11 @@ def distill(
     from dmax.recipe.distill import read_prompts
     from dmax.tasks.word_problems import problems
 
-    if prompts:
-        questions = read_prompts(prompts)
-    else:
-        questions = [problem.question for problem in problems(num, seed=seed)]
-    params = _decoding_params(strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens)
+    drawn = problems(num, seed=seed)
+    questions = read_prompts(prompts) if prompts else [problem.question for problem in drawn]
+    params = options.decoding_params(
+        strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
+    )
     get_strategy(params)  # an unknown one is an error before files and models are touched
     check_writable(output)
     llm = LLM(
@@ -325,7 +213,7 @@ def distill(
     with progress_bar("distilling") as progress:
         report = run_distill(llm, questions, output, params, progress=progress)
     if as_json:
-        _print_json({"output": str(output), **asdict(report)})
+        print_json({"output": str(output), **asdict(report)})
     else:
         sys.stdout.write(
             f"{output}: {report.kept} responses, {report.unfinished} unfinished ones dropped\n"
@@ -334,25 +222,25 @@ def distill(
 
 @app.command("eval")
 def evaluate(
-    model: ModelOption = "tiny-dmax",
-    task: TaskOption = "word_problems",
-    data: DataOption = None,
-    strategy: StrategyOption = DECODING.strategy,
-    threshold: ThresholdOption = None,
-    limit: LimitOption = 200,
-    seed: SeedOption = 7,
-    max_new_tokens: TaskLengthOption = None,
-    top_k: TopKOption = DECODING.top_k,
-    option: StrategyOptions = None,
-    block_length: BlockOption = None,
-    batch_size: BatchOption = ENGINE.max_batch_size,
-    dtype: DtypeOption = "auto",
-    quantization: QuantizationOption = None,
-    compile_model: CompileOption = False,
-    device: DeviceOption = "auto",
-    output: SummaryOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
+    model: options.ModelName = "tiny-dmax",
+    task: options.TaskName = "word_problems",
+    data: options.DataFile = None,
+    strategy: options.StrategyName = options.DECODING.strategy,
+    threshold: options.Threshold = None,
+    limit: options.Limit = 200,
+    seed: options.Seed = 7,
+    max_new_tokens: options.TaskMaxNewTokens = None,
+    top_k: options.TopK = options.DECODING.top_k,
+    option: options.StrategyOptions = None,
+    block_length: options.BlockLength = None,
+    batch_size: options.BatchSize = options.ENGINE.max_batch_size,
+    dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
+    compile_model: options.CompileModel = False,
+    device: options.Device = "auto",
+    output: options.SummaryFile = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure accuracy, tokens per forward and speed on a task.
 
@@ -365,7 +253,7 @@ def evaluate(
     from dmax.tasks import get_task
 
     chosen = get_task(task, data)
-    params = _decoding_params(
+    params = options.decoding_params(
         strategy=strategy,
         threshold=threshold,
         max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -384,7 +272,7 @@ def evaluate(
     )
     summary = _measure(llm, chosen, params, files, limit=limit, seed=seed, model_name=model)
     if as_json:
-        _print_json(as_record(summary))
+        print_json(as_record(summary))
     else:
         sys.stdout.write(_in_words(summary))
 
@@ -437,18 +325,18 @@ def _in_words(summary: Summary) -> str:
 
 @app.command()
 def bench(
-    device: DeviceOption = "auto",
+    device: options.Device = "auto",
     quick: Annotated[
         bool, typer.Option("--quick", help="fewer problems, sizes and repeats")
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file for the results")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Measure speed, of the bundled models on a CPU.
+    """Measure the speed of the bundled models on a CPU.
 
-    On a CUDA GPU, the model has the shape of LLaDA-2.0-mini and random weights.
+    On a CUDA GPU it measures a model of LLaDA-2.0-mini's shape, with random weights.
 
     Example: dmax bench --quick
     """
@@ -457,7 +345,7 @@ def bench(
 
     record = run_benchmark(device, quick=quick, console=open_console(stderr=as_json), output=output)
     if as_json:
-        _print_json(record)
+        print_json(record)
 
 
 @app.command("lm_eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -475,7 +363,7 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def sweep(
-    model: ModelsOption,
+    model: options.ModelNames,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder for sweep.json, plots and report.html")
     ],
@@ -485,15 +373,15 @@ def sweep(
     thresholds: Annotated[
         str, typer.Option(help="start:stop:step, or a list separated by commas")
     ] = "0:1:0.1",
-    task: TaskOption = "word_problems",
-    data: DataOption = None,
-    limit: LimitOption = 200,
-    seed: SeedOption = 7,
-    max_new_tokens: TaskLengthOption = None,
-    batch_size: BatchOption = 32,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    task: options.TaskName = "word_problems",
+    data: options.DataFile = None,
+    limit: options.Limit = 200,
+    seed: options.Seed = 7,
+    max_new_tokens: options.TaskMaxNewTokens = None,
+    batch_size: options.BatchSize = 32,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
 ) -> None:
     """Trace accuracy against tokens per forward: models x methods x thresholds.
 
@@ -530,6 +418,6 @@ def sweep(
         draw(record, output / name)
     write_atomically(output / "report.html", page(record, f"dmax sweep: {task}"))
     if as_json:
-        _print_json(record)
+        print_json(record)
     else:
         sys.stdout.write(f"{output / 'report.html'}\n")

@@ -1,0 +1,98 @@
+"""Options that several commands share, and the decoding parameters that they make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmax.errors import InputError
+from dmax.params import DecodingParams, EngineOptions
+
+# The defaults of the options that these have.
+DECODING = DecodingParams()
+ENGINE = EngineOptions()
+
+ModelName = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
+ModelNames = Annotated[
+    list[str],
+    typer.Option("--model", "-m", help="bundled name, folder or hub id; repeat for more"),
+]
+StrategyName = Annotated[
+    str,
+    typer.Option(help="auto (what the model was trained for), spd, threshold, … (docs/methods.md)"),
+]
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="NAME=VALUE, an option of the strategy; repeat for more"),
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="confidence to decode at (default: the strategy's own)")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="longest completion, in tokens")]
+TaskMaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="longest completion, in tokens (default: what the task needs)"),
+]
+TopK = Annotated[int, typer.Option(help="candidates blended into a soft input")]
+BlockLength = Annotated[
+    int | None, typer.Option(help="tokens decoded together (default: the checkpoint's own)")
+]
+Temperature = Annotated[float, typer.Option(help="0 decodes greedily")]
+SamplingSeed = Annotated[int | None, typer.Option(help="of the sampling")]
+StopTexts = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="text that ends a completion; repeat for more"),
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on to the longest completion")]
+TaskName = Annotated[str, typer.Option(help="what to solve (docs/tasks.md)")]
+DataFile = Annotated[
+    Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
+]
+Limit = Annotated[int, typer.Option(help="examples to solve", min=1)]
+Seed = Annotated[int, typer.Option(help="of the examples")]
+BatchSize = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+CompileModel = Annotated[
+    bool, typer.Option("--compile", help="compile the model; pays in long runs")
+]
+Quantization = Annotated[str | None, typer.Option(help="of the experts: int8, fp8 or int4")]
+SummaryFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="JSON file for the summary")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the results in --output")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
+
+
+def decoding_params(*, option: list[str] | None = None, **given: Any) -> DecodingParams:
+    """Decoding parameters from the options of a command.
+
+    Args:
+        option: texts NAME=VALUE, options of the strategy.
+        given: fields of `DecodingParams`. None stands for the default.
+
+    Raises:
+        InputError: a value out of range, or a text of another form.
+    """
+    fields = {name: value for name, value in given.items() if value is not None}
+    return DecodingParams(**fields, options=_strategy_options(option or []))
+
+
+def _strategy_options(texts: list[str]) -> dict[str, Any]:
+    """Texts `NAME=VALUE` as a dictionary; a value that is JSON is read as JSON."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise InputError(
+                f"`--option` must be NAME=VALUE, got {text!r}",
+                hint="for example --option alpha=0.7",
+            )
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
