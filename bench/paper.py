@@ -34,7 +34,7 @@ from dmax.tasks import get_task
 from dmax.tasks.word_problems import problems
 from dmax.training import noise
 from dmax.training.clean_stream import IGNORE, CleanStream
-from dmax.training.data import Collator, Conversation, ResponseDataset
+from dmax.training.data import Collator, Conversation, encode_conversations
 from dmax.training.rollout import roll_out
 
 Record = dict[str, Any]
@@ -126,7 +126,7 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
     eos = llm.checkpoint.special_ids.eos_token_ids[0]
     length = checkpoint.special_ids.block_length
     mask = checkpoint.special_ids.mask_token_id
-    dataset = ResponseDataset(data, checkpoint.tokenizer, 1024)
+    dataset = encode_conversations(data, checkpoint.tokenizer, 1024)
     collate = Collator(length, eos, 0, None)
     generator = torch.Generator().manual_seed(0)
     counts = dict.fromkeys(("wrong", "mended", "right", "broken"), 0)

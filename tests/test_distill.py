@@ -13,6 +13,7 @@ from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
 from dmax.engine.request import Request
+from dmax.outputs import Cost
 from dmax.recipe.distill import DistillReport, distill, read_prompts
 from dmax.training.data import read_records
 
@@ -27,7 +28,7 @@ class Responder:
     """
 
     def __init__(self, dies_at: int | None = None, max_batch_size: int = 64) -> None:
-        self.max_batch_size = max_batch_size
+        self.options = SimpleNamespace(max_batch_size=max_batch_size)
         self.dies_at = dies_at
         self.asked: list[str] = []
         self.batches: list[int] = []  # how many prompts each step had
@@ -64,15 +65,13 @@ class Responder:
         finished = [index for index, left in self.left.items() if not left]
         for index in finished:
             del self.left[index]
-        return [
-            SimpleNamespace(kind="finished", index=index, completion=None) for index in finished
-        ]
+        return [SimpleNamespace(kind="finished", index=index) for index in finished]
 
-    def _output(self, request: Request, _completion: Any) -> GenerationOutput:
+    def output(self, request: Request, event: Any) -> GenerationOutput:
         text = bytes(request.prompt_ids).decode()
         reason: Any = "length" if "endless" in text else "stop"
         response = " \n" if "silent" in text else f"answer to {text}"
-        return GenerationOutput(response, (1, 2), (1,), reason, 1, 0, 0)
+        return GenerationOutput(response, (1, 2), (1,), reason, Cost(num_forwards=1))
 
 
 def run(

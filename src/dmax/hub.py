@@ -49,7 +49,6 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def is_published_dmax(name_or_path: str | os.PathLike[str], folder: Path) -> bool:
-    """Whether a hub id is a published DMax model, or the folder found has the name of one."""
-    names = [published.split("/")[1] for published in PUBLISHED_DMAX]
-    is_copy = os.path.basename(os.path.abspath(folder)) in names
-    return is_copy or os.fspath(name_or_path) in PUBLISHED_DMAX
+    """Whether this is the hub id of a published DMax model, or its folder has the name of one."""
+    names = (os.fspath(name_or_path).removeprefix("Zigeng/"), folder.absolute().name)
+    return any(name in PUBLISHED_DMAX for name in names)

@@ -16,7 +16,7 @@ import dmax.training
 from dmax.baselines.objectives import D2F
 from dmax.baselines.rollouts import SoftOPUT
 from dmax.errors import InputError
-from dmax.training import get_objective, objective_names
+from dmax.training import get_objective, objective_table
 from dmax.training.clean_stream import IGNORE, CleanBatch
 from dmax.training.objectives import MDLM, OPUT, Objective
 
@@ -37,15 +37,15 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_objectives_of_ours_and_their_rollouts() -> None:
-    assert objective_names() == ("mdlm", "uniform", "oput", "dparallel", "d2f")
+    assert tuple(objective_table()) == ("mdlm", "uniform", "oput", "dparallel", "d2f")
     assert get_objective("mdlm") is MDLM
     assert get_objective("oput") is get_objective("oput", "sample") is OPUT
     assert get_objective("oput", "soft") is get_objective("oput", "spd") is SoftOPUT
     assert get_objective("mdlm", "soft") is MDLM  # which has no rollout
 
 
-def test_each_objective_names_a_decoding_that_exists() -> None:
-    decodings = {name: get_objective(name).decoding for name in objective_names()}
+def test_each_objectives_a_decoding_that_exists() -> None:
+    decodings = {name: get_objective(name).decoding for name in objective_table()}
     assert decodings == {
         "mdlm": "threshold",
         "uniform": "spd",
@@ -88,8 +88,8 @@ def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         dmax.training, "entry_points", lambda group: found if group == "dmax.objectives" else []
     )
-    assert "mine" in objective_names()
-    assert objective_names().count("oput") == 1
+    assert "mine" in objective_table()
+    assert list(objective_table()).count("oput") == 1
     assert get_objective("mine") is MDLM
     assert get_objective("oput") is OPUT
 
@@ -147,7 +147,7 @@ def streams(objective: Objective, clean: CleanBatch, seed: int = 0) -> list[Tens
     return model.seen
 
 
-@pytest.mark.parametrize("name", objective_names())
+@pytest.mark.parametrize("name", objective_table())
 def test_noise_falls_on_responses_only_and_repeats_with_the_seed(
     name: str, clean: CleanBatch
 ) -> None:

@@ -434,6 +434,13 @@ def test_an_output_dir_without_a_name(tmp_path: Path, name: Any) -> None:
             r":\d+: in `eval\.decoding`, strategy `spd` has no option",
         ),
         (
+            {
+                "training": {"objective": "mdlm"},
+                "eval": {"decoding": {"strategy": "auto", "options": {"alpa": 1}}},
+            },
+            r":\d+: in `eval\.decoding`, strategy `threshold` has no option",
+        ),
+        (
             {"eval": {"decoding": {"threshold": 2}}},
             r":\d+: in `eval\.decoding`, `threshold` must be",
         ),

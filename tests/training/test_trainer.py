@@ -15,13 +15,13 @@ from dmax.errors import InputError
 from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.tiny.tokenizer import build_tokenizer
-from dmax.training import objective_names
+from dmax.training import objective_table
 from dmax.training.data import (
     Collator,
     Conversation,
     Encoded,
     LengthSampler,
-    ResponseDataset,
+    encode_conversations,
     read_records,
 )
 from dmax.training.trainer import DMaxConfig
@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_on_the_same_losses(
     assert len(losses(whole)) == 6
 
 
-@pytest.mark.parametrize("objective", objective_names())
+@pytest.mark.parametrize("objective", objective_table())
 def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> None:
     folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
     assert (folder / "model.safetensors").is_file()
@@ -298,12 +298,12 @@ def test_an_example_longer_than_the_context_is_named_by_its_line(tmp_path: Path)
     with pytest.raises(
         InputError, match=r"data.jsonl:4: .* leave no room for EOS in `max_length` 12"
     ):
-        ResponseDataset(read_records(path), build_tokenizer(), 12)
+        encode_conversations(read_records(path), build_tokenizer(), 12)
 
 
 def test_no_example_at_all_is_refused() -> None:
     with pytest.raises(InputError, match="there is no example to learn from"):
-        ResponseDataset([], build_tokenizer(), 12)
+        encode_conversations([], build_tokenizer(), 12)
 
 
 def test_a5_labels_one_block_of_trailing_eos() -> None:
@@ -329,7 +329,7 @@ def test_batches_of_similar_length_cover_everything_once() -> None:
         )
         for index in range(53)
     ]
-    dataset = ResponseDataset(conversations, tokenizer, 200)
+    dataset = encode_conversations(conversations, tokenizer, 200)
     sampler = LengthSampler(dataset, batch_size=4, seed=1, window=4)
     first = list(sampler)
     assert sorted(first) == list(range(53))

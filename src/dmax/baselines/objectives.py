@@ -5,15 +5,16 @@ Shapes: B sequences of L positions, L' of them in the noisy copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmax.attention import block_causal, dense_mask
 from dmax.training.clean_stream import IGNORE, Batch, CleanBatch, CleanStream
-from dmax.training.objectives import Loss, Objective, cross_entropy, token_losses
+from dmax.training.noise import mask_tokens
+from dmax.training.objectives import Loss, Objective, cross_entropy
 
 
 def certainty_loss(
@@ -62,15 +63,14 @@ class DParallel(Objective):
         certainty_temperature: of the softmax in that entropy.
     """
 
-    decoding: ClassVar[str] = "dparallel"
+    decoding = "dparallel"
 
     certainty_weight: float
     certainty_temperature: float
 
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens."""
-        ratios = self.mask_ratios(clean, generator)
-        batch = self.masked(clean, ratios, generator)
+        batch, _ = self.masked(clean, generator)
         return certainty_loss(
             model,
             batch,
@@ -107,29 +107,27 @@ def d2f_loss(
         position_ids=position[None],
     )
     counted = (batch.noisy_ids == mask_token_id) & (batch.labels != IGNORE)
-    losses = token_losses(outputs.logits, batch.labels.masked_fill(~counted, IGNORE))
-    weights = counted / ratios.to(losses.device).clamp(min=1e-3)
-    weighted = losses * weights
-    total = weighted.sum() / weights.sum().clamp(min=1e-6)
-    per_sequence = weighted.detach().sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)
-    return Loss(total, {"loss_masked": total.detach()}, {"masked": per_sequence})
+    labels = batch.labels.masked_fill(~counted, IGNORE)
+    weights = counted / ratios.to(labels.device).clamp(min=1e-3)
+    return cross_entropy(outputs.logits, labels, "masked", weights)
 
 
 @dataclass(frozen=True, slots=True)
 class D2F(Objective):
     """Discrete diffusion forcing, `d2f_loss`."""
 
-    decoding: ClassVar[str] = "d2f"
+    decoding = "d2f"
 
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens, more of them from block to block."""
         low = self.mask_ratio_low
         high = self.mask_ratio_high
+        ids = clean.clean_ids
         ratios = rising_ratios(clean.corruptible, self.block_length, low, high)
-        whole = replace(clean, start=0)
+        noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
         return d2f_loss(
             model,
-            self.masked(whole, ratios, generator),
+            Batch(ids, noisy, clean.labels),
             ratios,
             block_length=self.block_length,
             mask_token_id=self.mask_token_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,14 +82,13 @@ class SoftOPUT(Objective):
             sequence, and masks stay where decoding at that threshold would leave them.
     """
 
-    decoding: ClassVar[str] = "spd"
+    decoding = "spd"
 
     rollout: str
 
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens; the model itself draws the rest of the noise."""
-        ratios = self.mask_ratios(clean, generator)
-        batch = self.masked(clean, ratios, generator)
+        batch, ratios = self.masked(clean, generator)
         thresholds = torch.zeros(len(ratios), 1)
         if self.rollout == "spd":
             thresholds = torch.rand(len(ratios), 1, generator=generator)

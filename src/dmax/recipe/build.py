@@ -9,7 +9,7 @@ from dmax.environment import select_device
 from dmax.recipe.sections import DataSection, ModelSection, model_config
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
-from dmax.training.data import Conversation, ResponseDataset, read_records
+from dmax.training.data import Conversation, Encoded, encode_conversations, read_records
 
 
 def build_checkpoint(section: ModelSection) -> Checkpoint:
@@ -33,12 +33,12 @@ def build_checkpoint(section: ModelSection) -> Checkpoint:
     )
 
 
-def build_data(section: DataSection, checkpoint: Checkpoint) -> ResponseDataset:
+def build_data(section: DataSection, checkpoint: Checkpoint) -> list[Encoded]:
     """The encoded examples; raises `InputError` for a record that is wrong or too long."""
     context = checkpoint.model.config.max_position_embeddings
     max_length = min(section.max_length or context, context)
     records = _draw(section) if section.file is None else read_records(section.file)
-    return ResponseDataset(records, checkpoint.tokenizer, max_length)
+    return encode_conversations(records, checkpoint.tokenizer, max_length)
 
 
 def _draw(section: DataSection) -> list[Conversation]:

@@ -35,7 +35,7 @@ def train_head(
         )
     checkpoint = build_checkpoint(recipe.model)
     dataset = build_data(recipe.data, checkpoint)
-    states = record(checkpoint.model, dataset.examples, checkpoint.special_ids, config)
+    states = record(checkpoint.model, dataset, checkpoint.special_ids, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)
     hidden_size = checkpoint.model.config.hidden_size

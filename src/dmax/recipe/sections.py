@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ from dmax import models
 from dmax.decoding import get_strategy
 from dmax.errors import InputError, did_you_mean
 from dmax.models import LLaDA2MoeConfig
-from dmax.params import DecodingParams, check_number
+from dmax.params import AUTO, DecodingParams, check_number
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
+from dmax.training import get_objective
 from dmax.training.trainer import DMaxConfig
 
 if TYPE_CHECKING:
@@ -248,8 +249,16 @@ def _check_eval(recipe: Recipe) -> None:
     with file.at("eval.limit"):
         check_number("limit", recipe.eval.limit, low=1, whole=True)
     file.check_keys("eval.decoding", recipe.eval.decoding, _names(DecodingParams))
+    with file.at("training"):
+        objective = get_objective(
+            recipe.training.get("objective", DMaxConfig.objective),
+            recipe.training.get("rollout", DMaxConfig.rollout),
+        )
     with file.at("eval.decoding"):
-        get_strategy(DecodingParams(**recipe.eval.decoding))
+        params = DecodingParams(**recipe.eval.decoding)
+        if params.strategy == AUTO:
+            params = replace(params, strategy=objective.decoding)
+        get_strategy(params)
 
 
 def _names(kind: Any) -> set[str]:

@@ -27,9 +27,10 @@ _ROLLOUTS = {  # of `oput`, and which objective rolls out so
 }
 
 
-def objective_names() -> tuple[str, ...]:
-    """Names of all objectives, those of plugins (entry-point group `dmax.objectives`) included."""
-    return tuple(_table())
+def objective_table() -> dict[str, str]:
+    """Where each objective is, by name, with those of plugins (entry points `dmax.objectives`)."""
+    plugins = {entry.name: entry.value for entry in entry_points(group=_GROUP)}
+    return plugins | _OBJECTIVES  # no plugin changes what a published name means
 
 
 def get_objective(name: str, rollout: str = "argmax") -> type[Objective]:
@@ -38,24 +39,17 @@ def get_objective(name: str, rollout: str = "argmax") -> type[Objective]:
     Raises:
         InputError: there is no such objective or rollout; names those that exist.
     """
-    entry = _find("objective", name, _table())
-    rollout_entry = _find("rollout", rollout, _ROLLOUTS)
+    entry = _find("objective", name, objective_table())
+    of_oput = _find("rollout", rollout, _ROLLOUTS)
     if name == "oput":
-        entry = rollout_entry
-    objective: type[Objective] = EntryPoint(name, entry, _GROUP).load()
-    return objective
-
-
-def _table() -> dict[str, str]:
-    plugins = {entry.name: entry.value for entry in entry_points(group=_GROUP)}
-    return plugins | _OBJECTIVES  # no plugin changes what a published name means
+        entry = of_oput
+    return EntryPoint(name, entry, _GROUP).load()
 
 
 def _find(setting: str, name: str, table: Mapping[str, str]) -> str:
     if name not in table:
         choices = ", ".join(table)
         raise InputError(
-            f"`{setting}` must be one of {choices}, got {name!r}",
-            hint=did_you_mean(name, list(table)),
+            f"`{setting}` must be one of {choices}, got {name!r}", hint=did_you_mean(name, table)
         )
     return table[name]

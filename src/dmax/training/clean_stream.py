@@ -19,6 +19,8 @@ from dmax.attention import dense_mask, noisy_clean
 
 IGNORE = -100
 """The label of positions without loss."""
+Layers = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values [B, G, L, d] by the index of their layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,6 @@ class CleanBatch:
     labels: Tensor
     corruptible: Tensor
     start: int
-
-    def noisy_part(self, values: Tensor) -> Tensor:
-        """The columns of [B, L] values that the noisy copy has, [B, L']."""
-        return values[:, self.start :]
-
-    def with_noise(self, noisy_ids: Tensor) -> Batch:
-        """The batch whose noisy copy are these ids [B, L]."""
-        return Batch(self.clean_ids, self.noisy_part(noisy_ids), self.noisy_part(self.labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +71,15 @@ class CleanStream:
         self._visible = noisy_clean(block_length, length)
         self._positions = torch.arange(length, device=clean_ids.device)
         self._clean = length + self._positions  # [L], where the clean half is in [noisy | clean]
-        recorded = ContextCache()
+        recorded: Layers = {}
         # The clean half is context only, so the backbone runs without its output layer.
         model.base_model(
             input_ids=clean_ids,
             attention_mask=dense_mask(self._visible, self._clean, self._clean)[None, None],
             position_ids=self._positions[None],
-            past_key_values=recorded,
+            past_key_values=ContextCache(recorded, records=True),
         )
-        self._context = recorded.view()
+        self._context = ContextCache(recorded, records=False)
 
     def denoise(self, inputs_embeds: Tensor) -> Tensor:
         """Logits [B, L', V] of a noisy copy of the last L' positions, given as [B, L', D]."""
@@ -101,42 +95,26 @@ class CleanStream:
         return outputs.logits
 
 
+@dataclass
 class ContextCache:
     """Keys and values of one forward, kept with their gradient for other forwards to attend to.
 
-    The forward that fills the cache sees only itself. Forwards through its `view()` see the
-    recorded positions before their own, and add nothing. Repeating either one changes nothing,
-    which gradient checkpointing relies on.
+    The forward that records them sees only itself. The others see the recorded positions before
+    their own, and add nothing. Repeating either one changes nothing, which gradient checkpointing
+    relies on.
+
+    Attributes:
+        layers: what is recorded, the same dictionary for all forwards.
+        records: whether this is the cache of the first forward.
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [B, G, L, d]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions before the new ones: none."""
-        return 0
+    layers: Layers
+    records: bool
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """Record new keys and values [B, G, L, d] and return them as they are."""
-        self._layers.setdefault(layer_idx, (key, value))
-        return key, value
-
-    def view(self) -> ContextView:
-        """What the other forwards take as their cache."""
-        return ContextView(self._layers)
-
-
-class ContextView:
-    """Read-only access to what a `ContextCache` recorded."""
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self._layers = layers
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of recorded positions."""
-        return self._layers[layer_idx][0].shape[2]
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
-        """New keys and values [B, G, L', d] after the recorded ones, [B, G, L + L', d]."""
-        recorded_key, recorded_value = self._layers[layer_idx]
+        """All that is visible to new keys and values [B, G, L', d] of a layer, theirs included."""
+        if self.records:
+            self.layers.setdefault(layer_idx, (key, value))
+            return key, value
+        recorded_key, recorded_value = self.layers[layer_idx]  # [B, G, L, d]
         return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)

@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from dmax.errors import InputError
 from dmax.training.clean_stream import IGNORE
-
-KEYS = (("prompt", "response"), ("question", "answer"))
 
 
 class Conversation(NamedTuple):
@@ -60,10 +57,11 @@ def read_records(path: str | Path) -> list[Conversation]:
         raise InputError(
             f"training data `{path}` is not a file", hint="write it with `dmax distill`"
         )
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            records.append(_parse(line, f"{path}:{number}"))
+    records = [
+        _parse(line, f"{path}:{number}")
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
+        if line.strip()
+    ]
     if not records:
         raise InputError(f"training data `{path}` holds no record")
     return records
@@ -81,9 +79,8 @@ def _parse(line: bytes, where: str) -> Conversation:
         messages = _checked_messages(record["messages"], where)
         response: Any = messages.pop()["content"]
     else:
-        prompt_key, response_key = next((keys for keys in KEYS if keys[0] in record), KEYS[0])
-        prompt = record.get(prompt_key)
-        response = record.get(response_key)
+        keys = ("prompt", "response") if "prompt" in record else ("question", "answer")
+        prompt, response = (record.get(key) for key in keys)
         if not isinstance(prompt, str):
             raise InputError(
                 f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`"
@@ -118,8 +115,10 @@ def _is_message(value: Any) -> bool:
     )
 
 
-class ResponseDataset(Dataset[Encoded]):
-    """Encoded examples in memory.
+def encode_conversations(
+    conversations: Sequence[Conversation], tokenizer: Any, max_length: int
+) -> list[Encoded]:
+    """The token ids of every conversation, which is all that the trainer needs of a dataset.
 
     Args:
         conversations: prompts and responses.
@@ -129,31 +128,22 @@ class ResponseDataset(Dataset[Encoded]):
     Raises:
         InputError: there is no example, or one is longer than `max_length`; says which.
     """
-
-    def __init__(
-        self, conversations: Sequence[Conversation], tokenizer: Any, max_length: int
-    ) -> None:
-        if not conversations:
-            raise InputError("there is no example to learn from")
-        self.examples: list[Encoded] = []
-        for messages, response, where in conversations:
-            prompt_ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    if not conversations:
+        raise InputError("there is no example to learn from")
+    examples = []
+    for messages, response, where in conversations:
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        example = Encoded(prompt, tokenizer.encode(response, add_special_tokens=False))
+        if len(example) >= max_length:
+            raise InputError(
+                f"{where}: {len(prompt)} prompt and {len(example.response)} response tokens "
+                f"leave no room for EOS in `max_length` {max_length}",
+                hint="drop the record or raise `max_length` up to the model's context",
             )
-            response_ids = tokenizer.encode(response, add_special_tokens=False)
-            if len(prompt_ids) + len(response_ids) >= max_length:
-                raise InputError(
-                    f"{where}: {len(prompt_ids)} prompt and {len(response_ids)} response tokens "
-                    f"leave no room for EOS in `max_length` {max_length}",
-                    hint="drop the record or raise `max_length` up to the model's context",
-                )
-            self.examples.append(Encoded(prompt_ids, response_ids))
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.examples[index]
+        examples.append(example)
+    return examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,59 +163,66 @@ class Collator:
     eos_labels: int
     pad_to: int | None = None
 
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """The fields of a `CleanBatch` by name; its `start` is a scalar tensor."""
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
+        """The fields of a `CleanBatch` by name."""
         longest = self.pad_to or max(len(example) for example in examples) + 1
         length = -(-longest // self.block_length) * self.block_length
-        clean = torch.full((len(examples), length), self.eos_token_id)
-        labels = torch.full((len(examples), length), IGNORE)
-        for row, example in enumerate(examples):
-            end = len(example)
-            clean[row, :end] = torch.tensor(example.prompt + example.response)
-            labelled = slice(len(example.prompt), min(end + self.eos_labels, length))
-            labels[row, labelled] = clean[row, labelled]
-
+        clean = torch.tensor(
+            [
+                example.prompt + example.response + [self.eos_token_id] * (length - len(example))
+                for example in examples
+            ]
+        )
+        position = torch.arange(length)
         prompts = torch.tensor([[len(example.prompt)] for example in examples])  # [B, 1]
+        ends = torch.tensor([[len(example)] for example in examples])  # [B, 1]
+        corruptible = position >= prompts
+        labelled = corruptible & (position < ends + self.eos_labels)
         return {
             "clean_ids": clean,
-            "labels": labels,
-            "corruptible": torch.arange(length) >= prompts,
-            "start": prompts.min() // self.block_length * self.block_length,
+            "labels": clean.masked_fill(~labelled, IGNORE),
+            "corruptible": corruptible,
+            "start": int(prompts.min()) // self.block_length * self.block_length,
         }
 
 
+@dataclass(eq=False)
 class LengthSampler(Sampler[int]):
     """A seeded shuffle whose batches hold examples of similar length, so that little is padding.
 
     Every epoch shuffles anew: windows of `batch_size * window` random examples are sorted by
     length, cut into batches, and the batches shuffled. A pure function of (seed, epoch), hence the
     same after a resume.
+
+    Attributes:
+        examples: what is to be ordered.
+        batch_size: examples of a batch.
+        seed: of the shuffles.
+        window: batches that are sorted by length together.
+        epoch: what the training loop sets.
     """
 
-    def __init__(
-        self, dataset: ResponseDataset, batch_size: int, seed: int, window: int = 32
-    ) -> None:
-        self.lengths = [(len(example), len(example.prompt)) for example in dataset.examples]
-        self.batch_size = batch_size
-        self.window = window
-        self.seed = seed
-        self.epoch = 0
+    examples: Sequence[Encoded]
+    batch_size: int
+    seed: int
+    window: int = 32
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.examples)
 
     def __iter__(self) -> Iterator[int]:
+        lengths = [(len(example), len(example.prompt)) for example in self.examples]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
+        order = torch.randperm(len(self), generator=generator)
         for window in order.split(self.batch_size * self.window):
-            by_length = sorted(window.tolist(), key=self.lengths.__getitem__)
-            batches = torch.tensor(by_length).split(self.batch_size)
-            num_whole = len(by_length) // self.batch_size
-            for index in torch.randperm(num_whole, generator=generator).tolist():
+            by_length = torch.tensor(sorted(window.tolist(), key=lengths.__getitem__))
+            batches = by_length.split(self.batch_size)
+            num_whole = len(window) // self.batch_size
+            shuffled = torch.randperm(num_whole, generator=generator).tolist()
+            for index in (*shuffled, *range(num_whole, len(batches))):
                 yield from batches[index].tolist()
-            for rest in batches[num_whole:]:
-                yield from rest.tolist()

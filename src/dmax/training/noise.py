@@ -36,9 +36,7 @@ def mask_tokens(
     Returns:
         [B, L] int64, noisy tokens.
     """
-    probability = ratios.view(len(ids), -1).to(ids.device)  # [B, 1 or L]
-    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < probability
-    return ids.masked_fill(drawn & corruptible, mask_token_id)
+    return ids.masked_fill(_drawn(corruptible, ratios, generator), mask_token_id)
 
 
 def random_tokens(
@@ -62,8 +60,15 @@ def random_tokens(
     Returns:
         [B, L] int64, noisy tokens; a random token may be the clean one.
     """
-    probability = ratios.to(ids.device)[:, None]  # [B, 1]
-    drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < probability
+    drawn = _drawn(corruptible, ratios, generator)
     noise = torch.randint(vocab_size - 1, ids.shape, generator=generator).to(ids.device)
     noise = noise + (noise >= mask_token_id)  # skips the id of MASK
-    return torch.where(drawn & corruptible, noise, ids)
+    return torch.where(drawn, noise, ids)
+
+
+def _drawn(corruptible: Tensor, ratios: Tensor, generator: torch.Generator) -> Tensor:
+    """The corruptible positions that the given probabilities choose, [B, L] bool."""
+    device = corruptible.device
+    probability = ratios.view(len(corruptible), -1).to(device)  # [B, 1 or L]
+    uniform = torch.rand(corruptible.shape, generator=generator).to(device)
+    return corruptible & (uniform < probability)

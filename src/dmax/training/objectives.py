@@ -116,27 +116,26 @@ def uniform_loss(model: Any, batch: Batch, random_ids: Tensor, *, block_length: 
     return mean_loss(masked_loss, random_loss)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, stream: str) -> Loss:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, stream: str, weights: Tensor | None = None
+) -> Loss:
     """The mean cross-entropy of one stream over its labelled positions.
 
     Args:
         logits: [B, L', V], any float dtype; the loss is computed in float32.
         labels: [B, L'] int64, the clean tokens, or `IGNORE`.
         stream: its name in the loss.
+        weights: [B, L'] float32, of every position in the mean; None: labelled ones count alike.
     """
-    losses = token_losses(logits, labels)
-    counted = labels != IGNORE
-    mean = losses.sum() / counted.sum().clamp(min=1)
-    per_sequence = losses.detach().sum(dim=1) / counted.sum(dim=1).clamp(min=1)  # [B]
-    return Loss(mean, {f"loss_{stream}": mean.detach()}, {stream: per_sequence})
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy [B, L'] float32 of every position; 0 where the label is `IGNORE`."""
+    if weights is None:
+        weights = (labels != IGNORE).float()
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    return losses.view(labels.shape)
+    weighted = losses.view(labels.shape) * weights
+    mean = weighted.sum() / weights.sum().clamp(min=1e-6)
+    per_sequence = weighted.detach().sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)  # [B]
+    return Loss(mean, {f"loss_{stream}": mean.detach()}, {stream: per_sequence})
 
 
 def mean_loss(first: Loss, second: Loss, **parts: Tensor) -> Loss:
@@ -178,28 +177,23 @@ class Objective(ABC):
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Draw noise, the same for the same state of the generator, and return the loss."""
 
-    def mask_ratios(self, clean: CleanBatch, generator: torch.Generator) -> Tensor:
-        """A share of tokens to mask for every sequence, [B] float32."""
-        num = len(clean.clean_ids)
-        return mask_ratios(num, self.mask_ratio_low, self.mask_ratio_high, generator)
-
-    def masked(self, clean: CleanBatch, ratios: Tensor, generator: torch.Generator) -> Batch:
-        """The batch with masks at these ratios, [B] or [B, L] float32."""
+    def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """The batch with masks, and the share of them in every sequence, [B] float32."""
         ids = clean.clean_ids
+        ratios = mask_ratios(len(ids), self.mask_ratio_low, self.mask_ratio_high, generator)
         noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
-        return clean.with_noise(noisy)
+        return Batch(ids, noisy[:, clean.start :], clean.labels[:, clean.start :]), ratios
 
 
 @dataclass(frozen=True, slots=True)
 class MDLM(Objective):
     """Masked block diffusion, `mdlm_loss`."""
 
-    decoding: ClassVar[str] = "threshold"
+    decoding = "threshold"
 
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens."""
-        ratios = self.mask_ratios(clean, generator)
-        batch = self.masked(clean, ratios, generator)
+        batch, _ = self.masked(clean, generator)
         return mdlm_loss(model, batch, block_length=self.block_length)
 
 
@@ -207,12 +201,11 @@ class MDLM(Objective):
 class Uniform(Objective):
     """The uniform-noise baseline of the paper, `uniform_loss`."""
 
-    decoding: ClassVar[str] = "spd"
+    decoding = "spd"
 
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens in one stream, and draw random ones at the same ratios in the other."""
-        ratios = self.mask_ratios(clean, generator)
-        batch = self.masked(clean, ratios, generator)
+        batch, ratios = self.masked(clean, generator)
         random_ids = random_tokens(
             clean.clean_ids,
             clean.corruptible,
@@ -221,8 +214,8 @@ class Uniform(Objective):
             self.mask_token_id,
             generator,
         )
-        random_ids = clean.noisy_part(random_ids)
-        return uniform_loss(model, batch, random_ids, block_length=self.block_length)
+        noisy = random_ids[:, clean.start :]
+        return uniform_loss(model, batch, noisy, block_length=self.block_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,15 +227,14 @@ class OPUT(Objective):
         rollout_temperature: of the samples.
     """
 
-    decoding: ClassVar[str] = "spd"
+    decoding = "spd"
 
     rollout: str
     rollout_temperature: float
 
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens; the model itself draws the rest of the noise."""
-        ratios = self.mask_ratios(clean, generator)
-        batch = self.masked(clean, ratios, generator)
+        batch, _ = self.masked(clean, generator)
         return oput_loss(
             model,
             batch,

@@ -30,8 +30,8 @@ def roll_out(
     """
     if temperature == 0:
         return candidates(logits, 1, mask_token_id).ids[..., 0]
-    mask = torch.tensor([mask_token_id], device=logits.device)
-    scaled = logits.float().index_fill(-1, mask, float("-inf")) / temperature
+    scaled = logits.float() / temperature
+    scaled[..., mask_token_id] = -torch.inf
     drawn = torch.multinomial(scaled.softmax(dim=-1).flatten(0, 1), 1, generator=generator)
     return drawn.view(logits.shape[:-1])
 

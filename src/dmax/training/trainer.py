@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +16,13 @@ from dmax.files import writing
 from dmax.special_ids import SpecialIds
 from dmax.training import get_objective
 from dmax.training.clean_stream import CleanBatch
-from dmax.training.data import Collator, LengthSampler, ResponseDataset
+from dmax.training.data import Collator, Encoded, LengthSampler
 
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
+
+
+_LOWEST = {"learning_rate": 0, "per_device_train_batch_size": 1, "eos_labels": 0, "pad_to": 1}
 
 
 @dataclass
@@ -60,22 +61,19 @@ class DMaxConfig(TrainingArguments):
     learning_rate: float = 2e-6
     lr_scheduler_type: Any = "cosine"
     remove_unused_columns: bool = False
-    include_num_input_tokens_seen: Any = "no"
 
     def __post_init__(self) -> None:
         """Raises `InputError` naming the field that is wrong."""
         super().__post_init__()
         self.objective_class = get_objective(self.objective, self.rollout)
-        for name, is_right, rule in (
-            ("learning_rate", self.learning_rate >= 0, "at least 0"),
-            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
-            ("rollout_temperature", self.rollout_temperature > 0, "above 0"),
-            ("certainty_temperature", self.certainty_temperature > 0, "above 0"),
-            ("eos_labels", self.eos_labels is None or self.eos_labels >= 0, "at least 0"),
-            ("pad_to", self.pad_to is None or self.pad_to >= 1, "at least 1"),
-        ):
-            if not is_right:
-                raise InputError(f"`{name}` must be {rule}, got {getattr(self, name)}")
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:  # also where it is not a number
+                raise InputError(f"`{name}` must be at least {low}, got {value}")
+        for name in ("rollout_temperature", "certainty_temperature"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise InputError(f"`{name}` must be above 0, got {value}")
         if not 0 <= self.mask_ratio_low <= self.mask_ratio_high <= 1:
             raise InputError(
                 "mask ratios must satisfy 0 <= low <= high <= 1, "
@@ -111,7 +109,7 @@ class DMaxTrainer(Trainer):
         self,
         model: nn.Module,
         args: DMaxConfig,
-        train_dataset: ResponseDataset,
+        train_dataset: Sequence[Encoded],
         *,
         special_ids: SpecialIds,
         eval_hook: EvalHook | None = None,
@@ -132,7 +130,7 @@ class DMaxTrainer(Trainer):
         self.eval_hook = eval_hook
         objective = args.objective_class.from_settings(vars(args) | asdict(special_ids))
         self._loss = torch.compile(objective.loss) if args.compile_objective else objective.loss
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._parts: list[dict[str, Tensor]] = []  # of the losses since the last line of the log
         self._tokens = 0
         self._since = time.perf_counter()
         self._step = -1
@@ -140,23 +138,14 @@ class DMaxTrainer(Trainer):
         if args.router_bias_speed:
             self.add_callback(RouterBalancing(model, args.router_bias_speed))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The objective's loss on one micro-batch of the collator's."""
-        start = int(inputs["start"])
-        clean = CleanBatch(inputs["clean_ids"], inputs["labels"], inputs["corruptible"], start)
-        device = clean.clean_ids.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16):
+        clean = CleanBatch(**inputs)
+        with self.accelerator.autocast():
             loss = self._loss(model, clean, self._generator())
-        for name, value in loss.parts.items():
-            self._parts[name].append(value)
+        self._parts.append(loss.parts)
         self._tokens += clean.clean_ids.numel()
-        return (loss.total, loss) if return_outputs else loss.total
+        return loss.total
 
     def _generator(self) -> torch.Generator:
         """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it."""
@@ -168,28 +157,26 @@ class DMaxTrainer(Trainer):
         self._micro_batch += 1
         return torch.Generator().manual_seed(seed)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
-        dataset: Any = train_dataset or self.train_dataset
-        return LengthSampler(dataset, self.args.train_batch_size, self.args.seed)
+    def _get_train_sampler(self, *_: Any) -> LengthSampler:
+        return LengthSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with writing(f"a checkpoint to {self.args.output_dir}"):
             super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
         # Trainer would load the file's names as they are; the published layout has to be read by
         # `from_pretrained`.
-        model = self.model if model is None else model
-        stored = type(model).from_pretrained(
-            resume_from_checkpoint, config=model.config, dtype=torch.float32
+        stored = type(self.model).from_pretrained(
+            resume_from_checkpoint, config=self.model.config, dtype=torch.float32
         )
-        model.load_state_dict(stored.state_dict())
+        self.model.load_state_dict(stored.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss and the tokens per second since the last line."""
         if "loss" in logs:
-            parts = {name: torch.stack(values).mean() for name, values in self._parts.items()}
-            logs |= {name: value.item() for name, value in parts.items()}
+            for name in self._parts[0]:
+                logs[name] = torch.stack([parts[name] for parts in self._parts]).mean().item()
             logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
             self._parts.clear()
             self._tokens = 0
@@ -201,11 +188,8 @@ class DMaxTrainer(Trainer):
         if self.eval_hook is None:
             return {}
         began = time.perf_counter()
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        metrics = {f"eval_{name}": value for name, value in self.eval_hook(model).items()}
-        model.train(was_training)
+        self.model.eval()  # every training step goes back to training mode by itself
+        metrics = {f"eval_{name}": value for name, value in self.eval_hook(self.model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -224,24 +208,20 @@ class RouterBalancing(TrainerCallback):
 
     def __init__(self, model: nn.Module, speed: float) -> None:
         self.speed = speed
-        self.biases: list[Tensor] = []
-        self.loads: list[Tensor] = []  # tokens that each expert had since the last step
+        self.loads: dict[Any, Tensor] = {}  # tokens of each expert since the last step, by router
         for module in model.modules():
             bias = getattr(module, "expert_bias", None)
             if isinstance(bias, Tensor):
-                load = torch.zeros_like(bias)
-                module.register_forward_hook(partial(_count_tokens, load))
-                self.biases.append(bias)
-                self.loads.append(load)
+                self.loads[module] = torch.zeros_like(bias)
+                module.register_forward_hook(self._count_tokens)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Move every bias by one step and start counting anew."""
-        for bias, load in zip(self.biases, self.loads, strict=True):
-            bias += self.speed * torch.sign(load.mean() - load)
+        for router, load in self.loads.items():
+            router.expert_bias += self.speed * torch.sign(load.mean() - load)
             load.zero_()
 
-
-def _count_tokens(load: Tensor, _router: nn.Module, _inputs: Any, output: Any) -> None:
-    """A forward hook: add up in `load` how often a router chose each expert."""
-    chosen = output[0].flatten()
-    load.index_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))
+    def _count_tokens(self, router: nn.Module, _inputs: Any, output: Any) -> None:
+        chosen = output[0].flatten()
+        load = self.loads[router]
+        load.index_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))
