@@ -101,7 +101,7 @@ def test_block_by_block_through_the_cache_equals_one_block_causal_forward(
             past_key_values=window,
         ).logits
         torch.testing.assert_close(logits, expected[:, block], atol=1e-5, rtol=1e-5)
-        cache.commit(slots, [start + BLOCK] * 2)
+        cache.commit(slots, BLOCK)
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def test_without_a_mask_what_the_cache_holds_is_visible_too(ids: Tensor) -> None
     inputs: dict[str, Any] = {"attention_mask": torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool)}
     window = cache.write_at([0, 1], BLOCK)
     model(ids[:, :BLOCK], **inputs, position_ids=window.positions, past_key_values=window)
-    cache.commit([0, 1], [BLOCK, BLOCK])
+    cache.commit([0, 1], BLOCK)
     window = cache.write_at([0, 1], BLOCK)
     logits = model(
         ids[:, BLOCK : 2 * BLOCK], position_ids=window.positions, past_key_values=window
