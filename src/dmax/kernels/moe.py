@@ -136,9 +136,8 @@ def routed(
     This waits for the device once, for the number of pairs of every expert. On a CPU that costs
     nothing.
     """
-    experts = index.flatten()  # [N * K], one for each pair
-    order = experts.argsort(stable=True)
-    counts = experts.bincount(minlength=gate_up.shape[0]).tolist()
+    order = index.flatten().argsort(stable=True)  # [N * K] pairs, sorted by expert
+    counts = index.flatten().bincount(minlength=gate_up.shape[0]).tolist()
     output = torch.zeros_like(tokens)
     for expert, pairs in enumerate(order.split(counts)):
         if len(pairs):

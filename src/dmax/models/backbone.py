@@ -74,7 +74,7 @@ def _prepare_inputs(
         new = next(tensor for tensor in given if tensor is not None)
         length = new.shape[1]
         seen = 0 if cache is None else cache.get_seq_length()
-        mask = new.new_ones(1, 1, length, seen + length, dtype=torch.bool)
+        mask = torch.ones(1, 1, length, seen + length, dtype=torch.bool, device=new.device)
     mask = prepare_mask(mask, model.dtype, model.config._attn_implementation)
     # Without `use_cache=False`, a model that is given no cache builds one of its own.
     return args, kwargs | {"attention_mask": mask, cache_name: cache, "use_cache": False}
