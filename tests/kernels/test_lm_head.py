@@ -44,8 +44,14 @@ def reference(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Can
     output = Output((hidden @ weight.T)[:, None], mask_token_id)  # [N, 1, V]
     broken = output.broken
     ids = output.logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    everywhere = ids[..., 0] >= 0
     view = View(
-        ids[..., 0], ids[..., 0] >= 0, ids[..., 0] >= 0, broken.long(), mask_token_id, max_steps=1
+        tokens=ids[..., 0],
+        masked=everywhere,
+        active=everywhere,
+        step=broken.long(),
+        max_steps=torch.ones_like(broken.long()),
+        mask_token_id=mask_token_id,
     )
     prediction = predict(view, output, k)
     assert torch.equal(prediction.tokens, ids[..., 0])
