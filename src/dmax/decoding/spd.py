@@ -61,20 +61,21 @@ class SoftParallelDecoding(Strategy):
         promoted = select(view.masked, confidence, self.threshold, view.must_progress)
 
         # 3. Revise every position decoded earlier, however unsure the new token.
-        changed = view.decoded & (tokens != view.tokens)
+        decoded = view.decoded
+        changed = decoded & (tokens != view.tokens)
 
         # 4. Converged? A promotion counts as a change, so no mask may have been left before.
         masked = view.masked & ~promoted
-        done = torch.zeros_like(masked[:, 0])
+        done = torch.zeros_like(view.step, dtype=torch.bool)
         if self.stop_on_consistency:
-            done = done | is_consistent(view.masked, changed)
+            done = is_consistent(view.masked, changed)
         if self.stop_on_confidence:
             done = done | is_confident(view.active, masked, confidence, self.stop_confidence)
 
         # 5. Feed back every decoded position as a blend, the new ones included.
         soft = predicted if self.soft_inputs else None
         decision = Decision(
-            tokens, promoted, revise=view.decoded, soft=soft, done=done, confidence=confidence
+            tokens, promoted, revise=decoded, soft=soft, done=done, confidence=confidence
         )
         return decision, state
 

@@ -161,7 +161,7 @@ class OpenBlocks:
     def may_open_next(self, rows: Tensor) -> Tensor:
         """[B] bool, enough of the block is settled and it holds no EOS: the next one may open."""
         if self.strategy.blocks == 1:
-            return torch.zeros_like(self.masked[rows, 0])
+            return torch.zeros_like(rows, dtype=torch.bool)
         decoded = self.active[rows] & ~self.masked[rows]
         is_eos = torch.isin(self.tokens[rows], self._eos_token_ids) & decoded
         has_ended = is_eos.any(dim=1) & ~self.ignores_eos[rows]
