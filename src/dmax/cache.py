@@ -62,8 +62,9 @@ class BlockCache:
                 f"{self.capacity}"
             )
         places = torch.tensor((slots, starts)).to(self.keys[0].device)  # one transfer, not two
+        slot, start = places
         in_order = slots == list(range(len(slots)))
-        return CacheWindow(self, places[0], places[1], length, span, in_order)
+        return CacheWindow(self, slot, start, start, length, span, in_order, is_block=False)
 
     def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of positions start to end - 1, each [layers, n, G, d]."""
@@ -96,22 +97,24 @@ class CacheWindow:
     Attributes:
         cache: where keys and values lie.
         slots: [B] int64, a slot for each row.
-        starts: [B] int64, committed positions of each.
+        starts: [B] int64, where the new positions go.
+        bases: [B] int64, how many positions a row sees before its own, `starts` as a rule.
         length: new positions L.
         span: positions that are read, at least the highest start + L.
         in_order: the slots are 0..B-1, the common case, and are read without a copy.
-        bases: [B] int64: each row is a whole block, which sees so many positions, and itself.
-            Attention may then do without the mask. None: only the mask says what a row sees.
+        is_block: each row is one block that sees all of its base and of itself, so attention may
+            do without the mask. Otherwise only the mask says what a row sees.
         positions: [B, L] int64, where the rows stand in their slots.
     """
 
     cache: BlockCache
     slots: Tensor
     starts: Tensor
+    bases: Tensor
     length: int
     span: int
     in_order: bool
-    bases: Tensor | None = None
+    is_block: bool
 
     def __post_init__(self) -> None:
         """Spell out the positions, once for all layers."""

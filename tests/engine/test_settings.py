@@ -236,7 +236,7 @@ def test_greedy_and_sampled_requests_share_a_forward(golden: Golden, strategy: s
     finished = {}
     while engine.is_busy():
         engine.prepare()
-        assert len(engine.batches()) == 1
+        assert len(list(engine.batches())) == 1
         for event in engine.step():
             if event.kind == "finished":
                 finished[event.index] = event.output

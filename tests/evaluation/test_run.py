@@ -145,5 +145,5 @@ def test_the_settings_of_a_run_name_the_strategy_that_was_used(llm: LLM) -> None
     auto = DecodingParams(max_new_tokens=16)
     summary, samples = evaluate(trained, task, auto, limit=2, seed=1)
     assert summary.params == asdict(PARAMS)
-    assert summary.decoding.startswith("SoftParallelDecoding(threshold=0.5, ")
+    assert summary.decoding.startswith("SoftParallelDecoding(top_k=1, threshold=0.5, ")
     assert samples == evaluate(llm, task, PARAMS, limit=2, seed=1)[1]

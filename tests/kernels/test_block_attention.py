@@ -133,7 +133,7 @@ def test_keys_may_go_in_any_number_of_shares(
 def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     runner = ModelRunner(model(), IDS, SLOTS, CAPACITY)
     ((slot, start, base),) = torch.tensor(AFTER_A_PREFIX)[..., None]
-    window = CacheWindow(runner.cache, slot, start, L, 144, in_order=False, bases=base)
+    window = CacheWindow(runner.cache, slot, start, base, L, 144, in_order=False, is_block=True)
     heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
     assert can_attend(heads, norms, window)
     assert not can_attend(heads, norms, None)
@@ -143,5 +143,5 @@ def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
     assert not can_attend(heads.clone().requires_grad_(), norms, window)
     chunk = runner.cache.write_at([0], L)  # of a prompt, with a mask of its own
     assert not can_attend(heads, norms, chunk)
-    chunk.bases = chunk.starts
+    chunk.is_block = True
     assert can_attend(heads, norms, chunk)

@@ -155,7 +155,9 @@ class ModelRunner:
         """The model's arguments for inputs [N, L, D] and the positions that are read."""
         slots, starts, bases = where
         length = self.block_length
-        window = CacheWindow(self.cache, slots, starts, length, len(keys), in_order, bases)
+        window = CacheWindow(
+            self.cache, slots, starts, bases, length, len(keys), in_order, is_block=True
+        )
         first = starts[:, None]
         base = bases[:, None]
         is_itself = (keys >= first) & (keys < first + length)

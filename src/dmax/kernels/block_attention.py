@@ -21,7 +21,7 @@ def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bo
     """
     return (
         isinstance(cache, CacheWindow)
-        and cache.bases is not None
+        and cache.is_block
         and can_fuse(heads)
         and heads.dtype == cache.cache.keys[0].dtype
         and all(weight.device == heads.device for weight in norms)
@@ -44,7 +44,7 @@ def block_attention(
         norms: weights [d] of the norms of queries and keys.
         eps: of the norms.
         rotary: cosine, and sine with its sign, each [R, L, 1, rotary dimensions].
-        window: with `bases`: each row sees the positions before its base, and itself.
+        window: of rows that are blocks: each sees the positions before its base, and itself.
         layer: the layer whose keys and values are used.
         scaling: what scores are multiplied with.
 
