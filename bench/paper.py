@@ -636,13 +636,15 @@ TEMPLATE = """# The paper's experiments in miniature
 
 {summary}
 
-Numbers in brackets are rows of the table below. A verdict is computed. *Holds* and *fails* mean that the 95 % interval
-of the difference leaves out zero, or that a ratio lies on that side. *Within noise* means that it does not.
+Numbers in brackets are rows of the table below. A verdict is computed. *Holds* and *fails* mean
+that the 95 % interval of the difference leaves out zero, or that a ratio lies on that side. *Within
+noise* means that it does not.
 
-Single settings were decoded on {problems} unseen word problems, retrained models on {retrained} for each of {seeds}
-seeds. Machine: {machine}. The retrained models come from
-`python bench/ablation_training.py` ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and
-`python bench/paper.py` wrote this page from the records in this folder. `make results` runs both, and
+Single settings were decoded on {problems} unseen word problems, retrained models on {retrained} for
+each of {seeds} seeds. Machine: {machine}. The retrained models come from
+`python bench/ablation_training.py`
+([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `python bench/paper.py` wrote
+this page from the records in this folder. `make results` runs both, and
 [every decoding method](methods.md).
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import measure_heart  # noqa: E402
 
-# Module or package -> layer; the longest name decides. A module imports its own layer and lower ones.
+# Module or package -> layer; the longest name decides. Imports go to the same layer or a lower one.
 LAYERS = {
     **dict.fromkeys(("dmax.errors", "dmax.params", "dmax.outputs", "dmax.environment"), 0),
     **dict.fromkeys(("dmax.files", "dmax.sandbox", "dmax.tiny"), 0),
@@ -52,7 +52,7 @@ LONGER = {  # file or file:function -> lines it may have, and why
     "dmax/kernels/block_attention_triton.py:block_attention": 72,
 }
 # What a reader of the heart has before them (docs/architecture.md).
-MAX_TOKENS = 33_000
+MAX_TOKENS = 33_500
 MAX_TOKENS_PER_LINE = 9.5
 MAX_DEPTH = 10
 MAX_CLASSES = 28

@@ -1,4 +1,4 @@
-"""The README and docs/ are true: Python runs, commands exist, links lead somewhere, and named tests are there."""
+"""The README and docs/ are true: Python runs, commands, links and named tests exist."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def complaint(words: list[str]) -> str | None:
 def test_blocks_and_commands_are_found() -> None:
     text = (
         "a\n```python\nx = 1\n```\n\n<!-- not run: a GPU -->\n```python\ny\n```\n"
-        "```bash\n$ dmax eval \\\n  --bad 3 | tee x --no\ndmax chat  # --comment\npip install dmax\n```\n"
+        "```bash\n$ dmax eval \\\n  --bad 3 | tee x --no\ndmax chat  # --comment\n"
+        "pip install dmax\n```\n"
     )
     assert [(line, language, run) for line, language, _, run in blocks(text)] == [
         (3, "python", True),

@@ -1,4 +1,4 @@
-"""Numbers that the published implementation computed (see golden/README.md): logits, masks, losses, soft inputs.
+"""Numbers of the published implementation: logits, masks, losses, inputs (golden/README.md).
 
 Decoding trajectories are compared in engine/test_golden_trajectories.py.
 """
@@ -86,7 +86,7 @@ def test_logits_match_the_published_code(golden: Golden, attention: str, experts
 def test_flex_logits_match_the_published_code(
     golden: Golden, experts: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uncompiled, which is the same arithmetic without seconds of compilation; one compiled case follows."""
+    """Uncompiled: the same arithmetic without seconds of compilation. A compiled case follows."""
 
     def uncompiled(
         query: Tensor, key: Tensor, value: Tensor, training: bool = False, **kwargs: Any
@@ -103,7 +103,7 @@ def test_flex_logits_match_the_published_code(
 )
 @pytest.mark.parametrize(("name", "form"), [("llada2_moe_a", "flex"), ("llada2_moe_c", "dense")])
 def test_compiled_flex_logits_match_the_published_code(name: str, form: str) -> None:
-    """A dense mask once crashed the process here: transformers would index it inside the compiled kernel."""
+    """A dense mask once crashed the process: transformers would index it in the compiled kernel."""
     golden = load_golden(name)
     logits = block_causal_logits(golden, attention="flex_attention", experts="eager", form=form)
     torch.testing.assert_close(logits, golden.tensors["block_causal.logits"], atol=2e-4, rtol=0)
@@ -164,7 +164,7 @@ def test_labels_of_the_published_code_are_the_whole_response(golden: Golden) -> 
 
 
 def test_soft_inputs_match_the_published_code(golden: Golden) -> None:
-    """Replays the first block of every trajectory on the published inputs; our blend gives the published next ones."""
+    """Replay each first block on the published inputs; our blend gives the published next ones."""
     model, embed, compared = golden.model, golden.model.get_input_embeddings(), 0
     for trajectory in range(golden.trajectories):
         prompt = golden.tensors[f"spd.{trajectory}.prompt"][0]
