@@ -377,9 +377,9 @@ def test_an_unknown_model(dmax: Dmax, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "distill"])
-def test_an_unknown_strategy(dmax: Dmax, folder: Path, tmp_path: Path, command: str) -> None:
+def test_an_unknown_strategy(dmax: Dmax, tmp_path: Path, command: str) -> None:
     words = {"generate": ["Hi"], "eval": [], "distill": ["-o", tmp_path / "a.jsonl"]}[command]
-    result = dmax(command, *words, "-m", folder, "--strategy", "spdd")
+    result = dmax(command, *words, "-m", "not-looked-for-yet", "--strategy", "spdd")
     assert_refused(result, "unknown strategy 'spdd'; choose from auto, ", "did you mean `spd`?")
     assert not list(tmp_path.iterdir())  # nothing was begun
 

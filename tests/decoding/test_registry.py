@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dmax.decoding
-from dmax.decoding import get_strategy, strategies
+from dmax.decoding import check_strategy, get_strategy, strategies
 from dmax.decoding.block import Decision, Output, State, View, leftmost, predict
 from dmax.decoding.spd import SoftParallelDecoding
 from dmax.decoding.strategy import Number, Strategy, number, whole
@@ -50,6 +50,13 @@ def test_an_unknown_name_is_answered_with_the_choices() -> None:
     choices = ", ".join(("auto", *strategies()))
     assert f"unknown strategy 'treshold'; choose from {choices}" in error.value.message
     assert error.value.hint == "did you mean `threshold`?"
+
+
+def test_a_strategy_is_checked_before_a_model_is_there() -> None:
+    check_strategy(DecodingParams(strategy="credit", options={"alpha": 0.5}))
+    check_strategy(DecodingParams(options={"alpha": 0.5}))  # "auto" may turn out to be `credit`
+    with pytest.raises(InputError, match="alpha"):
+        check_strategy(DecodingParams(strategy="spd", options={"alpha": 0.5}))
 
 
 def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

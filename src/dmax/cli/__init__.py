@@ -193,7 +193,6 @@ def distill(
 
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
-    from dmax.decoding import get_strategy
     from dmax.files import check_writable
     from dmax.llm import LLM
     from dmax.recipe.distill import distill as run_distill
@@ -205,7 +204,6 @@ def distill(
     params = options.decoding_params(
         strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
     )
-    get_strategy(params)  # an unknown one is an error before files and models are touched
     check_writable(output)
     llm = LLM(
         model, dtype=dtype, device=device, max_batch_size=batch_size, compile_model=compile_model

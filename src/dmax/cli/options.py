@@ -75,10 +75,15 @@ def decoding_params(*, option: list[str] | None = None, **given: Any) -> Decodin
         given: fields of `DecodingParams`. None stands for the default.
 
     Raises:
-        InputError: a value out of range, or a text of another form.
+        InputError: a value out of range, a text of another form, or a strategy that does not exist
+            or does not take these settings.
     """
+    from dmax.decoding import check_strategy
+
     fields = {name: value for name, value in given.items() if value is not None}
-    return DecodingParams(**fields, options=_strategy_options(option or []))
+    params = DecodingParams(**fields, options=_strategy_options(option or []))
+    check_strategy(params)
+    return params
 
 
 def _strategy_options(texts: list[str]) -> dict[str, Any]:

@@ -66,3 +66,12 @@ def get_strategy(params: DecodingParams) -> Strategy:
         )
     strategy: Strategy = EntryPoint(name, table[name], _GROUP).load().from_params(params)
     return strategy
+
+
+def check_strategy(params: DecodingParams) -> None:
+    """For what computes long before it decodes: raise `InputError` now if decoding would.
+
+    What "auto" stands for is known when the checkpoint is loaded.
+    """
+    if params.strategy != AUTO:
+        get_strategy(params)

@@ -187,7 +187,8 @@ class Engine:
     def batches(self) -> Iterator[tuple[OpenBlocks, Batch, list[Sequence]]]:
         """The forwards of the next step, on the host: sequences decoded alike share one.
 
-        `dmax.engine.step.step(engine.runner, blocks, batch.to(device))` runs one of them.
+        `dmax.engine.step.step(engine.runner, blocks, batch.to(device))` runs one of them, under
+        `torch.inference_mode()`.
         """
         unfilled = self._unfilled()
         groups: dict[tuple[OpenBlocks, int], list[Sequence]] = {}

@@ -2,7 +2,8 @@
 
 This is the function that everything else in the engine prepares. A CUDA graph captures it whole,
 so nothing in it waits for the device or depends on values. Another engine, which runs the forward
-itself, calls the two halves: `OpenBlocks.inputs` before its forward and `decide` after it.
+itself, calls the two halves: `OpenBlocks.inputs` before its forward and `decide` after it, under
+`torch.inference_mode()`.
 """
 
 from __future__ import annotations

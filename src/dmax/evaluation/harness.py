@@ -16,13 +16,13 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from dmax.decoding import get_strategy
+from dmax.decoding import check_strategy, get_strategy
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, did_you_mean
 from dmax.evaluation.run import CHUNK_BATCHES, add_up
 from dmax.llm import LLM
 from dmax.outputs import GenerationOutput, as_record
-from dmax.params import AUTO, DecodingParams
+from dmax.params import DecodingParams
 
 try:
     # The built-in models come first: lm_eval loads none of them once its registry holds any.
@@ -174,8 +174,7 @@ class DMaxLM(LM):
     ) -> None:
         super().__init__()
         params = model_settings(settings)
-        if params.strategy != AUTO:
-            get_strategy(params)  # a wrong one is an error before the model is loaded
+        check_strategy(params)
         if not pretrained:
             raise InputError("no model given", hint="--model_args pretrained=tiny-dmax")
         size = _batch_size(batch_size, max_batch_size)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dmax.decoding import get_strategy
+from dmax.decoding import check_strategy
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError
 from dmax.evaluation.run import Summary, evaluate
@@ -103,7 +103,7 @@ def curves_of(
             _, values = KNOBS.get(strategy, ("threshold", tuple(thresholds)))
             curve = Curve(f"{shown}, {strategy}", model, strategy, values)
             for value in values:
-                get_strategy(curve.params(value, max_new_tokens=1))
+                check_strategy(curve.params(value, max_new_tokens=1))
             curves.append(curve)
     return curves
 

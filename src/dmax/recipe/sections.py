@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dmax import models
-from dmax.decoding import get_strategy
+from dmax.decoding import check_strategy
 from dmax.errors import InputError, did_you_mean
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, DecodingParams, check_number
@@ -258,7 +258,7 @@ def _check_eval(recipe: Recipe) -> None:
         params = DecodingParams(**recipe.eval.decoding)
         if params.strategy == AUTO:
             params = replace(params, strategy=objective.decoding)
-        get_strategy(params)
+        check_strategy(params)
 
 
 def _names(kind: Any) -> set[str]:
