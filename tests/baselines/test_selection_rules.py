@@ -81,6 +81,19 @@ def test_factor_rule_equals_a_loop(line: Line, factor: float) -> None:
     assert positions(found) == set(order[: max(count, 1)])
 
 
+@given(factor=st.floats(0, 2, width=32), count=st.integers(2, 32))
+def test_a_factor_that_is_a_column_decides_as_the_number(factor: float, count: int) -> None:
+    masked = torch.ones(1, 32, dtype=torch.bool)
+    confidence = torch.zeros(1, 32)
+    confidence[0, : count - 1] = 1.0
+    just_enough = 1 - factor / torch.tensor(count + 1)  # one last bit more would not do
+    confidence[0, count - 1] = just_enough
+    number = selection.within_error(masked, confidence, factor)
+    column = selection.within_error(masked, confidence, torch.tensor([[factor]]))
+    assert torch.equal(number, column)
+    assert number.sum() >= count
+
+
 @pytest.mark.parametrize(
     ("masked", "confidence", "expected"),
     [

@@ -33,7 +33,8 @@ def within_error(masked: Tensor, confidence: Tensor, factor: Number) -> Tensor:
     """
     ranked = torch.where(masked, confidence, float("-inf")).sort(dim=1, descending=True).values
     n = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
-    fits = ranked >= 1 - factor / (n + 1)
+    # As PyTorch divides a number by a tensor. Dividing a column rounds differently.
+    fits = ranked >= 1 - (n + 1).reciprocal() * factor
     return top(masked, confidence, fits.cumprod(dim=1).sum(dim=1))
 
 
