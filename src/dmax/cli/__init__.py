@@ -199,8 +199,10 @@ def distill(
     from dmax.recipe.distill import read_prompts
     from dmax.tasks.word_problems import problems
 
-    drawn = problems(num, seed=seed)
-    questions = read_prompts(prompts) if prompts else [problem.question for problem in drawn]
+    if prompts:
+        questions = read_prompts(prompts)
+    else:
+        questions = [problem.question for problem in problems(num, seed=seed)]
     params = options.decoding_params(
         strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
     )
