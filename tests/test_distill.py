@@ -292,6 +292,7 @@ def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b'{"prompt": "a"}\nnonsense\n', r"prompts.jsonl:2: not a JSON object"),
+        (b"[" * 100_000 + b"\n", r"prompts.jsonl:1: not a JSON object"),
         (b"[1]\n", r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": " "}\n', r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": 3}\n', r"prompts.jsonl:1: no `prompt`"),

@@ -100,6 +100,25 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
     return lines, rest
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What stands in the lines of a JSONL file, each after its place, `path:number`.
+
+    Blank lines are skipped. Only a newline ends a line, as in `read_lines`.
+
+    Raises:
+        OSError: the file cannot be read.
+        InputError: a line is not JSON; when it is its turn.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+                raise InputError(f"{where}: not a JSON object ({error})") from None
+            yield where, record
+
+
 def drop_unfinished_line(path: Path) -> None:
     """Remove from a file of ours what stands after its last newline."""
     _, rest = read_lines(path)

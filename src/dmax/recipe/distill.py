@@ -15,7 +15,14 @@ from pathlib import Path
 
 from dmax.engine.request import Request
 from dmax.errors import InputError
-from dmax.files import append, check_writable, drop_unfinished_line, read_lines, writing
+from dmax.files import (
+    append,
+    check_writable,
+    drop_unfinished_line,
+    json_lines,
+    read_lines,
+    writing,
+)
 from dmax.llm import LLM
 from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
@@ -160,16 +167,10 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"prompts `{path}` is not a file")
     prompts = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not a JSON object ({error})") from None
+    for where, record in json_lines(path):
         prompt = record.get("prompt", record.get("question")) if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{path}:{number}: no `prompt`")
+            raise InputError(f"{where}: no `prompt`")
         prompts.append(prompt)
     if not prompts:
         raise InputError(f"prompts `{path}` is empty")

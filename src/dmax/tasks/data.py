@@ -5,7 +5,6 @@ Every row is checked when the task is made, before a model is opened.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax.errors import InputError
+from dmax.files import json_lines
 from dmax.tasks import Example
 
 
@@ -142,30 +142,21 @@ def rows_of_file(path: Path) -> Iterator[DatasetRow]:
         InputError: the file is missing, unreadable or empty, or a line is not a JSON object. The
             error names file and line.
     """
+    is_empty = True
     try:
-        lines = path.read_bytes().split(b"\n")
+        for location, value in json_lines(path):
+            if not isinstance(value, dict):
+                raise InputError(f"{location}: not a JSON object but {value!r:.40}")
+            is_empty = False
+            yield DatasetRow(value, location)
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}", hint="--data takes a JSONL file"
         ) from None
-    if not any(line.strip() for line in lines):
+    if is_empty:
         raise InputError(
             f"{path} holds no rows", hint="--data takes a JSONL file with one row a line"
         )
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            location = f"{path}:{number}"
-            yield DatasetRow(_object(line, location), location)
-
-
-def _object(line: bytes, location: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
-        raise InputError(f"{location}: not a JSON object ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{location}: not a JSON object but {value!r:.40}")
-    return value
 
 
 def rows_of_hub(hub: HubDataset) -> Iterator[DatasetRow]:

@@ -7,7 +7,6 @@ prompt goes through the tokenizer's chat template; the response follows it, then
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dmax.errors import InputError
+from dmax.files import json_lines
 from dmax.training.clean_stream import IGNORE
 
 
@@ -57,21 +57,13 @@ def read_records(path: str | Path) -> list[Conversation]:
         raise InputError(
             f"training data `{path}` is not a file", hint="write it with `dmax distill`"
         )
-    records = [
-        _parse(line, f"{path}:{number}")
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
-        if line.strip()
-    ]
+    records = [_conversation(record, where) for where, record in json_lines(path)]
     if not records:
         raise InputError(f"training data `{path}` holds no record")
     return records
 
 
-def _parse(line: bytes, where: str) -> Conversation:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
-        raise InputError(f"{where}: not a JSON object ({error})") from None
+def _conversation(record: Any, where: str) -> Conversation:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
 
