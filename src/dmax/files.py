@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,22 @@ def append(path: Path, text: str) -> None:
     """Write a text to the end of a file; raises `InputError` if that cannot be done."""
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def changes(
+    previous: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where settings that a file holds differ from those of now: dotted name, old and new value.
+
+    What is missing counts as None.
+    """
+    for name in dict.fromkeys([*previous, *now]):
+        old = previous.get(name)
+        new = now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", old, new
 
 
 def check_new_folder(path: Path) -> None:

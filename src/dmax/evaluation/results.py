@@ -16,6 +16,7 @@ from dmax.errors import InputError
 from dmax.evaluation.run import FinishedSample, Sample, Summary
 from dmax.files import (
     append,
+    changes,
     check_ours,
     check_writable,
     drop_unfinished_line,
@@ -129,17 +130,11 @@ class ResultFiles:
         self.partial.unlink(missing_ok=True)
 
 
-def differences(
-    previous: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[str]:
+def differences(previous: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What differs between two settings, in words; the date does not count."""
-    for name in dict.fromkeys([*previous, *now]):
-        old = previous.get(name)
-        new = now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from differences(old, new, f"{prefix}{name}.")
-        elif old != new and prefix + name != "environment.date":
-            yield f"{prefix}{name} was {old!r} and is {new!r}"
+    for name, old, new in changes(previous, now):
+        if name != "environment.date":
+            yield f"{name} was {old!r} and is {new!r}"
 
 
 def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:

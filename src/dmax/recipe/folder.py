@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from dmax.errors import InputError
-from dmax.files import write_atomically, writing
+from dmax.files import changes, write_atomically, writing
 
 RECORD = "run.json"
 TRAINER_STATE = "trainer_state.json"
@@ -59,7 +59,7 @@ class RunFolder(TrainerCallback):
             )
         if fresh or record is None or not (record["is_finished"] or self._checkpoints()):
             return  # there is nothing to go on from
-        others = sorted(differing(record["settings"], self._settings))
+        others = sorted(name for name, _, _ in changes(record["settings"], self._settings))
         if others:
             names = ", ".join(f"`{name}`" for name in others)
             raise InputError(f"{path} holds a run of a recipe that differs in {names}", hint=ANEW)
@@ -192,14 +192,3 @@ def _is_whole(file: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     return True
-
-
-def differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of the settings that are not the same in both; a missing one counts as None."""
-    for name in old.keys() | new.keys():
-        before = old.get(name)
-        now = new.get(name)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            yield from differing(before, now, f"{prefix}{name}.")
-        elif before != now:
-            yield f"{prefix}{name}"
