@@ -82,17 +82,17 @@ class GenerationOutput:
     @property
     def tokens_per_forward(self) -> float:
         """TPF: generated tokens, EOS not counted, per denoising forward."""
-        return _ratio(len(self.token_ids), self.num_forwards)
+        return ratio(len(self.token_ids), self.num_forwards)
 
     @property
     def tokens_per_position(self) -> float:
         """Generated tokens per computed position: what parallel decoding costs besides forwards."""
-        return _ratio(len(self.token_ids), self.num_positions)
+        return ratio(len(self.token_ids), self.num_positions)
 
     @property
     def tokens_per_forward_paper(self) -> float:
         """TPF as the published evaluation counts: the prefill is one more forward."""
-        return _ratio(len(self.token_ids), self.num_forwards + self.num_prefill_forwards)
+        return ratio(len(self.token_ids), self.num_forwards + self.num_prefill_forwards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,6 @@ def as_record(result: Any) -> dict[str, Any]:
     return record | record.pop("cost")
 
 
-def _ratio(tokens: int, cost: int) -> float:
-    """Tokens by what they cost; 0 for a request that ended before it cost anything."""
-    return tokens / cost if cost else 0.0
+def ratio(gain: float, cost: float) -> float:
+    """Gain over cost; 0 where nothing was spent, as for a request that ended at once."""
+    return gain / cost if cost else 0.0

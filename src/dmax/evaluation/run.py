@@ -13,7 +13,7 @@ from dmax.decoding import get_strategy
 from dmax.environment import environment, weights_digest
 from dmax.evaluation.statistics import wilson_interval
 from dmax.llm import LLM
-from dmax.outputs import Cost, GenerationOutput
+from dmax.outputs import Cost, GenerationOutput, ratio
 from dmax.params import DecodingParams
 from dmax.tasks import Example, Task
 
@@ -196,12 +196,12 @@ def add_up(completions: Iterable[tuple[int, Cost]]) -> Totals:
         generated_tokens += tokens
         total += cost
         num_forwards = cost.num_forwards + cost.num_prefill_forwards
-        ratios.append(tokens / num_forwards if num_forwards else 0.0)
+        ratios.append(ratio(tokens, num_forwards))
     return Totals(
         generated_tokens=generated_tokens,
         cost=total,
-        tpf=generated_tokens / total.num_forwards if total.num_forwards else 0.0,
-        tpf_paper=sum(ratios) / len(ratios) if ratios else 0.0,
+        tpf=ratio(generated_tokens, total.num_forwards),
+        tpf_paper=ratio(sum(ratios), len(ratios)),
     )
 
 
@@ -266,7 +266,7 @@ def _summarize(
     return Summary(
         **settings,
         model=model,
-        accuracy=correct / total if total else 0.0,
+        accuracy=ratio(correct, total),
         correct=correct,
         total=total,
         interval=wilson_interval(correct, total),
@@ -274,6 +274,6 @@ def _summarize(
         tpf_paper=totals.tpf_paper,
         generated_tokens=totals.generated_tokens,
         cost=totals.cost,
-        tokens_per_second=totals.generated_tokens / seconds if seconds else 0.0,
+        tokens_per_second=ratio(totals.generated_tokens, seconds),
         seconds=seconds,
     )
