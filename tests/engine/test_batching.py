@@ -331,6 +331,31 @@ def test_steps_are_captured_with_what_is_remembered_and_fed_back(
     assert captured
 
 
+def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = list[Replay]()
+
+    def refuse(run: Replay) -> Replay:
+        tried.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: refuse)
+    table = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    requests = [request((1,) * n, n, max_new_tokens=3 * L) for n in (1, 9, 20)]
+    eager = run(scripted(table, react=3.0), *requests)
+    engine = scripted(table, react=3.0, cuda_graphs=True)
+    assert run(engine, *requests) == eager
+    assert run(engine, *requests) == eager
+    shapes = len(tried)  # each came twice
+    assert run(engine, *requests) == eager
+    assert len(tried) == shapes > 1
+    assert caplog.messages == [
+        "steps run without a CUDA graph, which is slower: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
 @torch.inference_mode()
 def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scripted(confident([1] * 160, 0.6), max_batch_size=4, max_length=160)

@@ -8,6 +8,7 @@ that no request uses, and the span of the cache is rounded up, so that a few gra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ SPAN = 512
 """Spans of the cache are captured in multiples of this."""
 
 Replay = Callable[[], Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 class CudaCapture:
@@ -54,7 +57,8 @@ class GraphedSteps:
     """The step by shape of the batch, captured the second time that a shape is needed.
 
     The first time a shape comes, the step runs eagerly. Open blocks make some of their tensors when
-    their strategy first asks for them, and a graph must find them where they are to stay.
+    their strategy first asks for them, and a graph must find them where they are to stay. A step
+    that cannot be captured runs eagerly for good, and the first one is told in the log.
 
     Args:
         runner: its last slot is one that no request uses.
@@ -65,6 +69,7 @@ class GraphedSteps:
         self._capture = CudaCapture()
         # By open blocks and shape; None: the shape came once.
         self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay] | None] = {}
+        self._has_told = False
 
     def __call__(self, blocks: OpenBlocks, batch: Batch) -> Tensor:
         """`step` for a batch on the host."""
@@ -81,12 +86,23 @@ class GraphedSteps:
             where = self._idle(blocks, batch.num_rows)
             idle = replace(batch, where=where, pending=torch.zeros_like(batch.pending))
             static = idle.to(self.runner.device)
-            captured = (static, self._capture(lambda: step(self.runner, blocks, static)))
+            captured = (static, self._recorded(lambda: step(self.runner, blocks, static)))
             self._captured[key] = captured
         static, replay = captured
         static.where.copy_(batch.where, non_blocking=True)
         static.pending.copy_(batch.pending, non_blocking=True)
         return replay()[:, :num_blocks]
+
+    def _recorded(self, run: Replay) -> Replay:
+        """The step as a graph, or as it is if no graph can hold it."""
+        try:
+            return self._capture(run)
+        except RuntimeError as error:  # an operation that waits for the host, or no memory left
+            if not self._has_told:
+                self._has_told = True
+                reason = str(error).partition("\n")[0]
+                logger.warning("steps run without a CUDA graph, which is slower: %s", reason)
+            return run
 
     def forget(self, blocks: OpenBlocks) -> None:
         """Drop the graphs of open blocks that are no longer used."""
