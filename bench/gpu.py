@@ -1,6 +1,7 @@
 """Speed on a GPU: LLaDA-2.0-mini at full size, against the time of reading its weights.
 
     python bench/gpu.py
+    python bench/gpu.py --only steps                 # a part: a GPU may be lent for minutes only
     python bench/gpu.py --device cpu --scale tiny    # only shows that everything runs
 
 Beside the steps that `dmax bench` measures there are single forwards, steps without our kernels and
@@ -45,6 +46,8 @@ from dmax.params import check_number
 PUBLISHED = 1338.0
 """Tokens per second at batch 1 that the paper reports, on two H200 (arXiv 2604.08302)."""
 TPF = range(1, 9)
+PARTS = ("forwards", "steps", "batches", "contexts", "quantised")
+"""Tables that can be left out; the others say what the machine is, and what the steps amount to."""
 TARGETS = {"H100": (1395, 2200), "H200": (1800, 2900)}
 """Tokens per second at TPF 6 that were aimed at, in bfloat16 and with 8-bit experts."""
 SMALL_SHAPE = {
@@ -73,6 +76,7 @@ class Options(GpuOptions):
         contexts: of the table of contexts.
         batch_sizes: of the table of batch sizes.
         forwards: timed for each row of the table of forwards.
+        only: tables to measure, of `PARTS`.
 
     Raises:
         InputError: too few steps or tokens to tell a block's first step from the others.
@@ -81,6 +85,7 @@ class Options(GpuOptions):
     contexts: tuple[int, ...] = (1024, 4096, 8192, 16_384)
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     forwards: int = 30
+    only: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
         check_number("steps", self.steps, low=2, whole=True)
@@ -148,19 +153,30 @@ def tables(options: Options, device: torch.device) -> Iterator[Table]:
     checkpoint = build(options, device)
     bandwidth = copy_bandwidth(device, options.copy_bytes)
     yield machine(checkpoint, bandwidth)
-    yield forward_table(checkpoint, options.distinct, options.context, options.forwards, bandwidth)
-    title = f"denoising steps, batch 1, {options.context} positions"
-    variants = [variant_row(checkpoint, variant, options, bandwidth) for variant in VARIANTS]
-    yield step_table("steps", title, variants)
-    yield by_batch(checkpoint, options, bandwidth)
-    yield by_context(checkpoint, options, bandwidth)
+    if "forwards" in options.only:
+        yield forward_table(
+            checkpoint, options.distinct, options.context, options.forwards, bandwidth
+        )
+    at_batch_1: list[Row] = []
+    if "steps" in options.only:
+        variants = [variant_row(checkpoint, variant, options, bandwidth) for variant in VARIANTS]
+        title = f"denoising steps, batch 1, {options.context} positions"
+        yield step_table("steps", title, variants)
+        at_batch_1 += variants
+    if "batches" in options.only:
+        yield by_batch(checkpoint, options, bandwidth)
+    if "contexts" in options.only:
+        yield by_context(checkpoint, options, bandwidth)
 
     del checkpoint  # makes room for the quantised ones
-    quantised = quantised_rows(options, device, bandwidth)
-    title = f"quantised experts, batch 1, {options.context} positions"
-    yield step_table("quantised", title, quantised)
-    yield speeds([*variants, *quantised])
-    yield ratios([*variants, *quantised], targets(device, options))
+    if "quantised" in options.only:
+        quantised = quantised_rows(options, device, bandwidth)
+        title = f"quantised experts, batch 1, {options.context} positions"
+        yield step_table("quantised", title, quantised)
+        at_batch_1 += quantised
+    if at_batch_1:
+        yield speeds(at_batch_1)
+        yield ratios(at_batch_1, targets(device, options))
 
 
 def variant_row(
@@ -289,6 +305,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+")
     parser.add_argument("--steps", type=int, help="denoising steps of a block")
     parser.add_argument("--repeats", type=int, help="completions timed")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="tables to measure")
     parser.add_argument("--output", type=Path)
     given = given_options(parser)
     scale = given.pop("scale")

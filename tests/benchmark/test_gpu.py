@@ -65,6 +65,12 @@ def test_the_tables_of_the_command() -> None:
     assert "at TPF 6" in shown.getvalue()
 
 
+def test_a_part_can_be_measured_alone() -> None:
+    options = replace(bench.SMALL, batch_sizes=(1,), steps=2, only=("batches",))
+    names = [table.name for table in bench.tables(options, CPU)]
+    assert names == ["machine", "batches"]
+
+
 def test_everything_runs_on_a_small_model() -> None:
     options = replace(bench.SMALL, contexts=(128, 192), forwards=1, steps=2)
     shown = io.StringIO()
