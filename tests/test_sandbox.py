@@ -235,14 +235,14 @@ FILLERS = {
     "hidden folders": "os.mkdir(str(count), 0o300); open(f'{count}/file', 'wb').write(block)",
     "empty files": "open(str(count), 'w').close()",
     "deep folders": "os.mkdir('folder'); os.chdir('folder')",
+    "symbolic links": "os.symlink('x' * 4000, str(count))",
+    "hard links": "open('file', 'a').close(); os.link('file', str(count))",
 }
 
 
 @every_isolation
 @pytest.mark.parametrize("filler", FILLERS)
 def test_fill_disk(kind: str, filler: str, scratch: Path) -> None:
-    if kind == "bubblewrap" and filler in ("empty files", "deep folders"):
-        pytest.skip("bubblewrap bounds the bytes of its tmpfs, not its entries")
     program = f"""
 import ctypes, os
 def map_page(number):

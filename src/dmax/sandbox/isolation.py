@@ -77,7 +77,7 @@ def readable_paths() -> list[str]:
     return [path for path in dict.fromkeys(system + python) if os.path.exists(path)]
 
 
-def command(kind: str, limits: Limits) -> list[str]:
+def command(kind: str) -> list[str]:
     """The command that starts an interpreter on `BOOT` in this kind of isolation."""
     # The interpreter itself, since a virtual environment only has a link to it.
     interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
@@ -85,12 +85,12 @@ def command(kind: str, limits: Limits) -> list[str]:
     if kind != BUBBLEWRAP:
         return python
     options = ["--unshare-all", "--as-pid-1", "--die-with-parent", "--cap-drop", "ALL"]
+    options += ["--cap-add", "CAP_SYS_ADMIN"]  # to mount the writable folder; `jail` gives it up
     for path in (*readable_paths(), interpreter):
         options += ["--ro-bind", path, path]
     for path in DEVICES:
         options += ["--dev-bind-try", path, path]
-    options += ["--size", str(limits.disk), "--tmpfs", SCRATCH, "--chdir", SCRATCH]
-    options += ["--remount-ro", "/"]
+    options += ["--dir", SCRATCH, "--remount-ro", "/"]
     return [shutil.which("bwrap") or "bwrap", *options, "--", *python]
 
 

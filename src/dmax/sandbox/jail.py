@@ -88,6 +88,9 @@ def confine(settings: dict[str, Any]) -> None:
     is_strong = kind != "limits only"
     if kind == "namespaces":
         enter_namespaces(settings)
+    if kind == "bubblewrap":  # it can bound the bytes of a file system, not the number of files
+        mount_scratch(settings["scratch"], settings)
+        os.chdir(settings["scratch"])
     limit_resources(settings)
     if sys.platform != "linux":
         return
@@ -176,8 +179,7 @@ def enter_namespaces(settings: dict[str, Any]) -> None:
     os.mkdir(root + scratch)
     attributes = struct.pack("4Q", MOUNT_ATTR_RDONLY, 0, 0, 0)
     call("syscall", MOUNT_SETATTR, AT_FDCWD, root, AT_RECURSIVE, attributes, 32)
-    bounds = f"size={settings['disk']},nr_inodes={settings['entries']},mode=700"
-    mount_memory(root + scratch, bounds)
+    mount_scratch(settings["root"] + settings["scratch"], settings)
 
     os.chdir(root)
     call("pivot_root", b".", b".")  # the old root folder now lies on the new one
@@ -189,6 +191,12 @@ def write(path: str, text: str) -> None:
     """Write a file."""
     with open(path, "w") as stream:
         stream.write(text)
+
+
+def mount_scratch(place: str, settings: dict[str, Any]) -> None:
+    """Mount the writable folder, with bounds on its bytes and on the number of files in it."""
+    bounds = f"size={settings['disk']},nr_inodes={settings['entries']},mode=700"
+    mount_memory(place.encode(), bounds)
 
 
 def mount_memory(place: bytes, options: str) -> None:

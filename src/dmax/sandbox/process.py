@@ -83,7 +83,7 @@ class Job:
         try:
             with source.open("rb") as stream:
                 return subprocess.Popen(
-                    [*command(self.kind, self.limits), str(len(head))],
+                    [*command(self.kind), str(len(head))],
                     stdin=stream,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
