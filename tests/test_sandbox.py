@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from dmax.errors import InputError
 from dmax.sandbox import KINDS, Limits, Outcome, check, choice, run_python, works
+from dmax.sandbox.folder import LOCK, PREFIX, remove_leftovers
 from dmax.sandbox.isolation import WEAK
 from dmax.sandbox.process import Job, supervise
 from dmax.sandbox.remote import decode, encode
@@ -382,13 +383,15 @@ def test_no_process_is_left(kind: str) -> None:
         os.close(handle)
 
 
-def test_the_sandbox_ends_with_the_harness() -> None:
+def test_a_killed_harness_leaves_nothing_for_long(scratch: Path, tmp_path: Path) -> None:
+    """Its sandboxes end with it, and the next start removes their folders, but no others."""
     harness = f"""
 import contextlib, select
 from dmax.sandbox.isolation import Limits
 from dmax.sandbox.process import Job
 from dmax.sandbox.usage import family
-config = {{"role": "run", "program": "print(1, flush=True)\\nwhile True:\\n    pass"}}
+program = "import os\\nos.mkdir('hidden', 0)\\nprint(1, flush=True)\\nwhile True:\\n    pass"
+config = {{"role": "run", "program": program}}
 with contextlib.ExitStack() as stack:
     jobs = [stack.enter_context(Job(kind, Limits(), config)) for kind in {HELD}]
     for job in jobs:
@@ -396,17 +399,38 @@ with contextlib.ExitStack() as stack:
     print(*(pid for job in jobs for pid in family(job.pid)), flush=True)
     input()
 """
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", harness], stdin=pipe, stdout=pipe, text=True
-    ) as process:
-        assert process.stdout
-        handles = [os.pidfd_open(int(pid)) for pid in process.stdout.readline().split()]
-        process.kill()
-    assert len(handles) >= len(HELD)
-    for handle in handles:
-        assert select.select([handle], [], [], LONG)[0], "the sandbox outlived the harness"
-        os.close(handle)
+    foreign = scratch / f"{PREFIX}foreign"  # without a lock
+    elsewhere = tmp_path / "elsewhere"
+    for folder in foreign, elsewhere:
+        folder.mkdir()
+        (folder / "precious").touch()
+    (elsewhere / LOCK).touch()
+    (scratch / f"{PREFIX}link").symlink_to(elsewhere)
+    if os.getuid() == 0:
+        other_user = scratch / f"{PREFIX}other-user"
+        other_user.mkdir()
+        (other_user / LOCK).touch()
+        os.chown(other_user, 1, 1)
+    with Job(HELD[0], Limits(), {"role": "run", "program": ""}):  # its folder is in use
+        kept = set(os.listdir(scratch))
+        with subprocess.Popen(
+            [sys.executable, "-c", harness],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(scratch)},
+        ) as process:
+            assert process.stdout
+            handles = [os.pidfd_open(int(pid)) for pid in process.stdout.readline().split()]
+            process.kill()
+        assert len(handles) >= len(HELD)
+        for handle in handles:
+            assert select.select([handle], [], [], LONG)[0], "the sandbox outlived the harness"
+            os.close(handle)
+        assert len(os.listdir(scratch)) == len(kept) + len(HELD)
+        remove_leftovers.cache_clear()  # as at the next start
+        assert run_python("").passed
+        assert set(os.listdir(scratch)) == kept
+    assert os.listdir(foreign) == ["precious"] and (elsewhere / "precious").exists()
 
 
 # Attacks on the verdict: no candidate below adds.

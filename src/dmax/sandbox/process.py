@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from dmax.sandbox.folder import job_folder
 from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, jail_settings
 from dmax.sandbox.usage import content, family, nameless, threads
 
@@ -58,10 +57,13 @@ class Job:
         self.is_ready = False
         self.code: int | None = None
         self.cpu_seconds = 0.0
-        self._base = Path(tempfile.mkdtemp(prefix="dmax-sandbox-")).resolve()
-        self._folder = self._base / "scratch"
-        self._folder.mkdir()
-        self._process = self._start(config, stdin, channel)
+        with ExitStack() as resources:
+            base = resources.enter_context(job_folder())
+            self._folder = base / "scratch"
+            self._folder.mkdir()
+            self._process = self._start(config, stdin, channel)
+            resources.enter_context(self._process)  # closes the pipes
+            self._resources = resources.pop_all()
         self.pid = self._process.pid
         assert self._process.stdout and self._process.stderr
         self.streams = {
@@ -78,31 +80,26 @@ class Job:
         everything = {**config, **SOURCES, "jail": settings, "channel": channel}
         head = json.dumps(everything).encode()
         # A file needs no thread that feeds it, and untrusted code can only read it.
-        source = self._base / "stdin"
+        source = self._folder.with_name("stdin")
         source.write_bytes(head + stdin)
-        try:
-            with source.open("rb") as stream:
-                return subprocess.Popen(
-                    [*command(self.kind), str(len(head))],
-                    stdin=stream,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    cwd=self._folder,
-                    env={},
-                    pass_fds=() if channel is None else (channel,),
-                    start_new_session=True,
-                )
-        except OSError:
-            remove(self._base)
-            raise
+        with source.open("rb") as stream:
+            return subprocess.Popen(
+                [*command(self.kind), str(len(head))],
+                stdin=stream,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=self._folder,
+                env={},
+                pass_fds=() if channel is None else (channel,),
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-        with self._process:  # closes the pipes
-            remove(self._base)
+        with self._resources:
+            self.stop()
 
     def text(self, number: int) -> str:
         """What it printed on stdout (1) or stderr (2)."""
@@ -209,12 +206,3 @@ def _watch(jobs: Sequence[Job], limits: Limits) -> str | None:
 def last_line(text: str) -> str:
     """The last line that has something on it; empty if there is none."""
     return text.strip().rpartition("\n")[2]
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder, whatever its depth and rights."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)
-        subprocess.run(["rm", "-rf", folder], check=True)
