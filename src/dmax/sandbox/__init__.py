@@ -190,6 +190,7 @@ def _outcome(
         "passed": "",
         "timeout": f"took more than {limits.seconds:g} s, "
         f"or {limits.cpu_seconds:g} s of processor time",
+        "memory": f"took more than {limits.memory} bytes of memory",
         "disk": f"wrote more than {limits.disk} bytes, too many files, "
         "or a folder that cannot be looked into",
         "output": f"printed more than {limits.output} bytes",

@@ -18,7 +18,8 @@ LANDLOCK = "landlock"  # the process keeps its root folder, and the kernel refus
 WEAK = "limits only"  # holds accidents rather than attacks
 KINDS = (BUBBLEWRAP, NAMESPACES, LANDLOCK, WEAK)  # strongest first
 
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+# Without /dev/zero: mapped, it is shared memory that no limit counts once it is unmapped in part.
+DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
 SCRATCH = "/scratch"  # the writable folder where the process has a root folder of its own
 MAX_ENTRIES = 4096  # files and folders in the writable folder
 READY = b"\0ready\n"  # written to stderr after rights are given up, before untrusted code runs
@@ -43,7 +44,7 @@ class Limits:
     Attributes:
         seconds: wall-clock time, counted from when untrusted code may start.
         cpu_seconds: processor time, rounded up to whole seconds.
-        memory: bytes of address space.
+        memory: bytes of address space, and of memory together with page tables.
         disk: bytes in the writable folder, which holds at most 4,096 files and folders.
         output: bytes on each of stdout and stderr.
         threads: threads at the same time.

@@ -8,13 +8,16 @@ besides the standard library. Numbers are those of the kernel's headers for user
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import mmap
 import os
 import platform
 import resource
 import signal
 import struct
 import sys
+import termios
 from collections.abc import Callable
 from ctypes import CDLL, c_char_p, c_long, c_uint32, c_void_p, get_errno
 from typing import Any
@@ -23,14 +26,14 @@ from typing import Any
 # machine, and leaves out those that the machine does not have.
 SYSTEM_CALLS = """
     read write readv writev pread64 pwrite64 preadv pwritev sendfile copy_file_range
-    open openat creat close close_range dup dup2 dup3 lseek ioctl flock
-    fsync fdatasync ftruncate fallocate fadvise64
+    open openat creat close close_range dup dup2 dup3 lseek flock
+    fsync fdatasync ftruncate fadvise64
     stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2
     getdents getdents64 getcwd chdir fchdir umask mkdir mkdirat rmdir
     rename renameat renameat2 link linkat symlink symlinkat unlink unlinkat readlink readlinkat
-    pipe pipe2 socketpair eventfd2 select pselect6 poll ppoll
+    pipe pipe2 eventfd2 select pselect6 poll ppoll
     epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
-    mmap munmap mremap mprotect madvise msync mincore brk membarrier
+    munmap mremap mprotect madvise msync mincore brk membarrier
     rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend
     sigaltstack pause alarm getitimer setitimer
     nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times
@@ -39,17 +42,22 @@ SYSTEM_CALLS = """
     sched_yield sched_getaffinity getcpu futex rseq
     set_tid_address set_robust_list restart_syscall arch_prctl wait4 waitid exit exit_group
 """.split()
-# What fcntl may be asked for. Others, as F_SETOWN, can have the kernel signal another process.
+# What fcntl and ioctl may be asked for. Other requests have the kernel signal another process
+# (F_SETOWN, FIOSETOWN), show the addresses of the machine (SIOCGIFCONF), or type into a terminal.
 FILE_COMMANDS = """
     F_DUPFD F_DUPFD_CLOEXEC F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW
     F_GETPIPE_SZ F_SETPIPE_SZ
 """.split()
+DEVICE_COMMANDS = "TCGETS TIOCGWINSZ FIONREAD FIONBIO FIOCLEX FIONCLEX".split()
 FLAGS_FIRST = ("x86_64", "aarch64")  # machines on which the first argument of clone is its flags
+CLONE_FILES = 0x400
 CLONE_THREAD = 0x10000
+AF_UNIX = 1
+SOCK_STREAM = 1
+SOCKET_TYPE = 0xF  # the rest of the argument is flags
 
 SCMP_ACT_ALLOW = 0x7FFF0000
-SCMP_ACT_EPERM = 0x50001
-SCMP_ACT_ENOSYS = 0x50026
+SCMP_ACT_ERRNO = 0x50000  # and the error
 SCMP_CMP_EQ = 4
 SCMP_CMP_MASKED_EQ = 7
 
@@ -60,6 +68,7 @@ LANDLOCK_ADD_RULE = 445
 LANDLOCK_RESTRICT_SELF = 446
 
 MIN_LANDLOCK = 3  # the first version that also holds truncation
+MAX_LANDLOCK = 6  # the last version whose rights are known here
 WRITE_FILE = 0x2
 READ_FILE = 0x4
 READ_DIR = 0x8
@@ -67,6 +76,7 @@ USE_SCRATCH = 0x71BE  # all but to run files and to make devices, sockets and na
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
+PR_SET_THP_DISABLE = 41
 CAPABILITY_VERSION = 0x20080522
 NEW_NAMESPACES = 0x7E020000  # mount, cgroup, UTS, IPC, user, PID and network
 BIND_RECURSIVELY = 0x5000
@@ -98,6 +108,7 @@ def confine(settings: dict[str, Any]) -> None:
     die_with_parent()
     layers = [
         (restrict_files, kind == "landlock"),
+        (refuse_huge_pages, is_strong),
         (drop_capabilities, is_strong),
         (filter_system_calls, is_strong),
     ]
@@ -124,21 +135,28 @@ def die_with_parent() -> None:
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def refuse_huge_pages(_: dict[str, Any]) -> None:
+    """Have small pages only: one that is left of a huge page would keep all its memory."""
+    call("prctl", PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
 def drop_capabilities(_: dict[str, Any]) -> None:
     """Make root a user like others."""
     call("capset", struct.pack("Ii", CAPABILITY_VERSION, 0), bytes(24))
 
 
 def limit_resources(settings: dict[str, Any]) -> None:
-    """Limit processor time, the size of a file, open files and address space; dump no core."""
+    """Limit time, memory, files and waiting signals; dump no core."""
     limits = {
         resource.RLIMIT_CPU: settings["cpu_seconds"],
         resource.RLIMIT_FSIZE: settings["disk"],
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
-    if sys.platform == "linux":  # macOS has the name and ignores the limit
-        limits[resource.RLIMIT_AS] = settings["memory"]
+    if sys.platform == "linux":
+        limits[resource.RLIMIT_AS] = settings["memory"]  # macOS has the name, ignores the limit
+        limits[resource.RLIMIT_CORE] = 1  # at 0 a program that collects cores still gets them
+        limits[resource.RLIMIT_SIGPENDING] = 64  # all processes of a user share them
     if settings["kind"] == "limits only":  # elsewhere the filter denies processes, to root too
         limits[resource.RLIMIT_NPROC] = 0
     for kind, value in limits.items():
@@ -209,7 +227,7 @@ def restrict_files(settings: dict[str, Any]) -> None:
 
     Newer versions also refuse TCP, abstract sockets and signals to other processes.
     """
-    version = call("syscall", LANDLOCK_CREATE_RULESET, None, 0, 1)
+    version = min(call("syscall", LANDLOCK_CREATE_RULESET, None, 0, 1), MAX_LANDLOCK)
     if version < MIN_LANDLOCK:
         raise OSError(f"Landlock {version} is too old")
     num_file_rights = 15 if version < 5 else 16
@@ -246,28 +264,52 @@ def filter_system_calls(_: dict[str, Any]) -> None:
         raise OSError(f"the filter is not known to be right on {platform.machine()}")
     seccomp = CDLL("libseccomp.so.2")
     seccomp.seccomp_init.restype = c_void_p
-    rules = c_void_p(seccomp.seccomp_init(c_uint32(SCMP_ACT_EPERM)))
+    rules = c_void_p(seccomp.seccomp_init(c_uint32(SCMP_ACT_ERRNO | errno.EPERM)))
 
     def ensure(error: int, what: str) -> None:
         if error:
             raise OSError(-error, f"libseccomp: {what}: {os.strerror(-error)}")
 
-    def add(name: str, *comparison: int, action: int = SCMP_ACT_ALLOW) -> None:
-        """Add a rule; a comparison is an argument's place, an operator, and two values."""
+    def add(name: str, *conditions: bytes, action: int = SCMP_ACT_ALLOW) -> None:
+        """Add a rule for calls that meet all conditions."""
         number = seccomp.seccomp_syscall_resolve_name(name.encode())
-        count = 1 if comparison else 0
-        packed = struct.pack("IIQQ", *comparison) if comparison else None
-        error = seccomp.seccomp_rule_add_array(rules, c_uint32(action), number, count, packed)
+        packed = b"".join(conditions) or None
+        error = seccomp.seccomp_rule_add_array(
+            rules, c_uint32(action), number, len(conditions), packed
+        )
         ensure(error, name)
 
     for name in SYSTEM_CALLS:
         add(name)
     # A filter cannot see clone3's flags. Where there is no clone3, the C library uses clone.
-    add("clone3", action=SCMP_ACT_ENOSYS)
-    add("clone", 0, SCMP_CMP_MASKED_EQ, CLONE_THREAD, CLONE_THREAD)
-    add("prlimit64", 0, SCMP_CMP_EQ, 0, 0)
-    add("kill", 0, SCMP_CMP_EQ, os.getpid(), 0)
-    add("tgkill", 0, SCMP_CMP_EQ, os.getpid(), 0)
+    add("clone3", action=SCMP_ACT_ERRNO | errno.ENOSYS)
+    # A thread with descriptors of its own would have as many again.
+    add("clone", has(0, CLONE_THREAD | CLONE_FILES | NEW_NAMESPACES, CLONE_THREAD | CLONE_FILES))
+    # A file can be given more than a look at the folder can see in time. Without this call, the C
+    # library writes zeros.
+    add("fallocate", action=SCMP_ACT_ERRNO | errno.EOPNOTSUPP)
+    # Shared memory without a file stays whole when all but one page of it is unmapped.
+    add("mmap", has(3, mmap.MAP_ANONYMOUS, 0))
+    add("mmap", has(3, mmap.MAP_SHARED, 0))
+    # asyncio wakes itself up through a pair of sockets. They have no address to send to.
+    add("socketpair", equals(0, AF_UNIX), has(1, SOCKET_TYPE, SOCK_STREAM))
+    for name in ("sendto", "recvfrom"):
+        add(name, equals(3, 0), equals(4, 0))
+    add("prlimit64", equals(0, 0))
+    add("kill", equals(0, os.getpid()))
+    add("tgkill", equals(0, os.getpid()))
     for name in FILE_COMMANDS:
-        add("fcntl", 1, SCMP_CMP_EQ, getattr(fcntl, name), 0)
+        add("fcntl", equals(1, getattr(fcntl, name)))
+    for name in DEVICE_COMMANDS:
+        add("ioctl", equals(1, getattr(termios, name)))
     ensure(seccomp.seccomp_load(rules), "the filter")
+
+
+def equals(place: int, value: int) -> bytes:
+    """The condition that the argument at a place has a value, for libseccomp."""
+    return struct.pack("IIQQ", place, SCMP_CMP_EQ, value, 0)
+
+
+def has(place: int, mask: int, bits: int) -> bytes:
+    """The condition that of the bits in a mask an argument has these and no others."""
+    return struct.pack("IIQQ", place, SCMP_CMP_MASKED_EQ, mask, bits)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from dmax.sandbox.folder import job_folder
 from dmax.sandbox.isolation import MAX_ENTRIES, READY, Limits, command, jail_settings
-from dmax.sandbox.usage import content, family, nameless, threads
+from dmax.sandbox.usage import content, family, memory, nameless, threads
 
 STDOUT = 1
 STDERR = 2
@@ -151,6 +151,8 @@ class Job:
         members = list(family(self.pid))
         if any(len(threads(pid)) > self.limits.threads for pid in members):
             return "threads"
+        if self.is_ready and any(memory(pid) > self.limits.memory for pid in members):
+            return "memory"
         size, entries = content(self._folder)
         size += sum(nameless(pid, self._folder) for pid in members)
         if size > self.limits.disk or entries > MAX_ENTRIES:
