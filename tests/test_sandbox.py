@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import json
 import logging
 import os
 import platform
@@ -12,56 +13,26 @@ import socket
 import subprocess
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isolated import HELD, LONG, NO_KERNEL, every_isolation, run_outside, successes
 
 from dmax.errors import InputError
-from dmax.sandbox import KINDS, Limits, Outcome, check, choice, run_python, works
+from dmax.sandbox import Limits, Outcome, check, choice, remote, run_python
 from dmax.sandbox.folder import LOCK, PREFIX, remove_leftovers
 from dmax.sandbox.isolation import WEAK
 from dmax.sandbox.process import Job, supervise
 from dmax.sandbox.remote import decode, encode
 from dmax.sandbox.usage import family, nameless
 
-HELD = [kind for kind in KINDS if works(kind)]  # every isolation that this machine has is attacked
-NO_KERNEL = (
-    "needs libseccomp, and bubblewrap, user namespaces or Landlock 3 (Linux 6.2); "
-    "these do not work here"
-)
 pytestmark = pytest.mark.skipif(not HELD, reason=NO_KERNEL)
-every_isolation = pytest.mark.parametrize("kind", HELD)
 
 SHORT = Limits(seconds=0.5)
-LONG = 120.0  # seconds; not reached, however busy the machine is
-TRY = """
-import ctypes, fcntl, os, resource, socket, subprocess, sys
-def succeeds(action):
-    try:
-        action()
-    except (OSError, RuntimeError):
-        return False
-    return True
-def system(*arguments):
-    if ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments)) == -1:
-        raise OSError
-"""
-
-
-def successes(kind: str, actions: str, **names: object) -> list[str]:
-    """The expressions, one a line, that a sandboxed program evaluates without an error."""
-    lines = [f"{name} = {value!r}" for name, value in names.items()]
-    lines += [
-        f"if succeeds(lambda: {action}): print({action!r})"
-        for action in actions.split("\n")
-        if action
-    ]
-    outcome = run_python(TRY + "\n".join(lines), isolation=kind, limits=Limits(seconds=LONG))
-    assert outcome.passed, outcome
-    return outcome.stdout.splitlines()
 
 
 @pytest.fixture(autouse=True)
@@ -435,18 +406,73 @@ with contextlib.ExitStack() as stack:
 
 # Attacks on the verdict: no candidate below adds.
 
-FORGERIES = {
+# Those that a check in one process takes for right: its exit status is 0.
+
+NAIVE_FORGERIES = {
     "sys.exit(0) before the asserts": "import sys\nsys.exit(0)",
     "os._exit(0) before the asserts": "import os\nos._exit(0)",
-    "the checker's own exit status": "import os\nos._exit(86)",
     "sys.exit(0) inside": "import sys\ndef add(a, b): sys.exit(0)",
     "os._exit(0) inside": "import os\ndef add(a, b): os._exit(0)",
-    "at exit": """
-import atexit, os
-atexit.register(os._exit, 86)
-def add(a, b): raise SystemExit(86)
+    "exit at exit": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): pass",
+    "exit in the hook for exceptions": """
+import os, sys
+sys.excepthook = lambda *args: os._exit(0)
+def add(a, b): pass
 """,
-    "a line that says passed": "print('passed', flush=True)\ndef add(a, b): print('OK passed')",
+    "exit in a finaliser": """
+import os
+class Last:
+    def __del__(self, leave=os._exit): leave(0)
+last = Last()
+def add(a, b): pass
+""",
+    "exit in a thread that waits for the end": """
+import os, threading
+def leave():
+    threading.main_thread().join()
+    os._exit(0)
+threading.Thread(target=leave).start()
+def add(a, b): pass
+""",
+    "exit in a signal handler": """
+import os, signal, time
+signal.signal(signal.SIGALRM, lambda *args: os._exit(0))
+def add(a, b):
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    time.sleep(60)
+""",
+    "exit in a trace function": """
+import os, sys
+sys.settrace(lambda *args: os._exit(0))
+def add(a, b): pass
+""",
+    "fork and leave": "import os\nif os.fork(): os._exit(0)\ndef add(a, b): pass",
+    "become another program": """
+import os
+os.execv("/proc/self/exe", ["python", "-c", ""])
+""",
+    "the expected value from the caller's code": """
+import sys
+def add(a, b):
+    found = [c for c in sys._getframe(1).f_code.co_consts if type(c) is int and c not in (a, b)]
+    return found[-1]
+""",
+    "a string equal to everything": """
+class Equal(str):
+    def __eq__(self, other): return True
+def add(a, b): return Equal()
+""",
+    "a list equal to everything": """
+class Equal(list):
+    def __eq__(self, other): return True
+def add(a, b): return Equal()
+""",
+    "one that pretends to be an int": """
+class Equal:
+    __class__ = int
+    def __eq__(self, other): return True
+def add(a, b): return Equal()
+""",
     "equal to everything": """
 class Equal:
     def __eq__(self, other): return True
@@ -461,6 +487,15 @@ class Equal(int):
     def __sub__(self, other): return 0
 def add(a, b): return Equal(0)
 """,
+}
+FORGERIES = NAIVE_FORGERIES | {
+    "the checker's own exit status": "import os\nos._exit(86)",
+    "at exit": """
+import atexit, os
+atexit.register(os._exit, 86)
+def add(a, b): raise SystemExit(86)
+""",
+    "a line that says passed": "print('passed', flush=True)\ndef add(a, b): print('OK passed')",
     "overwrite builtins": """
 import builtins
 builtins.AssertionError = type("Quiet", (BaseException,), {})
@@ -541,6 +576,33 @@ def add(a, b): return None
     "recursion": "def add(a, b): return add(a, b)",
     "an endless iterator": "import itertools\ndef add(a, b): return itertools.count()",
     "a value without end": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
+    "kill itself": "import os\ndef add(a, b): os.kill(os.getpid(), 9)",
+    "sleep as a stopped process": "import os\ndef add(a, b): os.kill(os.getpid(), 19)",
+    "close all descriptors": "import os\ndef add(a, b): os.closerange(0, 256)",
+    "point all descriptors to one": """
+import os
+def add(a, b): [os.dup2(1, number) for number in range(3, 64)]
+""",
+    "an error that cannot be shown": """
+class Bad(Exception):
+    def __str__(self): raise self
+def add(a, b): raise Bad
+""",
+    "an error without a name": """
+class Meta(type): __name__ = property(lambda self: 1 / 0)
+class Bad(Exception, metaclass=Meta): pass
+def add(a, b): raise Bad
+""",
+    "an error of the interpreter": "def add(a, b): raise KeyboardInterrupt",
+    "not a number": "def add(a, b): return float('nan')",
+    "half a character": "def add(a, b): return '\\ud800'",
+    "a very long number": "def add(a, b): return 1 << 10_000_000",
+    "patch the answers": """
+import sys
+def add(a, b):
+    space = sys._getframe(1).f_globals
+    space["encode"] = space["decode"] = lambda *args: True
+""",
 }
 ADDITIONS = """
 add(2, 3) == 5
@@ -581,6 +643,52 @@ def test_forge_the_verdict(name: str) -> None:
     tests = ", ".join(f"lambda: {addition}" for addition in ADDITIONS)
     outcome = verdict(FORGERIES[name], f"tests = [{tests}]" + ONE_IS_ENOUGH, limits=limits)
     assert not outcome.passed and outcome.detail, outcome
+
+
+@pytest.mark.parametrize("name", NAIVE_FORGERIES)
+def test_those_forgeries_fool_a_check_in_one_process(name: str) -> None:
+    run_outside(NAIVE_FORGERIES[name] + "\nassert add(2, 3) == 5")
+    assert not verdict(NAIVE_FORGERIES[name], "assert add(2, 3) == 5").passed
+
+
+CANDIDATES = [
+    "def f(x): return x + 1",
+    "def f(x): return [x + 1]",
+    "def f(x): raise ValueError(x)",
+    "def f(x): return f(x)",
+    "def f(x): yield x",
+    "def f(x): return object()",
+    "def f(x):\n    import os\n    os._exit(0)",
+    "from math import factorial as f",
+    "class f(int): pass",
+    "def f(x: return",
+    "f = None",
+    "1 / 0",
+    "print('printed')",
+    "import sys\nsys.exit(0)",
+    "import socket\nsocket.socket()",
+    "import os\nos.fork()",
+    "open('file', 'w').write('text')",
+    "assert open('file').read() == 'text'",
+    "open(__import__('os').__file__, 'a')",
+    "import threading as t\nx = t.Thread(target=print, args=[1])\nx.start()\nx.join()",
+]
+TESTS = """
+assert f(1) == 2
+assert f(3) != 4
+assert f(0) == [1]
+assert list(f(3)) == [3]
+assert f(4) == 24
+assert issubclass(type(f(1)), int)
+""".strip().split("\n")
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.sampled_from(CANDIDATES), min_size=1, max_size=3), st.sampled_from(TESTS))
+def test_the_verdict_does_not_depend_on_the_isolation(parts: list[str], tests: str) -> None:
+    program = "\n".join(parts)
+    outcomes = [verdict(program, tests, isolation=kind) for kind in HELD]
+    assert len({(outcome.status, outcome.stdout) for outcome in outcomes}) == 1, outcomes
 
 
 def test_the_detail_says_why() -> None:
@@ -713,6 +821,45 @@ def test_values_survive_the_way(value: object) -> None:
 
     back = decode(encode(value, refuse), refuse)
     assert back == value and type(back) is type(value)
+
+
+words = st.sampled_from([*remote.TYPES, "object", "int", "value", "error", "StopIteration", "0x1"])
+answers = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(words, st.lists(inner, max_size=4))
+        | st.dictionaries(st.text(), inner, max_size=2)
+    ),
+    max_leaves=12,
+)
+replies = (answers | st.tuples(words, answers, answers)).map(json.dumps).map(str.encode)
+
+
+@settings(max_examples=300)
+@given(replies | st.binary(), st.sampled_from(["call", "next", "len", "getattr"]))
+def test_no_answer_brings_code_into_the_tests(reply: bytes, operation: str) -> None:
+    def is_plain(value: Any) -> bool:
+        parts_of = {**remote.PLAIN, dict: lambda pairs: [*pairs, *pairs.values()]}
+        if type(value) in parts_of:
+            return all(map(is_plain, parts_of[type(value)](value)))
+        return value is None or type(value) in (bool, int, float, str, remote.Remote)
+
+    class TestsEnd(Exception):
+        pass
+
+    def end(reason: str) -> None:
+        raise TestsEnd(reason)
+
+    argument = [1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "fail", end)
+        connection = remote.Connection(BytesIO(reply + b"\n"), BytesIO())
+        try:
+            value = connection.ask(operation, argument)
+        except Exception:  # as if the candidate had raised it
+            return
+    assert is_plain(value) and is_plain(argument)
 
 
 # Which isolation is used, and bad input.
