@@ -214,7 +214,8 @@ def test_definitions_leave_out_what_runs_beside_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["x = " + " + ".join(["1"] * 20_000), "x = " + "(" * 5000, "x = '\0'"]
+    "code",
+    ["x = " + " + ".join(["1"] * 20_000), "x = " + "(" * 5000, "x = '\0'", "x = 0x" + "f" * 5000],
 )
 def test_code_that_no_parser_survives_is_run_as_it_stands(code: str) -> None:
     assert definitions(code) == code

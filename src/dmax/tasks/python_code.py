@@ -103,7 +103,7 @@ def definitions(code: str) -> str:
     kept = [node for node in tree.body if _is_definition(node)]
     try:
         return "\n\n".join(ast.unparse(node) for node in kept) or code
-    except RecursionError:  # a sum of a thousand terms is a tree a thousand levels deep
+    except (RecursionError, ValueError):  # a sum of 1,000 terms, or an integer of 5,000 digits
         return code
 
 
