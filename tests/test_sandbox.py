@@ -702,6 +702,7 @@ def test_the_detail_says_why() -> None:
     assert unreadable.startswith("Exception: SyntaxError: invalid syntax")
     assert detail("import os\nos._exit(0)", "f(1)") == "the candidate ended before it answered"
     assert run_python("1 / 0").detail == "ZeroDivisionError: division by zero"
+    assert run_python("exit('\x1b[2J' + 'x' * 1000)").detail == "?[2J" + "x" * 196
     assert verdict("def f(): return [0] * 10**10", "f()").status == "memory"
 
 

@@ -22,6 +22,7 @@ STDERR = 2
 POLL_SECONDS = 0.02  # between looks at disk use and threads
 START_SECONDS = 60.0  # for an interpreter to come up on a busy machine
 BYTES_OF_READ = 1 << 16
+MAX_LINE = 200  # characters
 SOURCES = {
     f"{name}_source": Path(__file__).with_name(f"{name}.py").read_text("utf-8")
     for name in ("jail", "remote")
@@ -206,5 +207,6 @@ def _watch(jobs: Sequence[Job], limits: Limits) -> str | None:
 
 
 def last_line(text: str) -> str:
-    """The last line that has something on it; empty if there is none."""
-    return text.strip().rpartition("\n")[2]
+    """The last line that has something on it, cut and made fit to print; empty if there is none."""
+    line = text.strip().rpartition("\n")[2][:MAX_LINE]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
