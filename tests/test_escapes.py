@@ -147,7 +147,7 @@ def test_most_of_those_calls_are_open_to_a_plain_process() -> None:
     """.split()
     assert set(harmless) <= set(REFUSED)
     reached = run_outside(reach([number_of(name) for name in harmless])).split()
-    assert len(reached) >= 0.8 * len(harmless)  # some are missing here, some are for root
+    assert len(reached) > len(harmless) / 2  # some are for root, some a container refuses
 
 
 @every_isolation
@@ -188,6 +188,7 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(address)() == os.getpid(), flush=True)
 @every_isolation
 def test_call_with_the_numbers_of_x32(kind: str) -> None:
     program = "import ctypes\nprint(1, flush=True)\nctypes.CDLL(None).syscall(0x40000027)\nprint(2)"
+    assert run_outside(program) == "1\n2\n"
     outcome = run_python(program, isolation=kind)
     assert (outcome.status, outcome.stdout) == ("failed", "1\n")
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+
+if sys.platform != "win32":  # where the sandbox refuses to run, with a sentence of its own
+    import fcntl
 
 PREFIX = "dmax-sandbox-"
 LOCK = "dmax-sandbox.lock"  # in the folder; without it, a folder of that name is somebody else's
