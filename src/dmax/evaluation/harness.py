@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from dmax import extras
 from dmax.decoding import check_strategy, get_strategy
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, did_you_mean
@@ -33,7 +34,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise InputError(
-        f"lm-evaluation-harness cannot be used: {error}", hint='pip install "dmax[eval]"'
+        f"lm-evaluation-harness cannot be used: {error}", hint=extras.install_hint("eval")
     ) from None
 
 logger = logging.getLogger("lm_eval.models.dmax")  # lm_eval shows only what its own loggers say

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dmax import extras
 from dmax.errors import InputError
 from dmax.evaluation.statistics import Point, SweepRecord, aup_table, pareto
 
@@ -51,10 +52,9 @@ def draw(record: SweepRecord, path: Path | io.StringIO, x: str = "tpf") -> None:
     Raises:
         InputError: matplotlib is missing, or nothing was measured.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("drawing needs matplotlib", hint='pip install "dmax[eval]"') from None
+    extras.require("matplotlib", "eval", "drawing a plot")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmax import extras
 from dmax.errors import InputError
 from dmax.files import json_lines
 from dmax.tasks import Example
@@ -165,14 +166,10 @@ def rows_of_hub(hub: HubDataset) -> Iterator[DatasetRow]:
     Raises:
         InputError: the package `datasets` is missing, or the hub gives no rows.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(
-            f"reading `{hub.path}` from the hub needs the package `datasets`",
-            hint='pip install "dmax[eval]", or give the rows as a JSONL file: --data FILE',
-        ) from None
     from_a_file = "give the rows as a JSONL file: --data FILE"
+    extras.require("datasets", "eval", f"reading `{hub.path}` from the hub", from_a_file)
+    from datasets import load_dataset
+
     try:
         rows = list(load_dataset(hub.path, hub.config, split=hub.split))
     # Without a network, the error depends on the version of `datasets` and on the network.

@@ -13,22 +13,18 @@ import subprocess
 import sys
 import threading
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
+from dmax import extras
 from dmax.errors import InputError
 
 START_SECONDS = 300  # it imports sympy, which takes seconds, on a busy machine a minute
 COMPARE_SECONDS = 30  # math-verify stops itself after 5 in each of its steps
-INSTALL = 'pip install "dmax[eval]"'
 
 
 def require_math_verify() -> None:
     """Raise `InputError` unless math-verify is installed."""
-    if find_spec("math_verify") is None:
-        raise InputError(
-            "scoring mathematical answers needs the package `math-verify`", hint=INSTALL
-        )
+    extras.require("math_verify", "eval", "scoring mathematical answers")
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -97,7 +93,9 @@ class Comparer:
         if reply != "null":
             self.stop()
             reason = json.loads(reply) if reply else "no reply"
-            raise InputError(f"math-verify does not start: {reason}", hint=INSTALL)
+            raise InputError(
+                f"math-verify does not start: {reason}", hint=extras.install_hint("eval")
+            )
         return self._process
 
 

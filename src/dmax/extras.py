@@ -1,0 +1,56 @@
+"""Optional packages: what needs them, and how to install them.
+
+They come from the checkout, or by their own names. The name of this package is never given to pip:
+an index may know another project by it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from importlib.metadata import requires
+from importlib.util import find_spec
+from pathlib import Path
+
+from dmax.errors import InputError
+
+DISTRIBUTION = "dmax"
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def require(module: str, extra: str, what: str, otherwise: str = "") -> None:
+    """Make sure that an optional package is there; asked before hours of computing, not after.
+
+    Args:
+        module: what is imported, such as `matplotlib`.
+        extra: the extra of pyproject.toml that installs it.
+        what: what needs it, as the beginning of a sentence.
+        otherwise: how to do without it, if there is a way.
+
+    Raises:
+        InputError: it is missing; the hint says how to install it.
+    """
+    is_loaded = sys.modules.get(module) is not None
+    if not is_loaded and find_spec(module) is None:
+        package = module.replace("_", "-")
+        hint = f"{install_hint(extra)}, or {otherwise}" if otherwise else install_hint(extra)
+        raise InputError(f"{what} needs the package `{package}`", hint)
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra into this environment."""
+    if (CHECKOUT / "pyproject.toml").is_file():
+        where = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
+        return f"{_pip()} install '{where}[{extra}]'"
+    condition = f'extra == "{extra}"'
+    lines = [line.partition(";") for line in requires(DISTRIBUTION) or ()]
+    packages = [shlex.quote(name.strip()) for name, _, marker in lines if condition in marker]
+    return f"{_pip()} install {' '.join(packages)}"
+
+
+def _pip() -> str:
+    """The `pip` of this interpreter, as briefly as the shell finds it."""
+    found = shutil.which("pip")
+    is_ours = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "pip" if is_ours else f"{shlex.quote(sys.executable)} -m pip"
