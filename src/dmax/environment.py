@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dmax.errors import InputError, did_you_mean
+from dmax.extras import DISTRIBUTION
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,7 +85,7 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     chosen = torch.device("cpu" if device is None else device)
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "dmax": _version("dmax"),
+        "dmax": _version(DISTRIBUTION),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 
 from dmax.errors import InputError
 
-DISTRIBUTION = "dmax"
+DISTRIBUTION = "dmax-lm"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -42,10 +42,15 @@ def install_hint(extra: str) -> str:
     """The command that installs an extra into this environment."""
     if (CHECKOUT / "pyproject.toml").is_file():
         where = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
-        return f"{_pip()} install '{where}[{extra}]'"
+        # Editable, as `make` installs it: a copy would hide later changes to the sources.
+        return f"{_pip()} install -e '{where}[{extra}]'"
+    try:
+        lines = requires(DISTRIBUTION) or []
+    except PackageNotFoundError:  # the sources lie on the path, without being installed
+        return f"its packages are those of the extra `{extra}` in pyproject.toml"
     condition = f'extra == "{extra}"'
-    lines = [line.partition(";") for line in requires(DISTRIBUTION) or ()]
-    packages = [shlex.quote(name.strip()) for name, _, marker in lines if condition in marker]
+    parts = [line.partition(";") for line in lines]
+    packages = [shlex.quote(name.strip()) for name, _, marker in parts if condition in marker]
     return f"{_pip()} install {' '.join(packages)}"
 
 
