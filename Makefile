@@ -7,7 +7,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format typecheck results setup clean
+.PHONY: help demo test lint format typecheck package results setup clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -30,6 +30,11 @@ format: .venv/.setup-stamp ## rewrite the sources in the house style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
+package: .venv/.setup-stamp ## build sdist and wheel, and run the wheel's demo in a fresh environment
+	@rm -rf dist
+	@$(PY) -m build --quiet --no-isolation
+	@$(PY) tools/try_wheel.py dist/*.whl
+
 results: export GOMP_SPINCOUNT ?= 2000# as the dmax command sets it
 results: .venv/.setup-stamp ## train and measure everything under docs/results again; hours, goes on where it stopped
 	@$(PY) bench/ablation_training.py
@@ -45,10 +50,13 @@ clean: ## remove .venv, caches and build products
 .venv/.core-stamp: pyproject.toml tools/install_torch.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'error: dmax needs Python 3.11 or newer as `$(PYTHON)`; name another with `make PYTHON=python3.12`' >&2; exit 1; }
-	@test -x $(PY) || { echo 'creating .venv'; $(PYTHON) -m venv .venv; }
+	@test -x $(BIN)/pip || { echo 'creating .venv'; $(PYTHON) -m venv .venv; } || { \
+	  echo 'error: `$(PYTHON)` cannot make an environment; on Debian and Ubuntu install the package' \
+	  'python3-venv, or name another Python with `make PYTHON=python3.12`' >&2; exit 1; }
 	@echo 'installing PyTorch and dmax; the first time takes a few minutes'
 	@$(PY) tools/install_torch.py --reuse $(PYTHON)
-	@$(PY) -m pip install -qq -e .
+	@$(PY) -m pip install -qq -e . || { \
+	  echo 'error: pip could not install what dmax needs; is there a network, or a mirror for pip?' >&2; exit 1; }
 	@touch $@
 
 .venv/.setup-stamp: .venv/.core-stamp
