@@ -86,9 +86,10 @@ def generate(
 ) -> None:
     """Complete one or more prompts.
 
-    Example: dmax generate --model tiny-dmax "Jack starts the week with 8 mugs. Later Jack hands 2
-    mugs to a teacher. Jack throws away 4 broken mugs. A friend gives Jack 5 more mugs. Jack wins 6
-    mugs in a game. Jack receives 4 mugs as a present. How many mugs does Jack end up with?"
+    Example: dmax generate "Jack starts the week with 8 mugs.
+    Later Jack hands 2 mugs to a teacher. Jack throws away 4 broken mugs.
+    A friend gives Jack 5 more mugs. Jack wins 6 mugs in a game.
+    Jack receives 4 mugs as a present. How many mugs does Jack end up with?"
     """
     from dmax.llm import LLM
 
