@@ -118,6 +118,16 @@ def test_shown_commands_can_be_read(page: Path) -> None:
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shown_targets_and_scripts_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE)
+    assert set(targets) <= set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    scripts = re.findall(r"(?:^|`)(?:\S*/)?python ([\w/]+\.py)", text, flags=re.MULTILINE)
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
 @needs_readme
 @needs_models
 def test_python_blocks_run_and_print_what_is_written_below(
