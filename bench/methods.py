@@ -48,6 +48,10 @@ CURVES = (
 )
 
 
+OURS = "SPD (DMax)"
+AGAINST = "threshold (LLaDA-2.0)"
+
+
 def page(record: dict[str, Any]) -> str:
     """The table of all points, Markdown."""
     points = record["points"]
@@ -102,8 +106,8 @@ def main() -> None:
         open_model=lambda name: LLM(name, max_batch_size=64, dtype="bfloat16"),
         report=lambda line: print(line, flush=True),
     )
-    draw(record, options.output / "methods.svg")
-    draw(record, options.output / "methods-cost.svg", x="tokens_per_position")
+    for name, x in (("methods.svg", "tpf"), ("methods-cost.svg", "tokens_per_position")):
+        draw(record, options.output / name, x, ours=OURS, against=AGAINST)
     write_atomically(options.output / "methods.md", page(record))
 
 

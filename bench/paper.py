@@ -694,7 +694,8 @@ def main() -> None:
     shown = [
         p for p in decoding["points"] if "block" not in p["label"] and "top-k" not in p["label"]
     ]
-    draw({**decoding, "points": shown}, output / "decoding.svg")
+    picture = output / "decoding.svg"
+    draw({**decoding, "points": shown}, picture, ours="DMax, SPD", against="base, threshold")
     write_atomically(output / "README.md", page(results))
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     )
     if options.plot:
         drawn = [point for point in record["points"] if point["label"] in DRAWN]
-        draw({**record, "points": drawn}, options.plot)
+        draw({**record, "points": drawn}, options.plot, ours="DMax, SPD", against="base, threshold")
     print(json.dumps(record))
 
 

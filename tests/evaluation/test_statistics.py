@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dmax.evaluation.statistics import accuracy_under_parallelism, wilson_interval
+from dmax.evaluation.statistics import accuracy_under_parallelism, sign_test, wilson_interval
 
 COUNTS = [(0, 1), (1, 1), (1, 2), (0, 50), (50, 50), (3, 7), (187, 200), (999, 1000)]
 
@@ -43,6 +43,12 @@ def test_failures_mirror_successes_and_more_examples_narrow_it(correct: int, tot
 
 def test_nothing_counted_says_nothing() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_the_sign_test_is_exact() -> None:
+    assert sign_test(0, 0) == sign_test(1, 1) == sign_test(3, 3) == 1.0
+    assert sign_test(0, 5) == sign_test(5, 0) == pytest.approx(2 / 2**5)
+    assert sign_test(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
 
 
 # Figure 4 of the DMax paper, (TPF, accuracy): the base model, DMax, and the AUP of Table 1 for

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, InputError, strategies
 from dmax.decoding import get_strategy
-from dmax.evaluation.plots import draw, page
-from dmax.evaluation.statistics import aup_table, pareto
+from dmax.evaluation.labels import along, place_labels
+from dmax.evaluation.plots import draw, looks
+from dmax.evaluation.report import page
+from dmax.evaluation.statistics import (
+    aup_table,
+    careful_base,
+    furthest_at_best,
+    our_curve,
+    pareto,
+)
 from dmax.evaluation.sweep import Curve, check_folder, curves_of, parse_grid, run_sweep
 from dmax.tasks import Example
 
@@ -160,34 +172,37 @@ def test_a_file_of_something_else_is_refused(content: str, opened: Any, tmp_path
     assert (tmp_path / "x.json").read_text() == content
 
 
-def point(label: str, tpf: float, accuracy: float) -> dict[str, Any]:
+def point(label: str, tpf: float, accuracy: float, **more: Any) -> dict[str, Any]:
     return {
-        **{
-            "label": label,
-            "knob": "threshold",
-            "value": 0.5,
-            "correct": round(accuracy * 200),
-            "total": 200,
-        },
-        **{
-            "accuracy": accuracy,
-            "interval": [accuracy - 0.02, min(accuracy + 0.02, 1.0)],
-            "tpf": tpf,
-        },
-        **{"tpf_paper": tpf, "tokens_per_second": 10.0},
+        "label": label,
+        "model": label,
+        "made_for": None,
+        "strategy": "threshold",
+        "knob": "threshold",
+        "value": 0.5,
+        "correct": round(accuracy * 200),
+        "total": 200,
+        "accuracy": accuracy,
+        "interval": [max(accuracy - 0.02, 0.0), min(accuracy + 0.02, 1.0)],
+        "tpf": tpf,
+        "tpf_paper": tpf,
+        "tokens_per_second": 10.0,
+        "batch_size": 32,
+        **more,
     }
 
 
-RECORD = {
+NEW: dict[str, Any] = {"made_for": "spd", "strategy": "spd"}
+RECORD: dict[str, Any] = {
     "task": "echo <i>",
     "limit": 1000,  # more than the task has
     "seed": 7,
     "environment": {"cpu": "a & b"},
     "points": [
-        point("base", 2.0, 0.92),
+        point("new", 2.0, 0.91, **NEW),
+        point("new", 5.0, 0.92, **NEW),
+        point("base", 2.0, 0.92, value=0.95),
         point("base", 4.0, 0.5),
-        point("new", 2.0, 0.91),
-        point("new", 5.0, 0.92),
     ],
 }
 
@@ -205,13 +220,47 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
 
 def test_aup_of_every_curve() -> None:
-    base, new = aup_table(RECORD)
-    assert (base["label"], new["label"]) == ("base", "new")
-    assert (
-        base["aup"] == base["aup_paper"] == pytest.approx(2 * 92)
-    )  # its second point is below both floors
+    new, base = aup_table(RECORD)
+    assert (new["label"], base["label"]) == ("new", "base")
+    # The second point of the base is below both floors.
+    assert base["aup"] == base["aup_paper"] == pytest.approx(2 * 92)
     assert new["aup"] > base["aup"]
     assert aup_table({"points": []}) == []
+
+
+def test_aup_of_the_paper_starts_from_the_base_decoded_carefully() -> None:
+    found = careful_base(RECORD["points"])
+    assert found is not None and (found["label"], found["value"]) == ("base", 0.95)
+    # The order of the curves, and a DMax model decoded by threshold, have no say.
+    dmax_by_threshold = point("new, threshold", 2.0, 0.99, value=1.0, made_for="spd")
+    assert careful_base([dmax_by_threshold, *RECORD["points"]]) == found
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        RECORD["points"][:2],  # no base model
+        RECORD["points"][:2] + [point("base", 4.0, 0.5)],  # one, but not decoded carefully
+        RECORD["points"] + [point("other", 2.0, 0.7, value=0.95)],  # which of the two?
+        [{k: v for k, v in p.items() if k != "made_for"} for p in RECORD["points"]],  # an old file
+    ],
+)
+def test_without_a_careful_base_there_is_no_aup_of_the_paper(points: list[dict[str, Any]]) -> None:
+    assert careful_base(points) is None
+    assert all(row["aup_paper"] is None and row["aup"] > 0 for row in aup_table({"points": points}))
+    text = page({**RECORD, "points": points}, "title")
+    assert "There is none as in the paper" in text and "none</td>" in text
+
+
+def test_dmax_is_the_best_curve_decoded_by_spd() -> None:
+    worse = point("base, spd", 1.0, 0.2, strategy="spd")
+    assert our_curve([worse, *RECORD["points"]]) == "new"
+    assert our_curve(RECORD["points"][2:]) is None
+
+
+def test_accuracy_is_kept_as_far_as_the_interval_of_the_best_reaches() -> None:
+    curve = [point("a", 1, 0.9), point("a", 2, 0.89), point("a", 3, 0.5)]
+    assert furthest_at_best(curve)["tpf"] == 2
 
 
 def test_plots_are_pictures_and_the_same_each_time(tmp_path: Path) -> None:
@@ -222,16 +271,141 @@ def test_plots_are_pictures_and_the_same_each_time(tmp_path: Path) -> None:
         element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text
     }
     assert {"base", "new", "tokens per forward (TPF)", "correct answers, % of 200"} <= texts
+    assert "new: 92 % correct up to 5 tokens per forward" in texts  # the title says what is seen
+    assert "base: 92 % correct up to 2 tokens per forward" in texts
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="nothing was measured"):
         draw({**RECORD, "points": []}, tmp_path / "d.svg")
 
 
-def test_the_page_is_whole_and_escapes_what_it_shows() -> None:
+def test_our_curve_stands_out_and_no_line_looks_like_another() -> None:
+    labels = [f"method {number}" for number in range(25)]
+    found = looks(labels, "method 7")
+    ours = found.pop("method 7")
+    assert ours.dashes == () and ours.colour not in {look.colour for look in found.values()}
+    assert ours.width > 2 * max(look.width for look in found.values())
+    assert len({look.dashes for look in found.values()}) == 24
+    assert all(look.dashes for look in found.values())
+
+    def lightness(colour: str) -> float:
+        red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+        return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
+
+    others = [lightness(look.colour) for look in found.values()]
+    assert lightness(ours.colour) < min(others) - 0.25  # in greyscale too
+
+
+def test_labels_of_twenty_curves_do_not_overlap() -> None:
+    generator = np.random.default_rng(0)
+    anchors = 300 + 60 * generator.standard_normal((20, 2))  # a crowd
+    sizes = np.stack((generator.uniform(40, 150, 20), np.full(20, 12.0)), axis=1)
+    lowest, highest = np.array((0.0, 0.0)), np.array((900.0, 600.0))
+    corners = place_labels(anchors, sizes, along([anchors], 6.0), lowest, highest)
+    assert (corners >= lowest).all() and (corners + sizes <= highest).all()
+    for one in range(20):
+        for other in range(one):
+            apart = (corners[one] >= corners[other] + sizes[other]) | (
+                corners[other] >= corners[one] + sizes[one]
+            )
+            assert apart.any(), (one, other)
+
+
+class Parsed(HTMLParser):
+    """What a page links to, and its tables as rows of texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.values: list[str] = []
+        self.captions = 0
+        self.is_in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [
+            value or "" for name, value in attrs if name in {"href", "src"} and tag != "use"
+        ]
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+            self.is_in_cell = True
+        self.captions += tag == "caption"
+        self.values += [value or "" for name, value in attrs if name == "data-value"]
+
+    def handle_data(self, data: str) -> None:
+        if self.is_in_cell:
+            self.tables[-1][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_in_cell &= tag not in {"td", "th"}
+
+
+def test_the_page_stands_alone_and_its_numbers_have_captions_and_units() -> None:
     text = page(RECORD, "a < b")
-    assert "<title>a &lt; b</title>" in text and "echo &lt;i&gt;" in text and "a &amp; b" in text
-    assert text.count("<svg") == 1 and "http-equiv" not in text and "<script" not in text
-    assert "90.0 % to 94.0 %" in text and "184" in text and "200 examples" in text
+    seen = Parsed(text)
+    assert text.count("<svg") == 1 and "http-equiv" not in text and "@import" not in text
+    assert all(address.startswith("#") for address in seen.addresses)
+    areas, points, _ = seen.tables
+    assert seen.captions == 3
+    assert areas[1][0] == "new" and areas[2] == ["base", "184", "184"]
+    assert all("% × tokens per forward" in heading for heading in areas[0][1:])
+    assert points[3][:4] == ["base", "threshold 0.95", "92.0 (184/200)", "90.0 to 94.0"]
+    assert "tokens per forward" in points[0][4] and "tokens/s" in points[0][6]
+    assert "92.0 % (base, threshold 0.95)" in text and "at batch size 32" in text
+    assert "200 examples" in text
+
+
+def test_the_page_escapes_what_it_shows() -> None:
+    hostile = "<script>alert(1)</script>"
+    points = [{**p, "label": hostile} for p in RECORD["points"][:1]]
+    text = page({**RECORD, "points": points}, hostile)
+    assert "<script>alert" not in text and text.count("<script") == 1
+    assert "echo &lt;i&gt;" in text and "a &amp; b" in text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the script")
+def test_the_script_sorts_numbers_as_numbers(tmp_path: Path) -> None:
+    text = page(RECORD, "title")
+    script = text[text.index("<script>") + len("<script>") : text.rindex("</script>")]
+    (tmp_path / "sort.js").write_text(f"{FAKE_PAGE}\n{script}\n{PRESSES}")
+    done = subprocess.run(
+        ["node", str(tmp_path / "sort.js")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {
+        "rising": ["2", "10", "100"],
+        "falling": ["100", "10", "2"],
+        "marks": [None, "descending"],
+    }
+
+
+# As much of a page as the script touches: one table with a column of names and one of numbers.
+FAKE_PAGE = """
+const element = (more) => ({ attributes: {}, childNodes: [], append() {}, ...more,
+  getAttribute(name) { return this.attributes[name] ?? null; },
+  setAttribute(name, value) { this.attributes[name] = value; },
+  removeAttribute(name) { delete this.attributes[name]; } });
+const rows = [["b", "10"], ["c", "2"], ["a", "100"]].map((row) => ({
+  cells: row.map((value) => ({ dataset: { value } })) }));
+const body = { rows, append(...sorted) { this.rows = sorted; } };
+const headings = [element({}), element({})];
+const presses = [];
+const table = { tHead: { rows: [{ cells: headings }] }, tBodies: [body] };
+globalThis.document = { querySelectorAll: () => [table],
+  createElement: () => element({ addEventListener: (_, press) => presses.push(press) }) };
+"""
+PRESSES = """
+const shown = () => body.rows.map((row) => row.cells[1].dataset.value);
+presses[0]();
+presses[1]();
+const rising = shown();
+presses[1]();
+const marks = headings.map((heading) => heading.getAttribute("aria-sort"));
+console.log(JSON.stringify({ rising, falling: shown(), marks }));
+"""
 
 
 def test_accuracy_may_be_drawn_over_what_a_position_yields(tmp_path: Path) -> None:
@@ -239,9 +413,7 @@ def test_accuracy_may_be_drawn_over_what_a_position_yields(tmp_path: Path) -> No
         p | {"generated_tokens": 100, "num_positions": 400 * (1 + i)}
         for i, p in enumerate(RECORD["points"])
     ]
-    many = [
-        p | {"label": f"{p['label']} {i}"} for p in points for i in range(6)
-    ]  # the legend moves beside the plot
+    many = [p | {"label": f"{p['label']} {i}"} for p in points for i in range(6)]
     draw({**RECORD, "points": many}, tmp_path / "a.svg", x="tokens_per_position")
     texts = {
         element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text

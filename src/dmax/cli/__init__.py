@@ -391,7 +391,8 @@ def sweep(
 
     Example: dmax sweep --model tiny-base --model tiny-dmax --output runs/sweep
     """
-    from dmax.evaluation.plots import draw, page
+    from dmax.evaluation.plots import draw
+    from dmax.evaluation.report import page
     from dmax.evaluation.sweep import check_folder, curves_of, parse_grid, run_sweep
     from dmax.files import write_atomically
     from dmax.hub import find_folder

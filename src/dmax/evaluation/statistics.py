@@ -11,6 +11,8 @@ Point = dict[str, Any]
 """One measured point: label, model, strategy, knob, value, figures and parameters."""
 SweepRecord = dict[str, Any]
 """A sweep as its file has it: what was asked, the environment, and the points."""
+CAREFUL = 0.9  # threshold from which decoding counts as careful
+PAPER_MARGIN = 10.0  # points of accuracy below the base model's that still count in the paper
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -22,6 +24,16 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / total / 4) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """How likely a difference as large is by chance: exact, two-sided, ties left out.
+
+    On questions that two methods answered differently it is McNemar's exact test.
+    """
+    total = wins + losses
+    tail = sum(math.comb(total, count) for count in range(min(wins, losses) + 1)) / 2**total
+    return min(1.0, 2 * tail)
 
 
 def accuracy_under_parallelism(
@@ -72,23 +84,59 @@ def pareto(points: Sequence[Point], x: str = "tpf") -> list[Point]:
     return front[::-1]
 
 
-def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
-    """`label`, `aup` and `aup_paper` of every curve.
+def furthest_at_best(curve: Sequence[Point], x: str = "tpf") -> Point:
+    """The point of largest `x` whose accuracy lies within the interval of the curve's best one."""
+    best = max(curve, key=lambda point: point["accuracy"])
+    low, _ = best["interval"]
+    kept = [point for point in curve if point["accuracy"] >= low]
+    return max(kept, key=lambda point: point[x], default=best)
 
-    `aup` is as d3LLM defines it, `aup_paper` as the figures of the DMax paper follow from. The base
-    model's accuracy in the latter is the most careful point of the first curve.
+
+def our_curve(points: Sequence[Point]) -> str | None:
+    """Label of the curve that shows DMax: of all decoded by SPD the one of largest AUP, if any."""
+    areas = {row["label"]: row["aup"] for row in aup_table({"points": points})}
+    by_spd = {point["label"] for point in points if point.get("strategy") == "spd"}
+    return max(by_spd, key=lambda label: (areas[label], label), default=None)
+
+
+def careful_base(points: Sequence[Point]) -> Point | None:
+    """The base model decoded carefully: by threshold, at the highest one, `CAREFUL` or more.
+
+    A base model is one that was not made for SPD. None if there is no such point, if points do not
+    say what their model was made for, or if there are several base models.
+    """
+    candidates = [
+        point
+        for point in points
+        if point.get("strategy") == "threshold"
+        and point.get("made_for", "spd") != "spd"
+        and point["value"] >= CAREFUL
+    ]
+    if len({point["model"] for point in candidates}) != 1:
+        return None
+    return max(candidates, key=lambda point: point["value"])
+
+
+def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
+    """`label`, `aup` and `aup_paper` of every curve, in percent times tokens per forward.
+
+    `aup` is as d3LLM defines it, `aup_paper` as the figures of the DMax paper follow from. The
+    latter takes the accuracy of `careful_base`; without one it is None.
     """
     curves: dict[str, list[tuple[float, float]]] = {}  # (TPF, accuracy in percent) by label
     for point in record["points"]:
         curve = curves.setdefault(point["label"], [])
         curve.append((point["tpf"], 100 * point["accuracy"]))
-    if not curves:
-        return []
-    best = max(accuracy for curve in curves.values() for _, accuracy in curve)
-    _, base = min(next(iter(curves.values())))
+    best = max((accuracy for curve in curves.values() for _, accuracy in curve), default=0.0)
+    base = careful_base(record["points"])
+    yardstick = 100 * base["accuracy"] if base else 0.0
     table = []
     for label, curve in curves.items():
         aup = accuracy_under_parallelism(curve, best=best) if best else 0.0
-        paper = accuracy_under_parallelism(curve, best=base, floor=base - 10) if base else 0.0
+        paper = (
+            accuracy_under_parallelism(curve, best=yardstick, floor=yardstick - PAPER_MARGIN)
+            if yardstick
+            else None
+        )
         table.append({"label": label, "aup": aup, "aup_paper": paper})
     return table

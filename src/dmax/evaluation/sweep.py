@@ -196,7 +196,7 @@ def run_sweep(
             for value in _values_left(record, curve, weights):
                 params = curve.params(value, length)
                 summary, _ = evaluate(llm, task, params, limit=limit, seed=seed, model_name=model)
-                point = _point(curve, value, summary)
+                point = _point(curve, value, summary, llm.checkpoint.decoding)
                 record["points"].append(point)
                 record["environment"] = environment(llm.model.device)
                 write_atomically(output, json.dumps(record, indent=1) + "\n")
@@ -240,12 +240,13 @@ def _by_model(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
         yield model, [curve for curve in curves if curve.model == model]
 
 
-def _point(curve: Curve, value: float, summary: Summary) -> Point:
+def _point(curve: Curve, value: float, summary: Summary, made_for: str | None) -> Point:
     measured = as_record(summary)
     params = asdict(curve.params(value, max_new_tokens=1))
     return {
         "label": curve.label,
         "model": curve.model,
+        "made_for": made_for,
         "strategy": curve.strategy,
         "knob": curve.knob,
         "value": value,
