@@ -42,8 +42,11 @@ def console(*, stderr: bool = False) -> Console:
     return target
 
 
-def show(table: Table, target: Console) -> None:
-    """Print a table: columns of figures to the right, words to the left."""
+def show(table: Table, target: Console, machine: str = "") -> None:
+    """Print a table, what its figures mean and the machine they were measured on.
+
+    Columns of figures stand to the right, words to the left.
+    """
     grid = Grid(title=table.title, title_justify="left", title_style="bold")
     for heading in table.cells[0] if table.cells else ():
         column = [cells[heading] for cells in table.cells]
@@ -53,15 +56,19 @@ def show(table: Table, target: Console) -> None:
         grid.add_row(*cells.values())
 
     target.print(grid, highlight=False)
-    if table.note:
-        target.print(table.note, style="dim", highlight=False)
+    caption = " ".join(part for part in (table.note, machine and f"Machine: {machine}.") if part)
+    if caption:
+        target.print(caption, style="dim", highlight=False)
 
 
 def figure(value: Spread | float | None, form: str) -> str:
-    """A number as a cell shows it, a spread as its median with the lowest and the highest."""
+    """A number as a cell shows it, a spread as its median with the lowest and the highest.
+
+    Where these look the same, as after a single round, the median stands alone.
+    """
     if value is None:
         return MISSING
     if isinstance(value, Mapping):
         median, low, high = (format(value[key], form) for key in ("median", "low", "high"))
-        return f"{median} ({low} to {high})"
+        return median if low == high else f"{median} ({low} to {high})"
     return format(value, form)

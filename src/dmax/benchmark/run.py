@@ -72,8 +72,9 @@ def record_tables(
         "notes": {},
     }
     console.print(headline(record["environment"]), highlight=False)
+    console.print("measuring ...", highlight=False)
     for table in tables:
-        show(table, console)
+        show(table, console, hardware(record["environment"]))
         record[table.name] = list(table.rows)
         record["notes"][table.name] = table.note
         if output is not None:
@@ -90,8 +91,12 @@ def command(arguments: Sequence[str]) -> str:
     return " ".join([name, *rest])
 
 
+def hardware(record: Row) -> str:
+    """What computed."""
+    return str(record.get("gpu") or f"{record['cpu']}, threads: {record['threads']}")
+
+
 def headline(record: Row) -> str:
     """Hardware and versions in one line."""
-    hardware = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
     versions = ", ".join(f"{name} {record[name]}" for name in ("dmax", "torch", "transformers"))
-    return f"{hardware}; {versions}; commit {record['commit'] or 'unknown'}"
+    return f"{hardware(record)}; {versions}; commit {record['commit'] or 'unknown'}"
