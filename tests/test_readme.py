@@ -201,7 +201,7 @@ def readable(wording: str) -> str:
 def thresholds() -> set[float]:
     """Every threshold that the README names: in its table and in the rows of the demo."""
     rows = re.findall(r"^\|.*\| (0\.\d+) \|.*/500", README, flags=re.MULTILINE)
-    rows += re.findall(r"(?:threshold|soft) +(0\.\d+)", README)
+    rows += re.findall(r"^(?:base|DMax).* (0\.\d+) +\d+/32 ", README, flags=re.MULTILINE)
     return {float(row) for row in rows}
 
 
