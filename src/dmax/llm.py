@@ -132,7 +132,8 @@ class LLM:
             InputError: as `generate`.
         """
         (request,) = self._requests([prompt], params)
-        for event in self._engine(request.params).run([request], provisional=True):
+        asked = replace(request, provisional=True)
+        for event in self._engine(request.params).run([asked]):
             yield self.event(request, event)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:

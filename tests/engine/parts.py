@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,10 +103,14 @@ def result(event: StreamEvent) -> GenerationOutput:
     return event.output
 
 
+def results(events: Iterable[StreamEvent]) -> dict[int, GenerationOutput]:
+    """Outputs by request; raises the error of one that failed."""
+    return {event.index: result(event) for event in events if event.kind == "finished"}
+
+
 def run(engine: Engine, *requests: Request) -> dict[int, GenerationOutput]:
     """Outputs by request; raises the error of one that failed."""
-    events = list(engine.run(requests))
-    return {event.index: result(event) for event in events if event.kind == "finished"}
+    return results(engine.run(requests))
 
 
 def drain(engine: Engine) -> dict[int, GenerationOutput]:
@@ -114,7 +118,7 @@ def drain(engine: Engine) -> dict[int, GenerationOutput]:
     events = list[StreamEvent]()
     while engine.is_busy():
         events += engine.step()
-    return {event.index: result(event) for event in events if event.kind == "finished"}
+    return results(events)
 
 
 def random_prompts(*lengths: int, shared: int = 0) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from parts import (
     COUNT,
     EOS,
     L,
+    V,
     confident,
     drain,
     engine_of,
     random_prompts,
     request,
+    results,
     run,
     scripted,
 )
@@ -61,12 +64,13 @@ def test_requests_join_at_any_step_and_free_their_slot_at_once() -> None:
 def test_a_long_prompt_is_encoded_between_the_steps_of_others() -> None:
     table = confident([1] * 160, 0.6)
     engine = scripted(table, max_batch_size=2, max_length=160, prefill_tokens=2 * L)
-    engine.add(request((1,) * 3, 0, strategy="autoregressive", max_new_tokens=2 * L))
+    shown = request((1,) * 3, 0, strategy="autoregressive", max_new_tokens=2 * L)
+    engine.add(replace(shown, provisional=True))
     engine.step()
     engine.add(request((1,) * (12 * L), 1, max_new_tokens=L))
     for round_ in (1, 2, 3):
         # A chunk of two blocks a round, and a step of the first request each time.
-        (event,) = engine.step(provisional=True)
+        (event,) = engine.step()
         assert (event.index, event.step) == (0, 1 + round_)
         assert engine.runner.cache.lengths[1] == round_ * 2 * L
     output = drain(engine)[1]
@@ -151,7 +155,7 @@ def test_a_run_that_is_given_up_leaves_nothing_behind() -> None:
     table = confident(COUNT * 5, 0.6)
     engine = scripted(table, max_batch_size=1)
     requests = [request((1,), index) for index in range(3)]
-    for event in engine.run(requests, provisional=True):
+    for event in engine.run([replace(each, provisional=True) for each in requests]):
         assert event.index == 0
         break
     assert not engine.is_busy()
@@ -208,14 +212,45 @@ def test_branches_of_a_block_count_against_the_plan() -> None:
         engine.add(request((1,), 1, max_new_tokens=4 * L - 1, strategy="lopa", options=options))
 
 
-def test_a_busy_engine_without_a_plan_refuses_what_does_not_fit() -> None:
-    engine = scripted(confident(COUNT * 9))
-    engine.add(request((1,), 0, max_new_tokens=L))
-    with pytest.raises(InputError, match="while others are running"):
-        engine.add(request((1,), 1, max_new_tokens=4 * L))
-    drain(engine)
-    engine.add(request((1,), 1, max_new_tokens=4 * L))
-    assert len(drain(engine)[1].token_ids) == 4 * L
+@pytest.mark.parametrize("strategy", ["spd", "threshold", "iter_smooth", "mbd", "lopa"])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_memory_grows_under_requests_in_progress(
+    strategy: str, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First for more sequences, then for a longer one; none of them notices."""
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder([]))
+    table = torch.randn(128, V, generator=torch.Generator().manual_seed(0))
+    settings = {"strategy": strategy, "threshold": 0.4, "max_new_tokens": 4 * L, "ignore_eos": True}
+    requests = [
+        request((1,) * length, index, **settings)
+        for index, length in enumerate((5, 3, 9, 70, 1, 2))
+    ]
+    alone = {each.index: run(scripted(table, react=3.0), each)[each.index] for each in requests}
+    engine = scripted(table, react=3.0, cuda_graphs=cuda_graphs, max_batch_size=5)
+    outputs: dict[int, GenerationOutput] = {}
+    sizes = []
+    for each in requests:
+        engine.add_all([each])
+        cache = engine.runner.cache
+        sizes.append((len(cache.lengths) - cuda_graphs, cache.capacity >= 70 + 4 * L))
+        for _ in range(2):
+            outputs |= results(engine.step())
+    assert outputs | drain(engine) == alone
+    assert sizes == [(1, False), (2, False), (4, False), (4, True), (5, True), (5, True)]
+
+
+@pytest.mark.parametrize("golden", ["llada2_moe_c"], indirect=True)
+def test_keys_and_values_move_along_when_memory_grows(golden: Golden) -> None:
+    _, checkpoint, _ = golden
+    params = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=48)
+    prompts = random_prompts(70, 3, 200)
+    requests = [Request(index, ids, params) for index, ids in enumerate(prompts)]
+    alone = {each.index: run(engine_of(checkpoint), each)[each.index] for each in requests}
+    engine = engine_of(checkpoint)
+    for each in requests:
+        engine.add_all([each])
+        assert not results(engine.step())
+    assert drain(engine) == alone
 
 
 # --- shared prefixes ------------------------------------------------------------------------------

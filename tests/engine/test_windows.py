@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_no_more_blocks_are_open_than_may_be_and_none_past_the_end() -> None:
 def test_blocks_close_in_order_and_may_close_together() -> None:
     engine = scripted(table(HALF, 0.99))
     asked = request(PROMPT, strategy="d2f", threshold=0.9, options={"opens_at": 0.5})
-    *blocks, _ = engine.run([asked], provisional=True)
+    *blocks, _ = engine.run([replace(asked, provisional=True)])
     assert [(block.kind, block.position) for block in blocks[-2:]] == [
         ("committed", 0),
         ("committed", L),

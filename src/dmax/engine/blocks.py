@@ -64,6 +64,19 @@ class OpenBlocks:
         width = self.strategy.blocks
         return range(slot * width, (slot + 1) * width)
 
+    def grow(self, num_slots: int) -> None:
+        """Have rows for this many slots, no fewer than before; what is open stays as it is."""
+        num_rows = num_slots * self.strategy.blocks
+        self.tokens = _with_rows(self.tokens, num_rows)
+        self.masked = _with_rows(self.masked, num_rows)
+        self.active = _with_rows(self.active, num_rows)
+        self.confidence = _with_rows(self.confidence, num_rows)
+        self.step = _with_rows(self.step, num_rows)
+        self.max_steps = _with_rows(self.max_steps, num_rows)
+        self.ignores_eos = _with_rows(self.ignores_eos, num_rows)
+        for kept in (self.numbers, self.state, self.feedback):
+            kept.update({name: _with_rows(values, num_rows) for name, values in kept.items()})
+
     def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
         """Give the rows of a slot the settings of the request that has it now."""
         own = self.rows_of(slot)
@@ -182,6 +195,12 @@ class OpenBlocks:
             if name not in kept:
                 kept[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
             kept[name][rows] = value.to(kept[name].dtype)
+
+
+def _with_rows(values: Tensor, num_rows: int) -> Tensor:
+    """The same rows, and zeros after them up to `num_rows`."""
+    num_new = num_rows - len(values)
+    return torch.cat((values, values.new_zeros((num_new, *values.shape[1:]))))
 
 
 def _of_rows(tensors: State, rows: Tensor) -> State:

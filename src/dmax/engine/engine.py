@@ -8,7 +8,7 @@ block ends after at most its cap on steps; a request with broken logits ends wit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -91,6 +91,21 @@ class Engine:
         self._plan(self.options.max_batch_size, self._scheduler.positions(request))
         self._scheduler.add(request)
 
+    def add_all(self, requests: Collection[Request]) -> None:
+        """Queue requests together, all or none; memory is planned for as many as there are.
+
+        Raises:
+            InputError: one of them can never fit.
+        """
+        self.check(requests)
+        if not requests:
+            return
+        num_requests = len(self._sequences) + len(self._scheduler.waiting) + len(requests)
+        num_slots = min(self.options.max_batch_size, num_requests)
+        self._plan(num_slots, max(map(self._scheduler.positions, requests)))
+        for request in requests:
+            self._scheduler.add(request)
+
     def cancel(self, index: int) -> bool:
         """End a request at the next step; False if there is no such request, or no longer."""
         return self._scheduler.cancel(index)
@@ -100,14 +115,11 @@ class Engine:
         return bool(self._sequences or self._scheduler.waiting)
 
     @torch.inference_mode()
-    def step(self, *, provisional: bool = False) -> list[StreamEvent]:
+    def step(self) -> list[StreamEvent]:
         """Prepare, then take one step of every open block.
 
         A request that cannot go on ends with a "finished" event that carries its error; the others
         are not concerned.
-
-        Args:
-            provisional: also report every open block, at the price of copying it from the device.
         """
         events = self.prepare()
         stepped = []
@@ -124,7 +136,7 @@ class Engine:
         for sequence in stepped:
             own = list(islice(found, len(sequence.rows)))
             try:
-                for event in sequence.settle(own, provisional):
+                for event in sequence.settle(own):
                     events.append(event)
                     if event.kind == "finished":
                         self._release(sequence)
@@ -132,14 +144,11 @@ class Engine:
                 events.append(self._fail(sequence, error))
         return events
 
-    def run(
-        self, requests: Iterable[Request], *, provisional: bool = False
-    ) -> Iterator[StreamEvent]:
+    def run(self, requests: Iterable[Request]) -> Iterator[StreamEvent]:
         """Decode the requests; events of different requests interleave.
 
         Args:
             requests: any lengths, any mixture of parameters (the block length is the engine's).
-            provisional: as in `step`.
 
         Raises:
             InputError: a request that can never fit, before anything is computed.
@@ -147,17 +156,10 @@ class Engine:
         """
         if self.is_busy():
             raise ValueError("the engine is busy; `add` the requests instead")
-        requests = list(requests)
-        self.check(requests)
-        if not requests:
-            return
-        num_slots = min(self.options.max_batch_size, len(requests))
-        self._plan(num_slots, max(map(self._scheduler.positions, requests)))
-        for request in requests:
-            self._scheduler.add(request)
+        self.add_all(list(requests))
         try:
             while self.is_busy():
-                yield from self.step(provisional=provisional)
+                yield from self.step()
         finally:  # the caller may have had enough
             for sequence in list(self._sequences.values()):
                 self._release(sequence)
@@ -341,32 +343,35 @@ class Engine:
     # --- memory ---
 
     def _plan(self, num_slots: int, capacity: int) -> None:
-        """Reserve keys and values for this many sequences and positions, unless they are there.
+        """Have keys and values for this many sequences and positions.
 
-        Raises:
-            InputError: they are not there, and requests in progress hold what there is.
+        Requests in progress move along. Then the number of slots at least doubles, so that requests
+        that come one by one are not moved each time.
         """
         scheduler = self._scheduler
         if capacity <= scheduler.capacity and num_slots <= scheduler.num_slots:
             return
-        if self.is_busy():
-            raise InputError(
-                f"a request needs {capacity} positions, the engine has {scheduler.capacity} while "
-                "others are running",
-                hint="give the engine a `max_length`",
-            )
+        if self.is_busy() and num_slots > scheduler.num_slots:
+            num_slots = min(max(num_slots, 2 * scheduler.num_slots), self.options.max_batch_size)
         num_slots = max(num_slots, scheduler.num_slots)
         capacity = max(capacity, scheduler.capacity)
         use_graphs = self.options.cuda_graphs
         if use_graphs is None:
             use_graphs = self.model.get_input_embeddings().weight.is_cuda
-        self._runner = ModelRunner(
+        runner = ModelRunner(
             self.model,
             self.special_ids,
             num_slots + use_graphs,  # the last slot fills up batches
             capacity,
             compiled=self.options.compile_model,
         )
-        self._graphs = GraphedSteps(self._runner) if use_graphs else None
-        self._blocks.clear()
+        for slot in self._sequences:
+            cache = self.runner.cache
+            runner.cache.write(slot, *cache.read(slot, 0, cache.lengths[slot]))
+        used = {sequence.blocks for sequence in self._sequences.values()}
+        self._blocks = {key: kept for key, kept in self._blocks.items() if kept in used}
+        for blocks in used:
+            blocks.grow(num_slots + use_graphs)
+        self._runner = runner
+        self._graphs = GraphedSteps(runner) if use_graphs else None
         scheduler.plan(num_slots, capacity)

@@ -73,10 +73,10 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raises `InputError` for a request that can never fit."""
         if not request.prompt_ids:
-            raise InputError(f"prompt {request.index} is empty", hint="give at least one token")
+            raise InputError(f"prompt {request.number} is empty", hint="give at least one token")
         if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
             raise InputError(
-                f"prompt {request.index} holds a token id outside the vocabulary of "
+                f"prompt {request.number} holds a token id outside the vocabulary of "
                 f"{self.vocab_size}"
             )
         for needed, who, room in (
@@ -85,7 +85,7 @@ class Scheduler:
         ):
             if room is not None and needed > room:
                 raise InputError(
-                    f"prompt {request.index} has {len(request.prompt_ids)} tokens; with "
+                    f"prompt {request.number} has {len(request.prompt_ids)} tokens; with "
                     f"`max_new_tokens` {request.params.max_new_tokens} it needs {needed} "
                     f"positions, {who} {room}",
                     hint="shorten the prompt or lower `max_new_tokens` (on the command line "
@@ -95,10 +95,11 @@ class Scheduler:
     # --- who has a slot ---
 
     def plan(self, num_slots: int, capacity: int) -> None:
-        """Have this many slots, all of them free, with room for this many positions."""
+        """Have this many slots, never fewer than before, with room for this many positions."""
+        for slot in range(self.num_slots, num_slots):
+            heapq.heappush(self._free, slot)
         self.num_slots = num_slots
         self.capacity = capacity
-        self._free = list(range(num_slots))
 
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue; its deadline runs from now on."""

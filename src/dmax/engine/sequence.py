@@ -92,12 +92,11 @@ class Sequence:
 
     # --- what becomes of it after the forward ---
 
-    def settle(self, flags: Iterable[tuple[bool, ...]], provisional: bool) -> Iterator[StreamEvent]:
+    def settle(self, flags: Iterable[tuple[bool, ...]]) -> Iterator[StreamEvent]:
         """Report the open blocks, close those that are done, open the next one.
 
         Args:
             flags: six for each open block, see `dmax.engine.step.decide`.
-            provisional: also report the blocks that stay open.
 
         Returns:
             Events; the last one is "finished" if the request is over.
@@ -108,14 +107,14 @@ class Sequence:
         done, forced, capped, invalid, broken, may_open_next = zip(*flags, strict=True)
         if any(broken):
             raise InputError(
-                f"the model gave NaN logits for prompt {self.request.index}",
+                f"the model gave NaN logits for prompt {self.request.number}",
                 hint="check the checkpoint, or load it with dtype float32",
             )
         strategy = self.request.strategy
         if any(invalid):
             raise InputError(
                 f"strategy `{strategy.name}` proposed the mask token for prompt "
-                f"{self.request.index}"
+                f"{self.request.number}"
             )
         self.cost += Cost(num_forced=sum(forced))
         self.num_branches = 1 if done[0] else strategy.num_branches
@@ -127,7 +126,7 @@ class Sequence:
             if self.start >= self.end or self._stop() is not None:
                 yield self.finish()
                 return
-        if provisional:
+        if self.request.provisional:
             for row in self.rows:
                 yield self._event("provisional", row)
         self.open_next(may_open_next[-1])
