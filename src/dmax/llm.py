@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from dmax.checkpoint import Checkpoint, load_checkpoint
 from dmax.decoding import FALLBACK
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
+from dmax.engine.thread import EngineThread
 from dmax.environment import lacks_compiler, select_device, select_dtype
 from dmax.errors import InputError
 from dmax.kernels.quant import Format
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 class LLM:
     """A block-diffusion language model ready to generate.
+
+    `generate` and `stream` may be called from any number of threads at once. One thread of its own
+    runs the model, requests of all callers share its batch, and each is decoded as it would be
+    alone. The thread ends when the object is dropped.
 
     Args:
         model: a bundled name ("tiny-base", "tiny-dmax"), a folder, or a hub id.
@@ -92,7 +96,11 @@ class LLM:
         self.model = checkpoint.model
         self.tokenizer = checkpoint.tokenizer
         self.options = options
-        self._engines: dict[int, Engine] = {}  # by block length
+        self._thread = EngineThread(
+            partial(_new_engine, checkpoint, options),
+            checkpoint.special_ids.block_length,
+            checkpoint.model.device,
+        )
         self._has_told = False
 
     def generate(
@@ -113,14 +121,9 @@ class LLM:
             InputError: a prompt of no known form, one that does not fit the context, or NaN logits.
         """
         requests = self._requests(prompts, params)
-        groups: defaultdict[Engine, list[Request]] = defaultdict(list)
-        for request in requests:
-            groups[self._engine(request.params)].append(request)
-        for engine, group in groups.items():
-            engine.check(group)  # of all groups, before the first is decoded
         outputs: dict[int, GenerationOutput] = {}
-        for engine, group in groups.items():
-            for event in engine.run(group):
+        with self._thread.submit(requests) as call:
+            for event in call:
                 if event.kind == "finished":
                     outputs[event.index] = self.output(requests[event.index], event)
         return [outputs[index] for index in range(len(requests))]
@@ -128,13 +131,16 @@ class LLM:
     def stream(self, prompt: Prompt, params: DecodingParams | None = None) -> Iterator[StreamEvent]:
         """Complete one prompt, event by event; the last one is "finished" and carries the output.
 
+        The request begins with the first event that is asked for. It is decoded as fast as it can
+        be, however slowly its events are read. A stream that is closed or dropped cancels it.
+
         Raises:
             InputError: as `generate`.
         """
         (request,) = self._requests([prompt], params)
-        asked = replace(request, provisional=True)
-        for event in self._engine(request.params).run([asked]):
-            yield self.event(request, event)
+        with self._thread.submit([replace(request, provisional=True)]) as call:
+            for event in call:
+                yield self.event(request, event)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt of any form, the chat template applied to messages and texts."""
@@ -203,7 +209,7 @@ class LLM:
         return replace(params, strategy=named or FALLBACK)
 
     def engine(self, block_length: int | None = None, **options: Any) -> Engine:
-        """A new engine over this model, for servers and others who want its steps.
+        """A new engine over this model, for those who take its steps themselves, in one thread.
 
         `request` makes requests for it, `event` and `output` add text to what it gives.
 
@@ -211,11 +217,8 @@ class LLM:
             block_length: None: the checkpoint's.
             options: fields of `EngineOptions` that differ from this object's own.
         """
-        special_ids = self.checkpoint.special_ids
-        if block_length not in (None, special_ids.block_length):
-            special_ids = replace(special_ids, block_length=block_length)
         engine_options = replace(self.options, **options) if options else self.options
-        return Engine(self.model, special_ids, engine_options)
+        return _new_engine(self.checkpoint, engine_options, block_length)
 
     def event(self, request: Request, event: StreamEvent) -> StreamEvent:
         """An event of an engine with its text; raises the error of a request that failed."""
@@ -252,13 +255,6 @@ class LLM:
             )
         return list(map(self.request, range(len(prompts)), prompts, each))
 
-    def _engine(self, params: DecodingParams) -> Engine:
-        """The engine of earlier calls, with its memory and graphs, unless it is in use."""
-        length = params.block_length or self.checkpoint.special_ids.block_length
-        if length not in self._engines or self._engines[length].is_busy():
-            self._engines[length] = self.engine(length)
-        return self._engines[length]
-
     def _find_stop(self, texts: Sequence[str], token_ids: Sequence[int]) -> int | None:
         """How many tokens to keep so that their text ends in a stop text; None without one."""
 
@@ -274,3 +270,11 @@ class LLM:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _new_engine(checkpoint: Checkpoint, options: EngineOptions, block_length: int | None) -> Engine:
+    """An engine over a model; None stands for the checkpoint's own block length."""
+    special_ids = checkpoint.special_ids
+    if block_length not in (None, special_ids.block_length):
+        special_ids = replace(special_ids, block_length=block_length)
+    return Engine(checkpoint.model, special_ids, options)

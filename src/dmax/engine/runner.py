@@ -67,7 +67,8 @@ class ModelRunner:
             device=weight.device,
         )
         self.compiled = compiled
-        self._run = torch.compile(self._encode) if compiled else self._encode
+        encode = ModelRunner._encode  # not bound to `self`: the cache goes with the last reference
+        self._run = torch.compile(encode) if compiled else encode
         if compiled:  # another runner, for more or longer sequences, uses the same code
             for layer in (*self.cache.keys, *self.cache.values):
                 _mark_dynamic(layer, 0, 1)
@@ -118,7 +119,7 @@ class ModelRunner:
             _mark_dynamic(embeds, 0)
             _mark_dynamic(where, 1)
             _mark_dynamic(keys, 0)
-        hidden = self._run(embeds, where, keys, batch.in_order and not self.compiled)
+        hidden = self._run(self, embeds, where, keys, batch.in_order and not self.compiled)
         opened = hidden[-num_open:]  # [R, L, D]
 
         def best(k: int) -> Candidates:
