@@ -224,6 +224,32 @@ def test_one_call_is_scheduled_as_a_run(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert (planned, forwards) == as_run
 
 
+def test_engines_of_one_model_take_turns(
+    llm: LLM, answers: list[GenerationOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of several `LLM`s, and one that is stepped by hand."""
+    inside = list[int]()
+    forward = ModelRunner.forward
+
+    def alone(self: ModelRunner, *given: Any, **more: Any) -> Any:
+        inside.append(1)
+        assert len(inside) == 1
+        output = forward(self, *given, **more)
+        inside.clear()
+        return output
+
+    monkeypatch.setattr(ModelRunner, "forward", alone)
+    request = llm.request(0, *CASES[0])
+
+    def work(index: int) -> list[GenerationOutput]:
+        if index % 2:
+            return LLM.from_checkpoint(llm.checkpoint).generate(*CASES[0])
+        *_, last = llm.engine().run([request])
+        return [llm.output(request, last)]
+
+    assert in_threads(work) == [[answers[0]]] * NUM_THREADS
+
+
 def test_a_tokenizer_serves_many_threads(llm: LLM) -> None:
     """Also one whose file truncates, which transformers undoes at the first call."""
 

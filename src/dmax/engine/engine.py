@@ -7,10 +7,13 @@ block ends after at most its cap on steps; a request with broken logits ends wit
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,12 +36,19 @@ from dmax.special_ids import SpecialIds
 MAX_IDLE = 8
 """Open blocks of this many strategies are kept when no request uses them."""
 
+_TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+"""By model: whose step it is. A fork begins without those that were held in its parent."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TURNS.clear)
+
 
 class Engine:
     """Decodes requests with a block-diffusion model, several at a time, each as it would be alone.
 
-    `run` decodes a list of requests. A server calls `add` and `cancel` at any time, and `step` as
-    long as the engine `is_busy`.
+    `run` decodes a list of requests. Or call `add` and `cancel` at any time, and `step` as long as
+    the engine `is_busy`. All of it belongs to one thread: for several, see
+    `dmax.engine.thread.EngineThread`. Engines of one model in different threads take turns.
 
     Args:
         model: a block-causal model in eval mode (see `ModelRunner`).
@@ -114,13 +124,16 @@ class Engine:
         """Whether there is anything to do."""
         return bool(self._sequences or self._scheduler.waiting)
 
-    @torch.inference_mode()
     def step(self) -> list[StreamEvent]:
         """Prepare, then take one step of every open block.
 
         A request that cannot go on ends with a "finished" event that carries its error; the others
         are not concerned.
         """
+        with _TURNS.setdefault(self.model, threading.Lock()), torch.inference_mode():
+            return self._take_step()
+
+    def _take_step(self) -> list[StreamEvent]:
         events = self.prepare()
         stepped = []
         flags = []
