@@ -64,7 +64,7 @@ SKIPPED = (
 
 
 TRACE = """
-import json, sys
+import json, sys, threading
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 
@@ -87,8 +87,10 @@ def follow(frame, event, argument):
             classes.add(owner.__qualname__)
 
 sys.setprofile(follow)
+threading.setprofile(follow)  # of the thread that runs the model
 llm.generate("Liam has 8 apples. Liam buys 5 apples more. How many apples are there?", params)
 sys.setprofile(None)
+threading.setprofile(None)
 print(json.dumps([sorted(classes), sorted(files)]))
 """
 
