@@ -7,7 +7,6 @@ differently.
 from __future__ import annotations
 
 import copy
-import faulthandler
 import gc
 import os
 import pickle
@@ -76,14 +75,6 @@ def answers(llm: LLM) -> list[GenerationOutput]:
         *_, last = llm.engine(params.block_length).run([request])
         found.append(llm.output(request, last))
     return found
-
-
-@pytest.fixture(autouse=True)
-def _hangs_are_failures() -> Iterator[None]:
-    """A test that waits for ever ends with a traceback of all threads."""
-    faulthandler.dump_traceback_later(60, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 def in_threads(work: Callable[[int], Any], num: int = NUM_THREADS) -> list[Any]:
