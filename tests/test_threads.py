@@ -277,7 +277,8 @@ def test_a_request_that_breaks_is_the_error_of_its_own_caller(folder: Path) -> N
             llm.generate([TEXTS[0], TEXTS[1]], PARAMS)
         return None
 
-    assert in_threads(work) == [None, whole] * (NUM_THREADS // 2)
+    for _ in range(5):  # slots that held NaN are taken again
+        assert in_threads(work) == [None, whole] * (NUM_THREADS // 2)
 
 
 def test_memory_that_is_not_there_is_the_error_of_its_own_caller(

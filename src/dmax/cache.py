@@ -85,6 +85,12 @@ class BlockCache:
         for slot in slots:
             self.lengths[slot] += num
 
+    def clear(self, slot: int) -> None:
+        """Forget a slot that may hold NaN, which no mask hides: zero times NaN is NaN."""
+        for store in (*self.keys, *self.values):
+            store[slot] = 0
+        self.rollback(slot)
+
     def rollback(self, slot: int, length: int = 0) -> None:
         """Forget all but the first `length` positions of a slot; 0 makes it free for another."""
         self.lengths[slot] = min(self.lengths[slot], length)

@@ -246,6 +246,7 @@ class Engine:
         for sequence in list(self._sequences.values()):
             if reason := scheduler.ends_early(sequence.request):
                 yield sequence.finish(reason)
+                self.runner.cache.clear(sequence.slot)
                 self._release(sequence)
         for request in list(scheduler.waiting):
             if reason := scheduler.ends_early(request):
@@ -300,6 +301,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: InputError) -> StreamEvent:
         """Free a slot; the last event of a request that has no result."""
+        self.runner.cache.clear(sequence.slot)
         self._release(sequence)
         return StreamEvent("finished", "", (), index=sequence.request.index, error=error)
 
