@@ -1,9 +1,13 @@
-"""The one error type for anything a user can put right."""
+"""The one error type for anything a user can put right, and how its messages name things."""
 
 from __future__ import annotations
 
 import difflib
+import math
+import reprlib
 from collections.abc import Iterable
+
+NAME_LIMIT = 200  # characters of a name or a value in a message
 
 
 class InputError(ValueError):
@@ -30,3 +34,32 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A hint that names the choice nearest to a mistyped name; empty if none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f"did you mean `{near[0]}`?" if near else ""
+
+
+def shorten(text: str, limit: int = NAME_LIMIT) -> str:
+    """A name or a foreign text on one printable line of at most `limit` characters.
+
+    What would move a cursor or cannot be encoded (line breaks, escapes, lone surrogates) stands
+    as Python writes it.
+    """
+    start = text[: limit + 1]
+    line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in start)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def show(value: object, limit: int = NAME_LIMIT) -> str:
+    """A value as Python writes it, shortened, whatever its size and depth.
+
+    `repr` alone raises for integers of more than 4300 digits and writes lists out whole.
+    """
+    return shorten(_Bounded(limit).repr(value), limit)
+
+
+class _Bounded(reprlib.Repr):
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = limit
+
+    def repr_int(self, x: int, level: int) -> str:
+        digits = math.ceil(x.bit_length() * math.log10(2))
+        return repr(x) if digits <= self.maxlong else f"a number of {digits} digits"
