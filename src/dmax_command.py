@@ -1,12 +1,13 @@
 """The `dmax` command's first lines: settings that have to be made before torch is loaded.
 
-They belong to the command's own process, so they stand outside the package: `import dmax` loads
-torch and leaves the environment of its process alone.
+They belong to the command's own process, so they stand outside the package: `import dmax` leaves
+the environment of its process alone.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 
 def spin_briefly() -> None:
@@ -23,6 +24,9 @@ def spin_briefly() -> None:
 def main() -> None:
     """Entry point of the `dmax` command."""
     spin_briefly()
-    from dmax.cli import main as run
+    try:
+        from dmax.cli import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before or after a command, which has an end of its own
+        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ COMMANDS = {
     ),
 }
 
+HEAVY = "torch transformers numpy safetensors tokenizers huggingface_hub".split()
 NOT_BY_IMPORT = "typer rich matplotlib fastapi uvicorn datasets peft lm_eval ray".split()
 
 
@@ -124,21 +126,67 @@ def test_commands_and_their_flags() -> None:
     assert found == {name: flags.split() for name, flags in COMMANDS.items()}
 
 
+def run_python(program: str) -> str:
+    """What a new process of Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_import_is_light() -> None:
+    program = (
+        "import sys, time\n"
+        "began = time.process_time()\n"
+        "import dmax, dmax.errors, dmax.outputs, dmax.params, dmax.cli\n"
+        "seconds = time.process_time() - began\n"
+        "assert seconds < 0.5, seconds\n"
+        f"heavy = {[*HEAVY, *NOT_BY_IMPORT]!r}\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}.intersection(heavy)))"
+    )
+    assert run_python(program) == "['rich', 'typer']"  # of the command line
+
+
+def test_what_loads_torch_loads_little_else() -> None:
     # transformers imports some by itself where they are installed; what counts is what comes on top
     # of it.
-    source = Path(dmax.__file__).parents[1]
     program = (
         "import sys; import transformers, transformers.modeling_utils; before = set(sys.modules)\n"
-        f"sys.path.insert(0, {str(source)!r}); import dmax\n"
+        "from dmax import LLM\n"
         f"heavy = {['accelerate', *NOT_BY_IMPORT]!r}\n"
         "added = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(added.intersection(heavy)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    assert run_python(program) == "[]"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from transformers import AutoModelForCausalLM; import dmax",
+        # While these are imported, transformers imports its Auto classes: that is too soon for us.
+        "import dmax, transformers.models.glm4_moe.modeling_glm4_moe",
+        "import pickle; pickle.loads({config!r})",
+    ],
+)
+def test_auto_classes_give_ours_whatever_is_imported_first(folder: Path, imports: str) -> None:
+    config = pickle.dumps(LLaDA2MoeConfig.from_pretrained(folder))
+    program = (
+        f"{imports.replace('{config!r}', repr(config))}\n"
+        "import threading\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        f"load = lambda: models.append(AutoModelForCausalLM.from_pretrained({str(folder)!r}))\n"
+        "models = [AutoModelForCausalLM.from_config(AutoConfig.for_model('llada2_moe', **small))]\n"
+        "threads = [threading.Thread(target=load) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "print({type(model).__module__ for model in models}, len(models))"
     )
-    assert result.stdout.strip() == "[]", result.stderr
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 8, "pad_token_id": 0}
+    sizes = small | {"intermediate_size": 8, "moe_intermediate_size": 8, "num_experts": 8}
+    found = run_python(f"small = {sizes!r}\n{program}")
+    assert found == "{'dmax.models.llada2_moe.modeling'} 5"
 
 
 def test_auto_classes_give_ours(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """DMax: train, decode, measure and serve self-revising diffusion language models.
 
-Importing the package registers its model classes with transformers; everything else loads on first
-use.
+Everything loads on first use. transformers' Auto classes know the models of the package, whichever
+of the two is imported first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dmax.models import register as _register
+from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from dmax.decoding import strategies as strategies
@@ -31,7 +31,10 @@ _PUBLIC = {
 }
 __all__ = ["__version__", *_PUBLIC]
 
-_register()
+register_post_import_hook(
+    "dmax.models.llada2_moe.configuration:register_configuration",
+    "transformers.models.auto.configuration_auto",
+)
 
 
 def __getattr__(name: str) -> Any:

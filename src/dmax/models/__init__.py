@@ -1,33 +1,32 @@
-"""Model architectures, registered with transformers' Auto classes: no remote code is needed."""
+"""Model architectures, known to transformers' Auto classes: no remote code is needed.
+
+A configuration is registered when transformers' Auto classes are imported, before or after dmax.
+Its model follows with the first configuration that is made: until then, nothing loads torch.
+"""
 
 from __future__ import annotations
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from dmax.kernels import moe
-from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
-from dmax.models.llada2_moe.conversion import CONVERSIONS
-from dmax.models.llada2_moe.modeling import LLaDA2MoeModel, LLaDA2MoeModelLM
+if TYPE_CHECKING:
+    from dmax.models.auto import NATIVE as NATIVE
+    from dmax.models.auto import register as register
+    from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig as LLaDA2MoeConfig
+    from dmax.models.llada2_moe.modeling import LLaDA2MoeModel as LLaDA2MoeModel
+    from dmax.models.llada2_moe.modeling import LLaDA2MoeModelLM as LLaDA2MoeModelLM
 
-NATIVE = (LLaDA2MoeModelLM,)  # all other architectures go through `models.backbone`
-
-
-def register() -> None:
-    """Make `Auto*.from_pretrained` return our classes; calling it again changes nothing."""
-    moe.register()
-    AutoConfig.register(LLaDA2MoeConfig.model_type, LLaDA2MoeConfig, exist_ok=True)
-    # Merged training checkpoints name another type; the model and all that it saves have our own.
-    CONFIG_MAPPING.register("llada2_moe_veomni", LLaDA2MoeConfig, exist_ok=True)
-    AutoModel.register(LLaDA2MoeConfig, LLaDA2MoeModel, exist_ok=True)
-    AutoModelForCausalLM.register(LLaDA2MoeConfig, LLaDA2MoeModelLM, exist_ok=True)
-    register_checkpoint_conversion_mapping(LLaDA2MoeConfig.model_type, CONVERSIONS, overwrite=True)
+_PUBLIC = {
+    "NATIVE": "dmax.models.auto",
+    "LLaDA2MoeConfig": "dmax.models.llada2_moe.configuration",
+    "LLaDA2MoeModel": "dmax.models.llada2_moe.modeling",
+    "LLaDA2MoeModelLM": "dmax.models.llada2_moe.modeling",
+    "register": "dmax.models.auto",
+}
+__all__ = list(_PUBLIC)
 
 
-__all__ = [
-    "NATIVE",
-    "LLaDA2MoeConfig",
-    "LLaDA2MoeModel",
-    "LLaDA2MoeModelLM",
-    "register",
-]
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dmax.models' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
@@ -56,6 +57,15 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     block_length: int | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A configuration, also one that is unpickled; Auto classes know its model from then on.
+
+        Sooner is too soon: transformers imports its Auto classes while it defines what models
+        derive from.
+        """
+        import_module("dmax.models.auto")
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what router and attention rely on; a `ValueError` names the wrong fields."""
         for name in LLaDA2MoeConfig.__annotations__:
@@ -108,3 +118,10 @@ class LLaDA2MoeConfig(PreTrainedConfig):
         record["rope_theta"] = record["rope_parameters"]["rope_theta"]
         record["rotary_dim"] = self.rotary_dim
         return record
+
+
+def register_configuration(auto: Any) -> None:
+    """Make `AutoConfig` know the family; `auto` is the module that defines `AutoConfig`."""
+    auto.AutoConfig.register(LLaDA2MoeConfig.model_type, LLaDA2MoeConfig, exist_ok=True)
+    # Merged training checkpoints name another type; the model and all that it saves have our own.
+    auto.CONFIG_MAPPING.register("llada2_moe_veomni", LLaDA2MoeConfig, exist_ok=True)
