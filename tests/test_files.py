@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,9 +83,56 @@ def test_only_whole_lines_of_a_growing_file_count(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "one\ntwo\u2028\nthree\n"
 
 
-def test_asking_whether_a_place_can_be_written_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "a.json")
-    assert list((tmp_path / "new").iterdir()) == []
+@pytest.mark.parametrize("check", [check_writable, check_new_folder])
+def test_asking_whether_a_place_can_be_written_leaves_nothing(
+    tmp_path: Path, check: Callable[[Path], None]
+) -> None:
+    check(tmp_path / "a")
+    check(tmp_path / "new" / "deep" / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_made_with_the_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "b" / "c" / "a.json", "{}")
+    append(tmp_path / "d" / "a.jsonl", "{}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d"]
+
+
+@pytest.mark.parametrize("place", ["new/{long}/a.json", "new/{long}", "{long}", "a\0b"])
+def test_names_that_cannot_be_are_known_before_anything_is_made(tmp_path: Path, place: str) -> None:
+    path = tmp_path / place.format(long="x" * 300)
+    with pytest.raises(InputError, match="cannot write ") as caught:
+        check_writable(path)
+    assert len(str(caught.value)) < 500
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/full"), Path("/dev/null")):
+        for write in (check_writable, lambda path: write_atomically(path, "")):
+            with pytest.raises(InputError, match="it is a device or a pipe"):
+                write(path)
+    assert not Path("/dev/full").is_file()
+
+
+def test_a_full_disk_is_known_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="No space left on device"):
+        check_writable(tmp_path / "a.json")
+
+
+def test_whose_a_file_is_stands_at_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse: a terabyte of zeros
+    with pytest.raises(InputError, match="was not written by this command"):
+        check_ours(path, "a")
+    path.write_text("[" * 200_000)
+    with pytest.raises(InputError, match="was not written by this command"):
+        check_ours(path, "a")
 
 
 def test_a_place_under_a_file_cannot_be_written(tmp_path: Path) -> None:
@@ -111,9 +160,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_asking_whether_a_folder_can_be_made_leaves_nothing(tmp_path: Path) -> None:
-    check_new_folder(tmp_path / "new" / "folder")
-    assert list((tmp_path / "new").iterdir()) == []
+def test_a_folder_under_a_file_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         check_new_folder(tmp_path / "file" / "folder")

@@ -6,6 +6,7 @@ interruption or a full disk leaves what was there before.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,11 +14,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 
-from dmax.errors import InputError
+from dmax.errors import InputError, shorten
+
+LEAST_SPACE = 2**20  # bytes free on a disk that is worth beginning to write on
+LARGEST_RECORD = 2**24  # bytes that tell whose a file is
 
 
 @contextmanager
@@ -31,26 +36,49 @@ def writing(what: object) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except InputError:
+        raise
+    # A name with a NUL, or with a lone surrogate where the system takes UTF-8, is a ValueError.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(
-            f"cannot write {what}: {reason}", hint="choose another output, or free some space"
+            f"cannot write {shorten(str(what))}: {reason}",
+            hint="choose another output, or free some space",
         ) from error
 
 
 def check_writable(path: Path) -> None:
     """Make sure that a file can be made at `path`; asked before hours of computing, not after.
 
+    Nothing is left behind: the folders above `path` are made when it is written.
+
     Raises:
-        InputError: `path` is a folder, or nothing can be written beside it.
+        InputError: `path` is no file, nothing can be written there, or the disk is full.
     """
     with writing(path):
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _beside(path)
-        probe.touch()
-        probe.unlink()
+        _check_kind(path)
+        _check_place(path)
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse to replace what is not a file: a folder, a device, a pipe."""
+    if path.is_dir():
+        raise InputError(f"cannot write {shorten(str(path))}: it is a folder", hint="name a file")
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"cannot write {shorten(str(path))}: it is a device or a pipe", hint="name a file"
+        )
+
+
+def _check_place(path: Path) -> None:
+    """Make sure that `path` and the folders above it can be made; raises `OSError` if not."""
+    held = next(folder for folder in path.absolute().parents if folder.exists())
+    with TemporaryDirectory(prefix=".dmax-", dir=held) as probe:
+        place = Path(probe) / path.absolute().relative_to(held)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _beside(place).touch()
+    if shutil.disk_usage(held).free < LEAST_SPACE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def check_ours(path: Path, *keys: str) -> None:
@@ -64,11 +92,15 @@ def check_ours(path: Path, *keys: str) -> None:
     """
     if not path.exists():
         return
-    data = path.read_bytes() if path.is_file() else b"nothing that can be replaced"
+    data = b"nothing that can be replaced"
+    if path.is_file():
+        with path.open("rb") as file:
+            data = file.read(LARGEST_RECORD)
     records = [_json(text) for text in (data, data.partition(b"\n")[0])]
     if data and not any(isinstance(each, dict) and each.keys() >= set(keys) for each in records):
         raise InputError(
-            f"{path} exists and was not written by this command", hint="choose another output"
+            f"{shorten(str(path))} exists and was not written by this command",
+            hint="choose another output",
         )
 
 
@@ -78,15 +110,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         InputError: the place cannot be written, or the disk is full.
     """
-    check_writable(path)
     data = content.encode() if isinstance(content, str) else content
     partial = _beside(path)
     try:
         with writing(path):
+            _check_kind(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(data)
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def read_lines(path: Path) -> tuple[list[bytes], bytes]:
@@ -94,8 +128,13 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
 
     The rest is a line that was cut off by an interruption. Only a newline ends a line: texts may
     hold other separators. A file that does not exist has no lines.
+
+    Raises:
+        InputError: `path` is no file.
     """
-    data = path.read_bytes() if path.exists() else b""
+    with writing(path):
+        _check_kind(path)
+        data = path.read_bytes() if path.exists() else b""
     *lines, rest = data.split(b"\n")
     return lines, rest
 
@@ -128,8 +167,10 @@ def drop_unfinished_line(path: Path) -> None:
 
 def append(path: Path, text: str) -> None:
     """Write a text to the end of a file; raises `InputError` if that cannot be done."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def changes(
@@ -149,14 +190,12 @@ def changes(
 
 
 def check_new_folder(path: Path) -> None:
-    """Make sure that `new_folder` can begin at `path`; the folders above it are made.
+    """Make sure that `new_folder` can begin at `path`; nothing is left behind.
 
     Raises:
         OSError: nothing can be written beside `path`.
     """
-    probe = _beside(path)
-    probe.mkdir(parents=True)
-    probe.rmdir()
+    _check_place(path)
 
 
 @contextmanager
@@ -183,10 +222,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def read_record(path: Path) -> Any:
+    """What a JSON file of ours holds; None if it holds something else."""
+    with writing(path):
+        _check_kind(path)
+        with path.open("rb") as file:
+            return _json(file.read(LARGEST_RECORD))
+
+
 def _json(text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

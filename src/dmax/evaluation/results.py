@@ -149,7 +149,7 @@ def _read_partial(file: Path) -> tuple[dict[str, Any], list[FinishedSample]]:
         settings: dict[str, Any] = json.loads(first)["settings"]
         finished = [_finished_sample(json.loads(line)) for line in others]
         is_ours = rest.startswith(OPENING) or OPENING.startswith(rest)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_ours = False
     if not is_ours:
         raise InputError(f"{file} is not an interrupted run of dmax", hint="choose another output")

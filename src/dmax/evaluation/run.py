@@ -175,6 +175,7 @@ def evaluate(
     earlier = journal.begin(settings) if journal else []
     done = {finished.index: finished for finished in earlier}
     waiting = [index for index in range(len(examples)) if index not in done]
+    progress(len(done), len(examples))
     chunk_size = CHUNK_BATCHES * llm.options.max_batch_size
     for start in range(0, len(waiting), chunk_size):
         chunk = _decode(llm, task, params, examples, waiting[start : start + chunk_size])

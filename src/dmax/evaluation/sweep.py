@@ -13,10 +13,10 @@ from typing import Any
 
 from dmax.decoding import check_strategy
 from dmax.environment import environment, weights_digest
-from dmax.errors import InputError
+from dmax.errors import InputError, show
 from dmax.evaluation.run import Summary, evaluate
 from dmax.evaluation.statistics import Point, SweepRecord
-from dmax.files import check_writable, write_atomically
+from dmax.files import check_writable, read_record, write_atomically
 from dmax.llm import LLM
 from dmax.outputs import as_record
 from dmax.params import DecodingParams
@@ -37,6 +37,7 @@ FIGURES = (
     "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards "
     "num_prefill_forwards num_commit_forwards num_positions tokens_per_second batch_size"
 ).split()
+MOST_VALUES = 1001  # of one curve: 0:1:0.001
 RECORD = "sweep.json"
 PAGES = ("plot.svg", "plot.png", "report.html")  # what is drawn from the record
 
@@ -112,19 +113,23 @@ def parse_grid(text: str) -> tuple[float, ...]:
     """Numbers from `start:stop:step`, both ends included, or from a list `a,b,c`.
 
     Raises:
-        InputError: the text is neither, or asks for more than a thousand steps.
+        InputError: the text is neither, or asks for more than a thousand values.
     """
     try:
         if ":" in text:
             start, stop, step = (float(part) for part in text.split(":"))
             count = round((stop - start) / step)
-            if step <= 0 or not 0 <= count <= 1000:
+            if step <= 0 or not 0 <= count < MOST_VALUES:
                 raise ValueError
             return tuple(round(start + index * step, 10) for index in range(count + 1))
-        return tuple(float(part) for part in text.split(","))
-    except (ValueError, ArithmeticError):  # not a number, a step of 0, or no end
+        values = tuple(float(part) for part in text.split(","))
+        if len(values) > MOST_VALUES:
+            raise ValueError
+        return values
+    except (ValueError, ArithmeticError):  # not a number, a step of 0, or too many
         raise InputError(
-            f"cannot read the grid {text!r}", hint="write start:stop:step or a,b,c"
+            f"cannot read the grid {show(text)}",
+            hint=f"write start:stop:step or a,b,c, at most {MOST_VALUES} values",
         ) from None
 
 
@@ -156,6 +161,7 @@ def run_sweep(
     data: str | None = None,
     open_model: Callable[[str], LLM],
     report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SweepRecord:
     """Measure every point that `output` does not hold yet, and write it after each.
 
@@ -172,6 +178,7 @@ def run_sweep(
         data: name of the file of the task's rows, if it has one.
         open_model: gives the model of a name.
         report: told each point in one line.
+        progress: told how many of how many points are measured.
 
     Returns:
         The whole record, with the points that were held already.
@@ -181,19 +188,18 @@ def run_sweep(
             task, limit, seed, file or `max_new_tokens`.
     """
     length = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    header = {
-        "task": task.name,
-        "limit": limit,
-        "seed": seed,
-        "data": data,
-        "max_new_tokens": length,
-    }
+    header = dict(task=task.name, limit=limit, seed=seed, data=data, max_new_tokens=length)
     record = _read_sweep(output, header, task.max_new_tokens)
+    total = sum(len(curve.values) for curve in curves)
+    num_done = 0
+    progress(num_done, total)
     for model, own in _by_model(curves):
         llm = open_model(model)
         weights = weights_digest(llm.model)
         for curve in own:
-            for value in _values_left(record, curve, weights):
+            left = _values_left(record, curve, weights)
+            num_done += len(curve.values) - len(left)
+            for value in left:
                 params = curve.params(value, length)
                 summary, _ = evaluate(llm, task, params, limit=limit, seed=seed, model_name=model)
                 point = _point(curve, value, summary, llm.checkpoint.decoding)
@@ -201,6 +207,8 @@ def run_sweep(
                 record["environment"] = environment(llm.model.device)
                 write_atomically(output, json.dumps(record, indent=1) + "\n")
                 report(describe(point))
+                num_done += 1
+                progress(num_done, total)
     return record
 
 
@@ -209,19 +217,24 @@ def _read_sweep(output: Path, header: dict[str, Any], usual_length: int) -> Swee
     if not output.exists():
         return {**header, "environment": environment(), "points": []}
     written_later = {"data": None, "max_new_tokens": usual_length}  # older files lack them
-    try:
-        record: SweepRecord = written_later | json.loads(output.read_text(encoding="utf-8"))
-        found = {name: record[name] for name in header}
-        record["points"]  # noqa: B018  # a sweep has them
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{output} is not the record of a sweep", hint="choose another output"
-        ) from None
+    held = read_record(output)
+    if not _is_sweep(held):
+        raise InputError(f"{output} is not the record of a sweep", hint="choose another output")
+    record: SweepRecord = written_later | held
+    found = {name: record.get(name) for name in header}
     if found != header:
         raise InputError(
             f"{output} holds a sweep of {found}, not of {header}", hint="choose another output"
         )
     return record
+
+
+def _is_sweep(held: Any) -> bool:
+    """Whether this is the record of a sweep, with all that is read of its points."""
+    points = held.get("points") if isinstance(held, dict) else None
+    return isinstance(points, list) and all(
+        isinstance(point, dict) and point.keys() >= {"label", "value", *FIGURES} for point in points
+    )
 
 
 def _values_left(record: SweepRecord, curve: Curve, weights: str) -> list[float]:
