@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.extras import DISTRIBUTION
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -34,15 +34,17 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type == "cpu" and chosen.index:  # torch takes any, and there is one
+            raise RuntimeError
     except RuntimeError:
         choices = f"choose from {', '.join(DEVICES)} or, with an index, cuda:1"
         raise InputError(
-            f"unknown device {device!r}; {choices}", did_you_mean(str(device), DEVICES)
+            f"unknown device {show(device)}; {choices}", did_you_mean(str(device), DEVICES)
         ) from None
     try:
         torch.zeros(1, device=chosen).item()  # the meta device has tensors, but no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
+        reason = shorten(str(error).partition("\n")[0].rstrip(".")) or "no reason given"
         message = f"device {str(device)!r} is not available on this machine: {reason}"
         raise InputError(message, "auto takes the best device there is") from None
     return chosen
@@ -64,7 +66,7 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         if dtype in (name, known):
             return known
     raise InputError(
-        f"unknown dtype {str(dtype)!r}; choose from auto, {', '.join(DTYPES)}",
+        f"unknown dtype {show(str(dtype))}; choose from auto, {', '.join(DTYPES)}",
         did_you_mean(str(dtype), ("auto", *DTYPES)),
     )
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+# Packages that read what a user has written, by the first part of their name: what they raise is
+# about that.
+READERS = frozenset("huggingface_hub httpx jinja2 json safetensors yaml".split())
 NAME_LIMIT = 200  # characters of a name or a value in a message
 
 
@@ -28,6 +32,39 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise as `InputError` what a dependency or the system says about a user's input.
+
+    The boundary of what users call. Errors are better told where the input is read, since there it
+    is known what was expected.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = translate(error)
+        if known is None or known is error:
+            raise
+        raise known from error
+
+
+def translate(error: Exception) -> InputError | None:
+    """What an error says about a user's input or machine; None for one that is ours to mend."""
+    if isinstance(error, InputError):
+        return error
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        where = "input or output" if error.filename is None else error.filename
+        return InputError(f"{where}: {error.strerror}")
+    if isinstance(error, RecursionError):
+        return InputError("the input is nested too deeply")
+    if isinstance(error, UnicodeError):
+        return InputError(f"the input is not valid Unicode: {reason}")
+    if type(error).__module__.partition(".")[0] in READERS:
+        return InputError(f"the input cannot be read: {reason}")
+    return None
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.engine.thread import EngineThread
 from dmax.environment import lacks_compiler, select_device, select_dtype
-from dmax.errors import InputError
+from dmax.errors import InputError, translated
 from dmax.kernels.quant import Format
 from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.params import AUTO, DecodingParams, EngineOptions
@@ -49,6 +49,7 @@ class LLM:
             compiler for `compile_model`.
     """
 
+    @translated()
     def __init__(
         self,
         model: str,
@@ -103,6 +104,7 @@ class LLM:
         )
         self._has_told = False
 
+    @translated()
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -82,10 +82,10 @@ class DecodingParams:
         threshold: confidence from which a masked position is decoded, in [0, 1]; None: the
             strategy's own default (0.5 for `spd`, 0.95 for `threshold`).
         stop_confidence: a block whose every position is at least this sure is finished, in (0, 1].
-        top_k: candidates mixed into a soft input.
+        top_k: candidates mixed into a soft input, at most 1024.
         block_length: positions decoded together; None: the checkpoint's own.
         max_new_tokens: longest completion; the last block is still decoded whole.
-        temperature: 0 decodes greedily; above 0 tokens are sampled.
+        temperature: 0 decodes greedily; above 0, up to 1000, tokens are sampled.
         seed: of the sampling, below 2^63; None draws a fresh one.
         stop: texts that end the completion where they first appear. The text is cut before the stop
             text, the token ids after it.
@@ -105,10 +105,10 @@ class DecodingParams:
     strategy: str = AUTO
     threshold: float | None = number(None, high=1, optional=True)
     stop_confidence: float = number(0.9, high=1, above_low=True)
-    top_k: int = whole(1, low=1)
+    top_k: int = whole(1, low=1, high=1024)
     block_length: int | None = whole(None, low=1, optional=True)
     max_new_tokens: int = whole(256, low=1)
-    temperature: float = number(0.0)
+    temperature: float = number(0.0, high=1000)
     seed: int | None = whole(None, high=2**63 - 1, optional=True)
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False

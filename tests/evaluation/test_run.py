@@ -112,7 +112,7 @@ def test_a_sample_tells_all_about_its_completion() -> None:
 def test_progress_is_told_chunk_by_chunk_and_the_name_is_the_callers() -> None:
     told: list[tuple[int, int]] = []
     summary, _ = measure(progress=lambda done, total: told.append((done, total)), model_name="tiny")
-    assert told == [(4, 5), (5, 5)]
+    assert told == [(0, 5), (4, 5), (5, 5)]  # the total first
     assert summary.model == "tiny"
 
 

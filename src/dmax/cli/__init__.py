@@ -1,7 +1,6 @@
 """The `dmax` command: what each of its commands takes, and where its work is done.
 
-Each command imports what it needs when it runs, so that `--help` waits only for transformers.
-`import dmax` needs those seconds to make its model classes known to the Auto classes.
+Each command imports what it needs when it runs, so that `--help` waits for nothing.
 """
 
 from __future__ import annotations
@@ -10,27 +9,37 @@ import logging
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
+from dmax import extras
 from dmax.cli import options
-from dmax.cli.terminal import ConsoleHandler, console, print_json, progress_bar
-from dmax.errors import InputError
+from dmax.cli.boundary import DEBUG, Commands, keeping, run
+from dmax.cli.terminal import (
+    ConsoleHandler,
+    console,
+    doing,
+    hide_loading_bars,
+    in_words,
+    print_json,
+    print_version,
+    progress_bar,
+)
 from dmax.outputs import as_record
 
 if TYPE_CHECKING:
     from dmax.evaluation.results import ResultFiles
     from dmax.evaluation.run import Summary
+    from dmax.evaluation.statistics import SweepRecord
     from dmax.llm import LLM
     from dmax.params import DecodingParams
     from dmax.tasks import Task
 
 app = typer.Typer(
-    help="Train, decode and measure self-revising diffusion language models.",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -39,17 +48,25 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: bad input ends with one sentence on stderr and exit code 2."""
-    disable_progress_bar()  # of weight loading, which takes less time than its bar
     handler = ConsoleHandler()
     log = logging.getLogger("dmax")
     log.addHandler(handler)
+    hide_loading_bars()
     try:
-        app()
-    except InputError as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(2)
+        sys.exit(run(app, sys.argv[1:]))
     finally:
         log.removeHandler(handler)
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=print_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="show where an error comes from")] = False,
+) -> None:
+    """Train, decode and measure self-revising diffusion language models."""
 
 
 @app.command()
@@ -58,7 +75,8 @@ def demo(as_json: options.AsJson = False) -> None:
 
     Example: dmax demo
     """
-    from dmax.demo import run_demo
+    with doing("loading the bundled models"):
+        from dmax.demo import run_demo
 
     run_demo(as_json=as_json)
 
@@ -91,23 +109,25 @@ def generate(
     A friend gives Jack 5 more mugs. Jack wins 6 mugs in a game.
     Jack receives 4 mugs as a present. How many mugs does Jack end up with?"
     """
-    from dmax.llm import LLM
+    texts = options.read_prompts(prompts)
+    with doing(f"loading {model}"):
+        from dmax.llm import LLM
 
-    texts = _read_prompts(prompts)
-    params = options.decoding_params(
-        strategy=strategy,
-        threshold=threshold,
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
-        option=option,
-        block_length=block_length,
-        temperature=temperature,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos,
-    )
-    llm = LLM(model, dtype=dtype, device=device, quantization=cast(Any, quantization))
-    outputs = llm.generate(list(texts), params)
+        params = options.decoding_params(
+            strategy=strategy,
+            threshold=threshold,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            option=option,
+            block_length=block_length,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        llm = LLM(model, dtype=dtype, device=device, quantization=cast(Any, quantization))
+    with console.status("decoding …"):
+        outputs = llm.generate(list(texts), params)
     if as_json:
         records = [as_record(output) for output in outputs]
         for record, output in zip(records, outputs, strict=True):
@@ -121,20 +141,6 @@ def generate(
             f"({output.tokens_per_forward:.2f} per forward), {output.finish_reason}",
             style="dim",
         )
-
-
-def _read_prompts(given: list[str] | None) -> list[str]:
-    """The prompts of the command line, or the one on stdin."""
-    try:
-        texts = given or [sys.stdin.read().strip()]
-        "".join(texts).encode()
-    except UnicodeError:
-        raise InputError(
-            "the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
-        ) from None
-    if not all(texts):
-        raise InputError("no prompt given", hint='dmax generate "your question"')
-    return texts
 
 
 @app.command()
@@ -157,12 +163,16 @@ def train(
 
     Example: dmax train recipes/tiny_oput_soft.yaml
     """
-    from dmax.recipe.run import run_recipe
-    from dmax.recipe.sections import load_recipe
+    extras.require("accelerate", "train", "training")
+    with doing(f"reading {recipe}"):
+        from dmax.recipe.run import run_recipe
+        from dmax.recipe.sections import load_recipe
 
-    overrides = {} if max_steps is None else {"max_steps": max_steps}
-    with redirect_stdout(sys.stderr):  # the Trainer prints its log; stdout is for the result
+        overrides = {} if max_steps is None else {"max_steps": max_steps}
         checked = load_recipe(recipe, overrides)
+    kept = "checkpoints are kept, and the same command goes on from the last one"
+    # The Trainer prints its log; stdout is for the result.
+    with keeping(kept), redirect_stdout(sys.stderr):
         folder = run_recipe(checked, resume=not fresh, report=console.print)
     if as_json:
         print_json({"checkpoint": str(folder)})
@@ -176,14 +186,16 @@ def distill(
         Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")
     ],
     model: options.ModelName = "tiny-base",
-    num: Annotated[int, typer.Option(help="training problems to answer", min=1)] = 1000,
+    num: Annotated[
+        int, typer.Option(help="training problems to answer", min=1, max=options.MOST_PROBLEMS)
+    ] = 1000,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")
     ] = None,
     strategy: options.StrategyName = "threshold",
     threshold: options.Threshold = 0.95,
     max_new_tokens: options.MaxNewTokens = options.DECODING.max_new_tokens,
-    seed: Annotated[int, typer.Option(help="of the problems")] = 1,
+    seed: options.Seed = 1,
     batch_size: options.BatchSize = 64,
     dtype: options.Dtype = "auto",
     compile_model: options.CompileModel = False,
@@ -194,24 +206,30 @@ def distill(
 
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
-    from dmax.files import check_writable
-    from dmax.llm import LLM
-    from dmax.recipe.distill import distill as run_distill
-    from dmax.recipe.distill import read_prompts
-    from dmax.tasks.word_problems import problems
+    with doing(f"loading {model}"):
+        from dmax.files import check_writable
+        from dmax.llm import LLM
+        from dmax.recipe.distill import distill as run_distill
+        from dmax.recipe.distill import read_prompts
+        from dmax.tasks.word_problems import problems
 
-    if prompts:
-        questions = read_prompts(prompts)
-    else:
-        questions = [problem.question for problem in problems(num, seed=seed)]
-    params = options.decoding_params(
-        strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
-    )
-    check_writable(output)
-    llm = LLM(
-        model, dtype=dtype, device=device, max_batch_size=batch_size, compile_model=compile_model
-    )
-    with progress_bar("distilling") as progress:
+        params = options.decoding_params(
+            strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
+        )
+        check_writable(output)
+        if prompts:
+            questions = read_prompts(prompts)
+        else:
+            questions = [problem.question for problem in problems(num, seed=seed)]
+        llm = LLM(
+            model,
+            dtype=dtype,
+            device=device,
+            max_batch_size=batch_size,
+            compile_model=compile_model,
+        )
+    kept = f"finished responses are kept in {output}, and the same command goes on"
+    with keeping(kept), progress_bar("distilling", len(questions)) as progress:
         report = run_distill(llm, questions, output, params, progress=progress)
     if as_json:
         print_json({"output": str(output), **asdict(report)})
@@ -249,33 +267,38 @@ def evaluate(
 
     Example: dmax eval --model tiny-dmax --strategy spd --threshold 0.5 --limit 200 --seed 7
     """
-    from dmax.evaluation.results import ResultFiles
-    from dmax.llm import LLM
-    from dmax.tasks import get_task
+    with doing(f"loading {model}"):
+        from dmax.evaluation.results import ResultFiles
+        from dmax.llm import LLM
+        from dmax.tasks import get_task
 
-    chosen = get_task(task, data)
-    params = options.decoding_params(
-        strategy=strategy,
-        threshold=threshold,
-        max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        top_k=top_k,
-        option=option,
-        block_length=block_length,
-    )
-    files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
-    llm = LLM(
-        model,
-        dtype=dtype,
-        device=device,
-        quantization=cast(Any, quantization),
-        max_batch_size=batch_size,
-        compile_model=compile_model,
-    )
-    summary = _measure(llm, chosen, params, files, limit=limit, seed=seed, model_name=model)
+        chosen = get_task(task, data)
+        params = options.decoding_params(
+            strategy=strategy,
+            threshold=threshold,
+            max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            top_k=top_k,
+            option=option,
+            block_length=block_length,
+        )
+        files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
+        llm = LLM(
+            model,
+            dtype=dtype,
+            device=device,
+            quantization=cast(Any, quantization),
+            max_batch_size=batch_size,
+            compile_model=compile_model,
+        )
+    kept = "nothing is kept without --output"
+    if files:
+        kept = f"finished samples are kept in {files.partial}, and the same command goes on"
+    with keeping(kept):
+        summary = _measure(llm, chosen, params, files, limit=limit, seed=seed, model_name=model)
     if as_json:
         print_json(as_record(summary))
     else:
-        sys.stdout.write(_in_words(summary))
+        sys.stdout.write(in_words(summary))
 
 
 def _measure(
@@ -307,23 +330,6 @@ def _measure(
     return summary
 
 
-def _in_words(summary: Summary) -> str:
-    cost = summary.cost
-    low, high = summary.interval
-    correct = f"{summary.accuracy:.1%} ({summary.correct}/{summary.total})"
-    tokens = f"{summary.generated_tokens} tokens / {cost.num_forwards} forwards"
-    others = (
-        f"{cost.num_prefill_forwards} encoded prompts, "
-        f"{cost.num_commit_forwards} only finished blocks"
-    )
-    speed = f"{summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}"
-    return (
-        f"accuracy  {correct}, 95 % interval {low:.1%} to {high:.1%}\n"
-        f"TPF       {summary.tpf:.2f} ({tokens}; {others})\n"
-        f"speed     {speed}\n"
-    )
-
-
 @app.command()
 def bench(
     device: options.Device = "auto",
@@ -341,10 +347,13 @@ def bench(
 
     Example: dmax bench --quick
     """
-    from dmax.benchmark.report import console as open_console
-    from dmax.benchmark.run import run_benchmark
+    with doing("loading the benchmark"):
+        from dmax.benchmark.report import console as open_console
+        from dmax.benchmark.run import run_benchmark
 
-    record = run_benchmark(device, quick=quick, console=open_console(stderr=as_json), output=output)
+    console_of_tables = open_console(stderr=as_json)
+    with keeping(f"finished tables are in {output}" if output else "nothing is kept"):
+        record = run_benchmark(device, quick=quick, console=console_of_tables, output=output)
     if as_json:
         print_json(record)
 
@@ -357,7 +366,9 @@ def lm_eval(context: typer.Context) -> None:
 
     Example: dmax lm_eval --model dmax --model_args pretrained=tiny-dmax,threshold=0.5 --tasks gsm8k
     """
-    from dmax.evaluation.harness import main as run_lm_eval
+    extras.require("lm_eval", "eval", "dmax lm_eval")
+    with doing("loading lm-evaluation-harness"):
+        from dmax.evaluation.harness import main as run_lm_eval
 
     run_lm_eval(context.args)
 
@@ -391,35 +402,46 @@ def sweep(
 
     Example: dmax sweep --model tiny-base --model tiny-dmax --output runs/sweep
     """
-    from dmax.evaluation.plots import draw
-    from dmax.evaluation.report import page
-    from dmax.evaluation.sweep import check_folder, curves_of, parse_grid, run_sweep
-    from dmax.files import write_atomically
-    from dmax.hub import find_folder
-    from dmax.llm import LLM
-    from dmax.tasks import get_task
-
     names = [name.strip() for name in strategies.split(",")]
-    curves = curves_of(model, names, parse_grid(thresholds))
-    chosen = get_task(task, data)
-    check_folder(output)
-    for checkpoint in model:
-        find_folder(checkpoint)  # an unknown one is an error before the first is measured
-    record = run_sweep(
-        curves,
-        chosen,
-        output / "sweep.json",
-        limit=limit,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        data=None if data is None else str(data),
-        open_model=lambda name: LLM(name, dtype=dtype, device=device, max_batch_size=batch_size),
-        report=lambda line: console.print(line, highlight=False),
-    )
-    for name in ("plot.svg", "plot.png"):
-        draw(record, output / name)
-    write_atomically(output / "report.html", page(record, f"dmax sweep: {task}"))
+    extras.require("matplotlib", "eval", "drawing a plot")
+    with doing(f"loading {', '.join(model)}"):
+        from dmax.evaluation.sweep import RECORD, check_folder, curves_of, parse_grid, run_sweep
+        from dmax.hub import find_folder
+        from dmax.llm import LLM
+        from dmax.tasks import get_task
+
+        curves = curves_of(model, names, parse_grid(thresholds))
+        check_folder(output)
+        chosen = get_task(task, data)
+        for checkpoint in model:
+            find_folder(checkpoint)  # an unknown one is an error before the first is measured
+    kept = f"finished points are kept in {output / RECORD}, and the same command goes on"
+    with keeping(kept), progress_bar(f"sweeping {chosen.name}") as progress:
+        record = run_sweep(
+            curves,
+            chosen,
+            output / RECORD,
+            limit=limit,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            data=None if data is None else str(data),
+            open_model=partial(LLM, dtype=dtype, device=device, max_batch_size=batch_size),
+            report=lambda line: console.print(line, highlight=False),
+            progress=progress,
+        )
+        _write_pages(record, output, f"dmax sweep: {task}")
     if as_json:
         print_json(record)
     else:
         sys.stdout.write(f"{output / 'report.html'}\n")
+
+
+def _write_pages(record: SweepRecord, output: Path, title: str) -> None:
+    """The plots and the report of a sweep."""
+    from dmax.evaluation.plots import draw
+    from dmax.evaluation.report import page
+    from dmax.files import write_atomically
+
+    for name in ("plot.svg", "plot.png"):
+        draw(record, output / name)
+    write_atomically(output / "report.html", page(record, title))

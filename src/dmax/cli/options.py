@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dmax.errors import InputError
+from dmax.errors import InputError, shorten, show
 from dmax.params import DecodingParams, EngineOptions
 
 # The defaults of the options that these have.
 DECODING = DecodingParams()
 ENGINE = EngineOptions()
+MOST_EXAMPLES = 100_000
+MOST_PROBLEMS = 1_000_000
+LARGEST_BATCH = 65_536
+LARGEST_SEED = 2**63 - 1
+LONGEST_PROMPT = 2**21  # characters; no model reads as many
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]
 ModelNames = Annotated[
@@ -51,9 +57,11 @@ TaskName = Annotated[str, typer.Option(help="what to solve (docs/tasks.md)")]
 DataFile = Annotated[
     Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
 ]
-Limit = Annotated[int, typer.Option(help="examples to solve", min=1)]
-Seed = Annotated[int, typer.Option(help="of the examples")]
-BatchSize = Annotated[int, typer.Option(help="sequences decoded together", min=1)]
+Limit = Annotated[int, typer.Option(help="examples to solve", min=1, max=MOST_EXAMPLES)]
+Seed = Annotated[int, typer.Option(help="of the examples", min=0, max=LARGEST_SEED)]
+BatchSize = Annotated[
+    int, typer.Option(help="sequences decoded together", min=1, max=LARGEST_BATCH)
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 CompileModel = Annotated[
@@ -93,11 +101,45 @@ def _strategy_options(texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise InputError(
-                f"`--option` must be NAME=VALUE, got {text!r}",
+                f"`--option` must be NAME=VALUE, got {show(text)}",
                 hint="for example --option alpha=0.7",
             )
         try:
             options[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except RecursionError:
+            raise InputError(
+                f"the value of `--option {shorten(name)}` is nested too deeply"
+            ) from None
+        except ValueError:
             options[name] = value
     return options
+
+
+def read_prompts(given: list[str] | None) -> list[str]:
+    """The prompts of the command line, or the one on stdin.
+
+    Raises:
+        InputError: there is none, or one that is not text or too long.
+    """
+    try:
+        texts = given or [_stdin().strip()]
+        "".join(texts).encode()
+    except UnicodeError:
+        raise InputError(
+            "the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
+        ) from None
+    if not all(texts):
+        raise InputError("no prompt given", hint='dmax generate "your question"')
+    return texts
+
+
+def _stdin() -> str:
+    """What stands on stdin, which may never end."""
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
+        sys.stderr.write("type the prompt, then Ctrl-D\n")
+    text = sys.stdin.read(LONGEST_PROMPT + 1)
+    if len(text) > LONGEST_PROMPT:
+        raise InputError(f"the prompt on stdin is longer than {LONGEST_PROMPT:,} characters")
+    return text

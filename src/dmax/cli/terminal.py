@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
+from wrapt import register_post_import_hook
 
-console = Console(stderr=True)
+from dmax import __version__
+from dmax.errors import InputError, shorten
+
+if TYPE_CHECKING:
+    from dmax.evaluation.run import Summary
+
+LONGEST = 1000  # characters of a sentence; what it names is cut much earlier
+
+# Names and texts are shown as they are: brackets and colons in them mean nothing.
+console = Console(stderr=True, markup=False, emoji=False)
 
 
 class ConsoleHandler(logging.Handler):
@@ -25,20 +45,98 @@ class ConsoleHandler(logging.Handler):
         console.print(Text.assemble(level, record.getMessage()), soft_wrap=True)
 
 
+def prepare_streams() -> None:
+    """Make stdout and stderr take every text, whatever the locale and whoever closed them.
+
+    Raises:
+        InputError: stdout is closed.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the exit
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        raise InputError("stdout is closed", hint="send what is not wanted to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def hide_loading_bars() -> None:
+    """Turn off transformers' bars once it is imported: loading takes less time than its bar.
+
+    Downloads keep theirs.
+    """
+
+    def hide(logging: Any) -> None:
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+
+        were_disabled = are_progress_bars_disabled()
+        logging.disable_progress_bar()
+        if not were_disabled:
+            enable_progress_bars()
+
+    register_post_import_hook(hide, "transformers.utils.logging")
+
+
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def doing(what: str) -> Iterator[None]:
+    """Say what happens next, before it takes its time; a terminal shows it while it lasts."""
+    line = Text(f"{shorten(what)} …")
+    if console.is_terminal:
+        with console.status(line):
+            yield
+    else:
+        console.print(line, soft_wrap=True)
+        yield
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr that is fed `(done, total)`."""
     columns = (
-        TextColumn("{task.description}"),
+        SpinnerColumn(),  # moves while the first results take their time
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(what, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """One sentence on stderr, and how to mend it as a second paragraph."""
+    console.print(Text.assemble(("error: ", "bold red"), shorten(message, LONGEST)), soft_wrap=True)
+    if hint:
+        console.print(Text(f"\nhint: {shorten(hint, LONGEST)}"), soft_wrap=True)
+
+
+def print_version(is_wanted: bool) -> None:
+    """Write the version on stdout and end the command, if that is wanted."""
+    if is_wanted:
+        sys.stdout.write(f"dmax {__version__}\n")
+        raise typer.Exit
 
 
 def print_json(record: Any) -> None:
     """Write one line of JSON on stdout."""
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    is_plain = sys.stdout.encoding is not None and sys.stdout.encoding.lower() != "utf-8"
+    sys.stdout.write(json.dumps(record, ensure_ascii=is_plain) + "\n")
+
+
+def in_words(summary: Summary) -> str:
+    """The figures of an evaluation on three lines."""
+    cost = summary.cost
+    low, high = summary.interval
+    correct = f"{summary.accuracy:.1%} ({summary.correct}/{summary.total})"
+    tokens = f"{summary.generated_tokens} tokens / {cost.num_forwards} forwards"
+    others = (
+        f"{cost.num_prefill_forwards} encoded prompts, "
+        f"{cost.num_commit_forwards} only finished blocks"
+    )
+    speed = f"{summary.tokens_per_second:.0f} tokens/s at batch {summary.batch_size}"
+    return (
+        f"accuracy  {correct}, 95 % interval {low:.1%} to {high:.1%}\n"
+        f"TPF       {summary.tpf:.2f} ({tokens}; {others})\n"
+        f"speed     {speed}\n"
+    )

@@ -12,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from traceback import walk_tb
 from typing import Any, NoReturn, Self
 
 import torch
@@ -374,8 +375,28 @@ def _batch_size(size: int | str, largest: int | None) -> int | None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run lm_eval's own command line, which reads `sys.argv`."""
+    """Run lm_eval's own command line, which reads `sys.argv`.
+
+    Raises:
+        InputError: lm_eval itself fails: an unknown task or model, a task that cannot be read.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    # Its errors have no type of their own; those that come out of our model are ours.
+    except Exception as error:
+        if isinstance(error, InputError) or _is_ours(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"lm_eval stopped with {type(error).__name__}: {reason}",
+            hint="dmax lm_eval --help lists what it takes, lm-eval ls tasks its tasks",
+        ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether lm_eval was in our model when it failed."""
+    frames = [frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)]
+    return __name__ in frames[1:]  # the first is `main`

@@ -1,0 +1,164 @@
+"""How a command ends: one sentence on stderr and an exit code, whatever happens.
+
+Codes: 0 done, 1 a bug of dmax, 2 bad input, 130 Ctrl-C, 141 nobody reads the output, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from dmax.cli.terminal import console, prepare_streams, print_error
+from dmax.errors import InputError, translate
+
+DEBUG = "--debug"
+USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a copy of click, or uses one installed
+
+
+class Stopped(BaseException):
+    """The command was told to stop.
+
+    Attributes:
+        code: what it exits with: 128 and the number of the signal.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
+class Commands(TyperGroup):
+    """The commands; what typer would end in a way of its own reaches `run`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _noted(Stopped(signal.SIGINT), error) from error
+        except BrokenPipeError as error:
+            raise Stopped(signal.SIGPIPE) from error
+
+
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Say what is kept and how to go on, if the command is stopped in here."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        error.add_note(what)
+        raise
+
+
+def run(app: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run a command; the code that its process exits with."""
+    arguments, is_debug = _without_debug(arguments)
+    try:
+        prepare_streams()
+        with _terminating():
+            code = app(arguments, prog_name="dmax", standalone_mode=False)
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except Stopped as stop:
+        return _end_stopped(stop)
+    except BrokenPipeError:
+        return _end_stopped(Stopped(signal.SIGPIPE))
+    # The boundary: whatever a command raises becomes a sentence.
+    except Exception as error:
+        if is_debug:
+            traceback.print_exception(error)
+        return _end_failed(error)
+
+
+def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without `--debug`, which may stand anywhere before `--`; whether it did."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [each for each in arguments[:end] if each != DEBUG]
+    return [*options, *arguments[end:]], len(options) < end
+
+
+def _end_stopped(stop: Stopped) -> int:
+    if stop.code == 128 + signal.SIGPIPE:
+        _drop_output()
+        return stop.code
+    notes = getattr(stop, "__notes__", [])
+    console.print("; ".join(["interrupted", *notes]), style="bold", soft_wrap=True)
+    return stop.code
+
+
+def _end_failed(error: Exception) -> int:
+    if isinstance(error, OSError):
+        _drop_output()
+    if isinstance(error, USAGE_ERROR):
+        return _end_misused(error)
+    known = translate(error) or _out_of_memory(error)
+    if known is not None:
+        print_error(known.message, known.hint)
+        return 2
+    print_error(
+        f"dmax failed with a bug of its own: {type(error).__name__}: {error}",
+        hint=f"{DEBUG} shows where; please report it with the command",
+    )
+    return 1
+
+
+def _end_misused(error: Any) -> int:
+    """Say what is wrong with the options, and where they are listed; without any, list them."""
+    path = error.ctx.command_path if error.ctx is not None else "dmax"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.stderr.write(error.ctx.get_help() + "\n")
+    else:
+        print_error(error.format_message(), hint=f"{path} --help lists what it takes")
+    return 2
+
+
+def _out_of_memory(error: Exception) -> InputError | None:
+    """The error of a machine without enough memory; torch has several kinds of its own."""
+    is_torch = isinstance(error, RuntimeError) and "alloc" in str(error)
+    if not isinstance(error, MemoryError) and not (is_torch and "memory" in str(error)):
+        return None
+    return InputError("there is not enough memory", hint="try a smaller batch or a smaller model")
+
+
+def _drop_output() -> None:
+    """Forget what stdout still holds; writing it at the exit would fail once more."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+
+
+def _noted(stop: Stopped, error: BaseException) -> Stopped:
+    for note in getattr(error, "__notes__", []):
+        stop.add_note(note)
+    return stop
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that bars give the cursor back."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number))
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if not is_ours or before is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
