@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WIDEST = 100
 HEART = (
-    "attention blend cache checkpoint confidence llm outputs params special_ids "
+    "attention blend cache checkpoint confidence llm messages outputs params special_ids "
     "decoding engine kernels models training"
 ).split()
 # What other rooms call is counted only as far as the heart calls it, name by name.
