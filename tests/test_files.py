@@ -18,6 +18,7 @@ from dmax.files import (
     check_ours,
     check_writable,
     drop_unfinished_line,
+    json_lines,
     new_folder,
     read_lines,
     write_atomically,
@@ -180,3 +181,60 @@ def test_a_folder_that_is_not_finished_leaves_the_old_one(tmp_path: Path) -> Non
         fills_half()
     assert list(path.iterdir()) == [path / "old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- JSONL ----------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_a_jsonl_file_come_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "\xe2\x80\xa8"}\n \n\n[1]\r\n2')
+    places = [f"{path}:{number}" for number in (1, 4, 5)]
+    assert list(json_lines(path)) == list(zip(places, [{"a": "\u2028"}, [1], 2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[" * 200_000, "not a JSON object"),
+        (b'{"a":' * 200_000, "not a JSON object"),
+        (b"1" * 5000, "not a JSON object"),
+        (b"\xff", "not a JSON object"),
+        (b'"' + b"a" * 20_000_000 + b'"', "a line of more than 8,000,000 bytes"),
+    ],
+)
+def test_a_line_that_is_no_json_is_named_when_it_is_its_turn(
+    tmp_path: Path, line: bytes, message: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}\n" + line + b"\n{}\n")
+    read = json_lines(path)
+    assert next(read) == (f"{path}:1", {})
+    with pytest.raises(InputError, match=f"a.jsonl:2: {message}"):
+        next(read)
+
+
+def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="it is a device or a pipe"):
+            next(json_lines(path))
+
+
+def test_a_file_without_an_end_of_line_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.jsonl"
+    path.touch()
+    os.truncate(path, 2 << 30)
+    with pytest.raises(InputError, match=r"sparse.jsonl:1: a line of more than"):
+        next(json_lines(path))
+    os.truncate(path, (2 << 30) + 1)
+    with pytest.raises(InputError, match="it is larger than 2 GiB"):
+        next(json_lines(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("none", "No such file"), (".", "Is a directory"), ("a\0b", "null")]
+)
+def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"cannot read .*{reason}"):
+        next(json_lines(tmp_path / name))

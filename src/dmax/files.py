@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ from dmax.errors import InputError, shorten
 
 LEAST_SPACE = 2**20  # bytes free on a disk that is worth beginning to write on
 LARGEST_RECORD = 2**24  # bytes that tell whose a file is
+
+LARGEST_FILE = 2 << 30
+"""Bytes of a JSONL file that is read whole; its records take a multiple of them in memory."""
+LONGEST_LINE = 8_000_000
+"""Bytes of one of its lines: a conversation of two million tokens."""
 
 
 @contextmanager
@@ -142,20 +148,45 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """What stands in the lines of a JSONL file, each after its place, `path:number`.
 
-    Blank lines are skipped. Only a newline ends a line, as in `read_lines`.
+    Blank lines are skipped. Only a newline ends a line, as in `read_lines`. One line is in memory
+    at a time.
 
     Raises:
-        OSError: the file cannot be read.
-        InputError: a line is not JSON; when it is its turn.
+        InputError: the file is missing, too large, or cannot be read; it is a device or a pipe,
+            which may never end; a line is too long or not JSON, when it is its turn.
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
-                raise InputError(f"{where}: not a JSON object ({error})") from None
-            yield where, record
+    for number, line in enumerate(_bounded_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        if len(line) > LONGEST_LINE:
+            raise InputError(f"{where}: a line of more than {LONGEST_LINE:,} bytes")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+            raise InputError(f"{where}: not a JSON object ({error})") from None
+        yield where, record
+
+
+def _bounded_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, only so much that one can see it."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise InputError(f"cannot read {path}: it is a device or a pipe", hint="name a file")
+        if status.st_size > LARGEST_FILE:
+            raise InputError(
+                f"cannot read {path}: it is larger than {LARGEST_FILE >> 30} GiB",
+                hint="split it into several files",
+            )
+        with path.open("rb") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                yield line
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read {path}: {reason}") from None
 
 
 def drop_unfinished_line(path: Path) -> None:

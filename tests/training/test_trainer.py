@@ -21,6 +21,7 @@ from dmax.training.data import (
     Conversation,
     Encoded,
     LengthSampler,
+    check_examples,
     encode_conversations,
     read_records,
 )
@@ -257,16 +258,30 @@ def test_a_bad_recipe_is_one_clear_error(
             '{"messages": [{"role": "assistant", "content": "a"}]}\n',
             r"data.jsonl:1: .* and others before it",
         ),
-        ('{"messages": []}\n', r"data.jsonl:1: the last of `messages`"),
-        ('{"messages": "text"}\n', r"data.jsonl:1: `messages` must be a list of objects"),
-        ('{"messages": ["a", "b"]}\n', r"data.jsonl:1: `messages` must be a list of objects"),
+        ('{"messages": []}\n', r"data.jsonl:1: a chat needs at least one message"),
+        ('{"messages": "text"}\n', r"data.jsonl:1: chat messages must be a list"),
+        ('{"messages": ["a", "b"]}\n', r"data.jsonl:1: message 1 must be a mapping"),
+        ('{"messages": null}\n', r"data.jsonl:1: chat messages must be a list, got None"),
+        (
+            '{"messages": [{"role": "human", "content": "a"}]}\n',
+            r"data.jsonl:1: the role of message 1 must be system, user or assistant, got 'human'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
+            r"data.jsonl:1: message 1 has a part that is not text",
+        ),
+        ('{"prompt": "a", "response": ""}\n', r"data.jsonl:1: a record without a response"),
+        ('{"prompt": "a", "response": 3}\n', r"data.jsonl:1: a record without a response"),
+        ('{"prompt": ["a"], "response": "b"}\n', r"data.jsonl:1: no prompt"),
+        ('{"prompt": null, "response": "b"}\n', r"data.jsonl:1: no prompt"),
+        ('{"question": "a"}\n', r"data.jsonl:1: a record without a response"),
         (
             '{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}\n',
-            r"data.jsonl:1: `messages` must be",
+            r"data.jsonl:1: the content of message 1 must be a text",
         ),
         (
             '{"prompt": "\\ud800", "response": "b"}\n',
-            r"data.jsonl:1: a text holds half of a surrogate pair",
+            r"data.jsonl:1: message 1 holds half of a surrogate pair",
         ),
         ("[" * 100_000 + "\n", r"data.jsonl:1: not a JSON object"),
     ],
@@ -289,6 +304,48 @@ def test_all_kinds_of_records_are_read(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
     message = {"role": "user", "content": "q"}
     assert read_records(path) == [([message], "r", f"{path}:{line}") for line in (1, 2, 3)]
+
+
+def test_text_parts_are_learnt_as_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    parts = [{"type": "text", "text": "Tom has "}, {"type": "text", "text": "3."}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+    [record] = read_records(path)
+    assert record.messages == [{"role": "user", "content": "Tom has 3."}]
+    assert record.response == "3."
+
+
+@pytest.mark.parametrize("text", ["prompt", "response"])
+def test_a_text_that_holds_the_mask_token_is_named_by_its_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "data.jsonl"
+    record = {"prompt": "Tom has 3 mugs.", "response": "3"}
+    lines = [record, record | {text: "Tom <|mask|> has"}]
+    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    with pytest.raises(InputError, match=r"data.jsonl:2: the text holds the mask token"):
+        run_recipe(load_recipe(write_recipe(tmp_path, data={"file": str(file)})))
+    assert not (tmp_path / "out-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [
+        ([1, 2], [], "a response without tokens"),
+        ([1, 2], [True], "True is not a token id below 9"),
+        ([1, 2.0], [3], "2.0 is not a token id"),
+        (b"\1\2", [3], "token ids must be a list, got b"),
+        (["1"], [3], "'1' is not a token id"),
+        ([1, -1], [3], "-1 is not a token id"),
+        ([1], [9], "9 is not a token id"),
+        ([1], [10**5000], "a number of 5001 digits is not a token id"),
+        ([7], [3], "the text holds the mask token"),
+        ([1], [3, 7], "the text holds the mask token"),
+    ],
+)
+def test_ids_that_no_model_can_learn_are_refused(prompt: Any, response: Any, message: str) -> None:
+    right = Encoded([1, 2], [0, 8], "line 1")
+    with pytest.raises(InputError, match=f"line 2: {message}"):
+        check_examples([right, Encoded(prompt, response, "line 2")], 9, mask_token_id=7)
 
 
 def test_an_example_longer_than_the_context_is_named_by_its_line(tmp_path: Path) -> None:

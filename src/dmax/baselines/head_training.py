@@ -28,7 +28,7 @@ from dmax.baselines.heads import (
 from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
 from dmax.special_ids import SpecialIds
-from dmax.training.data import Encoded
+from dmax.training.data import Encoded, check_examples
 
 HELD_OUT = 0.1  # share of the examples that say how good a head is, the last ones
 
@@ -102,6 +102,7 @@ def record(
         special_ids: those of its checkpoint.
         config: how the head is trained.
     """
+    check_examples(examples, model.config.vocab_size, special_ids.mask_token_id)
     generator = torch.Generator().manual_seed(config.seed)
     ordered = sorted(examples, key=len)
     found = list[Example]()

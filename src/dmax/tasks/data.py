@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax import extras
-from dmax.errors import InputError
+from dmax.errors import InputError, show
 from dmax.files import json_lines
 from dmax.tasks import Example
 
@@ -144,16 +144,11 @@ def rows_of_file(path: Path) -> Iterator[DatasetRow]:
             error names file and line.
     """
     is_empty = True
-    try:
-        for location, value in json_lines(path):
-            if not isinstance(value, dict):
-                raise InputError(f"{location}: not a JSON object but {value!r:.40}")
-            is_empty = False
-            yield DatasetRow(value, location)
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}", hint="--data takes a JSONL file"
-        ) from None
+    for location, value in json_lines(path):
+        if not isinstance(value, dict):
+            raise InputError(f"{location}: not a JSON object but {show(value, 40)}")
+        is_empty = False
+        yield DatasetRow(value, location)
     if is_empty:
         raise InputError(
             f"{path} holds no rows", hint="--data takes a JSONL file with one row a line"

@@ -7,7 +7,7 @@ prompt goes through the tokenizer's chat template; the response follows it, then
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from dmax.errors import InputError
+from dmax.errors import InputError, show
 from dmax.files import json_lines
+from dmax.messages import read_messages
 from dmax.training.clean_stream import IGNORE
 
 
@@ -36,10 +37,17 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example: prompt and response token ids, EOS not included."""
+    """One example: prompt and response token ids, EOS not included.
+
+    Attributes:
+        prompt: ids of the prompt.
+        response: ids of what is to be learnt.
+        where: where the example comes from, for errors.
+    """
 
     prompt: list[int]
     response: list[int]
+    where: str = "an example"
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -53,7 +61,7 @@ def read_records(path: str | Path) -> list[Conversation]:
             line.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"training data `{path}` is not a file", hint="write it with `dmax distill`"
         )
@@ -66,45 +74,34 @@ def read_records(path: str | Path) -> list[Conversation]:
 def _conversation(record: Any, where: str) -> Conversation:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-
-    if "messages" in record:
-        messages = _checked_messages(record["messages"], where)
-        response: Any = messages.pop()["content"]
-    else:
-        keys = ("prompt", "response") if "prompt" in record else ("question", "answer")
-        prompt, response = (record.get(key) for key in keys)
-        if not isinstance(prompt, str):
-            raise InputError(
-                f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`"
-            )
-        messages = [{"role": "user", "content": prompt}]
-
-    if not isinstance(response, str) or not response.strip():
-        raise InputError(f"{where}: a record without a response")
     try:
-        "".join((response, *(message["content"] for message in messages))).encode()
-    except UnicodeEncodeError:  # JSON can write what no text holds
-        raise InputError(f"{where}: a text holds half of a surrogate pair") from None
-    return Conversation(messages, response, where)
-
-
-def _checked_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise InputError(
-            f"{where}: `messages` must be a list of objects whose `role` and `content` are texts"
-        )
+        messages = read_messages(_messages(record, where))
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", error.hint) from None
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise InputError(
             f"{where}: the last of `messages` must be the assistant's, the response to learn, "
             "and others before it"
         )
-    return messages
+    *prompt, response = messages
+    if not response["content"].strip():
+        raise InputError(f"{where}: a record without a response")
+    return Conversation(prompt, response["content"], where)
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
+def _messages(record: dict[str, Any], where: str) -> Any:
+    """The chat of a record, whichever names it has for it."""
+    if "messages" in record:
+        return record["messages"]
+    keys = ("prompt", "response") if "prompt" in record else ("question", "answer")
+    prompt, response = (record.get(key) for key in keys)
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`"
+        )
+    if not isinstance(response, str):
+        raise InputError(f"{where}: a record without a response")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
 def encode_conversations(
@@ -127,7 +124,7 @@ def encode_conversations(
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
-        example = Encoded(prompt, tokenizer.encode(response, add_special_tokens=False))
+        example = Encoded(prompt, tokenizer.encode(response, add_special_tokens=False), where)
         if len(example) >= max_length:
             raise InputError(
                 f"{where}: {len(prompt)} prompt and {len(example.response)} response tokens "
@@ -136,6 +133,36 @@ def encode_conversations(
             )
         examples.append(example)
     return examples
+
+
+def check_examples(examples: Iterable[Encoded], vocab_size: int, mask_token_id: int) -> None:
+    """Make sure that a model can learn from examples.
+
+    Args:
+        examples: prompts and responses.
+        vocab_size: of the model.
+        mask_token_id: MASK, which stands for a position without a token and is never learnt.
+
+    Raises:
+        InputError: a response is empty, or an id is not of the vocabulary or is MASK; says which.
+    """
+    for example in examples:
+        for ids in (example.prompt, example.response):
+            if not isinstance(ids, list):  # bytes are whole numbers, too, and no token ids
+                raise InputError(f"{example.where}: token ids must be a list, got {show(ids)}")
+        if not example.response:
+            raise InputError(f"{example.where}: a response without tokens")
+        for token in (*example.prompt, *example.response):
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise InputError(
+                    f"{example.where}: {show(token)} is not a token id below {vocab_size}",
+                    hint="does the tokenizer belong to the model?",
+                )
+            if token == mask_token_id:
+                raise InputError(
+                    f"{example.where}: the text holds the mask token",
+                    hint="it stands for what is not written yet; drop the record",
+                )
 
 
 @dataclass(frozen=True, slots=True)

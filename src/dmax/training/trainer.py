@@ -16,7 +16,7 @@ from dmax.files import writing
 from dmax.special_ids import SpecialIds
 from dmax.training import get_objective
 from dmax.training.clean_stream import CleanBatch
-from dmax.training.data import Collator, Encoded, LengthSampler
+from dmax.training.data import Collator, Encoded, LengthSampler, check_examples
 
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
@@ -115,6 +115,7 @@ class DMaxTrainer(Trainer):
         eval_hook: EvalHook | None = None,
         **kwargs: Any,
     ) -> None:
+        check_examples(train_dataset, model.config.vocab_size, special_ids.mask_token_id)
         block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
