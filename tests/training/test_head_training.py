@@ -227,7 +227,7 @@ def test_a_dependency_head_learns_from_hidden_states_and_distance() -> None:
         ({"kind": "demask", "learning_rate": 0}, "`learning_rate` must be a number above 0"),
         (
             {"kind": "demask", "inner_size": 0},
-            "`inner_size` must be a whole number of at least 1, got 0",
+            "`inner_size` must be a whole number between 1 and 4096, got 0",
         ),
     ],
 )

@@ -446,12 +446,12 @@ def test_an_output_dir_without_a_name(tmp_path: Path, name: Any) -> None:
         ),
         (
             {"eval": {"limit": 0}},
-            r":\d+: in `eval\.limit`, `limit` must be a whole number of at least 1, got 0",
+            r":\d+: in `eval\.limit`, `limit` must be a whole number between 1 and .*, got 0",
         ),
         ({"eval": {"task": "sums"}}, r":\d+: in `eval\.task`, unknown task 'sums'"),
         (
             {"data": {"problems": 0}},
-            r":\d+: in `data\.problems`, `problems` must be .* at least 1, got 0",
+            r":\d+: in `data\.problems`, `problems` must be .* between 1 and .*, got 0",
         ),
         (
             {"data": {"problems": 4, "max_length": -1}},
@@ -490,7 +490,7 @@ def test_what_is_wrong_is_said_with_its_line_before_any_compute(
         (b"output_dir: a\nmodel:\n  path: caf\xe9\n", "3: not UTF-8 text"),
         (b"output_dir: a\n\nmodel: [\n", "4: not valid YAML"),
         (b"output_dir: a\nmodel: \x01\n", "2: not valid YAML"),
-        (b"model: &a\n  path: *a\n", r"1: not valid YAML \(RecursionError"),
+        (b"model: &a\n  path: *a\n", "2: nested more than 20 deep"),
         (b"output_dir: 2026-13-45\n", "1: "),
         (b"- a\n", "1: a recipe is a mapping"),
     ],

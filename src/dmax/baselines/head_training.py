@@ -30,6 +30,12 @@ from dmax.params import check_number
 from dmax.special_ids import SpecialIds
 from dmax.training.data import Encoded, check_examples
 
+MOST = {
+    "max_steps": 10_000_000,
+    "batch_size": 65_536,
+    "record_batch_size": 65_536,
+    "inner_size": 4_096,
+}
 HELD_OUT = 0.1  # share of the examples that say how good a head is, the last ones
 
 
@@ -61,8 +67,9 @@ class HeadConfig:
             hint = did_you_mean(self.kind, KINDS)
             raise InputError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}", hint)
         check_number("learning_rate", self.learning_rate, low=0, above_low=True)
-        for name in ("max_steps", "batch_size", "record_batch_size", "inner_size"):
-            check_number(name, getattr(self, name), low=1, whole=True)
+        check_number("seed", self.seed, low=0, high=2**63 - 1, whole=True)
+        for name, most in MOST.items():
+            check_number(name, getattr(self, name), low=1, high=most, whole=True)
 
 
 def filter_loss(tensors: Tensors, examples: Example) -> Tensor:

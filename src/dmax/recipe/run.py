@@ -20,6 +20,7 @@ from dmax.errors import InputError
 from dmax.evaluation.run import evaluate
 from dmax.llm import LLM
 from dmax.params import DecodingParams
+from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, build_data
 from dmax.recipe.folder import ANEW, MOVE, RunFolder
 from dmax.recipe.sections import EvalSection, Recipe
@@ -146,13 +147,7 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
 
 def _arguments(recipe: Recipe) -> DMaxConfig:
     run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
-    with recipe.file.at("training"):
-        try:
-            return DMaxConfig(output_dir=str(run_dir), **recipe.training)
-        except InputError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error).splitlines()[0]) from error
+    return make_arguments(recipe.file, recipe.training, run_dir)
 
 
 def _task(recipe: Recipe) -> Task | None:

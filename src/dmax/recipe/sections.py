@@ -15,9 +15,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBa
 
 from dmax import models
 from dmax.decoding import check_strategy
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, DecodingParams, check_number
+from dmax.recipe.arguments import argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
@@ -26,6 +27,25 @@ from dmax.training.trainer import DMaxConfig
 
 if TYPE_CHECKING:
     from dmax.baselines.head_training import HeadConfig
+
+
+MOST_PROBLEMS = 1_000_000
+LONGEST = 2**24  # positions of a sequence
+LONGEST_BLOCK = 2**12
+SIZES = (  # of a new decoder
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "block_length",
+)
+MOST = {"num_hidden_layers": 1_000, "num_experts": 4_096, "block_length": LONGEST_BLOCK}
+BYTES_PER_WEIGHT = 4  # a new model begins in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +170,14 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         with file.at("head"):
             sections["head"] = HeadConfig(**fields)
     else:
-        sections["training"] = _fields(file, "training", DMaxConfig) | changes
+        sections["training"] = _fields(file, "training", DMaxConfig, argument_names()) | changes
 
     recipe = Recipe(file, **sections)
     _check_model(recipe)
     _check_data(recipe)
     _check_eval(recipe)
+    if recipe.head is None:
+        check_arguments(file, recipe.training, evaluates=recipe.eval is not None)
     return recipe
 
 
@@ -174,14 +196,18 @@ def model_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 def _output_dir(file: RecipeFile) -> Path:
     name = file.content["output_dir"]
     if not isinstance(name, str) or Path(name).name in ("", ".."):
-        raise file.wrong("output_dir", f"`output_dir` must be the path of a folder, got {name!r}")
+        raise file.wrong(
+            "output_dir", f"`output_dir` must be the path of a folder, got {show(name)}"
+        )
     return Path(os.path.expanduser(name))
 
 
-def _fields(file: RecipeFile, section: str, kind: type) -> dict[str, Any]:
+def _fields(
+    file: RecipeFile, section: str, kind: type, known: set[str] | None = None
+) -> dict[str, Any]:
     """What a section says, its keys and types checked against the fields of a dataclass."""
     content = file.content[section]
-    file.check_keys(section, content, _names(kind) - {"output_dir"})
+    file.check_keys(section, content, _names(kind) if known is None else known)
     file.check_types(section, content, kind)
     return dict(content)
 
@@ -197,6 +223,12 @@ def _check_model(recipe: Recipe) -> None:
             "`add_mask_token` and `block_length` of `model` belong to a `path`",
             hint="a new model's block length is a field of its `config`",
         )
+    with file.at("model.block_length"):
+        check_number(
+            "block_length", model.block_length, low=1, high=LONGEST_BLOCK, whole=True, optional=True
+        )
+    if model.path is not None and _is_same(model.path, recipe.output_dir) and recipe.head is None:
+        raise file.wrong("output_dir", "`output_dir` is the folder of the model to start from")
     if recipe.head is not None and model.path is None:
         raise file.wrong("model", "a head belongs to a trained model, so `model` needs a `path`")
     has_start = model.path is not None and recipe.head is None
@@ -214,20 +246,50 @@ def _check_config(file: RecipeFile, config: dict[str, Any]) -> None:
     """Try to make the configuration, and find the key that an error speaks of."""
     models.register()
     model_type = config.get("model_type", LLaDA2MoeConfig.model_type)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         hint = did_you_mean(str(model_type), list(CONFIG_MAPPING))
-        raise file.wrong("model.config.model_type", f"unknown model type {model_type!r}", hint)
+        raise file.wrong("model.config.model_type", f"unknown model type {show(model_type)}", hint)
     known = _names(CONFIG_MAPPING[model_type]) | {"model_type", "rope_theta", "block_length"}
     file.check_keys("model.config", config, known)
     try:
-        model_config(config, build_tokenizer())
+        made = model_config(config, build_tokenizer())
     except (TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:
         message = " ".join(str(error).split())
         named = [key for key in config if re.search(rf"\b{key}\b", message)]
         key = named[0] if named else ""
         raise file.wrong(
-            f"model.config.{key}", f"`model.config` is not usable: {message}"
+            f"model.config.{key}", f"`model.config` is not usable: {shorten(message)}"
         ) from error
+    _check_size(file, made)
+
+
+def _check_size(file: RecipeFile, config: PreTrainedConfig) -> None:
+    """Make sure that the weights of a new model fit the memory, before there are any.
+
+    Their number is that of a decoder: matrices of attention, of the (expert) MLPs and of the two
+    embeddings.
+    """
+    sizes = {name: getattr(config, name, 0) for name in SIZES}
+    with file.at("model.config"):
+        for name, size in sizes.items():
+            check_number(name, size, low=0, high=MOST.get(name, 2**32), whole=True, optional=True)
+    hidden, layers, vocabulary, heads, groups, head, dense, expert, experts, _ = (
+        size or 0 for size in sizes.values()
+    )
+    head = head or hidden // max(heads, 1)
+    layer = hidden * (2 * head * (heads + groups) + 3 * (dense + expert * experts))
+    weights = layers * layer + 2 * vocabulary * hidden
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if weights * BYTES_PER_WEIGHT > memory:
+        raise file.wrong(
+            "model.config",
+            f"the model would have about {weights:.1e} weights in float32, more than fit into "
+            f"{memory / 2**30:.0f} GiB of memory",
+        )
+
+
+def _is_same(model: str, folder: Path) -> bool:
+    return Path(os.path.expanduser(model)).absolute() == folder.absolute()
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -236,10 +298,17 @@ def _check_data(recipe: Recipe) -> None:
     if (data.file is None) == (data.problems is None):
         raise file.wrong("data", "`data` needs exactly one of `file` and `problems`")
     file.check_keys("data.numbers", data.numbers, _names(Numbers))
+    file.check_types("data.numbers", data.numbers, Numbers)
+    if data.numbers and data.problems is None:
+        raise file.wrong("data.numbers", "`data.numbers` belongs to `data.problems`")
+    with file.at("data.numbers"):
+        Numbers(**data.numbers)
     with file.at("data.problems"):
-        check_number("problems", data.problems, low=1, whole=True, optional=True)
+        check_number(
+            "problems", data.problems, low=1, high=MOST_PROBLEMS, whole=True, optional=True
+        )
     with file.at("data.max_length"):
-        check_number("max_length", data.max_length, low=1, whole=True, optional=True)
+        check_number("max_length", data.max_length, low=1, high=LONGEST, whole=True, optional=True)
 
 
 def _check_eval(recipe: Recipe) -> None:
@@ -247,7 +316,7 @@ def _check_eval(recipe: Recipe) -> None:
         return
     file = recipe.file
     with file.at("eval.limit"):
-        check_number("limit", recipe.eval.limit, low=1, whole=True)
+        check_number("limit", recipe.eval.limit, low=1, high=MOST_PROBLEMS, whole=True)
     file.check_keys("eval.decoding", recipe.eval.decoding, _names(DecodingParams))
     with file.at("training"):
         objective = get_objective(

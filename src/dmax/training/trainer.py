@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 
 from dmax.errors import InputError
 from dmax.files import writing
+from dmax.params import check_number
 from dmax.special_ids import SpecialIds
 from dmax.training import get_objective
 from dmax.training.clean_stream import CleanBatch
@@ -22,7 +29,19 @@ EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
 
 
-_LOWEST = {"learning_rate": 0, "per_device_train_batch_size": 1, "eos_labels": 0, "pad_to": 1}
+# Bounds of training arguments, transformers' own included; other numbers are at least 0.
+_LOWEST = {
+    "max_steps": -1,  # as many as the epochs have
+    "local_rank": -1,  # of no process group
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "pad_to"), 1),
+}
+_ABOVE_ZERO = (
+    *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
+    *("rollout_temperature", "certainty_temperature"),
+)
+_HIGHEST = {"mask_ratio_low": 1, "mask_ratio_high": 1, "pad_to": 2**20}
+_LARGEST = 2**32 - 1  # seeds of numpy end here
 
 
 @dataclass
@@ -64,21 +83,33 @@ class DMaxConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Raises `InputError` naming the field that is wrong."""
+        self._check_numbers()
         super().__post_init__()
         self.objective_class = get_objective(self.objective, self.rollout)
-        for name, low in _LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= low:  # also where it is not a number
-                raise InputError(f"`{name}` must be at least {low}, got {value}")
-        for name in ("rollout_temperature", "certainty_temperature"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise InputError(f"`{name}` must be above 0, got {value}")
-        if not 0 <= self.mask_ratio_low <= self.mask_ratio_high <= 1:
+        if self.mask_ratio_low > self.mask_ratio_high:
             raise InputError(
                 "mask ratios must satisfy 0 <= low <= high <= 1, "
                 f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
             )
+
+    def _check_numbers(self) -> None:
+        """All fields that are numbers, before transformers compares or converts them."""
+        hints = get_type_hints(type(self))
+        for entry in fields(self):
+            kinds = set(get_args(hints[entry.name])) or {hints[entry.name]}
+            if not kinds <= {int, float, type(None)}:
+                continue
+            check_number(
+                entry.name,
+                getattr(self, entry.name),
+                low=_LOWEST.get(entry.name, 0),
+                high=_HIGHEST.get(entry.name, _LARGEST),
+                above_low=entry.name in _ABOVE_ZERO,
+                whole=float not in kinds,
+                optional=type(None) in kinds,
+            )
+        if self.max_steps == 0:
+            raise InputError("`max_steps` must be at least 1, or -1 to train by epochs, got 0")
 
     @property
     def n_gpu(self) -> int:
@@ -107,7 +138,7 @@ class DMaxTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: DMaxConfig,
         train_dataset: Sequence[Encoded],
         *,

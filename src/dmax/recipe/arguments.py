@@ -1,0 +1,163 @@
+"""The training arguments of a recipe, tried on a model of one weight before a real one is loaded.
+
+Transformers finds out late what is wrong with its arguments: when the Trainer is made, with the
+first optimiser, or with the first line of the log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SchedulerType, Trainer
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
+
+from dmax.environment import lacks_compiler
+from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.recipe.file import RecipeFile
+from dmax.training.trainer import DMaxConfig
+
+METRICS = ("accuracy", "tpf")
+"""What evaluations measure (`dmax.recipe.run`)."""
+# Arguments that would do nothing here, or something other than they say: the objective makes the
+# loss, the sampler batches by length, evaluation decodes, and nothing is sent to the hub.
+OUT_OF_PLACE = {
+    *("debug", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
+    *("hub_always_push", "hub_revision", "load_best_model_at_end", "auto_find_batch_size"),
+    *("label_smoothing_factor", "label_names", "remove_unused_columns", "use_liger_kernel"),
+    *("liger_kernel_config", "train_sampling_strategy", "length_column_name", "use_cache"),
+    *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "ignore_data_skip"),
+    *("include_num_input_tokens_seen", "local_rank", "trackio_static_space_id"),
+    *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+}
+CHOICES = {
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+    "save_strategy": SaveStrategy,
+}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+# All that transformers and accelerate raise for arguments that do not fit, an extra that is missing
+# included.
+UNUSABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
+
+
+def argument_names() -> set[str]:
+    """Keys that `training` may have in a recipe."""
+    return {entry.name for entry in fields(DMaxConfig)} - {"output_dir"}
+
+
+def make_arguments(file: RecipeFile, training: Mapping[str, Any], output_dir: Path) -> DMaxConfig:
+    """The training arguments of a recipe.
+
+    Raises:
+        InputError: naming file, line and key of a value that does not fit.
+    """
+    with _saying_where(file, training):
+        return DMaxConfig(output_dir=str(output_dir), **training)
+
+
+def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates: bool) -> None:
+    """Make sure that a training can begin with these arguments on this machine.
+
+    Args:
+        file: the recipe.
+        training: its `training`, the keys known and the plain values of the right type.
+        evaluates: whether the recipe has an `eval`.
+
+    Raises:
+        InputError: naming file, line and key of a value that does not fit.
+    """
+    for name in training:
+        if name in OUT_OF_PLACE:
+            raise file.wrong(
+                f"training.{name}",
+                f"`training.{name}` would not do here what it says",
+                hint="leave it out",
+            )
+    for name, kind in CHOICES.items():
+        _check_choice(file, training, name, [member.value for member in kind])
+    _check_choice(file, training, "torch_compile_mode", COMPILE_MODES)
+    metrics = [prefix + metric for metric in METRICS for prefix in ("", "eval_")]
+    _check_choice(file, training, "metric_for_best_model", metrics)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        given = training.get(name)
+        if isinstance(given, dict):
+            file.check_keys(f"training.{name}", given, set(CHECKPOINTING))
+
+    with TemporaryDirectory() as folder, _saying_where(file, training):
+        args = DMaxConfig(output_dir=folder, **training)
+        if args.eval_strategy != IntervalStrategy.NO and not evaluates:
+            raise InputError("`eval_strategy` needs a section `eval`, which says what to solve")
+        metric = args.metric_for_best_model
+        if metric is not None and metric not in metrics:  # transformers takes the loss by itself
+            raise InputError(
+                f"`metric_for_best_model` must be one of {', '.join(metrics)}, got {metric!r}"
+            )
+        if (args.torch_compile or args.compile_objective) and (
+            missing := lacks_compiler(args.device)
+        ):
+            raise InputError(
+                f"compiling takes a C++ compiler, and {missing} is not here",
+                hint="install it, or set CXX",
+            )
+        _try(args, evaluates=evaluates)
+
+
+def _try(args: DMaxConfig, *, evaluates: bool) -> None:
+    """All that a Trainer makes of its arguments before the first step."""
+    rows = [torch.zeros(1)]
+    trainer = Trainer(
+        nn.Linear(1, 1), args, train_dataset=rows, eval_dataset=rows if evaluates else None
+    )
+    trainer.get_train_dataloader()
+    trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))
+
+
+def _check_choice(
+    file: RecipeFile, training: Mapping[str, Any], name: str, choices: Sequence[str]
+) -> None:
+    value = training.get(name)
+    if value is not None and value not in choices:
+        raise file.wrong(
+            f"training.{name}",
+            f"`training.{name}` cannot be {show(value)}",
+            did_you_mean(str(value), choices) or f"it may be {', '.join(choices)}",
+        )
+
+
+@contextmanager
+def _saying_where(file: RecipeFile, training: Mapping[str, Any]) -> Iterator[None]:
+    """Errors from within are of the first argument that their sentence speaks of."""
+    try:
+        yield
+    except InputError as error:
+        raise file.wrong(
+            _named(error.message, training), f"in `training`, {error.message}", error.hint
+        ) from error
+    except UNUSABLE as error:
+        message = shorten(" ".join(str(error).split()) or type(error).__name__)
+        kind = type(error).__name__
+        raise file.wrong(
+            _named(message, training), f"`training` is not usable: {message} ({kind})"
+        ) from error
+
+
+def _named(message: str, training: Mapping[str, Any]) -> str:
+    """The dotted key of the argument that a message speaks of, or of all arguments."""
+    names = [name for name in training if re.search(rf"\b{re.escape(name)}\b", message)]
+    return f"training.{names[0]}" if names else "training"
