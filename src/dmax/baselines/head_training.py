@@ -29,6 +29,7 @@ from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
 from dmax.special_ids import SpecialIds
 from dmax.training.data import Encoded, check_examples
+from dmax.training.finite import check_weights, first_not_finite
 
 MOST = {
     "max_steps": 10_000_000,
@@ -109,6 +110,7 @@ def record(
         special_ids: those of its checkpoint.
         config: how the head is trained.
     """
+    check_weights(model)
     check_examples(examples, model.config.vocab_size, special_ids.mask_token_id)
     generator = torch.Generator().manual_seed(config.seed)
     ordered = sorted(examples, key=len)
@@ -159,6 +161,7 @@ def fit(
     for step in range(config.max_steps):
         rows = torch.randint(learnt, (batch_size,), generator=generator)
         loss = head_loss(tensors, {name: value[rows] for name, value in states.items()})
+        _check_finite(step + 1, {"loss": loss.detach()})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,10 +170,21 @@ def fit(
             report(f"step {step + 1}: loss {loss.item():.4f}")
 
     tensors = {name: value.detach() for name, value in tensors.items()}
+    _check_finite(config.max_steps, tensors)
     if learnt < count:
         held_out = head_loss(tensors, {name: value[learnt:] for name, value in states.items()})
         report(f"{learnt} states learnt, loss {held_out.item():.4f} on {count - learnt} others")
     return Head(kind, model_digest, length, hidden_size, config.max_steps, tensors)
+
+
+def _check_finite(step: int, tensors: Tensors) -> None:
+    found = first_not_finite(tensors.items())
+    if found is not None:
+        name, value = found
+        raise InputError(
+            f"step {step}: `{name}` is not finite but {value}; nothing was saved",
+            hint="lower `learning_rate`",
+        )
 
 
 def _initial(wanted: dict[str, tuple[int, ...]], generator: torch.Generator) -> Tensors:

@@ -86,6 +86,7 @@ def run_recipe(
     run.begin()
     steps = _train(trainer, run)
     blend_weights(checkpoint.model, start, recipe.model.keep_start)
+    trainer.check_weights(steps)
     run.stop_clock()
     origin = {"recipe": recipe.file.path.name, "environment": environment()}
     save_checkpoint(
@@ -142,7 +143,13 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
         trainer._load_from_checkpoint(str(last))
         return int(last.name.removeprefix("checkpoint-"))
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return int(result.global_step)
+    steps = int(result.global_step)
+    if steps == 0:
+        raise InputError(
+            "not one step was taken: the data is less than one batch",
+            hint="lower `per_device_train_batch_size`, or leave out `dataloader_drop_last`",
+        )
+    return steps
 
 
 def _arguments(recipe: Recipe) -> DMaxConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +17,7 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from dmax.errors import InputError
 from dmax.files import writing
@@ -24,6 +26,7 @@ from dmax.special_ids import SpecialIds
 from dmax.training import get_objective
 from dmax.training.clean_stream import CleanBatch
 from dmax.training.data import Collator, Encoded, LengthSampler, check_examples
+from dmax.training.finite import check_weights, first_not_finite, weights
 
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
@@ -124,6 +127,9 @@ class DMaxConfig(TrainingArguments):
 class DMaxTrainer(Trainer):
     """Train a block-diffusion model with one of the objectives.
 
+    Training stops with an `InputError` before a number that is not finite reaches the optimiser or
+    a checkpoint. It names the step, the first such tensor and the last good checkpoint.
+
     Args:
         model: a block-diffusion model, as `oput_loss` takes it.
         args: a `DMaxConfig`.
@@ -131,6 +137,9 @@ class DMaxTrainer(Trainer):
         special_ids: those of the checkpoint.
         eval_hook: called at every evaluation with the model in evaluation mode; returns metrics.
         kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
+
+    Raises:
+        InputError: an example that no model can learn from, or a weight that is not finite.
     """
 
     args: DMaxConfig
@@ -146,6 +155,7 @@ class DMaxTrainer(Trainer):
         eval_hook: EvalHook | None = None,
         **kwargs: Any,
     ) -> None:
+        check_weights(model)
         check_examples(train_dataset, model.config.vocab_size, special_ids.mask_token_id)
         block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
@@ -162,6 +172,7 @@ class DMaxTrainer(Trainer):
         self.eval_hook = eval_hook
         objective = args.objective_class.from_settings(vars(args) | asdict(special_ids))
         self._loss = torch.compile(objective.loss) if args.compile_objective else objective.loss
+        self._losses: list[Tensor] = []  # of the micro-batches of this step
         self._parts: list[dict[str, Tensor]] = []  # of the losses since the last line of the log
         self._tokens = 0
         self._since = time.perf_counter()
@@ -169,6 +180,48 @@ class DMaxTrainer(Trainer):
         self._micro_batch = 0
         if args.router_bias_speed:
             self.add_callback(RouterBalancing(model, args.router_bias_speed))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one micro-batch; the last one of a step looks at all of them."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            self._check_step()
+            self._losses.clear()
+        return loss
+
+    def _check_step(self) -> None:
+        """Losses and gradients, before the optimiser takes them."""
+        step = self.state.global_step + 1
+        loss = first_not_finite((("the loss", torch.stack(self._losses)),))
+        if loss is not None:
+            self.check_weights(step)  # these would be the reason
+            raise self._not_finite(step, *loss)
+        if self.accelerator.scaler is not None:
+            return  # with float16 they overflow now and then, and the scaler leaves out the step
+        gradient = first_not_finite(
+            (f"the gradient of `{name}`", parameter.grad)
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        )
+        if gradient is not None:
+            raise self._not_finite(step, *gradient)
+
+    def check_weights(self, step: int) -> None:
+        """Raise `InputError` naming the first weight that is not finite after a step."""
+        found = first_not_finite(weights(self.model))
+        if found is not None:
+            name, value = found
+            raise self._not_finite(step, f"the weight `{name}`", value)
+
+    def _not_finite(self, step: int, what: str, value: float) -> InputError:
+        folder = self.args.output_dir
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        return InputError(
+            f"step {step}: {what} is not finite but {value}; {good}",
+            hint="lower `learning_rate` or `max_grad_norm`, or warm up longer (`warmup_steps`)",
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The objective's loss on one micro-batch of the collator's."""
@@ -193,6 +246,7 @@ class DMaxTrainer(Trainer):
         return LengthSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_weights(self.state.global_step)
         with writing(f"a checkpoint to {self.args.output_dir}"):
             super()._save_checkpoint(model, trial)
 
@@ -202,6 +256,7 @@ class DMaxTrainer(Trainer):
         stored = type(self.model).from_pretrained(
             resume_from_checkpoint, config=self.model.config, dtype=torch.float32
         )
+        check_weights(stored)
         self.model.load_state_dict(stored.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -219,6 +274,7 @@ class DMaxTrainer(Trainer):
         """Run the hook (decoding on held-out problems) in place of a loss on a second dataset."""
         if self.eval_hook is None:
             return {}
+        self.check_weights(self.state.global_step)
         began = time.perf_counter()
         self.model.eval()  # every training step goes back to training mode by itself
         metrics = {f"eval_{name}": value for name, value in self.eval_hook(self.model).items()}
