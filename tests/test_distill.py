@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
 from dmax.engine.request import Request
 from dmax.outputs import Cost
-from dmax.recipe.distill import DistillReport, distill, read_prompts
+from dmax.recipe import distill as distillation
+from dmax.recipe.distill import DistillReport, check_outputs, distill, read_prompts
+from dmax.special_ids import SpecialIds
 from dmax.training.data import read_records
 
 PARAMS = DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=16)
 PROMPTS = ["one", "two", "endless three", "four", "silent five", "six für ☃", "seven"]
+
+
+class Weight(torch.nn.Module):
+    """What a model is known by."""
+
+    dtype = torch.float32
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([weight]))
 
 
 class Responder:
@@ -27,8 +41,14 @@ class Responder:
     A response takes as many steps as its prompt has letters.
     """
 
-    def __init__(self, dies_at: int | None = None, max_batch_size: int = 64) -> None:
+    tokenizer = None
+    checkpoint = SimpleNamespace(special_ids=SpecialIds(1, (2,), 2, 8))
+
+    def __init__(
+        self, dies_at: int | None = None, max_batch_size: int = 64, weight: float = 1.0
+    ) -> None:
         self.options = SimpleNamespace(max_batch_size=max_batch_size)
+        self.model = Weight(weight)
         self.dies_at = dies_at
         self.asked: list[str] = []
         self.batches: list[int] = []  # how many prompts each step had
@@ -39,8 +59,10 @@ class Responder:
         assert role == "user"
         return tuple(content.encode())
 
+    def resolve(self, params: DecodingParams) -> DecodingParams:
+        return params
+
     def request(self, index: int, messages: Any, params: DecodingParams) -> Request:
-        assert params is PARAMS
         return Request(index, self.encode(messages), params)
 
     def engine(self, block_length: int | None, max_batch_size: int) -> Responder:
@@ -75,9 +97,13 @@ class Responder:
 
 
 def run(
-    output: Path, responder: Responder, prompts: Sequence[str] = PROMPTS, **options: Any
+    output: Path,
+    responder: Responder,
+    prompts: Sequence[str] = PROMPTS,
+    params: DecodingParams = PARAMS,
+    **options: Any,
 ) -> DistillReport:
-    return distill(responder, prompts, output, PARAMS, **options)  # type: ignore[arg-type]
+    return distill(responder, prompts, output, params, **options)  # type: ignore[arg-type]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -148,7 +174,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         run(output, Responder(dies_at, max_batch_size=2))
     apart = output.with_suffix(".unfinished.jsonl")
-    done = {record["prompt"] for record in (*lines(output), *lines(apart))}
+    files = [file for file in (output, apart) if file.exists()]
+    done = {record["prompt"] for file in files for record in lines(file)}
     second = Responder(max_batch_size=2)
     assert run(output, second) == DistillReport(7, 5, 2)
     assert sorted(second.asked) == sorted(set(PROMPTS) - done)
@@ -275,6 +302,97 @@ def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
     assert [record["response"] for record in apart] == [result.text for result in outputs]
 
 
+# ---- what an earlier run depends on --------------------------------------------------------------
+
+
+def manifest(output: Path) -> Path:
+    return output.with_suffix(".manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responder": Responder(weight=2.0)}, r"`weights` was '\w{16}' and is '\w{16}'"),
+        (
+            {"params": replace(PARAMS, threshold=0.4)},
+            r"`params.threshold` was 0.3 and is 0.4, `decoding` was .* and is .*",
+        ),
+        ({"params": replace(PARAMS, strategy="llada", threshold=None)}, "`params.strategy` was"),
+        ({"params": replace(PARAMS, max_new_tokens=17)}, "`params.max_new_tokens` was 16 and is"),
+    ],
+)
+@pytest.mark.parametrize("has_unfinished_only", [False, True])
+def test_a_run_goes_on_with_the_same_model_and_settings_only(
+    output: Path, change: dict[str, Any], message: str, has_unfinished_only: bool
+) -> None:
+    first = ["silent one"] if has_unfinished_only else PROMPTS[:2]
+    prompts = first + PROMPTS[2:]
+    run(output, Responder(), first)
+    before = {file: file.read_bytes() for file in output.parent.iterdir()}
+    changed = {"responder": Responder()} | change
+    with pytest.raises(InputError, match=f"are of another run: {message}") as caught:
+        run(output, prompts=prompts, **changed)
+    assert "\n" not in caught.value.message
+    assert changed["responder"].asked == []
+    assert {file: file.read_bytes() for file in output.parent.iterdir()} == before
+    assert run(output, Responder(max_batch_size=2), prompts).prompts == len(prompts)
+
+
+def test_a_run_goes_on_with_the_same_version_only(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(output, Responder(), PROMPTS[:2])
+    monkeypatch.setattr(distillation, "__version__", "9.9")
+    with pytest.raises(InputError, match=r"another run: `dmax` was '.*' and is '9\.9'"):
+        run(output, Responder())
+
+
+def test_responses_that_nothing_speaks_of_are_left_alone(output: Path) -> None:
+    run(output, Responder(), PROMPTS[:2])
+    manifest(output).unlink()
+    with pytest.raises(InputError, match=r"responses\.manifest\.json is missing"):
+        check_outputs(output, PROMPTS)  # before a model is loaded
+    with pytest.raises(InputError, match="or move the earlier one away"):
+        run(output, Responder())
+    assert len(lines(output)) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 100_000, "\udcff"])
+def test_a_manifest_that_is_none(output: Path, content: str) -> None:
+    run(output, Responder(), PROMPTS[:2])
+    manifest(output).write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match="is not the manifest of a distillation"):
+        run(output, Responder())
+
+
+def test_a_run_killed_before_its_first_response_may_begin_otherwise(output: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(output, Responder(dies_at=0))
+    assert not output.parent.exists() or not list(output.parent.iterdir())
+    output.parent.mkdir(exist_ok=True)
+    manifest(output).write_text('{"weights": "others"}')
+    assert run(output, Responder()) == DistillReport(7, 5, 2)
+    assert json.loads(manifest(output).read_text())["params"]["threshold"] == 0.3
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/full"])
+def test_a_device_is_no_output(path: str) -> None:
+    with pytest.raises(InputError, match=f"cannot write {path}"):
+        run(Path(path), Responder())
+
+
+def test_a_model_knows_its_own_responses(llm: LLM, output: Path) -> None:
+    distill(llm, PROMPTS[:1], output, PARAMS)
+    told = json.loads(manifest(output).read_text())
+    llm.generate("Tom", PARAMS)
+    assert distill(llm, PROMPTS[:2], output, PARAMS).prompts == 2
+    assert json.loads(manifest(output).read_text()) == told
+    template, llm.tokenizer.chat_template = llm.tokenizer.chat_template, "{{ messages }}"  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="of another run: `tokenizer` was"):
+        distill(llm, PROMPTS, output, PARAMS)
+    llm.tokenizer.chat_template = template  # type: ignore[union-attr]
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 
@@ -296,6 +414,7 @@ def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
         (b"[1]\n", r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": " "}\n', r"prompts.jsonl:1: no `prompt`"),
         (b'{"prompt": 3}\n', r"prompts.jsonl:1: no `prompt`"),
+        (b'{"prompt": "\\ud800"}\n', r"prompts.jsonl:1: .* half of a surrogate pair"),
         (b"\xff\xfe\n", "prompts.jsonl"),
     ],
 )

@@ -209,8 +209,8 @@ def distill(
     with doing(f"loading {model}"):
         from dmax.files import check_writable
         from dmax.llm import LLM
+        from dmax.recipe.distill import check_outputs, read_prompts
         from dmax.recipe.distill import distill as run_distill
-        from dmax.recipe.distill import read_prompts
         from dmax.tasks.word_problems import problems
 
         params = options.decoding_params(
@@ -221,6 +221,7 @@ def distill(
             questions = read_prompts(prompts)
         else:
             questions = [problem.question for problem in problems(num, seed=seed)]
+        check_outputs(output, questions)
         llm = LLM(
             model,
             dtype=dtype,

@@ -2,30 +2,40 @@
 
 Responses are decoded at a conservative threshold, unfinished ones are set apart, and nothing
 filters for correctness (A22 in docs/paper.md). The files grow line by line, so an interrupted run
-goes on where it stopped.
+goes on where it stopped, if the manifest beside them names the same model, settings and version.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from dmax import __version__
+from dmax.decoding import get_strategy
 from dmax.engine.request import Request
-from dmax.errors import InputError
+from dmax.environment import weights_digest
+from dmax.errors import InputError, show
 from dmax.files import (
     append,
+    changes,
     check_writable,
     drop_unfinished_line,
     json_lines,
     read_lines,
+    write_atomically,
     writing,
 )
 from dmax.llm import LLM
+from dmax.messages import read_messages
 from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
+
+ANEW = "choose a new output file, or move the earlier one away"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,21 @@ class DistillReport:
     unfinished: int
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the files of an earlier run hold.
+
+    Attributes:
+        kept: numbers of the prompts with a response that ended by itself.
+        unfinished: of those with another one.
+        exist: whether there is anything in the files.
+    """
+
+    kept: frozenset[int]
+    unfinished: frozenset[int]
+    exist: bool
+
+
 def distill(
     llm: LLM,
     prompts: Sequence[str],
@@ -55,7 +80,8 @@ def distill(
 
     Lines come in the order in which responses are finished; `index` is the number of the prompt.
     Unfinished responses go to `<output>.unfinished.jsonl`, so that a resumed run does not decode
-    them again.
+    them again. `<output>.manifest.json` says what the responses depend on; it is there before the
+    first of them.
 
     Args:
         llm: its `max_batch_size` prompts are decoded at a time.
@@ -65,25 +91,116 @@ def distill(
         progress: told how many of how many prompts are done.
 
     Raises:
-        InputError: a file holds lines that are not responses to these prompts, or cannot be
-            written.
+        InputError: a file holds lines that are not responses to these prompts, or responses of
+            another model, other settings or another version; or it cannot be written.
     """
-    check_writable(output)
-    apart = output.with_suffix(".unfinished.jsonl")
-    kept = _answered(output, prompts)
-    unfinished = _answered(apart, prompts)
-    for file in (output, apart):  # only now that both are known to be ours
-        append(file, "")
-        drop_unfinished_line(file)
+    answers = check_outputs(output, prompts)
+    settings = _settings(llm, params)
+    manifest = _manifest(output)
+    if answers.exist:
+        _check_same(manifest, settings)
 
+    kept = set(answers.kept)
+    unfinished = set(answers.unfinished)
     done = kept | unfinished
     waiting = {index: prompt for index, prompt in enumerate(prompts) if index not in done}
-    for index, response in _responses(llm, waiting, params):
+    responses = _responses(llm, waiting, params)
+    for index, response in responses:
+        if len(kept) + len(unfinished) == len(done):  # the first one: now there is what to keep
+            _begin(output, settings)
         is_finished = response.finish_reason == "stop" and bool(response.text.strip())
-        append(output if is_finished else apart, _line(index, prompts[index], response.text))
+        file = output if is_finished else _apart(output)
+        append(file, _line(index, prompts[index], response.text))
         (kept if is_finished else unfinished).add(index)
         progress(len(kept) + len(unfinished), len(prompts))
     return DistillReport(len(prompts), len(kept), len(unfinished))
+
+
+def check_outputs(output: Path, prompts: Sequence[str]) -> Answers:
+    """What the files of an earlier run answer; asked before a model is loaded, and changes nothing.
+
+    Raises:
+        InputError: a file cannot be written, or holds something that is not of these prompts, or
+            nothing says what its responses depend on.
+    """
+    check_writable(output)
+    kept, is_begun = _answered(output, prompts)
+    unfinished, is_apart_begun = _answered(_apart(output), prompts)
+    answers = Answers(kept, unfinished, is_begun or is_apart_begun)
+    if answers.exist:
+        _read_manifest(_manifest(output))
+    return answers
+
+
+def _begin(output: Path, settings: Mapping[str, Any]) -> None:
+    """Make the files ready for the first line."""
+    write_atomically(_manifest(output), json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    for file in (output, _apart(output)):
+        append(file, "")
+        drop_unfinished_line(file)
+
+
+def _settings(llm: LLM, params: DecodingParams) -> dict[str, Any]:
+    """All that a response depends on, as JSON has it, but for the last bits of a number.
+
+    These may depend on the device and on how many prompts are decoded together, which may change.
+    """
+    resolved = llm.resolve(params)
+    settings = {
+        "dmax": __version__,
+        "weights": weights_digest(llm.model),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "tokenizer": _tokenizer_digest(llm.tokenizer),
+        "special_ids": asdict(llm.checkpoint.special_ids),
+        "params": asdict(resolved),
+        "decoding": repr(get_strategy(resolved)),  # with the digest of a head
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _tokenizer_digest(tokenizer: Any) -> str | None:
+    """16 hexadecimal digits that tell tokenizers and their chat templates apart."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    for name in ("padding", "truncation"):  # left over from the last call
+        rules.pop(name, None)
+    content = json.dumps([rules, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _apart(output: Path) -> Path:
+    return output.with_suffix(".unfinished.jsonl")
+
+
+def _manifest(output: Path) -> Path:
+    return output.with_suffix(".manifest.json")
+
+
+def _read_manifest(manifest: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(manifest.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{manifest} is missing, which says what wrote the responses beside it", hint=ANEW
+        ) from None
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{manifest} is not the manifest of a distillation", hint=ANEW)
+    return settings
+
+
+def _check_same(manifest: Path, settings: Mapping[str, Any]) -> None:
+    differing = [
+        f"`{name}` was {show(old)} and is {show(new)}"
+        for name, old, new in changes(_read_manifest(manifest), settings)
+    ]
+    if differing:
+        raise InputError(
+            f"the responses beside {manifest} are of another run: {', '.join(differing)}", hint=ANEW
+        )
 
 
 def _responses(
@@ -118,8 +235,14 @@ def _responses(
                 add(1)
 
 
-def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
-    """Numbers of the prompts that a file answers already; raises `InputError` if it is not ours."""
+def _answered(file: Path, prompts: Sequence[str]) -> tuple[frozenset[int], bool]:
+    """Numbers of the prompts that a file answers already, and whether anything stands in it.
+
+    Raises:
+        InputError: it is not ours.
+    """
+    if file.exists() and not file.is_file():
+        raise InputError(f"cannot write {file}: it is a device, a pipe or a folder", "name a file")
     with writing(file):
         lines, rest = read_lines(file)
     answered: set[int] = set()
@@ -128,7 +251,7 @@ def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
             record = json.loads(line)
             index = record["index"]
             is_ours = isinstance(index, int) and index >= 0 and prompts[index] == record["prompt"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
             raise InputError(
@@ -139,7 +262,7 @@ def _answered(file: Path, prompts: Sequence[str]) -> set[int]:
         raise InputError(
             f"{file}:{len(lines) + 1} is no response to a prompt", hint="choose a new output file"
         )
-    return answered
+    return frozenset(answered), bool(lines or rest)
 
 
 def _is_beginning(rest: bytes, prompts: Sequence[str], *, is_first: bool) -> bool:
@@ -164,13 +287,17 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: the file is missing or empty, or a line has no prompt; names file and line.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"prompts `{path}` is not a file")
     prompts = []
     for where, record in json_lines(path):
         prompt = record.get("prompt", record.get("question")) if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"{where}: no `prompt`")
+        try:
+            read_messages([{"role": "user", "content": prompt}])
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.hint) from None
         prompts.append(prompt)
     if not prompts:
         raise InputError(f"prompts `{path}` is empty")
