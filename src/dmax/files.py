@@ -145,6 +145,24 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
     return lines, rest
 
 
+def check_readable(path: Path) -> None:
+    """Make sure that a JSONL file can be read to its end.
+
+    Raises:
+        InputError: the file is missing or too large, or it is a device or a pipe, which may never
+            end.
+    """
+    with _reading(path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise InputError(f"cannot read {path}: it is a device or a pipe", hint="name a file")
+    if status.st_size > LARGEST_FILE:
+        raise InputError(
+            f"cannot read {path}: it is larger than {LARGEST_FILE >> 30} GiB",
+            hint="split it into several files",
+        )
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """What stands in the lines of a JSONL file, each after its place, `path:number`.
 
@@ -152,9 +170,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     at a time.
 
     Raises:
-        InputError: the file is missing, too large, or cannot be read; it is a device or a pipe,
-            which may never end; a line is too long or not JSON, when it is its turn.
+        InputError: the file cannot be read (`check_readable`), or a line is too long or not JSON,
+            when it is its turn.
     """
+    check_readable(path)
     for number, line in enumerate(_bounded_lines(path), 1):
         if not line.strip():
             continue
@@ -170,23 +189,20 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _bounded_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, only so much that one can see it."""
+    with _reading(path), path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            yield line
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file cannot be read."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise InputError(f"cannot read {path}: it is a device or a pipe", hint="name a file")
-        if status.st_size > LARGEST_FILE:
-            raise InputError(
-                f"cannot read {path}: it is larger than {LARGEST_FILE >> 30} GiB",
-                hint="split it into several files",
-            )
-        with path.open("rb") as file:
-            while line := file.readline(LONGEST_LINE + 1):
-                yield line
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {path}: {reason}") from None
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # a name with a NUL
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def drop_unfinished_line(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint
@@ -33,12 +35,21 @@ def build_checkpoint(section: ModelSection) -> Checkpoint:
     )
 
 
-def build_data(section: DataSection, checkpoint: Checkpoint) -> list[Encoded]:
-    """The encoded examples; raises `InputError` for a record that is wrong or too long."""
+def read_data(section: DataSection) -> list[Conversation]:
+    """What is to be learnt; raises `InputError` for a record that is wrong.
+
+    It takes no model, so a wrong record should not cost the loading of one.
+    """
+    return _draw(section) if section.file is None else read_records(section.file)
+
+
+def encode_data(
+    section: DataSection, conversations: Sequence[Conversation], checkpoint: Checkpoint
+) -> list[Encoded]:
+    """The examples as token ids; raises `InputError` for one that is too long."""
     context = checkpoint.model.config.max_position_embeddings
     max_length = min(section.max_length or context, context)
-    records = _draw(section) if section.file is None else read_records(section.file)
-    return encode_conversations(records, checkpoint.tokenizer, max_length)
+    return encode_conversations(conversations, checkpoint.tokenizer, max_length)
 
 
 def _draw(section: DataSection) -> list[Conversation]:

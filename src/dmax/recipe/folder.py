@@ -158,7 +158,7 @@ class RunFolder(TrainerCallback):
             }
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{file} is not the record of a training run", hint=MOVE) from None
 
     def _write(self) -> None:
@@ -189,6 +189,6 @@ def _is_whole(file: Path) -> bool:
                     return True
             case ".pt" | ".pth" | ".bin":
                 return zipfile.is_zipfile(file)  # torch writes archives, whose index comes last
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return False
     return True

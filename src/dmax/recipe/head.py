@@ -11,7 +11,7 @@ from dmax.baselines.heads import Kind, load_head, save_head
 from dmax.environment import weights_digest
 from dmax.errors import InputError
 from dmax.files import check_writable
-from dmax.recipe.build import build_checkpoint, build_data
+from dmax.recipe.build import build_checkpoint, encode_data, read_data
 from dmax.recipe.sections import Recipe
 
 
@@ -33,8 +33,9 @@ def train_head(
             f"{file} was trained for {held.steps} steps, this run has only {config.max_steps}",
             hint="choose another `output_dir`, or replace it with --fresh",
         )
+    conversations = read_data(recipe.data)
     checkpoint = build_checkpoint(recipe.model)
-    dataset = build_data(recipe.data, checkpoint)
+    dataset = encode_data(recipe.data, conversations, checkpoint)
     states = record(checkpoint.model, dataset, checkpoint.special_ids, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)

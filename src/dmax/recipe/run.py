@@ -18,10 +18,11 @@ from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
 from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.run import evaluate
+from dmax.files import check_readable
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
-from dmax.recipe.build import build_checkpoint, build_data
+from dmax.recipe.build import build_checkpoint, encode_data, read_data
 from dmax.recipe.folder import ANEW, MOVE, RunFolder
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
@@ -49,7 +50,7 @@ def run_recipe(
 
     Intermediate checkpoints go to `<output_dir>-run`. If there are some of the same recipe and
     `resume` holds, training continues there, and a finished run is left as it is. Data is read and
-    checked before the first step.
+    checked before a model is loaded.
 
     Returns:
         The folder of the checkpoint, or the file of a head.
@@ -60,17 +61,19 @@ def run_recipe(
         return train_head(recipe, recipe.head, replace=not resume, report=report)
     args = _arguments(recipe)
     task = _task(recipe)
+    settings = _settings(recipe, args)
     with recipe.file.at("output_dir"):
-        run = _run_folder(recipe, args, resume, report)
+        run = _run_folder(recipe, args, settings, resume, report)
     if run.is_finished:
         report(f"already finished: {recipe.output_dir}")
         return recipe.output_dir
 
+    conversations = read_data(recipe.data)
     set_seed(args.seed)
     decoding = get_objective(args.objective, args.rollout).decoding
     checkpoint = dataclasses.replace(build_checkpoint(recipe.model), decoding=decoding)
     checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
-    dataset = build_data(recipe.data, checkpoint)
+    dataset = encode_data(recipe.data, conversations, checkpoint)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     report(f"{len(dataset)} examples, {num_parameters:,} parameters")
     trainer = DMaxTrainer(
@@ -102,7 +105,11 @@ def run_recipe(
 
 
 def _run_folder(
-    recipe: Recipe, args: DMaxConfig, resume: bool, report: Callable[[str], None]
+    recipe: Recipe,
+    args: DMaxConfig,
+    settings: Mapping[str, Any],
+    resume: bool,
+    report: Callable[[str], None],
 ) -> RunFolder:
     """The folder of the run, which is finished only if its result is there too.
 
@@ -111,7 +118,7 @@ def _run_folder(
     """
     output_dir = recipe.output_dir
     check_target(output_dir)
-    run = RunFolder(Path(args.output_dir), _settings(recipe, args), fresh=not resume)
+    run = RunFolder(Path(args.output_dir), settings, fresh=not resume)
     is_written = (output_dir / "config.json").is_file()
     if is_written and not (output_dir / "dmax.json").is_file():
         raise InputError(f"{output_dir} holds a checkpoint of something else", MOVE)
@@ -168,8 +175,9 @@ def _task(recipe: Recipe) -> Task | None:
 def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
     """All that the weights depend on; of the training arguments those that are not the default."""
     data = asdict(recipe.data)
-    if data["file"] is not None and os.path.isfile(data["file"]):
-        data["sha256"] = hashlib.sha256(Path(data["file"]).read_bytes()).hexdigest()
+    if recipe.data.file is not None and os.path.exists(recipe.data.file):
+        with recipe.file.at("data.file"):
+            data["sha256"] = _digest(Path(recipe.data.file))
     defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
     training = {
         name: value
@@ -177,6 +185,12 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
         if not name.startswith(UNTRACKED) and value != defaults.get(name)
     }
     return {"model": asdict(recipe.model), "data": data, "training": training}
+
+
+def _digest(file: Path) -> str:
+    check_readable(file)
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _eval_hook(

@@ -157,6 +157,12 @@ class DMaxTrainer(Trainer):
     ) -> None:
         check_weights(model)
         check_examples(train_dataset, model.config.vocab_size, special_ids.mask_token_id)
+        longest = max(map(len, train_dataset), default=0)
+        if args.pad_to is not None and longest >= args.pad_to:
+            raise InputError(
+                f"`pad_to` must be above {longest}, the tokens of the longest example, "
+                f"got {args.pad_to}"
+            )
         block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
