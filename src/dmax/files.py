@@ -154,7 +154,9 @@ def check_readable(path: Path) -> None:
     """
     with _reading(path):
         status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"cannot read {path}: it is a device or a pipe", hint="name a file")
     if status.st_size > LARGEST_FILE:
         raise InputError(

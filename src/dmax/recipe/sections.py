@@ -289,7 +289,7 @@ def _check_size(file: RecipeFile, config: PreTrainedConfig) -> None:
 
 
 def _is_same(model: str, folder: Path) -> bool:
-    return Path(os.path.expanduser(model)).absolute() == folder.absolute()
+    return os.path.realpath(os.path.expanduser(model)) == os.path.realpath(folder)
 
 
 def _check_data(recipe: Recipe) -> None:
