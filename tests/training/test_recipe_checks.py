@@ -16,6 +16,7 @@ from dmax.recipe import build
 from dmax.recipe.file import MAX_BYTES, read_recipe_file
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
+from dmax.training.trainer import DMaxConfig
 
 pytest.importorskip("accelerate")
 
@@ -216,6 +217,11 @@ def test_the_line_is_that_of_the_argument(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, training={"warmup_steps": -1, "weight_decay": 0.1})
     line = path.read_text().splitlines().index("  warmup_steps: -1") + 1
     refused(path, f"recipe.yaml:{line}: in `training`, `warmup_steps` must be")
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DMaxConfig, "world_size", 2)
+    refused(write_recipe(tmp_path), "in `training`, training takes one process, got 2")
 
 
 def test_trying_the_arguments_leaves_the_working_folder_alone(

@@ -101,6 +101,11 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
 
     with TemporaryDirectory() as folder, _saying_where(file, training):
         args = DMaxConfig(output_dir=folder, **training)
+        if args.world_size > 1:  # an objective calls methods that a wrapper of torch hides
+            raise InputError(
+                f"training takes one process, got {args.world_size}",
+                hint="start it without torchrun or accelerate",
+            )
         if args.eval_strategy != IntervalStrategy.NO and not evaluates:
             raise InputError("`eval_strategy` needs a section `eval`, which says what to solve")
         metric = args.metric_for_best_model

@@ -116,7 +116,7 @@ class DMaxConfig(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """How many GPUs this process uses: one, or none. Several need a process each.
+        """How many GPUs training uses: one, or none.
 
         Trainer would take all GPUs it sees and wrap the model in `DataParallel`, which hides the
         methods that the objectives call.
