@@ -22,7 +22,7 @@ pytest.importorskip("accelerate")
 
 
 @pytest.fixture(autouse=True)
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test of this file gets as far as a model."""
 
     def forbidden(*_: Any, **__: Any) -> None:
@@ -169,8 +169,8 @@ def test_a_mistyped_name_is_told_what_stands_beside_it(tmp_path: Path, name: str
         ({"bf16": True, "use_cpu": False}, "doesn't support bf16"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
         ({"tf32": True}, "tf32"),
-        ({"deepspeed": "nowhere.json"}, "`training` is not usable"),
-        ({"fsdp": "full_shard"}, "fsdp"),
+        ({"deepspeed": "nowhere.json"}, "`training.deepspeed` would not do here what it says"),
+        ({"fsdp": "full_shard"}, "`training.fsdp` would not do here what it says"),
         ({"accelerator_config": {"a": 1}}, "unexpected keyword argument 'a'"),
         ({"accelerator_config": "nowhere.json"}, "nowhere.json"),
         ({"dataloader_persistent_workers": True}, "num_workers"),
@@ -178,7 +178,6 @@ def test_a_mistyped_name_is_told_what_stands_beside_it(tmp_path: Path, name: str
         ({"log_level": "loud"}, "loud"),
         ({"torch_compile_backend": "fast"}, "not a valid DynamoBackend"),
         ({"torch_compile_mode": "fast"}, "`training.torch_compile_mode` cannot be 'fast'"),
-        ({"parallelism_config": {"a": 1}}, "`training` is not usable"),
         ({"gradient_checkpointing_kwargs": {"x": 1}}, "unknown key `training.gradient_.*x`"),
         ({"eval_strategy": "steps"}, "`eval_strategy` needs a section `eval`"),
         ({"metric_for_best_model": "loss"}, "`training.metric_for_best_model` cannot be 'loss'"),
@@ -239,13 +238,21 @@ def test_trying_the_arguments_leaves_the_working_folder_alone(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 1_000_000}, "`num_hidden_layers` must be .* between 0 and 1000"),
+        ({"num_hidden_layers": 1_000_000}, "`num_hidden_layers` must be .* between 1 and 1000"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"num_experts": 10**9}, "num_experts"),
-        ({"hidden_size": 10**9}, "the model would have about .* weights in float32, more than fit"),
-        ({"vocab_size": 2**31}, "the model would have about .* weights"),
-        ({"num_attention_heads": 10**8, "num_key_value_heads": 10**8}, "would have about"),
-        ({"block_length": 10**6}, "`block_length` must be a whole number between 0 and 4096"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be a whole number between 1"),
+        ({"hidden_size": 0}, "`hidden_size` must be a whole number between 1"),
+        ({"hidden_size": 10**9}, "the model would have .* weights in float32, more than fit"),
+        ({"vocab_size": 2**32}, "the model would have .* weights"),
+        ({"num_attention_heads": 10**8, "num_key_value_heads": 10**8}, "would have .* weights"),
+        ({"block_length": 10**6}, "`block_length` must be a whole number between 1 and 4096"),
+        ({"attention_dropout": 2.0}, "`attention_dropout` must be a number between 0 and 1"),
+        ({"hidden_act": "rello"}, "`model.config` is not usable: 'rello'"),
+        ({"rope_parameters": {"rope_type": "flat"}}, "`model.config` is not usable: .*flat"),
+        ({"initializer_range": -1.0}, "`initializer_range` must be a number between 0 and 1"),
+        ({"vocab_size": 3}, "`model.config` is not usable: `mask_token_id` 977 lies outside"),
+        ({"mask_token_id": 10**6}, "`mask_token_id` 1000000 lies outside the vocabulary"),
         ({"model_type": ["llama"]}, r"unknown model type \['llama'\]"),
         ({"model_type": "lama"}, "unknown model type 'lama'"),
     ],
@@ -269,6 +276,8 @@ def test_a_new_model_of_an_impossible_size_is_refused(
         ({"data": {"file": "/dev/zero"}}, "cannot read /dev/zero: it is a device or a pipe"),
         ({"data": {"file": "nowhere.jsonl"}}, "nowhere.jsonl` is not a file"),
         ({"data": {"file": "."}}, "Is a directory"),
+        ({"model": {"config": CONFIG, "attn_implementation": "fast"}}, "attn_implementation"),
+        ({"model": {"config": CONFIG, "experts_implementation": "fast"}}, "experts_implementation"),
         ({"model": {"path": "tiny-base", "block_length": 10**6}}, "in `model.block_length`"),
         ({"model": {"path": "tiny-base", "block_length": 0}}, "in `model.block_length`"),
         ({"eval": {"limit": 10**9}}, "in `eval.limit`, `limit` must be a whole number between"),

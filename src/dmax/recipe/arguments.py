@@ -28,7 +28,8 @@ from dmax.training.trainer import DMaxConfig
 METRICS = ("accuracy", "tpf")
 """What evaluations measure (`dmax.recipe.run`)."""
 # Arguments that would do nothing here, or something other than they say: the objective makes the
-# loss, the sampler batches by length, evaluation decodes, and nothing is sent to the hub.
+# loss, the sampler batches by length, evaluation decodes, nothing is sent to the hub, and training
+# takes one process. (A `deepspeed` that fails would also stay set for every later model.)
 OUT_OF_PLACE = {
     *("debug", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"),
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
@@ -37,6 +38,9 @@ OUT_OF_PLACE = {
     *("liger_kernel_config", "train_sampling_strategy", "length_column_name", "use_cache"),
     *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "ignore_data_skip"),
     *("include_num_input_tokens_seen", "local_rank", "trackio_static_space_id"),
+    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "ddp_backend", "ddp_timeout"),
+    *("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters"),
+    *("ddp_static_graph", "average_tokens_across_devices"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
 }
 CHOICES = {

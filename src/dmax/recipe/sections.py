@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dmax import models
+from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
 from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, DecodingParams, check_number
-from dmax.recipe.arguments import argument_names, check_arguments
+from dmax.recipe.arguments import UNUSABLE, argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
@@ -32,19 +35,13 @@ if TYPE_CHECKING:
 MOST_PROBLEMS = 1_000_000
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
-SIZES = (  # of a new decoder
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_experts",
-    "block_length",
-)
-MOST = {"num_hidden_layers": 1_000, "num_experts": 4_096, "block_length": LONGEST_BLOCK}
+SIZES = {  # of a new model, and how large they may be for it to be made at all
+    "num_hidden_layers": 1_000,
+    "num_experts": 4_096,
+    "block_length": LONGEST_BLOCK,
+    **dict.fromkeys(("hidden_size", "vocab_size", "intermediate_size"), 2**32),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**32),
+}
 BYTES_PER_WEIGHT = 4  # a new model begins in float32
 
 
@@ -239,11 +236,11 @@ def _check_model(recipe: Recipe) -> None:
             f"got {model.keep_start}",
         )
     if model.config is not None:
-        _check_config(file, model.config)
+        _check_config(file, model, model.config)
 
 
-def _check_config(file: RecipeFile, config: dict[str, Any]) -> None:
-    """Try to make the configuration, and find the key that an error speaks of."""
+def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any]) -> None:
+    """Try to make the configuration, and then a model of it that takes no memory."""
     models.register()
     model_type = config.get("model_type", LLaDA2MoeConfig.model_type)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -251,39 +248,45 @@ def _check_config(file: RecipeFile, config: dict[str, Any]) -> None:
         raise file.wrong("model.config.model_type", f"unknown model type {show(model_type)}", hint)
     known = _names(CONFIG_MAPPING[model_type]) | {"model_type", "rope_theta", "block_length"}
     file.check_keys("model.config", config, known)
+    tokenizer = build_tokenizer()
+    with _of_config(file, config):
+        made = model_config(config, tokenizer)
+        for name, most in SIZES.items():
+            size = getattr(made, name, None)
+            check_number(name, size, low=1, high=most, whole=True, optional=True)
+        for name, value in made.to_dict().items():
+            if re.search("drop(out)?$|^initializer_range$", name):
+                check_number(name, value, low=0, high=1, optional=True)
+        with torch.device("meta"):  # the whole model but for its weights
+            model = new_checkpoint(
+                made,
+                tokenizer,
+                attn_implementation=section.attn_implementation,
+                experts_implementation=section.experts_implementation,
+            ).model
+    _check_memory(file, sum(weight.numel() for weight in model.parameters()))
+
+
+@contextmanager
+def _of_config(file: RecipeFile, config: dict[str, Any]) -> Iterator[None]:
+    """Errors from within are of the field of a configuration that their sentence speaks of."""
     try:
-        made = model_config(config, build_tokenizer())
-    except (TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())
-        named = [key for key in config if re.search(rf"\b{key}\b", message)]
+        yield
+    except (*UNUSABLE, StrictDataclassError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        named = [key for key in config if re.search(rf"\b{re.escape(key)}\b", message)]
         key = named[0] if named else ""
         raise file.wrong(
             f"model.config.{key}", f"`model.config` is not usable: {shorten(message)}"
         ) from error
-    _check_size(file, made)
 
 
-def _check_size(file: RecipeFile, config: PreTrainedConfig) -> None:
-    """Make sure that the weights of a new model fit the memory, before there are any.
-
-    Their number is that of a decoder: matrices of attention, of the (expert) MLPs and of the two
-    embeddings.
-    """
-    sizes = {name: getattr(config, name, 0) for name in SIZES}
-    with file.at("model.config"):
-        for name, size in sizes.items():
-            check_number(name, size, low=0, high=MOST.get(name, 2**32), whole=True, optional=True)
-    hidden, layers, vocabulary, heads, groups, head, dense, expert, experts, _ = (
-        size or 0 for size in sizes.values()
-    )
-    head = head or hidden // max(heads, 1)
-    layer = hidden * (2 * head * (heads + groups) + 3 * (dense + expert * experts))
-    weights = layers * layer + 2 * vocabulary * hidden
+def _check_memory(file: RecipeFile, num_weights: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if weights * BYTES_PER_WEIGHT > memory:
+    if num_weights * BYTES_PER_WEIGHT > memory:
         raise file.wrong(
             "model.config",
-            f"the model would have about {weights:.1e} weights in float32, more than fit into "
+            f"the model would have {num_weights:,} weights in float32, more than fit into "
             f"{memory / 2**30:.0f} GiB of memory",
         )
 
