@@ -127,4 +127,4 @@ def test_what_is_no_message_is_named_by_its_place(message: Any, reason: str) -> 
 def test_what_was_given_is_quoted_in_short(message: Any) -> None:
     with pytest.raises(InputError) as caught:
         read_messages([message])
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 500

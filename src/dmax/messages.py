@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, show
 
 ROLES = ("system", "user", "assistant")
 """Those that every chat template of the field knows. Tools are not supported."""
@@ -26,7 +25,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
         InputError: it is something else; names the message by its place, from 1.
     """
     if not _is_list(value):
-        raise InputError(f"chat messages must be a list, got {reprlib.repr(value)}")
+        raise InputError(f"chat messages must be a list, got {show(value)}")
     if not value:
         raise InputError("a chat needs at least one message, got an empty list")
     return [_message(each, number) for number, each in enumerate(value, 1)]
@@ -35,15 +34,14 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 def _message(value: Any, number: int) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise InputError(
-            f"message {number} must be a mapping with `role` and `content`, "
-            f"got {reprlib.repr(value)}"
+            f"message {number} must be a mapping with `role` and `content`, got {show(value)}"
         )
     _check_keys(value, {"role", "content"}, f"message {number}")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(
             f"the role of message {number} must be {', '.join(ROLES[:-1])} or {ROLES[-1]}, "
-            f"got {reprlib.repr(role)}",
+            f"got {show(role)}",
             did_you_mean(str(role), ROLES) if isinstance(role, str) else None,
         )
     content = _content(value.get("content"), number)
@@ -60,7 +58,7 @@ def _content(value: Any, number: int) -> str:
     if not _is_list(value) or not value:
         raise InputError(
             f"the content of message {number} must be a text or a list of text parts, "
-            f"got {reprlib.repr(value)}"
+            f"got {show(value)}"
         )
     return "".join(_part(part, number) for part in value)
 
@@ -72,7 +70,7 @@ def _part(value: Any, number: int) -> str:
         if isinstance(text, str):
             return text
     raise InputError(
-        f"message {number} has a part that is not text, {reprlib.repr(value)}",
+        f"message {number} has a part that is not text, {show(value)}",
         hint='a part is {"type": "text", "text": …}; images, sound and files are not read',
     )
 
@@ -81,7 +79,7 @@ def _check_keys(value: Mapping[Any, Any], known: set[str], what: str) -> None:
     others = [key for key, content in value.items() if key not in known and content is not None]
     if others:
         names = " and ".join(f"`{name}`" for name in sorted(known))
-        raise InputError(f"{what} takes {names} only, got {reprlib.repr(others[0])}")
+        raise InputError(f"{what} takes {names} only, got {show(others[0])}")
 
 
 def _is_list(value: object) -> bool:
