@@ -6,9 +6,7 @@ first optimiser, or with the first line of the log.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from dmax.environment import lacks_compiler
-from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.errors import InputError, did_you_mean, show
 from dmax.recipe.file import RecipeFile
 from dmax.training.trainer import DMaxConfig
 
@@ -52,12 +50,6 @@ CHOICES = {
 }
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
-# All that transformers and accelerate raise for arguments that do not fit, an extra that is missing
-# included.
-UNUSABLE = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
-    *(RuntimeError, TypeError, ValueError),
-)
 
 
 def argument_names() -> set[str]:
@@ -71,7 +63,7 @@ def make_arguments(file: RecipeFile, training: Mapping[str, Any], output_dir: Pa
     Raises:
         InputError: naming file, line and key of a value that does not fit.
     """
-    with _saying_where(file, training):
+    with file.trying("training", training):
         return DMaxConfig(output_dir=str(output_dir), **training)
 
 
@@ -103,7 +95,7 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
         if isinstance(given, dict):
             file.check_keys(f"training.{name}", given, set(CHECKPOINTING))
 
-    with TemporaryDirectory() as folder, _saying_where(file, training):
+    with TemporaryDirectory() as folder, file.trying("training", training):
         args = DMaxConfig(output_dir=folder, **training)
         if args.world_size > 1:  # an objective calls methods that a wrapper of torch hides
             raise InputError(
@@ -147,26 +139,3 @@ def _check_choice(
             f"`training.{name}` cannot be {show(value)}",
             did_you_mean(str(value), choices) or f"it may be {', '.join(choices)}",
         )
-
-
-@contextmanager
-def _saying_where(file: RecipeFile, training: Mapping[str, Any]) -> Iterator[None]:
-    """Errors from within are of the first argument that their sentence speaks of."""
-    try:
-        yield
-    except InputError as error:
-        raise file.wrong(
-            _named(error.message, training), f"in `training`, {error.message}", error.hint
-        ) from error
-    except UNUSABLE as error:
-        message = shorten(" ".join(str(error).split()) or type(error).__name__)
-        kind = type(error).__name__
-        raise file.wrong(
-            _named(message, training), f"`training` is not usable: {message} ({kind})"
-        ) from error
-
-
-def _named(message: str, training: Mapping[str, Any]) -> str:
-    """The dotted key of the argument that a message speaks of, or of all arguments."""
-    names = [name for name in training if re.search(rf"\b{re.escape(name)}\b", message)]
-    return f"training.{names[0]}" if names else "training"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,18 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from dmax.errors import InputError, did_you_mean, shorten, show
 
 MAX_BYTES = 30_000
 MAX_ENTRIES = 2_000
 MAX_DEPTH = 20
+# All that transformers and accelerate raise for values that do not fit, or need another package.
+UNUSABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
 _TAG = "tag:yaml.org,2002:"
 KEYS = {f"{_TAG}{kind}" for kind in ("str", "merge")}
 PLAIN = {int, float, str, bool, dict, list, type(None)}
@@ -53,6 +60,23 @@ class RecipeFile:
         except InputError as error:
             raise self.wrong(key, f"in `{key}`, {error.message}", error.hint) from error
 
+    @contextmanager
+    def trying(self, section: str, keys: Iterable[str]) -> Iterator[None]:
+        """Errors from within are of the first key of a section that their sentence speaks of.
+
+        Those of libraries are caught too: they raise all kinds of errors for values that do not
+        fit.
+        """
+        try:
+            yield
+        except InputError as error:
+            message = f"in `{section}`, {error.message}"
+            raise self.wrong(_spoken_of(message, section, keys), message, error.hint) from error
+        except (*UNUSABLE, StrictDataclassError) as error:
+            reason = shorten(" ".join(str(error).split()) or "no reason given")
+            message = f"`{section}` is not usable: {reason} ({type(error).__name__})"
+            raise self.wrong(_spoken_of(message, section, keys), message) from error
+
     def check_keys(self, prefix: str, section: Any, known: set[str]) -> None:
         """Raise `InputError` unless the value at `prefix` is a mapping of known keys.
 
@@ -81,6 +105,12 @@ class RecipeFile:
                 names = " or ".join(sorted(member.__name__ for member in types - {type(None)}))
                 name = f"{prefix}.{key}"
                 raise self.wrong(name, f"`{name}` must be {names}, got {show(value)}")
+
+
+def _spoken_of(message: str, section: str, keys: Iterable[str]) -> str:
+    """The dotted name of the first key that a message names, or of the whole section."""
+    named = (key for key in keys if re.search(rf"\b{re.escape(key)}\b", message))
+    return f"{section}.{next(named, '')}"
 
 
 def _plain_types(hint: Any) -> set[type]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dmax import models
 from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
-from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.errors import InputError, did_you_mean, show
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, DecodingParams, check_number
-from dmax.recipe.arguments import UNUSABLE, argument_names, check_arguments
+from dmax.recipe.arguments import argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
@@ -249,7 +247,7 @@ def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any
     known = _names(CONFIG_MAPPING[model_type]) | {"model_type", "rope_theta", "block_length"}
     file.check_keys("model.config", config, known)
     tokenizer = build_tokenizer()
-    with _of_config(file, config):
+    with file.trying("model.config", config):
         made = model_config(config, tokenizer)
         for name, most in SIZES.items():
             size = getattr(made, name, None)
@@ -265,20 +263,6 @@ def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any
                 experts_implementation=section.experts_implementation,
             ).model
     _check_memory(file, sum(weight.numel() for weight in model.parameters()))
-
-
-@contextmanager
-def _of_config(file: RecipeFile, config: dict[str, Any]) -> Iterator[None]:
-    """Errors from within are of the field of a configuration that their sentence speaks of."""
-    try:
-        yield
-    except (*UNUSABLE, StrictDataclassError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        named = [key for key in config if re.search(rf"\b{re.escape(key)}\b", message)]
-        key = named[0] if named else ""
-        raise file.wrong(
-            f"model.config.{key}", f"`model.config` is not usable: {shorten(message)}"
-        ) from error
 
 
 def _check_memory(file: RecipeFile, num_weights: int) -> None:
