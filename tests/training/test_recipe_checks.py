@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,12 @@ def test_the_line_is_that_of_the_argument(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, training={"warmup_steps": -1, "weight_decay": 0.1})
     line = path.read_text().splitlines().index("  warmup_steps: -1") + 1
     refused(path, f"recipe.yaml:{line}: in `training`, `warmup_steps` must be")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    error = refused(write_recipe(tmp_path), "training a model needs the package `accelerate`")
+    assert "[train]" in str(error.hint)
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

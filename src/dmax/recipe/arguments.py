@@ -18,6 +18,7 @@ from transformers import SchedulerType, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from dmax import extras
 from dmax.environment import lacks_compiler
 from dmax.errors import InputError, did_you_mean, show
 from dmax.recipe.file import RecipeFile
@@ -78,6 +79,7 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
     Raises:
         InputError: naming file, line and key of a value that does not fit.
     """
+    extras.require("accelerate", "train", "training a model")
     for name in training:
         if name in OUT_OF_PLACE:
             raise file.wrong(
