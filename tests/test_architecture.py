@@ -20,8 +20,8 @@ import measure_heart  # noqa: E402
 # Module or package -> layer; the longest name decides. Imports go to the same layer or a lower one.
 LAYERS = {
     **dict.fromkeys(("dmax.errors", "dmax.params", "dmax.outputs", "dmax.environment"), 0),
-    **dict.fromkeys(("dmax.extras", "dmax.files", "dmax.messages", "dmax.sandbox"), 0),
-    "dmax.tiny": 0,
+    **dict.fromkeys(("dmax.extras", "dmax.files", "dmax.messages"), 0),
+    **dict.fromkeys(("dmax.sandbox", "dmax.tiny", "dmax.worker"), 0),
     **dict.fromkeys(("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence"), 1),
     "dmax.kernels": 1,
     **dict.fromkeys(("dmax.models", "dmax.special_ids", "dmax.hub", "dmax.decoding"), 2),

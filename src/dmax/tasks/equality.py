@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import atexit
 import json
-import subprocess
-import sys
-import threading
 from functools import cache
 from pathlib import Path
 
 from dmax import extras
-from dmax.errors import InputError
+from dmax.worker import Worker
 
-START_SECONDS = 300  # it imports sympy, which takes seconds, on a busy machine a minute
 COMPARE_SECONDS = 30  # math-verify stops itself after 5 in each of its steps
 
 
@@ -45,74 +41,14 @@ def _comparer() -> Comparer:
     return comparer
 
 
-class Comparer:
-    """A process that compares answers, started when first needed and again after it was killed."""
+class Comparer(Worker):
+    """A process that compares answers."""
 
     def __init__(self) -> None:
-        self._limit: float = COMPARE_SECONDS
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()  # one question at a time, whichever thread asks
+        require_math_verify()
+        script = Path(__file__).with_name("equality_worker.py")
+        super().__init__(script, "math-verify", COMPARE_SECONDS, extras.install_hint("eval"))
 
     def compare(self, gold: str, answer: str) -> bool:
-        """Whether the process says that they are equal.
-
-        False if the process dies over the question, or says nothing in time.
-        """
-        with self._lock:
-            if self._process is not None and self._process.poll() is not None:
-                self.stop()
-            process = self._process or self._start()
-            reply = ""
-            try:
-                reply = _ask(process, json.dumps([gold, answer]), self._limit)
-            finally:
-                # Dead or interrupted: what it says now would be taken for the next reply.
-                if not reply:
-                    self.stop()
-            return reply == "true"
-
-    def stop(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        require_math_verify()
-        # -P keeps the folder of the script off the path: no file in it may hide a module.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("equality_worker.py"))]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-        )
-        reply = _ask(self._process, "", START_SECONDS)
-        if reply != "null":
-            self.stop()
-            reason = json.loads(reply) if reply else "no reply"
-            raise InputError(
-                f"math-verify does not start: {reason}", hint=extras.install_hint("eval")
-            )
-        return self._process
-
-
-def _ask(process: subprocess.Popen[str], line: str, seconds: float) -> str:
-    """The line that a process writes after it was given one.
-
-    Empty if the process ends first. After so many seconds it is killed.
-    """
-    assert process.stdin is not None and process.stdout is not None
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    try:
-        if line:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-        return process.stdout.readline().strip()
-    except OSError:  # it ended before it read the line
-        return ""
-    finally:
-        timer.cancel()
+        """Whether the process says that they are equal; False if it says nothing."""
+        return self.ask(json.dumps([gold, answer])) == "true"
