@@ -25,8 +25,9 @@ LAYERS = {
     **dict.fromkeys(("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence"), 1),
     "dmax.kernels": 1,
     **dict.fromkeys(("dmax.models", "dmax.special_ids", "dmax.hub", "dmax.decoding"), 2),
+    **dict.fromkeys(("dmax.chat_template", "dmax.chat_template_worker"), 2),
     **dict.fromkeys(("dmax.checkpoint", "dmax.training"), 3),
-    **dict.fromkeys(("dmax.engine", "dmax.llm"), 4),
+    **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.prompts"), 4),
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
     **dict.fromkeys(("dmax.recipe", "dmax.benchmark", "dmax.cli", "dmax.demo", "dmax"), 6),
     "dmax.tiny.tokenizer": 6,  # the package itself only knows paths
@@ -55,7 +56,7 @@ LONGER = {  # file or file:function -> lines it may have, and why
 # What a reader of the heart has before them (docs/architecture.md).
 MAX_TOKENS = 36_450
 MAX_TOKENS_PER_LINE = 9.5
-MAX_DEPTH = 10
+MAX_DEPTH = 11
 MAX_CLASSES = 31
 MAX_FILES_OF_A_PROMPT = 22  # without kernels
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -21,9 +21,7 @@ from dmax.errors import InputError, translated
 from dmax.kernels.quant import Format
 from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.params import AUTO, DecodingParams, EngineOptions
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
+from dmax.prompts import Prompt, encode_prompt, split_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +111,11 @@ class LLM:
         """Complete prompts; always a list, in the order of the prompts.
 
         Args:
-            prompts: a text, a list of token ids, a list of chat messages, or a list of any of
-                these. A text is one user message if the tokenizer has a chat template (these models
-                are instruction-tuned), else it is continued as it is. To continue raw text with a
-                chat model, pass its token ids.
+            prompts: a text, a list of token ids (an array or tensor [N] too), a list of chat
+                messages, or a list of any of these ([M, N] are M prompts). A text is one user
+                message if the tokenizer has a chat template (these models are instruction-tuned),
+                else it is continued as it is. To continue raw text with a chat model, pass its
+                token ids.
             params: one for all, or one for each.
 
         Raises:
@@ -145,35 +144,12 @@ class LLM:
                 yield self.event(request, event)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt of any form, the chat template applied to messages and texts."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError(
-                    "this checkpoint has no tokenizer", hint="pass prompts as lists of token ids"
-                )
-            if not self.tokenizer.chat_template:
-                return tuple(self.tokenizer.encode(prompt))
-            prompt = [{"role": "user", "content": prompt}]
-        parts: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [None]
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in parts):
-            return tuple(parts)
-        if not all(isinstance(message, Mapping) for message in parts):
-            raise InputError(
-                "a prompt must be a text, a list of token ids or a list of chat messages, "
-                f"got {prompt!r:.80}",
-                hint="a message is a mapping with `role` and `content`",
-            )
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InputError(
-                "this checkpoint has no chat template", hint="pass texts or lists of token ids"
-            )
-        messages = [dict(message) for message in parts]
-        if not all({"role", "content"} <= message.keys() for message in messages):
-            raise InputError("a chat message is a mapping with `role` and `content`")
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-        return tuple(ids)
+        """Token ids of a prompt of any form, the chat template applied to messages and texts.
+
+        Raises:
+            InputError: as `dmax.prompts.encode_prompt`.
+        """
+        return encode_prompt(prompt, self.checkpoint)
 
     def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
         """A request for an engine; `index` is the caller's number for it.
@@ -190,7 +166,8 @@ class LLM:
                 "this checkpoint has no tokenizer to find stop texts with", hint="leave out `stop`"
             )
         find_stop = partial(self._find_stop, params.stop) if params.stop else None
-        return Request(index, self.encode(prompt), self.resolve(params), find_stop)
+        prompt_ids = encode_prompt(prompt, self.checkpoint, f"prompt {index}")
+        return Request(index, prompt_ids, self.resolve(params), find_stop)
 
     def resolve(self, params: DecodingParams) -> DecodingParams:
         """The same settings with the strategy of this checkpoint in place of "auto".
@@ -243,10 +220,7 @@ class LLM:
         return replace(event.output, text=text[: min(ends, default=len(text))])
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
-        if not isinstance(prompts, Sequence):
-            raise InputError(f"prompts must be a text or a list, got {type(prompts).__name__}")
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
-            prompts = [prompts]  # a single one
+        prompts = split_prompts(prompts)
         each = params
         if not isinstance(params, Sequence):
             each = [DecodingParams() if params is None else params] * len(prompts)

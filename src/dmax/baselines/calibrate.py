@@ -18,8 +18,9 @@ from dmax.baselines.head_states import Blocks, replay
 from dmax.baselines.sched import ScheduledExit, mean_margin
 from dmax.decoding.block import Output
 from dmax.errors import InputError
-from dmax.llm import LLM, Prompt
+from dmax.llm import LLM
 from dmax.params import DecodingParams, check_number
+from dmax.prompts import Prompt
 from dmax.training.data import Encoded
 
 UNREACHABLE = 1e9  # no margin is as large, so that no block is left early

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Sampler
 
+from dmax.chat_template import encode_chat
 from dmax.errors import InputError, show
 from dmax.files import json_lines
 from dmax.messages import read_messages
@@ -121,9 +122,10 @@ def encode_conversations(
         raise InputError("there is no example to learn from")
     examples = []
     for messages, response, where in conversations:
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
+        try:
+            prompt = encode_chat(tokenizer, messages, max_length)
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.hint) from None
         example = Encoded(prompt, tokenizer.encode(response, add_special_tokens=False), where)
         if len(example) >= max_length:
             raise InputError(

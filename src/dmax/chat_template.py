@@ -1,0 +1,206 @@
+"""A chat as one text by the template of a tokenizer, and texts as token ids.
+
+A template is a program that came with a checkpoint. transformers keeps it from the machine, but not
+from computing for ever or writing 10^10 characters. So it runs in a process of its own, with limits
+of time and memory, unless it plainly is a loop over the messages.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dmax.errors import InputError, shorten
+from dmax.worker import Worker
+
+MAX_TEMPLATE = 100_000  # characters; published ones have up to 20,000
+MAX_PLAIN = 1000
+MAX_TOKEN = 64
+"""Characters of a text for each position of the context. No text of words comes near it; what has
+more is refused before it is rendered and tokenized."""
+REPLY_SECONDS = 60  # of a busy machine; the process limits its own computing time
+# Constants and parts of messages, put side by side and chosen by conditions.
+PLAIN = (
+    nodes.Output,
+    nodes.TemplateData,
+    nodes.Const,
+    nodes.Name,
+    nodes.If,
+    nodes.Assign,
+    nodes.Dict,
+    nodes.Getattr,
+    nodes.Getitem,
+    nodes.Compare,
+    nodes.Operand,
+    nodes.And,
+    nodes.Or,
+    nodes.Not,
+)
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]], room: int) -> list[int]:
+    """The token ids of a chat, up to where the assistant answers.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: as `dmax.messages.read_messages` gives them.
+        room: token ids that there may be.
+
+    Raises:
+        InputError: as `render_chat` and `encode_text`.
+    """
+    size = sum(len(message["content"]) for message in messages)
+    check_fits(size, "characters", room * MAX_TOKEN)
+    text = render_chat(tokenizer, messages, limit=2 * room * MAX_TOKEN)
+    return encode_text(tokenizer, text, room, is_whole=True)
+
+
+def encode_text(tokenizer: Any, text: str, room: int, *, is_whole: bool = False) -> list[int]:
+    """The token ids of a text.
+
+    Args:
+        tokenizer: of transformers.
+        text: any.
+        room: token ids that there may be.
+        is_whole: whether the text has all the special tokens that it should have.
+
+    Raises:
+        InputError: the text is too long, holds half of a surrogate pair, or the tokenizer fails.
+    """
+    check_fits(len(text), "characters", 2 * room * MAX_TOKEN)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the text holds half of a surrogate pair") from None
+    try:
+        ids = list(tokenizer.encode(text, add_special_tokens=not is_whole))
+    except Exception as error:  # the tokenizers package raises nothing more specific
+        raise InputError(
+            f"the tokenizer of this checkpoint cannot encode the text: {shorten(str(error))}"
+        ) from error
+    check_fits(len(ids), "tokens", room)
+    return ids
+
+
+def check_fits(size: int, what: str, room: int, name: str = "the text") -> None:
+    """Raise `InputError` unless `size` is at most `room`."""
+    if size > room:
+        raise InputError(
+            f"{name} has {size} {what}, there is room for {room}", hint="shorten the prompt"
+        )
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], limit: int) -> str:
+    """A chat as the template of a tokenizer writes it, up to where the assistant answers.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: as `dmax.messages.read_messages` gives them.
+        limit: characters that the text may have.
+
+    Raises:
+        InputError: there is no usable template, or it fails, hangs or writes more than `limit`.
+    """
+    template = _template(tokenizer)
+    render = _render_here if _is_plain(template) else _render_elsewhere
+    text, reason = render(template, messages, tokenizer.special_tokens_map, limit)
+    if not reason and len(text) > limit:
+        reason = f"it writes {len(text)} characters, there is room for {limit}"
+    if reason:
+        raise InputError(
+            f"the chat template of this checkpoint fails: {shorten(reason)}",
+            hint="correct its chat_template.jinja, or pass token ids",
+        )
+    return text
+
+
+def _render_here(
+    template: str, messages: list[dict[str, str]], variables: Mapping[str, Any], limit: int
+) -> tuple[str, str]:
+    """The text of a plain template, or why there is none."""
+    try:
+        [text], _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=True,
+            **variables,
+        )
+    except (TemplateError, TypeError) as error:
+        return "", str(error)
+    return text, ""
+
+
+def _render_elsewhere(
+    template: str, messages: list[dict[str, str]], variables: Mapping[str, Any], limit: int
+) -> tuple[str, str]:
+    """The text of any template, or why there is none."""
+    answer = _renderer().ask(json.dumps([template, messages, variables, limit]))
+    if not answer:
+        return "", "it takes too long, or too much memory"
+    text, reason = json.loads(answer)
+    return text, reason
+
+
+def _template(tokenizer: Any) -> str:
+    try:
+        template = tokenizer.get_chat_template()  # of several, the default one
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"this checkpoint has no usable chat template: {shorten(str(error))}"
+        ) from None
+    if not isinstance(template, str):
+        raise InputError("this checkpoint has no usable chat template: it is not a text")
+    if len(template) > MAX_TEMPLATE:
+        raise InputError(
+            f"the chat template of this checkpoint has {len(template)} characters, "
+            f"at most {MAX_TEMPLATE} are read"
+        )
+    return template
+
+
+@lru_cache(maxsize=16)
+def _is_plain(template: str) -> bool:
+    """Whether what a template writes is at most proportional to the messages.
+
+    It has no calls, filters or arithmetic, no loop within a loop, and it reads the messages nowhere
+    but in loops over them.
+    """
+    if len(template) > MAX_PLAIN:
+        return False
+    try:
+        tree = ImmutableSandboxedEnvironment().parse(template)
+    except (TemplateError, RecursionError):
+        return False
+    num_loops = sum(1 for _ in tree.find_all(nodes.For))
+    num_readers = sum(name.name == "messages" for name in tree.find_all(nodes.Name))
+    return num_loops == num_readers and all(map(_is_linear, tree.find_all(nodes.Node)))
+
+
+def _is_linear(node: nodes.Node) -> bool:
+    """Whether a part of a template makes nothing that grows faster than what it reads."""
+    match node:
+        case nodes.For(iter=nodes.Name(name="messages"), recursive=False):
+            return next(node.find_all(nodes.For), None) is None
+        case nodes.Pair(key=nodes.Const(), value=nodes.Const()):
+            return True
+        case nodes.For() | nodes.Pair():
+            return False
+        case _:
+            return isinstance(node, PLAIN)
+
+
+@cache
+def _renderer() -> Worker:
+    script = Path(__file__).with_name("chat_template_worker.py")
+    worker = Worker(script, "the process that renders chat templates", REPLY_SECONDS)
+    atexit.register(worker.stop)
+    return worker
