@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dmax.cache import BlockCache
+from dmax.errors import InputError
 
 
 def block(value: float, rows: int = 1, length: int = 4) -> torch.Tensor:
@@ -74,3 +75,8 @@ def test_overflow_is_refused() -> None:
     cache.commit([0], 8)
     with pytest.raises(ValueError, match="exceed the capacity 8"):
         cache.write_at([0], 4)
+
+
+def test_more_memory_than_there_is_is_refused_before_any_is_taken() -> None:
+    with pytest.raises(InputError, match=r"keys and values of 65536 sequences .* GiB, cpu has "):
+        BlockCache(32, 65536, 2**20, 8, 128)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dmax.errors import InputError
@@ -38,11 +41,11 @@ def test_defaults_are_the_public_ones() -> None:
         {"stop_confidence": 1e-9},
         {"top_k": 1},
         {"max_new_tokens": 1},
-        {"max_new_tokens": 10**400},  # absurd, but no reason for an OverflowError
+        {"max_new_tokens": 2**31 - 1},
         {"temperature": 0},
         {"seed": 0},
         {"seed": 2**63 - 1},
-        {"max_steps_per_block": 10**400},
+        {"max_steps_per_block": 2**31 - 1},
         {"strategy": "a plugin's"},
         {"deadline": 0},
         {"stop": ("a", "b")},
@@ -72,6 +75,12 @@ def test_the_ends_of_every_range_are_valid(values: dict[str, Any]) -> None:
         ("temperature", float("inf"), "a number between 0 and 1000"),
         ("temperature", float("nan"), "a number between 0 and 1000"),
         ("temperature", 10**400, "a number between 0 and 1000"),  # more than a float holds
+        ("max_new_tokens", 2**31, "a whole number of at most 2147483647"),
+        ("block_length", 2**31, "a whole number of at most 2147483647"),
+        ("seed", 1.0, "a whole number between 0 and"),
+        ("deadline", float("nan"), "a number of at least 0"),
+        ("deadline", [], "a number of at least 0"),
+        ("strategy", ["spd"], "a name"),
         ("seed", -1, "a whole number between 0 and"),
         ("seed", 2**63, "a whole number between 0 and"),
         ("strategy", None, "a name"),
@@ -84,6 +93,28 @@ def test_bad_values_are_named(name: str, value: Any, allowed: str) -> None:
         DecodingParams(**{name: value})
     assert error.value.message.startswith(f"`{name}` must be {allowed}")
     assert error.value.message.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("name", ["temperature", "max_new_tokens", "top_k", "seed", "threshold"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["+", "-", "unprintable"])
+def test_numbers_of_hundreds_of_digits_are_refused(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"`{name}` must be .* got a number of (401|5001) digits"):
+        DecodingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threshold", np.float32(0.5)),
+        ("temperature", np.float64(0.5)),
+        ("max_new_tokens", np.int64(8)),
+        ("seed", np.uint8(3)),
+    ],
+)
+def test_numbers_of_numpy_become_plain_ones(name: str, value: Any) -> None:
+    found = getattr(DecodingParams(**{name: value}), name)
+    assert found == value
+    assert type(found) in (int, float)
 
 
 def test_params_are_values() -> None:
@@ -102,13 +133,42 @@ def test_options_are_kept_in_one_form() -> None:
         DecodingParams(options=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {1: 2},
+        {1: 2, "a": 3},
+        "alpha",
+        [("alpha",)],
+        itertools.repeat(("alpha", 1)),
+        {"alpha": [1, 2]},
+        {"alpha": {"a": 1}},
+        {"alpha": functools.reduce(lambda inner, _: [inner], range(100_000), [])},
+        {"alpha": object()},
+    ],
+    ids=lambda options: type(options).__name__,
+)
+def test_options_of_another_shape_are_refused(options: Any) -> None:
+    with pytest.raises(InputError, match="`options` must map|option `alpha` must be") as error:
+        DecodingParams(options=options)
+    assert len(error.value.message) < 300
+
+
 def test_one_stop_text_is_a_list_of_one() -> None:
     assert DecodingParams(stop="####").stop == DecodingParams(stop=["####"]).stop == ("####",)
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], [1], 3])
+@pytest.mark.parametrize("stop", ["", ["a", ""], [1], 3, None, b"a", {"a"}, {"a": 1}])
 def test_stop_texts_are_texts(stop: Any) -> None:
     with pytest.raises(InputError, match="`stop` must be a text or a list of texts"):
+        DecodingParams(stop=stop)
+
+
+@pytest.mark.parametrize(
+    "stop", [["a"] * 1_000_000, "a" * 1_000_000, "\ud800"], ids=["many", "long", "surrogate"]
+)
+def test_stop_texts_are_few_and_short(stop: Any) -> None:
+    with pytest.raises(InputError, match="`stop` (takes at most|holds half)"):
         DecodingParams(stop=stop)
 
 
@@ -118,12 +178,17 @@ def test_stop_texts_are_texts(stop: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("max_batch_size", 0, "a whole number of at least 1"),
-        ("max_batch_size", 1.0, "a whole number of at least 1"),
-        ("max_batch_size", None, "a whole number of at least 1"),
+        ("max_batch_size", 0, "a whole number between 1 and 65536"),
+        ("max_batch_size", 1.0, "a whole number between 1 and 65536"),
+        ("max_batch_size", None, "a whole number between 1 and 65536"),
+        ("max_batch_size", 10**9, "a whole number between 1 and 65536"),
+        ("max_length", 2**31, "a whole number of at most 2147483647"),
         ("max_length", 0, "a whole number of at least 1"),
         ("prefill_tokens", 0, "a whole number of at least 1"),
-        ("prefix_cache_mib", -1, "a whole number of at least 0"),
+        ("prefix_cache_mib", -1, "a whole number between 0 and 16777216"),
+        ("prefix_cache_mib", 10**9, "a whole number between 0 and 16777216"),
+        ("prefill_tokens", "512", "a whole number of at least 1"),
+        ("cuda_graphs", "yes", "true, false or None"),
         ("compile_model", "no", "true or false"),  # a string would count as true
     ],
 )

@@ -6,11 +6,15 @@ size. Newer releases of transformers pass further arguments to `update`, which h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dmax.environment import total_memory
+from dmax.errors import InputError
 
 
 class BlockCache:
@@ -33,7 +37,16 @@ class BlockCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Raises `InputError` if the device has less memory than that takes."""
         shape = (num_slots, capacity, num_key_value_heads, head_dim)
+        needed = 2 * num_layers * math.prod(shape) * dtype.itemsize
+        there = total_memory(device)
+        if there is not None and needed > there:
+            raise InputError(
+                f"keys and values of {num_slots} sequences of {capacity} positions take "
+                f"{needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}",
+                hint="lower `max_batch_size`, `max_length` or `max_new_tokens`",
+            )
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.lengths = [0] * num_slots

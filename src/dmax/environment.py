@@ -71,6 +71,16 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     )
 
 
+def total_memory(device: torch.device | str) -> int | None:
+    """Bytes of memory that a device has, whether they are free or not; None if nobody says."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def lacks_compiler(device: torch.device) -> str | None:
     """The C++ compiler that `torch.compile` would call for a CPU, if it is not there; else None."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

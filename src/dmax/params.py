@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
-from dmax.errors import InputError
+from dmax.errors import InputError, shorten, show
 
 AUTO = "auto"
 """The strategy that a model was trained for, as its checkpoint says."""
+MOST = 2**31 - 1
+"""The largest count of anything."""
+MAX_TEXTS = 256
+MAX_CHARACTERS = 10_000  # of one text
 
 
 def check_number(
@@ -38,14 +44,20 @@ def check_number(
     if value is None and optional:
         return
     kind = "a whole number" if whole else "a number"
-    limits = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
-    if above_low:
-        limits = f"above {low} and at most {high}"
-    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     most = high if whole else min(high, sys.float_info.max)
     in_range = is_number and low <= value <= most and value != math.inf  # type: ignore[operator]
-    if not in_range or (above_low and value == low):
-        raise InputError(f"`{name}` must be {kind} {limits}, got {value!r}")
+    if in_range and not (above_low and value == low):
+        return
+    if above_low:
+        limits = f"above {low} and at most {high}"
+    elif high not in (MOST, math.inf):
+        limits = f"between {low} and {high}"
+    elif is_number and high == MOST and value > MOST:  # type: ignore[operator]
+        limits = f"of at most {MOST}"
+    else:
+        limits = f"of at least {low}"
+    raise InputError(f"`{name}` must be {kind} {limits}, got {show(value)}")
 
 
 def number(default: Any = MISSING, **bounds: Any) -> Any:
@@ -54,12 +66,14 @@ def number(default: Any = MISSING, **bounds: Any) -> Any:
 
 
 def whole(default: int | None, **bounds: Any) -> Any:
-    """A field for a whole number of at least 0, with the bounds of `check_number`."""
-    return number(default, whole=True, **bounds)
+    """A field for a whole number in [0, `MOST`], with the bounds of `check_number`."""
+    return number(default, **{"whole": True, "high": MOST, **bounds})
 
 
 def check_fields(settings: Any) -> None:
     """Check the fields of a dataclass that `number` or `whole` made, and those that are on or off.
+
+    Numbers of numpy and of others become Python's own.
 
     Raises:
         InputError: naming the first one that is wrong.
@@ -68,8 +82,47 @@ def check_fields(settings: Any) -> None:
         value = getattr(settings, entry.name, None)
         if entry.metadata:
             check_number(entry.name, value, **entry.metadata)
+            if value is not None and type(value) not in (int, float):
+                plain = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(settings, entry.name, plain)
         if isinstance(entry.default, bool) and not isinstance(value, bool):
-            raise InputError(f"`{entry.name}` must be true or false, got {value!r}")
+            raise InputError(f"`{entry.name}` must be true or false, got {show(value)}")
+
+
+def _stop_texts(value: object) -> tuple[str, ...]:
+    """The texts of `DecodingParams.stop`."""
+    texts: Any = (value,) if isinstance(value, str) else value
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, (bytes, bytearray))
+    if not is_list or not all(isinstance(text, str) and text for text in texts[: MAX_TEXTS + 1]):
+        raise InputError(
+            f"`stop` must be a text or a list of texts, none of them empty, got {show(value)}"
+        )
+    if len(texts) > MAX_TEXTS or max(map(len, texts), default=0) > MAX_CHARACTERS:
+        raise InputError(
+            f"`stop` takes at most {MAX_TEXTS} texts of at most {MAX_CHARACTERS} characters"
+        )
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise InputError("`stop` holds half of a surrogate pair, which no text does") from None
+    return tuple(texts)
+
+
+def _option_pairs(value: object) -> tuple[tuple[str, Any], ...]:
+    """The sorted pairs of `DecodingParams.options`; hashable, as the other fields are."""
+    pairs: dict[Any, Any] | None = None
+    if isinstance(value, (Mapping, Sequence)):
+        with suppress(TypeError, ValueError):
+            pairs = dict(value)
+    if pairs is None or not all(isinstance(name, str) for name in pairs):
+        raise InputError(f"`options` must map names to values, got {show(value)}")
+    for name, option in pairs.items():
+        if not (option is None or isinstance(option, (str, Real))):
+            raise InputError(
+                f"option `{shorten(name)}` must be a number, a text, true or false, "
+                f"got {show(option)}"
+            )
+    return tuple(sorted(pairs.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +171,10 @@ class DecodingParams:
 
     def __post_init__(self) -> None:
         if not isinstance(self.strategy, str):
-            raise InputError(f"`strategy` must be a name, got {self.strategy!r}")
+            raise InputError(f"`strategy` must be a name, got {show(self.strategy)}")
         check_fields(self)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(
-            isinstance(text, str) and text for text in stop
-        ):
-            raise InputError(
-                f"`stop` must be a text or a list of texts, none of them empty, got {self.stop!r}"
-            )
-        object.__setattr__(self, "stop", tuple(stop))
-        try:
-            options = dict(self.options)
-        except (TypeError, ValueError):
-            raise InputError(f"`options` must map names to values, got {self.options!r}") from None
-        object.__setattr__(self, "options", tuple(sorted(options.items())))  # hashable, as the rest
+        object.__setattr__(self, "stop", _stop_texts(self.stop))
+        object.__setattr__(self, "options", _option_pairs(self.options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +200,16 @@ class EngineOptions:
         InputError: a value out of range or of the wrong type.
     """
 
-    max_batch_size: int = whole(16, low=1)
+    max_batch_size: int = whole(16, low=1, high=2**16)
     max_length: int | None = whole(None, low=1, optional=True)
     prefill_tokens: int = whole(512, low=1)
-    prefix_cache_mib: int = whole(0)
+    prefix_cache_mib: int = whole(0, high=2**24)
     cuda_graphs: bool | None = None
     compile_model: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not (self.cuda_graphs is None or isinstance(self.cuda_graphs, bool)):
+            raise InputError(
+                f"`cuda_graphs` must be true, false or None, got {show(self.cuda_graphs)}"
+            )
