@@ -20,8 +20,12 @@ from dmax.baselines.heads import (
     load_head,
     save_head,
     shapes,
+    weights_sample,
 )
+from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
+from dmax.llm import LLM
+from dmax.params import DecodingParams
 from dmax.tiny import BUNDLED, bundled_head
 
 
@@ -169,3 +173,47 @@ def test_what_comes_with_dmax_is_small_and_belongs_to_a_bundled_model(kind: Kind
     for name in shipped:
         assert load_head(name, kind).block_length == 32
         assert bundled_head(name, kind).stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_head_knows_its_model_in_every_dtype(kind: Kind, dtype: str) -> None:
+    head = load_head("tiny-base", kind)
+    own, other = (
+        load_checkpoint(name, dtype=getattr(torch, dtype), device="cpu").model
+        for name in ("tiny-base", "tiny-dmax")
+    )
+    head.check_weights(own.named_parameters(), "head `a`")
+    for weights in (list(other.named_parameters()), [("a", torch.zeros(3))]):
+        with pytest.raises(InputError, match="the head `a` was trained on another model") as error:
+            head.check_weights(weights, "head `a`")
+        assert error.value.hint is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_another_model_is_refused_before_anything_is_decoded(kind: Kind) -> None:
+    llm = LLM("tiny-dmax", dtype="float32", device="cpu")
+    params = DecodingParams(kind, options={"head": "tiny-base"})
+    with pytest.raises(InputError, match="`tiny-base` was trained on another model"):
+        llm.request(0, "Hi", params)
+    quantized = LLM("tiny-base", dtype="bfloat16", device="cpu", quantization="int8")
+    assert quantized.request(0, "Hi", params).strategy.name == kind
+
+
+def test_a_sample_comes_back_from_its_file(head: Head, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    weights = [("a", torch.arange(40.0)), ("mlp.experts.up", torch.ones(3)), ("b", torch.ones(2))]
+    sample = weights_sample(weights)
+    assert sample.tolist() == [*range(16), 1, 1]
+    save_head(Head(head.kind, "abc", 4, 6, 10, head.tensors, sample), file)
+    back = load_head(str(file), head.kind)
+    assert back.sample is not None and torch.equal(back.sample, sample)
+    assert back.digest == head.digest
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "a\x00b", "~nobody-of-this-name/a", "/dev/zero"])
+def test_odd_names_of_heads_get_one_short_sentence(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be read") as error:
+        load_head(name, "demask")
+    assert len(error.value.message) < 600
+    assert "\x00" not in error.value.message

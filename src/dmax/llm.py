@@ -155,7 +155,8 @@ class LLM:
         """A request for an engine; `index` is the caller's number for it.
 
         Raises:
-            InputError: a prompt of no known form, or settings that the strategy does not take.
+            InputError: a prompt of no known form, settings that the strategy does not take, or a
+                strategy that does not go with this model.
         """
         if not isinstance(params, DecodingParams):
             raise InputError(
@@ -167,7 +168,9 @@ class LLM:
             )
         find_stop = partial(self._find_stop, params.stop) if params.stop else None
         prompt_ids = encode_prompt(prompt, self.checkpoint, f"prompt {index}")
-        return Request(index, prompt_ids, self.resolve(params), find_stop)
+        request = Request(index, prompt_ids, self.resolve(params), find_stop)
+        request.strategy.check_weights(self.model.named_parameters())
+        return request
 
     def resolve(self, params: DecodingParams) -> DecodingParams:
         """The same settings with the strategy of this checkpoint in place of "auto".

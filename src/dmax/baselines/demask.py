@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -54,6 +55,10 @@ class Demask(Strategy):
         """Raises `InputError` for a negative bound, or without a sound head."""
         super().__post_init__()
         object.__setattr__(self, "influence", load_head(self.head, "demask"))
+
+    def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises `InputError` if the head was trained on another model."""
+        self.influence.check_weights(weights, f"head `{self.head}`")
 
     def open(self, view: View) -> State:
         """Raises `InputError` for a block that is longer than those the head was trained on."""

@@ -134,6 +134,7 @@ def fit(
     *,
     model_digest: str,
     hidden_size: int,
+    sample: Tensor | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Head:
     """The head that minimises the loss of its kind over the recorded states.
@@ -145,6 +146,7 @@ def fit(
         config: how the head is trained.
         model_digest: of the model's weights (`checkpoint.weights_digest`).
         hidden_size: D of the model.
+        sample: `heads.weights_sample` of the model, by which its head is known to belong to it.
         report: told how the loss falls.
     """
     kind = cast(Kind, config.kind)
@@ -174,7 +176,7 @@ def fit(
     if learnt < count:
         held_out = head_loss(tensors, {name: value[learnt:] for name, value in states.items()})
         report(f"{learnt} states learnt, loss {held_out.item():.4f} on {count - learnt} others")
-    return Head(kind, model_digest, length, hidden_size, config.max_steps, tensors)
+    return Head(kind, model_digest, length, hidden_size, config.max_steps, tensors, sample)
 
 
 def _check_finite(step: int, tensors: Tensors) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,13 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dmax.errors import InputError
+from dmax.errors import InputError, shorten, show
 from dmax.files import write_atomically
 from dmax.tiny import BUNDLED, bundled_head
 
 Kind = Literal["learn2pd", "demask"]
 KINDS: tuple[Kind, ...] = ("learn2pd", "demask")
 Tensors = dict[str, Tensor]
+SAMPLE = "model.sample"  # its name in the file
+SAMPLED = 16  # values of each weight
+ROUNDING = 2**-6  # relative, of a weight in 16 bits, with room to spare
+MAX_OTHERS = 0.01  # share of the sample that may differ; of a fine-tuned model most does
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class Head:
         hidden_size: D of that model.
         steps: how long it was trained.
         tensors: float32, on the CPU; `shapes` gives their names and shapes.
+        sample: `weights_sample` of that model; None: nobody recorded it.
         digest: of the tensors.
     """
 
@@ -51,6 +58,7 @@ class Head:
     hidden_size: int
     steps: int
     tensors: Tensors = field(repr=False, compare=False)
+    sample: Tensor | None = field(default=None, repr=False, compare=False)
     digest: str = field(init=False)
     _placed: dict[torch.device, Tensors] = field(
         init=False, repr=False, compare=False, default_factory=dict
@@ -70,12 +78,43 @@ class Head:
                 hint=f"lower `block_length`, or train a {name.split()[0]} for this one",
             )
 
+    def check_weights(self, weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+        """Raises `InputError`, naming the head, for weights of another model than its own.
+
+        The same weights may be rounded to 16 bits, or have quantised experts.
+        """
+        if self.sample is None:
+            return
+        found = weights_sample(weights)
+        is_alike = found.shape == self.sample.shape
+        if is_alike:
+            is_close = torch.isclose(found, self.sample, rtol=ROUNDING, atol=1e-6)
+            is_alike = is_close.float().mean().item() > 1 - MAX_OTHERS
+        if not is_alike:
+            raise InputError(
+                f"the {name} was trained on another model (weights {self.model})",
+                hint=f"train a {name.split()[0]} on this one, or decode the model it belongs to",
+            )
+
     def on(self, device: torch.device) -> Tensors:
         """The tensors on a device, copied there once."""
         if device not in self._placed:
             placed = {name: tensor.to(device) for name, tensor in self.tensors.items()}
             self._placed[device] = placed
         return self._placed[device]
+
+
+def weights_sample(weights: Iterable[tuple[str, Tensor]]) -> Tensor:
+    """The first values of every weight but the experts', [N] float32 on the CPU.
+
+    They tell a model from another, whatever dtype it is loaded in.
+    """
+    parts = [
+        weight.detach().flatten()[:SAMPLED].float()
+        for name, weight in weights
+        if "experts" not in name
+    ]
+    return torch.cat(parts).cpu()
 
 
 def shapes(
@@ -157,22 +196,26 @@ def load_head(name: object, kind: Kind) -> Head:
         hint += f", or take that of {' or '.join(have)}"
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"strategy `{kind}` needs the option `head`, the file of a trained head, got {name!r}",
+            f"strategy `{kind}` needs the option `head`, the file of a trained head, "
+            f"got {show(name)}",
             hint,
         )
-    path = bundled_head(name, kind) if name in BUNDLED else Path(name).expanduser()
-    if path.is_dir():
+    path = bundled_head(name, kind) if name in BUNDLED else Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # unlike Path.is_dir, no name is too long for it
         path = path / f"{kind}.safetensors"
+    shown = shorten(str(path))
     try:
+        if not os.path.isfile(path):  # a pipe or a device might never end
+            raise OSError("no file")
         return _read(path, path.stat().st_mtime_ns, kind)
     except OSError:
         raise InputError(
-            f"strategy `{kind}` has no head `{name}`: {path} cannot be read", hint
+            f"strategy `{kind}` has no head `{shorten(name)}`: {shown} cannot be read", hint
         ) from None
     except (SafetensorError, KeyError, ValueError) as error:
         reason = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{path} is not a sound head of strategy `{kind}`: {reason}", hint
+            f"{shown} is not a sound head of strategy `{kind}`: {shorten(reason)}", hint
         ) from None
 
 
@@ -194,8 +237,9 @@ def _read(path: Path, _modified: int, kind: Kind) -> Head:
                 f"`{key}` must be {list(shape)} finite numbers, got {list(tensors[key].shape)}"
             )
     steps = int(about["steps"])
+    sample = tensors.get(SAMPLE)
     tensors = {key: tensors[key].float() for key in wanted}
-    return Head(kind, about["model"], length, hidden, steps, tensors)
+    return Head(kind, about["model"], length, hidden, steps, tensors, sample)
 
 
 def save_head(head: Head, path: Path) -> None:
@@ -203,4 +247,6 @@ def save_head(head: Head, path: Path) -> None:
     names = ("kind", "model", "block_length", "hidden_size", "steps")
     about = {name: str(getattr(head, name)) for name in names}
     tensors = {name: tensor.contiguous() for name, tensor in head.tensors.items()}
+    if head.sample is not None:
+        tensors[SAMPLE] = head.sample
     write_atomically(path, save(tensors, about))

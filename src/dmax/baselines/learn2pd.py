@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+from torch import Tensor
 
 from dmax.baselines.heads import Head, filter_logits, load_head
 from dmax.decoding.block import Decision, Output, State, View, predict
@@ -40,6 +43,10 @@ class Learn2PD(Strategy):
         """Raises `InputError` without a sound filter."""
         super().__post_init__()
         object.__setattr__(self, "filter", load_head(self.head, "learn2pd"))
+
+    def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises `InputError` if the filter was trained on another model."""
+        self.filter.check_weights(weights, f"filter `{self.head}`")
 
     def open(self, view: View) -> State:
         """Raises `InputError` for a block that is longer than the filter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -53,6 +53,10 @@ class Strategy(ABC):
     settled_at: Number = 0.0
     num_branches: int = 1
     renormalize: bool = True
+
+    def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raise `InputError` if the method does not go with a model of these named weights."""
+        return
 
     def open(self, view: View) -> State:
         """What the strategy remembers of blocks that have just been opened; nothing by default."""

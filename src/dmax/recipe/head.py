@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from dmax.baselines.head_training import HeadConfig, fit, record
-from dmax.baselines.heads import Kind, load_head, save_head
+from dmax.baselines.heads import Kind, load_head, save_head, weights_sample
 from dmax.environment import weights_digest
 from dmax.errors import InputError
 from dmax.files import check_writable
@@ -40,6 +40,13 @@ def train_head(
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)
     hidden_size = checkpoint.model.config.hidden_size
-    head = fit(states, config, model_digest=digest, hidden_size=hidden_size, report=report)
+    head = fit(
+        states,
+        config,
+        model_digest=digest,
+        hidden_size=hidden_size,
+        sample=weights_sample(checkpoint.model.named_parameters()),
+        report=report,
+    )
     save_head(head, file)
     return file
