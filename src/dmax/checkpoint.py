@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from dmax.checkpoint_files import (
+    SETTINGS_FILES,
+    TOKENIZER_FILES,
+    check_size,
+    read_settings,
+    reading,
+)
 from dmax.decoding import strategies
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.files import check_new_folder, new_folder, writing
 from dmax.hub import find_folder, is_published_dmax
 from dmax.kernels.moe import best_experts_implementation
@@ -32,19 +35,6 @@ from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-)
-SETTINGS_FILES = (
-    "config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
 # All that a checkpoint written by `save_checkpoint` can consist of.
 OWN_FILES = (
     *TOKENIZER_FILES,
@@ -57,9 +47,6 @@ OWN_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-UNREADABLE = (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError)
-# What transformers raises besides for JSON of another shape.
-MISSHAPEN = (*UNREADABLE, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +103,13 @@ def load_checkpoint(
             unknown, or a mask token is to be added to a checkpoint that has one.
     """
     folder = find_folder(name_or_path)
-    config, tokenizer, generation_config = _load_settings(folder)
+    config, tokenizer, generation_config = read_settings(folder)
+    check_size(folder, config)
     # All settings first: a wrong one should not cost the loading of the weights.
     if quantization is not None:
         check_format(quantization)
     if add_mask_token:
         _check_lacks_mask(folder, config, tokenizer)
-        mask_token_id = 0  # until the model is loaded and has one
     special_ids = resolve_special_ids(
         config,
         tokenizer,
@@ -130,6 +117,7 @@ def load_checkpoint(
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
         block_length=block_length,
+        adds_mask=add_mask_token,
     )
     decoding = _named_decoding(config, name_or_path, folder)
     experts = experts_implementation or _best_experts(config, device)
@@ -164,17 +152,13 @@ def new_checkpoint(
         InputError: an id or the block length is missing, or the architecture cannot be used.
     """
     special_ids = resolve_special_ids(config, tokenizer)
-    try:
+    with reading("no model can be made from this configuration"):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
             trust_remote_code=False,
             **_chosen(attn_implementation, experts_implementation),
         )
-    except ValueError as error:
-        raise InputError(
-            f"no model can be made from this configuration: {_first_line(error)}"
-        ) from error
     return Checkpoint(_ready(model).eval(), tokenizer, special_ids, path="")
 
 
@@ -268,60 +252,24 @@ def _check_decoding(name: object, place: object) -> None:
     known = strategies()
     if name is not None and name not in known:
         raise InputError(
-            f"{place} names the decoding strategy {name!r}, which is unknown",
+            f"{place} names the decoding strategy {show(name)}, which is unknown",
             hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
         )
-
-
-def _load_settings(
-    folder: Path,
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, GenerationConfig | None]:
-    """Configuration, tokenizer and generation config of a folder, the latter two if it has them."""
-    _check_settings_files(folder)
-    tokenizer: PreTrainedTokenizerBase | None = None
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except MISSHAPEN as error:
-        raise InputError(f"{folder} is not a usable checkpoint: {_first_line(error)}") from error
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return config, tokenizer, None
-    try:
-        return config, tokenizer, GenerationConfig.from_pretrained(folder)
-    except MISSHAPEN as error:
-        raise InputError(f"{file} is not usable: {_first_line(error)}") from error
-
-
-def _check_settings_files(folder: Path) -> None:
-    for name in SETTINGS_FILES:
-        file = folder / name
-        try:
-            if file.is_file() and not isinstance(json.loads(file.read_bytes()), dict):
-                raise ValueError("no JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"{folder} is not a usable checkpoint: {name} is damaged ({_first_line(error)})"
-            ) from None
 
 
 def _load_model(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, str]
 ) -> PreTrainedModel:
-    try:
+    with reading(f"{shorten(str(folder))} cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
+            use_safetensors=True,  # others may hold code
             output_loading_info=True,
             **options,
         )
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
     # Our own classes have checked their files. For others transformers would fill gaps with random
     # weights.
@@ -358,10 +306,3 @@ def _check_lacks_mask(
         raise InputError(f"{folder} has no tokenizer that a mask token could be added to")
     if find_mask_token_id(config, tokenizer) is not None:
         raise InputError(f"{folder} has a mask token already", hint="leave out `add_mask_token`")
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, StrictDataclassError):  # its first line names the field, not the reason
-        return " ".join(str(error).split())
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

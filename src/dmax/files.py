@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -127,6 +127,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def read_object(path: Path, most: int) -> dict[str, Any]:
+    """The JSON object that a file of at most so many bytes holds, with finite numbers only.
+
+    Raises:
+        InputError: it holds something else, or cannot be read.
+    """
+    shown = shorten(str(path))
+    try:
+        if not path.is_file():
+            raise ValueError("no file")
+        if path.stat().st_size > most:
+            raise ValueError(f"more than {most} bytes")
+        record = json.loads(path.read_bytes(), parse_constant=_not_finite)
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{shown} is damaged: {shorten(reason)}") from None
+    return record
 
 
 def read_lines(path: Path) -> tuple[list[bytes], bytes]:
@@ -277,6 +298,10 @@ def read_record(path: Path) -> Any:
         _check_kind(path)
         with path.open("rb") as file:
             return _json(file.read(LARGEST_RECORD))
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
 
 
 def _json(text: bytes) -> Any:

@@ -7,14 +7,16 @@ files say. Published files do not agree on which of them says it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dmax.errors import InputError
-from dmax.params import check_number
+from dmax.errors import InputError, show
+from dmax.params import MOST, check_number
 
 MASK_TOKEN = "<|mask|>"
+NO_MASK = -1
 # LLaDA-2.x configurations name no block length. Every published checkpoint of the family was
 # trained with this one.
 FAMILY_BLOCK_LENGTH = {"llada2_moe": 32}
@@ -36,6 +38,14 @@ class SpecialIds:
     pad_token_id: int
     block_length: int
 
+    def __post_init__(self) -> None:
+        """Raises `InputError` if MASK also ends a sequence: it is fed in, but never emitted."""
+        if self.mask_token_id in self.eos_token_ids:
+            raise InputError(
+                f"`mask_token_id` {self.mask_token_id} is also an `eos_token_id`",
+                hint="pass the one that is wrong",
+            )
+
 
 def resolve_special_ids(
     config: PreTrainedConfig,
@@ -45,6 +55,7 @@ def resolve_special_ids(
     mask_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
     block_length: int | None = None,
+    adds_mask: bool = False,
 ) -> SpecialIds:
     """Settle all ids of a checkpoint; an argument that is given decides over the files.
 
@@ -55,41 +66,44 @@ def resolve_special_ids(
         mask_token_id: MASK.
         eos_token_id: one id that ends a sequence, or several.
         block_length: positions decoded together.
+        adds_mask: a mask token is still to be added; until then its id is `NO_MASK`.
 
     Raises:
-        InputError: something is neither given nor in the files, or lies outside the vocabulary.
+        InputError: something is neither given nor in the files, lies outside the vocabulary, or
+            MASK is an EOS.
     """
-    mask = _first(mask_token_id, find_mask_token_id(config, tokenizer))
+    mask = NO_MASK if adds_mask else _first(mask_token_id, find_mask_token_id(config, tokenizer))
     if mask is None:
         raise InputError(
             "the checkpoint names no mask token",
             hint="pass `mask_token_id`; an autoregressive model gets one in training, "
             "by `model.add_mask_token: true`",
         )
-    _check_token("mask_token_id", mask, config)
+    if not adds_mask:
+        mask = _checked_token("mask_token_id", mask, config)
 
     sources = (generation_config, config, tokenizer)
     named = [eos_token_id, *(getattr(source, "eos_token_id", None) for source in sources)]
-    ends: Any = next((ids for ids in named if ids not in (None, [], ())), None)
+    ends: Any = next(filter(_is_given, named), None)
     if ends is None:
         raise InputError(
             "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
         )
-    eos = ends if isinstance(ends, (list, tuple)) else [ends]
-    for token in eos:
-        _check_token("eos_token_id", token, config)
+    several = ends if isinstance(ends, (list, tuple)) else [ends]
+    eos = [_checked_token("eos_token_id", token, config) for token in several]
 
     # What lies outside the vocabulary is no padding; the first EOS serves as well.
     pads = [getattr(source, "pad_token_id", None) for source in (tokenizer, config)]
-    usable = [pad for pad in pads if isinstance(pad, int) and 0 <= pad < config.vocab_size]
+    usable = [pad for pad in pads if type(pad) is int and 0 <= pad < config.vocab_size]
     pad = usable[0] if usable else eos[0]
 
     family = FAMILY_BLOCK_LENGTH.get(config.model_type)
     length = _first(block_length, getattr(config, "block_length", None), family)
     if length is None:
         raise InputError("the checkpoint names no block length", hint="pass `block_length`")
-    check_number("block_length", length, low=1, whole=True)
-    return SpecialIds(mask, tuple(dict.fromkeys(eos)), pad, length)
+    context = getattr(config, "max_position_embeddings", None) or MOST
+    check_number("block_length", length, low=1, high=context, whole=True)
+    return SpecialIds(mask, tuple(dict.fromkeys(eos)), pad, int(length))
 
 
 def find_mask_token_id(
@@ -107,11 +121,17 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _check_token(name: str, token: Any, config: PreTrainedConfig) -> None:
-    if not isinstance(token, int) or isinstance(token, bool):
-        raise InputError(f"`{name}` must be a token id, got {token!r}", hint=f"pass `{name}`")
-    if not 0 <= token < config.vocab_size:
+def _is_given(ids: Any) -> bool:
+    return ids is not None and not (isinstance(ids, (list, tuple)) and not ids)
+
+
+def _checked_token(name: str, token: Any, config: PreTrainedConfig) -> int:
+    if isinstance(token, bool) or not isinstance(token, Integral):
+        raise InputError(f"`{name}` must be a token id, got {show(token)}", hint=f"pass `{name}`")
+    number = int(token)
+    if not 0 <= number < config.vocab_size:
         raise InputError(
-            f"`{name}` {token} lies outside the vocabulary of {config.vocab_size}",
+            f"`{name}` {show(number)} lies outside the vocabulary of {config.vocab_size}",
             hint=f"pass `{name}`",
         )
+    return number

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
+
+MAY_BE_ZERO = ("first_k_dense_replace", "num_shared_experts", "n_group", "topk_group")
 
 
 class LLaDA2MoeConfig(PreTrainedConfig):
@@ -69,13 +72,13 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what router and attention rely on; a `ValueError` names the wrong fields."""
         for name in LLaDA2MoeConfig.__annotations__:
-            value = getattr(self, name)
-            kind = type(getattr(LLaDA2MoeConfig, name))
-            wanted = {int: (int,), float: (int, float)}.get(kind)
-            if wanted and not name.endswith("_token_id") and type(value) not in wanted:
-                raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
+            if not name.endswith("_token_id"):
+                self._check_field(name)
         kwargs.pop("model_type", None)  # merged training checkpoints name another
         super().__post_init__(**kwargs)
+        theta = (self.rope_parameters or {}).get("rope_theta")
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise ValueError(f"`rope_theta` must be a number above 0, got {theta!r}")
         score = self.score_function
         if score != "sigmoid":
             raise ValueError(f"`score_function` must be 'sigmoid' for llada2_moe, got {score!r}")
@@ -98,6 +101,18 @@ class LLaDA2MoeConfig(PreTrainedConfig):
                 f"{choice} experts of the `topk_group` ({self.topk_group}) groups that a token may "
                 "choose from"
             )
+
+    def _check_field(self, name: str) -> None:
+        value = getattr(self, name)
+        kind = type(getattr(LLaDA2MoeConfig, name))
+        allowed = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind)
+        if allowed is None:
+            return
+        if type(value) not in allowed:
+            raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
+        low = 0 if kind is float or name in MAY_BE_ZERO else 1
+        if kind in (int, float) and not low <= value < math.inf:
+            raise ValueError(f"`{name}` must be at least {low}, got {value!r}")
 
     @property
     def rotary_dim(self) -> int:

@@ -7,7 +7,6 @@ loading.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Size
 from transformers import PreTrainedModel
 
-from dmax.errors import InputError
+from dmax.errors import InputError, show
+from dmax.files import read_object
 from dmax.models.llada2_moe.conversion import merged_layout, per_expert
 
 HINT = "copy or download the checkpoint again, or check that its config.json belongs to these files"
-INTEGERS = ("I", "U", "BOOL")  # how their dtypes begin
+FLOATS = ("BF16", "F16", "F32", "F64")
+MAX_INDEX = 64 * 2**20  # bytes; published ones have up to 3 MiB
 HARMLESS = "rotary_emb.inv_freq"  # in files of old releases; it follows from the configuration
 
 
@@ -70,10 +71,12 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if not index.exists():
         return {}
     try:
-        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        weight_map: dict[str, str] = read_object(index, MAX_INDEX)["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{index} is not a readable index of safetensors files ({error!r})"
+        if not all(Path(shard).name == shard for shard in shards):
+            raise ValueError("it names files outside of its folder")
+    except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{index} is not a readable index of safetensors files ({show(error)})"
         raise InputError(message, hint=HINT) from None
     found: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -123,10 +126,15 @@ def _check_tensor(name: str, stored: StoredTensor, expected: Size) -> None:
     if stored.shape != expected:
         shape = f"shape {list(stored.shape)}, expected {list(expected)}"
         raise InputError(f"{stored.file}: tensor `{name}` has {shape}", hint=HINT)
-    if stored.dtype.startswith(INTEGERS):  # transformers would take the codes for weights
+    check_dtype(name, stored)
+
+
+def check_dtype(name: str, stored: StoredTensor) -> None:
+    """Raise `InputError` if a tensor holds something else than plain floating-point numbers."""
+    if stored.dtype not in FLOATS:  # transformers would take codes for weights
         raise InputError(
-            f"{stored.file}: tensor `{name}` holds integers ({stored.dtype}), "
-            "expected floating point",
+            f"{stored.file}: tensor `{name}` holds {stored.dtype}, "
+            f"expected floating point ({', '.join(FLOATS)})",
             hint="take the checkpoint with its unquantised weights",
         )
 

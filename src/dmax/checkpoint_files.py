@@ -1,0 +1,232 @@
+"""The files of a checkpoint folder: a stranger's, until they prove sound.
+
+Nothing in them makes code load, and nothing is allocated for what a configuration merely claims:
+its numbers are compared with the headers of the weight files first. Whatever a library raises on
+such a file becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.files import read_object
+from dmax.models.llada2_moe.files import StoredTensor, check_dtype, read_headers
+from dmax.params import MOST
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+MAX_SETTINGS = 16 * 2**20  # bytes of a file of settings; published ones have up to 2 MiB
+MAX_TOKENIZER = 256 * 2**20
+SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+# Keys of a configuration that name code, or files or repositories to take something from. The
+# implementations of attention and experts may name kernels of the hub.
+CODE = (
+    "auto_map",
+    "attn_implementation",
+    "experts_implementation",
+    "custom_pipelines",
+    "configuration_files",
+    "kernel_config",
+    "use_kernels",
+    "transformers_weights",
+    "trust_remote_code",
+    "name_or_path",
+)
+LABELS = ("num_labels", "id2label", "label2id")  # of classifiers; one name is made for each
+MAX_PARTS = 2**16  # of anything else that a configuration counts, such as experts
+
+
+@contextmanager
+def reading(message: str) -> Iterator[None]:
+    """Say in one sentence that files are not usable, whatever the library that reads them raises.
+
+    Args:
+        message: the beginning of the sentence.
+
+    Raises:
+        InputError: in place of the library's error.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # what a library may raise on a damaged file is endless
+        raise InputError(f"{message}: {shorten(first_line(error))}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line."""
+    if isinstance(error, StrictDataclassError):  # its first line names the field, not the reason
+        return " ".join(str(error).split())
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def read_settings(
+    folder: Path,
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, GenerationConfig | None]:
+    """Configuration, tokenizer and generation config of a folder, the latter two if it has them.
+
+    Raises:
+        InputError: a file is damaged or no file, the architecture is unknown, or what the folder
+            holds is no whole checkpoint (an adapter, quantised weights).
+    """
+    shown = shorten(str(folder))
+    _check_kinds(folder)
+    records = {
+        name: read_object(folder / name, MAX_SETTINGS)
+        for name in SETTINGS_FILES
+        if (folder / name).exists()
+    }
+    config = _config(shown, records["config.json"])
+    tokenizer: PreTrainedTokenizerBase | None = None
+    generation_config: GenerationConfig | None = None
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        with reading(f"the tokenizer of {shown} is not usable"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=config, trust_remote_code=False
+            )
+    if (record := records.get("generation_config.json")) is not None:
+        with reading(f"{shown}/generation_config.json is not usable"):
+            generation_config = GenerationConfig.from_dict(record)
+    return config, tokenizer, generation_config
+
+
+def _check_kinds(folder: Path) -> None:
+    """Make sure that whatever a library may open is a file: a pipe or a device never ends."""
+    shown = shorten(str(folder))
+    with reading(f"{shown} is not a usable checkpoint"), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(SUFFIXES) and not os.path.isfile(entry.path):
+                raise InputError(
+                    f"{shown} is not a usable checkpoint: {shorten(entry.name)} is not a file"
+                )
+            is_big = entry.name.startswith("tokenizer") and os.path.getsize(entry.path)
+            if is_big > MAX_TOKENIZER:
+                raise InputError(
+                    f"{shown} is not a usable checkpoint: {shorten(entry.name)} has more than "
+                    f"{MAX_TOKENIZER} bytes"
+                )
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{shown} holds an adapter (adapter_config.json), not a whole model",
+            hint="merge it into its base model, and save that",
+        )
+
+
+def _config(folder: str, record: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a record, without what could make code load.
+
+    Our own way from the record to the class: that of transformers looks for code and for other
+    files on the way.
+    """
+    kind = record.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        names = list(CONFIG_MAPPING.keys())
+        raise InputError(
+            f"{folder} is not a usable checkpoint: its `model_type` is {show(kind)}, "
+            "which is unknown",
+            hint=did_you_mean(kind, names) if isinstance(kind, str) else None,
+        )
+    if record.get("quantization_config") is not None:
+        raise InputError(
+            f"{folder} holds quantised weights (`quantization_config`), which are not read",
+            hint="take the checkpoint with its unquantised weights",
+        )
+    _check_numbers(record, folder)
+    with reading(f"{folder} is not a usable checkpoint"):
+        return CONFIG_MAPPING[kind].from_dict(without_code(record))
+
+
+def without_code(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys that name code or where to get it, at any depth."""
+    return {
+        key: without_code(value) if isinstance(value, Mapping) else value
+        for key, value in record.items()
+        if key not in (*CODE, *LABELS) and not key.startswith("_")
+    }
+
+
+def _check_numbers(record: Mapping[str, Any], folder: str) -> None:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            _check_numbers(value, folder)
+        elif isinstance(value, int) and abs(value) > MOST:
+            raise InputError(
+                f"{folder} is not a usable checkpoint: its `{shorten(key)}` is {show(value)}"
+            )
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(
+                f"{folder} is not a usable checkpoint: its `{shorten(key)}` is {value}"
+            )
+
+
+def check_size(folder: Path, config: PreTrainedConfig) -> None:
+    """Compare what a configuration describes with the weights that are there, before it is built.
+
+    Raises:
+        InputError: there are no weights, their files are damaged, or the model has more.
+    """
+    shown = shorten(str(folder))
+    found = read_headers(folder)
+    if not found:
+        raise InputError(f"{shown} cannot be loaded: it holds no safetensors files")
+    for name, stored in found.items():
+        if name.endswith("weight"):
+            check_dtype(name, stored)
+    values = sum(math.prod(stored.shape) for stored in found.values())
+    for key, count in config.to_dict().items():
+        most = _most(key, found, values)
+        if most is not None and isinstance(count, int) and count > most:
+            raise InputError(
+                f"{shown} cannot be loaded: `{key}` in its config.json is {count}, and its weights "
+                f"are {values} numbers in {len(found)} tensors"
+            )
+    with reading(f"{shown} cannot be loaded"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    needed = sum(weight.numel() for weight in model.parameters())
+    if config.tie_word_embeddings:
+        needed -= model.get_output_embeddings().weight.numel()
+    if needed > 2 * values:  # a few that are missing are named when the weights are loaded
+        raise InputError(
+            f"{shown} cannot be loaded: its config.json describes a model of at least {needed} "
+            f"weights, its files hold {values}"
+        )
+
+
+def _most(key: str, found: Mapping[str, StoredTensor], values: int) -> int | None:
+    """The largest value of a setting that these weights can have; None where any will do."""
+    if key == "num_hidden_layers":
+        return len(found)
+    if key.startswith(("num_", "n_")):
+        return MAX_PARTS
+    return values if key.endswith(("_size", "head_dim")) else None
