@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,9 @@ def qwen(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, **ids: Any) -> str:
-    """The sentence that a folder is refused with; it takes no time and is short."""
-    start = time.process_time()
+    """The sentence that a folder is refused with, before anything is built."""
     with pytest.raises(InputError) as error:
         load(folder, **(ids or IDS))
-    assert time.process_time() - start < 2
     message = error.value.message
     assert "\n" not in message
     assert len(message) < 1000
@@ -203,9 +200,7 @@ def test_settings_of_other_architectures_are_refused_too(
 
 def test_a_million_labels_are_not_made(folder: Path) -> None:
     edit(folder / "config.json", num_labels=2_000_000_000, id2label={"0": "a"})
-    start = time.process_time()
-    load(folder, **IDS)
-    assert time.process_time() - start < 5
+    assert len(load(folder, **IDS).model.config.id2label) < 10
 
 
 @pytest.mark.parametrize(

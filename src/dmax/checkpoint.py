@@ -24,6 +24,7 @@ from dmax.checkpoint_files import (
     check_size,
     read_settings,
     reading,
+    write_for_earlier_releases,
 )
 from dmax.decoding import strategies
 from dmax.errors import InputError, did_you_mean, shorten, show
@@ -205,6 +206,7 @@ def save_checkpoint(
         ).save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+            write_for_earlier_releases(partial / "tokenizer_config.json")
         if extra is not None:
             (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
         # safetensors makes files that only their owner can read

@@ -8,6 +8,7 @@ such a file becomes one sentence.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -230,3 +231,17 @@ def _most(key: str, found: Mapping[str, StoredTensor], values: int) -> int | Non
     if key.startswith(("num_", "n_")):
         return MAX_PARTS
     return values if key.endswith(("_size", "head_dim")) else None
+
+
+def write_for_earlier_releases(file: Path) -> None:
+    """Rewrite a tokenizer_config.json so that transformers 4.57 reads it too.
+
+    It does not know the class `TokenizersBackend`, and takes a list of further special tokens by
+    another name. Later releases know the names of both.
+    """
+    record = read_object(file, MAX_SETTINGS)
+    if record.get("tokenizer_class") == "TokenizersBackend":
+        record["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(record.get("extra_special_tokens"), list):
+        record["additional_special_tokens"] = record.pop("extra_special_tokens")
+    file.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

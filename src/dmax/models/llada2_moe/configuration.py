@@ -10,6 +10,10 @@ from transformers import PreTrainedConfig
 
 MAY_BE_ZERO = ("first_k_dense_replace", "num_shared_experts", "n_group", "topk_group")
 
+# What other engines ask of a configuration, and what this architecture always is.
+ONLY = {"use_qk_norm": True, "use_rmsnorm": True, "norm_head": False, "use_sliding_window": False}
+NO_DROPOUT = {"embedding_dropout": 0.0, "output_dropout": 0.0}  # theirs is 0.1 without a value
+
 
 class LLaDA2MoeConfig(PreTrainedConfig):
     """Configuration of a LLaDA-2.x model; the defaults are those of LLaDA-2.0-mini.
@@ -74,6 +78,9 @@ class LLaDA2MoeConfig(PreTrainedConfig):
         for name in LLaDA2MoeConfig.__annotations__:
             if not name.endswith("_token_id"):
                 self._check_field(name)
+        for name, only in ONLY.items():
+            if kwargs.get(name, only) is not only:
+                raise ValueError(f"`{name}` must be {only} for llada2_moe, got {kwargs[name]!r}")
         kwargs.pop("model_type", None)  # merged training checkpoints name another
         super().__post_init__(**kwargs)
         theta = (self.rope_parameters or {}).get("rope_theta")
@@ -129,8 +136,12 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Published keys beside transformers' own, so that other engines read what we write."""
-        record = super().to_dict()
-        record["rope_theta"] = record["rope_parameters"]["rope_theta"]
+        record = {**ONLY, **NO_DROPOUT, **super().to_dict()}
+        rope = record["rope_parameters"]
+        record["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            names = rope.keys() - {"rope_theta", "partial_rotary_factor"}
+            record["rope_scaling"] = {name: rope[name] for name in sorted(names)}
         record["rotary_dim"] = self.rotary_dim
         return record
 
