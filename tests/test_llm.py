@@ -404,7 +404,10 @@ def test_streams_of_one_model_may_run_at_once(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_batch_size": 0}, "`max_batch_size` must be a whole number of at least 1, got 0"),
+        (
+            {"max_batch_size": 0},
+            "`max_batch_size` must be a whole number between 1 and 65536",
+        ),
         ({"prefix_cache_mib": -1}, "`prefix_cache_mib` must be"),
     ],
 )
