@@ -56,7 +56,7 @@ LONGER = {  # file or file:function -> lines it may have, and why
 # What a reader of the heart has before them (docs/architecture.md).
 MAX_TOKENS = 36_450
 MAX_TOKENS_PER_LINE = 9.5
-MAX_DEPTH = 11
+MAX_DEPTH = 12
 MAX_CLASSES = 31
 MAX_FILES_OF_A_PROMPT = 22  # without kernels
 
