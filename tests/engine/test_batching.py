@@ -366,6 +366,39 @@ def test_steps_are_captured_with_what_is_remembered_and_fed_back(
     assert captured
 
 
+def test_groups_of_one_round_do_not_touch_each_others_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outputs = list[Tensor]()
+
+    def record(run: Replay) -> Replay:
+        """Graphs share a pool: each may write where any other has put its output."""
+        own = run().clone()
+        outputs.append(own)
+
+        def replay() -> Tensor:
+            flags = run()
+            for other in outputs:
+                other.fill_(True)
+            return own.copy_(flags)
+
+        return replay
+
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: record)
+    table = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    settings = [{"strategy": name, "threshold": 0.3} for name in ("spd", "threshold")]
+    for first, second in (settings, settings[::-1]):
+        requests = [
+            request((1,) * 9, n, max_new_tokens=4 * L, **(second if n % 2 else first))
+            for n in range(4)
+        ]
+        eager = run(scripted(table, react=3.0), *requests)
+        engine = scripted(table, react=3.0, cuda_graphs=True)
+        for _ in range(3):
+            assert run(engine, *requests) == eager
+    assert len(outputs) > 2
+
+
 def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

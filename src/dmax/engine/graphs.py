@@ -91,7 +91,8 @@ class GraphedSteps:
         static, replay = captured
         static.where.copy_(batch.where, non_blocking=True)
         static.pending.copy_(batch.pending, non_blocking=True)
-        return replay()[:, :num_blocks]
+        # A copy: the graph of the next group may write where this one has put its flags.
+        return replay()[:, :num_blocks].clone()
 
     def _recorded(self, run: Replay) -> Replay:
         """The step as a graph, or as it is if no graph can hold it."""
