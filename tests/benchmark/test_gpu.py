@@ -17,12 +17,14 @@ from rich.console import Console
 
 from dmax.benchmark import gpu
 from dmax.benchmark.gpu import build, failure
+from dmax.benchmark.report import Row
 from dmax.benchmark.roofline import against_floor, forward_bytes
 from dmax.benchmark.routing import counts_of_mean, distinct_experts, prescribe, replayed
 from dmax.benchmark.run import record_tables
 from dmax.benchmark.shapes import llada2_mini
 from dmax.benchmark.steps import measure_steps, never_sure, step_times
 from dmax.checkpoint import Checkpoint
+from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.errors import InputError
 from dmax.llm import LLM
@@ -296,6 +298,24 @@ def test_every_block_takes_the_steps_it_is_told_to(small: Checkpoint) -> None:
     times = step_times(engine, requests)
     assert [is_first for _, is_first in times] == [True, False, False] * 3
     assert all(ms > 0 for ms, _ in times)
+
+
+def test_sequences_of_a_batch_stay_in_step(
+    small: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    firsts = list[bool]()
+
+    def step_firsts(engine: Engine, prompts: list[list[int]], new_tokens: int, **_: int) -> Row:
+        params = never_sure(new_tokens, 3)
+        requests = [Request(index, tuple(ids), params) for index, ids in enumerate(prompts)]
+        firsts.extend(is_first for _, is_first in step_times(engine, requests))
+        return {}
+
+    monkeypatch.setattr(gpu, "measure_steps", step_firsts)
+    options = replace(bench.SMALL, context=512, new_tokens=64)
+    llm = LLM.from_checkpoint(small, max_batch_size=4)
+    gpu.run_steps(llm, options, cuda_graphs=False)
+    assert firsts == [True, False, False] * 2
 
 
 def test_steps_are_those_after_the_first_block(small: Checkpoint) -> None:

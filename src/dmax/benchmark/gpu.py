@@ -180,8 +180,11 @@ def run_steps(llm: LLM, options: GpuOptions, cuda_graphs: bool) -> Row:
     shape = (llm.options.max_batch_size, options.context - options.new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, shape, generator=generator).tolist()
+    batch, length = shape
+    # Several prompts are encoded at once, so that their sequences stay in step.
+    prefill_tokens = PREFILL_TOKENS if batch == 1 else batch * length
     engine = llm.engine(
-        max_length=options.context, prefill_tokens=PREFILL_TOKENS, cuda_graphs=cuda_graphs
+        max_length=options.context, prefill_tokens=prefill_tokens, cuda_graphs=cuda_graphs
     )
     return measure_steps(
         engine, prompts, options.new_tokens, steps=options.steps, repeats=options.repeats
