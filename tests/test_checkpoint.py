@@ -326,6 +326,18 @@ def test_other_architectures_name_the_field_of_a_wrong_type_too(tmp_path: Path) 
         load(tmp_path, mask_token_id=1, eos_token_id=2, block_length=8)
 
 
+@pytest.mark.parametrize("name", [3, True, None, [], {}])
+def test_what_is_no_name_is_refused(folder: Path, name: Any) -> None:
+    with pytest.raises(InputError, match="a model must be a name or a folder, got"):
+        load(name)
+    if name is not None:
+        for option in ("attn_implementation", "experts_implementation"):
+            with pytest.raises(InputError, match=f"`{option}` must be a name, got"):
+                load(folder, **IDS, **{option: name})
+        with pytest.raises(InputError, match="unknown format"):
+            load(folder, **IDS, quantization=name)
+
+
 def test_an_empty_name_and_one_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="the name of the model is empty"):

@@ -53,6 +53,12 @@ def test_a_device_that_is_asked_for_is_taken(device: Any) -> None:
     assert select_device(device) == CPU
 
 
+@pytest.mark.parametrize("device", [1.5, {}, 10**400, None])
+def test_what_is_no_device_is_refused(device: Any) -> None:
+    with pytest.raises(InputError, match="unknown device .*; choose from auto"):
+        select_device(device)
+
+
 def test_an_unknown_device_is_answered_with_the_choices() -> None:
     with pytest.raises(
         InputError, match=re.escape("unknown device 'cdua'; choose from auto, cpu, cuda, mps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmax.errors import NAME_LIMIT, shorten, show
+from dmax.errors import NAME_LIMIT, InputError, did_you_mean, shorten, show
 
 
 def test_a_short_name_stays_as_it_is() -> None:
@@ -48,3 +48,14 @@ def test_plain_values_are_shown_as_python_writes_them() -> None:
 
 def test_a_huge_number_is_shown_by_its_digits() -> None:
     assert show(10**5000) == "a number of 5001 digits"
+
+
+def test_what_an_error_says_is_printable_whatever_it_names() -> None:
+    error = InputError("no `a\nb\x1b[2J`", hint="not \udcff")
+    assert str(error) == "no `a\\nb\\x1b[2J`\n\nhint: not \\udcff"
+    assert InputError("a").hint is None
+
+
+@pytest.mark.parametrize("name", [3, None, [], "x" * 10**6])
+def test_what_is_no_name_is_near_to_none(name: object) -> None:
+    assert did_you_mean(name, ["int8"]) == ""

@@ -121,7 +121,9 @@ def load_checkpoint(
         adds_mask=add_mask_token,
     )
     decoding = _named_decoding(config, name_or_path, folder)
-    experts = experts_implementation or _best_experts(config, device)
+    experts = experts_implementation
+    if experts is None:
+        experts = _best_experts(config, device)
     model = _load_model(folder, config, dtype, _chosen(attn_implementation, experts))
     if add_mask_token:
         added = backbone.add_mask_token(model, tokenizer)
@@ -298,6 +300,9 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
 def _chosen(attention: str | None, experts: str | None) -> dict[str, str]:
     """The implementations that are chosen here; transformers chooses the others."""
     named = {"attn_implementation": attention, "experts_implementation": experts}
+    for name, value in named.items():
+        if value is not None and not (isinstance(value, str) and value):
+            raise InputError(f"`{name}` must be a name, got {show(value)}")
     return {name: value for name, value in named.items() if value}
 
 

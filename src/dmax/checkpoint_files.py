@@ -85,7 +85,9 @@ def reading(message: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line."""
+    """What an error says in its first line; Python's own words say nothing of a file."""
+    if isinstance(error, (TypeError, AttributeError)):
+        return "one of its values is of a kind that it must not have"
     if isinstance(error, StrictDataclassError):  # its first line names the field, not the reason
         return " ".join(str(error).split())
     lines = str(error).strip().splitlines()

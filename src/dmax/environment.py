@@ -35,11 +35,11 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
         if chosen.type == "cpu" and chosen.index:  # torch takes any, and there is one
-            raise RuntimeError
-    except RuntimeError:
+            raise ValueError
+    except (RuntimeError, TypeError, ValueError):
         choices = f"choose from {', '.join(DEVICES)} or, with an index, cuda:1"
         raise InputError(
-            f"unknown device {show(device)}; {choices}", did_you_mean(str(device), DEVICES)
+            f"unknown device {show(device)}; {choices}", did_you_mean(device, DEVICES)
         ) from None
     try:
         torch.zeros(1, device=chosen).item()  # the meta device has tensors, but no values

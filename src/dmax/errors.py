@@ -21,14 +21,14 @@ class InputError(ValueError):
     with code 2.
 
     Attributes:
-        message: what is wrong, with the value that was given.
-        hint: how to mend it; None if that is not known.
+        message: what is wrong, with the value that was given; one printable line.
+        hint: how to mend it, printable too; None if that is not known.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint or None
+        self.message = printable(message)
+        self.hint = printable(hint) if hint else None
 
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
@@ -67,20 +67,24 @@ def translate(error: Exception) -> InputError | None:
     return None
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """A hint that names the choice nearest to a mistyped name; empty if none is near."""
-    near = difflib.get_close_matches(name, list(choices), n=1)
+    near = difflib.get_close_matches(shorten(str(name)), list(choices), n=1)
     return f"did you mean `{near[0]}`?" if near else ""
 
 
-def shorten(text: str, limit: int = NAME_LIMIT) -> str:
-    """A name or a foreign text on one printable line of at most `limit` characters.
+def printable(text: str) -> str:
+    """A text on one line that every terminal shows as it is.
 
     What would move a cursor or cannot be encoded (line breaks, escapes, lone surrogates) stands
     as Python writes it.
     """
-    start = text[: limit + 1]
-    line = "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in start)
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
+
+
+def shorten(text: str, limit: int = NAME_LIMIT) -> str:
+    """A name or a foreign text on one printable line of at most `limit` characters."""
+    line = printable(text[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -39,9 +39,7 @@ def split_prompts(prompts: object) -> list[Any]:
             )
         return [prompts] if prompts.ndim == 1 else list(prompts)
     if not _is_list(prompts):
-        raise InputError(
-            f"prompts must be a text or a list, got {type(prompts).__name__}", _remedy(prompts)
-        )
+        raise InputError(f"prompts must be a text or a list, got {show(prompts)}", _remedy(prompts))
     is_one = bool(prompts) and (_is_id(prompts[0]) or isinstance(prompts[0], Mapping))
     return [prompts] if is_one else list(prompts)
 

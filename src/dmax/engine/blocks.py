@@ -83,7 +83,7 @@ class OpenBlocks:
         rows = slice(own.start, own.stop)
         for name, value in strategy.numbers().items():
             column = self.numbers[name]
-            column[rows] = min(value, torch.finfo(column.dtype).max)
+            column[rows] = float(min(value, torch.finfo(column.dtype).max))
         steps = self.block_length * strategy.blocks + strategy.extra_steps
         most_steps = torch.iinfo(self.max_steps.dtype).max
         self.max_steps[rows] = min(params.max_steps_per_block or steps, most_steps)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, show
 
 Format = Literal["int8", "fp8", "int4"]
 GROUP_SIZES = (128, 64, 32)
@@ -74,8 +74,8 @@ class QuantizedWeight:
 
 def check_format(form: str) -> None:
     """Raise `InputError` if there is no such format."""
-    if form not in BOUNDS:
-        message = f"unknown format {form!r}; choose from {', '.join(BOUNDS)}"
+    if not isinstance(form, str) or form not in BOUNDS:
+        message = f"unknown format {show(form)}; choose from {', '.join(BOUNDS)}"
         raise InputError(message, did_you_mean(form, BOUNDS))
 
 

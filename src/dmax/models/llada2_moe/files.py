@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size
 from transformers import PreTrainedModel
 
-from dmax.errors import InputError, show
+from dmax.errors import InputError, shorten
 from dmax.files import read_object
 from dmax.models.llada2_moe.conversion import merged_layout, per_expert
 
@@ -71,20 +71,27 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if not index.exists():
         return {}
     try:
-        weight_map: dict[str, str] = read_object(index, MAX_INDEX)["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        if not all(Path(shard).name == shard for shard in shards):
-            raise ValueError("it names files outside of its folder")
-    except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{index} is not a readable index of safetensors files ({show(error)})"
+        weight_map = _weight_map(read_object(index, MAX_INDEX))
+    except InputError as error:
+        message = f"{index} is not a readable index of safetensors files ({error.message})"
         raise InputError(message, hint=HINT) from None
     found: dict[str, StoredTensor] = {}
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         found |= read_header(folder / shard)
     for name, shard in weight_map.items():
         if name not in found:
-            message = f"{folder / shard} lacks tensor `{name}`, which the index promises"
+            message = f"{folder / shard} lacks tensor `{shorten(name)}`, which the index promises"
             raise InputError(message, hint=HINT)
+    return found
+
+
+def _weight_map(index: dict[str, Any]) -> dict[str, str]:
+    """The file of every tensor; raises `InputError` if that is not what an index says."""
+    found = index.get("weight_map")
+    if not isinstance(found, dict):
+        raise InputError("it has no mapping `weight_map`")
+    if not all(isinstance(file, str) and Path(file).name == file for file in found.values()):
+        raise InputError("it names something else than files of its folder")
     return found
 
 
