@@ -568,9 +568,12 @@ def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:
         (["distill"], "--output"),
         (["train"], "RECIPE"),
         (["train", "recipe.yaml", "--max-steps", "0"], "--max-steps"),
+        (["sweep", "-m", "tiny-base", "-o", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["demo", "x" * 10_000], "unexpected extra argument"),
     ],
 )
 def test_wrong_usage(dmax: Dmax, words: list[str], part: str) -> None:
     result = dmax(*words)
     assert (result.code, result.out) == (2, "")
     assert part.lower() in result.err.lower()
+    assert len(result.err) < 500

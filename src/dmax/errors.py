@@ -57,7 +57,7 @@ def translate(error: Exception) -> InputError | None:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         where = "input or output" if error.filename is None else error.filename
-        return InputError(f"{where}: {error.strerror}")
+        return InputError(f"{shorten(str(where))}: {error.strerror}")
     if isinstance(error, RecursionError):
         return InputError("the input is nested too deeply")
     if isinstance(error, UnicodeError):

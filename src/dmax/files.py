@@ -178,10 +178,12 @@ def check_readable(path: Path) -> None:
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"cannot read {path}: it is a device or a pipe", hint="name a file")
+        raise InputError(
+            f"cannot read {shorten(str(path))}: it is a device or a pipe", hint="name a file"
+        )
     if status.st_size > LARGEST_FILE:
         raise InputError(
-            f"cannot read {path}: it is larger than {LARGEST_FILE >> 30} GiB",
+            f"cannot read {shorten(str(path))}: it is larger than {LARGEST_FILE >> 30} GiB",
             hint="split it into several files",
         )
 
@@ -223,9 +225,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {shorten(str(path))}: {error.strerror}") from None
     except ValueError as error:  # a name with a NUL
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {shorten(str(path))}: {error}") from None
 
 
 def drop_unfinished_line(path: Path) -> None:

@@ -233,7 +233,16 @@ def test_differences_are_named_but_for_the_date() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "notes", "{}\n", "[]\n", '{"settings": {}}\n{"index": 1}\n', "a\nb\n"]
+    "content",
+    [
+        "",
+        "notes",
+        "{}\n",
+        "[]\n",
+        '{"settings": -1}\n',
+        '{"settings": {}}\n{"index": 1}\n',
+        "a\nb\n",
+    ],
 )
 def test_a_file_of_something_else_is_left_alone(path: Path, content: str) -> None:
     partial = path.with_name("tiny_spd_0.5.partial.jsonl")
@@ -243,6 +252,31 @@ def test_a_file_of_something_else_is_left_alone(path: Path, content: str) -> Non
         with pytest.raises(InputError, match=r"partial.jsonl is not an interrupted run"):
             run(path, overwrite=overwrite)
     assert partial.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("index", [1]),
+        ("output", -1),
+        ("num_capped", [[0]]),
+        ("generated_tokens", "5"),
+        ("seconds", None),
+        ("is_correct", "yes"),
+        ("bogus", 1),
+    ],
+)
+def test_a_sample_of_another_shape_is_not_taken_for_ours(
+    path: Path, name: str, value: object
+) -> None:
+    partial = interrupt(path)
+    first, second, *others = partial.read_text().splitlines()
+    changed = json.dumps({**json.loads(second), name: value})
+    text = "\n".join([first, changed, *others]) + "\n"
+    partial.write_text(text)
+    with pytest.raises(InputError, match=r"partial.jsonl is not an interrupted run"):
+        run(path)
+    assert partial.read_text() == text
 
 
 def test_words_after_our_lines_are_left_alone(path: Path) -> None:

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmax.cli.terminal import console, prepare_streams, print_error
-from dmax.errors import InputError, translate
+from dmax.errors import InputError, shorten, translate
 
 DEBUG = "--debug"
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a copy of click, or uses one installed
@@ -118,7 +118,7 @@ def _end_misused(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(error.ctx.get_help() + "\n")
     else:
-        print_error(error.format_message(), hint=f"{path} --help lists what it takes")
+        print_error(shorten(error.format_message()), hint=f"{path} --help lists what it takes")
     return 2
 
 

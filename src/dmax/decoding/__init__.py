@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, show
 from dmax.params import AUTO, DecodingParams
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def get_strategy(params: DecodingParams) -> Strategy:
     table = _STRATEGIES if name in _STRATEGIES else _table()
     if name not in table:
         raise InputError(
-            f"unknown strategy {name!r}; choose from {', '.join((AUTO, *strategies()))}",
+            f"unknown strategy {show(name)}; choose from {', '.join((AUTO, *strategies()))}",
             hint=did_you_mean(name, strategies()),
         )
     strategy: Strategy = EntryPoint(name, table[name], _GROUP).load().from_params(params)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from dmax.errors import InputError
 from dmax.evaluation.run import FinishedSample, Sample, Summary
@@ -25,6 +25,13 @@ from dmax.files import (
 )
 from dmax.outputs import Cost, as_record
 
+# Types of the fields of a sample's line; `cost` stands in it as its own fields.
+TYPES: dict[str, Any] = {
+    "index": int,
+    "seconds": float,
+    **get_type_hints(Sample),
+    **get_type_hints(Cost),
+}
 OPENING = b'{"index": '  # of the line of a sample
 NUM_SHOWN = 3  # differences that an error names
 ANEW = "choose another output, or start anew with --overwrite"
@@ -146,7 +153,7 @@ def _read_partial(file: Path) -> tuple[dict[str, Any], list[FinishedSample]]:
     lines, rest = read_lines(file)
     try:
         first, *others = lines
-        settings: dict[str, Any] = json.loads(first)["settings"]
+        settings: dict[str, Any] = dict(json.loads(first)["settings"])
         finished = [_finished_sample(json.loads(line)) for line in others]
         is_ours = rest.startswith(OPENING) or OPENING.startswith(rest)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -157,6 +164,10 @@ def _read_partial(file: Path) -> tuple[dict[str, Any], list[FinishedSample]]:
 
 
 def _finished_sample(line: dict[str, Any]) -> FinishedSample:
+    """The sample of a line; raises `TypeError` or `KeyError` if the line is none of ours."""
+    for name, value in line.items():
+        if not isinstance(value, TYPES[name]):
+            raise TypeError
     index = line.pop("index")
     seconds = line.pop("seconds")
     cost = Cost(**{name: line.pop(name) for name in Cost.__slots__})

@@ -73,9 +73,12 @@ class RecipeFile:
             message = f"in `{section}`, {error.message}"
             raise self.wrong(_spoken_of(message, section, keys), message, error.hint) from error
         except (*UNUSABLE, StrictDataclassError) as error:
-            reason = shorten(" ".join(str(error).split()) or "no reason given")
-            message = f"`{section}` is not usable: {reason} ({type(error).__name__})"
-            raise self.wrong(_spoken_of(message, section, keys), message) from error
+            spoken = " ".join(str(error).split())
+            key = _spoken_of(spoken, section, keys)
+            # Python's own words say nothing of a recipe.
+            is_pythons = isinstance(error, (TypeError, AttributeError)) or not spoken
+            reason = "a value of a kind that cannot stand there" if is_pythons else shorten(spoken)
+            raise self.wrong(key, f"`{section}` is not usable: {reason}") from error
 
     def check_keys(self, prefix: str, section: Any, known: set[str]) -> None:
         """Raise `InputError` unless the value at `prefix` is a mapping of known keys.

@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Protocol
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, show
 
 _TASKS = {
     "asdiv": "dmax.tasks.maths:Asdiv",
@@ -83,7 +83,7 @@ def get_task(name: str, data: Path | None = None) -> Task:
     if name not in classes:
         choices = task_names()
         raise InputError(
-            f"unknown task {name!r}; choose from {', '.join(choices)}",
+            f"unknown task {show(name)}; choose from {', '.join(choices)}",
             hint=did_you_mean(name, choices),
         )
     module, _, attribute = classes[name].partition(":")
@@ -92,6 +92,7 @@ def get_task(name: str, data: Path | None = None) -> Task:
         return make()
     if not signature(make).parameters:
         raise InputError(
-            f"the task {name!r} makes its own examples and reads no file", hint="leave out --data"
+            f"the task {show(name)} makes its own examples and reads no file",
+            hint="leave out --data",
         )
     return make(data)
