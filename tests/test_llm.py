@@ -526,3 +526,8 @@ def test_nan_logits_are_the_error_of_the_call_and_the_model_stays_usable(folder:
         list(broken.stream(TEXTS[1], PARAMS))
     weight.data[token] = kept
     assert broken.generate(TEXTS[0], PARAMS) == whole
+
+
+def test_graphs_are_refused_where_nothing_captures_them(llm: LLM) -> None:
+    with pytest.raises(InputError, match="`cuda_graphs` takes a CUDA device, .* on cpu"):
+        LLM.from_checkpoint(llm.checkpoint, cuda_graphs=True)

@@ -90,6 +90,11 @@ class LLM:
                 f"compiling a model takes a C++ compiler, and {missing} is not here",
                 hint="install it, or set CXX",
             )
+        if options.cuda_graphs and checkpoint.model.device.type != "cuda":
+            raise InputError(
+                f"`cuda_graphs` takes a CUDA device, and the model is on {checkpoint.model.device}",
+                hint="leave it out: steps are captured where that is possible",
+            )
         checkpoint.model.eval()
         self.checkpoint = checkpoint
         self.model = checkpoint.model

@@ -163,7 +163,15 @@ def test_a_page_of_something_else_is_not_replaced(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "content", ["no json", "[]", "{}", '{"task": "echo", "limit": 2, "seed": 1}']
+    "content",
+    [
+        "no json",
+        "[]",
+        "{}",
+        '{"task": "echo", "limit": 2, "seed": 1}',
+        '{"task": "echo", "limit": 2, "seed": 1, "points": [{"label": "a"}]}',
+        '{"task": "echo", "limit": 2, "seed": 1, "points": [3]}',
+    ],
 )
 def test_a_file_of_something_else_is_refused(content: str, opened: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)

@@ -165,3 +165,10 @@ def test_the_real_package_offline_ends_in_the_same_sentence(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"cannot read `nobody/nothing` from the hub: "):
         list(rows_of_hub(HubDataset("nobody/nothing", None, "test")))
+
+
+def test_a_text_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a\\ud800", "answer": "#### 3"}\n')
+    with pytest.raises(InputError, match=r"rows.jsonl:1: `question` holds half of a surrogate"):
+        get_task("gsm8k", file)

@@ -37,6 +37,7 @@ FIGURES = (
     "weights dtype accuracy correct total interval tpf tpf_paper generated_tokens num_forwards "
     "num_prefill_forwards num_commit_forwards num_positions tokens_per_second batch_size"
 ).split()
+NO_NUMBERS = ("weights", "dtype", "interval")
 MOST_VALUES = 1001  # of one curve: 0:1:0.001
 RECORD = "sweep.json"
 PAGES = ("plot.svg", "plot.png", "report.html")  # what is drawn from the record
@@ -232,9 +233,14 @@ def _read_sweep(output: Path, header: dict[str, Any], usual_length: int) -> Swee
 def _is_sweep(held: Any) -> bool:
     """Whether this is the record of a sweep, with all that is read of its points."""
     points = held.get("points") if isinstance(held, dict) else None
-    return isinstance(points, list) and all(
-        isinstance(point, dict) and point.keys() >= {"label", "value", *FIGURES} for point in points
-    )
+    return isinstance(points, list) and all(map(_is_point, points))
+
+
+def _is_point(held: Any) -> bool:
+    if not isinstance(held, dict) or not held.keys() >= {"label", "value", *FIGURES}:
+        return False
+    numbers = [held[name] for name in ("value", *FIGURES) if name not in NO_NUMBERS]
+    return all(type(number) in (int, float) for number in numbers) and 0 <= held["accuracy"] <= 1
 
 
 def _values_left(record: SweepRecord, curve: Curve, weights: str) -> list[float]:

@@ -58,6 +58,10 @@ class DatasetRow:
             raise self.wrong(f"`{found}` must be a text, got {value!r:.40}")
         if not value.strip():
             raise self.wrong(f"`{found}` is empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can write what no text holds
+            raise self.wrong(f"`{found}` holds half of a surrogate pair") from None
         return value
 
     def optional_text(self, name: str) -> str:

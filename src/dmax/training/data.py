@@ -74,7 +74,7 @@ def read_records(path: str | Path) -> list[Conversation]:
 
 def _conversation(record: Any, where: str) -> Conversation:
     if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        raise InputError(f"{where}: expected a JSON object, got {show(record)}")
     try:
         messages = read_messages(_messages(record, where))
     except InputError as error:
