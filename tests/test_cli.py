@@ -568,7 +568,6 @@ def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:
         (["distill"], "--output"),
         (["train"], "RECIPE"),
         (["train", "recipe.yaml", "--max-steps", "0"], "--max-steps"),
-        (["sweep", "-m", "tiny-base", "-o", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["demo", "x" * 10_000], "unexpected extra argument"),
     ],
 )

@@ -121,9 +121,7 @@ def load_checkpoint(
         adds_mask=add_mask_token,
     )
     decoding = _named_decoding(config, name_or_path, folder)
-    experts = experts_implementation
-    if experts is None:
-        experts = _best_experts(config, device)
+    experts = _best_experts(config, device, experts_implementation)
     model = _load_model(folder, config, dtype, _chosen(attn_implementation, experts))
     if add_mask_token:
         added = backbone.add_mask_token(model, tokenizer)
@@ -285,10 +283,10 @@ def _load_model(
     return _ready(model)
 
 
-def _best_experts(config: Any, device: torch.device | str) -> str | None:
-    """The experts implementation that is fastest here; None leaves it to transformers."""
-    if not hasattr(config, "num_experts"):
-        return None
+def _best_experts(config: Any, device: torch.device | str, asked: str | None) -> str | None:
+    """The experts implementation asked for, else the fastest; None leaves it to transformers."""
+    if asked is not None or not hasattr(config, "num_experts"):
+        return asked
     return best_experts_implementation(config.num_experts, torch.device(device))
 
 

@@ -40,7 +40,7 @@ Threshold = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(help="longest completion, in tokens")]
 TaskMaxNewTokens = Annotated[
     int | None,
-    typer.Option(help="longest completion, in tokens (default: what the task needs)", min=1),
+    typer.Option(help="longest completion, in tokens (default: what the task needs)"),
 ]
 TopK = Annotated[int, typer.Option(help="candidates blended into a soft input")]
 BlockLength = Annotated[
