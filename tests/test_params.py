@@ -74,7 +74,6 @@ def test_the_ends_of_every_range_are_valid(values: dict[str, Any]) -> None:
         ("temperature", -1, "a number between 0 and 1000"),
         ("temperature", float("inf"), "a number between 0 and 1000"),
         ("temperature", float("nan"), "a number between 0 and 1000"),
-        ("temperature", 10**400, "a number between 0 and 1000"),  # more than a float holds
         ("max_new_tokens", 2**31, "a whole number of at most 2147483647"),
         ("block_length", 2**31, "a whole number of at most 2147483647"),
         ("seed", 1.0, "a whole number between 0 and"),

@@ -73,12 +73,8 @@ class RecipeFile:
             message = f"in `{section}`, {error.message}"
             raise self.wrong(_spoken_of(message, section, keys), message, error.hint) from error
         except (*UNUSABLE, StrictDataclassError) as error:
-            spoken = " ".join(str(error).split())
-            key = _spoken_of(spoken, section, keys)
-            # Python's own words say nothing of a recipe.
-            is_pythons = isinstance(error, (TypeError, AttributeError)) or not spoken
-            reason = "a value of a kind that cannot stand there" if is_pythons else shorten(spoken)
-            raise self.wrong(key, f"`{section}` is not usable: {reason}") from error
+            key = _spoken_of(str(error), section, keys)
+            raise self.wrong(key, f"`{section}` is not usable: {_reason(error)}") from error
 
     def check_keys(self, prefix: str, section: Any, known: set[str]) -> None:
         """Raise `InputError` unless the value at `prefix` is a mapping of known keys.
@@ -108,6 +104,16 @@ class RecipeFile:
                 names = " or ".join(sorted(member.__name__ for member in types - {type(None)}))
                 name = f"{prefix}.{key}"
                 raise self.wrong(name, f"`{name}` must be {names}, got {show(value)}")
+
+
+def _reason(error: Exception) -> str:
+    """What a library says of a value; Python's own words say nothing of a recipe."""
+    spoken = " ".join(str(error).split())
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", spoken):
+        return f"nothing takes `{shorten(unknown[1])}`"
+    if isinstance(error, (TypeError, AttributeError)) or not spoken:
+        return "a value of a kind that cannot stand there"
+    return shorten(spoken)
 
 
 def _spoken_of(message: str, section: str, keys: Iterable[str]) -> str:
