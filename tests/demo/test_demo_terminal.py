@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
+from multiprocessing.reduction import DupFd
 
 import pytest
 
+import dmax_command
 from dmax.tiny.tokenizer import words
 
 pyte = pytest.importorskip("pyte")
@@ -20,29 +22,36 @@ pyte = pytest.importorskip("pyte")
 PLAYS = b"\x1b[?1049h"  # the screen of its own begins
 PLAYED = b"\x1b[?1049l"
 TOLD = {"forward", "forwards", "s", "no", "valid", "answer", "is", "right", "wrong"}
-COMMAND = """
-import fcntl, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that control-C reaches this process
-import dmax.demo, dmax_command
-dmax.demo.NUM_PROBLEMS = 2
-dmax.demo.REPLAY_SECONDS = float(sys.argv.pop())
-dmax_command.main()
-"""
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["dmax.llm"])  # torch is loaded once for all commands
+
+
+def command(terminal: DupFd, replay: float) -> None:
+    """`dmax demo` in a process that a terminal controls, so that control-C reaches it."""
+    its = terminal.detach()
+    os.setsid()
+    fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+    for stream in (0, 1, 2):
+        os.dup2(its, stream)
+    os.close(its)
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
+    os.environ["TERM"] = "xterm-256color"
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8") for stream in (1, 2))
+    sys.argv = ["dmax", "demo"]
+    import dmax.demo  # its console looks at the terminal only once
+
+    dmax.demo.NUM_PROBLEMS = 2
+    dmax.demo.REPLAY_SECONDS = replay
+    dmax_command.main()
 
 
 def run(width: int, height: int, replay: float, interrupt: bool = False) -> bytes:
     """All that the command writes to a terminal of that size."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-    given = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}}
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "demo", str(replay)],
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        env=given | {"TERM": "xterm-256color", "PYTHONUTF8": "1"},
-        start_new_session=True,
-    )
+    process = PROCESSES.Process(target=command, args=(DupFd(its), replay))
+    process.start()
     os.close(its)
     written = b""
     try:
@@ -55,7 +64,7 @@ def run(width: int, height: int, replay: float, interrupt: bool = False) -> byte
         pass
     finally:
         os.close(ours)
-        process.wait(timeout=60)
+        process.join(timeout=60)
     return written
 
 
