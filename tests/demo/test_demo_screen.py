@@ -106,6 +106,11 @@ def test_a_pipe_gets_stills_without_escape_codes(story: Story) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in shown
     assert shown.count("after 0.") == 3 and shown.count(" DMax ") == 3
+    middle = shown.split("after 0.")[2]
+    assert (
+        f"✓ {story.example.answer} is right" in middle and "no valid answer" in middle
+    )  # both fast ones are done
+    assert "forward " in middle  # and the careful base is not
 
 
 def test_a_pipe_that_wants_colours_gets_stills_too(

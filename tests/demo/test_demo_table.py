@@ -101,9 +101,10 @@ def test_the_demo_in_a_pipe_and_as_json(
     monkeypatch.setattr(sys, "argv", ["dmax", "demo"])
     monkeypatch.setenv("COLUMNS", "80")
     dmax.demo.run_demo()
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
     assert "\x1b" not in shown
-    assert shown.startswith("loading tiny-base and tiny-dmax")
+    assert said.startswith("loading tiny-base and tiny-dmax …")
+    assert shown.startswith("One unseen problem")
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.index("after 0.") < shown.index("95 % interval") < shown.index("TPF, tokens per")
     assert shown.index("DMax against the careful base: ") < shown.index("Next:")

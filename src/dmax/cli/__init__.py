@@ -75,8 +75,7 @@ def demo(as_json: options.AsJson = False) -> None:
 
     Example: dmax demo
     """
-    with doing("loading the bundled models"):
-        from dmax.demo import run_demo
+    from dmax.demo import run_demo
 
     run_demo(as_json=as_json)
 

@@ -7,6 +7,8 @@ import sys
 
 from rich.console import Console
 
+from dmax.cli.terminal import doing
+
 NUM_PROBLEMS = 32
 SEED = 2026  # whatever the seed, test problems are never in the training split
 REPLAY_SECONDS = 8.0
@@ -17,10 +19,11 @@ def run_demo(*, as_json: bool = False) -> None:
 
     With `as_json`, stdout gets only what was measured, as one object.
     """
-    console = Console(stderr=as_json, highlight=False)
-    console.print("loading tiny-base and tiny-dmax ...")
-    from dmax.demo.present import present  # loads torch, so the line above comes first
+    with doing("loading tiny-base and tiny-dmax"):
+        from dmax.demo.present import load, present  # torch too, so the line above comes first
 
-    record = present(console, NUM_PROBLEMS, SEED, 0 if as_json else REPLAY_SECONDS)
+        models = load()
+    console = Console(stderr=as_json, highlight=False)
+    record = present(console, models, NUM_PROBLEMS, SEED, 0 if as_json else REPLAY_SECONDS)
     if as_json:
         sys.stdout.write(json.dumps(record) + "\n")

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from dmax.cli.terminal import progress_bar
+from dmax.cli.terminal import doing, progress_bar
 from dmax.demo.recording import REPEATS, find_story
 from dmax.demo.replay import show
 from dmax.demo.settings import SETTINGS
@@ -29,11 +29,20 @@ from dmax.tasks import Task, get_task
 COMMAND = "dmax"
 
 
-def present(console: Console, num_problems: int, seed: int, seconds: float) -> dict[str, Any]:
+def load() -> dict[str, LLM]:
+    """The bundled models by name, each for one sequence at a time."""
+    names = dict.fromkeys(setting.model for setting in SETTINGS)
+    return {name: LLM(name, device="cpu", max_batch_size=1) for name in names}
+
+
+def present(
+    console: Console, models: Mapping[str, LLM], num_problems: int, seed: int, seconds: float
+) -> dict[str, Any]:
     """Decode, show and measure.
 
     Args:
         console: where it is shown.
+        models: by name, as `load` gives them.
         num_problems: how many problems are solved.
         seed: of the problems.
         seconds: that the replay takes; 0 shows nothing but progress.
@@ -43,10 +52,9 @@ def present(console: Console, num_problems: int, seed: int, seconds: float) -> d
         the sentence that it comes to.
     """
     task = get_task("word_problems")
-    names = dict.fromkeys(setting.model for setting in SETTINGS)
-    models = {name: LLM(name, device="cpu", max_batch_size=1) for name in names}
     with one_thread():  # as fast with one sequence, and steady where the cores are shared
-        story = find_story(models, task, task.examples(num_problems, seed))
+        with doing("looking for a problem that shows the difference"):
+            story = find_story(models, task, task.examples(num_problems, seed))
         if seconds:
             show(console, story, seconds)
             console.print()

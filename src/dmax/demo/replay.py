@@ -25,8 +25,8 @@ def show(console: Console, story: Story, seconds: float) -> None:
         _play(console, story, seconds)
         moments = [story.seconds]
     else:
-        first_end = min(recording.seconds for recording in story.recordings)
-        moments = [first_end / 2, first_end, story.seconds]
+        *fast_ends, end = sorted(recording.seconds for recording in story.recordings)
+        moments = [fast_ends[-1] / 2, fast_ends[-1], end]
     console.print(Text(TITLE, style="bold"))
     console.print(problem(story.example))
     for moment in moments:
