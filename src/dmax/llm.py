@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -112,6 +112,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: DecodingParams | Sequence[DecodingParams] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[GenerationOutput]:
         """Complete prompts; always a list, in the order of the prompts.
 
@@ -122,6 +123,7 @@ class LLM:
                 else it is continued as it is. To continue raw text with a chat model, pass its
                 token ids.
             params: one for all, or one for each.
+            progress: told how many prompts of how many are finished.
 
         Raises:
             InputError: a prompt of no known form, one that does not fit the context, or NaN logits.
@@ -132,6 +134,7 @@ class LLM:
             for event in call:
                 if event.kind == "finished":
                     outputs[event.index] = self.output(requests[event.index], event)
+                    progress(len(outputs), len(requests))
         return [outputs[index] for index in range(len(requests))]
 
     def stream(self, prompt: Prompt, params: DecodingParams | None = None) -> Iterator[StreamEvent]:

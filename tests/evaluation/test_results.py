@@ -30,7 +30,9 @@ class Repeating(Canned):
         self.dies_at = dies_at
         self.asked = list[str]()
 
-    def generate(self, prompts: Sequence[Any], params: DecodingParams) -> list[GenerationOutput]:
+    def generate(
+        self, prompts: Sequence[Any], params: DecodingParams, progress: Callable[[int, int], None]
+    ) -> list[GenerationOutput]:
         if len(self.sizes) == self.dies_at:
             raise KeyboardInterrupt
         self.asked += [message["content"] for (message,) in prompts]
@@ -38,7 +40,7 @@ class Repeating(Canned):
             [{**message, "content": message["content"].replace(".5)", ".1)")}]
             for (message,) in prompts
         ]
-        return super().generate(shortened, PARAMS)
+        return super().generate(shortened, PARAMS, progress)
 
 
 @pytest.fixture

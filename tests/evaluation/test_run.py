@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +58,9 @@ class Canned:
     def resolve(self, params: DecodingParams) -> DecodingParams:
         return params
 
-    def generate(self, prompts: Sequence[Any], params: DecodingParams) -> list[GenerationOutput]:
+    def generate(
+        self, prompts: Sequence[Any], params: DecodingParams, progress: Callable[[int, int], None]
+    ) -> list[GenerationOutput]:
         assert params is PARAMS
         self.sizes.append(len(prompts))
         found = []
@@ -67,6 +69,7 @@ class Canned:
             text, tokens, *counts = OUTPUTS[int(message["content"][:-1].rpartition(".")[2])]
             cost = Cost(*counts)
             found.append(GenerationOutput(text, tuple(range(tokens)), (1,), "stop", cost))
+            progress(len(found), len(prompts))
         return found
 
 
@@ -109,10 +112,10 @@ def test_a_sample_tells_all_about_its_completion() -> None:
     }
 
 
-def test_progress_is_told_chunk_by_chunk_and_the_name_is_the_callers() -> None:
+def test_progress_is_told_answer_by_answer_and_the_name_is_the_callers() -> None:
     told: list[tuple[int, int]] = []
     summary, _ = measure(progress=lambda done, total: told.append((done, total)), model_name="tiny")
-    assert told == [(0, 5), (4, 5), (5, 5)]  # the total first
+    assert told == [(done, 5) for done in range(6)]  # the total first
     assert summary.model == "tiny"
 
 

@@ -125,8 +125,8 @@ def generate(
             ignore_eos=ignore_eos,
         )
         llm = LLM(model, dtype=dtype, device=device, quantization=cast(Any, quantization))
-    with console.status("decoding …"):
-        outputs = llm.generate(list(texts), params)
+    with progress_bar("decoding", len(texts)) as progress:
+        outputs = llm.generate(list(texts), params, progress)
     if as_json:
         records = [as_record(output) for output in outputs]
         for record, output in zip(records, outputs, strict=True):

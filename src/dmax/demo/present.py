@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from dmax.demo.replay import show
 from dmax.demo.settings import SETTINGS
 from dmax.demo.story import Story
 from dmax.demo.table import TPF, Measured, caption, closing, table
-from dmax.evaluation.run import evaluate
+from dmax.evaluation.run import after, evaluate
 from dmax.llm import LLM
 from dmax.outputs import as_record
 from dmax.tasks import Task, get_task
@@ -84,18 +84,11 @@ def measure(models: Mapping[str, LLM], task: Task, limit: int, seed: int) -> lis
                 limit=limit,
                 seed=seed,
                 model_name=setting.model,
-                progress=_after(index * limit, len(SETTINGS) * limit, progress),
+                progress=after(index * limit, len(SETTINGS) * limit, progress),
             )
             correct = tuple(sample.is_correct for sample in samples)
             measured.append(Measured(setting, summary, correct))
     return measured
-
-
-def _after(
-    before: int, total: int, progress: Callable[[int, int], None]
-) -> Callable[[int, int], None]:
-    """Progress of one run among several, of which others have finished `before` already."""
-    return lambda done, _: progress(before + done, total)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from traceback import walk_tb
 from typing import Any, NoReturn, Self
@@ -226,8 +226,9 @@ class DMaxLM(LM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="dmax") as bar:
             for start in range(0, len(requests), size):
                 chunk = slice(start, start + size)
-                texts += self._complete(requests[chunk], settings[chunk])
-                bar.update(len(requests[chunk]))
+                texts += self._complete(
+                    requests[chunk], settings[chunk], lambda done, total: bar.update()
+                )
         logger.info(
             "%(generated_tokens)d tokens in %(num_forwards)d forwards, TPF %(tpf).2f", self._total()
         )
@@ -329,12 +330,15 @@ class DMaxLM(LM):
         return settings
 
     def _complete(
-        self, requests: Sequence[Any], settings: Sequence[tuple[DecodingParams, list[str]]]
+        self,
+        requests: Sequence[Any],
+        settings: Sequence[tuple[DecodingParams, list[str]]],
+        progress: Callable[[int, int], None],
     ) -> list[str]:
         params = [own for own, _ in settings]
         pairs = zip(requests, params, strict=True)
         prompts = [self._encode(request.args[0], own) for request, own in pairs]
-        outputs = self.llm.generate(prompts, params)
+        outputs = self.llm.generate(prompts, params, progress)
         texts = []
         for request, output, (_, stops) in zip(requests, outputs, settings, strict=True):
             text = cut(output.text, stops)

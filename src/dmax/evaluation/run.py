@@ -17,7 +17,7 @@ from dmax.outputs import Cost, GenerationOutput, ratio
 from dmax.params import DecodingParams
 from dmax.tasks import Example, Task
 
-CHUNK_BATCHES = 4  # batches that are decoded before the results are kept and progress is told
+CHUNK_BATCHES = 4  # batches that are decoded before the results are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +178,12 @@ def evaluate(
     progress(len(done), len(examples))
     chunk_size = CHUNK_BATCHES * llm.options.max_batch_size
     for start in range(0, len(waiting), chunk_size):
-        chunk = _decode(llm, task, params, examples, waiting[start : start + chunk_size])
+        indices = waiting[start : start + chunk_size]
+        so_far = after(len(done), len(examples), progress)
+        chunk = _decode(llm, task, params, examples, indices, so_far)
         if journal:
             journal.append(chunk)
         done |= {finished.index: finished for finished in chunk}
-        progress(len(done), len(examples))
     ordered = [done[index] for index in range(len(examples))]
     summary = _summarize(model_name or llm.checkpoint.path, settings, ordered)
     return summary, [finished.sample for finished in ordered]
@@ -204,6 +205,13 @@ def add_up(completions: Iterable[tuple[int, Cost]]) -> Totals:
         tpf=ratio(generated_tokens, total.num_forwards),
         tpf_paper=ratio(sum(ratios), len(ratios)),
     )
+
+
+def after(
+    before: int, total: int, progress: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """Progress of one run among several, of which others have finished `before` already."""
+    return lambda done, _: progress(before + done, total)
 
 
 def _settings_of_run(
@@ -232,10 +240,11 @@ def _decode(
     params: DecodingParams,
     examples: Sequence[Example],
     indices: Sequence[int],
+    progress: Callable[[int, int], None],
 ) -> list[FinishedSample]:
     began = time.perf_counter()
     prompts = [[{"role": "user", "content": examples[index].prompt}] for index in indices]
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(prompts, params, progress)
     pairs = list(zip(indices, outputs, strict=True))
     samples = [_score(task, examples[index], output) for index, output in pairs]
     share = (time.perf_counter() - began) / len(indices)
