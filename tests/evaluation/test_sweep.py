@@ -251,6 +251,7 @@ def test_aup_of_the_paper_starts_from_the_base_decoded_carefully() -> None:
         RECORD["points"][:2] + [point("base", 4.0, 0.5)],  # one, but not decoded carefully
         RECORD["points"] + [point("other", 2.0, 0.7, value=0.95)],  # which of the two?
         [{k: v for k, v in p.items() if k != "made_for"} for p in RECORD["points"]],  # an old file
+        RECORD["points"][:2] + [point("base", 2.0, 0.0, value=0.95), point("base", 4.0, 0.5)],
     ],
 )
 def test_without_a_careful_base_there_is_no_aup_of_the_paper(points: list[dict[str, Any]]) -> None:

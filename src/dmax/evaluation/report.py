@@ -94,7 +94,7 @@ def _what(record: SweepRecord) -> str:
 
 def _points_caption(points: Sequence[Point]) -> str:
     sizes = sorted({point["batch_size"] for point in points if "batch_size" in point})
-    batch = f" at batch size {', '.join(map(str, sizes))}" if sizes else ""
+    batch = f", at batch size {', '.join(map(str, sizes))}" if sizes else ""
     return (
         "Accuracy is scored strictly. TPF: generated tokens over denoising forwards of all "
         "answers; with the prefill counted: the mean over answers, as the DMax paper counts. "
@@ -113,7 +113,7 @@ def _aup_caption(points: Sequence[Point]) -> str:
     if base is None:
         return d3llm + (
             "There is none as in the paper: it needs exactly one base model, decoded by threshold "
-            f"at {CAREFUL:g} or more."
+            f"at {CAREFUL:g} or more, with right answers."
         )
     return d3llm + (
         f"DMax paper: the same with the base model's careful accuracy as the best, "

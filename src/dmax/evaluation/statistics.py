@@ -103,7 +103,7 @@ def careful_base(points: Sequence[Point]) -> Point | None:
     """The base model decoded carefully: by threshold, at the highest one, `CAREFUL` or more.
 
     A base model is one that was not made for SPD. None if there is no such point, if points do not
-    say what their model was made for, or if there are several base models.
+    say what their model was made for, if there are several base models, or if it is never right.
     """
     candidates = [
         point
@@ -114,7 +114,8 @@ def careful_base(points: Sequence[Point]) -> Point | None:
     ]
     if len({point["model"] for point in candidates}) != 1:
         return None
-    return max(candidates, key=lambda point: point["value"])
+    careful = max(candidates, key=lambda point: point["value"])
+    return careful if careful["accuracy"] > 0 else None
 
 
 def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
@@ -129,13 +130,13 @@ def aup_table(record: SweepRecord) -> list[dict[str, Any]]:
         curve.append((point["tpf"], 100 * point["accuracy"]))
     best = max((accuracy for curve in curves.values() for _, accuracy in curve), default=0.0)
     base = careful_base(record["points"])
-    yardstick = 100 * base["accuracy"] if base else 0.0
+    yardstick = 100 * base["accuracy"] if base else None
     table = []
     for label, curve in curves.items():
         aup = accuracy_under_parallelism(curve, best=best) if best else 0.0
         paper = (
             accuracy_under_parallelism(curve, best=yardstick, floor=yardstick - PAPER_MARGIN)
-            if yardstick
+            if yardstick is not None
             else None
         )
         table.append({"label": label, "aup": aup, "aup_paper": paper})
