@@ -33,6 +33,7 @@ EXTRAS = ("train", "eval")
 TOOL = runpy.run_path(str(ROOT / "tools" / "try_wheel.py"))
 DONE = "exit-code:"
 SECONDS = 600.0  # for all commands, however busy the machine is
+MAX_LINES = 120
 
 # A command of the README -> what is run for it. `dmax generate` runs as it stands.
 SMALL = {
@@ -133,6 +134,10 @@ def offline() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0: there is none
     return kept | pip | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+def test_the_readme_stays_short() -> None:
+    assert README and len(README.splitlines()) <= MAX_LINES
 
 
 def test_commands_are_found_in_their_order() -> None:
