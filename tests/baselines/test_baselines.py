@@ -13,7 +13,7 @@ from scripted import MASK, TABLE, Step, V, logits_of, opened, play, rows
 from torch import Tensor
 
 from dmax.baselines.sched import ScheduledExit, mean_margin
-from dmax.decoding import get_strategy
+from dmax.decoding import get_strategy, strategies
 from dmax.decoding.block import Output
 from dmax.errors import InputError
 from dmax.params import DecodingParams
@@ -202,6 +202,20 @@ def test_iter_smooth_needs_embeddings() -> None:
     view = replace(opened((), 4), embed=None)
     with pytest.raises(InputError, match="feeds mixtures of embeddings and was given none"):
         strategy.step(view, Output(FOUR, MASK), {})
+
+
+# --- float64 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", sorted(set(strategies()) - {"demask", "learn2pd"}))
+def test_every_method_decodes_float64_as_float32(strategy: str) -> None:
+    def tokens(dtype: torch.dtype) -> list[list[int]]:
+        return [
+            step.advance.tokens.tolist()[0]
+            for step in run(FOUR.to(dtype), 4, (), strategy=strategy)
+        ]
+
+    assert tokens(torch.float64) == tokens(torch.float32)
 
 
 # --- settings -------------------------------------------------------------------------------------

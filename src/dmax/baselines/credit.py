@@ -55,8 +55,8 @@ class CreditDecoding(Strategy):
     def _add_credit(self, view: View, output: Output, state: State) -> State:
         """The credit [B, L, S] after this step's favourites got theirs; S entries a position."""
         ids = state["ids"]
-        credits = _per_entry(self.decay) * state["credits"]
         best = output.top(1)
+        credits = _per_entry(self.decay) * state["credits"].to(best.confidence.dtype)
         favourite = best.tokens[..., None]  # [B, L, 1], never MASK
         is_known = (ids == favourite) & (credits > 0)
         free = view.step.clamp(max=ids.shape[-1] - 1)[:, None]
