@@ -16,7 +16,8 @@ another:
   are queued concerns their own call. An engine that has nothing left to do while somebody waits for
   it is an error, and so is closing.
 - **Queues are `SimpleQueue`s.** `put` waits for nothing, so a finalizer may call it wherever the
-  garbage collector happens to run: a call that is dropped cancels itself. `get` wakes up for
+  garbage collector happens to run: a call that is dropped cancels itself. What it puts names
+  nothing of this module, for the interpreter's exit may have taken that apart. `get` wakes up for
   signals, so Ctrl-C ends a wait.
 - **An idle thread refers to its queue and nothing else.** The engines and their memory go with the
   last reference to the `EngineThread`. That ends the thread, and so does the interpreter's exit.
@@ -92,7 +93,8 @@ class Call:
     def cancel(self) -> None:
         """End what has not finished before the next step; its last events say "cancelled"."""
         if self._unfinished:
-            self._inbox.put(partial(EngineThread._cancel, numbers=list(self._unfinished.values())))
+            numbers = list(self._unfinished.values())
+            self._inbox.put(lambda thread: thread._cancel(numbers))
 
     def close(self) -> None:
         """Cancel what has not finished, and give no more events."""
@@ -193,7 +195,7 @@ class EngineThread:
         return type(self), (self._new_engine, self._block_length, self._device)
 
     def __del__(self) -> None:
-        self._inbox.put(EngineThread._end)  # wakes the thread, which finds that nobody is left
+        self._inbox.put(lambda thread: thread._end())  # wakes it: it finds that nobody is left
 
     # --- what callers use ---
 
@@ -296,7 +298,7 @@ class EngineThread:
     def _fail(self, error: BaseException) -> None:
         """End all calls with an error, and drop what it may have left half done."""
         for events in {place.events for place in self._places.values()}:
-            events.put(error)
+            events.put(_twin(error))
         self._places.clear()
         self._engines.clear()
 
@@ -307,6 +309,16 @@ class EngineThread:
 
 
 Message = Callable[[EngineThread], None]
+
+
+def _twin(error: BaseException) -> BaseException:
+    """The same error for one of several callers: raising it lengthens a traceback of its own."""
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    twin.__cause__ = error.__cause__
+    twin.__context__ = error.__context__
+    twin.__suppress_context__ = error.__suppress_context__
+    return twin.with_traceback(error.__traceback__)
 
 
 def _serve(owner: weakref.ref[EngineThread], inbox: SimpleQueue[Message]) -> None:
