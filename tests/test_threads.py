@@ -314,12 +314,15 @@ def test_an_error_of_the_engine_reaches_everyone_who_waits_and_no_one_after(
             return step(self)
         raise torch.OutOfMemoryError("no memory")
 
+    def wait(index: int) -> None:
+        if index == 0:
+            list(llm.stream(TEXTS[0], LONG))
+        else:
+            llm.generate(TEXTS[0], replace(LONG, block_length=(4, 8)[index % 2]))
+
     def work(index: int) -> BaseException:
         with pytest.raises(torch.OutOfMemoryError, match="no memory") as raised:
-            if index == 0:
-                list(llm.stream(TEXTS[0], LONG))
-            else:
-                llm.generate(TEXTS[0], replace(LONG, block_length=(4, 8)[index % 2]))
+            wait(index)
         return raised.value
 
     monkeypatch.setattr(Engine, "step", fails)
