@@ -99,20 +99,27 @@ def check_fits(size: int, what: str, room: int, name: str = "the text") -> None:
         )
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], limit: int) -> str:
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, str]], limit: int, *, continues: bool = False
+) -> str:
     """A chat as the template of a tokenizer writes it, up to where the assistant answers.
 
     Args:
         tokenizer: of transformers, with a chat template.
         messages: as `dmax.messages.read_messages` gives them.
         limit: characters that the text may have.
+        continues: end after the last message instead, which is to be continued.
 
     Raises:
         InputError: there is no usable template, or it fails, hangs or writes more than `limit`.
     """
     template = _template(tokenizer)
     render = _render_here if _is_plain(template) else _render_elsewhere
-    text, reason = render(template, messages, tokenizer.special_tokens_map, limit)
+    variables = tokenizer.special_tokens_map | {
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+    }
+    text, reason = render(template, messages, variables, limit)
     if not reason and len(text) > limit:
         reason = f"it writes {len(text)} characters, there is room for {limit}"
     if reason:
@@ -129,12 +136,9 @@ def _render_here(
     """The text of a plain template, or why there is none."""
     try:
         [text], _ = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            add_generation_prompt=True,
-            **variables,
+            conversations=[messages], chat_template=template, **variables
         )
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         return "", str(error)
     return text, ""
 

@@ -43,17 +43,12 @@ def render(
     render_template: Any,
     template: str,
     messages: list[dict[str, str]],
-    variables: dict[str, str],
+    variables: dict[str, Any],
     limit: int,
 ) -> tuple[str, str]:
     """What a template makes of a chat, or why it makes nothing."""
     try:
-        [text], _ = render_template(
-            conversations=[messages],
-            chat_template=template,
-            add_generation_prompt=True,
-            **variables,
-        )
+        [text], _ = render_template(conversations=[messages], chat_template=template, **variables)
     except MemoryError:
         return "", "it takes too much memory"
     except Exception as error:  # a template is a program: it may raise anything

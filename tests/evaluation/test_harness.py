@@ -366,6 +366,24 @@ def test_prompts_without_a_template_are_continued_as_they_are(
         lm.chat_template("tools")
 
 
+def test_a_chat_template_is_bounded_and_may_leave_the_last_message_open(lm: DMaxLM) -> None:
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Well, "}]
+    written = "<role>HUMAN</role>Hi.<|role_end|><role>ASSISTANT</role>Well, "
+    assert lm.apply_chat_template(chat, add_generation_prompt=False) == written
+    assert lm.apply_chat_template(chat[:1]) == written.removesuffix("Well, ")
+    own = lm.tokenizer.chat_template
+    lm.tokenizer.chat_template = "{% if messages[0] %}{% endif %}" + own  # no longer a plain loop
+    assert lm.apply_chat_template(chat, add_generation_prompt=False) == written
+    for template in (
+        "{% for _ in range(10**5) %}{% for _ in range(10**5) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10**8 }}",
+        "{{ messages[0].content }}",
+    ):
+        lm.tokenizer.chat_template = template
+        with pytest.raises(InputError, match="the chat template of this checkpoint fails"):
+            lm.apply_chat_template(chat, add_generation_prompt=False)
+
+
 def test_counts_cover_what_a_stop_string_cuts_off(lm: DMaxLM) -> None:
     (whole,) = ask(lm, ["Tom has 3 apples."])
     before = lm.get_model_info()["dmax"]

@@ -18,13 +18,16 @@ from typing import Any, NoReturn, Self
 import torch
 
 from dmax import extras
+from dmax.chat_template import MAX_TOKEN, render_chat
 from dmax.decoding import check_strategy, get_strategy
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, did_you_mean
 from dmax.evaluation.run import CHUNK_BATCHES, add_up
 from dmax.llm import LLM
+from dmax.messages import read_messages
 from dmax.outputs import GenerationOutput, as_record
 from dmax.params import DecodingParams
+from dmax.prompts import ANY_CONTEXT
 
 try:
     # The built-in models come first: lm_eval loads none of them once its registry holds any.
@@ -254,13 +257,13 @@ class DMaxLM(LM):
         Without a generation prompt, the last message is to be continued.
         """
         self._is_templated = True
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+        context = self.max_length or ANY_CONTEXT
+        return render_chat(
+            self.tokenizer,
+            read_messages(chat_history),
+            limit=2 * context * MAX_TOKEN,
+            continues=not add_generation_prompt,
         )
-        return str(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The text of the template, which lm_eval puts into its results."""
