@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,6 +162,25 @@ def test_what_is_no_list_of_prompts_is_refused(llm: LLM, prompts: Any) -> None:
         llm.generate(prompts)
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([1, 2]).to_sparse(),
+        torch.tensor([1, 2], device="meta"),
+        torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+        torch.nested.nested_tensor([torch.ones(2).long()] * 2, layout=torch.jagged),
+        [torch.tensor([1, 2]).to_sparse()],
+        [torch.tensor(1, device="meta")],
+        np.array(["a", "b"]),
+        np.ma.masked_array([1, 2], mask=[False, True]),  # type: ignore[no-untyped-call]
+    ],
+    ids=str,
+)
+def test_an_array_without_token_ids_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InputError, match="prompt"):
+        llm.generate(prompts)
+
+
 @pytest.mark.parametrize("prompt", [[], [-1], [10_000]])
 def test_ids_that_are_none_are_refused(llm: LLM, prompt: list[int]) -> None:
     with pytest.raises(
@@ -188,10 +208,25 @@ def test_params_are_for_all_or_one_for_each(llm: LLM) -> None:
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_a_wrong_number_of_params_is_refused(llm: LLM, count: int) -> None:
-    with pytest.raises(
-        InputError, match=f"got 3 prompts and {count} params; give one for all or one for each"
-    ):
+    with pytest.raises(InputError, match=f"got a list of {count}; the number of prompts is 3"):
         llm.generate(TEXTS, [PARAMS] * count)
+
+
+@pytest.mark.parametrize("params", ["spd", {"threshold": 0.5}, [None, None, None], DecodingParams])
+def test_params_of_another_type_are_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(InputError, match="`params` must be a `DecodingParams` or a list of them"):
+        llm.generate(TEXTS, params)
+
+
+def test_an_unknown_option_is_named_with_the_nearest_one(llm: LLM, folder: Path) -> None:
+    with pytest.raises(InputError, match="(?s)no option `max_batchsize`.*mean `max_batch_size`"):
+        LLM(str(folder), max_batchsize=3)
+    with pytest.raises(InputError, match="(?s)no option `quantisation`.*mean `quantization`"):
+        LLM(str(folder), quantisation="int8")
+    with pytest.raises(InputError, match="(?s)no option `bogus`.*there are max_batch_size, "):
+        LLM.from_checkpoint(llm.checkpoint, bogus=1)
+    with pytest.raises(InputError, match="(?s)no option `max_len`.*mean `max_length`"):
+        llm.engine(max_len=8)
 
 
 def test_a_block_length_belongs_to_its_request(llm: LLM, folder: Path) -> None:

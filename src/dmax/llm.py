@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -17,11 +18,11 @@ from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.engine.thread import EngineThread
 from dmax.environment import lacks_compiler, select_device, select_dtype
-from dmax.errors import InputError, translated
+from dmax.errors import InputError, did_you_mean, shorten, show, translated
 from dmax.kernels.quant import Format
 from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.params import AUTO, DecodingParams, EngineOptions
-from dmax.prompts import Prompt, encode_prompt, split_prompts
+from dmax.prompts import TEXTS, Prompt, encode_prompt, split_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ class LLM:
         options: fields of `dmax.params.EngineOptions`, such as `max_batch_size`.
 
     Raises:
-        InputError: an unknown model, a damaged checkpoint, ids that it does not define, or no C++
-            compiler for `compile_model`.
+        InputError: an unknown model or option, a damaged checkpoint, ids that it does not define,
+            or no C++ compiler for `compile_model`.
     """
 
     @translated()
@@ -62,7 +63,8 @@ class LLM:
         quantization: Format | None = None,
         **options: Any,
     ) -> None:
-        engine_options = EngineOptions(**options)
+        own = inspect.signature(LLM).parameters
+        engine_options = _with_options(EngineOptions(), options, choices=own)
         chosen_device = select_device(device)
         checkpoint = load_checkpoint(
             model,
@@ -81,7 +83,7 @@ class LLM:
     def from_checkpoint(cls, checkpoint: Checkpoint, **options: Any) -> LLM:
         """An `LLM` over a model that is already in memory, such as one in training."""
         llm = cls.__new__(cls)
-        llm._setup(checkpoint, EngineOptions(**options))
+        llm._setup(checkpoint, _with_options(EngineOptions(), options))
         return llm
 
     def _setup(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
@@ -168,7 +170,7 @@ class LLM:
         """
         if not isinstance(params, DecodingParams):
             raise InputError(
-                f"`params` must be a `DecodingParams` or a list of them, got {params!r:.80}"
+                f"`params` must be a `DecodingParams` or a list of them, got {show(params)}"
             )
         if params.stop and self.tokenizer is None:
             raise InputError(
@@ -207,7 +209,7 @@ class LLM:
             block_length: None: the checkpoint's.
             options: fields of `EngineOptions` that differ from this object's own.
         """
-        engine_options = replace(self.options, **options) if options else self.options
+        engine_options = _with_options(self.options, options)
         return _new_engine(self.checkpoint, engine_options, block_length)
 
     def event(self, request: Request, event: StreamEvent) -> StreamEvent:
@@ -233,12 +235,12 @@ class LLM:
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
         prompts = split_prompts(prompts)
         each = params
-        if not isinstance(params, Sequence):
+        if not isinstance(params, Sequence) or isinstance(params, TEXTS):
             each = [DecodingParams() if params is None else params] * len(prompts)
         if len(each) != len(prompts):
             raise InputError(
-                f"got {len(prompts)} prompts and {len(each)} params; give one for all or one for "
-                "each"
+                "`params` must be one for all prompts or a list of one for each, "
+                f"got a list of {len(each)}; the number of prompts is {len(prompts)}"
             )
         return list(map(self.request, range(len(prompts)), prompts, each))
 
@@ -257,6 +259,20 @@ class LLM:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _with_options(
+    options: EngineOptions, changes: Mapping[str, Any], choices: Iterable[str] = ()
+) -> EngineOptions:
+    """The options with some of them changed; a hint also names `choices`, what else there is."""
+    known = [entry.name for entry in fields(EngineOptions)]
+    for name in changes:
+        if name not in known:
+            raise InputError(
+                f"there is no option `{shorten(name)}`",
+                did_you_mean(name, (*known, *choices)) or f"there are {', '.join(known)}",
+            )
+    return replace(options, **changes)
 
 
 def _new_engine(checkpoint: Checkpoint, options: EngineOptions, block_length: int | None) -> Engine:

@@ -10,13 +10,14 @@ import torch
 
 from dmax.chat_template import check_fits, encode_chat, encode_text
 from dmax.checkpoint import Checkpoint
-from dmax.errors import InputError, show
+from dmax.errors import InputError, shorten, show
 from dmax.messages import read_messages
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray | Sequence[Message]
 
 FORMS = "a text, a list of token ids or a list of chat messages"
+ARRAYS = (np.ndarray, torch.Tensor)
 TEXTS = (str, bytes, bytearray, memoryview)  # sequences, but no lists
 ANY_CONTEXT = 2**20  # positions of a model that names no number of them
 
@@ -31,7 +32,8 @@ def split_prompts(prompts: object) -> list[Any]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, (np.ndarray, torch.Tensor)):
+    if isinstance(prompts, ARRAYS):
+        prompts = _as_array(prompts, "an array of prompts")
         if prompts.ndim not in (1, 2):
             raise InputError(
                 f"an array of prompts must have one dimension or two, got {prompts.ndim}",
@@ -97,13 +99,35 @@ def _encode_text(prompt: Any, tokenizer: Any, context: int, name: str) -> list[i
 
 
 def _read_ids(prompt: Any, context: int, name: str) -> list[int]:
-    is_array = isinstance(prompt, (np.ndarray, torch.Tensor)) and prompt.ndim == 1
-    if is_array or _is_list(prompt):
-        check_fits(len(prompt), "tokens", context, name)
-        parts = prompt.tolist() if is_array else prompt
+    parts = prompt
+    if isinstance(prompt, ARRAYS):
+        parts = _as_array(prompt, name)
+    is_array = isinstance(parts, np.ndarray) and parts.ndim == 1
+    if is_array or _is_list(parts):
+        check_fits(len(parts), "tokens", context, name)
+        parts = parts.tolist() if is_array else parts
         if all(map(_is_id, parts)):
             return list(map(int, parts))
     raise InputError(f"{name} must be {FORMS}, got {show(prompt)}", _remedy(prompt))
+
+
+def _as_array(value: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    """An array or tensor as one of numpy.
+
+    Raises:
+        InputError: there is none with the same numbers: it is sparse, nested, quantized or of the
+            device "meta".
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        return value.detach().cpu().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{name} cannot be a tensor of {value.dtype}, {value.layout}, on {value.device}: "
+            f"{shorten(str(error))}",
+            hint="token ids are whole numbers",
+        ) from None
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
@@ -113,7 +137,7 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 def _is_id(value: object) -> bool:
     """Whether a value is a whole number; `True` and 1.0 are none."""
     if isinstance(value, torch.Tensor):
-        return value.ndim == 0 and type(value.item()) is int
+        return value.ndim == 0 and not value.is_meta and type(value.item()) is int
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -126,6 +150,8 @@ def _remedy(value: object) -> str | None:
             return "pass its `input_ids`"
         case Mapping():
             return "a message stands in a list, and has `role` and `content`"
+        case np.ndarray() | torch.Tensor():
+            return "token ids are whole numbers, one prompt a row"
         case Iterable() if not isinstance(value, Sequence):
             return "make a list of it"
     return None
