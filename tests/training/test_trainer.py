@@ -290,13 +290,18 @@ def test_a_bad_recipe_is_one_clear_error(
             r"data.jsonl:1: message 1 holds half of a surrogate pair",
         ),
         ("[" * 100_000 + "\n", r"data.jsonl:1: not a JSON object"),
+        (
+            '{"system": "Be kind.", "prompt": "a", "response": "b"}\n',
+            r"data.jsonl:1: `system` beside the chat would not be learnt",
+        ),
     ],
 )
 def test_bad_data_names_file_and_line(tmp_path: Path, lines: str, message: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(lines)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as raised:
         read_records(path)
+    assert raised.value.message.count("data.jsonl") == 1
 
 
 def test_all_kinds_of_records_are_read(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from dmax.files import json_lines
 from dmax.messages import read_messages
 from dmax.training.clean_stream import IGNORE
 
+BESIDE = ("system", "tools")  # what other formats have beside the chat, for the template to place
+
 
 class Conversation(NamedTuple):
     """What a record says.
@@ -76,7 +78,7 @@ def _conversation(record: Any, where: str) -> Conversation:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {show(record)}")
     try:
-        messages = read_messages(_messages(record, where))
+        messages = read_messages(_messages(record))
     except InputError as error:
         raise InputError(f"{where}: {error.message}", error.hint) from None
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -90,18 +92,22 @@ def _conversation(record: Any, where: str) -> Conversation:
     return Conversation(prompt, response["content"], where)
 
 
-def _messages(record: dict[str, Any], where: str) -> Any:
+def _messages(record: dict[str, Any]) -> Any:
     """The chat of a record, whichever names it has for it."""
+    for name in BESIDE:
+        if record.get(name) is not None:
+            raise InputError(
+                f"`{name}` beside the chat would not be learnt",
+                hint="leave it out, or make it one of `messages`",
+            )
     if "messages" in record:
         return record["messages"]
     keys = ("prompt", "response") if "prompt" in record else ("question", "answer")
     prompt, response = (record.get(key) for key in keys)
     if not isinstance(prompt, str):
-        raise InputError(
-            f"{where}: no prompt", hint="a record has `prompt` and `response`, or `messages`"
-        )
+        raise InputError("no prompt", hint="a record has `prompt` and `response`, or `messages`")
     if not isinstance(response, str):
-        raise InputError(f"{where}: a record without a response")
+        raise InputError("a record without a response")
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
