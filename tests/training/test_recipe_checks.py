@@ -142,6 +142,7 @@ def test_a_mistyped_name_is_told_what_stands_beside_it(tmp_path: Path, name: str
     [
         ({"gradient_accumulation_steps": -1}, "steps` must be a whole number between 1 and"),
         ({"gradient_accumulation_steps": 0}, "steps` must be a whole number between 1 and"),
+        ({"dataloader_num_workers": 100_000}, "workers` must be a whole number between 0 and 64"),
         ({"per_device_train_batch_size": 2**40}, "size` must be a whole number between 1 and"),
         ({"save_steps": -5}, "`save_steps` must be a number above 0"),
         ({"save_steps": 0}, "`save_steps` must be a number above 0"),

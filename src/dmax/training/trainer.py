@@ -43,7 +43,11 @@ _ABOVE_ZERO = (
     *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
     *("rollout_temperature", "certainty_temperature"),
 )
-_HIGHEST = {"mask_ratio_low": 1, "mask_ratio_high": 1, "pad_to": 2**20}
+_HIGHEST = {
+    **dict.fromkeys(("mask_ratio_low", "mask_ratio_high"), 1),
+    "pad_to": 2**20,
+    "dataloader_num_workers": 64,  # processes, each a copy of this one
+}
 _LARGEST = 2**32 - 1  # seeds of numpy end here
 
 
