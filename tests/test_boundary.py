@@ -27,6 +27,7 @@ import dmax_command
 from dmax import LLM, InputError
 from dmax.cli import options
 from dmax.errors import translate, translated
+from dmax.params import MOST_PROBLEMS
 
 # Commands run in other folders, with the sources that are tested.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(dmax_command.__file__).parent), "TERM": "xterm"}
@@ -97,9 +98,28 @@ def test_callers_of_the_library_get_the_sentence_too(
     monkeypatch.setattr(LLM, "_requests", fails)
     with pytest.raises(InputError, match="x.bin: No space left on device"):
         llm.generate("Hi")
+    with pytest.raises(InputError, match="x.bin: No space left on device"):
+        next(llm.stream("Hi"))
 
 
 # --- in one sentence --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [("-o", "other.json"), ("-o", "a.jsonl", "-m", "tiny-bse")])
+def test_a_million_problems_are_not_drawn_in_vain(
+    dmax: Dmax,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text('{"of": "another program"}\n')
+
+    def draw(*_: Any, **__: Any) -> None:
+        raise AssertionError("problems were drawn")
+
+    monkeypatch.setattr("dmax.tasks.word_problems.problems", draw)
+    assert_refused(dmax("distill", "--num", MOST_PROBLEMS, *words))
 
 
 def test_a_bug_is_called_one_and_keeps_its_traceback(

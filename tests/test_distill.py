@@ -17,7 +17,7 @@ from dmax import LLM, DecodingParams, GenerationOutput, InputError
 from dmax.engine.request import Request
 from dmax.outputs import Cost
 from dmax.recipe import distill as distillation
-from dmax.recipe.distill import DistillReport, check_outputs, distill, read_prompts
+from dmax.recipe.distill import DistillReport, check_files, check_outputs, distill, read_prompts
 from dmax.special_ids import SpecialIds
 from dmax.training.data import read_records
 
@@ -267,6 +267,7 @@ def test_a_file_of_something_else_is_left_alone(
     file = output.with_suffix(suffix)
     file.parent.mkdir()
     file.write_text(line + end)
+    manifest(output).write_text("{}")
     with pytest.raises(InputError, match=f"responses{suffix}:1 "):
         run(output, Responder())
     assert file.read_text() == line + end
@@ -379,6 +380,19 @@ def test_a_run_killed_before_its_first_response_may_begin_otherwise(output: Path
 def test_a_device_is_no_output(path: str) -> None:
     with pytest.raises(InputError, match=f"cannot write {path}"):
         run(Path(path), Responder())
+
+
+def test_files_are_looked_at_before_there_are_prompts(output: Path) -> None:
+    check_files(output)
+    assert not output.parent.exists()
+    run(output, Responder(), PROMPTS[:2])
+    check_files(output)
+    manifest(output).unlink()
+    with pytest.raises(InputError, match="manifest.json is missing"):
+        check_files(output)
+    output.write_text("a diary")
+    with pytest.raises(InputError, match="responses.jsonl:1 is no response to a prompt"):
+        check_files(output)
 
 
 def test_a_model_knows_its_own_responses(llm: LLM, output: Path) -> None:

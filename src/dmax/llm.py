@@ -148,10 +148,11 @@ class LLM:
         Raises:
             InputError: as `generate`.
         """
-        (request,) = self._requests([prompt], params)
-        with self._thread.submit([replace(request, provisional=True)]) as call:
-            for event in call:
-                yield self.event(request, event)
+        with translated():
+            (request,) = self._requests([prompt], params)
+            with self._thread.submit([replace(request, provisional=True)]) as call:
+                for event in call:
+                    yield self.event(request, event)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt of any form, the chat template applied to messages and texts.

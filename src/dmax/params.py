@@ -16,6 +16,8 @@ AUTO = "auto"
 """The strategy that a model was trained for, as its checkpoint says."""
 MOST = 2**31 - 1
 """The largest count of anything."""
+MOST_PROBLEMS = 1_000_000
+"""The most problems that a command or a recipe draws."""
 MAX_TEXTS = 256
 MAX_CHARACTERS = 10_000  # of one text
 

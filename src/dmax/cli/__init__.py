@@ -185,9 +185,7 @@ def distill(
         Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")
     ],
     model: options.ModelName = "tiny-base",
-    num: Annotated[
-        int, typer.Option(help="training problems to answer", min=1, max=options.MOST_PROBLEMS)
-    ] = 1000,
+    num: options.NumProblems = 1000,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")
     ] = None,
@@ -206,16 +204,17 @@ def distill(
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
     with doing(f"loading {model}"):
-        from dmax.files import check_writable
+        from dmax.hub import find_folder
         from dmax.llm import LLM
-        from dmax.recipe.distill import check_outputs, read_prompts
+        from dmax.recipe.distill import check_files, check_outputs, read_prompts
         from dmax.recipe.distill import distill as run_distill
         from dmax.tasks.word_problems import problems
 
         params = options.decoding_params(
             strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
         )
-        check_writable(output)
+        check_files(output)
+        find_folder(model)  # a million problems take minutes to draw
         if prompts:
             questions = read_prompts(prompts)
         else:

@@ -10,13 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from dmax.errors import InputError, shorten, show
-from dmax.params import DecodingParams, EngineOptions
+from dmax.params import MOST_PROBLEMS, DecodingParams, EngineOptions
 
 # The defaults of the options that these have.
 DECODING = DecodingParams()
 ENGINE = EngineOptions()
 MOST_EXAMPLES = 100_000
-MOST_PROBLEMS = 1_000_000
 LARGEST_BATCH = 65_536
 LARGEST_SEED = 2**63 - 1
 LONGEST_PROMPT = 2**21  # characters; no model reads as many
@@ -56,6 +55,9 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on to the long
 TaskName = Annotated[str, typer.Option(help="what to solve (docs/tasks.md)")]
 DataFile = Annotated[
     Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
+]
+NumProblems = Annotated[
+    int, typer.Option("--num", help="training problems to answer", min=1, max=MOST_PROBLEMS)
 ]
 Limit = Annotated[int, typer.Option(help="examples to solve", min=1, max=MOST_EXAMPLES)]
 Seed = Annotated[int, typer.Option(help="of the examples", min=0, max=LARGEST_SEED)]

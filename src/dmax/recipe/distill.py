@@ -19,7 +19,7 @@ from dmax import __version__
 from dmax.decoding import get_strategy
 from dmax.engine.request import Request
 from dmax.environment import weights_digest
-from dmax.errors import InputError, show
+from dmax.errors import InputError, shorten, show
 from dmax.files import (
     append,
     changes,
@@ -35,6 +35,8 @@ from dmax.messages import read_messages
 from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
 
+OPENING = b'{"index": '
+"""How every line of responses begins."""
 ANEW = "choose a new output file, or move the earlier one away"
 
 
@@ -120,16 +122,40 @@ def check_outputs(output: Path, prompts: Sequence[str]) -> Answers:
     """What the files of an earlier run answer; asked before a model is loaded, and changes nothing.
 
     Raises:
-        InputError: a file cannot be written, or holds something that is not of these prompts, or
-            nothing says what its responses depend on.
+        InputError: as `check_files`, or a file holds something that is not of these prompts.
     """
-    check_writable(output)
+    check_files(output)
     kept, is_begun = _answered(output, prompts)
     unfinished, is_apart_begun = _answered(_apart(output), prompts)
-    answers = Answers(kept, unfinished, is_begun or is_apart_begun)
-    if answers.exist:
-        _read_manifest(_manifest(output))
-    return answers
+    return Answers(kept, unfinished, is_begun or is_apart_begun)
+
+
+def check_files(output: Path) -> None:
+    """Make sure that a run can write here, or go on; asked before there are any prompts.
+
+    Raises:
+        InputError: a file cannot be written, is not of a distillation, or nothing says what its
+            responses depend on.
+    """
+    for file in (output, _apart(output)):
+        check_writable(file)
+        beginning = _beginning(file)
+        if beginning and beginning != OPENING:
+            raise InputError(
+                f"{shorten(str(file))}:1 is no response to a prompt",
+                hint="choose a new output file",
+            )
+        if beginning:
+            _read_manifest(_manifest(output))
+
+
+def _beginning(file: Path) -> bytes:
+    """The first bytes of a file, as many as `OPENING` has; none if it does not exist."""
+    with writing(file):
+        if not file.exists():
+            return b""
+        with file.open("rb") as opened:
+            return opened.read(len(OPENING))
 
 
 def _begin(output: Path, settings: Mapping[str, Any]) -> None:
@@ -241,10 +267,7 @@ def _answered(file: Path, prompts: Sequence[str]) -> tuple[frozenset[int], bool]
     Raises:
         InputError: it is not ours.
     """
-    if file.exists() and not file.is_file():
-        raise InputError(f"cannot write {file}: it is a device, a pipe or a folder", "name a file")
-    with writing(file):
-        lines, rest = read_lines(file)
+    lines, rest = read_lines(file)
     answered: set[int] = set()
     for number, line in enumerate(lines, 1):
         try:
@@ -258,17 +281,15 @@ def _answered(file: Path, prompts: Sequence[str]) -> tuple[frozenset[int], bool]
                 f"{file}:{number} answers another prompt", hint="choose a new output file"
             )
         answered.add(index)
-    if rest and not _is_beginning(rest, prompts, is_first=not lines):
+    if rest and not _is_beginning(rest, prompts):
         raise InputError(
             f"{file}:{len(lines) + 1} is no response to a prompt", hint="choose a new output file"
         )
     return frozenset(answered), bool(lines or rest)
 
 
-def _is_beginning(rest: bytes, prompts: Sequence[str], *, is_first: bool) -> bool:
+def _is_beginning(rest: bytes, prompts: Sequence[str]) -> bool:
     """Whether the rest of a file is the beginning of a line of ours that was cut off."""
-    if is_first and not rest.startswith(b'{"index": '):
-        return False  # too little to say whose it is
     beginnings = [
         _line(index, prompt, response="").removesuffix('"}\n').encode()
         for index, prompt in enumerate(prompts)

@@ -18,7 +18,7 @@ from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
 from dmax.errors import InputError, did_you_mean, show
 from dmax.models import LLaDA2MoeConfig
-from dmax.params import AUTO, DecodingParams, check_number
+from dmax.params import AUTO, MOST_PROBLEMS, DecodingParams, check_number
 from dmax.recipe.arguments import argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.tasks.word_problems import Numbers
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from dmax.baselines.head_training import HeadConfig
 
 
-MOST_PROBLEMS = 1_000_000
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
 SIZES = {  # of a new model, and how large they may be for it to be made at all
