@@ -309,17 +309,23 @@ def test_outputs_that_cannot_be_written() -> None:
     )
     assert closed.returncode == 2
     assert closed.stderr.startswith("error: stdout is closed\n")
+    for words in (["nonsense"], ["generate", "--max-new-tokens", "2", "Hi"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command(*words), stdout=subprocess.PIPE, stderr=full, check=False)
+        assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_nobody_reads_the_output() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        command("--version"), stdout=writing, stderr=subprocess.PIPE, text=True, check=False
-    )
+    for word in ("--version", "--help"):
+        done = subprocess.run(
+            command(word), stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    done = subprocess.run(command("nonsense"), stderr=writing, check=False)
+    assert done.returncode == 2
     os.close(writing)
-    assert done.returncode in (1, 128 + signal.SIGPIPE)  # typer has an end of its own for `--help`
-    assert done.stderr == ""
 
 
 def written(terminal: int) -> Iterator[str]:

@@ -372,6 +372,23 @@ def test_damaged_weights_are_refused_for_our_and_other_architectures(
         load(other, **ids)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"intermediate_size": 20}, r"`model\.layers\.0\.mlp\..*` has the shape .* needs \["),
+        ({"hidden_act": "nonesuch"}, "names 'nonesuch', which is unknown"),
+    ],
+)
+def test_a_config_of_another_model_is_named(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    tiny_qwen().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=said):
+        load(tmp_path, mask_token_id=1, eos_token_id=2, block_length=8)
+
+
 def test_remote_code_is_never_touched(folder: Path) -> None:
     marker = folder / "ran"
     code = f"open({str(marker)!r}, 'w').close()\n"

@@ -270,6 +270,7 @@ def _load_model(
             trust_remote_code=False,
             use_safetensors=True,  # others may hold code
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in own words
             **options,
         )
     model, report = loaded
@@ -279,6 +280,11 @@ def _load_model(
     if missing:
         raise InputError(
             f"{folder} lacks {len(missing)} weights of the model, the first is `{missing[0]}`"
+        )
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{folder} does not fit its config.json: `{name}` has the shape {list(stored)}, "
+            f"and the model needs {list(expected)}"
         )
     return _ready(model)
 

@@ -88,6 +88,8 @@ def first_line(error: BaseException) -> str:
     """What an error says in its first line; Python's own words say nothing of a file."""
     if isinstance(error, (TypeError, AttributeError)):
         return "one of its values is of a kind that it must not have"
+    if isinstance(error, KeyError):
+        return f"it names {error}, which is unknown"
     if isinstance(error, StrictDataclassError):  # its first line names the field, not the reason
         return " ".join(str(error).split())
     lines = str(error).strip().splitlines()

@@ -22,11 +22,11 @@ from dmax.cli.terminal import (
     ConsoleHandler,
     console,
     doing,
-    hide_loading_bars,
     in_words,
     print_json,
     print_version,
     progress_bar,
+    quiet_transformers,
 )
 from dmax.outputs import as_record
 
@@ -51,7 +51,7 @@ def main() -> None:
     handler = ConsoleHandler()
     log = logging.getLogger("dmax")
     log.addHandler(handler)
-    hide_loading_bars()
+    quiet_transformers()
     try:
         sys.exit(run(app, sys.argv[1:]))
     finally:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -73,11 +73,19 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         return _end_stopped(stop)
     except BrokenPipeError:
         return _end_stopped(Stopped(signal.SIGPIPE))
+    except SystemExit as end:  # rich's own way to end at a closed pipe
+        if isinstance(end.__context__, BrokenPipeError):
+            return _end_stopped(Stopped(signal.SIGPIPE))
+        raise
     # The boundary: whatever a command raises becomes a sentence.
     except Exception as error:
         if is_debug:
             traceback.print_exception(error)
-        return _end_failed(error)
+        try:
+            return _end_failed(error)
+        except (OSError, SystemExit):  # stderr takes nothing either
+            _drop(sys.stderr)
+            return 2
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -89,7 +97,7 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 def _end_stopped(stop: Stopped) -> int:
     if stop.code == 128 + signal.SIGPIPE:
-        _drop_output()
+        _drop(sys.stdout)
         return stop.code
     notes = getattr(stop, "__notes__", [])
     console.print("; ".join(["interrupted", *notes]), style="bold", soft_wrap=True)
@@ -98,7 +106,7 @@ def _end_stopped(stop: Stopped) -> int:
 
 def _end_failed(error: Exception) -> int:
     if isinstance(error, OSError):
-        _drop_output()
+        _drop(sys.stdout)
     if isinstance(error, USAGE_ERROR):
         return _end_misused(error)
     known = translate(error) or _out_of_memory(error)
@@ -130,13 +138,13 @@ def _out_of_memory(error: Exception) -> InputError | None:
     return InputError("there is not enough memory", hint="try a smaller batch or a smaller model")
 
 
-def _drop_output() -> None:
-    """Forget what stdout still holds; writing it at the exit would fail once more."""
+def _drop(stream: TextIO) -> None:
+    """Forget what a stream still holds if nobody takes it; the exit would try once more."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except (OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
 
 
 def _noted(stop: Stopped, error: BaseException) -> Stopped:

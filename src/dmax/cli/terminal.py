@@ -60,10 +60,11 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def hide_loading_bars() -> None:
-    """Turn off transformers' bars once it is imported: loading takes less time than its bar.
+def quiet_transformers() -> None:
+    """Once transformers is imported, turn off its warnings and its bars.
 
-    Downloads keep theirs.
+    What is wrong with a checkpoint is said in our own sentence, and loading takes less time than a
+    bar. Downloads keep theirs, and warnings can be asked for as transformers documents it.
     """
 
     def hide(logging: Any) -> None:
@@ -71,6 +72,8 @@ def hide_loading_bars() -> None:
 
         were_disabled = are_progress_bars_disabled()
         logging.disable_progress_bar()
+        if "TRANSFORMERS_VERBOSITY" not in os.environ:
+            logging.set_verbosity_error()
         if not were_disabled:
             enable_progress_bars()
 
