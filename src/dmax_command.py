@@ -1,4 +1,4 @@
-"""The `dmax` command's first lines: settings that have to be made before torch is loaded.
+"""The `dmax` command's first lines: settings that have to be made before libraries are loaded.
 
 They belong to the command's own process, so they stand outside the package: `import dmax` leaves
 the environment of its process alone.
@@ -24,6 +24,7 @@ def spin_briefly() -> None:
 def main() -> None:
     """Entry point of the `dmax` command."""
     spin_briefly()
+    os.environ["MPLBACKEND"] = "agg"  # plots are files; one that is not here stops matplotlib
     try:
         from dmax.cli import main as run
 

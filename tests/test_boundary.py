@@ -105,6 +105,22 @@ def test_callers_of_the_library_get_the_sentence_too(
 # --- in one sentence --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("words", [["generate", "Hi"], ["eval", "-o", "a.json"]])
+def test_a_command_in_a_folder_that_is_gone(tmp_path: Path, words: list[str]) -> None:
+    place = tmp_path / "gone"
+    place.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", *command(*words)],
+        cwd=place,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the current folder is gone\n\nhint: change to another one\n"
+
+
 @pytest.mark.parametrize("words", [("-o", "other.json"), ("-o", "a.jsonl", "-m", "tiny-bse")])
 def test_a_million_problems_are_not_drawn_in_vain(
     dmax: Dmax,  # noqa: F811
@@ -149,7 +165,8 @@ def test_too_little_memory_is_no_bug(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torchs = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-    for error in (MemoryError(), RuntimeError(torchs)):
+    library = "_x.so: failed to map segment from shared object"
+    for error in (MemoryError(), RuntimeError(torchs), ImportError(library)):
 
         def fails(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error

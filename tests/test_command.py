@@ -36,10 +36,14 @@ def changes(code: str, **environment: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("code", "expected"), [("from dmax import LLM", {}), (COMMAND, {"GOMP_SPINCOUNT": "2000"})]
+    ("code", "expected"),
+    [
+        ("from dmax import LLM", {}),
+        (COMMAND, {"GOMP_SPINCOUNT": "2000", "MPLBACKEND": "agg"}),
+    ],
 )
-def test_only_the_command_sets_how_long_threads_spin(code: str, expected: dict[str, str]) -> None:
-    assert changes(code) == expected
+def test_only_the_command_changes_its_environment(code: str, expected: dict[str, str]) -> None:
+    assert changes(code, MPLBACKEND="nonsense") == expected
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])

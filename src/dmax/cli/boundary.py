@@ -65,6 +65,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     arguments, is_debug = _without_debug(arguments)
     try:
         prepare_streams()
+        _check_current_folder()
         with _terminating():
             code = app(arguments, prog_name="dmax", standalone_mode=False)
             sys.stdout.flush()
@@ -93,6 +94,14 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [each for each in arguments[:end] if each != DEBUG]
     return [*options, *arguments[end:]], len(options) < end
+
+
+def _check_current_folder() -> None:
+    """Raise `InputError` if the current folder was deleted; libraries end the process over it."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise InputError("the current folder is gone", hint="change to another one") from None
 
 
 def _end_stopped(stop: Stopped) -> int:
@@ -132,8 +141,10 @@ def _end_misused(error: Any) -> int:
 
 def _out_of_memory(error: Exception) -> InputError | None:
     """The error of a machine without enough memory; torch has several kinds of its own."""
-    is_torch = isinstance(error, RuntimeError) and "alloc" in str(error)
-    if not isinstance(error, MemoryError) and not (is_torch and "memory" in str(error)):
+    reason = str(error)
+    is_torch = isinstance(error, RuntimeError) and "alloc" in reason and "memory" in reason
+    is_library = isinstance(error, ImportError) and "failed to map segment" in reason
+    if not (isinstance(error, MemoryError) or is_torch or is_library):
         return None
     return InputError("there is not enough memory", hint="try a smaller batch or a smaller model")
 

@@ -49,7 +49,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 shape = Size(header.get_shape())
                 tensors[name] = StoredTensor(file, shape, header.get_dtype())
     except FileNotFoundError:
-        raise InputError(f"{file} is missing", hint=HINT) from None
+        reason = "cannot be read" if file.exists() else "is missing"  # for both the same error
+        raise InputError(f"{file} {reason}", hint=HINT) from None
     except (OSError, SafetensorError) as error:
         message = f"{file} is not a readable safetensors file, or is truncated ({error})"
         raise InputError(message, hint=HINT) from None
