@@ -290,8 +290,9 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="cannot write"):
-        run(tmp_path / "folder", Responder())
+    for folder in (tmp_path / "folder", Path(), Path("/")):
+        with pytest.raises(InputError, match="cannot write .*: it is a folder"):
+            run(folder, Responder())
 
 
 def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:

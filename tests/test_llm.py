@@ -254,6 +254,12 @@ def test_an_unknown_strategy_is_an_error_before_any_compute(
         list(llm.stream(TEXTS[0], DecodingParams(strategy="spdd")))
 
 
+@pytest.mark.parametrize("prompt", [5, {"role": "user", "content": "Hi"}, torch.tensor(5)])
+def test_a_stream_takes_one_whole_prompt(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(InputError, match="prompt 0 must be a text, a list of token ids"):
+        next(llm.stream(prompt))
+
+
 def test_what_does_not_fit_the_context_is_refused(llm: LLM) -> None:
     with pytest.raises(
         InputError, match="prompt 1 has 1 tokens; with `max_new_tokens` 512 it needs 520 positions"

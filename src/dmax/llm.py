@@ -149,7 +149,7 @@ class LLM:
             InputError: as `generate`.
         """
         with translated():
-            (request,) = self._requests([prompt], params)
+            request = self.request(0, prompt, DecodingParams() if params is None else params)
             with self._thread.submit([replace(request, provisional=True)]) as call:
                 for event in call:
                     yield self.event(request, event)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
-from dmax import LLM, DecodingParams, GenerationOutput
+from dmax import LLM, DecodingParams, GenerationOutput, InputError
 from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.evaluation.statistics import wilson_interval
 from dmax.outputs import Cost, as_record
@@ -71,6 +71,12 @@ class Canned:
             found.append(GenerationOutput(text, tuple(range(tokens)), (1,), "stop", cost))
             progress(len(found), len(prompts))
         return found
+
+
+@pytest.mark.parametrize("wrong", [{"limit": -1}, {"limit": "3"}, {"limit": 10**9}, {"seed": -1}])
+def test_wrong_examples_are_refused(llm: LLM, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"`{next(iter(wrong))}` must be a whole number"):
+        evaluate(llm, Sums(), PARAMS, **({"limit": 3, "seed": 1} | wrong))
 
 
 def measure(limit: int = 5, **options: Any) -> tuple[Summary, list[Sample]]:

@@ -37,7 +37,8 @@ def test_blank_lines_separate_nothing_and_count_as_lines(tmp_path: Path) -> None
     path = write(tmp_path / "a.jsonl", ROWS[0], "", ROWS[1], "  ", {"question": "?"})
     with pytest.raises(InputError, match=r"a\.jsonl:5: `answer` is missing"):
         get_task("gsm8k", path)
-    assert len(get_task("gsm8k", write(path, ROWS[0], "", ROWS[1])).examples(9, 0)) == 2
+    written = str(write(path, ROWS[0], "", ROWS[1]))
+    assert len(get_task("gsm8k", written).examples(9, 0)) == 2
 
 
 def test_texts_may_hold_other_line_breaks(tmp_path: Path) -> None:

@@ -182,6 +182,23 @@ def test_one_process_trains_on_one_of_several_gpus(
     assert config.train_batch_size == 3
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr_scheduler_type": "cosin"},
+        {"optim": 5},
+        {"accelerator_config": "missing.json"},
+        {"lr_scheduler_kwargs": "{"},
+        {"objective": ["oput"]},
+        {"metric_for_best_model": 5},
+    ],
+    ids=str,
+)
+def test_arguments_that_a_library_refuses(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="training arguments are not usable|`objective` must be"):
+        DMaxConfig(output_dir=str(tmp_path), use_cpu=True, **wrong)
+
+
 def test_evaluation_hook_reports_accuracy_and_tpf(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,

@@ -14,7 +14,7 @@ from dmax.environment import environment, weights_digest
 from dmax.evaluation.statistics import wilson_interval
 from dmax.llm import LLM
 from dmax.outputs import Cost, GenerationOutput, ratio
-from dmax.params import DecodingParams
+from dmax.params import MOST_PROBLEMS, DecodingParams, check_number
 from dmax.tasks import Example, Task
 
 CHUNK_BATCHES = 4  # batches that are decoded before the results are kept
@@ -168,7 +168,12 @@ def evaluate(
 
     Returns:
         The summary, and the samples in the order of the examples.
+
+    Raises:
+        InputError: `limit` or `seed` is out of range, or as `LLM.generate`.
     """
+    check_number("limit", limit, low=0, high=MOST_PROBLEMS, whole=True)
+    check_number("seed", seed, low=0, whole=True)
     params = llm.resolve(params)
     examples = task.examples(limit, seed)
     settings = _settings_of_run(llm, task, params, examples, limit, seed)

@@ -137,8 +137,9 @@ def check_files(output: Path) -> None:
         InputError: a file cannot be written, is not of a distillation, or nothing says what its
             responses depend on.
     """
+    check_writable(output)
+    check_writable(_apart(output))
     for file in (output, _apart(output)):
-        check_writable(file)
         beginning = _beginning(file)
         if beginning and beginning != OPENING:
             raise InputError(

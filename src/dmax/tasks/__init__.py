@@ -69,7 +69,7 @@ def task_names() -> tuple[str, ...]:
     return tuple(sorted(_classes()))
 
 
-def get_task(name: str, data: Path | None = None) -> Task:
+def get_task(name: str, data: str | Path | None = None) -> Task:
     """The task of that name.
 
     Args:
@@ -80,7 +80,7 @@ def get_task(name: str, data: Path | None = None) -> Task:
         InputError: there is no such task, it reads no file, or its rows cannot be read.
     """
     classes = _classes()
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         choices = task_names()
         raise InputError(
             f"unknown task {show(name)}; choose from {', '.join(choices)}",
@@ -95,4 +95,4 @@ def get_task(name: str, data: Path | None = None) -> Task:
             f"the task {show(name)} makes its own examples and reads no file",
             hint="leave out --data",
         )
-    return make(data)
+    return make(Path(data))

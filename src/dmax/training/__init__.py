@@ -47,7 +47,7 @@ def get_objective(name: str, rollout: str = "argmax") -> type[Objective]:
 
 
 def _find(setting: str, name: str, table: Mapping[str, str]) -> str:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         choices = ", ".join(table)
         raise InputError(
             f"`{setting}` must be one of {choices}, got {name!r}", hint=did_you_mean(name, table)

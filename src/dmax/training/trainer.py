@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from dmax.checkpoint_files import reading
 from dmax.errors import InputError
 from dmax.files import writing
 from dmax.params import check_number
@@ -91,7 +92,8 @@ class DMaxConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Raises `InputError` naming the field that is wrong."""
         self._check_numbers()
-        super().__post_init__()
+        with reading("these training arguments are not usable"):
+            super().__post_init__()
         self.objective_class = get_objective(self.objective, self.rollout)
         if self.mask_ratio_low > self.mask_ratio_high:
             raise InputError(
