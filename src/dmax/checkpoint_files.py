@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,8 @@ def reading(message: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """What an error says in its first line; Python's own words say nothing of a file."""
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return f"nothing takes `{unknown[1]}`"
     if isinstance(error, (TypeError, AttributeError)):
         return "one of its values is of a kind that it must not have"
     if isinstance(error, KeyError):

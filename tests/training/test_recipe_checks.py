@@ -256,7 +256,7 @@ def test_trying_the_arguments_leaves_the_working_folder_alone(
         ({"num_attention_heads": 10**8, "num_key_value_heads": 10**8}, "would have .* weights"),
         ({"block_length": 10**6}, "`block_length` must be a whole number between 1 and 4096"),
         ({"attention_dropout": 2.0}, "`attention_dropout` must be a number between 0 and 1"),
-        ({"hidden_act": "rello"}, "no model can be made from this configuration: 'rello'"),
+        ({"hidden_act": "rello"}, "no model can be made from this configuration: it names 'rello'"),
         ({"rope_parameters": {"rope_type": "flat"}}, "no model can be made .*flat"),
         ({"initializer_range": -1.0}, "`initializer_range` must be at least 0, got -1.0"),
         ({"vocab_size": 3}, "in `model.config`, `mask_token_id` 977 lies outside"),
