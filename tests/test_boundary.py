@@ -95,7 +95,7 @@ def test_callers_of_the_library_get_the_sentence_too(
     with pytest.raises(InputError, match="x.bin: No space left on device") as info:
         LLM(folder)
     assert info.value.__cause__ is full
-    monkeypatch.setattr(LLM, "_requests", fails)
+    monkeypatch.setattr(LLM, "request", fails)
     with pytest.raises(InputError, match="x.bin: No space left on device"):
         llm.generate("Hi")
     with pytest.raises(InputError, match="x.bin: No space left on device"):
