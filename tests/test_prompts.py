@@ -86,8 +86,6 @@ def test_two_dimensions_are_several_prompts(checkpoint: Checkpoint, prompts: Any
         torch.tensor([True]),
         torch.tensor([[5]]),
         torch.tensor(5),
-        torch.tensor([5], device="meta"),
-        torch.tensor([5]).to_sparse(),
         [torch.tensor([5])],
         {5, 6},
         {"input_ids": [5]},
