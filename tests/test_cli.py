@@ -206,11 +206,11 @@ def test_eval_goes_on_and_keeps_what_is_finished(
     whole = one_object(dmax(*words, "-o", tmp_path / "whole.json"))
     output, generate, calls = tmp_path / "a.json", LLM.generate, list[int]()
 
-    def dies(self: LLM, prompts: Any, params: Any) -> Any:
+    def dies(self: LLM, prompts: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(self, prompts, params)
+        return generate(self, prompts, *args, **options)
 
     monkeypatch.setattr(LLM, "generate", dies)
     assert dmax(*words, "-o", output).code != 0

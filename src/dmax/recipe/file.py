@@ -223,10 +223,9 @@ def _entries(
             for key, value in pairs:
                 below = key.start_mark.line + 1
                 if key.tag not in KEYS:
-                    kind = key.tag.rpartition(":")[2]
-                    raise InputError(
-                        f"{path}:{below}: a key must be a word, not of YAML's kind {shorten(kind)}"
-                    )
+                    kind = shorten(key.tag.rpartition(":")[2])
+                    shown = f"{show(key.value)}, YAML's" if isinstance(key.value, str) else "YAML's"
+                    raise InputError(f"{path}:{below}: a key must be a word, got {shown} {kind}")
                 _check_scalar(key, f"{path}:{below}")
                 dotted = f"{name}.{key.value}" if name else key.value
                 yield dotted, below
