@@ -158,6 +158,8 @@ def test_a_bug_is_called_one_and_keeps_its_traceback(
     refused = dmax("generate", "Hi", "--threshold", "2", "--debug")
     assert refused.code == 2 and "Traceback" in refused.err
     assert "bug" in dmax("generate", "--", "--debug").err  # a prompt
+    for words in (("--debug",), ("--debug", "generate", "--threshold", "high")):
+        assert "Traceback" not in dmax(*words).err
 
 
 def test_too_little_memory_is_no_bug(

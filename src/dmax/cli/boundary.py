@@ -80,7 +80,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         raise
     # The boundary: whatever a command raises becomes a sentence.
     except Exception as error:
-        if is_debug:
+        if is_debug and not isinstance(error, USAGE_ERROR):  # whose place is the command line
             traceback.print_exception(error)
         try:
             return _end_failed(error)
