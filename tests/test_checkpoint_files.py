@@ -142,6 +142,7 @@ def test_names_of_files_are_cut(folder: Path) -> None:
         {"rope_parameters": {"rope_type": "no-such", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
         {"rope_parameters": []},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": -1.0}},
         {"rope_scaling": {"type": "linear", "factor": "x"}},
         {"rope_scaling": 5},
         {"partial_rotary_factor": 7.0},

@@ -83,9 +83,10 @@ class LLaDA2MoeConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be {only} for llada2_moe, got {kwargs[name]!r}")
         kwargs.pop("model_type", None)  # merged training checkpoints name another
         super().__post_init__(**kwargs)
-        theta = (self.rope_parameters or {}).get("rope_theta")
-        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
-            raise ValueError(f"`rope_theta` must be a number above 0, got {theta!r}")
+        rope = {"rope_theta": None, "factor": 1} | (self.rope_parameters or {})
+        for name in ("rope_theta", "factor"):
+            if not isinstance(rope[name], (int, float)) or not 0 < rope[name] < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, got {rope[name]!r}")
         score = self.score_function
         if score != "sigmoid":
             raise ValueError(f"`score_function` must be 'sigmoid' for llada2_moe, got {score!r}")
