@@ -372,7 +372,7 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, number: signal.Sign
     text = ""
     is_told = False
     for text in written(terminal):
-        if not is_told and re.search(r" [48]/200", text):  # of the bar
+        if not is_told and re.search(r" ([89]|\d\d+)/200", text):  # of the bar
             child.send_signal(number)
             is_told = True
     os.close(terminal)
