@@ -432,3 +432,8 @@ def test_accuracy_may_be_drawn_over_what_a_position_yields(tmp_path: Path) -> No
         p["tokens_per_position"]
         for p in pareto([{**points[0], "tokens_per_position": 0.25}], "tokens_per_position")
     ] == [0.25]
+
+
+def test_a_completion_of_no_token_is_refused_before_a_model_is_loaded() -> None:
+    with pytest.raises(InputError, match="`max_new_tokens` must be"):
+        curves_of(["tiny-dmax"], ["spd"], [0.5], max_new_tokens=0)

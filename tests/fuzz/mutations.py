@@ -50,7 +50,8 @@ def put(place: Place, value: Any) -> Mutation:
     """Put a value in the place of another one."""
 
     def change(at: Any, key: Any) -> None:
-        at[key] = value
+        if not isinstance(at, str):  # an earlier change may have put a text there
+            at[key] = value
 
     return Mutation(f"{_shown(place)} = {value!r:.60}", lambda tree: _edited(tree, place, change))
 
@@ -71,7 +72,8 @@ def wrap(place: Place, times: int) -> Mutation:
     """Put a value into so many lists."""
 
     def change(at: Any, key: Any) -> None:
-        at[key] = hostile.nested(times, at[key])
+        if not isinstance(at, str):
+            at[key] = hostile.nested(times, at[key])
 
     return Mutation(
         f"wrap {_shown(place)} {times} times", lambda tree: _edited(tree, place, change)

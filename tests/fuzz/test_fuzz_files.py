@@ -230,9 +230,8 @@ def test_a_sweep_that_is_continued(llm: LLM, sweep: bytes, data: st.DataObject) 
             assert file.read_bytes() == content, "refused, and changed the record"
             return
         points = json.loads(outcome)["points"]
-        assert sorted(
-            point["value"] for point in points if point["label"] == "tiny, threshold"
-        ) == [0.5, 0.9]
+        ours = [point["value"] for point in points if point["label"] == "tiny, threshold"]
+        assert {0.5, 0.9} <= set(ours)  # a record may hold more from an earlier sweep
         assert all(0 <= point["accuracy"] <= 1 for point in points)
 
 

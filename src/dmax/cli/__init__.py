@@ -409,7 +409,7 @@ def sweep(
         from dmax.llm import LLM
         from dmax.tasks import get_task
 
-        curves = curves_of(model, names, parse_grid(thresholds))
+        curves = curves_of(model, names, parse_grid(thresholds), max_new_tokens)
         check_folder(output)
         chosen = get_task(task, data)
         for checkpoint in model:

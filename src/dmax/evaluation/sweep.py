@@ -86,7 +86,10 @@ class Curve:
 
 
 def curves_of(
-    models: Sequence[str], strategies: Sequence[str], thresholds: Sequence[float]
+    models: Sequence[str],
+    strategies: Sequence[str],
+    thresholds: Sequence[float],
+    max_new_tokens: int | None = None,
 ) -> list[Curve]:
     """Every model with every method; a method without a threshold takes its own values.
 
@@ -96,6 +99,7 @@ def curves_of(
     Raises:
         InputError: a name or a value is wrong. That is known before anything is computed.
     """
+    length = 1 if max_new_tokens is None else max_new_tokens
     curves = []
     models = list(dict.fromkeys(models))
     names = [Path(model).name for model in models]
@@ -105,7 +109,7 @@ def curves_of(
             _, values = KNOBS.get(strategy, ("threshold", tuple(thresholds)))
             curve = Curve(f"{shown}, {strategy}", model, strategy, values)
             for value in values:
-                check_strategy(curve.params(value, max_new_tokens=1))
+                check_strategy(curve.params(value, length))
             curves.append(curve)
     return curves
 
