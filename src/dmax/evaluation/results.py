@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dmax.errors import InputError, show
+from dmax.errors import InputError, shorten, show
 from dmax.evaluation.run import FinishedSample, Sample, Summary
 from dmax.files import (
     append,
@@ -141,7 +141,7 @@ def differences(previous: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
     """What differs between two settings, in words; the date does not count."""
     for name, old, new in changes(previous, now):
         if name != "environment.date":
-            yield f"{name} was {show(old)} and is {show(new)}"
+            yield f"{shorten(name)} was {show(old)} and is {show(new)}"
 
 
 def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:

@@ -221,7 +221,7 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
 
 def _check_same(manifest: Path, settings: Mapping[str, Any]) -> None:
     differing = [
-        f"`{name}` was {show(old)} and is {show(new)}"
+        f"`{shorten(name)}` was {show(old)} and is {show(new)}"
         for name, old, new in changes(_read_manifest(manifest), settings)
     ]
     if differing:
