@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.errors import InputError, did_you_mean, first_line, shorten, show
 from dmax.files import read_object
 from dmax.models.llada2_moe.files import StoredTensor, check_dtype, read_headers
 from dmax.params import MOST
@@ -82,10 +82,10 @@ def reading(message: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # what a library may raise on a damaged file is endless
-        raise InputError(f"{message}: {shorten(first_line(error))}") from error
+        raise InputError(f"{message}: {shorten(_reason(error))}") from error
 
 
-def first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """What an error says in its first line; Python's own words say nothing of a file."""
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         return f"nothing takes `{unknown[1]}`"
@@ -95,8 +95,7 @@ def first_line(error: BaseException) -> str:
         return f"it names {error}, which is unknown"
     if isinstance(error, StrictDataclassError):  # its first line names the field, not the reason
         return " ".join(str(error).split())
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def read_settings(

@@ -54,7 +54,7 @@ def translate(error: Exception) -> InputError | None:
     """What an error says about a user's input or machine; None for one that is ours to mend."""
     if isinstance(error, InputError):
         return error
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    reason = first_line(error)
     if isinstance(error, OSError) and error.strerror:
         where = "input or output" if error.filename is None else error.filename
         return InputError(f"{shorten(str(where))}: {error.strerror}")
@@ -65,6 +65,11 @@ def translate(error: Exception) -> InputError | None:
     if type(error).__module__.partition(".")[0] in READERS:
         return InputError(f"the input cannot be read: {reason}")
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; the name of its type if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:

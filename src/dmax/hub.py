@@ -16,7 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 import huggingface_hub
 from huggingface_hub import constants
 
-from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.errors import InputError, did_you_mean, first_line, shorten, show
 from dmax.tiny import BUNDLED, bundled
 
 # Published by the authors of DMax as `Zigeng/…`. They are decoded with SPD, which no file says.
@@ -71,11 +71,10 @@ def _download(name: str) -> Path:
             )
         )
     except Exception as error:  # of the hub's client, of its HTTP library, of the system
-        reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
         raise InputError(
             f"`{shorten(name)}` is neither bundled ({', '.join(BUNDLED)}), nor a folder, "
             "nor reachable on the hub",
-            hint=did_you_mean(name, (*BUNDLED, *_neighbours(name))) or shorten(reason),
+            hint=did_you_mean(name, (*BUNDLED, *_neighbours(name))) or shorten(first_line(error)),
         ) from error
 
 

@@ -21,7 +21,7 @@ from dmax.benchmark.routing import distinct_experts, prescribe, replayed
 from dmax.benchmark.shapes import llada2_mini
 from dmax.benchmark.steps import measure_steps
 from dmax.checkpoint import Checkpoint
-from dmax.errors import InputError
+from dmax.errors import InputError, first_line
 from dmax.kernels.quant import Format
 from dmax.llm import LLM
 from dmax.models.quantization import quantize_experts
@@ -193,8 +193,7 @@ def run_steps(llm: LLM, options: GpuOptions, cuda_graphs: bool) -> Row:
 
 def failure(error: RuntimeError) -> Row:
     """What a row holds that could not be measured: the first line of the error."""
-    lines = str(error).strip().splitlines()
-    return {"error": lines[0] if lines else type(error).__name__}
+    return {"error": first_line(error)}
 
 
 def quantised_rows(options: GpuOptions, device: torch.device, bandwidth: Spread) -> list[Row]:

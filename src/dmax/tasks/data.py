@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax import extras
-from dmax.errors import InputError, show
+from dmax.errors import InputError, first_line, show
 from dmax.files import json_lines
 from dmax.tasks import Example
 
@@ -173,9 +173,8 @@ def rows_of_hub(hub: HubDataset) -> Iterator[DatasetRow]:
         rows = list(load_dataset(hub.path, hub.config, split=hub.split))
     # Without a network, the error depends on the version of `datasets` and on the network.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"cannot read `{hub.path}` from the hub: {reason}", hint=from_a_file
+            f"cannot read `{hub.path}` from the hub: {first_line(error)}", hint=from_a_file
         ) from None
     if not rows:
         raise InputError(f"`{hub.path}` on the hub holds no rows", hint=from_a_file)
