@@ -12,7 +12,7 @@ from dmax.models import LLaDA2MoeConfig
 from dmax.recipe.sections import load_recipe
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny import BUNDLED
-from dmax.training.trainer import DMaxConfig
+from dmax.training.config import DMaxConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.y*ml"))
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ from dmax.recipe import build
 from dmax.recipe.file import MAX_BYTES, read_recipe_file
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
-from dmax.training.trainer import DMaxConfig
+from dmax.training.config import DMaxConfig
 
 pytest.importorskip("accelerate")
 

@@ -16,6 +16,7 @@ from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training import objective_table
+from dmax.training.config import DMaxConfig
 from dmax.training.data import (
     Collator,
     Conversation,
@@ -25,7 +26,6 @@ from dmax.training.data import (
     encode_conversations,
     read_records,
 )
-from dmax.training.trainer import DMaxConfig
 
 pytest.importorskip("accelerate")
 

@@ -22,7 +22,7 @@ from dmax import extras
 from dmax.environment import lacks_compiler
 from dmax.errors import InputError, did_you_mean, show
 from dmax.recipe.file import RecipeFile
-from dmax.training.trainer import DMaxConfig
+from dmax.training.config import DMaxConfig
 
 METRICS = ("accuracy", "tpf")
 """What evaluations measure (`dmax.recipe.run`)."""

@@ -27,7 +27,8 @@ from dmax.recipe.folder import ANEW, MOVE, RunFolder
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.training import get_objective
-from dmax.training.trainer import DMaxConfig, DMaxTrainer
+from dmax.training.config import DMaxConfig
+from dmax.training.trainer import DMaxTrainer
 
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
 UNTRACKED = (

@@ -24,7 +24,7 @@ from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training import get_objective
-from dmax.training.trainer import DMaxConfig
+from dmax.training.config import DMaxConfig
 
 if TYPE_CHECKING:
     from dmax.baselines.head_training import HeadConfig

@@ -5,129 +5,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 
-from dmax.checkpoint_files import reading
 from dmax.errors import InputError
 from dmax.files import writing
-from dmax.params import check_number
 from dmax.special_ids import SpecialIds
-from dmax.training import get_objective
+from dmax.training.balancing import RouterBalancing
 from dmax.training.clean_stream import CleanBatch
+from dmax.training.config import DMaxConfig
 from dmax.training.data import Collator, Encoded, LengthSampler, check_examples
 from dmax.training.finite import check_weights, first_not_finite, weights
 
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
-
-
-# Bounds of training arguments, transformers' own included; other numbers are at least 0.
-_LOWEST = {
-    "max_steps": -1,  # as many as the epochs have
-    "local_rank": -1,  # of no process group
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "pad_to"), 1),
-}
-_ABOVE_ZERO = (
-    *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
-    *("rollout_temperature", "certainty_temperature"),
-)
-_HIGHEST = {
-    **dict.fromkeys(("mask_ratio_low", "mask_ratio_high"), 1),
-    "pad_to": 2**20,
-    "dataloader_num_workers": 64,  # processes, each a copy of this one
-}
-_LARGEST = 2**32 - 1  # seeds of numpy end here
-
-
-@dataclass
-class DMaxConfig(TrainingArguments):
-    """Training arguments of transformers, plus what block diffusion needs.
-
-    Objective, rollout, mask ratio and learning rate are the paper's by default.
-
-    Attributes:
-        objective: mdlm, uniform, oput, dparallel, d2f, or that of a plugin.
-        rollout: of oput: argmax, sample, soft or spd.
-        rollout_temperature: of the sampling rollout.
-        mask_ratio_low: lowest share of response tokens that are masked.
-        mask_ratio_high: highest share; if it equals the lowest, the share is fixed.
-        certainty_weight: of dparallel's entropy of right predictions.
-        certainty_temperature: of the softmax in that entropy.
-        eos_labels: how many trailing EOS are labelled; None: one block of them.
-        pad_to: pad every batch to this length, for static shapes.
-        router_bias_speed: step of loss-free expert balancing; 0: off.
-        compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
-        objective_class: what `objective` and `rollout` name; not an argument.
-    """
-
-    objective: str = "oput"
-    rollout: str = "argmax"
-    rollout_temperature: float = 1.0
-    mask_ratio_low: float = 0.75
-    mask_ratio_high: float = 0.75
-    certainty_weight: float = 2.0
-    certainty_temperature: float = 0.5
-    eos_labels: int | None = None
-    pad_to: int | None = None
-    router_bias_speed: float = 0.0
-    compile_objective: bool = False
-
-    learning_rate: float = 2e-6
-    lr_scheduler_type: Any = "cosine"
-    remove_unused_columns: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises `InputError` naming the field that is wrong."""
-        self._check_numbers()
-        with reading("these training arguments are not usable"):
-            super().__post_init__()
-        self.objective_class = get_objective(self.objective, self.rollout)
-        if self.mask_ratio_low > self.mask_ratio_high:
-            raise InputError(
-                "mask ratios must satisfy 0 <= low <= high <= 1, "
-                f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
-            )
-
-    def _check_numbers(self) -> None:
-        """All fields that are numbers, before transformers compares or converts them."""
-        hints = get_type_hints(type(self))
-        for entry in fields(self):
-            kinds = set(get_args(hints[entry.name])) or {hints[entry.name]}
-            if not kinds <= {int, float, type(None)}:
-                continue
-            check_number(
-                entry.name,
-                getattr(self, entry.name),
-                low=_LOWEST.get(entry.name, 0),
-                high=_HIGHEST.get(entry.name, _LARGEST),
-                above_low=entry.name in _ABOVE_ZERO,
-                whole=float not in kinds,
-                optional=type(None) in kinds,
-            )
-        if self.max_steps == 0:
-            raise InputError("`max_steps` must be at least 1, or -1 to train by epochs, got 0")
-
-    @property
-    def n_gpu(self) -> int:
-        """How many GPUs training uses: one, or none.
-
-        Trainer would take all GPUs it sees and wrap the model in `DataParallel`, which hides the
-        methods that the objectives call.
-        """
-        return min(1, super().n_gpu)
 
 
 class DMaxTrainer(Trainer):
@@ -297,31 +193,3 @@ class DMaxTrainer(Trainer):
         # Evaluation does not count against tokens per second.
         self._since += time.perf_counter() - began
         return metrics
-
-
-class RouterBalancing(TrainerCallback):
-    """Loss-free balancing: after each step, favour the experts that had too few tokens.
-
-    It moves `expert_bias`, which enters the choice of experts only, so balance costs the loss
-    nothing (DeepSeek-V3, section 2.1.2).
-    """
-
-    def __init__(self, model: nn.Module, speed: float) -> None:
-        self.speed = speed
-        self.loads: dict[Any, Tensor] = {}  # tokens of each expert since the last step, by router
-        for module in model.modules():
-            bias = getattr(module, "expert_bias", None)
-            if isinstance(bias, Tensor):
-                self.loads[module] = torch.zeros_like(bias)
-                module.register_forward_hook(self._count_tokens)
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Move every bias by one step and start counting anew."""
-        for router, load in self.loads.items():
-            router.expert_bias += self.speed * torch.sign(load.mean() - load)
-            load.zero_()
-
-    def _count_tokens(self, router: nn.Module, _inputs: Any, output: Any) -> None:
-        chosen = output[0].flatten()
-        load = self.loads[router]
-        load.index_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))

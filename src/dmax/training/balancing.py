@@ -1,0 +1,37 @@
+"""Loss-free balancing of experts, as a callback of the trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+
+class RouterBalancing(TrainerCallback):
+    """Loss-free balancing: after each step, favour the experts that had too few tokens.
+
+    It moves `expert_bias`, which enters the choice of experts only, so balance costs the loss
+    nothing (DeepSeek-V3, section 2.1.2).
+    """
+
+    def __init__(self, model: nn.Module, speed: float) -> None:
+        self.speed = speed
+        self.loads: dict[Any, Tensor] = {}  # tokens of each expert since the last step, by router
+        for module in model.modules():
+            bias = getattr(module, "expert_bias", None)
+            if isinstance(bias, Tensor):
+                self.loads[module] = torch.zeros_like(bias)
+                module.register_forward_hook(self._count_tokens)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Move every bias by one step and start counting anew."""
+        for router, load in self.loads.items():
+            router.expert_bias += self.speed * torch.sign(load.mean() - load)
+            load.zero_()
+
+    def _count_tokens(self, router: nn.Module, _inputs: Any, output: Any) -> None:
+        chosen = output[0].flatten()
+        load = self.loads[router]
+        load.index_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))

@@ -1,0 +1,109 @@
+"""`DMaxConfig`: the training arguments, their defaults and their bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_type_hints
+
+from transformers import TrainingArguments
+
+from dmax.checkpoint_files import reading
+from dmax.errors import InputError
+from dmax.params import check_number
+from dmax.training import get_objective
+
+# Bounds of training arguments, transformers' own included; other numbers are at least 0.
+_LOWEST = {
+    "max_steps": -1,  # as many as the epochs have
+    "local_rank": -1,  # of no process group
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "pad_to"), 1),
+}
+_ABOVE_ZERO = (
+    *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
+    *("rollout_temperature", "certainty_temperature"),
+)
+_HIGHEST = {
+    **dict.fromkeys(("mask_ratio_low", "mask_ratio_high"), 1),
+    "pad_to": 2**20,
+    "dataloader_num_workers": 64,  # processes, each a copy of this one
+}
+_LARGEST = 2**32 - 1  # seeds of numpy end here
+
+
+@dataclass
+class DMaxConfig(TrainingArguments):
+    """Training arguments of transformers, plus what block diffusion needs.
+
+    Objective, rollout, mask ratio and learning rate are the paper's by default.
+
+    Attributes:
+        objective: mdlm, uniform, oput, dparallel, d2f, or that of a plugin.
+        rollout: of oput: argmax, sample, soft or spd.
+        rollout_temperature: of the sampling rollout.
+        mask_ratio_low: lowest share of response tokens that are masked.
+        mask_ratio_high: highest share; if it equals the lowest, the share is fixed.
+        certainty_weight: of dparallel's entropy of right predictions.
+        certainty_temperature: of the softmax in that entropy.
+        eos_labels: how many trailing EOS are labelled; None: one block of them.
+        pad_to: pad every batch to this length, for static shapes.
+        router_bias_speed: step of loss-free expert balancing; 0: off.
+        compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
+        objective_class: what `objective` and `rollout` name; not an argument.
+    """
+
+    objective: str = "oput"
+    rollout: str = "argmax"
+    rollout_temperature: float = 1.0
+    mask_ratio_low: float = 0.75
+    mask_ratio_high: float = 0.75
+    certainty_weight: float = 2.0
+    certainty_temperature: float = 0.5
+    eos_labels: int | None = None
+    pad_to: int | None = None
+    router_bias_speed: float = 0.0
+    compile_objective: bool = False
+
+    learning_rate: float = 2e-6
+    lr_scheduler_type: Any = "cosine"
+    remove_unused_columns: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` naming the field that is wrong."""
+        self._check_numbers()
+        with reading("these training arguments are not usable"):
+            super().__post_init__()
+        self.objective_class = get_objective(self.objective, self.rollout)
+        if self.mask_ratio_low > self.mask_ratio_high:
+            raise InputError(
+                "mask ratios must satisfy 0 <= low <= high <= 1, "
+                f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
+            )
+
+    def _check_numbers(self) -> None:
+        """All fields that are numbers, before transformers compares or converts them."""
+        hints = get_type_hints(type(self))
+        for entry in fields(self):
+            kinds = set(get_args(hints[entry.name])) or {hints[entry.name]}
+            if not kinds <= {int, float, type(None)}:
+                continue
+            check_number(
+                entry.name,
+                getattr(self, entry.name),
+                low=_LOWEST.get(entry.name, 0),
+                high=_HIGHEST.get(entry.name, _LARGEST),
+                above_low=entry.name in _ABOVE_ZERO,
+                whole=float not in kinds,
+                optional=type(None) in kinds,
+            )
+        if self.max_steps == 0:
+            raise InputError("`max_steps` must be at least 1, or -1 to train by epochs, got 0")
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs training uses: one, or none.
+
+        Trainer would take all GPUs it sees and wrap the model in `DataParallel`, which hides the
+        methods that the objectives call.
+        """
+        return min(1, super().n_gpu)
