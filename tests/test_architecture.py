@@ -42,7 +42,7 @@ ONLY = {"dmax.decoding": ("dmax.blend", "dmax.confidence"), "dmax.tasks": ()}
 # Imported in these places only.
 THIRD_PARTY = {
     "typer": ("dmax.cli", "dmax.demo"),
-    "matplotlib": ("dmax.evaluation.plots",),
+    "matplotlib": ("dmax.evaluation.plots", "dmax.evaluation.curves"),
     "math_verify": ("dmax.tasks.equality_worker",),
     "lm_eval": ("dmax.evaluation.harness",),
 }

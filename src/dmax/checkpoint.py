@@ -36,7 +36,7 @@ from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 
-# All that a checkpoint written by `save_checkpoint` can consist of.
+# All that a checkpoint written by `save_checkpoint` can consist of, with a picture of its training.
 OWN_FILES = (
     *TOKENIZER_FILES,
     *SETTINGS_FILES,
@@ -45,6 +45,7 @@ OWN_FILES = (
     "*.model",
     "chat_template.jinja",
     "dmax.json",
+    "curves.png",
     "*.safetensors",
     "*.safetensors.index.json",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ import yaml
 from test_trainer import CONFIG, write_recipe
 from transformers import TrainerCallback
 
+from dmax import extras
 from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
+from dmax.evaluation.curves import draw_history
 from dmax.recipe import build
 from dmax.recipe import run as runs
 from dmax.recipe.run import run_recipe
@@ -377,6 +380,54 @@ def test_the_weights_at_the_start_are_kept_only_if_they_are_needed(
     model = {"path": str(start), "keep_start": share}
     run(write_recipe(tmp_path, training={"max_steps": 1}, model=model))
     assert (kept[0] > 0) == (share > 0)
+
+
+def test_a_resumed_run_draws_its_whole_history_and_its_result_stays_replaceable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[tuple[list[int], str]] = []
+
+    def draw(history: list[dict[str, float]], path: Path, title: str) -> None:
+        drawn.append(([int(line["step"]) for line in history if "loss" in line], title))
+        draw_history(history, path, title)
+
+    monkeypatch.setattr(runs, "draw_history", draw)
+    path = write_recipe(tmp_path, training={"max_steps": 3, "save_steps": 1})
+    killed_at(2, monkeypatch, path)
+    run(path)
+    assert drawn == [([1, 2, 3], "out: 3 steps of oput")]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    run(path, resume=False)  # replaces the result, picture included
+
+
+def test_a_run_killed_before_its_result_draws_what_it_had_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "draw_history", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+    assert not (tmp_path / "out" / "curves.png").exists()
+    told = run(path)
+    assert not [line for line in told if "curves.png" in line]
+    assert (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_without_matplotlib_a_line_says_so_and_the_model_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "matplotlib" else 1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = run(write_recipe(tmp_path, training={"max_steps": 1}))
+    assert told[-1].startswith("no curves.png: drawing a picture of the run needs the package `mat")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 # --- before any compute ---------------------------------------------------------------------------

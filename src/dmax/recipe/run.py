@@ -12,24 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
 from dmax.environment import environment
 from dmax.errors import InputError
+from dmax.evaluation.curves import draw_history
 from dmax.evaluation.run import evaluate
 from dmax.files import check_readable
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, encode_data, read_data
-from dmax.recipe.folder import ANEW, MOVE, RunFolder
+from dmax.recipe.folder import ANEW, MOVE, TRAINER_STATE, RunFolder
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.training import get_objective
 from dmax.training.config import DMaxConfig
 from dmax.training.trainer import DMaxTrainer
 
+CURVES = "curves.png"
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
 UNTRACKED = (
     "disable_tqdm",
@@ -51,7 +53,7 @@ def run_recipe(
 
     Intermediate checkpoints go to `<output_dir>-run`. If there are some of the same recipe and
     `resume` holds, training continues there, and a finished run is left as it is. Data is read and
-    checked before a model is loaded.
+    checked before a model is loaded. Beside the checkpoint stands a picture of what was logged.
 
     Returns:
         The folder of the checkpoint, or the file of a head.
@@ -101,6 +103,7 @@ def run_recipe(
         decoding=decoding,
         extra=origin | {"steps": steps, "seconds": round(run.seconds)},
     )
+    _draw(trainer, recipe, report)
     run.finish()
     return recipe.output_dir
 
@@ -149,7 +152,8 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
     last = run.last_checkpoint
     if last is not None and run.is_trained():  # Trainer would take one step more
         trainer._load_from_checkpoint(str(last))
-        return int(last.name.removeprefix("checkpoint-"))
+        trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE))
+        return int(trainer.state.global_step)
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     steps = int(result.global_step)
     if steps == 0:
@@ -158,6 +162,18 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
             hint="lower `per_device_train_batch_size`, or leave out `dataloader_drop_last`",
         )
     return steps
+
+
+def _draw(trainer: DMaxTrainer, recipe: Recipe, report: Callable[[str], None]) -> None:
+    """Write `curves.png` beside the checkpoint, with all that the whole run has logged."""
+    if not trainer.is_world_process_zero():
+        return
+    state = trainer.state
+    title = f"{recipe.output_dir.name}: {state.global_step:,} steps of {trainer.args.objective}"
+    try:
+        draw_history(state.log_history, recipe.output_dir / CURVES, title)
+    except InputError as error:  # a trained model is worth keeping without its picture
+        report(f"no {CURVES}: {error.message}; {error.hint}")
 
 
 def _arguments(recipe: Recipe) -> DMaxConfig:
