@@ -312,6 +312,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     training = {
         "max_steps": 4,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
         "use_cpu": True,
         "report_to": "none",
         "seed": 1,

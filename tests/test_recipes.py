@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from dmax.baselines.heads import KINDS
 from dmax.models import LLaDA2MoeConfig
@@ -69,6 +70,26 @@ def test_its_training_is_one_that_the_trainer_takes(path: Path, tmp_path: Path) 
             assert getattr(arguments, name) in (value, [], ["none"]), name
         else:  # YAML reads `5e-4` as a text and `5.0e-4` as a number
             assert getattr(arguments, name) == value, name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if "\ntraining:" in path.read_text() and "tiny" in path.stem],
+    ids=lambda path: path.stem,
+)
+def test_a_bundled_models_recipe_names_what_the_papers_defaults_would_change(path: Path) -> None:
+    """They were run with transformers' defaults in these places, and stay what they were."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    ours = {
+        entry.name
+        for entry in fields(DMaxConfig)
+        if entry.name in defaults and entry.default != defaults[entry.name]
+    }
+    training = load_recipe(path).training
+    assert training["max_steps"] > 0  # which makes `num_train_epochs` void
+    before = {"num_train_epochs", "remove_unused_columns", "gradient_checkpointing"}
+    assert ours - before - training.keys() == set()
+    assert training["gradient_checkpointing"] is False
 
 
 @each_recipe

@@ -53,6 +53,7 @@ SMALL: dict[str, Any] = {
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
         "learning_rate": 1e-3,
         "weight_decay": 0.01,
         "adam_beta1": 0.9,

@@ -331,6 +331,9 @@ def write_recipe(folder: Path, model: dict[str, Any], **training: Any) -> Path:
     fields = {
         "max_steps": 2,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "warmup_steps": 0,
         "learning_rate": 0.01,
         "use_cpu": True,
     }

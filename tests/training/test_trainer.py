@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from dmax.errors import InputError
 from dmax.recipe.run import blend_weights, run_recipe
@@ -51,7 +53,11 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         "objective": "oput",
         "max_steps": 6,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
         "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
         "logging_steps": 1,
         "save_steps": 3,
         "router_bias_speed": 0.01,
@@ -432,6 +438,56 @@ def test_a1_a6_the_defaults_are_argmax_rollouts_at_a_fixed_mask_ratio(tmp_path: 
     config = DMaxConfig(output_dir=str(tmp_path), report_to="none")
     assert (config.objective, config.rollout) == ("oput", "argmax")
     assert config.mask_ratio_low == config.mask_ratio_high == 0.75
+
+
+def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
+    """The paper's section 4.1 and its published configuration (docs/paper_index.md)."""
+    config = DMaxConfig(output_dir=str(tmp_path))
+    assert config.num_train_epochs == 2
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
+    assert config.learning_rate == 2e-6
+    assert config.lr_scheduler_type == "cosine"
+    assert config.get_warmup_steps(1000) == 30
+    assert config.weight_decay == 0.01
+    assert (config.adam_beta1, config.adam_beta2) == (0.9, 0.999)
+    assert config.max_grad_norm == 1.0
+    assert config.gradient_checkpointing
+    assert config.eos_labels is None  # one block
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu_has_it", "expected"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"bf16": False}, True, False),
+        ({"fp16": True}, True, False),
+        ({"use_cpu": True}, True, False),
+        ({"use_cpu": True, "bf16": True}, False, True),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16_by_default_and_a_cpu_does_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    gpu_has_it: bool,
+    expected: bool,
+) -> None:
+    for name in (
+        "dmax.training.config._gpu_has_bfloat16",
+        "transformers.training_args.is_torch_bf16_gpu_available",
+    ):
+        monkeypatch.setattr(name, lambda: gpu_has_it)
+    assert DMaxConfig(output_dir=str(tmp_path), **changes).bf16 is expected
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_turned_off_by_either_of_its_names(tmp_path: Path, name: str) -> None:
+    if name not in {entry.name for entry in fields(TrainingArguments)}:
+        pytest.skip("this transformers knows one name only")
+    config = DMaxConfig(output_dir=str(tmp_path), **{name: False})
+    assert config.gradient_checkpointing is False
+    assert getattr(config, "activation_checkpointing", False) is False
 
 
 def test_micro_batches_of_a_step_are_averaged(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
+import torch
 from transformers import TrainingArguments
 
 from dmax.checkpoint_files import reading
+from dmax.environment import select_dtype
 from dmax.errors import InputError
 from dmax.params import check_number
 from dmax.training import get_objective
@@ -29,13 +31,15 @@ _HIGHEST = {
     "dataloader_num_workers": 64,  # processes, each a copy of this one
 }
 _LARGEST = 2**32 - 1  # seeds of numpy end here
+NEW_NAME = "activation_checkpointing"  # of `gradient_checkpointing`, in transformers 5.24
 
 
 @dataclass
 class DMaxConfig(TrainingArguments):
     """Training arguments of transformers, plus what block diffusion needs.
 
-    Objective, rollout, mask ratio and learning rate are the paper's by default.
+    The defaults are the paper's; docs/paper_index.md has its sentence beside each. A step takes 8
+    sequences in one process. On N GPUs, set `gradient_accumulation_steps` to 8 / N.
 
     Attributes:
         objective: mdlm, uniform, oput, dparallel, d2f, or that of a plugin.
@@ -49,6 +53,9 @@ class DMaxConfig(TrainingArguments):
         pad_to: pad every batch to this length, for static shapes.
         router_bias_speed: step of loss-free expert balancing; 0: off.
         compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
+        warmup_steps: below 1, a share of all steps.
+        bf16: compute in bfloat16 over float32 weights; None: on a GPU that has it, never on a CPU.
+        gradient_checkpointing: recompute activations in backward; None: yes.
         objective_class: what `objective` and `rollout` name; not an argument.
     """
 
@@ -64,13 +71,26 @@ class DMaxConfig(TrainingArguments):
     router_bias_speed: float = 0.0
     compile_objective: bool = False
 
+    num_train_epochs: float = 2
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 8
     learning_rate: float = 2e-6
     lr_scheduler_type: Any = "cosine"
+    warmup_steps: float = 0.03
+    weight_decay: float = 0.01
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None
     remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
         """Raises `InputError` naming the field that is wrong."""
         self._check_numbers()
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and _gpu_has_bfloat16()
+        checkpointing = self.gradient_checkpointing is not False
+        if hasattr(self, NEW_NAME) and getattr(self, NEW_NAME) is None:
+            setattr(self, NEW_NAME, checkpointing)
+        self.gradient_checkpointing = checkpointing
         with reading("these training arguments are not usable"):
             super().__post_init__()
         self.objective_class = get_objective(self.objective, self.rollout)
@@ -107,3 +127,9 @@ class DMaxConfig(TrainingArguments):
         methods that the objectives call.
         """
         return min(1, super().n_gpu)
+
+
+def _gpu_has_bfloat16() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    return select_dtype("auto", torch.device("cuda")) == torch.bfloat16
