@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmax import kernels
 from dmax.errors import InputError
@@ -62,6 +63,24 @@ def make_weights(dtype: torch.dtype, hidden: int = 64, width: int = 32) -> tuple
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of all matrix products that are run meanwhile, backward included."""
+
+    NAMES = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.overloadpacket.__name__ in self.NAMES:
+            floats = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+            self.dtypes |= {factor.dtype for factor in floats}
+        return function(*args, **(kwargs or {}))
 
 
 def in_float64(*tensors: Tensor) -> list[Tensor]:
@@ -123,6 +142,35 @@ def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
             actual = experts(*inputs)
     assert actual.dtype == torch.float32
     assert relative_error(actual, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("num_tokens", [3, 200])
+@pytest.mark.parametrize(
+    "implementation", ["eager", "grouped_mm", "batched_mm", "dense_mm", "fused_moe"]
+)
+def test_autocast_reaches_every_product_of_the_experts(
+    implementation: str, num_tokens: int
+) -> None:
+    """Forward and backward multiply in bfloat16; gradients arrive in float32 weights."""
+    tokens, index, weights = make_inputs(num_tokens, 4)
+
+    def gradients(dtype: torch.dtype | None) -> tuple[set[torch.dtype], list[Tensor]]:
+        experts = make_experts(implementation)
+        leaves = [tokens.clone().requires_grad_(), weights.clone().requires_grad_()]
+        with Products() as products:
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                output = experts(leaves[0], index, leaves[1])
+            output.square().sum().backward()
+        found = [leaf.grad for leaf in (*leaves, *experts.parameters()) if leaf.grad is not None]
+        assert len(found) == 4
+        return products.dtypes, found
+
+    exact_dtypes, exact = gradients(None)
+    dtypes, found = gradients(torch.bfloat16)
+    assert (exact_dtypes, dtypes) == ({torch.float32}, {torch.bfloat16})
+    for expected, actual in zip(exact, found, strict=True):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, expected) <= 2e-2  # bfloat16 has 8 bits, 4e-3
 
 
 # ---- which forward ------------------------------------------------------------------------------
