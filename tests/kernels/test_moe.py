@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from products import Products
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmax import kernels
 from dmax.errors import InputError
@@ -63,24 +63,6 @@ def make_weights(dtype: torch.dtype, hidden: int = 64, width: int = 32) -> tuple
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-class Products(TorchDispatchMode):
-    """The dtypes of all matrix products that are run meanwhile, backward included."""
-
-    NAMES = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function.overloadpacket.__name__ in self.NAMES:
-            floats = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
-            self.dtypes |= {factor.dtype for factor in floats}
-        return function(*args, **(kwargs or {}))
 
 
 def in_float64(*tensors: Tensor) -> list[Tensor]:
