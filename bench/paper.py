@@ -33,9 +33,10 @@ from dmax.params import DecodingParams
 from dmax.tasks import get_task
 from dmax.tasks.word_problems import problems
 from dmax.training import noise
-from dmax.training.clean_stream import IGNORE, CleanStream
+from dmax.training.clean_stream import CleanStream
 from dmax.training.data import Collator, Conversation, encode_conversations
 from dmax.training.rollout import roll_out
+from dmax.training.vocabulary import IGNORE
 
 Record = dict[str, Any]
 HARD = ("soft_inputs", False)
@@ -139,10 +140,10 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
         )
         stream = CleanStream(llm.model, clean, length)
         embed = llm.model.get_input_embeddings()
-        predicted = roll_out(stream.denoise(embed(noisy)), mask)
+        predicted = roll_out(stream.denoise(embed(noisy)).logits(), mask)
         was_masked = (noisy == mask) & (labels != IGNORE)
         fed = torch.where(noisy == mask, predicted, noisy)
-        again = roll_out(stream.denoise(embed(fed)), mask)
+        again = roll_out(stream.denoise(embed(fed)).logits(), mask)
         before = predicted == labels
         after = again == labels
         counts["wrong"] += int((was_masked & ~before).sum())

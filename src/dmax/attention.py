@@ -50,6 +50,34 @@ def dense_mask(predicate: Predicate, query_index: Tensor, key_index: Tensor) -> 
     return predicate(query_index[..., :, None], key_index[..., None, :])
 
 
+def training_mask(
+    predicate: Predicate, query_index: Tensor, key_index: Tensor, implementation: str | None
+) -> Tensor | BlockMask:
+    """A predicate at the positions of every sequence, in the form that suits an implementation.
+
+    `flex_attention` gets a `BlockMask` made from the predicate, so that no mask of all pairs is
+    ever there and its kernel skips what nobody sees.
+
+    Args:
+        predicate: who sees whom.
+        query_index: [B or 1, L] int64.
+        key_index: [B or 1, S] int64.
+        implementation: "sdpa", "eager" or "flex_attention".
+
+    Returns:
+        A `BlockMask`, or bool [B or 1, 1, L, S].
+    """
+    if implementation != "flex_attention":
+        return dense_mask(predicate, query_index, key_index)[:, None]
+    rows = len(query_index)
+
+    def mask_mod(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return predicate(query_index[batch % rows, query], key_index[batch % rows, key])
+
+    sizes = (query_index.shape[1], key_index.shape[1])
+    return create_block_mask(mask_mod, rows, None, *sizes, device=str(query_index.device))
+
+
 def flex_from_dense(visible: Tensor) -> BlockMask:
     """A bool mask [B or 1, 1, L, S] as a `BlockMask` for `flex_attention`."""
     masks, _, query_length, key_length = visible.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -17,8 +18,9 @@ from dmax.baselines.objectives import D2F
 from dmax.baselines.rollouts import SoftOPUT
 from dmax.errors import InputError
 from dmax.training import get_objective, objective_table
-from dmax.training.clean_stream import IGNORE, CleanBatch
+from dmax.training.clean_stream import CleanBatch, noisy_positions, take
 from dmax.training.objectives import MDLM, OPUT, Objective
+from dmax.training.vocabulary import IGNORE
 
 BLOCK = 4
 VOCAB = 48
@@ -28,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "mask_token_id": MASK,
     "mask_ratio_low": 0.3,
     "mask_ratio_high": 0.8,
+    "loss_average": "sequences",
     "rollout": "argmax",
     "rollout_temperature": 1.0,
     "certainty_weight": 2.0,
@@ -112,22 +115,27 @@ class Recorder(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = type("Config", (), {"vocab_size": VOCAB})
+        self.config = type("Config", (), {"vocab_size": VOCAB, "_attn_implementation": "eager"})
         self.embedding = torch.nn.Embedding(VOCAB, VOCAB)
         self.embedding.weight.data = torch.eye(VOCAB)
         self.seen: list[Tensor] = []
-
-    def base_model(self, **_: Any) -> None:
-        """The clean half leaves no trace."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.embedding
 
     def forward(
-        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: slice = slice(None),
+        past_key_values: Any = None,
+        **_: Any,
     ) -> Any:
         ids = input_ids if inputs_embeds is None else inputs_embeds.argmax(dim=-1)
         assert ids is not None
+        ids = ids[:, logits_to_keep]
+        if past_key_values is not None:
+            past_key_values.layers[0] = ()  # as a layer would record its keys and values
         self.seen.append(ids)
         logits = torch.nn.functional.one_hot(ids, VOCAB).float()
         return type("Outputs", (), {"logits": logits})
@@ -138,13 +146,18 @@ def clean() -> CleanBatch:
     """Prompts of 9 and 13 tokens in blocks of 4: two whole blocks are prompt in both."""
     ids = torch.randint(MASK, (2, 6 * BLOCK), generator=torch.Generator().manual_seed(1))
     is_response = torch.arange(6 * BLOCK) >= torch.tensor([[9], [13]])
-    return CleanBatch(ids, ids.masked_fill(~is_response, IGNORE), is_response, start=2 * BLOCK)
+    return CleanBatch(ids, ids.masked_fill(~is_response, IGNORE), is_response)
 
 
 def streams(objective: Objective, clean: CleanBatch, seed: int = 0) -> list[Tensor]:
     model = Recorder()
     objective.loss(model, clean, torch.Generator().manual_seed(seed))
     return model.seen
+
+
+def copied(clean: CleanBatch, values: Tensor, name: str) -> Tensor:
+    """What of [B, L] an objective's noisy copies hold: the blocks of responses, or all (D2F)."""
+    return values if name == "d2f" else take(values, noisy_positions(clean, BLOCK))
 
 
 @pytest.mark.parametrize("name", objective_table())
@@ -157,18 +170,28 @@ def test_noise_falls_on_responses_only_and_repeats_with_the_seed(
     for ids, again in zip(found, streams(objective, clean), strict=True):
         assert torch.equal(ids, again)
     for ids in found:
-        length = ids.shape[1]
-        changed = ids != clean.clean_ids[:, -length:]
+        changed = ids != copied(clean, clean.clean_ids, name)
         assert changed.any()
-        assert not (changed & ~clean.corruptible[:, -length:]).any()
+        assert not (changed & ~copied(clean, clean.corruptible, name)).any()
     assert not torch.equal(found[0], streams(objective, clean, seed=1)[0])
     if name == "uniform":
         assert (found[1] != MASK).all()
 
 
-def test_the_noisy_copy_begins_where_not_all_is_prompt(clean: CleanBatch) -> None:
-    oput = OPUT.from_settings(SETTINGS)
-    assert {ids.shape[1] for ids in streams(oput, clean)} == {4 * BLOCK}
+def test_the_noisy_copies_are_the_blocks_of_each_response(clean: CleanBatch) -> None:
+    """Prompts of 9 and 13 tokens end in the blocks at 8 and 12; both responses end at 23."""
+    assert noisy_positions(clean, BLOCK).tolist() == [[*range(8, 24)], [*range(12, 28)]]
+    short = clean.labels.clone()
+    short[0, 13:] = IGNORE  # this response has labels in two blocks, the other one in three
+    spans = noisy_positions(replace(clean, labels=short), BLOCK)
+    assert spans.tolist() == [[*range(8, 20)], [*range(12, 24)]]
+    beyond = take(clean.labels, noisy_positions(clean, BLOCK), beyond=IGNORE)
+    assert (beyond[1, -BLOCK:] == IGNORE).all() and (beyond[0, -BLOCK:] != IGNORE).all()
     # D2F has no clean half, so it needs the prompt in its one stream.
     (ids,) = streams(D2F.from_settings(SETTINGS), clean)
-    assert torch.equal(ids[:, : clean.start], clean.clean_ids[:, : clean.start])
+    assert torch.equal(ids[:, :8], clean.clean_ids[:, :8])
+
+
+def test_nothing_to_learn_leaves_one_block(clean: CleanBatch) -> None:
+    empty = replace(clean, labels=torch.full_like(clean.labels, IGNORE))
+    assert noisy_positions(empty, BLOCK).shape == (2, BLOCK)

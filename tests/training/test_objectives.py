@@ -18,9 +18,10 @@ from dmax.baselines.rollouts import decoded_masks, soft_oput_loss
 from dmax.blend import blend
 from dmax.confidence import candidates
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from dmax.training.clean_stream import IGNORE, Batch, CleanStream
-from dmax.training.objectives import mdlm_loss, oput_loss, uniform_loss
+from dmax.training.clean_stream import Batch, CleanStream
+from dmax.training.objectives import OPUT, ObjectiveModule, mdlm_loss, oput_loss, uniform_loss
 from dmax.training.rollout import roll_out
+from dmax.training.vocabulary import IGNORE
 
 BLOCK = 4
 VOCAB = 48
@@ -77,11 +78,13 @@ def concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch, noisy_embeds: Ten
 def masked_logits(model: LLaDA2MoeModelLM, batch: Batch) -> Tensor:
     """The masked stream's logits, as the losses compute them."""
     embeds = model.model.word_embeddings(batch.noisy_ids)
-    return CleanStream(model, batch.clean_ids, BLOCK).denoise(embeds)
+    return CleanStream(model, batch.clean_ids, BLOCK).denoise(embeds).logits()
 
 
 def plain_loss(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+    """The mean over each sequence's labels, and then over the sequences."""
+    rows = zip(logits, batch.labels, strict=True)
+    return torch.stack([F.cross_entropy(row, labels) for row, labels in rows]).mean()
 
 
 def gradients(model: LLaDA2MoeModelLM, loss: Tensor) -> dict[str, Tensor]:
@@ -100,9 +103,11 @@ def recorded_streams(model: LLaDA2MoeModelLM) -> Iterator[list[Tensor]]:
     inputs: list[Tensor] = []
 
     def record(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        inputs.append(kwargs["inputs_embeds"].detach())
+        embeds = kwargs["inputs_embeds"].detach()
+        cache = kwargs["past_key_values"]
+        inputs.append(embeds[:, : -cache.length] if cache.records else embeds)
 
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    handle = model.model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield inputs
     finally:
@@ -121,7 +126,9 @@ def test_shared_clean_stream_gives_the_concatenated_logits(
     # A second stream is not disturbed by the first.
     for ids in (batch.noisy_ids, batch.clean_ids.flip(1)):
         expected = concatenated_logits(model, batch, embed(ids))
-        torch.testing.assert_close(stream.denoise(embed(ids)), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            stream.denoise(embed(ids)).logits(), expected, atol=1e-5, rtol=1e-4
+        )
 
 
 def test_mdlm_gradients_are_those_of_the_concatenated_forward(
@@ -318,8 +325,9 @@ def test_rollout_error_is_the_share_of_wrong_predictions(
 # --- what is counted -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("average", ["sequences", "labels"])
 def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: Batch, average: str
 ) -> None:
     """Both streams share their labels; unmasked response positions are among them."""
     with torch.no_grad():
@@ -327,11 +335,14 @@ def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
     each = F.cross_entropy(logits.transpose(1, 2), batch.clean_ids, reduction="none")
     labelled = batch.labels != IGNORE
     assert (labelled & (batch.noisy_ids != MASK)).any()
-    loss = oput_loss(model, batch, **OPTIONS)
-    torch.testing.assert_close(loss.parts["loss_masked"], each[labelled].mean())
+    loss = oput_loss(model, batch, **OPTIONS, average=average)
     expected = torch.stack(
         [row[counted].mean() for row, counted in zip(each, labelled, strict=True)]
     )
+    over_labels = each[labelled].mean()
+    assert not torch.isclose(expected.mean(), over_labels, rtol=1e-3)
+    mean = expected.mean() if average == "sequences" else over_labels
+    torch.testing.assert_close(loss.parts["loss_masked"], mean)
     torch.testing.assert_close(loss.per_sequence["masked"], expected)
     torch.testing.assert_close(
         loss.total.detach(), (loss.parts["loss_masked"] + loss.parts["loss_predicted"]) / 2
@@ -376,6 +387,58 @@ def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: 
     assert_same_gradients(gradients(model, oput_loss(model, batch, **OPTIONS).total), expected)
 
 
+def module(model: LLaDA2MoeModelLM, average: str = "sequences") -> ObjectiveModule:
+    ratios = {"mask_ratio_low": 0.75, "mask_ratio_high": 0.75}
+    return ObjectiveModule(
+        model,
+        OPUT(
+            BLOCK, MASK, **ratios, loss_average=average, rollout="argmax", rollout_temperature=1.0
+        ),
+    )
+
+
+def clean_rows(rows: slice) -> dict[str, Tensor]:
+    """Some of four sequences with prompts and responses of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(EOS, (4, 6 * BLOCK), generator=generator)
+    position = torch.arange(6 * BLOCK)
+    is_response = position >= torch.tensor([[9], [13], [2], [17]])
+    is_labelled = is_response & (position < torch.tensor([[24], [20], [7], [19]]))
+    labels = ids.masked_fill(~is_labelled, IGNORE)
+    return {"clean_ids": ids[rows], "labels": labels[rows], "corruptible": is_response[rows]}
+
+
+def test_a_module_whose_forward_is_the_loss(model: LLaDA2MoeModelLM) -> None:
+    outputs = module(model)(torch.Generator().manual_seed(0), **clean_rows(slice(4)))
+    assert list(outputs) == ["loss", "loss_masked", "loss_predicted", "rollout_error"]
+    assert [value.requires_grad for value in outputs.values()] == [True, False, False, False]
+    half = (outputs["loss_masked"] + outputs["loss_predicted"]) / 2
+    torch.testing.assert_close(outputs["loss"].detach(), half)
+
+
+def test_sequences_count_alike_whichever_share_a_batch(
+    model: LLaDA2MoeModelLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch has the mean of the gradients of its parts, as micro-batches and ranks do."""
+    always = torch.rand(4, 6 * BLOCK, generator=torch.Generator().manual_seed(5)) < 0.75
+
+    def gradient(rows: slice, average: str = "sequences") -> dict[str, Tensor]:
+        def drawn(corruptible: Tensor, *_: Any) -> Tensor:
+            return corruptible & always[rows]
+
+        monkeypatch.setattr("dmax.training.noise._drawn", drawn)
+        loss = module(model, average)(torch.Generator(), **clean_rows(rows))["loss"]
+        return gradients(model, loss)
+
+    model.double()
+    whole = gradient(slice(4))
+    parts = [gradient(slice(0, 2)), gradient(slice(2, 4))]
+    means = {name: (parts[0][name] + parts[1][name]) / 2 for name in whole}
+    torch.testing.assert_close(whole, means, rtol=0, atol=1e-12)
+    over_labels = gradient(slice(4), "labels")
+    assert any(not torch.allclose(over_labels[name], whole[name], rtol=0.05) for name in whole)
+
+
 # --- the annex -----------------------------------------------------------------------------------
 
 
@@ -395,7 +458,8 @@ def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch
             entropies.append(-(probs * probs.log()).sum())
     assert 0 < len(entropies) < masked.sum()
     expected = total / masked.sum() + 3.0 * torch.stack(entropies).mean()
-    loss = certainty_loss(model, batch, weight=3.0, temperature=0.5, **OPTIONS)
+    settings: dict[str, Any] = {"weight": 3.0, "temperature": 0.5, "average": "labels"}
+    loss = certainty_loss(model, batch, **settings, **OPTIONS)
     torch.testing.assert_close(loss.total, expected)
     torch.testing.assert_close(loss.parts["entropy_right"], torch.stack(entropies).mean())
     assert_same_gradients(gradients(model, loss.total), gradients(model, expected))
@@ -417,7 +481,7 @@ def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
         weight = 1 / ratios[row, place]
         loss_sum = loss_sum - weight * logits[row, place].log_softmax(-1)[batch.labels[row, place]]
         weight_sum = weight_sum + weight
-    loss = d2f_loss(model, batch, ratios, **OPTIONS)
+    loss = d2f_loss(model, batch, ratios, **OPTIONS, average="labels")
     torch.testing.assert_close(loss.total, loss_sum / weight_sum)
     assert_same_gradients(gradients(model, loss.total), gradients(model, loss_sum / weight_sum))
 

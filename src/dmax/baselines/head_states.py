@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dmax.confidence import candidates
 from dmax.special_ids import SpecialIds
-from dmax.training.clean_stream import IGNORE, CleanStream
+from dmax.training.clean_stream import CleanStream
 from dmax.training.data import Collator, Encoded
 from dmax.training.noise import mask_ratios
+from dmax.training.vocabulary import IGNORE
 
 Reveal = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Which masks to decode [N, L], from masked [N, L], logits [N, L, V] and final tokens [N, L]."""
@@ -42,7 +43,7 @@ class Blocks:
         self.special_ids = special_ids
         length = special_ids.block_length
         batch = Collator(length, special_ids.eos_token_ids[0], eos_labels=1)(examples)
-        start = int(batch["start"])
+        start = int(batch["corruptible"].int().argmax(dim=1).min()) // length * length
         clean = batch["clean_ids"].to(model.device)
         labels = batch["labels"].to(model.device)
         corruptible = batch["corruptible"].to(model.device)
@@ -67,7 +68,7 @@ class Blocks:
         visible = self.final if tokens is None else tokens
         ids = visible.masked_fill(masked, self.special_ids.mask_token_id)
         embeds = self.model.get_input_embeddings()(ids.view(self._num_responses, -1))
-        return self._blocks(self._stream.denoise(embeds))
+        return self._blocks(self._stream.denoise(embeds).logits())
 
     def hidden_states(self, masked: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, L, V], and the hidden states [N, L, D] that the model makes them from."""

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.attention import block_causal, dense_mask
-from dmax.training.clean_stream import IGNORE, Batch, CleanBatch, CleanStream
+from dmax.attention import block_causal, training_mask
+from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
 from dmax.training.noise import mask_tokens
-from dmax.training.objectives import Loss, Objective, cross_entropy
+from dmax.training.objectives import SEQUENCES, Loss, Objective, mean
+from dmax.training.vocabulary import IGNORE, States, score
 
 
 def certainty_loss(
@@ -25,6 +27,7 @@ def certainty_loss(
     mask_token_id: int,
     weight: float,
     temperature: float,
+    average: str = SEQUENCES,
 ) -> Loss:
     """Certainty-forcing distillation (dParallel, arXiv 2509.26488): be right, and sure of it.
 
@@ -40,16 +43,19 @@ def certainty_loss(
         mask_token_id: MASK.
         weight: of the entropy.
         temperature: below 1 it sharpens what is forced.
+        average: of both terms, as `dmax.training.objectives.mean` takes it.
     """
-    clean = CleanStream(model, batch.clean_ids, block_length)
-    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))  # [B, L', V]
+    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions)
+    states = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))
+    logits = states.logits().float()  # [B, L', V]
     labels = batch.labels.masked_fill(batch.noisy_ids != mask_token_id, IGNORE)
-    loss = cross_entropy(logits, labels, "masked")
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [B, L']
+    loss = mean(losses, labels, "masked", average)
 
     is_right = (logits.argmax(dim=-1) == labels) & (labels != IGNORE)
-    probs = (logits.float() / temperature).softmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
     entropy = torch.special.entr(probs).sum(dim=-1)  # [B, L']
-    certainty = (entropy * is_right).sum() / is_right.sum().clamp(min=1)
+    certainty = mean(entropy, labels, "right", average, weights=is_right.float()).total
     parts = loss.parts | {"entropy_right": certainty.detach()}
     return Loss(loss.total + weight * certainty, parts, loss.per_sequence)
 
@@ -78,11 +84,18 @@ class DParallel(Objective):
             mask_token_id=self.mask_token_id,
             weight=self.certainty_weight,
             temperature=self.certainty_temperature,
+            average=self.loss_average,
         )
 
 
 def d2f_loss(
-    model: Any, batch: Batch, ratios: Tensor, *, block_length: int, mask_token_id: int
+    model: Any,
+    batch: Batch,
+    ratios: Tensor,
+    *,
+    block_length: int,
+    mask_token_id: int,
+    average: str = SEQUENCES,
 ) -> Loss:
     """Discrete diffusion forcing (arXiv 2508.09192): recover masks after unfinished blocks.
 
@@ -98,18 +111,24 @@ def d2f_loss(
         ratios: [B, L] float32, the mask ratio of every position (`rising_ratios`).
         block_length: positions that are decoded together.
         mask_token_id: MASK.
+        average: as `dmax.training.objectives.mean` takes it.
     """
-    position = torch.arange(batch.noisy_ids.shape[1], device=batch.noisy_ids.device)
-    causal = dense_mask(block_causal(block_length), position, position)  # [L, L]
-    outputs = model(
+    length = batch.noisy_ids.shape[1]
+    position = torch.arange(length, device=batch.noisy_ids.device)[None]  # [1, L]
+    implementation = model.config._attn_implementation
+    states = States.of(
+        model,
+        length,
         input_ids=batch.noisy_ids,
-        attention_mask=causal[None, None],
-        position_ids=position[None],
+        attention_mask=training_mask(
+            block_causal(block_length), position, position, implementation
+        ),
+        position_ids=position,
     )
     counted = (batch.noisy_ids == mask_token_id) & (batch.labels != IGNORE)
     labels = batch.labels.masked_fill(~counted, IGNORE)
     weights = counted / ratios.to(labels.device).clamp(min=1e-3)
-    return cross_entropy(outputs.logits, labels, "masked", weights)
+    return mean(score(states, labels).losses, labels, "masked", average, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +150,7 @@ class D2F(Objective):
             ratios,
             block_length=self.block_length,
             mask_token_id=self.mask_token_id,
+            average=self.loss_average,
         )
 
 

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from dmax.blend import SoftTokens, embed_tokens
-from dmax.confidence import candidates
 from dmax.decoding.spd import prefix
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
-from dmax.training.objectives import Loss, Objective, cross_entropy, mean_loss
-from dmax.training.rollout import rollout_error
+from dmax.training.objectives import SEQUENCES, Loss, Objective, halves, mean, rollout_error
+from dmax.training.vocabulary import score
 
 
 def soft_oput_loss(
-    model: Any, batch: Batch, thresholds: Tensor, *, block_length: int, mask_token_id: int
+    model: Any,
+    batch: Batch,
+    thresholds: Tensor,
+    *,
+    block_length: int,
+    mask_token_id: int,
+    average: str = SEQUENCES,
 ) -> Loss:
     """`oput_loss` whose second stream is what soft parallel decoding feeds after one step.
 
@@ -30,27 +35,28 @@ def soft_oput_loss(
         thresholds: [B, 1] float32, the confidence from which a sequence's masks are decoded.
         block_length: positions that are decoded together.
         mask_token_id: MASK.
+        average: as `dmax.training.objectives.mean` takes it.
 
     Returns:
         The loss, with the parts of `oput_loss`.
     """
     embed = model.get_input_embeddings()
     is_masked = batch.noisy_ids == mask_token_id
-    clean = CleanStream(model, batch.clean_ids, block_length)
-    masked_logits = clean.denoise(embed(batch.noisy_ids))  # [B, L', V]
+    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions)
+    states = clean.denoise(embed(batch.noisy_ids))
+    masked = score(states, batch.labels, predicts=is_masked, mask_token_id=mask_token_id)
 
-    best = candidates(masked_logits.detach(), 1, mask_token_id)
-    predicted = best.ids[..., 0]  # [B, L']
-    decoded = decoded_masks(is_masked, best.probs[..., 0], thresholds, block_length)
-    predicted_ids = torch.where(decoded, predicted, batch.noisy_ids)
-    soft = SoftTokens(decoded, best.ids, best.probs)
+    decoded = decoded_masks(is_masked, masked.confidence, thresholds, block_length)
+    predicted_ids = torch.where(decoded, masked.tokens, batch.noisy_ids)
+    soft = SoftTokens(decoded, masked.tokens[..., None], masked.confidence[..., None])
     inputs = embed_tokens(embed, predicted_ids, soft, mask_token_id)
-    predicted_logits = clean.denoise(inputs)  # [B, L', V]
+    predicted = score(clean.denoise(inputs), batch.labels)
 
-    masked_loss = cross_entropy(masked_logits, batch.labels, "masked")
-    predicted_loss = cross_entropy(predicted_logits, batch.labels, "predicted")
-    error = rollout_error(predicted, batch.labels, is_masked)
-    return mean_loss(masked_loss, predicted_loss, rollout_error=error)
+    return halves(
+        mean(masked.losses, batch.labels, "masked", average),
+        mean(predicted.losses, batch.labels, "predicted", average),
+        rollout_error=rollout_error(masked.tokens, batch.labels, is_masked),
+    )
 
 
 def decoded_masks(
@@ -98,4 +104,5 @@ class SoftOPUT(Objective):
             thresholds.to(clean.clean_ids.device),
             block_length=self.block_length,
             mask_token_id=self.mask_token_id,
+            average=self.loss_average,
         )

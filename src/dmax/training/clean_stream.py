@@ -1,7 +1,8 @@
 """The clean half of block-diffusion training: run once, and read by any number of noisy streams.
 
 Training shows the network [noisy | clean], two copies of every sequence (DMax, section 3.1). Clean
-positions never see noisy ones, so their keys and values do not depend on the noise.
+positions never see noisy ones, so their keys and values do not depend on the noise. The first noisy
+stream runs beside the clean half in one forward, and later ones read what that forward recorded.
 
 Shapes: B sequences of L positions, L' of them in the noisy copy, V vocabulary, D hidden size,
 G key/value heads, d head size.
@@ -15,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmax.attention import dense_mask, noisy_clean
+from dmax.attention import Mask, noisy_clean, training_mask
+from dmax.training.vocabulary import IGNORE, States
 
-IGNORE = -100
-"""The label of positions without loss."""
 Layers = dict[int, tuple[Tensor, Tensor]]
 """Keys and values [B, G, L, d] by the index of their layer."""
 
@@ -31,73 +31,109 @@ class CleanBatch:
         clean_ids: [B, L] int64, prompt, response and padding (EOS); L is a whole number of blocks.
         labels: [B, L] int64, the token to predict, or `IGNORE`.
         corruptible: [B, L] bool, where noise may fall: the response and its padding.
-        start: where the noisy copy begins, the first position of a block. All that stands before
-            it is prompt in every sequence, so it has no noise and no loss.
     """
 
     clean_ids: Tensor
     labels: Tensor
     corruptible: Tensor
-    start: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Clean sequences, and the noisy copy of their last L' positions; L' = L if all are noisy.
+    """Clean sequences, and a noisy copy of L' positions of each.
 
     Attributes:
         clean_ids: [B, L] int64, prompt, response and padding (EOS); L is a whole number of blocks.
-        noisy_ids: [B, L'] int64, the end of the same sequences with some positions corrupted.
+        noisy_ids: [B, L'] int64, positions of the same sequences, some of them corrupted.
         labels: [B, L'] int64, the clean token where there is a loss, else `IGNORE`.
+        positions: [B, L'] int64, where the noisy copies stand, whole blocks in a row; None: they
+            are the last L' positions.
     """
 
     clean_ids: Tensor
     noisy_ids: Tensor
     labels: Tensor
+    positions: Tensor | None = None
+
+
+def noisy_positions(clean: CleanBatch, block_length: int) -> Tensor:
+    """The blocks of every sequence that noise and loss can reach, [B, L'] int64.
+
+    A sequence's begin with the block that holds the end of its prompt, and L' covers the most
+    labelled blocks that one of them has. Where a sequence has fewer, they count on, beyond L too.
+    """
+    length = clean.clean_ids.shape[1]
+    position = torch.arange(length, device=clean.clean_ids.device)
+    first = clean.corruptible.int().argmax(dim=1) // block_length * block_length  # [B]
+    behind_last = ((clean.labels != IGNORE) * (position + 1)).amax(dim=1)  # [B]
+    num_blocks = -(-(behind_last - first) // block_length)  # [B]
+    most = int(num_blocks.max().clamp(min=1)) * block_length
+    return first[:, None] + torch.arange(most, device=position.device)
+
+
+def take(values: Tensor, positions: Tensor, beyond: int = 0) -> Tensor:
+    """Values [B, L] at positions [B, L'], and `beyond` at positions that are not there."""
+    length = values.shape[1]
+    taken = values.gather(1, positions.clamp(max=length - 1))
+    return taken.masked_fill(positions >= length, beyond)
 
 
 class CleanStream:
-    """One forward over clean sequences, with gradient, and what noisy streams make of it.
+    """Clean sequences as context, with gradient, for the noisy streams that are denoised in it.
 
     Args:
         model: a block-diffusion model with `base_model` and `forward(inputs_embeds, …)`.
         clean_ids: [B, L] int64; L is a whole number of blocks.
         block_length: positions that are decoded together.
+        positions: of the noisy streams, as `Batch` has them.
     """
 
-    def __init__(self, model: Any, clean_ids: Tensor, block_length: int) -> None:
-        length = clean_ids.shape[1]
+    def __init__(
+        self, model: Any, clean_ids: Tensor, block_length: int, positions: Tensor | None = None
+    ) -> None:
         self._model = model
-        self._visible = noisy_clean(block_length, length)
-        self._positions = torch.arange(length, device=clean_ids.device)
-        self._clean = length + self._positions  # [L], where the clean half is in [noisy | clean]
-        recorded: Layers = {}
-        # The clean half is context only, so the backbone runs without its output layer.
-        model.base_model(
-            input_ids=clean_ids,
-            attention_mask=dense_mask(self._visible, self._clean, self._clean)[None, None],
-            position_ids=self._positions[None],
-            past_key_values=ContextCache(recorded, records=True),
-        )
-        self._context = ContextCache(recorded, records=False)
+        self._clean_ids = clean_ids
+        self._block_length = block_length
+        self._noisy = positions
+        self._layers: Layers = {}
 
-    def denoise(self, inputs_embeds: Tensor) -> Tensor:
-        """Logits [B, L', V] of a noisy copy of the last L' positions, given as [B, L', D]."""
-        noisy = self._positions[-inputs_embeds.shape[1] :]
-        keys = torch.cat((self._clean, noisy))
-        mask = dense_mask(self._visible, noisy, keys)  # [L', L + L']
-        outputs = self._model(
+    def denoise(self, inputs_embeds: Tensor) -> States:
+        """What the model makes of a noisy copy, given as embeddings [B, L', D].
+
+        The first call runs [noisy | clean] and records the clean half's keys and values.
+        """
+        length = inputs_embeds.shape[1]
+        clean = torch.arange(self._clean_ids.shape[1], device=inputs_embeds.device)[None]  # [1, L]
+        noisy = clean[:, -length:] if self._noisy is None else self._noisy  # [1 or B, L']
+        clean = clean.expand(len(noisy), -1)
+        records = not self._layers
+        if records:
+            context = self._model.get_input_embeddings()(self._clean_ids)  # [B, L, D]
+            inputs_embeds = torch.cat((inputs_embeds, context), dim=1)
+        return States.of(
+            self._model,
+            length,
             inputs_embeds=inputs_embeds,
-            attention_mask=mask[None, None],
-            position_ids=noisy[None],
-            past_key_values=self._context,
+            attention_mask=self._mask(noisy, clean, records),
+            position_ids=torch.cat((noisy, clean), dim=1) if records else noisy,
+            past_key_values=ContextCache(self._layers, clean.shape[1], records),
         )
-        return outputs.logits
+
+    def _mask(self, noisy: Tensor, clean: Tensor, records: bool) -> Mask:
+        """Who sees whom: [noisy | clean] among themselves, or noisy ones [clean | noisy]."""
+        offset = clean.shape[1] + noisy.shape[1]  # above all positions
+        visible = noisy_clean(self._block_length, offset)
+        implementation = self._model.config._attn_implementation
+        if records:
+            both = torch.cat((noisy, offset + clean), dim=1)
+            return training_mask(visible, both, both, implementation)
+        keys = torch.cat((offset + clean, noisy), dim=1)
+        return training_mask(visible, noisy, keys, implementation)
 
 
 @dataclass
 class ContextCache:
-    """Keys and values of one forward, kept with their gradient for other forwards to attend to.
+    """Keys and values of the clean half, kept with their gradient for later forwards to attend to.
 
     The forward that records them sees only itself. The others see the recorded positions before
     their own, and add nothing. Repeating either one changes nothing, which gradient checkpointing
@@ -105,16 +141,19 @@ class ContextCache:
 
     Attributes:
         layers: what is recorded, the same dictionary for all forwards.
+        length: how many positions are recorded, the last ones of the first forward.
         records: whether this is the cache of the first forward.
     """
 
     layers: Layers
+    length: int
     records: bool
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """All that is visible to new keys and values [B, G, L', d] of a layer, theirs included."""
         if self.records:
-            self.layers.setdefault(layer_idx, (key, value))
+            clean = (key[:, :, -self.length :], value[:, :, -self.length :])
+            self.layers.setdefault(layer_idx, clean)
             return key, value
         recorded_key, recorded_value = self.layers[layer_idx]  # [B, G, L, d]
         return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)

@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 from dmax.checkpoint_files import reading
 from dmax.environment import select_dtype
-from dmax.errors import InputError
+from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
 from dmax.training import get_objective
+from dmax.training.objectives import AVERAGES, SEQUENCES
 
 # Bounds of training arguments, transformers' own included; other numbers are at least 0.
 _LOWEST = {
@@ -47,6 +48,9 @@ class DMaxConfig(TrainingArguments):
         rollout_temperature: of the sampling rollout.
         mask_ratio_low: lowest share of response tokens that are masked.
         mask_ratio_high: highest share; if it equals the lowest, the share is fixed.
+        loss_average: "sequences" is the mean over each sequence's labels, then over sequences,
+            micro-batches and processes, as in the published code; "labels" is the mean over all
+            labels of a micro-batch.
         certainty_weight: of dparallel's entropy of right predictions.
         certainty_temperature: of the softmax in that entropy.
         eos_labels: how many trailing EOS are labelled; None: one block of them.
@@ -64,6 +68,7 @@ class DMaxConfig(TrainingArguments):
     rollout_temperature: float = 1.0
     mask_ratio_low: float = 0.75
     mask_ratio_high: float = 0.75
+    loss_average: str = SEQUENCES
     certainty_weight: float = 2.0
     certainty_temperature: float = 0.5
     eos_labels: int | None = None
@@ -94,6 +99,11 @@ class DMaxConfig(TrainingArguments):
         with reading("these training arguments are not usable"):
             super().__post_init__()
         self.objective_class = get_objective(self.objective, self.rollout)
+        if self.loss_average not in AVERAGES:
+            raise InputError(
+                f"`loss_average` must be one of {', '.join(AVERAGES)}, got {self.loss_average!r}",
+                hint=did_you_mean(str(self.loss_average), AVERAGES),
+            )
         if self.mask_ratio_low > self.mask_ratio_high:
             raise InputError(
                 "mask ratios must satisfy 0 <= low <= high <= 1, "

@@ -19,7 +19,7 @@ from dmax.chat_template import encode_chat
 from dmax.errors import InputError, show
 from dmax.files import json_lines
 from dmax.messages import read_messages
-from dmax.training.clean_stream import IGNORE
+from dmax.training.vocabulary import IGNORE
 
 BESIDE = ("system", "tools")  # what other formats have beside the chat, for the template to place
 
@@ -209,7 +209,6 @@ class Collator:
             "clean_ids": clean,
             "labels": clean.masked_fill(~labelled, IGNORE),
             "corruptible": corruptible,
-            "start": int(prompts.min()) // self.block_length * self.block_length,
         }
 
 

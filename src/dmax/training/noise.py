@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmax.training.rollout import draw
+
 
 def mask_ratios(num: int, low: float, high: float, generator: torch.Generator) -> Tensor:
     """Noise levels t ~ Uniform(low, high), one for each of `num` sequences, [num] float32.
 
     With low = high they are fixed, as in the paper's experiments (A6 in docs/paper.md).
     """
-    return low + (high - low) * torch.rand(num, generator=generator)
+    return low + (high - low) * torch.rand(num, generator=generator, device=generator.device)
 
 
 def mask_tokens(
@@ -31,7 +33,7 @@ def mask_tokens(
         corruptible: [B, L] bool, the positions that may change.
         ratios: [B] float32 in [0, 1], a probability for each sequence; or [B, L], for each token.
         mask_token_id: MASK.
-        generator: on the CPU.
+        generator: of any device.
 
     Returns:
         [B, L] int64, noisy tokens.
@@ -55,20 +57,21 @@ def random_tokens(
         ratios: [B] float32 in [0, 1], the probability for each sequence.
         vocab_size: number of tokens, MASK included.
         mask_token_id: MASK.
-        generator: on the CPU.
+        generator: of any device.
 
     Returns:
         [B, L] int64, noisy tokens; a random token may be the clean one.
     """
     drawn = _drawn(corruptible, ratios, generator)
-    noise = torch.randint(vocab_size - 1, ids.shape, generator=generator).to(ids.device)
+    source = generator.device
+    noise = torch.randint(vocab_size - 1, ids.shape, generator=generator, device=source)
     noise = noise + (noise >= mask_token_id)  # skips the id of MASK
-    return torch.where(drawn, noise, ids)
+    return torch.where(drawn, noise.to(ids.device), ids)
 
 
 def _drawn(corruptible: Tensor, ratios: Tensor, generator: torch.Generator) -> Tensor:
     """The corruptible positions that the given probabilities choose, [B, L] bool."""
     device = corruptible.device
     probability = ratios.view(len(corruptible), -1).to(device)  # [B, 1 or L]
-    uniform = torch.rand(corruptible.shape, generator=generator).to(device)
+    uniform = draw(corruptible.shape, generator, device)
     return corruptible & (uniform < probability)

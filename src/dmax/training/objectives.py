@@ -2,8 +2,8 @@
 
 Every loss is a pure function of (model, batch), and every objective draws the noise for its loss.
 The clean half of the training sequence is run once (`CleanStream`), and each noisy copy attends to
-it. On-policy uniform training needs two noisy copies, and the logits of the first one are its
-rollout: a step runs 3L tokens, where the published code runs 2 x (2L + 2L).
+it. On-policy uniform training needs two noisy copies, and what the first one predicts is its
+rollout: a step runs 3L tokens in two forwards, where the published code runs 2 x (2L + 2L) in four.
 
 Shapes: B sequences of L positions, L' of them in the noisy copy, V vocabulary.
 """
@@ -16,12 +16,15 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmax.training.clean_stream import IGNORE, Batch, CleanBatch, CleanStream
+from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, noisy_positions, take
 from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
-from dmax.training.rollout import roll_out, rollout_error
+from dmax.training.vocabulary import IGNORE, score
+
+SEQUENCES = "sequences"
+AVERAGES = (SEQUENCES, "labels")
+"""What a loss can be averaged over (`mean`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def oput_loss(
     mask_token_id: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    average: str = SEQUENCES,
 ) -> Loss:
     """On-policy uniform training: recover the clean tokens from masks and from own predictions.
 
@@ -66,83 +70,116 @@ def oput_loss(
         mask_token_id: MASK.
         temperature: of the rollout; 0 takes the most probable tokens (`roll_out`).
         generator: random source of the rollout.
+        average: as `mean` takes it.
 
     Returns:
         The loss; its `parts` have `rollout_error`, the share of wrong predictions.
     """
     embed = model.get_input_embeddings()
     is_masked = batch.noisy_ids == mask_token_id
-    clean = CleanStream(model, batch.clean_ids, block_length)
+    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions)
 
-    # 1. The masked stream, x^(m).
-    masked_logits = clean.denoise(embed(batch.noisy_ids))  # [B, L', V]
+    # 1. The masked stream x^(m), and what it says in place of the masks.
+    masked = score(
+        clean.denoise(embed(batch.noisy_ids)),
+        batch.labels,
+        predicts=is_masked,
+        mask_token_id=mask_token_id,
+        temperature=temperature,
+        generator=generator,
+    )
 
-    # 2. The rollout takes the place of the masks (3).
-    predicted = roll_out(masked_logits, mask_token_id, temperature, generator)  # [B, L']
-    predicted_ids = torch.where(is_masked, predicted, batch.noisy_ids)
+    # 2. The rollout x^(p) (3).
+    predicted_ids = torch.where(is_masked, masked.tokens, batch.noisy_ids)
 
-    # 3. The predicted stream, x^(p).
-    predicted_logits = clean.denoise(embed(predicted_ids))  # [B, L', V]
+    # 3. The predicted stream.
+    predicted = score(clean.denoise(embed(predicted_ids)), batch.labels)
 
     # 4. Both streams are to give the clean tokens (4-6).
-    masked_loss = cross_entropy(masked_logits, batch.labels, "masked")
-    predicted_loss = cross_entropy(predicted_logits, batch.labels, "predicted")
-    error = rollout_error(predicted, batch.labels, is_masked)
-    return mean_loss(masked_loss, predicted_loss, rollout_error=error)
+    return halves(
+        mean(masked.losses, batch.labels, "masked", average),
+        mean(predicted.losses, batch.labels, "predicted", average),
+        rollout_error=rollout_error(masked.tokens, batch.labels, is_masked),
+    )
 
 
-def mdlm_loss(model: Any, batch: Batch, *, block_length: int) -> Loss:
+def mdlm_loss(model: Any, batch: Batch, *, block_length: int, average: str = SEQUENCES) -> Loss:
     """Masked block diffusion: recover the clean tokens from masks (eq. 1).
 
     Like the published code, all labelled positions count, masked or not, without a 1/t weight.
     """
-    clean = CleanStream(model, batch.clean_ids, block_length)
-    logits = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))
-    return cross_entropy(logits, batch.labels, "masked")
+    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions)
+    states = clean.denoise(model.get_input_embeddings()(batch.noisy_ids))
+    return mean(score(states, batch.labels).losses, batch.labels, "masked", average)
 
 
-def uniform_loss(model: Any, batch: Batch, random_ids: Tensor, *, block_length: int) -> Loss:
+def uniform_loss(
+    model: Any,
+    batch: Batch,
+    random_ids: Tensor,
+    *,
+    block_length: int,
+    average: str = SEQUENCES,
+) -> Loss:
     """Uniform diffusion: recover the clean tokens from masks and from random tokens (eq. 2).
 
     The paper's baseline has random tokens where on-policy training has the model's own (A19 in
     docs/paper.md). `random_ids` [B, L'] int64 are the clean ids with random ones among them.
     """
     embed = model.get_input_embeddings()
-    clean = CleanStream(model, batch.clean_ids, block_length)
-    masked_logits = clean.denoise(embed(batch.noisy_ids))
-    random_logits = clean.denoise(embed(random_ids))
-    masked_loss = cross_entropy(masked_logits, batch.labels, "masked")
-    random_loss = cross_entropy(random_logits, batch.labels, "random")
-    return mean_loss(masked_loss, random_loss)
+    labels = batch.labels
+    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions)
+    masked = score(clean.denoise(embed(batch.noisy_ids)), labels)
+    random = score(clean.denoise(embed(random_ids)), labels)
+    return halves(
+        mean(masked.losses, labels, "masked", average),
+        mean(random.losses, labels, "random", average),
+    )
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, stream: str, weights: Tensor | None = None
+def mean(
+    losses: Tensor, labels: Tensor, stream: str, average: str, weights: Tensor | None = None
 ) -> Loss:
-    """The mean cross-entropy of one stream over its labelled positions.
+    """The mean loss of one stream.
 
     Args:
-        logits: [B, L', V], any float dtype; the loss is computed in float32.
+        losses: [B, L'], of every position.
         labels: [B, L'] int64, the clean tokens, or `IGNORE`.
         stream: its name in the loss.
+        average: "sequences" is the mean over each sequence's labels, and then over the sequences,
+            as in the published code, where it does not matter which ones share a batch. "labels"
+            is one mean over all labels of the batch.
         weights: [B, L'] float32, of every position in the mean; None: labelled ones count alike.
     """
     if weights is None:
-        weights = (labels != IGNORE).float()
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    weighted = losses.view(labels.shape) * weights
-    mean = weighted.sum() / weights.sum().clamp(min=1e-6)
-    per_sequence = weighted.detach().sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)  # [B]
-    return Loss(mean, {f"loss_{stream}": mean.detach()}, {stream: per_sequence})
+        weights = (labels != IGNORE).to(losses.dtype)
+    weighted = losses * weights
+    per_sequence = weighted.sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)  # [B]
+    if average == SEQUENCES:
+        total = per_sequence.mean()
+    else:
+        total = weighted.sum() / weights.sum().clamp(min=1e-6)
+    return Loss(total, {f"loss_{stream}": total.detach()}, {stream: per_sequence.detach()})
 
 
-def mean_loss(first: Loss, second: Loss, **parts: Tensor) -> Loss:
-    """The mean of the losses of two streams, with further parts to log."""
+def halves(first: Loss, second: Loss, **parts: Tensor) -> Loss:
+    """Half the sum of the losses of two streams, with further parts to log."""
     total = (first.total + second.total) / 2
     both = first.parts | second.parts
     return Loss(total, both | parts, first.per_sequence | second.per_sequence)
+
+
+def rollout_error(predicted: Tensor, labels: Tensor, is_masked: Tensor) -> Tensor:
+    """The share of labelled masks whose prediction is not the clean token, a scalar.
+
+    Args:
+        predicted: [B, L] int64, tokens of a rollout.
+        labels: [B, L] int64, the clean tokens, or `IGNORE`.
+        is_masked: [B, L] bool.
+    """
+    counted = is_masked & (labels != IGNORE)
+    wrong = counted & (predicted != labels)
+    return wrong.sum() / counted.sum().clamp(min=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +195,7 @@ class Objective(ABC):
         mask_token_id: MASK.
         mask_ratio_low: the lowest share of response tokens that are masked.
         mask_ratio_high: the highest share.
+        loss_average: "sequences" or "labels", as `mean` takes it.
     """
 
     decoding: ClassVar[str]
@@ -166,6 +204,7 @@ class Objective(ABC):
     mask_token_id: int
     mask_ratio_low: float
     mask_ratio_high: float
+    loss_average: str
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -178,11 +217,51 @@ class Objective(ABC):
         """Draw noise, the same for the same state of the generator, and return the loss."""
 
     def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """The batch with masks, and the share of them in every sequence, [B] float32."""
+        """The batch with masks, and the share of them in every sequence, [B] float32.
+
+        The noisy copies begin and end with the blocks of the responses.
+        """
         ids = clean.clean_ids
         ratios = mask_ratios(len(ids), self.mask_ratio_low, self.mask_ratio_high, generator)
-        noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
-        return Batch(ids, noisy[:, clean.start :], clean.labels[:, clean.start :]), ratios
+        masked = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
+        positions = noisy_positions(clean, self.block_length)
+        noisy = take(masked, positions)
+        labels = take(clean.labels, positions, beyond=IGNORE)
+        return Batch(ids, noisy, labels, positions), ratios
+
+
+class ObjectiveModule(nn.Module):
+    """A network and its objective as one module, whose forward is the loss.
+
+    An objective runs the network several times and calls methods of it. `DistributedDataParallel`,
+    FSDP2 and `torch.compile` want one forward of the outermost module, and this is it.
+
+    Args:
+        network: a block-diffusion model, or one with adapters of `peft`.
+        objective: what it is trained for.
+        compiled: compile the loss with `torch.compile`.
+    """
+
+    def __init__(self, network: nn.Module, objective: Objective, *, compiled: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self._loss = torch.compile(objective.loss) if compiled else objective.loss
+
+    def forward(self, generator: torch.Generator, **clean: Tensor) -> dict[str, Tensor]:
+        """The loss of one batch.
+
+        Args:
+            generator: random source of the noise, on the device of the network.
+            clean: the fields of a `CleanBatch`.
+
+        Returns:
+            `loss`, a scalar with gradient, and the parts to log, scalars without.
+        """
+        network: Any = self.network
+        if hasattr(network, "get_base_model"):  # adapters of peft stand within its layers
+            network = network.get_base_model()
+        loss = self._loss(network, CleanBatch(**clean), generator)
+        return {"loss": loss.total, **loss.parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +273,7 @@ class MDLM(Objective):
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens."""
         batch, _ = self.masked(clean, generator)
-        return mdlm_loss(model, batch, block_length=self.block_length)
+        return mdlm_loss(model, batch, block_length=self.block_length, average=self.loss_average)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +293,10 @@ class Uniform(Objective):
             self.mask_token_id,
             generator,
         )
-        noisy = random_ids[:, clean.start :]
-        return uniform_loss(model, batch, noisy, block_length=self.block_length)
+        noisy = take(random_ids, noisy_positions(clean, self.block_length))
+        return uniform_loss(
+            model, batch, noisy, block_length=self.block_length, average=self.loss_average
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,4 +323,5 @@ class OPUT(Objective):
             mask_token_id=self.mask_token_id,
             temperature=self.rollout_temperature if self.rollout == "sample" else 0.0,
             generator=generator,
+            average=self.loss_average,
         )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dmax.confidence import candidates
-from dmax.training.clean_stream import IGNORE
 
 
 @torch.no_grad()
@@ -28,22 +27,43 @@ def roll_out(
     Returns:
         [B, L] int64 token ids.
     """
-    if temperature == 0:
-        return candidates(logits, 1, mask_token_id).ids[..., 0]
-    scaled = logits.float() / temperature
-    scaled[..., mask_token_id] = -torch.inf
-    drawn = torch.multinomial(scaled.softmax(dim=-1).flatten(0, 1), 1, generator=generator)
-    return drawn.view(logits.shape[:-1])
+    shape = logits.shape[:-1]
+    draws = draw(shape, generator, logits.device) if temperature else None
+    tokens, _ = pick(logits, mask_token_id, temperature, draws)
+    return tokens
 
 
-def rollout_error(predicted: Tensor, labels: Tensor, is_masked: Tensor) -> Tensor:
-    """The share of labelled masks whose prediction is not the clean token, a scalar.
+def draw(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1), float32, from a generator of any device."""
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+@torch.no_grad()
+def pick(
+    logits: Tensor, mask_token_id: int, temperature: float = 0.0, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits, and the probability that the model gives it.
+
+    One uniform number decides a row's sample, whichever rows are sampled together.
 
     Args:
-        predicted: [B, L] int64, tokens of a rollout.
-        labels: [B, L] int64, the clean tokens, or `IGNORE`.
-        is_masked: [B, L] bool.
+        logits: [..., V], any float dtype.
+        mask_token_id: MASK, which is never picked.
+        temperature: 0 takes the most probable token; else softmax(logits / temperature) is sampled.
+        draws: [...] float32 in [0, 1), of the samples.
+
+    Returns:
+        [...] int64 tokens, and their probabilities [...].
     """
-    counted = is_masked & (labels != IGNORE)
-    wrong = counted & (predicted != labels)
-    return wrong.sum() / counted.sum().clamp(min=1)
+    if draws is None:
+        best = candidates(logits, 1, mask_token_id)
+        return best.tokens, best.confidence
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    scaled = logits.to(dtype) / temperature
+    scaled[..., mask_token_id] = -torch.inf
+    mass = scaled.softmax(dim=-1).cumsum(dim=-1)  # [..., V]
+    level = draws.to(dtype) * mass[..., -1]
+    tokens = torch.searchsorted(mass, level[..., None], right=True)  # [..., 1]
+    probs = logits.softmax(dim=-1, dtype=dtype).gather(-1, tokens)
+    return tokens[..., 0], probs[..., 0].to(torch.promote_types(logits.dtype, torch.float32))

@@ -17,10 +17,10 @@ from dmax.errors import InputError
 from dmax.files import writing
 from dmax.special_ids import SpecialIds
 from dmax.training.balancing import RouterBalancing
-from dmax.training.clean_stream import CleanBatch
 from dmax.training.config import DMaxConfig
 from dmax.training.data import Collator, Encoded, LengthSampler, check_examples
 from dmax.training.finite import check_weights, first_not_finite, weights
+from dmax.training.objectives import ObjectiveModule
 
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
@@ -79,7 +79,9 @@ class DMaxTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.eval_hook = eval_hook
         objective = args.objective_class.from_settings(vars(args) | asdict(special_ids))
-        self._loss = torch.compile(objective.loss) if args.compile_objective else objective.loss
+        self.objective_module = ObjectiveModule(
+            self.model, objective, compiled=args.compile_objective
+        )
         self._losses: list[Tensor] = []  # of the micro-batches of this step
         self._parts: list[dict[str, Tensor]] = []  # of the losses since the last line of the log
         self._tokens = 0
@@ -133,22 +135,32 @@ class DMaxTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The objective's loss on one micro-batch of the collator's."""
-        clean = CleanBatch(**inputs)
-        with self.accelerator.autocast():
-            loss = self._loss(model, clean, self._generator())
-        self._parts.append(loss.parts)
-        self._tokens += clean.clean_ids.numel()
-        return loss.total
+        parts: dict[str, Tensor] = model(self._generator(), **inputs)
+        loss = parts.pop("loss")
+        self._parts.append(parts)
+        self._tokens += inputs["clean_ids"].numel()
+        return loss
 
     def _generator(self) -> torch.Generator:
-        """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it."""
+        """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it.
+
+        The micro-batches of all processes are numbered in turn. So two processes draw what one
+        draws that accumulates twice as often.
+        """
         step = self.state.global_step
         if self._step != step:
             self._step = step
             self._micro_batch = 0
-        seed = (self.args.seed * 1_000_003 + step) * 1_009 + self._micro_batch
+        number = self._micro_batch * self.args.world_size + self.args.process_index
+        seed = (self.args.seed * 1_000_003 + step) * 1_009 + number
         self._micro_batch += 1
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator(self.args.device).manual_seed(seed)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        """The objective's module around the model, in what makes it run in several processes."""
+        if not training or model is not self.model:
+            return model
+        return self.accelerator.prepare_model(self.objective_module)
 
     def _get_train_sampler(self, *_: Any) -> LengthSampler:
         return LengthSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
