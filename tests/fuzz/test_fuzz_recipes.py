@@ -193,6 +193,7 @@ WRONG: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("data", "problems"): (0, 10**9, *WHOLE_BUT_WRONG),
     ("data", "seed"): (0.5, "1", [], {}, math.nan),
     ("data", "max_length"): (0, -1, 0.5, "1", [], {}, math.nan),
+    ("model", "dtype"): ("float16", "auto", "int8", "", None, 1, [], {}, True),
     ("model", "keep_start"): (0.5, *REAL_BUT_WRONG),
     ("model", "attn_implementation"): ("flsh", 1, [], {}, "kernels-community/flash-attn"),
     ("model", "experts_implementation"): ("fast", 1, [], {}),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from products import Products
 from torch import Tensor
 
 from dmax import kernels
@@ -123,6 +124,35 @@ def test_autocast_keeps_the_dtype_of_the_tokens(num_tokens: int) -> None:
             actual = experts(*inputs)
     assert actual.dtype == torch.float32
     assert relative_error(actual, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("num_tokens", [3, 200])
+@pytest.mark.parametrize(
+    "implementation", ["eager", "grouped_mm", "batched_mm", "dense_mm", "fused_moe"]
+)
+def test_autocast_reaches_every_product_of_the_experts(
+    implementation: str, num_tokens: int
+) -> None:
+    """Forward and backward multiply in bfloat16; gradients arrive in float32 weights."""
+    tokens, index, weights = make_inputs(num_tokens, 4)
+
+    def gradients(dtype: torch.dtype | None) -> tuple[set[torch.dtype], list[Tensor]]:
+        experts = make_experts(implementation)
+        leaves = [tokens.clone().requires_grad_(), weights.clone().requires_grad_()]
+        with Products() as products:
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                output = experts(leaves[0], index, leaves[1])
+            output.square().sum().backward()
+        found = [leaf.grad for leaf in (*leaves, *experts.parameters()) if leaf.grad is not None]
+        assert len(found) == 4
+        return products.dtypes, found
+
+    exact_dtypes, exact = gradients(None)
+    dtypes, found = gradients(torch.bfloat16)
+    assert (exact_dtypes, dtypes) == ({torch.float32}, {torch.bfloat16})
+    for expected, actual in zip(exact, found, strict=True):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, expected) <= 2e-2  # bfloat16 has 8 bits, 4e-3
 
 
 # ---- which forward ------------------------------------------------------------------------------

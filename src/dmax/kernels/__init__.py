@@ -87,3 +87,11 @@ def triton_kernels(name: str) -> ModuleType:
 def wants_gradient(*tensors: torch.Tensor) -> bool:
     """Whether what is computed from these tensors needs a gradient; no kernel here has one."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast has for products on the tensor's device; None where it is off."""
+    device = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

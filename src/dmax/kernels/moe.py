@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from dmax.kernels import can_fuse, implementation, triton_kernels
+from dmax.kernels import autocast_dtype, can_fuse, implementation, triton_kernels
 from dmax.kernels.quant import QuantizedWeight
 
 Activation = Callable[[Tensor], Tensor]
@@ -52,8 +52,8 @@ def fused_moe_experts_forward(
     """The forward for many experts on a GPU: Triton kernels for a few blocks of tokens.
 
     Only shapes, dtypes and the device decide, never values, so a CUDA graph can hold the call. What
-    the kernels cannot do goes to transformers' `grouped_mm`: gradients, large inputs, other
-    activations than SiLU, and expert parallelism.
+    the kernels cannot do goes to `grouped_mm`: gradients, large inputs, other activations than
+    SiLU, and expert parallelism.
     """
     gate_up = experts.gate_up_proj
     down = experts.down_proj
@@ -65,8 +65,35 @@ def fused_moe_experts_forward(
         and not getattr(experts, "_is_expert_parallel", False)
     ):
         return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
+    return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def grouped_mm_experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The `grouped_mm` of transformers, within reach of autocast like every other product.
+
+    Torch's grouped product has no autocast rule, and transformers lets it compute in the dtype of
+    the weights, which training keeps in float32. Here it gets copies of them in the dtype of
+    autocast. Gradients go through the copies to the weights.
+    """
+    dtype = autocast_dtype(hidden_states)
+    if dtype is not None:
+        experts = _ExpertsIn(dtype, experts)
     grouped_mm = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return grouped_mm(experts, hidden_states, top_k_index, top_k_weights)
+
+
+class _ExpertsIn:
+    """The experts of a layer with copies of their weights in another dtype."""
+
+    def __init__(self, dtype: torch.dtype, experts: Any) -> None:
+        self._experts = experts
+        self.gate_up_proj = experts.gate_up_proj.to(dtype)
+        self.down_proj = experts.down_proj.to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
 
 
 def fused_moe(
@@ -159,6 +186,10 @@ def best_experts_implementation(num_experts: int, device: torch.device) -> str |
     if device.type == "cpu":
         return "dense_mm" if num_experts <= 16 else None
     return "fused_moe" if implementation(device) == "triton" else None
+
+
+EXPERTS_FUNCTIONS = ExpertsInterface()  # other models keep transformers' own `grouped_mm`
+EXPERTS_FUNCTIONS["grouped_mm"] = grouped_mm_experts_forward
 
 
 def register() -> None:

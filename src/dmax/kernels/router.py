@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import can_fuse, triton_kernels
+from dmax.kernels import autocast_dtype, can_fuse, triton_kernels
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
         # Products of 16 bits are exact in float32, so no wide copies are needed.
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     # Leaving autocast costs as much as a small product, so it is left only where it is on.
-    is_on = not x.is_meta and torch.is_autocast_enabled(device)
+    is_on = autocast_dtype(x) is not None
     with torch.autocast(device, enabled=False) if is_on else nullcontext():
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), weight.to(wide))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint
-from dmax.environment import select_device
+from dmax.environment import DTYPES, select_device
 from dmax.recipe.sections import DataSection, ModelSection, model_config
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
@@ -15,11 +13,11 @@ from dmax.training.data import Conversation, Encoded, encode_conversations, read
 
 
 def build_checkpoint(section: ModelSection) -> Checkpoint:
-    """The checkpoint to continue on the best device, or a new model on the CPU, in float32."""
+    """The checkpoint to continue on the best device, or a new model on the CPU."""
     if section.path is not None:
         return load_checkpoint(
             section.path,
-            dtype=torch.float32,
+            dtype=DTYPES.get(section.dtype, "auto"),
             device=select_device("auto"),
             block_length=section.block_length,
             attn_implementation=section.attn_implementation,
@@ -30,6 +28,7 @@ def build_checkpoint(section: ModelSection) -> Checkpoint:
     return new_checkpoint(
         model_config(section.config or {}, tokenizer),
         tokenizer,
+        dtype=DTYPES[section.dtype],
         attn_implementation=section.attn_implementation,
         experts_implementation=section.experts_implementation or "eager",
     )

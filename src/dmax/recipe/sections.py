@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dmax import models
 from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
+from dmax.environment import DTYPES
 from dmax.errors import InputError, did_you_mean, show
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, MOST_PROBLEMS, DecodingParams, check_number
@@ -39,7 +45,7 @@ SIZES = {  # of a new model, and how large they may be for it to be made at all
     **dict.fromkeys(("hidden_size", "vocab_size", "intermediate_size"), 2**32),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**32),
 }
-BYTES_PER_WEIGHT = 4  # a new model begins in float32
+WEIGHT_DTYPES = ("float32", "bfloat16", "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,9 @@ class ModelSection:
         path: of a checkpoint to continue.
         config: of a new model, in place of `path`: the fields of its `model_type`'s configuration,
             llada2_moe or a dense decoder such as llama.
+        dtype: of the weights that are trained: float32, whatever dtype their products have (`bf16`
+            of `training`); bfloat16, half the memory under adapters, but too coarse for the small
+            steps of a full training; or auto, which the files at `path` have.
         add_mask_token: makes an autoregressive checkpoint at `path` a block-diffusion model.
         block_length: of a checkpoint at `path` that names none, or another one.
         keep_start: share of the weights at `path` in what is saved in the end. A mean of both ends
@@ -60,6 +69,7 @@ class ModelSection:
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    dtype: str = "float32"
     add_mask_token: bool = False
     block_length: int | None = None
     keep_start: float = 0.0
@@ -217,6 +227,7 @@ def _check_model(recipe: Recipe) -> None:
             "`add_mask_token` and `block_length` of `model` belong to a `path`",
             hint="a new model's block length is a field of its `config`",
         )
+    _check_dtype(recipe)
     with file.at("model.block_length"):
         check_number(
             "block_length", model.block_length, low=1, high=LONGEST_BLOCK, whole=True, optional=True
@@ -234,6 +245,20 @@ def _check_model(recipe: Recipe) -> None:
         )
     if model.config is not None:
         _check_config(file, model, model.config)
+
+
+def _check_dtype(recipe: Recipe) -> None:
+    dtype = recipe.model.dtype
+    if dtype not in WEIGHT_DTYPES:
+        raise recipe.file.wrong(
+            "model.dtype",
+            f"`model.dtype` must be one of {', '.join(WEIGHT_DTYPES)}, got {show(dtype)}",
+            did_you_mean(dtype, WEIGHT_DTYPES),
+        )
+    if dtype == "auto" and recipe.model.path is None:
+        raise recipe.file.wrong("model.dtype", "a new model has no files whose dtype it could take")
+    if dtype != "float32" and recipe.head is not None:
+        raise recipe.file.wrong("model.dtype", "a head is trained on states in float32")
 
 
 def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any]) -> None:
@@ -258,18 +283,21 @@ def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any
             model = new_checkpoint(
                 made,
                 tokenizer,
+                dtype=DTYPES[section.dtype],
                 attn_implementation=section.attn_implementation,
                 experts_implementation=section.experts_implementation,
             ).model
-    _check_memory(file, sum(weight.numel() for weight in model.parameters()))
+    _check_memory(file, model)
 
 
-def _check_memory(file: RecipeFile, num_weights: int) -> None:
+def _check_memory(file: RecipeFile, model: PreTrainedModel) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if num_weights * BYTES_PER_WEIGHT > memory:
+    if sum(weight.nbytes for weight in model.parameters()) > memory:
+        num_weights = sum(weight.numel() for weight in model.parameters())
+        dtype = str(model.dtype).removeprefix("torch.")
         raise file.wrong(
             "model.config",
-            f"the model would have {num_weights:,} weights in float32, more than fit into "
+            f"the model would have {num_weights:,} weights in {dtype}, more than fit into "
             f"{memory / 2**30:.0f} GiB of memory",
         )
 

@@ -29,6 +29,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 
 from dmax.attention import ATTENTION_FUNCTIONS, Mask, prepare_mask
 from dmax.kernels.block_attention import block_attention, can_attend
+from dmax.kernels.moe import EXPERTS_FUNCTIONS
 from dmax.kernels.norm import add_and_norm, rms_norm
 from dmax.kernels.router import router_logits, select_experts
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
@@ -129,7 +130,7 @@ class LLaDA2MoeMLP(Glm4MoeMLP):
     """Gated feed-forward network: down(act(gate(x)) · up(x))."""
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
 class LLaDA2MoeExperts(nn.Module):
     """All routed experts of a layer, stacked; transformers calls this `forward` "eager"."""
 

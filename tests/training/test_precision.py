@@ -1,0 +1,97 @@
+"""Which dtype the weights of a training have, and which one its products are computed in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from products import Products
+from safetensors.torch import load_file
+from test_trainer import CONFIG, write_recipe
+
+from dmax.errors import InputError
+from dmax.recipe.run import run_recipe
+from dmax.recipe.sections import load_recipe
+from dmax.training.trainer import DMaxTrainer
+
+pytest.importorskip("accelerate")
+
+EXPERTS = 5  # a size that nothing but the router's products has
+MODEL = {"config": CONFIG | {"num_experts": EXPERTS}}
+
+
+def run(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """Train as the recipe says; the weights that are saved."""
+    folder.mkdir()
+    run_recipe(load_recipe(write_recipe(folder, **changes)))
+    return load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "dense_mm", "eager", "fused_moe"])
+def test_bf16_reaches_every_product_but_the_routers(tmp_path: Path, experts: str) -> None:
+    with Products() as products:
+        weights = run(
+            tmp_path / "run",
+            model=MODEL | {"experts_implementation": experts},
+            training={"bf16": True, "max_steps": 1},
+        )
+    wide = [product for product in products.found if torch.float32 in product.dtypes]
+    assert len(products.found) > len(wide) > 0
+    assert all(EXPERTS in product.sizes for product in wide)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_the_weights_have_the_dtype_that_the_recipe_says(tmp_path: Path) -> None:
+    training = {"max_steps": 1}
+    [wide] = {each.dtype for each in run(tmp_path / "wide", training=training).values()}
+    narrow = run(
+        tmp_path / "narrow", model={"config": CONFIG, "dtype": "bfloat16"}, training=training
+    )
+    model = {"path": str(tmp_path / "narrow" / "out")}
+    kept = run(tmp_path / "kept", model=model | {"dtype": "auto"}, training=training)
+    [widened] = {
+        each.dtype for each in run(tmp_path / "2", model=model, training=training).values()
+    }
+    assert wide == widened == torch.float32
+    for weights in (narrow, kept):
+        dtypes = {name: weight.dtype for name, weight in weights.items()}
+        biases = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        assert all(name.endswith("expert_bias") for name in biases), biases
+        assert set(dtypes.values()) - {torch.float32} == {torch.bfloat16}
+
+
+def test_a_killed_run_in_bfloat16_resumes_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"config": CONFIG, "dtype": "bfloat16"}
+    whole = run(tmp_path / "whole", model=model)
+    compute_loss = DMaxTrainer.compute_loss
+
+    def dies_in_step_five(self: DMaxTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DMaxTrainer, "compute_loss", dies_in_step_five)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", model=model)
+    run_recipe(load_recipe(tmp_path / "broken" / "recipe.yaml"))
+    resumed = load_file(tmp_path / "broken" / "out" / "model.safetensors")
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"dtype": "float16"}, "must be one of float32, bfloat16, auto, got 'float16'"),
+        ({"dtype": "auto"}, "a new model has no files whose dtype it could take"),
+        ({"dtype": 16}, "must be str, got 16"),
+    ],
+)
+def test_a_wrong_dtype_is_named(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    path = write_recipe(tmp_path, model={"config": CONFIG} | model)
+    with pytest.raises(InputError, match=rf"recipe.yaml:\d+: .*{message}"):
+        load_recipe(path)
