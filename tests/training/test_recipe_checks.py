@@ -166,7 +166,7 @@ def test_a_mistyped_name_is_told_what_stands_beside_it(tmp_path: Path, name: str
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
         ({"optim": "galore_adamw"}, "galore_torch"),
         ({"optim_args": "a"}, "`training` is not usable"),
-        ({"report_to": "nonsense"}, "nonsense is not supported"),
+        ({"report_to": "nonsense"}, "in `training.report_to`, there is no logger 'nonsense'"),
         ({"report_to": ["dvclive"]}, "dvclive"),
         ({"bf16": True, "use_cpu": False}, "doesn't support bf16"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),

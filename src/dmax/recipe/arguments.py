@@ -22,6 +22,7 @@ from dmax import extras
 from dmax.environment import lacks_compiler
 from dmax.errors import InputError, did_you_mean, show
 from dmax.recipe.file import RecipeFile
+from dmax.recipe.logs import check_loggers
 from dmax.training.config import DMaxConfig
 
 METRICS = ("accuracy", "tpf")
@@ -87,6 +88,8 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
                 f"`training.{name}` would not do here what it says",
                 hint="leave it out",
             )
+    with file.at("training.report_to"):
+        check_loggers(training.get("report_to"))
     for name, kind in CHOICES.items():
         _check_choice(file, training, name, [member.value for member in kind])
     _check_choice(file, training, "torch_compile_mode", COMPILE_MODES)

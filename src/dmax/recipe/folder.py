@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from dmax.errors import InputError
 from dmax.files import changes, write_atomically, writing
+from dmax.recipe.logs import TENSORBOARD
 
 RECORD = "run.json"
 TRAINER_STATE = "trainer_state.json"
@@ -144,6 +145,7 @@ class RunFolder(TrainerCallback):
         with writing(self.path):
             for folder in self._checkpoints():
                 shutil.rmtree(folder)
+            shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
             (self.path / RECORD).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, encode_data, read_data
 from dmax.recipe.folder import ANEW, MOVE, TRAINER_STATE, RunFolder
+from dmax.recipe.logs import PROJECT, reported_here
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.training import get_objective
@@ -39,10 +40,12 @@ UNTRACKED = (
     "hub",
     "log",
     "output_dir",
+    "project",
     "push_to_hub",
     "report_to",
     "run_name",
     "save",
+    "trackio",
 )
 
 
@@ -70,7 +73,19 @@ def run_recipe(
     if run.is_finished:
         report(f"already finished: {recipe.output_dir}")
         return recipe.output_dir
+    with reported_here(run.path):
+        _train_model(run, recipe, args, task, report)
+    return recipe.output_dir
 
+
+def _train_model(
+    run: RunFolder,
+    recipe: Recipe,
+    args: DMaxConfig,
+    task: Task | None,
+    report: Callable[[str], None],
+) -> None:
+    """Train from where the run stands to its end, and write the result."""
     conversations = read_data(recipe.data)
     set_seed(args.seed)
     decoding = get_objective(args.objective, args.rollout).decoding
@@ -105,7 +120,6 @@ def run_recipe(
     )
     _draw(trainer, recipe, report)
     run.finish()
-    return recipe.output_dir
 
 
 def _run_folder(
@@ -178,7 +192,8 @@ def _draw(trainer: DMaxTrainer, recipe: Recipe, report: Callable[[str], None]) -
 
 def _arguments(recipe: Recipe) -> DMaxConfig:
     run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
-    return make_arguments(recipe.file, recipe.training, run_dir)
+    names = {"run_name": recipe.output_dir.name, "project": PROJECT}
+    return make_arguments(recipe.file, names | recipe.training, run_dir)
 
 
 def _task(recipe: Recipe) -> Task | None:
