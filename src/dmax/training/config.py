@@ -54,6 +54,8 @@ class DMaxConfig(TrainingArguments):
         certainty_weight: of dparallel's entropy of right predictions.
         certainty_temperature: of the softmax in that entropy.
         eos_labels: how many trailing EOS are labelled; None: one block of them.
+        train_eos_embedding: whether the row of EOS in the input table learns. In the published
+            class it gets no gradient, because EOS is also its `padding_idx`.
         pad_to: pad every batch to this length, for static shapes.
         router_bias_speed: step of loss-free expert balancing; 0: off.
         compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
@@ -72,6 +74,7 @@ class DMaxConfig(TrainingArguments):
     certainty_weight: float = 2.0
     certainty_temperature: float = 0.5
     eos_labels: int | None = None
+    train_eos_embedding: bool = False
     pad_to: int | None = None
     router_bias_speed: float = 0.0
     compile_objective: bool = False

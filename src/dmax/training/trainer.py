@@ -19,6 +19,7 @@ from dmax.special_ids import SpecialIds
 from dmax.training.balancing import RouterBalancing
 from dmax.training.config import DMaxConfig
 from dmax.training.data import Collator, Encoded, LengthSampler, check_examples
+from dmax.training.embedding import without_gradient
 from dmax.training.finite import check_weights, first_not_finite, weights
 from dmax.training.objectives import ObjectiveModule
 
@@ -82,6 +83,8 @@ class DMaxTrainer(Trainer):
         self.objective_module = ObjectiveModule(
             self.model, objective, compiled=args.compile_objective
         )
+        # The row of the input table that gets no gradient.
+        self._still_row = None if args.train_eos_embedding else special_ids.eos_token_ids[0]
         self._losses: list[Tensor] = []  # of the micro-batches of this step
         self._parts: list[dict[str, Tensor]] = []  # of the losses since the last line of the log
         self._tokens = 0
@@ -93,7 +96,8 @@ class DMaxTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch; the last one of a step looks at all of them."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        with without_gradient(self.model.get_input_embeddings(), self._still_row):
+            loss: Tensor = super().training_step(*args, **kwargs)
         self._losses.append(loss)
         if self.accelerator.sync_gradients:
             self._check_step()
