@@ -54,11 +54,11 @@ class RunFolder(TrainerCallback):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is not a folder", hint=MOVE)
         record = self._read()
-        if record is None and self._checkpoints():
+        if record is None and self.checkpoints():
             raise InputError(
                 f"{path} holds checkpoints and no record of what trained them", hint=MOVE
             )
-        if fresh or record is None or not (record["is_finished"] or self._checkpoints()):
+        if fresh or record is None or not (record["is_finished"] or self.checkpoints()):
             return  # there is nothing to go on from
         others = sorted(name for name, _, _ in changes(record["settings"], self._settings))
         if others:
@@ -74,7 +74,7 @@ class RunFolder(TrainerCallback):
             InputError: a checkpoint is damaged and there is none before it. Starting over would
                 write in its place, and that is for the user to decide.
         """
-        folders = [] if self._fresh else self._checkpoints()
+        folders = [] if self._fresh else self.checkpoints()
         flaws: list[str] = []
         is_lost = False
         for folder in reversed(folders):
@@ -128,8 +128,8 @@ class RunFolder(TrainerCallback):
         self.is_finished = True
         self._write()
 
-    def _checkpoints(self) -> list[Path]:
-        """Trainer's folders, by their step."""
+    def checkpoints(self) -> list[Path]:
+        """The folders that Trainer has written, by their step."""
         if not self.path.is_dir():
             return []
         names = re.compile(r"checkpoint-(\d+)")
@@ -143,7 +143,7 @@ class RunFolder(TrainerCallback):
     def _empty(self) -> None:
         """Remove what runs of ours write, and nothing else."""
         with writing(self.path):
-            for folder in self._checkpoints():
+            for folder in self.checkpoints():
                 shutil.rmtree(folder)
             shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
             (self.path / RECORD).unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, encode_data, read_data
+from dmax.recipe.disk import check_room, num_steps, room
 from dmax.recipe.folder import ANEW, MOVE, TRAINER_STATE, RunFolder
 from dmax.recipe.logs import PROJECT, reported_here
 from dmax.recipe.sections import EvalSection, Recipe
@@ -103,6 +104,9 @@ def _train_model(
         processing_class=checkpoint.tokenizer,
         callbacks=[run],
     )
+    with recipe.file.at("output_dir"):
+        needed = room(trainer.model, args, num_steps(args, len(dataset)))
+        check_room(needed, recipe.output_dir, run.checkpoints())
     start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start else {}
     run.begin()
     steps = _train(trainer, run)
