@@ -72,7 +72,8 @@ def training_mask(
     rows = len(query_index)
 
     def mask_mod(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return predicate(query_index[batch % rows, query], key_index[batch % rows, key])
+        row = batch if rows > 1 else 0  # one row serves all sequences
+        return predicate(query_index[row, query], key_index[row, key])
 
     sizes = (query_index.shape[1], key_index.shape[1])
     return create_block_mask(mask_mod, rows, None, *sizes, device=str(query_index.device))
