@@ -105,7 +105,8 @@ def recorded_streams(model: LLaDA2MoeModelLM) -> Iterator[list[Tensor]]:
     def record(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         embeds = kwargs["inputs_embeds"].detach()
         cache = kwargs["past_key_values"]
-        inputs.append(embeds[:, : -cache.length] if cache.records else embeds)
+        end = embeds.shape[1] - (cache.length if cache.records else 0)
+        inputs.append(embeds[:, :end])
 
     handle = model.model.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -214,6 +215,13 @@ def test_a_later_start_drops_work_but_not_loss(
     for name, each in whole.per_sequence.items():
         torch.testing.assert_close(ours.per_sequence[name], each)
     assert_same_gradients(gradients(model, ours.total), gradients(model, whole.total))
+
+
+def test_a_sequence_of_one_block_has_no_context(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+    first = Batch(*(ids[:, :BLOCK] for ids in (batch.clean_ids, batch.noisy_ids, batch.clean_ids)))
+    ours = mdlm_loss(model, first, block_length=BLOCK)
+    logits = model(input_ids=first.noisy_ids).logits
+    torch.testing.assert_close(ours.total, plain_loss(logits, first))
 
 
 def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batch) -> None:

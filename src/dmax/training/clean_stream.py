@@ -92,7 +92,7 @@ class CleanStream:
         self, model: Any, clean_ids: Tensor, block_length: int, positions: Tensor | None = None
     ) -> None:
         self._model = model
-        self._clean_ids = clean_ids
+        self._clean_ids = clean_ids[:, :-block_length]  # nobody sees the last block
         self._block_length = block_length
         self._noisy = positions
         self._layers: Layers = {}
@@ -103,9 +103,10 @@ class CleanStream:
         The first call runs [noisy | clean] and records the clean half's keys and values.
         """
         length = inputs_embeds.shape[1]
-        clean = torch.arange(self._clean_ids.shape[1], device=inputs_embeds.device)[None]  # [1, L]
-        noisy = clean[:, -length:] if self._noisy is None else self._noisy  # [1 or B, L']
-        clean = clean.expand(len(noisy), -1)
+        end = self._clean_ids.shape[1] + self._block_length
+        position = torch.arange(end, device=inputs_embeds.device)[None]  # [1, L]
+        noisy = position[:, -length:] if self._noisy is None else self._noisy  # [1 or B, L']
+        clean = position[:, : -self._block_length].expand(len(noisy), -1)
         records = not self._layers
         if records:
             context = self._model.get_input_embeddings()(self._clean_ids)  # [B, L, D]
@@ -121,7 +122,7 @@ class CleanStream:
 
     def _mask(self, noisy: Tensor, clean: Tensor, records: bool) -> Mask:
         """Who sees whom: [noisy | clean] among themselves, or noisy ones [clean | noisy]."""
-        offset = clean.shape[1] + noisy.shape[1]  # above all positions
+        offset = clean.shape[1] + self._block_length + noisy.shape[1]  # above all positions
         visible = noisy_clean(self._block_length, offset)
         implementation = self._model.config._attn_implementation
         if records:
@@ -152,8 +153,8 @@ class ContextCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """All that is visible to new keys and values [B, G, L', d] of a layer, theirs included."""
         if self.records:
-            clean = (key[:, :, -self.length :], value[:, :, -self.length :])
-            self.layers.setdefault(layer_idx, clean)
+            start = key.shape[2] - self.length
+            self.layers.setdefault(layer_idx, (key[:, :, start:], value[:, :, start:]))
             return key, value
         recorded_key, recorded_value = self.layers[layer_idx]  # [B, G, L, d]
         return torch.cat((recorded_key, key), dim=2), torch.cat((recorded_value, value), dim=2)
