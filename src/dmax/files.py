@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -292,6 +293,23 @@ def new_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What writes of `path` that were killed have left beside it."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
+    beside = path.absolute().parent.glob(".*.partial")  # none if there is no such folder
+    return [entry for entry in beside if ours.fullmatch(entry.name)]
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writes of `path` that were killed have left; nobody may be writing it now."""
+    with writing(path):
+        for entry in leftovers(path):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def read_record(path: Path) -> Any:

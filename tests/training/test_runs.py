@@ -307,6 +307,48 @@ def test_a_checkpoint_that_was_never_finished_does_not_count(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_weights_alone_are_nothing_to_go_on_from_but_enough_for_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS | {"save_only_model": True})
+    killed_at(1, monkeypatch, path)
+    with pytest.raises(InputError, match="checkpoint-1 holds weights and no optimiser") as error:
+        run(path)
+    assert "--fresh" in str(error.value.hint)
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_checkpoint", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(path, resume=False)
+    monkeypatch.setattr(DMaxTrainer, "train", dies)
+    run(path)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_was_being_written_when_a_run_was_killed_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, training=TWO_STEPS)
+    killed_at(1, monkeypatch, path)
+    (tmp_path / "out-run" / "checkpoint-7").mkdir()  # the next run need not save at this step
+    (tmp_path / "out-run" / ".run.json.0123abcd.partial").touch()
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    (tmp_path / ".out.0123abcd.partial" / "model.safetensors").touch()
+    others = (".out-2.0123abcd.partial", ".out.mine.partial", "out.0123abcd.partial")
+    for name in others:
+        (tmp_path / name).touch()
+    run(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out-run", path.name, *others}
+    assert {entry.name for entry in (tmp_path / "out-run").iterdir()} == {
+        "checkpoint-1",
+        "checkpoint-2",
+        "run.json",
+    }
+
+
 @pytest.mark.parametrize("limit", [2_000, 40_000])  # of the weights, of the optimiser
 def test_a_full_disk_ends_the_run_in_one_sentence_and_the_next_goes_on(
     tmp_path: Path,

@@ -112,8 +112,8 @@ def check_room(needed: Room, output_dir: Path, checkpoints: Iterable[Path]) -> N
     raise InputError(
         f"the run needs {in_words(missing)} of disk ({parts}), and {place} has "
         f"{in_words(free)} free",
-        hint="lower `save_total_limit`, set `save_only_model`, choose an `output_dir` on another "
-        "disk, or free some space",
+        hint="lower `save_total_limit`, choose an `output_dir` on another disk, or set "
+        "`save_only_model`, with which an interrupted run cannot go on",
     )
 
 

@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from dmax.errors import InputError
-from dmax.files import changes, write_atomically, writing
+from dmax.files import changes, remove_leftovers, write_atomically, writing
 from dmax.recipe.logs import TENSORBOARD
 
 RECORD = "run.json"
 TRAINER_STATE = "trainer_state.json"
+SCHEDULER = "scheduler.pt"
 ANEW = "start over with --fresh, or choose another `output_dir`"
 MOVE = "move it away, or choose another `output_dir`"
 
@@ -50,6 +51,7 @@ class RunFolder(TrainerCallback):
         self.seconds = 0.0
         self.is_finished = False
         self.last_checkpoint: Path | None = None
+        self._unfinished: list[Path] = []  # checkpoints that were not written to their end
         self._since = 0.0
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is not a folder", hint=MOVE)
@@ -68,10 +70,10 @@ class RunFolder(TrainerCallback):
         self.is_finished = record["is_finished"]
 
     def find_checkpoint(self, report: Callable[[str], None]) -> None:
-        """Look for the newest checkpoint whose files are whole; says which ones are passed over.
+        """Look for the newest checkpoint to go on from; says which ones are passed over.
 
         Raises:
-            InputError: a checkpoint is damaged and there is none before it. Starting over would
+            InputError: a checkpoint is of no use and there is none before it. Starting over would
                 write in its place, and that is for the user to decide.
         """
         folders = [] if self._fresh else self.checkpoints()
@@ -79,13 +81,14 @@ class RunFolder(TrainerCallback):
         is_lost = False
         for folder in reversed(folders):
             if not (folder / TRAINER_STATE).exists():  # Trainer writes it last
+                self._unfinished.append(folder)
                 flaws.append(f"{folder.name} was not written to its end")
                 continue
-            torn = torn_file(folder)
-            if torn is None:
+            flaw = flaw_of(folder)
+            if flaw is None:
                 self.last_checkpoint = folder
                 break
-            flaws.append(f"{folder.name} is damaged, {torn} cannot be read")
+            flaws.append(f"{folder.name} {flaw}")
             is_lost = True
         if is_lost and self.last_checkpoint is None:
             raise InputError(
@@ -96,9 +99,17 @@ class RunFolder(TrainerCallback):
             report(f"{flaw}: {'starting over' if last is None else f'going on from {last.name}'}")
 
     def begin(self) -> None:
-        """Write the settings down and start the clock; `fresh` removes an earlier run first."""
+        """Write the settings down and start the clock.
+
+        What is of no use any more goes first: of an earlier run if it is to be forgotten, else what
+        was being written when it was killed.
+        """
         if self._fresh:
             self._empty()
+        with writing(self.path):
+            for folder in self._unfinished:
+                shutil.rmtree(folder)
+        remove_leftovers(self.path / RECORD)
         if self.last_checkpoint is None:
             self.seconds = 0.0
         self.is_finished = False
@@ -109,8 +120,7 @@ class RunFolder(TrainerCallback):
         """Whether the last checkpoint is of the last step, so that only the result is missing."""
         if self.last_checkpoint is None:
             return False
-        state = json.loads((self.last_checkpoint / TRAINER_STATE).read_bytes())
-        return bool(state["global_step"] >= state["max_steps"])
+        return _is_last(self.last_checkpoint)
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Called by Trainer after each checkpoint."""
@@ -170,6 +180,23 @@ class RunFolder(TrainerCallback):
             "is_finished": self.is_finished,
         }
         write_atomically(self.path / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def flaw_of(folder: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint; None if it can."""
+    torn = torn_file(folder)
+    if torn is not None:
+        return f"is damaged, {torn} cannot be read"
+    # Trainer would go on from weights alone, with a new optimiser and a new warm-up.
+    if not (folder / SCHEDULER).exists() and not _is_last(folder):
+        return "holds weights and no optimiser, as `save_only_model` has it"
+    return None
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the last step of its run."""
+    state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def torn_file(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.curves import draw_history
 from dmax.evaluation.run import evaluate
-from dmax.files import check_readable
+from dmax.files import check_readable, leftovers, remove_leftovers
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
@@ -106,8 +106,9 @@ def _train_model(
     )
     with recipe.file.at("output_dir"):
         needed = room(trainer.model, args, num_steps(args, len(dataset)))
-        check_room(needed, recipe.output_dir, run.checkpoints())
+        check_room(needed, recipe.output_dir, [*run.checkpoints(), *leftovers(recipe.output_dir)])
     start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start else {}
+    remove_leftovers(recipe.output_dir)
     run.begin()
     steps = _train(trainer, run)
     blend_weights(checkpoint.model, start, recipe.model.keep_start)
