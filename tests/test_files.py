@@ -199,7 +199,7 @@ def test_the_lines_of_a_jsonl_file_come_with_their_places(tmp_path: Path) -> Non
         (b"[" * 200_000, "not a JSON object"),
         (b'{"a":' * 200_000, "not a JSON object"),
         (b"1" * 5000, "not a JSON object"),
-        (b"\xff", "not a JSON object"),
+        (b"\xff", "not UTF-8 text"),
         (b'"' + b"a" * 20_000_000 + b'"', "a line of more than 8,000,000 bytes"),
     ],
 )

@@ -26,6 +26,8 @@ from dmax.errors import InputError, shorten
 LEAST_SPACE = 2**20  # bytes free on a disk that is worth beginning to write on
 LARGEST_RECORD = 2**24  # bytes that tell whose a file is
 
+TO_UTF8 = "convert it, for example with iconv -t UTF-8"
+
 LARGEST_FILE = 2 << 30
 """Bytes of a JSONL file that is read whole; its records take a multiple of them in memory."""
 LONGEST_LINE = 8_000_000
@@ -167,8 +169,12 @@ def read_lines(path: Path) -> tuple[list[bytes], bytes]:
     return lines, rest
 
 
-def check_readable(path: Path) -> None:
-    """Make sure that a JSONL file can be read to its end.
+def check_readable(path: Path, largest: int | None = LARGEST_FILE) -> None:
+    """Make sure that a file can be read to its end.
+
+    Args:
+        path: of the file.
+        largest: bytes that it may have; None for a file that is read piece by piece.
 
     Raises:
         InputError: the file is missing or too large, or it is a device or a pipe, which may never
@@ -182,24 +188,28 @@ def check_readable(path: Path) -> None:
         raise InputError(
             f"cannot read {shorten(str(path))}: it is a device or a pipe", hint="name a file"
         )
-    if status.st_size > LARGEST_FILE:
+    if largest is not None and status.st_size > largest:
         raise InputError(
-            f"cannot read {shorten(str(path))}: it is larger than {LARGEST_FILE >> 30} GiB",
+            f"cannot read {shorten(str(path))}: it is larger than {largest >> 30} GiB",
             hint="split it into several files",
         )
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, largest: int | None = LARGEST_FILE) -> Iterator[tuple[str, Any]]:
     """What stands in the lines of a JSONL file, each after its place, `path:number`.
 
     Blank lines are skipped. Only a newline ends a line, as in `read_lines`. One line is in memory
     at a time.
 
+    Args:
+        path: of the file.
+        largest: as `check_readable` takes it.
+
     Raises:
         InputError: the file cannot be read (`check_readable`), or a line is too long or not JSON,
             when it is its turn.
     """
-    check_readable(path)
+    check_readable(path, largest)
     for number, line in enumerate(_bounded_lines(path), 1):
         if not line.strip():
             continue
@@ -208,7 +218,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{where}: a line of more than {LONGEST_LINE:,} bytes")
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not UTF-8 text", hint=TO_UTF8) from None
+        except (ValueError, RecursionError) as error:  # not JSON, or nested too deep
             raise InputError(f"{where}: not a JSON object ({error})") from None
         yield where, record
 

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.files import TO_UTF8
 
 MAX_BYTES = 30_000
 MAX_ENTRIES = 2_000
@@ -187,9 +188,7 @@ def _text(path: Path) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}:{line}: not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
-        ) from None
+        raise InputError(f"{path}:{line}: not UTF-8 text", hint=TO_UTF8) from None
 
 
 def _nearest(path: Path) -> str:
