@@ -8,8 +8,10 @@ of time and memory, unless it plainly is a loop over the messages.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dmax.worker import Worker
 
 MAX_TEMPLATE = 100_000  # characters; published ones have up to 20,000
 MAX_PLAIN = 1000
+LONG = 100_000  # characters of a chat of two short messages, with whatever is written around them
 MAX_TOKEN = 64
 """Characters of a text for each position of the context. No text of words comes near it; what has
 more is refused before it is rendered and tokenized."""
@@ -64,6 +67,25 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], room: int) -> li
     return encode_text(tokenizer, text, room, is_whole=True)
 
 
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of texts that have all the special tokens that they should have.
+
+    They are tokenized together, which the tokenizers package does on every core.
+
+    Raises:
+        InputError: the tokenizer fails.
+    """
+    if not texts:
+        return []
+    try:
+        encoded = tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+    except Exception as error:  # the tokenizers package raises nothing more specific
+        raise _cannot_encode(error) from error
+    return encoded["input_ids"]
+
+
 def encode_text(tokenizer: Any, text: str, room: int, *, is_whole: bool = False) -> list[int]:
     """The token ids of a text.
 
@@ -84,11 +106,15 @@ def encode_text(tokenizer: Any, text: str, room: int, *, is_whole: bool = False)
     try:
         ids = list(tokenizer.encode(text, add_special_tokens=not is_whole))
     except Exception as error:  # the tokenizers package raises nothing more specific
-        raise InputError(
-            f"the tokenizer of this checkpoint cannot encode the text: {shorten(str(error))}"
-        ) from error
+        raise _cannot_encode(error) from error
     check_fits(len(ids), "tokens", room)
     return ids
+
+
+def _cannot_encode(error: Exception) -> InputError:
+    return InputError(
+        f"the tokenizer of this checkpoint cannot encode the text: {shorten(str(error))}"
+    )
 
 
 def check_fits(size: int, what: str, room: int, name: str = "the text") -> None:
@@ -113,12 +139,44 @@ def render_chat(
     Raises:
         InputError: there is no usable template, or it fails, hangs or writes more than `limit`.
     """
+    settings = {"add_generation_prompt": not continues, "continue_final_message": continues}
+    return _render(tokenizer, messages, limit, settings)
+
+
+def turn_ending(tokenizer: Any) -> str:
+    """What the template of a tokenizer writes after a message of the assistant's.
+
+    Two chats that differ in the answer alone end alike from there on. That also holds where a
+    template strips the answer, rewrites it, or writes something before it.
+
+    Returns:
+        For example `<|role_end|>`; empty if the template writes nothing, or takes no answers.
+
+    Raises:
+        InputError: there is no usable template.
+    """
+    _template(tokenizer)
+    settings = {"add_generation_prompt": False, "continue_final_message": False}
+    question = {"role": "user", "content": "Which letter?"}
+    try:
+        first, second = (
+            _render(tokenizer, [question, {"role": "assistant", "content": answer}], LONG, settings)
+            for answer in ("a", "zz")
+        )
+    except InputError:  # it renders questions only, so its turns have no ending to learn
+        return ""
+    if first == second:  # the answer is left out
+        return ""
+    return os.path.commonprefix([first[::-1], second[::-1]])[::-1]
+
+
+def _render(
+    tokenizer: Any, messages: list[dict[str, str]], limit: int, settings: Mapping[str, bool]
+) -> str:
+    """The text that a template makes of a chat under settings of transformers' templates."""
     template = _template(tokenizer)
     render = _render_here if _is_plain(template) else _render_elsewhere
-    variables = tokenizer.special_tokens_map | {
-        "add_generation_prompt": not continues,
-        "continue_final_message": continues,
-    }
+    variables = {**tokenizer.special_tokens_map, **settings}
     text, reason = render(template, messages, variables, limit)
     if not reason and len(text) > limit:
         reason = f"it writes {len(text)} characters, there is room for {limit}"
@@ -169,6 +227,18 @@ def _template(tokenizer: Any) -> str:
             f"at most {MAX_TEMPLATE} are read"
         )
     return template
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """16 hexadecimal digits that tell tokenizers and their chat templates apart."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    for name in ("padding", "truncation"):  # left over from the last call
+        rules.pop(name, None)
+    content = json.dumps([rules, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=16)

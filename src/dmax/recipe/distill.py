@@ -7,7 +7,6 @@ goes on where it stopped, if the manifest beside them names the same model, sett
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax import __version__
+from dmax.chat_template import tokenizer_digest
 from dmax.decoding import get_strategy
 from dmax.engine.request import Request
 from dmax.environment import weights_digest
@@ -177,24 +177,12 @@ def _settings(llm: LLM, params: DecodingParams) -> dict[str, Any]:
         "dmax": __version__,
         "weights": weights_digest(llm.model),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
-        "tokenizer": _tokenizer_digest(llm.tokenizer),
+        "tokenizer": tokenizer_digest(llm.tokenizer),
         "special_ids": asdict(llm.checkpoint.special_ids),
         "params": asdict(resolved),
         "decoding": repr(get_strategy(resolved)),  # with the digest of a head
     }
     return dict(json.loads(json.dumps(settings)))
-
-
-def _tokenizer_digest(tokenizer: Any) -> str | None:
-    """16 hexadecimal digits that tell tokenizers and their chat templates apart."""
-    if tokenizer is None:
-        return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
-    for name in ("padding", "truncation"):  # left over from the last call
-        rules.pop(name, None)
-    content = json.dumps([rules, tokenizer.chat_template], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _apart(output: Path) -> Path:
