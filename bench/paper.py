@@ -30,11 +30,12 @@ from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.files import write_atomically
 from dmax.llm import LLM
 from dmax.params import DecodingParams
+from dmax.records.encoding import encode_dataset
 from dmax.tasks import get_task
 from dmax.tasks.word_problems import problems
 from dmax.training import noise
 from dmax.training.clean_stream import CleanStream
-from dmax.training.data import Collator, Conversation, encode_conversations
+from dmax.training.data import Collator
 from dmax.training.rollout import roll_out
 from dmax.training.vocabulary import IGNORE
 
@@ -118,16 +119,17 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
     Reference answers are masked at `ratio`, predicted in one pass by argmax, and the predictions
     are predicted anew. A valid paraphrase counts as wrong, for every model alike.
     """
-    drawn = problems(num, seed=7, split="test")
     data = [
-        Conversation([{"role": "user", "content": p.question}], p.response, "word_problems")
-        for p in drawn
+        {"prompt": problem.question, "response": problem.response}
+        for problem in problems(num, seed=7, split="test")
     ]
     checkpoint = llm.checkpoint
     eos = llm.checkpoint.special_ids.eos_token_ids[0]
     length = checkpoint.special_ids.block_length
     mask = checkpoint.special_ids.mask_token_id
-    dataset = encode_conversations(data, checkpoint.tokenizer, 1024)
+    dataset = encode_dataset(
+        data, checkpoint.tokenizer, checkpoint.special_ids, max_length=1024, end_turn=False
+    )
     collate = Collator(length, eos, 0, None)
     generator = torch.Generator().manual_seed(0)
     counts = dict.fromkeys(("wrong", "mended", "right", "broken"), 0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import resource
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dmax-")  # read once, too
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and forked workers do not go together
 
 import hypothesis
@@ -22,6 +26,7 @@ if not torch.cuda.is_available():
         "1"  # kernels run on CPU tensors; before triton is imported, which dmax does
     )
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(
     1
 )  # small tensors gain nothing from more, and results do not depend on the machine's load

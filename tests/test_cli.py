@@ -17,8 +17,8 @@ from test_llm import CONFIG, TEXTS, bare_folder_fixture, folder_fixture  # noqa:
 from typer.main import get_command
 
 from dmax import LLM, cli
+from dmax.records.sources import read_conversations
 from dmax.tiny import BUNDLED
-from dmax.training.data import read_records
 
 COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
 SMALL = ("--max-new-tokens", "8")
@@ -290,7 +290,7 @@ def test_distill_json_and_going_on(dmax: Dmax, folder: Path, tmp_path: Path) -> 
     assert one_object(dmax(*words, "--json")) == record
     assert f"{record['kept']} responses" in dmax(*words).out
     if record["kept"]:
-        assert len(read_records(output)) == record["kept"]
+        assert len(list(read_conversations(output))) == record["kept"]
 
 
 def test_distill_takes_training_problems(dmax: Dmax, folder: Path, tmp_path: Path) -> None:

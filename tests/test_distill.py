@@ -18,8 +18,8 @@ from dmax.engine.request import Request
 from dmax.outputs import Cost
 from dmax.recipe import distill as distillation
 from dmax.recipe.distill import DistillReport, check_files, check_outputs, distill, read_prompts
+from dmax.records.sources import read_conversations
 from dmax.special_ids import SpecialIds
-from dmax.training.data import read_records
 
 PARAMS = DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=16)
 PROMPTS = ["one", "two", "endless three", "four", "silent five", "six für ☃", "seven"]
@@ -161,7 +161,7 @@ def test_training_reads_what_distillation_writes(output: Path) -> None:
     run(output, Responder())
     kept = [prompt for prompt in PROMPTS if "endless" not in prompt and "silent" not in prompt]
     expected = [([{"role": "user", "content": prompt}], f"answer to {prompt}") for prompt in kept]
-    learnt = sorted([record[:2] for record in read_records(output)], key=expected.index)
+    learnt = sorted([record[:2] for record in read_conversations(output)], key=expected.index)
     assert learnt == expected
 
 
@@ -222,7 +222,7 @@ def test_separators_of_lines_inside_a_response_are_no_ends_of_records(output: Pa
     again = Responder()
     assert run(output, again, prompts).kept == 2
     assert again.asked == []
-    read = [record.messages[0]["content"] for record in read_records(output)]
+    read = [record.messages[0]["content"] for record in read_conversations(output)]
     assert sorted(read) == sorted(prompts)
 
 

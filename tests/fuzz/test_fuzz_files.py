@@ -26,8 +26,9 @@ from dmax.evaluation.results import ResultFiles
 from dmax.evaluation.run import evaluate
 from dmax.evaluation.sweep import curves_of, run_sweep
 from dmax.recipe.distill import distill, read_prompts
+from dmax.records.encoding import encode_dataset
+from dmax.records.sources import read_conversations
 from dmax.tasks import get_task
-from dmax.training.data import encode_conversations, read_records
 
 PARAMS = DecodingParams(strategy="threshold", max_new_tokens=8, max_steps_per_block=4)
 LIMIT = 3
@@ -74,13 +75,18 @@ def test_training_data(llm: LLM, form: str, data: st.DataObject) -> None:
     mutation = draw(data, json_mutations(RECORDS[form]))
 
     def read(file: Path) -> Any:
-        return encode_conversations(read_records(file), llm.tokenizer, 512)
+        read = list(read_conversations(file))
+        return encode_dataset(read, llm.tokenizer, llm.checkpoint.special_ids, max_length=512)
 
     outcome = reads(read, lines(valid, mutation.apply(valid)))
     if not isinstance(outcome, InputError):
-        assert all(example.response for example in outcome)
+        assert all(example["response_ids"] for example in outcome)
         vocabulary = llm.model.config.vocab_size
-        tokens = [token for example in outcome for token in example.prompt + example.response]
+        tokens = [
+            token
+            for example in outcome
+            for token in (*example["prompt_ids"], *example["response_ids"])
+        ]
         assert all(0 <= token < vocabulary for token in tokens)
 
 
@@ -104,7 +110,7 @@ def test_rows_of_a_task(task: str, data: st.DataObject) -> None:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "training data": read_records,
+    "training data": lambda file: list(read_conversations(file)),
     "prompts": read_prompts,
     "a task": lambda file: get_task("gsm8k", file),
 }

@@ -20,15 +20,15 @@ from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.params import DecodingParams
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
+from dmax.records.encoding import Encoded
 from dmax.special_ids import SpecialIds
-from dmax.training.data import Encoded
 
 BLOCK = 4
 MASK = 47
 EOS = 46
 SPECIAL = SpecialIds(MASK, (EOS,), EOS, BLOCK)
-SHORT = Encoded([1, 2, 3, 4, 5], [6, 7])
-LONG = Encoded([8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19])
+SHORT = Encoded(prompt_ids=[1, 2, 3, 4, 5], response_ids=[6, 7])
+LONG = Encoded(prompt_ids=[8, 9, 10, 11, 12, 13], response_ids=[14, 15, 16, 17, 18, 19])
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_blocks_are_denoised_behind_clean_ones(model: Any) -> None:
     logits = blocks.denoise(masked)
     # The second block by itself: what precedes is clean and each block sees itself and what is
     # before it.
-    ids = torch.tensor([[*LONG.prompt, *LONG.response[:2], MASK, 17, MASK, 19]])
+    ids = torch.tensor([[*LONG["prompt_ids"], *LONG["response_ids"][:2], MASK, 17, MASK, 19]])
     block = torch.arange(12) // BLOCK
     mask = (block[:, None] >= block[None])[None, None]
     alone = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None]).logits[

@@ -283,7 +283,7 @@ def test_a_new_model_of_an_impossible_size_is_refused(
         ({"data": {"problems": 4, "max_length": 2**40}}, "`max_length` must be a whole number"),
         ({"data": {"file": "/dev/zero"}}, "cannot read /dev/zero: it is a device or a pipe"),
         ({"data": {"file": "nowhere.jsonl"}}, "nowhere.jsonl` is not a file"),
-        ({"data": {"file": "."}}, "Is a directory"),
+        ({"data": {"file": "."}}, "cannot read the folder"),
         ({"model": {"config": CONFIG, "attn_implementation": "fast"}}, "attn_implementation"),
         ({"model": {"config": CONFIG, "experts_implementation": "fast"}}, "experts_implementation"),
         ({"model": {"path": "tiny-base", "block_length": 10**6}}, "in `model.block_length`"),

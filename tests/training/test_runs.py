@@ -50,7 +50,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         raise AssertionError("computing began")
 
     def forbid() -> None:
-        for name in ("load_checkpoint", "new_checkpoint", "read_records", "problems"):
+        for name in ("load_checkpoint", "new_checkpoint", "load_conversations", "problems"):
             monkeypatch.setattr(build, name, forbidden)
 
     return forbid

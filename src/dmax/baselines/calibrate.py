@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from dmax.baselines import selection
-from dmax.baselines.head_states import Blocks, replay
+from dmax.baselines.head_states import Blocks, by_length, replay
 from dmax.baselines.sched import ScheduledExit, mean_margin
 from dmax.decoding.block import Output
 from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.params import DecodingParams, check_number
 from dmax.prompts import Prompt
-from dmax.training.data import Encoded
+from dmax.records.encoding import Encoded
 
 UNREACHABLE = 1e9  # no margin is as large, so that no block is left early
 HUNDREDTHS = 100  # `high` is a whole number of hundredths
@@ -94,7 +94,7 @@ def calibrate(
     params = DecodingParams("sched", max_new_tokens=max_new_tokens, options=never_early)
     outputs = llm.generate(list(prompts), params)
     answers = [
-        Encoded(list(output.prompt_token_ids), list(output.token_ids))
+        Encoded(prompt_ids=list(output.prompt_token_ids), response_ids=list(output.token_ids))
         for output in outputs
         if output.finish_reason == "stop"
     ]
@@ -112,7 +112,7 @@ def calibrate(
 def record_margins(llm: LLM, answers: Sequence[Encoded]) -> Margins:
     """Margins at every step of decoding these answers, least uncertain position first."""
     special_ids = llm.checkpoint.special_ids
-    ordered = sorted(answers, key=len)
+    ordered = by_length(answers)
     parts = []
     for first in range(0, len(ordered), RECORDED_TOGETHER):
         group = ordered[first : first + RECORDED_TOGETHER]

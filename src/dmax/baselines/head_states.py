@@ -9,7 +9,7 @@ Shapes: B responses, N blocks, L positions of a block, V vocabulary, D hidden si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dmax.confidence import candidates
+from dmax.records.encoding import Encoded
 from dmax.special_ids import SpecialIds
 from dmax.training.clean_stream import CleanStream
-from dmax.training.data import Collator, Encoded
+from dmax.training.data import Collator
 from dmax.training.noise import mask_ratios
 from dmax.training.vocabulary import IGNORE
 
@@ -27,6 +28,11 @@ Reveal = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Which masks to decode [N, L], from masked [N, L], logits [N, L, V] and final tokens [N, L]."""
 Example = dict[str, Tensor]
 """Examples for a head by the names that its loss takes; each tensor has N rows."""
+
+
+def by_length(examples: Iterable[Encoded]) -> list[Encoded]:
+    """Examples in the order of their lengths, so that those of a batch need little padding."""
+    return sorted(examples, key=lambda each: len(each["prompt_ids"]) + len(each["response_ids"]))
 
 
 class Blocks:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmax.baselines.head_states import (
     Blocks,
     Example,
+    by_length,
     dependency_examples,
     filter_examples,
 )
@@ -27,8 +28,9 @@ from dmax.baselines.heads import (
 )
 from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
+from dmax.records.encoding import Encoded
 from dmax.special_ids import SpecialIds
-from dmax.training.data import Encoded, check_examples
+from dmax.training.data import check_examples
 from dmax.training.finite import check_weights, first_not_finite
 
 MOST = {
@@ -113,7 +115,7 @@ def record(
     check_weights(model)
     check_examples(examples, model.config.vocab_size, special_ids.mask_token_id)
     generator = torch.Generator().manual_seed(config.seed)
-    ordered = sorted(examples, key=len)
+    ordered = by_length(examples)
     found = list[Example]()
     for first in range(0, len(ordered), config.record_batch_size):
         with torch.no_grad():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint
 from dmax.environment import DTYPES, select_device
 from dmax.recipe.sections import DataSection, ModelSection, model_config
+from dmax.records.encoding import encode_dataset
+from dmax.records.readers import Conversation, get_reader
+from dmax.records.sources import files_of
+from dmax.records.tables import generate_conversations, load_conversations
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
-from dmax.training.data import Conversation, Encoded, encode_conversations, read_records
 
 
 def build_checkpoint(section: ModelSection) -> Checkpoint:
@@ -34,31 +40,66 @@ def build_checkpoint(section: ModelSection) -> Checkpoint:
     )
 
 
-def read_data(section: DataSection) -> list[Conversation]:
-    """What is to be learnt; raises `InputError` for a record that is wrong.
+def read_data(section: DataSection) -> Any:
+    """The conversations that are learnt, as a table or a stream of `datasets`.
 
     It takes no model, so a wrong record should not cost the loading of one.
+
+    Raises:
+        InputError: there is no such data, or a record is wrong.
     """
-    return _draw(section) if section.file is None else read_records(section.file)
+    if section.problems is not None:
+        arguments = {
+            "count": section.problems,
+            "seed": section.seed,
+            "numbers": Numbers(**section.numbers),
+        }
+        return generate_conversations(_draw, arguments, streaming=section.streaming)
+    return load_conversations(
+        section.source(),
+        reader=get_reader(section.reader, section.columns),
+        streaming=section.streaming,
+        num_proc=section.num_proc,
+    )
 
 
 def encode_data(
-    section: DataSection, conversations: Sequence[Conversation], checkpoint: Checkpoint
-) -> list[Encoded]:
-    """The examples as token ids; raises `InputError` for one that is too long."""
+    section: DataSection,
+    conversations: Any,
+    checkpoint: Checkpoint,
+    *,
+    eos_labels: int | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> Any:
+    """The examples as token ids, as `encode_dataset` makes them of a table or a stream."""
     context = checkpoint.model.config.max_position_embeddings
-    max_length = min(section.max_length or context, context)
-    return encode_conversations(conversations, checkpoint.tokenizer, max_length)
+    return encode_dataset(
+        conversations,
+        checkpoint.tokenizer,
+        checkpoint.special_ids,
+        max_length=min(section.max_length or context, context),
+        eos_labels=eos_labels,
+        too_long=section.too_long,
+        end_turn=section.end_turn,
+        num_proc=section.num_proc,
+        report=report,
+    )
 
 
-def _draw(section: DataSection) -> list[Conversation]:
-    numbers = Numbers(**section.numbers)
-    drawn = problems(section.problems or 0, seed=section.seed, split="train", numbers=numbers)
-    return [
-        Conversation(
-            [{"role": "user", "content": problem.question}],
-            problem.response,
-            f"word_problems, {number}",
-        )
-        for number, problem in enumerate(drawn, 1)
-    ]
+def data_digest(section: DataSection) -> str | None:
+    """SHA-256 of the files that are learnt; None if there is none, or not yet."""
+    if section.file is None or not os.path.exists(section.source().path):
+        return None
+    digest = hashlib.sha256()
+    for file in files_of(section.source()):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _draw(count: int, seed: int, numbers: Numbers) -> Iterator[Conversation]:
+    """Problems of the bundled generator, with their worked solutions."""
+    drawn = problems(count, seed=seed, split="train", numbers=numbers)
+    for number, problem in enumerate(drawn, 1):
+        question = {"role": "user", "content": problem.question}
+        yield Conversation([question], problem.response, f"word_problems, {number}")

@@ -35,7 +35,7 @@ def train_head(
         )
     conversations = read_data(recipe.data)
     checkpoint = build_checkpoint(recipe.model)
-    dataset = encode_data(recipe.data, conversations, checkpoint)
+    dataset = encode_data(recipe.data, conversations, checkpoint, report=report)
     states = record(checkpoint.model, dataset, checkpoint.special_ids, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")
     digest = weights_digest(checkpoint.model)

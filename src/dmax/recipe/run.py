@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +17,11 @@ from dmax.environment import environment
 from dmax.errors import InputError
 from dmax.evaluation.curves import draw_history
 from dmax.evaluation.run import evaluate
-from dmax.files import check_readable, leftovers, remove_leftovers
+from dmax.files import leftovers, remove_leftovers
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
-from dmax.recipe.build import build_checkpoint, encode_data, read_data
+from dmax.recipe.build import build_checkpoint, data_digest, encode_data, read_data
 from dmax.recipe.disk import check_room, num_steps, room
 from dmax.recipe.folder import ANEW, MOVE, TRAINER_STATE, RunFolder
 from dmax.recipe.logs import PROJECT, reported_here
@@ -92,9 +90,12 @@ def _train_model(
     decoding = get_objective(args.objective, args.rollout).decoding
     checkpoint = dataclasses.replace(build_checkpoint(recipe.model), decoding=decoding)
     checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
-    dataset = encode_data(recipe.data, conversations, checkpoint)
+    dataset = encode_data(
+        recipe.data, conversations, checkpoint, eos_labels=args.eos_labels, report=report
+    )
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    report(f"{len(dataset)} examples, {num_parameters:,} parameters")
+    num_examples = 0 if recipe.data.streaming else len(dataset)  # of a stream nobody knows
+    report(f"{num_examples or 'a stream of'} examples, {num_parameters:,} parameters")
     trainer = DMaxTrainer(
         checkpoint.model,
         args,
@@ -105,7 +106,7 @@ def _train_model(
         callbacks=[run],
     )
     with recipe.file.at("output_dir"):
-        needed = room(trainer.model, args, num_steps(args, len(dataset)))
+        needed = room(trainer.model, args, num_steps(args, num_examples))
         check_room(needed, recipe.output_dir, [*run.checkpoints(), *leftovers(recipe.output_dir)])
     start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start else {}
     remove_leftovers(recipe.output_dir)
@@ -212,9 +213,9 @@ def _task(recipe: Recipe) -> Task | None:
 def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
     """All that the weights depend on; of the training arguments those that are not the default."""
     data = asdict(recipe.data)
-    if recipe.data.file is not None and os.path.exists(recipe.data.file):
-        with recipe.file.at("data.file"):
-            data["sha256"] = _digest(Path(recipe.data.file))
+    del data["num_proc"]  # nothing depends on it
+    with recipe.file.at("data.file"):
+        data["sha256"] = data_digest(recipe.data)
     defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
     training = {
         name: value
@@ -222,12 +223,6 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
         if not name.startswith(UNTRACKED) and value != defaults.get(name)
     }
     return {"model": asdict(recipe.model), "data": data, "training": training}
-
-
-def _digest(file: Path) -> str:
-    check_readable(file)
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _eval_hook(

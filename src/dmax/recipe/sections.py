@@ -27,6 +27,9 @@ from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, MOST_PROBLEMS, DecodingParams, check_number
 from dmax.recipe.arguments import argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
+from dmax.records.encoding import check_too_long
+from dmax.records.readers import get_reader
+from dmax.records.sources import Source
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training import get_objective
@@ -38,6 +41,12 @@ if TYPE_CHECKING:
 
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
+MOST_PROCESSES = 1024
+BELONGING = {  # keys of `data`, and those of which one has to be there, too
+    **dict.fromkeys(("config", "split", "reader", "columns"), ("file", "hub")),
+    "revision": ("hub",),
+    "numbers": ("problems",),
+}
 SIZES = {  # of a new model, and how large they may be for it to be made at all
     "num_hidden_layers": 1_000,
     "num_experts": 4_096,
@@ -79,21 +88,46 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True)
 class DataSection:
-    """What the model learns: the records of a file, or problems from the bundled generator.
+    """What the model learns: records of a file or the hub, or problems of the bundled generator.
 
     Attributes:
-        file: a JSONL of prompts and responses.
+        file: JSONL, JSON or parquet with prompts and responses, or a folder of them.
+        hub: id of a data set on the hub, in place of `file`.
         problems: how many problems to draw, in place of `file`.
+        config: of a data set that has several.
+        split: which part of a data set.
+        revision: of a data set on the hub.
+        reader: what the columns are, by the name of a reader; None recognises them.
+        columns: names of the columns of `prompt` and `response`, in place of `reader`.
         numbers: fields of `word_problems.Numbers`.
-        seed: of the problems.
-        max_length: longest prompt and response in tokens; None is the model's context.
+        seed: of the problems, and of the order of a stream.
+        max_length: most tokens of an example with its EOS labels; None is the model's context.
+        too_long: what is done about a longer one: error, truncate or skip.
+        end_turn: whether the chat template's ending of a turn is learnt before EOS.
+        streaming: read while training, and keep nothing on the disk.
+        num_proc: processes that read and tokenize; None: as many as pay.
     """
 
     file: str | None = None
+    hub: str | None = None
     problems: int | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    reader: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     max_length: int | None = None
+    too_long: str = "error"
+    end_turn: bool = True
+    streaming: bool = False
+    num_proc: int | None = None
+
+    def source(self) -> Source:
+        """Where the records lie; there are some unless problems are drawn."""
+        name = self.file or self.hub or ""
+        return Source(name, self.file is None, self.config, self.split, self.revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,12 +343,23 @@ def _is_same(model: str, folder: Path) -> bool:
 def _check_data(recipe: Recipe) -> None:
     file = recipe.file
     data = recipe.data
-    if (data.file is None) == (data.problems is None):
-        raise file.wrong("data", "`data` needs exactly one of `file` and `problems`")
+    if sum(each is not None for each in (data.file, data.hub, data.problems)) != 1:
+        raise file.wrong("data", "`data` needs exactly one of `file`, `hub` and `problems`")
+    for key, owners in BELONGING.items():
+        if key in file.content["data"] and all(getattr(data, each) is None for each in owners):
+            names = " or ".join(f"`data.{owner}`" for owner in owners)
+            raise file.wrong(f"data.{key}", f"`data.{key}` belongs to {names}")
+    with file.at("data.columns" if data.columns else "data.reader"):
+        get_reader(data.reader, data.columns)
+    with file.at("data.too_long"):
+        check_too_long(data.too_long)
+    if data.streaming and recipe.training.get("max_steps", -1) == -1:
+        raise file.wrong(
+            "data.streaming",
+            "`data.streaming` needs `training.max_steps`: nobody knows how long a stream is",
+        )
     file.check_keys("data.numbers", data.numbers, _names(Numbers))
     file.check_types("data.numbers", data.numbers, Numbers)
-    if data.numbers and data.problems is None:
-        raise file.wrong("data.numbers", "`data.numbers` belongs to `data.problems`")
     with file.at("data.numbers"):
         Numbers(**data.numbers)
     with file.at("data.problems"):
@@ -323,6 +368,10 @@ def _check_data(recipe: Recipe) -> None:
         )
     with file.at("data.max_length"):
         check_number("max_length", data.max_length, low=1, high=LONGEST, whole=True, optional=True)
+    with file.at("data.num_proc"):
+        check_number(
+            "num_proc", data.num_proc, low=1, high=MOST_PROCESSES, whole=True, optional=True
+        )
 
 
 def _check_eval(recipe: Recipe) -> None:

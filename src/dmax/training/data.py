@@ -1,150 +1,31 @@
-"""From prompts and responses to padded training batches.
+"""From examples to padded training batches. What an example is stands in `dmax.records.encoding`.
 
-A record is one JSON object per line: `{"prompt": …, "response": …}`, `{"question": …, "answer": …}`
-(the released trajectories), or `{"messages": [… , {"role": "assistant", "content": …}]}`. The
-prompt goes through the tokenizer's chat template; the response follows it, then EOS.
+A data set is a list of examples, a `datasets.Dataset` of them, which lies in Arrow files and is
+looked at by columns, or an `IterableDataset`, which is looked at while it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
-from dmax.chat_template import encode_chat
 from dmax.errors import InputError, show
-from dmax.files import json_lines
-from dmax.messages import read_messages
+from dmax.records.encoding import Encoded
 from dmax.training.vocabulary import IGNORE
 
-BESIDE = ("system", "tools")  # what other formats have beside the chat, for the template to place
+IDS = ("prompt_ids", "response_ids")
+ROWS = 10_000  # of a table that are checked together
 
 
-class Conversation(NamedTuple):
-    """What a record says.
-
-    Attributes:
-        messages: of the prompt, each with `role` and `content`.
-        response: what is to be learnt.
-        where: file and line, or where else it comes from, for errors.
-    """
-
-    messages: list[dict[str, str]]
-    response: str
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One example: prompt and response token ids, EOS not included.
-
-    Attributes:
-        prompt: ids of the prompt.
-        response: ids of what is to be learnt.
-        where: where the example comes from, for errors.
-    """
-
-    prompt: list[int]
-    response: list[int]
-    where: str = "an example"
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-
-def read_records(path: str | Path) -> list[Conversation]:
-    """The record of every line of a JSONL file that is not blank.
-
-    Raises:
-        InputError: the file is missing or empty, or a line is not such a record; names file and
-            line.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(
-            f"training data `{path}` is not a file", hint="write it with `dmax distill`"
-        )
-    records = [_conversation(record, where) for where, record in json_lines(path)]
-    if not records:
-        raise InputError(f"training data `{path}` holds no record")
-    return records
-
-
-def _conversation(record: Any, where: str) -> Conversation:
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, got {show(record)}")
-    try:
-        messages = read_messages(_messages(record))
-    except InputError as error:
-        raise InputError(f"{where}: {error.message}", error.hint) from None
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{where}: the last of `messages` must be the assistant's, the response to learn, "
-            "and others before it"
-        )
-    *prompt, response = messages
-    if not response["content"].strip():
-        raise InputError(f"{where}: a record without a response")
-    return Conversation(prompt, response["content"], where)
-
-
-def _messages(record: dict[str, Any]) -> Any:
-    """The chat of a record, whichever names it has for it."""
-    for name in BESIDE:
-        if record.get(name) is not None:
-            raise InputError(
-                f"`{name}` beside the chat would not be learnt",
-                hint="leave it out, or make it one of `messages`",
-            )
-    if "messages" in record:
-        return record["messages"]
-    keys = ("prompt", "response") if "prompt" in record else ("question", "answer")
-    prompt, response = (record.get(key) for key in keys)
-    if not isinstance(prompt, str):
-        raise InputError("no prompt", hint="a record has `prompt` and `response`, or `messages`")
-    if not isinstance(response, str):
-        raise InputError("a record without a response")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
-def encode_conversations(
-    conversations: Sequence[Conversation], tokenizer: Any, max_length: int
-) -> list[Encoded]:
-    """The token ids of every conversation, which is all that the trainer needs of a dataset.
-
-    Args:
-        conversations: prompts and responses.
-        tokenizer: a transformers tokenizer with a chat template.
-        max_length: longest prompt + response + one block of EOS that fits the context.
-
-    Raises:
-        InputError: there is no example, or one is longer than `max_length`; says which.
-    """
-    if not conversations:
-        raise InputError("there is no example to learn from")
-    examples = []
-    for messages, response, where in conversations:
-        try:
-            prompt = encode_chat(tokenizer, messages, max_length)
-        except InputError as error:
-            raise InputError(f"{where}: {error.message}", error.hint) from None
-        example = Encoded(prompt, tokenizer.encode(response, add_special_tokens=False), where)
-        if len(example) >= max_length:
-            raise InputError(
-                f"{where}: {len(prompt)} prompt and {len(example.response)} response tokens "
-                f"leave no room for EOS in `max_length` {max_length}",
-                hint="drop the record or raise `max_length` up to the model's context",
-            )
-        examples.append(example)
-    return examples
-
-
-def check_examples(examples: Iterable[Encoded], vocab_size: int, mask_token_id: int) -> None:
-    """Make sure that a model can learn from examples.
+def check_examples(examples: Any, vocab_size: int, mask_token_id: int) -> Any:
+    """The examples, once it is sure that a model can learn from them; a stream checks on its way.
 
     Args:
         examples: prompts and responses.
@@ -154,34 +35,85 @@ def check_examples(examples: Iterable[Encoded], vocab_size: int, mask_token_id: 
     Raises:
         InputError: a response is empty, or an id is not of the vocabulary or is MASK; says which.
     """
-    for example in examples:
-        for ids in (example.prompt, example.response):
-            if not isinstance(ids, list):  # bytes are whole numbers, too, and no token ids
-                raise InputError(f"{example.where}: token ids must be a list, got {show(ids)}")
-        if not example.response:
-            raise InputError(f"{example.where}: a response without tokens")
-        for token in (*example.prompt, *example.response):
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise InputError(
-                    f"{example.where}: {show(token)} is not a token id below {vocab_size}",
-                    hint="does the tokenizer belong to the model?",
-                )
-            if token == mask_token_id:
-                raise InputError(
-                    f"{example.where}: the text holds the mask token",
-                    hint="it stands for what is not written yet; drop the record",
-                )
+    check = partial(_check_example, vocab_size=vocab_size, mask_token_id=mask_token_id)
+    if not hasattr(examples, "__len__"):
+        return examples.map(check)
+    suspects: Any = enumerate(examples)
+    if hasattr(examples, "with_format"):
+        suspects = _suspects(examples, vocab_size, mask_token_id)
+    for index, example in suspects:
+        check(example, where=f"example {index + 1}")
+    return examples
+
+
+def _suspects(table: Any, vocab_size: int, mask_token_id: int) -> Iterator[tuple[int, Any]]:
+    """Number and example of every row that lies near one that no model can learn from."""
+    plain = table.with_format(None)
+    for first in range(0, len(table), ROWS):
+        rows = range(first, min(first + ROWS, len(table)))
+        columns = table.select_columns(IDS).with_format("arrow")[rows.start : rows.stop]
+        lists = [columns[name].combine_chunks() for name in IDS]
+        is_fine = not any(each.null_count or each.flatten().null_count for each in lists)
+        for ids in lists if is_fine else ():
+            values = ids.flatten().to_numpy(zero_copy_only=False)
+            is_fine &= values.dtype.kind in "iu" and bool(
+                ((values >= 0) & (values < vocab_size) & (values != mask_token_id)).all()
+            )
+        if not is_fine or not num_ids(table.select(rows))[:, 1].all():
+            yield from zip(rows, plain.select(rows), strict=True)
+
+
+def _check_example(
+    example: Mapping[str, Any],
+    vocab_size: int,
+    mask_token_id: int,
+    where: str = "an example",
+) -> Mapping[str, Any]:
+    """The example; raises `InputError` if no model can learn from it."""
+    where = example.get("where", where)
+    for name in IDS:
+        if not isinstance(example[name], list):  # bytes are whole numbers, too, and no token ids
+            raise InputError(f"{where}: token ids must be a list, got {show(example[name])}")
+    if not example["response_ids"]:
+        raise InputError(f"{where}: a response without tokens")
+    for token in (*example["prompt_ids"], *example["response_ids"]):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise InputError(
+                f"{where}: {show(token)} is not a token id below {vocab_size}",
+                hint="does the tokenizer belong to the model?",
+            )
+        if token == mask_token_id:
+            raise InputError(
+                f"{where}: the text holds the mask token",
+                hint="it stands for what is not written yet; drop the record",
+            )
+    return example
+
+
+def num_ids(examples: Any) -> np.ndarray:
+    """How many ids the prompt and the response of every example have, [N, 2] int64."""
+    if not hasattr(examples, "with_format"):
+        counts = [[len(example[name]) for name in IDS] for example in examples]
+        return np.array(counts, dtype=np.int64).reshape(-1, 2)
+    from pyarrow import compute
+
+    columns = examples.select_columns(IDS).with_format("arrow")[:]
+    lengths = [compute.list_value_length(columns[name]).to_numpy() for name in IDS]
+    return np.stack(lengths, axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads encoded examples to whole blocks with EOS and labels what is to be learnt.
+    """Pads examples to whole blocks with EOS and labels what is to be learnt.
+
+    Every response is followed by its EOS labels, in the next block too if its own has no room for
+    all of them; only one that was cut has none.
 
     Attributes:
         block_length: every sequence is padded to a multiple of it.
         eos_token_id: end of the response and padding.
-        eos_labels: how many trailing EOS carry a label; the rest are padding without loss. One
-            block of them teaches a model to fill its last block (A5 in docs/paper.md).
+        eos_labels: how many EOS carry a label; the rest are padding without loss. One block of them
+            teaches a model to fill its last block (A5 in docs/paper.md).
         pad_to: pad every batch to this length instead of its longest sequence, for static shapes.
     """
 
@@ -190,26 +122,44 @@ class Collator:
     eos_labels: int
     pad_to: int | None = None
 
-    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
-        """The fields of a `CleanBatch` by name."""
-        longest = self.pad_to or max(len(example) for example in examples) + 1
-        length = -(-longest // self.block_length) * self.block_length
-        clean = torch.tensor(
-            [
-                example.prompt + example.response + [self.eos_token_id] * (length - len(example))
-                for example in examples
-            ]
-        )
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """The fields of a `CleanBatch` by name.
+
+        Raises:
+            InputError: an example is longer than `pad_to`.
+        """
+        ids = [[*example["prompt_ids"], *example["response_ids"]] for example in examples]
+        cut = torch.tensor([[example.get("is_cut", False)] for example in examples])  # [B, 1]
+        prompts = torch.tensor([[len(example["prompt_ids"])] for example in examples])  # [B, 1]
+        ends = torch.tensor([[len(each)] for each in ids])  # [B, 1]
+        ends = ends + self.eos_labels * ~cut
+
+        length = self._length(int(ends.max()))
+        clean = torch.tensor([each + [self.eos_token_id] * (length - len(each)) for each in ids])
         position = torch.arange(length)
-        prompts = torch.tensor([[len(example.prompt)] for example in examples])  # [B, 1]
-        ends = torch.tensor([[len(example)] for example in examples])  # [B, 1]
         corruptible = position >= prompts
-        labelled = corruptible & (position < ends + self.eos_labels)
+        labelled = corruptible & (position < ends)
         return {
             "clean_ids": clean,
             "labels": clean.masked_fill(~labelled, IGNORE),
             "corruptible": corruptible,
         }
+
+    def check(self, examples: Any) -> None:
+        """Raise `InputError` if an example is longer than `pad_to`; of a stream nobody knows."""
+        if self.pad_to is None or not hasattr(examples, "__len__"):
+            return
+        for index in np.flatnonzero(num_ids(examples).sum(axis=1) + self.eos_labels > self.pad_to):
+            self([examples[int(index)]])  # one that was cut needs no room for EOS
+
+    def _length(self, longest: int) -> int:
+        """Positions of a batch whose longest sequence has so many with its labels."""
+        if self.pad_to is not None and longest > self.pad_to:
+            raise InputError(
+                f"`pad_to` must be at least {longest}, the tokens of the longest example with its "
+                f"EOS, got {self.pad_to}"
+            )
+        return -(-(self.pad_to or longest) // self.block_length) * self.block_length
 
 
 @dataclass(eq=False)
@@ -221,14 +171,14 @@ class LengthSampler(Sampler[int]):
     same after a resume.
 
     Attributes:
-        examples: what is to be ordered.
+        counts: of the ids of prompt and response of each example, [N, 2] (`num_ids`).
         batch_size: examples of a batch.
         seed: of the shuffles.
         window: batches that are sorted by length together.
         epoch: what the training loop sets.
     """
 
-    examples: Sequence[Encoded]
+    counts: np.ndarray
     batch_size: int
     seed: int
     window: int = 32
@@ -239,14 +189,15 @@ class LengthSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.counts)
 
     def __iter__(self) -> Iterator[int]:
-        lengths = [(len(example), len(example.prompt)) for example in self.examples]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self), generator=generator)
         for window in order.split(self.batch_size * self.window):
-            by_length = torch.tensor(sorted(window.tolist(), key=lengths.__getitem__))
+            prompts, responses = self.counts[window].T
+            # By all ids, then by those of the prompt; equals stay in their random order.
+            by_length = window[torch.from_numpy(np.lexsort((prompts, prompts + responses)))]
             batches = by_length.split(self.batch_size)
             num_whole = len(window) // self.batch_size
             shuffled = torch.randperm(num_whole, generator=generator).tolist()

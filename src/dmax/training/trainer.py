@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from dmax.files import writing
 from dmax.special_ids import SpecialIds
 from dmax.training.balancing import RouterBalancing
 from dmax.training.config import DMaxConfig
-from dmax.training.data import Collator, Encoded, LengthSampler, check_examples
+from dmax.training.data import Collator, LengthSampler, check_examples, num_ids
 from dmax.training.embedding import without_gradient
 from dmax.training.finite import check_weights, first_not_finite, weights
 from dmax.training.objectives import ObjectiveModule
@@ -52,23 +52,20 @@ class DMaxTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: DMaxConfig,
-        train_dataset: Sequence[Encoded],
+        train_dataset: Any,
         *,
         special_ids: SpecialIds,
         eval_hook: EvalHook | None = None,
         **kwargs: Any,
     ) -> None:
         check_weights(model)
-        check_examples(train_dataset, model.config.vocab_size, special_ids.mask_token_id)
-        longest = max(map(len, train_dataset), default=0)
-        if args.pad_to is not None and longest >= args.pad_to:
-            raise InputError(
-                f"`pad_to` must be above {longest}, the tokens of the longest example, "
-                f"got {args.pad_to}"
-            )
+        train_dataset = check_examples(
+            train_dataset, model.config.vocab_size, special_ids.mask_token_id
+        )
         block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
+        collator.check(train_dataset)
         if eval_hook is not None:
             kwargs["eval_dataset"] = train_dataset  # never read, but Trainer insists on one
         super().__init__(
@@ -167,7 +164,9 @@ class DMaxTrainer(Trainer):
         return self.accelerator.prepare_model(self.objective_module)
 
     def _get_train_sampler(self, *_: Any) -> LengthSampler:
-        return LengthSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
+        return LengthSampler(
+            num_ids(self.train_dataset), self.args.train_batch_size, self.args.seed
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_weights(self.state.global_step)

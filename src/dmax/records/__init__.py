@@ -1,0 +1,1 @@
+"""Prompts and responses from files and from the hub, in the shapes that data sets have."""
