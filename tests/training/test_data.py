@@ -65,9 +65,7 @@ LENGTHS = [(5, 4), (3, 30), (8, 8), (1, 7), (16, 1), (2, 15)]
 
 @pytest.mark.parametrize("batch", [[index] for index in range(6)] + [[0, 2, 3], list(range(6))])
 @pytest.mark.parametrize("pad_to", [None, 41, 48, 64])
-def test_a5_labels_one_block_of_trailing_eos(
-    batch: list[int], pad_to: int | None
-) -> None:
+def test_a5_labels_one_block_of_trailing_eos(batch: list[int], pad_to: int | None) -> None:
     """Whatever else is in the batch, and where it ends: alone, with its like, with longer ones."""
     collate = Collator(block_length=8, eos_token_id=0, eos_labels=8, pad_to=pad_to)
     examples = [encoded([1] * LENGTHS[index][0], [2] * LENGTHS[index][1]) for index in batch]
