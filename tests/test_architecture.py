@@ -27,6 +27,7 @@ LAYERS = {
     **dict.fromkeys(("dmax.models", "dmax.special_ids", "dmax.hub", "dmax.decoding"), 2),
     **dict.fromkeys(("dmax.chat_template", "dmax.chat_template_worker", "dmax.records"), 2),
     **dict.fromkeys(("dmax.checkpoint", "dmax.checkpoint_files", "dmax.training"), 3),
+    "dmax.adapters": 3,
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.prompts"), 4),
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
     **dict.fromkeys(("dmax.recipe", "dmax.benchmark", "dmax.cli", "dmax.demo", "dmax"), 6),

@@ -397,9 +397,9 @@ def test_no_quantiser_is_loaded(qwen: Path, tripwire: list[str], kind: str) -> N
     assert tripwire == []
 
 
-def test_an_adapter_is_no_checkpoint(folder: Path, tripwire: list[str]) -> None:
-    edit(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path="evil/repo")
-    assert "adapter" in refused(folder)
+def test_an_adapter_is_no_checkpoint_without_its_base(folder: Path, tripwire: list[str]) -> None:
+    edit(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path="/evil/repo")
+    assert "the base model of the adapters" in refused(folder)
     assert tripwire == []
 
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dmax.adapters import find_base, merge_into
 from dmax.checkpoint_files import (
     SETTINGS_FILES,
     TOKENIZER_FILES,
@@ -29,7 +30,7 @@ from dmax.checkpoint_files import (
 from dmax.decoding import strategies
 from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.files import check_new_folder, new_folder, writing
-from dmax.hub import find_folder, is_published_dmax
+from dmax.hub import find_folder, is_adapter, is_published_dmax
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
 from dmax.models import NATIVE, backbone
@@ -44,6 +45,7 @@ OWN_FILES = (
     "merges.txt",
     "*.model",
     "chat_template.jinja",
+    "adapter_config.json",
     "dmax.json",
     "curves.png",
     "*.safetensors",
@@ -85,7 +87,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read a bundled checkpoint, a local folder or a hub repository; no remote code is ever run.
 
-    Besides our own architectures, dense decoders of transformers (`dmax.models.backbone`) are read.
+    Besides our own architectures, dense decoders of transformers (`dmax.models.backbone`) are read,
+    and adapters of peft, which are merged into the base that they name.
 
     Args:
         name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id.
@@ -105,28 +108,27 @@ def load_checkpoint(
             unknown, or a mask token is to be added to a checkpoint that has one.
     """
     folder = find_folder(name_or_path)
-    config, tokenizer, generation_config = read_settings(folder)
-    check_size(folder, config)
+    base = find_base(folder) if is_adapter(folder) else None
+    settings = read_settings(folder, base)
+    config, tokenizer, _ = settings
+    stored, lacks_mask = (config, add_mask_token) if base is None else _settings_of_base(base)
     # All settings first: a wrong one should not cost the loading of the weights.
-    if quantization is not None:
-        check_format(quantization)
-    if add_mask_token:
-        _check_lacks_mask(folder, config, tokenizer)
+    check_size(base or folder, stored)
+    _check_wishes(folder, config, tokenizer, add_mask_token, quantization)
     special_ids = resolve_special_ids(
-        config,
-        tokenizer,
-        generation_config,
+        *settings,
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
         block_length=block_length,
         adds_mask=add_mask_token,
     )
     decoding = _named_decoding(config, name_or_path, folder)
-    experts = _best_experts(config, device, experts_implementation)
-    model = _load_model(folder, config, dtype, _chosen(attn_implementation, experts))
-    if add_mask_token:
-        added = backbone.add_mask_token(model, tokenizer)
-        special_ids = replace(special_ids, mask_token_id=added)
+    experts = _best_experts(stored, device, experts_implementation)
+    model = _load_model(base or folder, stored, dtype, _chosen(attn_implementation, experts))
+    if lacks_mask:
+        special_ids = _add_mask(model, tokenizer, special_ids)
+    if base is not None:
+        merge_into(model, folder)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
         quantize_experts(model, quantization)
     return Checkpoint(model.to(device), tokenizer, special_ids, str(folder), decoding)
@@ -165,7 +167,7 @@ def new_checkpoint(
 
 
 def save_checkpoint(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Any,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
     special_ids: SpecialIds,
@@ -178,7 +180,7 @@ def save_checkpoint(
     An interrupted save leaves the checkpoint that was there.
 
     Args:
-        model: the model; saved in its published layout.
+        model: the model, saved in its published layout; of a `peft.PeftModel` its adapters.
         tokenizer: saved beside it, if any.
         folder: created, or replaced if it is empty or holds nothing but a checkpoint.
         special_ids: written to the config; EOS and pad to the generation config too.
@@ -194,6 +196,7 @@ def save_checkpoint(
     _check_decoding(decoding, "the checkpoint")
     with writing(f"the checkpoint {folder}"), new_folder(folder) as partial:
         model.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody filled in
         config: Any = copy.deepcopy(model.config)  # the caller's stays as it is
         first, *more = special_ids.eos_token_ids
         config.eos_token_id = [first, *more] if more else first
@@ -214,6 +217,29 @@ def save_checkpoint(
         readable = (partial / "config.json").stat().st_mode
         for file in partial.iterdir():
             file.chmod(readable)
+
+
+def merge_adapters(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+) -> None:
+    """Write adapters and their base as one whole checkpoint.
+
+    Args:
+        folder: of the adapters.
+        output: created, or replaced if it is empty or holds nothing but a checkpoint.
+        dtype: of the weights; "auto" keeps the base's own.
+
+    Raises:
+        InputError: as `load_checkpoint` and `save_checkpoint`.
+    """
+    check_target(output)
+    merged = load_checkpoint(folder, dtype=dtype, device="cpu")
+    save_checkpoint(
+        merged.model, merged.tokenizer, output, merged.special_ids, decoding=merged.decoding
+    )
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
@@ -258,6 +284,20 @@ def _check_decoding(name: object, place: object) -> None:
             f"{place} names the decoding strategy {show(name)}, which is unknown",
             hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
         )
+
+
+def _settings_of_base(folder: Path) -> tuple[PreTrainedConfig, bool]:
+    """The configuration of the base of adapters, and whether their run gave it a mask token.
+
+    Its ids, block length and decoding do not matter: adapters bring their own.
+    """
+    config, tokenizer, _ = read_settings(folder)
+    return config, find_mask_token_id(config, tokenizer) is None
+
+
+def _add_mask(model: PreTrainedModel, tokenizer: Any, special_ids: SpecialIds) -> SpecialIds:
+    """Give a model and its tokenizer the mask token that they lack; the ids with its own."""
+    return replace(special_ids, mask_token_id=backbone.add_mask_token(model, tokenizer))
 
 
 def _load_model(
@@ -311,9 +351,18 @@ def _chosen(attention: str | None, experts: str | None) -> dict[str, str]:
     return {name: value for name, value in named.items() if value}
 
 
-def _check_lacks_mask(
-    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+def _check_wishes(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    add_mask_token: bool,
+    quantization: str | None,
 ) -> None:
+    """Raise `InputError` for what a caller wants of a checkpoint and cannot have."""
+    if quantization is not None:
+        check_format(quantization)
+    if not add_mask_token:
+        return
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer that a mask token could be added to")
     if find_mask_token_id(config, tokenizer) is not None:

@@ -99,31 +99,36 @@ def _reason(error: BaseException) -> str:
 
 
 def read_settings(
-    folder: Path,
+    folder: Path, base: Path | None = None
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, GenerationConfig | None]:
     """Configuration, tokenizer and generation config of a folder, the latter two if it has them.
 
+    Args:
+        folder: of a checkpoint or of adapters.
+        base: that of the adapters' model, which has what the first folder lacks.
+
     Raises:
-        InputError: a file is damaged or no file, the architecture is unknown, or what the folder
-            holds is no whole checkpoint (an adapter, quantised weights).
+        InputError: a file is damaged or no file, the architecture is unknown, or the weights are
+            quantised.
     """
-    shown = shorten(str(folder))
-    _check_kinds(folder)
-    records = {
-        name: read_object(folder / name, MAX_SETTINGS)
-        for name in SETTINGS_FILES
-        if (folder / name).exists()
-    }
-    config = _config(shown, records["config.json"])
+    folders = [folder] if base is None else [folder, base]
+    records: dict[str, dict[str, Any]] = {}
+    for each in reversed(folders):
+        _check_kinds(each)
+        for name in SETTINGS_FILES:
+            if (each / name).exists():
+                records[name] = read_object(each / name, MAX_SETTINGS)
+    config = _config(shorten(str(folder)), records["config.json"])
     tokenizer: PreTrainedTokenizerBase | None = None
     generation_config: GenerationConfig | None = None
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        with reading(f"the tokenizer of {shown} is not usable"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, config=config, trust_remote_code=False
-            )
+    for each in folders:
+        if tokenizer is None and any((each / name).is_file() for name in TOKENIZER_FILES):
+            with reading(f"the tokenizer of {shorten(str(each))} is not usable"):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    each, config=config, trust_remote_code=False
+                )
     if (record := records.get("generation_config.json")) is not None:
-        with reading(f"{shown}/generation_config.json is not usable"):
+        with reading(f"{shorten(str(folder))}/generation_config.json is not usable"):
             generation_config = GenerationConfig.from_dict(record)
     return config, tokenizer, generation_config
 
@@ -143,11 +148,6 @@ def _check_kinds(folder: Path) -> None:
                     f"{shown} is not a usable checkpoint: {shorten(entry.name)} has more than "
                     f"{MAX_TOKENIZER} bytes"
                 )
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{shown} holds an adapter (adapter_config.json), not a whole model",
-            hint="merge it into its base model, and save that",
-        )
 
 
 def _config(folder: str, record: dict[str, Any]) -> PreTrainedConfig:

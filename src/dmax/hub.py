@@ -49,7 +49,7 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
             hint="reinstall dmax",
         )
     if os.path.isdir(folder):  # unlike Path.is_dir, no name is too long for it
-        if not (folder / "config.json").exists():
+        if not (folder / "config.json").exists() and not is_adapter(folder):
             raise InputError(
                 f"{shorten(str(folder))} holds no config.json, so it is not a checkpoint"
             )
@@ -59,6 +59,11 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
             f"{shorten(name)} is not a folder", hint="name the folder that holds config.json"
         )
     return _download(name)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters of peft, which are no model without their base."""
+    return (folder / "adapter_config.json").exists()
 
 
 def _download(name: str) -> Path:

@@ -35,7 +35,8 @@ class LLM:
     alone. The thread ends when the object is dropped.
 
     Args:
-        model: a bundled name ("tiny-base", "tiny-dmax"), a folder, or a hub id.
+        model: a bundled name ("tiny-base", "tiny-dmax"), a folder, or a hub id; of adapters, too,
+            which are merged into the base that they name.
         dtype: "auto" (bfloat16 where the hardware has it), or a torch dtype or its name.
         device: "auto", "cpu", "cuda", …
         mask_token_id, eos_token_id, block_length: override what the checkpoint says.

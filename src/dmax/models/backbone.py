@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -121,14 +120,15 @@ def _unsuitable(model: Any) -> str | None:
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Give a model that has none a mask token, `<|mask|>`, and its tokenizer too; returns its id.
 
-    Its embedding starts as the mean of all others, which is close to none of them. Spare rows of an
-    embedding that is longer than the vocabulary are used before new ones are made.
+    Its rows in the embedding and the output layer start as the means of all others, which are close
+    to none of them. Spare rows of tables that are longer than the vocabulary are used before new
+    ones are made.
     """
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     mask = int(tokenizer.mask_token_id)
-    mean = model.get_input_embeddings().weight[:mask].float().mean(dim=0)
     if mask >= model.config.vocab_size:
         model.resize_token_embeddings(mask + 1, mean_resizing=False)
-    embedding: nn.Embedding = model.get_input_embeddings()
-    embedding.weight[mask] = mean.to(embedding.weight.dtype)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        mean = table.weight[:mask].float().mean(dim=0)
+        table.weight[mask] = mean.to(table.weight.dtype)
     return mask
