@@ -43,6 +43,8 @@ OUT_OF_PLACE = {
     *("ddp_static_graph", "average_tokens_across_devices"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
 }
+IN_DATA = {"max_length": "max_length", "too_long": "too_long", "dataset_num_proc": "num_proc"}
+"""Arguments that a recipe has in its section `data`, and what they are called there."""
 CHOICES = {
     "eval_strategy": IntervalStrategy,
     "logging_strategy": IntervalStrategy,
@@ -82,6 +84,10 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
     """
     extras.require("accelerate", "train", "training a model")
     for name in training:
+        if name in IN_DATA:
+            raise file.wrong(
+                f"training.{name}", f"`training.{name}` is `data.{IN_DATA[name]}` in a recipe"
+            )
         if name in OUT_OF_PLACE:
             raise file.wrong(
                 f"training.{name}",

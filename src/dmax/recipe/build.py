@@ -17,6 +17,9 @@ from dmax.records.tables import generate_conversations, load_conversations
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
 
+SHUFFLED_TOGETHER = 10_000
+"""Conversations of a stream that are held in memory, of which the next is drawn at random."""
+
 
 def build_checkpoint(section: ModelSection) -> Checkpoint:
     """The checkpoint to continue on the best device, or a new model on the CPU."""
@@ -48,6 +51,13 @@ def read_data(section: DataSection) -> Any:
     Raises:
         InputError: there is no such data, or a record is wrong.
     """
+    if section.streaming:
+        stream = _conversations(section)
+        return stream.shuffle(seed=section.seed, buffer_size=SHUFFLED_TOGETHER)
+    return _conversations(section)
+
+
+def _conversations(section: DataSection) -> Any:
     if section.problems is not None:
         arguments = {
             "count": section.problems,

@@ -12,6 +12,7 @@ from dmax.checkpoint_files import reading
 from dmax.environment import select_dtype
 from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
+from dmax.records.encoding import check_too_long
 from dmax.training import get_objective
 from dmax.training.objectives import AVERAGES, SEQUENCES
 
@@ -21,6 +22,7 @@ _LOWEST = {
     "local_rank": -1,  # of no process group
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "pad_to"), 1),
+    **dict.fromkeys(("max_length", "dataset_num_proc"), 1),
 }
 _ABOVE_ZERO = (
     *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
@@ -57,6 +59,9 @@ class DMaxConfig(TrainingArguments):
         train_eos_embedding: whether the row of EOS in the input table learns. In the published
             class it gets no gradient, because EOS is also its `padding_idx`.
         pad_to: pad every batch to this length, for static shapes.
+        max_length: most tokens of an example with its EOS labels; None: the model's context.
+        too_long: what is done about a longer one: error, truncate or skip.
+        dataset_num_proc: processes that tokenize; None: as many as pay.
         router_bias_speed: step of loss-free expert balancing; 0: off.
         compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
         warmup_steps: below 1, a share of all steps.
@@ -76,6 +81,9 @@ class DMaxConfig(TrainingArguments):
     eos_labels: int | None = None
     train_eos_embedding: bool = False
     pad_to: int | None = None
+    max_length: int | None = None
+    too_long: str = "error"
+    dataset_num_proc: int | None = None
     router_bias_speed: float = 0.0
     compile_objective: bool = False
 
@@ -102,6 +110,7 @@ class DMaxConfig(TrainingArguments):
         with reading("these training arguments are not usable"):
             super().__post_init__()
         self.objective_class = get_objective(self.objective, self.rollout)
+        check_too_long(self.too_long)
         if self.loss_average not in AVERAGES:
             raise InputError(
                 f"`loss_average` must be one of {', '.join(AVERAGES)}, got {self.loss_average!r}",

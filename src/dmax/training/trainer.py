@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dmax.errors import InputError
 from dmax.files import writing
+from dmax.records.encoding import encode_dataset
 from dmax.special_ids import SpecialIds
 from dmax.training.balancing import RouterBalancing
 from dmax.training.config import DMaxConfig
@@ -36,7 +37,7 @@ class DMaxTrainer(Trainer):
     Args:
         model: a block-diffusion model, as `oput_loss` takes it.
         args: a `DMaxConfig`.
-        train_dataset: encoded prompts and responses.
+        train_dataset: prompts and responses, as `encode_dataset` takes them.
         special_ids: those of the checkpoint.
         eval_hook: called at every evaluation with the model in evaluation mode; returns metrics.
         kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
@@ -59,9 +60,17 @@ class DMaxTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_weights(model)
-        train_dataset = check_examples(
-            train_dataset, model.config.vocab_size, special_ids.mask_token_id
+        context = model.config.max_position_embeddings
+        encoded = encode_dataset(
+            train_dataset,
+            kwargs.get("processing_class"),
+            special_ids,
+            max_length=min(args.max_length or context, context),
+            eos_labels=args.eos_labels,
+            too_long=args.too_long,
+            num_proc=args.dataset_num_proc,
         )
+        train_dataset = check_examples(encoded, model.config.vocab_size, special_ids.mask_token_id)
         block_length = special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
