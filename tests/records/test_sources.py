@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from dmax.errors import InputError
-from dmax.records.sources import Source, find_source, read_prompts, records_of
-from dmax.records.tables import load_conversations
+from dmax.records.sources import (
+    Source,
+    find_source,
+    load_conversations,
+    read_prompts,
+    records_of,
+)
 
 datasets = pytest.importorskip("datasets")
 
@@ -147,12 +152,12 @@ def test_no_record_at_all_is_refused(tmp_path: Path) -> None:
 def test_conversations_are_read_once_until_their_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dmax.records import tables
+    from dmax.records import sources
 
     file = write(tmp_path, "data.jsonl")
     first = load_conversations(find_source(file))
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "read_conversations", lambda *_: pytest.fail("read again"))
+        patch.setattr(sources, "read_conversations", lambda *_: pytest.fail("read again"))
         again = load_conversations(find_source(file))
     assert list(again) == list(first)
     assert again.cache_files == first.cache_files != []

@@ -12,8 +12,8 @@ from dmax.environment import DTYPES, select_device
 from dmax.recipe.sections import DataSection, ModelSection, model_config
 from dmax.records.encoding import encode_dataset
 from dmax.records.readers import Conversation, get_reader
-from dmax.records.sources import files_of
-from dmax.records.tables import generate_conversations, load_conversations
+from dmax.records.sources import files_of, load_conversations
+from dmax.records.tables import generate_conversations
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
 

@@ -1,4 +1,4 @@
-"""Sources: records one after another, from a file, a folder or the hub."""
+"""Sources: records of a file, a folder or the hub, one after another or as a table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dmax import extras
 from dmax.errors import InputError, did_you_mean, first_line, shorten
 from dmax.files import TO_UTF8, check_readable, json_lines
 from dmax.records.readers import Conversation, Prompt, Reader, read_conversation, read_prompt
+from dmax.records.tables import generate_conversations, read_table
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 PARQUET = b"PAR1"  # how such a file begins
@@ -94,6 +95,42 @@ def read_conversations(
         yield read_conversation(record, where, reader)
 
 
+def load_conversations(
+    source: Source,
+    *,
+    reader: Reader | None = None,
+    streaming: bool = False,
+    num_proc: int | None = None,
+) -> Any:
+    """The conversations of a source, with the columns of `Conversation`.
+
+    Args:
+        source: where the records are.
+        reader: of their columns; None recognises it.
+        streaming: read while training, and keep nothing on the disk.
+        num_proc: processes that read; None: as many as pay.
+
+    Returns:
+        A `datasets.Dataset`, cached until the source changes, or an `IterableDataset`.
+
+    Raises:
+        InputError: the package `datasets` is missing, there is no such source, it holds no record,
+            or a record is wrong; names file and line. A stream raises it when it gets there.
+    """
+    extras.require("datasets", "train", "training data")
+    if is_table(source):
+        opened = open_table(source, streaming=streaming)
+        name = f"{source.name} ({source.split})"
+        table = read_table(opened, name, reader=reader, num_proc=num_proc)
+    else:
+        files = [(str(file), *_version(file)) for file in files_of(source)]
+        arguments = {"source": source, "reader": reader, "files": files}
+        table = generate_conversations(_conversations_of, arguments, streaming=streaming)
+    if not streaming and not len(table):
+        raise _empty(source)
+    return table
+
+
 def records_of(source: Source) -> Iterator[tuple[str, Any]]:
     """The records of a source, each after its place.
 
@@ -105,10 +142,10 @@ def records_of(source: Source) -> Iterator[tuple[str, Any]]:
         is_empty = False
         yield place_and_record
     if is_empty:
-        raise empty(source)
+        raise _empty(source)
 
 
-def empty(source: Source) -> InputError:
+def _empty(source: Source) -> InputError:
     """The error for a source that holds nothing."""
     return InputError(f"data `{shorten(source.name)}` holds no record")
 
@@ -231,3 +268,14 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: not a JSON array ({error})") from None
     for number, record in enumerate(records, 1):
         yield f"{path}, record {number}", record
+
+
+def _conversations_of(source: Source, reader: Reader | None, files: Any) -> Iterator[Conversation]:
+    """The conversations of a source; its `files` are named for the cache, which depends on them."""
+    yield from read_conversations(source, reader)
+
+
+def _version(file: Any) -> tuple[int, int]:
+    """Size and time of a file, by which a change of it is seen."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,56 +12,12 @@ import torch
 from dmax import extras
 from dmax.errors import InputError
 from dmax.records.readers import Conversation, Reader, read_conversation
-from dmax.records.sources import (
-    Source,
-    empty,
-    files_of,
-    is_table,
-    open_table,
-    read_conversations,
-)
 
 FORMAT = 1
 """Raised when the same records are to become something else: older caches are passed over then."""
 COLUMNS = Conversation._fields
 """Columns of a table of conversations."""
 ROWS_PER_PROCESS = 5_000  # from which a process of its own pays for its start
-
-
-def load_conversations(
-    source: Source,
-    *,
-    reader: Reader | None = None,
-    streaming: bool = False,
-    num_proc: int | None = None,
-) -> Any:
-    """The conversations of a source, with the columns of `Conversation`.
-
-    Args:
-        source: where the records are.
-        reader: of their columns; None recognises it.
-        streaming: read while training, and keep nothing on the disk.
-        num_proc: processes that read; None: as many as pay.
-
-    Returns:
-        A `datasets.Dataset`, cached until the source changes, or an `IterableDataset`.
-
-    Raises:
-        InputError: the package `datasets` is missing, there is no such source, it holds no record,
-            or a record is wrong; names file and line. A stream raises it when it gets there.
-    """
-    extras.require("datasets", "train", "training data")
-    if is_table(source):
-        opened = open_table(source, streaming=streaming)
-        name = f"{source.name} ({source.split})"
-        table = read_table(opened, name, reader=reader, num_proc=num_proc)
-    else:
-        files = [(str(file), *_version(file)) for file in files_of(source)]
-        arguments = {"source": source, "reader": reader, "files": files}
-        table = generate_conversations(_conversations_of, arguments, streaming=streaming)
-    if not streaming and not len(table):
-        raise empty(source)
-    return table
 
 
 def generate_conversations(
@@ -170,18 +126,25 @@ def map_table(
         )
 
 
-def first_process_first() -> AbstractContextManager[None]:
-    """Of several processes on a machine, one works first; the others then find what it cached."""
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Of several processes on a machine, one works first; the others then find what it cached.
+
+    They go on after an error of the first one, too, and meet it themselves.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return nullcontext()
+        yield
+        return
     from accelerate import PartialState
 
-    return PartialState().local_main_process_first()
-
-
-def _conversations_of(source: Source, reader: Reader | None, files: Any) -> Iterator[Conversation]:
-    """The conversations of a source; its `files` are named for the cache, which depends on them."""
-    yield from read_conversations(source, reader)
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
 
 
 def _rows(
@@ -209,12 +172,6 @@ def _read_rows(
 def _num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version(file: Any) -> tuple[int, int]:
-    """Size and time of a file, by which a change of it is seen."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
 
 
 def _features() -> Any:
