@@ -32,7 +32,7 @@ LAYERS = {
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
     **dict.fromkeys(("dmax.recipe", "dmax.benchmark", "dmax.cli", "dmax.demo", "dmax"), 6),
     "dmax.tiny.tokenizer": 6,  # the package itself only knows paths
-    "dmax_command": 6,
+    **dict.fromkeys(("dmax_command", "dmax.__main__"), 6),
 }
 HEART = tuple(f"dmax.{room}" for room in measure_heart.HEART)
 ANNEX = "dmax.baselines"

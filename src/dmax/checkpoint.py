@@ -93,7 +93,7 @@ def load_checkpoint(
     Args:
         name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id.
         dtype: of the weights; "auto" keeps the files' own.
-        device: where the model goes.
+        device: where the model goes; on "meta" it has no weights, and none are read.
         mask_token_id: overrides the checkpoint's.
         eos_token_id: overrides the checkpoint's; one id or several.
         block_length: overrides the checkpoint's.
@@ -103,9 +103,8 @@ def load_checkpoint(
         quantization: of the experts, for decoding only: "int8", "fp8" or "int4".
 
     Raises:
-        InputError: the name leads nowhere, files are damaged, an id is neither given nor in the
-            files, the architecture cannot be used, the decoding strategy that the files name is
-            unknown, or a mask token is to be added to a checkpoint that has one.
+        InputError: the name leads nowhere, files are damaged, an id is not to be found, the
+            architecture or decoding strategy is unknown, or the mask token to add is there.
     """
     folder = find_folder(name_or_path)
     base = find_base(folder) if is_adapter(folder) else None
@@ -123,8 +122,9 @@ def load_checkpoint(
         adds_mask=add_mask_token,
     )
     decoding = _named_decoding(config, name_or_path, folder)
-    experts = _best_experts(stored, device, experts_implementation)
-    model = _load_model(base or folder, stored, dtype, _chosen(attn_implementation, experts))
+    options = _chosen(attn_implementation, _best_experts(stored, device, experts_implementation))
+    place = device if base is None and not lacks_mask else "cpu"  # where there is more to compute
+    model = _load_model(base or folder, stored, dtype, place, options)
     if lacks_mask:
         special_ids = _add_mask(model, tokenizer, special_ids)
     if base is not None:
@@ -156,14 +156,8 @@ def new_checkpoint(
         InputError: an id or the block length is missing, or the architecture cannot be used.
     """
     special_ids = resolve_special_ids(config, tokenizer)
-    with reading("no model can be made from this configuration"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            trust_remote_code=False,
-            **_chosen(attn_implementation, experts_implementation),
-        )
-    return Checkpoint(_ready(model).eval(), tokenizer, special_ids, path="")
+    options = _chosen(attn_implementation, experts_implementation)
+    return Checkpoint(_new_model(config, dtype, options).eval(), tokenizer, special_ids, path="")
 
 
 def save_checkpoint(
@@ -300,9 +294,29 @@ def _add_mask(model: PreTrainedModel, tokenizer: Any, special_ids: SpecialIds) -
     return replace(special_ids, mask_token_id=backbone.add_mask_token(model, tokenizer))
 
 
-def _load_model(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, str]
+def _new_model(
+    config: PreTrainedConfig, dtype: torch.dtype | str, options: dict[str, str]
 ) -> PreTrainedModel:
+    with reading("no model can be made from this configuration"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=config.dtype if dtype == "auto" else dtype,
+            trust_remote_code=False,
+            **options,
+        )
+    return _ready(model)
+
+
+def _load_model(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    options: dict[str, str],
+) -> PreTrainedModel:
+    if torch.device(device).type == "meta":
+        with torch.device(device):
+            return _new_model(config, dtype, options)
     with reading(f"{shorten(str(folder))} cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

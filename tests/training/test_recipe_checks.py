@@ -17,7 +17,6 @@ from dmax.recipe import build
 from dmax.recipe.file import MAX_BYTES, read_recipe_file
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
-from dmax.training.config import DMaxConfig
 
 pytest.importorskip("accelerate")
 
@@ -226,9 +225,28 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "[train]" in str(error.hint)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DMaxConfig, "world_size", 2)
-    refused(write_recipe(tmp_path), "in `training`, training takes one process, got 2")
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_config", "deepspeed"])
+def test_sharding_has_a_section_of_its_own(tmp_path: Path, name: str) -> None:
+    error = refused(write_recipe(tmp_path, training={name: "x"}), f"`training.{name}` would not do")
+    assert "section `fsdp`" in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (None, "`fsdp` must be a mapping"),
+        ({"reduce_dtype": "fp8"}, "`reduce_dtype` must be one of float32, bfloat16, got 'fp8'"),
+        ({"reshard": True}, "unknown key `fsdp.reshard`"),
+        ({"cpu_offload": "yes"}, "`fsdp.cpu_offload` must be bool, got 'yes'"),
+    ],
+)
+def test_a_wrong_way_to_shard_is_named(tmp_path: Path, section: Any, message: str) -> None:
+    refused(write_recipe(tmp_path, fsdp=section), message)
+
+
+def test_a_sharded_model_has_no_float16(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, fsdp={}, training={"fp16": True})
+    refused(path, "`fp16` does not go with `fsdp`")
 
 
 def test_trying_the_arguments_leaves_the_working_folder_alone(

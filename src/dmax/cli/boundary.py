@@ -63,6 +63,7 @@ def keeping(what: str) -> Iterator[None]:
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run a command; the code that its process exits with."""
     arguments, is_debug = _without_debug(arguments)
+    console.quiet = _num_ranks() > 1 and os.environ.get("RANK", "0") != "0"
     try:
         prepare_streams()
         _check_current_folder()
@@ -80,6 +81,8 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         raise
     # The boundary: whatever a command raises becomes a sentence.
     except Exception as error:
+        if not _speaks():
+            return 1
         if is_debug and not isinstance(error, USAGE_ERROR):  # whose place is the command line
             traceback.print_exception(error)
         try:
@@ -108,6 +111,8 @@ def _end_stopped(stop: Stopped) -> int:
     if stop.code == 128 + signal.SIGPIPE:
         _drop(sys.stdout)
         return stop.code
+    if not _speaks():
+        return stop.code
     notes = getattr(stop, "__notes__", [])
     console.print("; ".join(["interrupted", *notes]), style="bold", soft_wrap=True)
     return stop.code
@@ -118,7 +123,7 @@ def _end_failed(error: Exception) -> int:
         _drop(sys.stdout)
     if isinstance(error, USAGE_ERROR):
         return _end_misused(error)
-    known = translate(error) or _out_of_memory(error)
+    known = translate(error) or _out_of_memory(error) or _left_alone(error)
     if known is not None:
         print_error(known.message, known.hint)
         return 2
@@ -149,6 +154,36 @@ def _out_of_memory(error: Exception) -> InputError | None:
     return InputError("there is not enough memory", hint="try a smaller batch or a smaller model")
 
 
+def _num_ranks() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _speaks() -> bool:
+    """Whether this process says how the command ends; of several ranks, only the first does."""
+    if _num_ranks() == 1:
+        return True
+    from dmax.training.ranks import speaks_first
+
+    console.quiet = not speaks_first()
+    return not console.quiet
+
+
+def _left_alone(error: Exception) -> InputError | None:
+    """The error of a rank whose others are gone; gloo and NCCL have words of their own for it."""
+    is_lost = (
+        isinstance(error, RuntimeError)
+        and _num_ranks() > 1
+        and any(word in str(error) for word in ("Connection", "Broken pipe", "NCCL", "gloo"))
+    )
+    if not is_lost:
+        return None
+    return InputError(
+        "another process of this training has ended",
+        hint="torchrun says below how; the same command goes on from the last checkpoint",
+    )
+
+
 def _drop(stream: TextIO) -> None:
     """Forget what a stream still holds if nobody takes it; the exit would try once more."""
     try:
@@ -173,7 +208,8 @@ def _terminating() -> Iterator[None]:
 
     is_ours = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
-    if not is_ours or before is not signal.SIG_DFL:
+    # A rank that waits for another one runs no Python; torchrun would have to kill it.
+    if not is_ours or before is not signal.SIG_DFL or _num_ranks() > 1:
         yield
         return
     signal.signal(signal.SIGTERM, stop)

@@ -45,6 +45,8 @@ def train(
     # The Trainer prints its log; stdout is for the result.
     with keeping(kept), redirect_stdout(sys.stderr):
         folder = run_recipe(checked, resume=not fresh, report=console.print)
+    if console.quiet:  # another process speaks
+        return
     if as_json:
         print_json({"checkpoint": str(folder)})
     else:

@@ -7,7 +7,7 @@ first optimiser, or with the first line of the log.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,12 +24,14 @@ from dmax.errors import InputError, did_you_mean, show
 from dmax.recipe.file import RecipeFile
 from dmax.recipe.logs import check_loggers
 from dmax.training.config import DMaxConfig
+from dmax.training.sharding import Sharding
 
 METRICS = ("accuracy", "tpf")
 """What evaluations measure (`dmax.recipe.run`)."""
 # Arguments that would do nothing here, or something other than they say: the objective makes the
-# loss, the sampler batches by length, evaluation decodes, nothing is sent to the hub, and training
-# takes one process. (A `deepspeed` that fails would also stay set for every later model.)
+# loss, the sampler batches by length, evaluation decodes, nothing is sent to the hub, and all
+# parameters take part in every loss. (A `deepspeed` that fails would also stay set for every later
+# model.)
 OUT_OF_PLACE = {
     *("debug", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"),
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
@@ -38,13 +40,14 @@ OUT_OF_PLACE = {
     *("liger_kernel_config", "train_sampling_strategy", "length_column_name", "use_cache"),
     *("prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "ignore_data_skip"),
     *("include_num_input_tokens_seen", "local_rank", "trackio_static_space_id"),
-    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "ddp_backend", "ddp_timeout"),
-    *("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters"),
-    *("ddp_static_graph", "average_tokens_across_devices"),
+    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "ddp_broadcast_buffers"),
+    *("ddp_find_unused_parameters", "ddp_static_graph", "average_tokens_across_devices"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
 }
 IN_DATA = {"max_length": "max_length", "too_long": "too_long", "dataset_num_proc": "num_proc"}
 """Arguments that a recipe has in its section `data`, and what they are called there."""
+_SECTION = "shard the model with a section `fsdp` of the recipe"
+OTHER_PLACE = dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _SECTION)
 CHOICES = {
     "eval_strategy": IntervalStrategy,
     "logging_strategy": IntervalStrategy,
@@ -61,22 +64,31 @@ def argument_names() -> set[str]:
     return {entry.name for entry in fields(DMaxConfig)} - {"output_dir"}
 
 
-def make_arguments(file: RecipeFile, training: Mapping[str, Any], output_dir: Path) -> DMaxConfig:
-    """The training arguments of a recipe.
+def make_arguments(
+    file: RecipeFile, training: Mapping[str, Any], output_dir: Path, fsdp: Sharding | None
+) -> DMaxConfig:
+    """The training arguments of a recipe, and how it shards the model.
 
     Raises:
         InputError: naming file, line and key of a value that does not fit.
     """
     with file.trying("training", training):
-        return DMaxConfig(output_dir=str(output_dir), **training)
+        return DMaxConfig(output_dir=str(output_dir), **training, **_sharded(fsdp))
 
 
-def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates: bool) -> None:
+def _sharded(fsdp: Sharding | None) -> dict[str, Any]:
+    return {} if fsdp is None else {"fsdp": True, "fsdp_config": asdict(fsdp)}
+
+
+def check_arguments(
+    file: RecipeFile, training: Mapping[str, Any], fsdp: Sharding | None, *, evaluates: bool
+) -> None:
     """Make sure that a training can begin with these arguments on this machine.
 
     Args:
         file: the recipe.
         training: its `training`, the keys known and the plain values of the right type.
+        fsdp: its `fsdp`, if any.
         evaluates: whether the recipe has an `eval`.
 
     Raises:
@@ -92,7 +104,7 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
             raise file.wrong(
                 f"training.{name}",
                 f"`training.{name}` would not do here what it says",
-                hint="leave it out",
+                hint=OTHER_PLACE.get(name, "leave it out"),
             )
     with file.at("training.report_to"):
         check_loggers(training.get("report_to"))
@@ -107,12 +119,7 @@ def check_arguments(file: RecipeFile, training: Mapping[str, Any], *, evaluates:
             file.check_keys(f"training.{name}", given, set(CHECKPOINTING))
 
     with TemporaryDirectory() as folder, file.trying("training", training):
-        args = DMaxConfig(output_dir=folder, **training)
-        if args.world_size > 1:  # an objective calls methods that a wrapper of torch hides
-            raise InputError(
-                f"training takes one process, got {args.world_size}",
-                hint="start it without torchrun or accelerate",
-            )
+        args = DMaxConfig(output_dir=folder, **training, **_sharded(fsdp))
         if args.eval_strategy != IntervalStrategy.NO and not evaluates:
             raise InputError("`eval_strategy` needs a section `eval`, which says what to solve")
         metric = args.metric_for_best_model

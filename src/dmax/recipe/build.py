@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint
-from dmax.environment import DTYPES, select_device
+from dmax.environment import DTYPES
 from dmax.recipe.sections import DataSection, ModelSection, model_config
 from dmax.records.encoding import encode_dataset
 from dmax.records.readers import Conversation, get_reader
@@ -21,26 +23,30 @@ SHUFFLED_TOGETHER = 10_000
 """Conversations of a stream that are held in memory, of which the next is drawn at random."""
 
 
-def build_checkpoint(section: ModelSection) -> Checkpoint:
-    """The checkpoint to continue on the best device, or a new model on the CPU."""
+def build_checkpoint(section: ModelSection, device: torch.device) -> Checkpoint:
+    """The checkpoint to continue, on a device, or a new model on the CPU.
+
+    On the meta device it is a model without weights, and none are read.
+    """
     if section.path is not None:
         return load_checkpoint(
             section.path,
             dtype=DTYPES.get(section.dtype, "auto"),
-            device=select_device("auto"),
+            device=device,
             block_length=section.block_length,
             attn_implementation=section.attn_implementation,
             experts_implementation=section.experts_implementation,
             add_mask_token=section.add_mask_token,
         )
     tokenizer = build_tokenizer()
-    return new_checkpoint(
-        model_config(section.config or {}, tokenizer),
-        tokenizer,
-        dtype=DTYPES[section.dtype],
-        attn_implementation=section.attn_implementation,
-        experts_implementation=section.experts_implementation or "eager",
-    )
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        return new_checkpoint(
+            model_config(section.config or {}, tokenizer),
+            tokenizer,
+            dtype=DTYPES[section.dtype],
+            attn_implementation=section.attn_implementation,
+            experts_implementation=section.experts_implementation or "eager",
+        )
 
 
 def read_data(section: DataSection) -> Any:

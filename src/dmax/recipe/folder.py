@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from dmax.errors import InputError
 from dmax.files import changes, remove_leftovers, write_atomically, writing
 from dmax.recipe.logs import TENSORBOARD
+from dmax.training.ranks import rank
+from dmax.training.sharding import SHARDS, are_whole
 
 RECORD = "run.json"
 TRAINER_STATE = "trainer_state.json"
@@ -151,7 +153,9 @@ class RunFolder(TrainerCallback):
         return [numbered[step] for step in sorted(numbered)]
 
     def _empty(self) -> None:
-        """Remove what runs of ours write, and nothing else."""
+        """Remove what runs of ours write, and nothing else; on rank 0."""
+        if rank() != 0:
+            return
         with writing(self.path):
             for folder in self.checkpoints():
                 shutil.rmtree(folder)
@@ -174,6 +178,8 @@ class RunFolder(TrainerCallback):
             raise InputError(f"{file} is not the record of a training run", hint=MOVE) from None
 
     def _write(self) -> None:
+        if rank() != 0:  # which writes for all
+            return
         record = {
             "settings": self._settings,
             "seconds": self.seconds,
@@ -209,6 +215,8 @@ def torn_file(folder: Path) -> str | None:
 
 def _is_whole(file: Path) -> bool:
     """Whether a file can be read; weights and optimiser states are not read for it."""
+    if file.name == SHARDS:
+        return are_whole(file)
     try:
         match file.suffix:
             case ".json":

@@ -8,7 +8,7 @@ from typing import cast
 
 from dmax.baselines.head_training import HeadConfig, fit, record
 from dmax.baselines.heads import Kind, load_head, save_head, weights_sample
-from dmax.environment import weights_digest
+from dmax.environment import select_device, weights_digest
 from dmax.errors import InputError
 from dmax.files import check_writable
 from dmax.recipe.build import build_checkpoint, encode_data, read_data
@@ -34,7 +34,7 @@ def train_head(
             hint="choose another `output_dir`, or replace it with --fresh",
         )
     conversations = read_data(recipe.data)
-    checkpoint = build_checkpoint(recipe.model)
+    checkpoint = build_checkpoint(recipe.model, select_device("auto"))
     dataset = encode_data(recipe.data, conversations, checkpoint, report=report)
     states = record(checkpoint.model, dataset, checkpoint.special_ids, config)
     report(f"{len(states['masked'])} states of {len(dataset)} responses")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 
 from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
-from dmax.environment import environment
+from dmax.environment import environment, select_device
 from dmax.errors import InputError
 from dmax.evaluation.curves import draw_history
 from dmax.evaluation.run import evaluate
@@ -29,13 +29,18 @@ from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.training import get_objective
 from dmax.training.config import DMaxConfig
+from dmax.training.ranks import num_ranks, rank, wait_for_all
+from dmax.training.sharding import start_device
 from dmax.training.trainer import DMaxTrainer
 
 CURVES = "curves.png"
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
 UNTRACKED = (
+    "ddp",
     "disable_tqdm",
     "eval",
+    "fsdp",  # what matters of it has its own place
+    "gradient_accumulation_steps",  # the same
     "hub",
     "log",
     "output_dir",
@@ -61,6 +66,8 @@ def run_recipe(
         The folder of the checkpoint, or the file of a head.
     """
     if recipe.head is not None:
+        if num_ranks() > 1:
+            raise InputError(f"a head is trained in one process, not in {num_ranks()}")
         from dmax.recipe.head import train_head
 
         return train_head(recipe, recipe.head, replace=not resume, report=report)
@@ -88,7 +95,8 @@ def _train_model(
     conversations = read_data(recipe.data)
     set_seed(args.seed)
     decoding = get_objective(args.objective, args.rollout).decoding
-    checkpoint = dataclasses.replace(build_checkpoint(recipe.model), decoding=decoding)
+    device = start_device(rank()) if args.is_sharded else select_device("auto")
+    checkpoint = dataclasses.replace(build_checkpoint(recipe.model, device), decoding=decoding)
     checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
     dataset = encode_data(
         recipe.data, conversations, checkpoint, eos_labels=args.eos_labels, report=report
@@ -108,24 +116,30 @@ def _train_model(
     with recipe.file.at("output_dir"):
         needed = room(trainer.model, args, num_steps(args, num_examples))
         check_room(needed, recipe.output_dir, [*run.checkpoints(), *leftovers(recipe.output_dir)])
-    start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start else {}
-    remove_leftovers(recipe.output_dir)
+    start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start and rank() == 0 else {}
+    wait_for_all()  # until every rank has seen the folder as it was
+    if rank() == 0:
+        remove_leftovers(recipe.output_dir)
     run.begin()
+    wait_for_all()
     steps = _train(trainer, run)
-    blend_weights(checkpoint.model, start, recipe.model.keep_start)
     trainer.check_weights(steps)
-    run.stop_clock()
-    origin = {"recipe": recipe.file.path.name, "environment": environment()}
-    save_checkpoint(
-        checkpoint.model,
-        checkpoint.tokenizer,
-        recipe.output_dir,
-        checkpoint.special_ids,
-        decoding=decoding,
-        extra=origin | {"steps": steps, "seconds": round(run.seconds)},
-    )
-    _draw(trainer, recipe, report)
-    run.finish()
+    model = trainer.whole_model()
+    if model is not None:
+        blend_weights(model, start, recipe.model.keep_start)
+        run.stop_clock()
+        origin = {"recipe": recipe.file.path.name, "environment": environment()}
+        save_checkpoint(
+            model,
+            checkpoint.tokenizer,
+            recipe.output_dir,
+            checkpoint.special_ids,
+            decoding=decoding,
+            extra=origin | {"steps": steps, "seconds": round(run.seconds)},
+        )
+        _draw(trainer, recipe, report)
+        run.finish()
+    wait_for_all()
 
 
 def _run_folder(
@@ -171,7 +185,7 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
     """Train to the last step, from the last checkpoint on; how many steps the whole run has."""
     last = run.last_checkpoint
     if last is not None and run.is_trained():  # Trainer would take one step more
-        trainer._load_from_checkpoint(str(last))
+        trainer.load_weights(last)
         trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE))
         return int(trainer.state.global_step)
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -186,8 +200,6 @@ def _train(trainer: DMaxTrainer, run: RunFolder) -> int:
 
 def _draw(trainer: DMaxTrainer, recipe: Recipe, report: Callable[[str], None]) -> None:
     """Write `curves.png` beside the checkpoint, with all that the whole run has logged."""
-    if not trainer.is_world_process_zero():
-        return
     state = trainer.state
     title = f"{recipe.output_dir.name}: {state.global_step:,} steps of {trainer.args.objective}"
     try:
@@ -199,7 +211,7 @@ def _draw(trainer: DMaxTrainer, recipe: Recipe, report: Callable[[str], None]) -
 def _arguments(recipe: Recipe) -> DMaxConfig:
     run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
     names = {"run_name": recipe.output_dir.name, "project": PROJECT}
-    return make_arguments(recipe.file, names | recipe.training, run_dir)
+    return make_arguments(recipe.file, names | recipe.training, run_dir, recipe.fsdp)
 
 
 def _task(recipe: Recipe) -> Task | None:
@@ -211,7 +223,10 @@ def _task(recipe: Recipe) -> Task | None:
 
 
 def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
-    """All that the weights depend on; of the training arguments those that are not the default."""
+    """All that the weights depend on; of the training arguments those that are not the default.
+
+    Any number of processes may go on with a run, as long as a step has as many micro-batches.
+    """
     data = asdict(recipe.data)
     del data["num_proc"]  # nothing depends on it
     with recipe.file.at("data.file"):
@@ -222,16 +237,25 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
         for name, value in args.to_dict().items()
         if not name.startswith(UNTRACKED) and value != defaults.get(name)
     }
-    return {"model": asdict(recipe.model), "data": data, "training": training}
+    micro_batches = args.gradient_accumulation_steps * args.world_size
+    training["gradient_accumulation_steps x processes"] = micro_batches
+    sharding = recipe.fsdp and {"reduce_dtype": recipe.fsdp.reduce_dtype}
+    return {
+        "model": asdict(recipe.model),
+        "data": data,
+        "training": training,
+        "fsdp": sharding,
+    }
 
 
 def _eval_hook(
     section: EvalSection, task: Task, checkpoint: Checkpoint
 ) -> Callable[[nn.Module], dict[str, float]]:
     params = DecodingParams(**{"max_new_tokens": task.max_new_tokens, **section.decoding})
-    llm = LLM.from_checkpoint(checkpoint, max_batch_size=32)
 
-    def hook(_: nn.Module) -> dict[str, float]:
+    def hook(model: Any) -> dict[str, float]:
+        measured = dataclasses.replace(checkpoint, model=model)
+        llm = LLM.from_checkpoint(measured, max_batch_size=32)
         summary, _samples = evaluate(llm, task, params, limit=section.limit, seed=section.seed)
         return {"accuracy": summary.accuracy, "tpf": summary.tpf}
 

@@ -34,11 +34,13 @@ from dmax.tasks.word_problems import Numbers
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training import get_objective
 from dmax.training.config import DMaxConfig
+from dmax.training.sharding import Sharding
 
 if TYPE_CHECKING:
     from dmax.baselines.head_training import HeadConfig
 
 
+_SECTIONS = ("output_dir", "model", "data", "training", "fsdp", "head", "eval")
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
 MOST_PROCESSES = 1024
@@ -157,6 +159,7 @@ class Recipe:
         model: where the model comes from.
         data: what it learns.
         training: fields of `DMaxConfig`; empty for a head.
+        fsdp: how the model is sharded over processes; None for a model that each one has whole.
         head: how to train a head; None for a model.
         eval: what to decode on the way; None for nothing.
     """
@@ -166,6 +169,7 @@ class Recipe:
     model: ModelSection
     data: DataSection
     training: dict[str, Any] = field(default_factory=dict)
+    fsdp: Sharding | None = None
     head: HeadConfig | None = None
     eval: EvalSection | None = None
 
@@ -183,12 +187,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     file = read_recipe_file(Path(path))
     content = file.content
-    file.check_keys("", content, {"output_dir", "model", "data", "training", "head", "eval"})
+    file.check_keys("", content, set(_SECTIONS))
     trains_head = "head" in content
     for key in ("output_dir", "model", "data", "head" if trains_head else "training"):
         if key not in content:
             raise InputError(f"{path}: `{key}` is missing")
-    beside = content.keys() & {"training", "eval"}
+    beside = content.keys() & {"training", "eval", "fsdp"}
     if trains_head and beside:
         key = min(beside)
         raise file.wrong(key, f"a recipe with `head` has no `{key}`: only a head is trained")
@@ -200,6 +204,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     }
     if content.get("eval") is not None:
         sections["eval"] = EvalSection(**_fields(file, "eval", EvalSection))
+    if "fsdp" in content:
+        given = _fields(file, "fsdp", Sharding)
+        with file.at("fsdp"):
+            sections["fsdp"] = Sharding(**given)
     changes = dict(overrides or {})
     if trains_head:
         from dmax.baselines.head_training import HeadConfig
@@ -215,7 +223,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     _check_data(recipe)
     _check_eval(recipe)
     if recipe.head is None:
-        check_arguments(file, recipe.training, evaluates=recipe.eval is not None)
+        evaluates = recipe.eval is not None
+        check_arguments(file, recipe.training, recipe.fsdp, evaluates=evaluates)
     return recipe
 
 

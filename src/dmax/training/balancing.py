@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from dmax.training.ranks import sum_over_ranks
+
 
 class RouterBalancing(TrainerCallback):
     """Loss-free balancing: after each step, favour the experts that had too few tokens.
@@ -20,18 +22,18 @@ class RouterBalancing(TrainerCallback):
         self.speed = speed
         self.loads: dict[Any, Tensor] = {}  # tokens of each expert since the last step, by router
         for module in model.modules():
-            bias = getattr(module, "expert_bias", None)
-            if isinstance(bias, Tensor):
-                self.loads[module] = torch.zeros_like(bias)
+            if isinstance(getattr(module, "expert_bias", None), Tensor):
                 module.register_forward_hook(self._count_tokens)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Move every bias by one step and start counting anew."""
+        """Move every bias by one step and start counting anew, alike on all ranks."""
         for router, load in self.loads.items():
+            sum_over_ranks(load)
             router.expert_bias += self.speed * torch.sign(load.mean() - load)
             load.zero_()
 
     def _count_tokens(self, router: nn.Module, _inputs: Any, output: Any) -> None:
         chosen = output[0].flatten()
-        load = self.loads[router]
+        bias: Any = router.expert_bias
+        load = self.loads.setdefault(router, torch.zeros_like(bias))
         load.index_add_(0, chosen, torch.ones_like(chosen, dtype=load.dtype))

@@ -132,13 +132,12 @@ class CleanStream:
         return training_mask(visible, noisy, keys, implementation)
 
 
-@dataclass
 class ContextCache:
     """Keys and values of the clean half, kept with their gradient for later forwards to attend to.
 
     The forward that records them sees only itself. The others see the recorded positions before
     their own, and add nothing. Repeating either one changes nothing, which gradient checkpointing
-    relies on.
+    relies on. It is no dataclass, because FSDP hands copies of those to a layer.
 
     Attributes:
         layers: what is recorded, the same dictionary for all forwards.
@@ -146,9 +145,10 @@ class ContextCache:
         records: whether this is the cache of the first forward.
     """
 
-    layers: Layers
-    length: int
-    records: bool
+    def __init__(self, layers: Layers, length: int, records: bool) -> None:
+        self.layers = layers
+        self.length = length
+        self.records = records
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """All that is visible to new keys and values [B, G, L', d] of a layer, theirs included."""

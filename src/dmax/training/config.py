@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from dmax.checkpoint_files import reading
 from dmax.environment import select_dtype
@@ -15,6 +17,8 @@ from dmax.params import check_number
 from dmax.records.encoding import check_too_long
 from dmax.training import get_objective
 from dmax.training.objectives import AVERAGES, SEQUENCES
+from dmax.training.ranks import num_ranks
+from dmax.training.sharding import Sharding
 
 # Bounds of training arguments, transformers' own included; other numbers are at least 0.
 _LOWEST = {
@@ -67,7 +71,12 @@ class DMaxConfig(TrainingArguments):
         warmup_steps: below 1, a share of all steps.
         bf16: compute in bfloat16 over float32 weights; None: on a GPU that has it, never on a CPU.
         gradient_checkpointing: recompute activations in backward; None: yes.
+        fsdp: shard the model over the processes; in one process it changes checkpoints only.
+        fsdp_config: the fields of a `Sharding`.
         objective_class: what `objective` and `rollout` name; not an argument.
+        sharding: what `fsdp_config` says, or None without `fsdp`; not an argument.
+        is_sharded: whether each process holds a part of the model; not an argument.
+        compute_dtype: of a sharded model; None is that of its weights; not an argument.
     """
 
     objective: str = "oput"
@@ -96,6 +105,7 @@ class DMaxConfig(TrainingArguments):
     weight_decay: float = 0.01
     bf16: bool | None = None
     gradient_checkpointing: bool | None = None
+    ddp_find_unused_parameters: bool | None = False  # every loss needs all of them
     remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
@@ -107,8 +117,20 @@ class DMaxConfig(TrainingArguments):
         if hasattr(self, NEW_NAME) and getattr(self, NEW_NAME) is None:
             setattr(self, NEW_NAME, checkpointing)
         self.gradient_checkpointing = checkpointing
+        theirs: Any = self  # whose fields have no types of their own
+        self.sharding = Sharding.from_config(theirs.fsdp_config) if theirs.fsdp else None
+        if self.sharding is not None and self.sharding.cpu_offload and num_ranks() > 1:
+            # What `accelerate launch` sets: gradients on CPUs are added up through gloo then.
+            os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
         with reading("these training arguments are not usable"):
             super().__post_init__()
+        self.compute_dtype = torch.bfloat16 if self.bf16 else None
+        # Each process takes its own batches of a stream: those that one would hand out are padded
+        # to one length.
+        self.accelerator_config.dispatch_batches = False
+        self.is_sharded = False
+        if self.sharding is not None:
+            self._shard(self.sharding)
         self.objective_class = get_objective(self.objective, self.rollout)
         check_too_long(self.too_long)
         if self.loss_average not in AVERAGES:
@@ -121,6 +143,22 @@ class DMaxConfig(TrainingArguments):
                 "mask ratios must satisfy 0 <= low <= high <= 1, "
                 f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
             )
+
+    def _shard(self, sharding: Sharding) -> None:
+        """What transformers and accelerate have no argument for."""
+        if self.fp16:
+            raise InputError("`fp16` does not go with `fsdp`", hint="use `bf16`")
+        # Otherwise every GPU would hold the gradients of the whole model between micro-batches.
+        self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+        self.is_sharded = self.parallel_mode == ParallelMode.DISTRIBUTED
+        theirs: Any = self
+        if self.is_sharded:
+            theirs.fsdp_plugin_args |= {
+                "mixed_precision_policy": sharding.precision(self.compute_dtype),
+                "state_dict_type": "SHARDED_STATE_DICT",
+            }
+        else:  # Trainer refuses it in one process
+            theirs.fsdp = theirs.fsdp_plugin_args = None
 
     def _check_numbers(self) -> None:
         """All fields that are numbers, before transformers compares or converts them."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from dmax.errors import InputError
+from dmax.training.sharding import local
 
 
 @torch.no_grad()
@@ -17,9 +18,11 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, float]
     """Name of the first tensor that holds an infinity or NaN, and which one; None without any.
 
     The largest magnitude of all says whether there is one: one pass and one wait for the device.
+    Of a sharded tensor, a rank looks at what it holds. Tensors on the meta device have no numbers.
     """
+    held = ((name, local(tensor)) for name, tensor in tensors if not tensor.is_meta)
     named = [
-        (name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()
+        (name, tensor) for name, tensor in held if tensor.is_floating_point() and tensor.numel()
     ]
     if get_total_norm([tensor for _, tensor in named], norm_type=torch.inf).isfinite():
         return None

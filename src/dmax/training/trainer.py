@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerControl
+from transformers import PreTrainedModel, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 
 from dmax.errors import InputError
@@ -23,12 +23,14 @@ from dmax.training.data import Collator, LengthSampler, check_examples, num_ids
 from dmax.training.embedding import without_gradient
 from dmax.training.finite import check_weights, first_not_finite, weights
 from dmax.training.objectives import ObjectiveModule
+from dmax.training.parallel import ParallelTrainer
+from dmax.training.ranks import first_found, mean_over_ranks
 
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
 
 
-class DMaxTrainer(Trainer):
+class DMaxTrainer(ParallelTrainer):
     """Train a block-diffusion model with one of the objectives.
 
     Training stops with an `InputError` before a number that is not finite reaches the optimiser or
@@ -113,23 +115,23 @@ class DMaxTrainer(Trainer):
     def _check_step(self) -> None:
         """Losses and gradients, before the optimiser takes them."""
         step = self.state.global_step + 1
-        loss = first_not_finite((("the loss", torch.stack(self._losses)),))
-        if loss is not None:
+        looked_at = [("the loss", torch.stack(self._losses))]
+        if self.accelerator.scaler is None:  # it leaves out steps whose float16 gradients overflow
+            looked_at += [
+                (f"the gradient of `{name}`", parameter.grad)
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None
+            ]
+        found = first_found(first_not_finite(looked_at), self.args.device)
+        if found is None:
+            return
+        if found[0] == "the loss":
             self.check_weights(step)  # these would be the reason
-            raise self._not_finite(step, *loss)
-        if self.accelerator.scaler is not None:
-            return  # with float16 they overflow now and then, and the scaler leaves out the step
-        gradient = first_not_finite(
-            (f"the gradient of `{name}`", parameter.grad)
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
-        )
-        if gradient is not None:
-            raise self._not_finite(step, *gradient)
+        raise self._not_finite(step, *found)
 
     def check_weights(self, step: int) -> None:
         """Raise `InputError` naming the first weight that is not finite after a step."""
-        found = first_not_finite(weights(self.model))
+        found = first_found(first_not_finite(weights(self.model)), self.args.device)
         if found is not None:
             name, value = found
             raise self._not_finite(step, f"the weight `{name}`", value)
@@ -166,12 +168,6 @@ class DMaxTrainer(Trainer):
         self._micro_batch += 1
         return torch.Generator(self.args.device).manual_seed(seed)
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
-        """The objective's module around the model, in what makes it run in several processes."""
-        if not training or model is not self.model:
-            return model
-        return self.accelerator.prepare_model(self.objective_module)
-
     def _get_train_sampler(self, *_: Any) -> LengthSampler:
         return LengthSampler(
             num_ids(self.train_dataset), self.args.train_batch_size, self.args.seed
@@ -182,21 +178,16 @@ class DMaxTrainer(Trainer):
         with writing(f"a checkpoint to {self.args.output_dir}"):
             super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
-        # Trainer would load the file's names as they are; the published layout has to be read by
-        # `from_pretrained`.
-        stored = type(self.model).from_pretrained(
-            resume_from_checkpoint, config=self.model.config, dtype=torch.float32
-        )
-        check_weights(stored)
-        self.model.load_state_dict(stored.state_dict())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss and the tokens per second since the last line."""
         if "loss" in logs:
-            for name in self._parts[0]:
-                logs[name] = torch.stack([parts[name] for parts in self._parts]).mean().item()
-            logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
+            means = {
+                name: torch.stack([parts[name] for parts in self._parts]).mean()
+                for name in self._parts[0]
+            }
+            logs |= mean_over_ranks(means)
+            tokens = self._tokens * self.args.world_size  # about as many on every rank
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - self._since)
             self._parts.clear()
             self._tokens = 0
             self._since = time.perf_counter()
@@ -208,8 +199,7 @@ class DMaxTrainer(Trainer):
             return {}
         self.check_weights(self.state.global_step)
         began = time.perf_counter()
-        self.model.eval()  # every training step goes back to training mode by itself
-        metrics = {f"eval_{name}": value for name, value in self.eval_hook(self.model).items()}
+        metrics = {f"eval_{name}": value for name, value in self.measured(self.eval_hook).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
