@@ -4,6 +4,9 @@ Every step runs the whole prefix and the open block under the block-causal mask,
 all positions. There is one sequence at a time. The loop decides as the engine does, and tests hold
 the two together; the engine only computes less.
 
+It computes what the published loop computes and takes the most probable token. The published
+threshold loop draws one instead, even at temperature 0 (D12 in docs/paper.md).
+
 P positions up to the end of the open block, L block length, D hidden size, V vocabulary.
 """
 

@@ -253,6 +253,22 @@ def test_keys_and_values_move_along_when_memory_grows(golden: Golden) -> None:
     assert drain(engine) == alone
 
 
+@pytest.mark.parametrize("golden", ["llada2_moe_c"], indirect=True)
+def test_d11_what_the_cache_holds_behind_a_sequence_is_never_seen(golden: Golden) -> None:
+    """Neither zeros, which the published engine attends to, nor anything else."""
+    _, checkpoint, _ = golden
+    params = DecodingParams(strategy="threshold", threshold=0.9, max_new_tokens=48)
+    prompts = random_prompts(70, 3, 40)
+    requests = [Request(index, ids, params) for index, ids in enumerate(prompts)]
+    expected = run(engine_of(checkpoint), *requests)
+    engine = engine_of(checkpoint)
+    engine.add_all(requests)
+    for layer in (*engine.runner.cache.keys, *engine.runner.cache.values):
+        assert not layer.any()
+        layer.fill_(30.0)
+    assert drain(engine) == expected
+
+
 # --- shared prefixes ------------------------------------------------------------------------------
 
 
