@@ -30,7 +30,8 @@ LAYERS = {
     "dmax.adapters": 3,
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.prompts"), 4),
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
-    **dict.fromkeys(("dmax.recipe", "dmax.benchmark", "dmax.cli", "dmax.demo", "dmax"), 6),
+    **dict.fromkeys(("dmax.recipe", "dmax.distill", "dmax.benchmark"), 6),
+    **dict.fromkeys(("dmax.cli", "dmax.demo", "dmax"), 6),
     "dmax.tiny.tokenizer": 6,  # the package itself only knows paths
     **dict.fromkeys(("dmax_command", "dmax.__main__"), 6),
 }
@@ -46,6 +47,7 @@ THIRD_PARTY = {
     "matplotlib": ("dmax.evaluation.plots", "dmax.evaluation.curves"),
     "math_verify": ("dmax.tasks.equality_worker",),
     "lm_eval": ("dmax.evaluation.harness",),
+    "openai": ("dmax.distill.endpoint",),
 }
 MAX_FILE = 450
 MAX_FUNCTION = 60

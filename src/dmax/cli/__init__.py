@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -17,6 +16,7 @@ import typer
 from dmax import extras
 from dmax.cli import options
 from dmax.cli.boundary import DEBUG, Commands, keeping, run
+from dmax.cli.distill import distill
 from dmax.cli.terminal import (
     ConsoleHandler,
     console,
@@ -145,63 +145,7 @@ def generate(
 app.command()(train)
 
 
-@app.command()
-def distill(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="JSONL to write; an existing one is continued")
-    ],
-    model: options.ModelName = "tiny-base",
-    num: options.NumProblems = 1000,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSONL with a `prompt` a line, in place of problems")
-    ] = None,
-    strategy: options.StrategyName = "threshold",
-    threshold: options.Threshold = 0.95,
-    max_new_tokens: options.MaxNewTokens = options.DECODING.max_new_tokens,
-    seed: options.Seed = 1,
-    batch_size: options.BatchSize = 64,
-    dtype: options.Dtype = "auto",
-    compile_model: options.CompileModel = False,
-    device: options.Device = "auto",
-    as_json: options.AsJson = False,
-) -> None:
-    """Write a model's own responses to training prompts: the data that OPUT learns from.
-
-    Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
-    """
-    with doing(f"loading {model}"):
-        from dmax.hub import find_folder
-        from dmax.llm import LLM
-        from dmax.recipe.distill import check_files, check_outputs, read_prompts
-        from dmax.recipe.distill import distill as run_distill
-        from dmax.tasks.word_problems import problems
-
-        params = options.decoding_params(
-            strategy=strategy, threshold=threshold, max_new_tokens=max_new_tokens
-        )
-        check_files(output)
-        find_folder(model)  # a million problems take minutes to draw
-        if prompts:
-            questions = read_prompts(prompts)
-        else:
-            questions = [problem.question for problem in problems(num, seed=seed)]
-        check_outputs(output, questions)
-        llm = LLM(
-            model,
-            dtype=dtype,
-            device=device,
-            max_batch_size=batch_size,
-            compile_model=compile_model,
-        )
-    kept = f"finished responses are kept in {output}, and the same command goes on"
-    with keeping(kept), progress_bar("distilling", len(questions)) as progress:
-        report = run_distill(llm, questions, output, params, progress=progress)
-    if as_json:
-        print_json({"output": str(output), **asdict(report)})
-    else:
-        sys.stdout.write(
-            f"{output}: {report.kept} responses, {report.unfinished} unfinished ones dropped\n"
-        )
+app.command()(distill)
 
 
 @app.command("eval")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dmax.errors import InputError, shorten, show
-from dmax.params import MOST_PROBLEMS, DecodingParams, EngineOptions
+from dmax.params import DecodingParams, EngineOptions
 
 # The defaults of the options that these have.
 DECODING = DecodingParams()
@@ -56,9 +56,6 @@ TaskName = Annotated[str, typer.Option(help="what to solve (docs/tasks.md)")]
 DataFile = Annotated[
     Path | None, typer.Option("--data", help="JSONL of the task's rows, in place of the hub's")
 ]
-NumProblems = Annotated[
-    int, typer.Option("--num", help="training problems to answer", min=1, max=MOST_PROBLEMS)
-]
 Limit = Annotated[int, typer.Option(help="examples to solve", min=1, max=MOST_EXAMPLES)]
 Seed = Annotated[int, typer.Option(help="of the examples", min=0, max=LARGEST_SEED)]
 BatchSize = Annotated[
@@ -91,12 +88,12 @@ def decoding_params(*, option: list[str] | None = None, **given: Any) -> Decodin
     from dmax.decoding import check_strategy
 
     fields = {name: value for name, value in given.items() if value is not None}
-    params = DecodingParams(**fields, options=_strategy_options(option or []))
+    params = DecodingParams(**fields, options=named_values(option or []))
     check_strategy(params)
     return params
 
 
-def _strategy_options(texts: list[str]) -> dict[str, Any]:
+def named_values(texts: list[str]) -> dict[str, Any]:
     """Texts `NAME=VALUE` as a dictionary; a value that is JSON is read as JSON."""
     options: dict[str, Any] = {}
     for text in texts:

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -93,18 +95,57 @@ def doing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is fed `(done, total)`."""
+def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr that is fed `(done, total)`, and a note if there is one."""
     columns = (
         SpinnerColumn(),  # moves while the first results take their time
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(what, total=total, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+class Lines:
+    """Progress as a line a minute, for the logs of jobs that nobody watches.
+
+    Args:
+        what: is done.
+        period: seconds between two lines.
+    """
+
+    def __init__(self, what: str, period: float = 60.0) -> None:
+        self._what = what
+        self._period = period
+        self._began = self._told = time.monotonic()
+        self._done_before: int | None = None
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Tell how many of how many are done, with a note, and how long the others will take."""
+        now = time.monotonic()
+        if self._done_before is None:
+            self._done_before = done
+        num_new = done - self._done_before
+        if not num_new or now - self._told < self._period:
+            return
+        self._told = now
+        left = timedelta(seconds=round((now - self._began) / num_new * (total - done)))
+        parts = [f"{self._what}: {done:,} of {total:,}", note, f"{left} left"]
+        console.print(", ".join(filter(None, parts)), soft_wrap=True)
+
+
+@contextmanager
+def long_progress(what: str) -> Iterator[Callable[..., None]]:
+    """A bar that is fed `(done, total, note)`; without a terminal, `Lines`."""
+    if not console.is_terminal:
+        yield Lines(what)
+        return
+    with progress_bar(what) as bar:
+        yield bar
 
 
 def print_error(message: str, hint: str | None = None) -> None:

@@ -1,113 +1,26 @@
-"""Distillation: what is kept, what is set apart, and what an interrupted run goes on from."""
+"""Distillation with a model: what is kept, what is dropped, what a stopped run goes on from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from responder import PARAMS, PROMPTS, Responder, by_index, counts, lines, run
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
-from dmax import LLM, DecodingParams, GenerationOutput, InputError
-from dmax.engine.request import Request
-from dmax.outputs import Cost
-from dmax.recipe import distill as distillation
-from dmax.recipe.distill import DistillReport, check_files, check_outputs, distill, read_prompts
+from dmax import LLM, InputError
+from dmax.distill import engine
+from dmax.distill.engine import EngineSource
+from dmax.distill.files import ResponseFiles
+from dmax.distill.filters import Filters
+from dmax.distill.responses import Prompt
+from dmax.distill.run import MOST_REFUSED, Report, distill
 from dmax.records.sources import read_conversations
-from dmax.special_ids import SpecialIds
 
-PARAMS = DecodingParams(strategy="threshold", threshold=0.3, max_new_tokens=16)
-PROMPTS = ["one", "two", "endless three", "four", "silent five", "six für ☃", "seven"]
-
-
-class Weight(torch.nn.Module):
-    """What a model is known by."""
-
-    dtype = torch.float32
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.tensor([weight]))
-
-
-class Responder:
-    """Answers in place of a model and its engine; dies before step number `dies_at`.
-
-    A response takes as many steps as its prompt has letters.
-    """
-
-    tokenizer = None
-    checkpoint = SimpleNamespace(special_ids=SpecialIds(1, (2,), 2, 8))
-
-    def __init__(
-        self, dies_at: int | None = None, max_batch_size: int = 64, weight: float = 1.0
-    ) -> None:
-        self.options = SimpleNamespace(max_batch_size=max_batch_size)
-        self.model = Weight(weight)
-        self.dies_at = dies_at
-        self.asked: list[str] = []
-        self.batches: list[int] = []  # how many prompts each step had
-        self.left: dict[int, int] = {}
-
-    def encode(self, messages: Any) -> tuple[int, ...]:
-        ((role, content),) = [(message["role"], message["content"]) for message in messages]
-        assert role == "user"
-        return tuple(content.encode())
-
-    def resolve(self, params: DecodingParams) -> DecodingParams:
-        return params
-
-    def request(self, index: int, messages: Any, params: DecodingParams) -> Request:
-        return Request(index, self.encode(messages), params)
-
-    def engine(self, block_length: int | None, max_batch_size: int) -> Responder:
-        assert block_length is None
-        self.capacity = 0
-        return self
-
-    def add(self, request: Request) -> None:
-        assert not self.capacity or len(request.prompt_ids) <= self.capacity  # memory is planned
-        self.capacity = self.capacity or len(request.prompt_ids)
-        self.asked.append(bytes(request.prompt_ids).decode())
-        self.left[request.index] = len(request.prompt_ids)
-
-    def is_busy(self) -> bool:
-        return bool(self.left)
-
-    def step(self) -> list[Any]:
-        if len(self.batches) == self.dies_at:
-            raise KeyboardInterrupt
-        self.batches.append(len(self.left))
-        self.left = {index: left - 1 for index, left in self.left.items()}
-        finished = [index for index, left in self.left.items() if not left]
-        for index in finished:
-            del self.left[index]
-        return [SimpleNamespace(kind="finished", index=index) for index in finished]
-
-    def output(self, request: Request, event: Any) -> GenerationOutput:
-        text = bytes(request.prompt_ids).decode()
-        reason: Any = "length" if "endless" in text else "stop"
-        response = " \n" if "silent" in text else f"answer to {text}"
-        return GenerationOutput(response, (1, 2), (1,), reason, Cost(num_forwards=1))
-
-
-def run(
-    output: Path,
-    responder: Responder,
-    prompts: Sequence[str] = PROMPTS,
-    params: DecodingParams = PARAMS,
-    **options: Any,
-) -> DistillReport:
-    return distill(responder, prompts, output, params, **options)  # type: ignore[arg-type]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+ALL = (7, 5, {"unfinished": 1, "empty": 1})
 
 
 @pytest.fixture
@@ -115,23 +28,28 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "new" / "responses.jsonl"
 
 
-def by_index(path: Path) -> list[dict[str, Any]]:
-    return sorted(lines(path), key=lambda record: record["index"])
+def apart(output: Path) -> Path:
+    return output.with_suffix(".dropped.jsonl")
 
 
 def test_a22_finished_responses_are_kept_unfiltered_and_the_others_set_apart(output: Path) -> None:
     told: list[tuple[int, int]] = []
-    report = run(output, Responder(), progress=lambda done, total: told.append((done, total)))
-    assert report == DistillReport(prompts=7, kept=5, unfinished=2)
-    assert told == [(done, 7) for done in range(1, 8)]
+    report = run(output, Responder(), progress=lambda done, total, _: told.append((done, total)))
+    assert counts(report) == ALL
+    assert told == [(done, 7) for done in range(8)]
     assert [record["index"] for record in by_index(output)] == [0, 1, 3, 5, 6]
     assert by_index(output)[3] == {
         "index": 5,
         "prompt": "six für ☃",
         "response": "answer to six für ☃",
+        "tokens": 5,
+        "forwards": 1,
     }
-    apart = by_index(output.with_suffix(".unfinished.jsonl"))
-    assert [record["prompt"] for record in apart] == ["endless three", "silent five"]
+    dropped = by_index(apart(output))
+    assert [record["prompt"] for record in dropped] == ["endless three", "silent five"]
+    assert [record["reason"] for record in dropped] == ["unfinished", "empty"]
+    assert report.tokens == sum(record["tokens"] for record in [*by_index(output), *dropped]) == 21
+    assert report.tpf == report.tokens / 7
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -151,9 +69,9 @@ def test_a_response_is_written_when_it_is_finished(output: Path) -> None:
         output,
         Responder(),
         ["long prompt", "p"],
-        progress=lambda *_: seen.append(len(lines(output))),
+        progress=lambda done, *_: seen.append(len(lines(output)) if done else 0),
     )
-    assert seen == [1, 2]
+    assert seen == [0, 1, 2]
     assert [record["index"] for record in lines(output)] == [1, 0]
 
 
@@ -173,17 +91,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     run(whole, Responder(max_batch_size=2))
     with pytest.raises(KeyboardInterrupt):
         run(output, Responder(dies_at, max_batch_size=2))
-    apart = output.with_suffix(".unfinished.jsonl")
-    files = [file for file in (output, apart) if file.exists()]
+    files = [file for file in (output, apart(output)) if file.exists()]
     done = {record["prompt"] for file in files for record in lines(file)}
     second = Responder(max_batch_size=2)
-    assert run(output, second) == DistillReport(7, 5, 2)
+    assert counts(run(output, second)) == ALL
     assert sorted(second.asked) == sorted(set(PROMPTS) - done)
-    for suffix in (".jsonl", ".unfinished.jsonl"):
+    for suffix in (".jsonl", ".dropped.jsonl"):
         assert by_index(output.with_suffix(suffix)) == by_index(whole.with_suffix(suffix))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".unfinished.jsonl"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".dropped.jsonl"])
 def test_a_run_goes_on_from_any_prefix(output: Path, suffix: str) -> None:
     run(output, Responder())
     file = output.with_suffix(suffix)
@@ -192,7 +109,7 @@ def test_a_run_goes_on_from_any_prefix(output: Path, suffix: str) -> None:
     # Less than the beginning that all lines share does not say whose the file is.
     for end in range(len(b'{"index": '), len(data)):
         file.write_bytes(data[:end])
-        assert run(output, Responder()) == DistillReport(7, 5, 2)
+        assert counts(run(output, Responder())) == ALL
         assert by_index(file) == whole
 
 
@@ -201,7 +118,7 @@ def test_a_line_cut_off_is_answered_again(output: Path) -> None:
     text = output.read_text(encoding="utf-8")
     output.write_text(text[:-9], encoding="utf-8")
     again = Responder()
-    assert run(output, again) == DistillReport(7, 5, 2)
+    assert counts(run(output, again)) == ALL
     assert again.asked == [lines(output)[-1]["prompt"]]
     assert output.read_text(encoding="utf-8") == text
 
@@ -230,7 +147,7 @@ def test_a_finished_run_asks_nothing(output: Path) -> None:
     run(output, Responder())
     before = output.read_bytes()
     again = Responder()
-    assert run(output, again) == DistillReport(7, 5, 2)
+    assert counts(run(output, again)) == ALL
     assert again.asked == []
     assert output.read_bytes() == before
 
@@ -238,11 +155,11 @@ def test_a_finished_run_asks_nothing(output: Path) -> None:
 def test_more_prompts_continue_a_file_and_other_prompts_do_not(output: Path) -> None:
     run(output, Responder(), PROMPTS[:4])
     more = Responder()
-    assert run(output, more) == DistillReport(7, 5, 2)
+    assert counts(run(output, more)) == ALL
     assert sorted(more.asked) == sorted(PROMPTS[4:])
     before = output.read_bytes()
     for others in (PROMPTS[:3], ["one", "other", *PROMPTS[2:]]):
-        with pytest.raises(InputError, match=r"responses.jsonl:\d answers another prompt"):
+        with pytest.raises(InputError, match=r"responses.*:\d answers another prompt"):
             run(output, Responder(), others)
     assert output.read_bytes() == before
 
@@ -258,7 +175,7 @@ FOREIGN = (
 )
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".unfinished.jsonl"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".dropped.jsonl"])
 @pytest.mark.parametrize("end", ["", "\n"])
 @pytest.mark.parametrize("line", FOREIGN)
 def test_a_file_of_something_else_is_left_alone(
@@ -295,13 +212,83 @@ def test_a_folder_is_no_output(tmp_path: Path) -> None:
             run(folder, Responder())
 
 
+def distilled(llm: LLM, prompts: list[Prompt], output: Path) -> Report:
+    return distill(EngineSource(llm, PARAMS), prompts, ResponseFiles(output))
+
+
 def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
-    prompts = ["Tom has 3 apples.", "Hi"]
-    report = distill(llm, prompts, output, PARAMS)
+    prompts: list[Any] = ["Tom has 3 apples.", "Hi"]
+    report = distilled(llm, prompts, output)
     outputs = llm.generate(prompts, PARAMS)
-    assert (report.kept, report.unfinished) == (0, 2)  # a random model does not find an end
-    apart = by_index(output.with_suffix(".unfinished.jsonl"))
-    assert [record["response"] for record in apart] == [result.text for result in outputs]
+    # A random model does not find an end.
+    assert (report.kept, report.dropped) == (0, {"unfinished": 2})
+    assert report.tokens == sum(len(result.token_ids) for result in outputs)
+    assert report.tpf == report.tokens / sum(result.num_forwards for result in outputs)
+    dropped = by_index(apart(output))
+    assert [record["response"] for record in dropped] == [result.text for result in outputs]
+
+
+# ---- prompts that are refused --------------------------------------------------------------------
+
+
+def test_a_prompt_that_the_model_refuses_is_dropped_with_the_reason(output: Path) -> None:
+    prompts = ["a very long one to be refused", *PROMPTS, "refused too"]
+    report = run(output, Responder(max_batch_size=1), prompts)
+    assert counts(report) == (9, 5, {"unfinished": 1, "empty": 1, "refused": 2})
+    refused = [each for each in lines(apart(output)) if each["reason"] == "refused"]
+    assert [record["error"] for record in refused] == [
+        "prompt 0 does not fit",
+        "prompt 8 does not fit",
+    ]
+    again = Responder()
+    assert counts(run(output, again, prompts)) == counts(report)
+    assert again.asked == []
+
+
+@pytest.mark.parametrize("num_prompts", [1, 5, MOST_REFUSED, 100])
+def test_a_model_that_refuses_everything_ends_the_run_and_uses_no_prompt_up(
+    output: Path, num_prompts: int
+) -> None:
+    with pytest.raises(InputError, match="prompt 0 does not fit"):
+        run(output, Responder(), ["refused"] * num_prompts)
+    assert not output.exists() and not apart(output).exists()
+
+
+def test_a_run_goes_on_past_any_number_of_refusals_once_something_was_answered(
+    output: Path,
+) -> None:
+    run(output, Responder(), ["one"])
+    report = run(output, Responder(), ["one", *["refused"] * (2 * MOST_REFUSED)])
+    assert counts(report) == (1 + 2 * MOST_REFUSED, 1, {"refused": 2 * MOST_REFUSED})
+
+
+# ---- chats ---------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_answered_and_training_reads_it(output: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+    endless = [{"role": "user", "content": "endless"}]
+    assert run(output, Responder(), [chat, endless, "two"]).kept == 2
+    [record, _] = by_index(output)
+    assert record["messages"][:-1] == chat
+    assert "prompt" not in record
+    learnt = [record for record in read_conversations(output) if record.messages == chat]
+    assert [record.response for record in learnt] == ["answer to Be brief. one"]
+    again = Responder()
+    assert run(output, again, [chat, endless, "two"]).kept == 2
+    assert again.asked == []
+    with pytest.raises(InputError, match="answers another prompt"):
+        run(output, Responder(), [chat[1:], endless, "two"])
+
+
+def test_a_line_of_a_chat_that_was_cut_off_is_answered_again(output: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+    run(output, Responder(), [chat])
+    whole = output.read_bytes()
+    for end in range(len(b'{"index": '), len(whole)):
+        output.write_bytes(whole[:end])
+        assert run(output, Responder(), [chat]).kept == 1
+        assert output.read_bytes() == whole
 
 
 # ---- what an earlier run depends on --------------------------------------------------------------
@@ -315,6 +302,7 @@ def manifest(output: Path) -> Path:
     ("change", "message"),
     [
         ({"responder": Responder(weight=2.0)}, r"`weights` was '\w{16}' and is '\w{16}'"),
+        ({"filters": Filters(max_repetition=0.5)}, "`filters.max_repetition` was None and is 0.5"),
         (
             {"params": replace(PARAMS, threshold=0.4)},
             r"`params.threshold` was 0.3 and is 0.4, `decoding` was .* and is .*",
@@ -344,7 +332,7 @@ def test_a_run_goes_on_with_the_same_version_only(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(output, Responder(), PROMPTS[:2])
-    monkeypatch.setattr(distillation, "__version__", "9.9")
+    monkeypatch.setattr(engine, "__version__", "9.9")
     with pytest.raises(InputError, match=r"another run: `dmax` was '.*' and is '9\.9'"):
         run(output, Responder())
 
@@ -353,7 +341,7 @@ def test_responses_that_nothing_speaks_of_are_left_alone(output: Path) -> None:
     run(output, Responder(), PROMPTS[:2])
     manifest(output).unlink()
     with pytest.raises(InputError, match=r"responses\.manifest\.json is missing"):
-        check_outputs(output, PROMPTS)  # before a model is loaded
+        ResponseFiles(output).read(PROMPTS)  # before a model is loaded
     with pytest.raises(InputError, match="or move the earlier one away"):
         run(output, Responder())
     assert len(lines(output)) == 2
@@ -373,7 +361,7 @@ def test_a_run_killed_before_its_first_response_may_begin_otherwise(output: Path
     assert not output.parent.exists() or not list(output.parent.iterdir())
     output.parent.mkdir(exist_ok=True)
     manifest(output).write_text('{"weights": "others"}')
-    assert run(output, Responder()) == DistillReport(7, 5, 2)
+    assert counts(run(output, Responder())) == ALL
     assert json.loads(manifest(output).read_text())["params"]["threshold"] == 0.3
 
 
@@ -384,62 +372,25 @@ def test_a_device_is_no_output(path: str) -> None:
 
 
 def test_files_are_looked_at_before_there_are_prompts(output: Path) -> None:
-    check_files(output)
+    ResponseFiles(output).check()
     assert not output.parent.exists()
     run(output, Responder(), PROMPTS[:2])
-    check_files(output)
+    ResponseFiles(output).check()
     manifest(output).unlink()
     with pytest.raises(InputError, match="manifest.json is missing"):
-        check_files(output)
+        ResponseFiles(output).check()
     output.write_text("a diary")
     with pytest.raises(InputError, match="responses.jsonl:1 is no response to a prompt"):
-        check_files(output)
+        ResponseFiles(output).check()
 
 
 def test_a_model_knows_its_own_responses(llm: LLM, output: Path) -> None:
-    distill(llm, PROMPTS[:1], output, PARAMS)
+    distilled(llm, [*PROMPTS[:1]], output)
     told = json.loads(manifest(output).read_text())
     llm.generate("Tom", PARAMS)
-    assert distill(llm, PROMPTS[:2], output, PARAMS).prompts == 2
+    assert distilled(llm, [*PROMPTS[:2]], output).prompts == 2
     assert json.loads(manifest(output).read_text()) == told
     template, llm.tokenizer.chat_template = llm.tokenizer.chat_template, "{{ messages }}"  # type: ignore[union-attr]
     with pytest.raises(InputError, match="of another run: `tokenizer` was"):
-        distill(llm, PROMPTS, output, PARAMS)
+        distilled(llm, [*PROMPTS], output)
     llm.tokenizer.chat_template = template  # type: ignore[union-attr]
-
-
-# ---- prompts -------------------------------------------------------------------------------------
-
-
-def test_prompts_are_read_by_either_name(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        '{"prompt": "a"}\n{"question": "b", "answer": "c"}\n{"prompt": "ü\u2028"}\n',
-        encoding="utf-8",
-    )
-    assert read_prompts(path) == ["a", "b", "ü\u2028"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b'{"prompt": "a"}\nnonsense\n', r"prompts.jsonl:2: not a JSON object"),
-        (b"[" * 100_000 + b"\n", r"prompts.jsonl:1: not a JSON object"),
-        (b"[1]\n", r"prompts.jsonl:1: no `prompt`"),
-        (b'{"prompt": " "}\n', r"prompts.jsonl:1: no `prompt`"),
-        (b'{"prompt": 3}\n', r"prompts.jsonl:1: no `prompt`"),
-        (b'{"prompt": "\\ud800"}\n', r"prompts.jsonl:1: .* half of a surrogate pair"),
-        (b"\xff\xfe\n", "prompts.jsonl"),
-    ],
-)
-def test_bad_prompts_are_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read_prompts(path)
-
-
-def test_missing_prompts_are_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere.jsonl` is not a file"):
-        read_prompts(tmp_path / "nowhere.jsonl")

@@ -1,0 +1,205 @@
+"""`dmax distill`: its options, and what is made of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmax.cli import options
+from dmax.cli.boundary import keeping
+from dmax.cli.terminal import doing, long_progress, print_json
+from dmax.errors import InputError
+
+if TYPE_CHECKING:
+    from dmax.distill.responses import Source
+    from dmax.distill.run import Report
+
+PROMPTS = "Prompts"
+FILES = "Files"
+FILTERS = "Filters"
+SERVER = "A server in place of --model"
+OF_THE_MODEL = (
+    "model strategy threshold block_length batch_size dtype quantization compile_model device"
+).split()
+OF_THE_SERVER = "endpoint_model concurrency timeout".split()
+
+
+def _option(help: str, panel: str, *names: str, **bounds: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **bounds)
+
+
+Output = Annotated[
+    Path, _option("JSONL, or folder; an existing one is continued", FILES, "--output", "-o")
+]
+ShardSize = Annotated[
+    int | None, _option("make it a folder of files with so many responses each", FILES, min=1)
+]
+Num = Annotated[
+    int | None,
+    _option(
+        "prompts to answer (default: 1000 problems, or all of a file)",
+        PROMPTS,
+        min=1,
+        max=options.MOST_PROBLEMS,
+    ),
+]
+Prompts = Annotated[
+    Path | None, _option("JSONL with a `prompt` a line, in place of problems", PROMPTS)
+]
+TaskName = Annotated[str | None, _option("a task (docs/tasks.md) that --data has rows of", PROMPTS)]
+Data = Annotated[Path | None, _option("JSONL of the task's training rows", PROMPTS)]
+Seed = Annotated[int, _option("of the problems", PROMPTS, min=0, max=options.LARGEST_SEED)]
+PartOf = Annotated[str, _option("INDEX/COUNT: one share of the prompts, from 0", PROMPTS)]
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="NAME=VALUE of the strategy, or of a request; repeat for more"),
+]
+MinLength = Annotated[int, _option("tokens that a response must have", FILTERS)]
+MaxLength = Annotated[int | None, _option("tokens that a response may have", FILTERS)]
+MaxRepetition = Annotated[float | None, _option("share of it that may repeat, as 0.5", FILTERS)]
+FilterScore = Annotated[bool, _option("keep right answers only", FILTERS, "--filter-score")]
+Address = Annotated[str | None, _option("such as http://localhost:8000/v1", SERVER)]
+ServedModel = Annotated[str | None, _option("which one it serves (default: the only one)", SERVER)]
+Concurrency = Annotated[int, _option("requests in flight", SERVER)]
+Timeout = Annotated[float, _option("seconds that the server may be silent", SERVER)]
+
+
+def distill(
+    context: typer.Context,
+    output: Output,
+    model: options.ModelName = "tiny-base",
+    num: Num = None,
+    prompts: Prompts = None,
+    task: TaskName = None,
+    data: Data = None,
+    seed: Seed = 1,
+    part: PartOf = "0/1",
+    shard_size: ShardSize = None,
+    strategy: options.StrategyName = "threshold",
+    threshold: options.Threshold = 0.95,
+    max_new_tokens: options.MaxNewTokens = options.DECODING.max_new_tokens,
+    option: StrategyOptions = None,
+    block_length: options.BlockLength = None,
+    batch_size: options.BatchSize = 64,
+    dtype: options.Dtype = "auto",
+    quantization: options.Quantization = None,
+    compile_model: options.CompileModel = False,
+    device: options.Device = "auto",
+    min_length: MinLength = 0,
+    max_length: MaxLength = None,
+    max_repetition: MaxRepetition = None,
+    filter_score: FilterScore = False,
+    endpoint: Address = None,
+    endpoint_model: ServedModel = None,
+    concurrency: Concurrency = 64,
+    timeout: Timeout = 600.0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a model's own responses to training prompts: the data that OPUT learns from.
+
+    The key of a server stands in the environment variable OPENAI_API_KEY, if it asks for one.
+
+    Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
+    """
+    _check_who_answers(context, endpoint)
+    with doing(f"loading {endpoint or model}"):
+        from dmax.distill.files import ResponseFiles
+        from dmax.distill.prompts import read_part, read_questions
+        from dmax.distill.run import distill as run_distill
+
+        files = ResponseFiles(output, shard_size, read_part(part))
+        open_source = _server(context.params) if endpoint else _engine(context.params)
+        files.check()
+        questions = read_questions(prompts, task, data, num=num, seed=seed)
+        filters = questions.filters(filter_score, min_length, max_length, max_repetition)
+        files.read(questions.prompts)
+        source = open_source()
+    kept = f"finished responses are kept in {output}, and the same command goes on"
+    with keeping(kept), long_progress("distilling") as progress:
+        report = run_distill(source, questions.prompts, files, filters, progress=progress)
+    if as_json:
+        print_json({"output": str(output), **asdict(report)})
+    else:
+        sys.stdout.write(f"{output}: {_in_words(report)}\n")
+
+
+def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
+    """Make sure that no option speaks of the one who does not answer.
+
+    Raises:
+        InputError: one does.
+    """
+    for name in OF_THE_MODEL if endpoint else OF_THE_SERVER:
+        source: Any = context.get_parameter_source(name)
+        if source.name == "COMMANDLINE":
+            shown = f"--{name.removesuffix('_model') if name in OF_THE_MODEL else name}"
+            raise InputError(
+                f"`{shown.replace('_', '-')}` "
+                + ("is not a server's" if endpoint else "goes with --endpoint only"),
+                hint="a server takes --option NAME=VALUE" if endpoint else None,
+            )
+
+
+def _engine(given: Mapping[str, Any]) -> Callable[[], Source]:
+    """What loads the model that answers; its settings are checked at once.
+
+    Raises:
+        InputError: a wrong setting, or no such model.
+    """
+    from dmax.distill.engine import EngineSource
+    from dmax.hub import find_folder
+    from dmax.llm import LLM
+
+    names = ("strategy", "threshold", "max_new_tokens", "option", "block_length")
+    params = options.decoding_params(**{name: given[name] for name in names})
+    find_folder(given["model"])  # a million problems take minutes to draw
+
+    def load() -> Source:
+        engine = {name: given[name] for name in ("dtype", "device", "quantization")}
+        llm = LLM(
+            given["model"],
+            **engine,
+            max_batch_size=given["batch_size"],
+            compile_model=given["compile_model"],
+        )
+        return EngineSource(llm, params)
+
+    return load
+
+
+def _server(given: Mapping[str, Any]) -> Callable[[], Source]:
+    """What reaches the server that answers; its settings are checked at once.
+
+    Raises:
+        InputError: a wrong setting, or no address.
+    """
+    from dmax.distill.endpoint import EndpointOptions, EndpointSource
+
+    chosen = EndpointOptions(
+        url=given["endpoint"],
+        model=given["endpoint_model"],
+        concurrency=given["concurrency"],
+        timeout=given["timeout"],
+        max_new_tokens=given["max_new_tokens"],
+        fields=options.named_values(given["option"] or []),
+    )
+    return partial(EndpointSource, chosen)
+
+
+def _in_words(report: Report) -> str:
+    """What came of it, on one line."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.dropped.items()))
+    num_dropped = sum(report.dropped.values())
+    dropped = f"{num_dropped:,} dropped ({reasons})" if num_dropped else "none dropped"
+    parts = [f"{report.kept:,} responses, {dropped}"]
+    if report.tokens:
+        parts.append(f"{report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s")
+    if report.tpf is not None:
+        parts.append(f"TPF {report.tpf:.2f}")
+    return "; ".join(parts)

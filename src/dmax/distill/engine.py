@@ -1,0 +1,106 @@
+"""Responses of a model in this process, through the engine's continuous batch."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dmax import __version__
+from dmax.chat_template import tokenizer_digest
+from dmax.decoding import get_strategy
+from dmax.distill.responses import (
+    Answer,
+    Answers,
+    Prompt,
+    Refusal,
+    Response,
+    as_chat,
+    num_characters,
+)
+from dmax.engine.engine import Engine
+from dmax.engine.request import Request
+from dmax.environment import weights_digest
+from dmax.errors import InputError
+from dmax.llm import LLM
+from dmax.outputs import StreamEvent
+from dmax.params import DecodingParams
+
+
+class EngineSource:
+    """A model that answers `max_batch_size` prompts at a time.
+
+    Args:
+        llm: the model.
+        params: how to decode.
+    """
+
+    def __init__(self, llm: LLM, params: DecodingParams) -> None:
+        self._llm = llm
+        self._params = params
+
+    def settings(self) -> dict[str, Any]:
+        """All that a response depends on, as JSON has it, but for the last bits of a number.
+
+        These may depend on the device and on how many prompts are decoded together, which may
+        change.
+        """
+        llm = self._llm
+        resolved = llm.resolve(self._params)
+        settings = {
+            "dmax": __version__,
+            "weights": weights_digest(llm.model),
+            "dtype": str(llm.model.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_digest(llm.tokenizer),
+            "special_ids": asdict(llm.checkpoint.special_ids),
+            "params": asdict(resolved),
+            "decoding": repr(get_strategy(resolved)),  # with the digest of a head
+        }
+        return dict(json.loads(json.dumps(settings)))
+
+    def answers(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> Answers:
+        """Answer the prompts of these numbers, each as soon as it is finished.
+
+        The next prompt takes the place of one that is finished, so the batch stays full. The
+        longest text goes first: the engine plans its memory for it, and others fit.
+        """
+        if not indices:
+            return
+        batch_size = min(self._llm.options.max_batch_size, len(indices))
+        engine = self._llm.engine(self._params.block_length, max_batch_size=batch_size)
+        waiting = _longest_first(prompts, indices)
+        running: dict[int, Request] = {}
+        while waiting or running:
+            while waiting and len(running) < batch_size:
+                index = waiting.popleft()
+                try:
+                    running[index] = self._submit(engine, index, prompts[index])
+                except InputError as error:
+                    yield index, Refusal(error)
+            for event in engine.step() if running else ():
+                if event.kind == "finished":
+                    yield event.index, self._answer(running.pop(event.index), event)
+
+    def _submit(self, engine: Engine, index: int, prompt: Prompt) -> Request:
+        request = self._llm.request(index, as_chat(prompt), self._params)
+        engine.add(request)
+        return request
+
+    def _answer(self, request: Request, event: StreamEvent) -> Answer:
+        try:
+            output = self._llm.output(request, event)
+        except InputError as error:  # such as logits that are NaN
+            return Refusal(error)
+        return Response(
+            text=output.text,
+            tokens=len(output.token_ids),
+            is_finished=output.finish_reason == "stop",
+            forwards=output.num_forwards,
+        )
+
+
+def _longest_first(prompts: Sequence[Prompt], indices: Sequence[int]) -> deque[int]:
+    longest = max(indices, key=lambda index: num_characters(prompts[index]))
+    return deque([longest, *(index for index in indices if index != longest)])
