@@ -72,6 +72,9 @@ def test_a_shard_that_was_full_when_the_run_was_killed_is_closed_later(folder: P
     nobody = Responder(dies_at=0)
     assert run(folder, nobody, MANY, shard_size=10).kept == 10
     assert "train-00000.jsonl" in names(folder) and "partial.jsonl" not in names(folder)
+    (folder / "train-00000.jsonl").rename(folder / "partial.jsonl")
+    assert run(folder, Responder(), [*MANY, "one more"], shard_size=10).kept == 11
+    assert [len(lines(shard)) for shard in sorted(folder.glob("train-*"))] == [10, 1]
 
 
 def test_more_prompts_go_to_more_shards(folder: Path) -> None:

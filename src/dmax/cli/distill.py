@@ -15,6 +15,7 @@ from dmax.cli import options
 from dmax.cli.boundary import keeping
 from dmax.cli.terminal import doing, long_progress, print_json
 from dmax.errors import InputError
+from dmax.params import MOST_PROBLEMS
 
 if TYPE_CHECKING:
     from dmax.distill.responses import Source
@@ -46,7 +47,7 @@ Num = Annotated[
         "prompts to answer (default: 1000 problems, or all of a file)",
         PROMPTS,
         min=1,
-        max=options.MOST_PROBLEMS,
+        max=MOST_PROBLEMS,
     ),
 ]
 Prompts = Annotated[

@@ -19,12 +19,13 @@ from dmax.errors import InputError, first_line, shorten, show
 from dmax.params import MOST, check_number
 
 MOST_CONNECTIONS = 1000  # of the package's client
+KEY = "OPENAI_API_KEY"
 NO_KEY = "none"  # a server of one's own asks for none, and the client sends one
 ABOUT_THE_PROMPT = (400, 413, 422)  # such as one that is longer than the context
 LOST = "finished responses are kept, and the same command goes on once it answers"
 HINTS = {
-    401: "the key stands in the environment variable that --api-key-env names",
-    403: "the key stands in the environment variable that --api-key-env names",
+    401: f"the key stands in the environment variable {KEY}",
+    403: f"the key stands in the environment variable {KEY}",
     404: "the address ends in /v1 with most servers; is the model served there?",
     429: f"ask for less at a time with --concurrency; {LOST}",
 }
@@ -37,7 +38,6 @@ class EndpointOptions:
     Attributes:
         url: of its interface, such as http://localhost:8000/v1; without a path, /v1 is meant.
         model: as the server calls it; None: the only one that it serves.
-        key_variable: environment variable with the key, if the server asks for one.
         concurrency: requests in flight.
         retries: how often a request is tried again.
         timeout: seconds that the server may be silent.
@@ -50,7 +50,6 @@ class EndpointOptions:
 
     url: str
     model: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
     concurrency: int = 64
     retries: int = 8
     timeout: float = 600.0
@@ -66,6 +65,8 @@ class EndpointOptions:
 
 class EndpointSource:
     """A server that answers many prompts at a time.
+
+    Its key stands in the environment variable OPENAI_API_KEY, if it asks for one.
 
     Args:
         options: where it is and how it is asked.
@@ -157,7 +158,7 @@ class EndpointSource:
         """What a client of the package is made with."""
         return {
             "base_url": self._url,
-            "api_key": os.environ.get(self._options.key_variable) or NO_KEY,
+            "api_key": os.environ.get(KEY) or NO_KEY,
             "max_retries": self._options.retries,
             "timeout": self._options.timeout,
         }

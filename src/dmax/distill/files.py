@@ -192,17 +192,19 @@ class ResponseFiles:
             return
         append(self.journal, line)
         self._num_lines += 1
-        if self._shard_size is not None and self._num_lines >= self._shard_size:
-            self._close_shard()
+        self._close_shard(self._shard_size)
 
     def finish(self) -> None:
         """Close the last shard, however many responses it has."""
-        if self._shard_size is not None and self._num_lines:
+        if self._num_lines:
             self._begin()
-            self._close_shard()
+            self._close_shard(1)
 
     def _begin(self) -> None:
-        """Before the first line: say what it depends on, and remove one that was cut off."""
+        """Before the first line: say what it depends on, and put right what a kill left behind.
+
+        That may be a line that was cut off, and a full shard that was not closed.
+        """
         if self._settings is None:
             return
         settings = json.dumps(self._settings, indent=1, ensure_ascii=False)
@@ -211,9 +213,12 @@ class ResponseFiles:
             append(file, "")
             drop_unfinished_line(file)
         self._settings = None
+        self._close_shard(self._shard_size)
 
-    def _close_shard(self) -> None:
-        """Give the lines of the journal the name of a shard, in one step."""
+    def _close_shard(self, size: int | None) -> None:
+        """Give the lines of the journal the name of a shard, in one step, if there are enough."""
+        if self._shard_size is None or size is None or self._num_lines < size:
+            return
         numbers = [int(shard.stem.removeprefix(self._shard)) for shard in self._shards()]
         shard = self.output / f"{self._shard}{max(numbers, default=-1) + 1:05d}.jsonl"
         with writing(shard):
@@ -232,7 +237,7 @@ class ResponseFiles:
         return sorted(self.output.glob(f"{self._shard}{'[0-9]' * 5}.jsonl"))
 
     def _check_folder(self) -> None:
-        """Make sure that nothing else is in the folder, and that no other division of the prompts is."""
+        """Make sure that the folder holds nothing else, and no other division of the prompts."""
         if not self.output.is_dir():
             return
         shown = shorten(str(self.output))
