@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dmax.distill.files import ResponseFiles
+from dmax.distill.model import ModelAnswerer
+from dmax.distill.run import distill
 from dmax.llm import LLM
 from dmax.params import DecodingParams
-from dmax.recipe.distill import distill
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import Recipe, load_recipe
 from dmax.tasks.word_problems import problems
@@ -50,7 +52,8 @@ def make_responses(output: Path) -> None:
     """The base model's own answers to 5,000 training problems; the recipes name the command."""
     questions = [problem.question for problem in problems(5000, seed=1)]
     llm = LLM("tiny-base", dtype="bfloat16", max_batch_size=128)
-    print(distill(llm, questions, output, DecodingParams(strategy="threshold", threshold=0.95)))
+    answerer = ModelAnswerer(llm, DecodingParams(strategy="threshold", threshold=0.95))
+    print(distill(answerer, questions, ResponseFiles(output)))
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ THIRD_PARTY = {
     "matplotlib": ("dmax.evaluation.plots", "dmax.evaluation.curves"),
     "math_verify": ("dmax.tasks.equality_worker",),
     "lm_eval": ("dmax.evaluation.harness",),
-    "openai": ("dmax.distill.endpoint",),
+    "openai": ("dmax.distill.server",),
 }
 MAX_FILE = 450
 MAX_FUNCTION = 60

@@ -134,7 +134,7 @@ def test_a_million_problems_are_not_drawn_in_vain(
     def draw(*_: Any, **__: Any) -> None:
         raise AssertionError("problems were drawn")
 
-    monkeypatch.setattr("dmax.tasks.word_problems.problems", draw)
+    monkeypatch.setattr("dmax.distill.prompts.problems", draw)
     assert_refused(dmax("distill", "--num", MOST_PROBLEMS, *words))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from distill.fake_server import Server
 from test_llm import CONFIG, TEXTS, bare_folder_fixture, folder_fixture  # noqa: F401  (fixtures)
 from typer.main import get_command
 
@@ -285,12 +286,49 @@ def test_distill_json_and_going_on(dmax: Dmax, folder: Path, tmp_path: Path) -> 
     words = ("distill", "-m", folder, "--prompts", prompts, "--output", output, *SMALL)
     record = one_object(dmax(*words, "--json"))
     assert (record["output"], record["prompts"]) == (str(output), len(TEXTS))
-    assert record["kept"] + record["unfinished"] == len(TEXTS)
+    assert record["kept"] + sum(record["dropped"].values()) == len(TEXTS)
     assert record["kept"] == output.read_text().count("\n")
-    assert one_object(dmax(*words, "--json")) == record
-    assert f"{record['kept']} responses" in dmax(*words).out
+    assert record["tokens_per_second"] == record["tokens"] / record["seconds"] > 0
+    again = one_object(dmax(*words, "--json"))
+    assert again == record | {"seconds": again["seconds"], "tokens_per_second": 0}
+    assert f"{record['kept']} responses, " in dmax(*words).out
     if record["kept"]:
         assert len(list(read_conversations(output))) == record["kept"]
+
+
+def test_distill_says_what_was_dropped_and_how_fast_it_was(
+    dmax: Dmax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmax.cli.terminal.PERIOD", 0.0)
+    rows = [
+        {"question": "Tom has 3 apples. How many?", "answer": "He has 3.\n#### 3"},
+        {"question": "Ann has 4 mugs. How many?", "answer": "She has 4.\n#### 5"},
+    ]
+    data, output = tmp_path / "train.jsonl", tmp_path / "shards"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("distill", "-m", "tiny-base", "--task", "gsm8k", "--data", data, "--filter-score")
+    words += ("--max-new-tokens", "32", "--block-length", "16", "--dtype", "float32")
+    result = dmax(*words, "--shard-size", 1, "-o", output)
+    assert re.search(r"0 responses, 2 dropped \(2 \w+\); \d+ tokens, \d+ tokens/s; TPF", result.out)
+    assert re.search(r"distilling: 2 of 2, \d+ tokens/s, 0:00:00 left", result.err)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["filters"]["scorer"], manifest["params"]["block_length"]) == ("gsm8k", 16)
+
+
+def test_distill_divides_the_prompts(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    words = ("distill", "-m", folder, "--num", 5, "--shard-size", 2, "-o", output, *SMALL, "--json")
+    parts = [one_object(dmax(*words, "--part", f"{index}/2")) for index in range(2)]
+    assert [part["prompts"] for part in parts] == [3, 2]
+
+
+def test_distill_asks_a_server(dmax: Dmax, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    with Server() as server:
+        words = ("distill", "--endpoint", server.url, "--num", 3, "-o", tmp_path / "a.jsonl")
+        record = one_object(dmax(*words, "--option", "top_p=0.5", "--json"))
+    assert (record["kept"], record["dropped"], record["tpf"]) == (3, {}, None)
+    assert {body["top_p"] for body in server.bodies} == {0.5}
 
 
 def test_distill_takes_training_problems(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
@@ -520,14 +558,45 @@ def test_a_recipe_with_a_value_of_the_wrong_kind(
     assert_refused(dmax("train", path), part)
 
 
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--concurrency", 8), ["`--concurrency` goes with --endpoint only"]),
+        (("--endpoint", "http://a", "-m", "b"), ["`--model` is not a server's", "--option"]),
+        (("--endpoint", "http://a", "--compile"), ["`--compile` is not a server's"]),
+        (("--endpoint", "http://a", "--threshold", "0.9"), ["`--threshold` is not a server's"]),
+        (("--endpoint", "nowhere"), ["`--endpoint` must be an address"]),
+        (("--part", "2/2"), ["`--part` must be INDEX/COUNT", "0/8"]),
+        (("--prompts", "a.jsonl", "--task", "gsm8k"), ["`--prompts` and `--task`"]),
+        (("--task", "gsm8k"), ["`--task gsm8k` needs --data", "training rows"]),
+        (("--data", "a.jsonl"), ["`--data` needs --task"]),
+        (("--max-repetition", "2"), ["`max_repetition` must be a number between 0 and 1"]),
+        (("--max-length", "0"), ["`max_length` must be a whole number"]),
+        (("--reader", "numnia"), ["`reader` must be one of numina", "numina"]),
+    ],
+)
+def test_bad_options_of_distill(
+    dmax: Dmax, tmp_path: Path, words: tuple[object, ...], parts: list[str]
+) -> None:
+    assert_refused(dmax("distill", "-o", tmp_path / "a.jsonl", *words), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_without_a_task_cannot_be_scored(dmax: Dmax, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "How many?"}\n')
+    words = ("distill", "-o", tmp_path / "a.jsonl", "--prompts", prompts, "--filter-score")
+    assert_refused(dmax(*words), "`--filter-score` needs a task", "--task NAME --data FILE")
+
+
 def test_bad_prompts(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
     words = ("distill", "-m", folder, "-o", tmp_path / "a.jsonl", "--prompts")
     assert_refused(dmax(*words, tmp_path / "no.jsonl"), "no.jsonl` is not a file")
     path = tmp_path / "prompts.jsonl"
     for content, part in (
-        ("", "is empty"),
+        ("", "holds no record"),
         ("x\n", "prompts.jsonl:1: not a JSON object"),
-        ('{"a": 1}\n', "no `prompt`"),
+        ('{"a": 1}\n', "prompts.jsonl:1: no prompt"),
     ):
         path.write_text(content)
         assert_refused(dmax(*words, path), part)

@@ -52,8 +52,11 @@ COMMANDS = {
     ),
     "train": "recipe --max-steps --fresh --json",
     "distill": (
-        "--output -o --model -m --num --prompts --strategy --threshold --max-new-tokens --seed "
-        "--batch-size --dtype --compile --device --json"
+        "--output -o --model -m --num --prompts --reader --column --config --split --task --data "
+        "--seed --part --shard-size --strategy --threshold --max-new-tokens --option "
+        "--block-length --batch-size --dtype --quantization --compile --device --min-length "
+        "--max-length --max-repetition --filter-score --endpoint --endpoint-model --concurrency "
+        "--timeout --json"
     ),
     "eval": (
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k "
@@ -69,7 +72,7 @@ COMMANDS = {
 }
 
 HEAVY = "torch transformers numpy safetensors tokenizers huggingface_hub".split()
-NOT_BY_IMPORT = "typer rich matplotlib fastapi uvicorn datasets peft lm_eval ray".split()
+NOT_BY_IMPORT = "typer rich matplotlib fastapi uvicorn datasets peft lm_eval openai ray".split()
 
 
 def test_exports() -> None:

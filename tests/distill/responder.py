@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dmax import DecodingParams, GenerationOutput, InputError
-from dmax.distill.engine import EngineSource
 from dmax.distill.files import ResponseFiles
 from dmax.distill.filters import Filters
+from dmax.distill.model import ModelAnswerer
 from dmax.distill.responses import Prompt
 from dmax.distill.run import Report, distill
 from dmax.engine.request import Request
@@ -105,8 +105,8 @@ def run(
     """Distil into one file, or into a folder if there is a `shard_size`."""
     progress = options.pop("progress", lambda done, total, speed: None)
     files = ResponseFiles(output, **options)
-    source = EngineSource(responder, params)  # type: ignore[arg-type]
-    return distill(source, prompts, files, filters, progress=progress)
+    answerer = ModelAnswerer(responder, params)  # type: ignore[arg-type]
+    return distill(answerer, prompts, files, filters, progress=progress)
 
 
 def counts(report: Report) -> tuple[int, int, dict[str, int]]:

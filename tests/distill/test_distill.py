@@ -11,13 +11,16 @@ import pytest
 from responder import PARAMS, PROMPTS, Responder, by_index, counts, lines, run
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
-from dmax import LLM, InputError
-from dmax.distill import engine
-from dmax.distill.engine import EngineSource
+from dmax import LLM, GenerationOutput, InputError, StreamEvent
+from dmax.distill import model
 from dmax.distill.files import ResponseFiles
 from dmax.distill.filters import Filters
+from dmax.distill.model import ModelAnswerer
 from dmax.distill.responses import Prompt
 from dmax.distill.run import MOST_REFUSED, Report, distill
+from dmax.engine.request import Request
+from dmax.outputs import Cost
+from dmax.records.encoding import encode_dataset
 from dmax.records.sources import read_conversations
 
 ALL = (7, 5, {"unfinished": 1, "empty": 1})
@@ -213,7 +216,7 @@ def test_a_folder_is_no_output(tmp_path: Path) -> None:
 
 
 def distilled(llm: LLM, prompts: list[Prompt], output: Path) -> Report:
-    return distill(EngineSource(llm, PARAMS), prompts, ResponseFiles(output))
+    return distill(ModelAnswerer(llm, PARAMS), prompts, ResponseFiles(output))
 
 
 def test_a_model_answers_as_it_generates(llm: LLM, output: Path) -> None:
@@ -332,7 +335,7 @@ def test_a_run_goes_on_with_the_same_version_only(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(output, Responder(), PROMPTS[:2])
-    monkeypatch.setattr(engine, "__version__", "9.9")
+    monkeypatch.setattr(model, "__version__", "9.9")
     with pytest.raises(InputError, match=r"another run: `dmax` was '.*' and is '9\.9'"):
         run(output, Responder())
 
@@ -382,6 +385,26 @@ def test_files_are_looked_at_before_there_are_prompts(output: Path) -> None:
     output.write_text("a diary")
     with pytest.raises(InputError, match="responses.jsonl:1 is no response to a prompt"):
         ResponseFiles(output).check()
+
+
+def test_training_learns_the_very_tokens_that_the_model_wrote(llm: LLM, output: Path) -> None:
+    text = "Tom has 3 apples."
+    written = llm.tokenizer.encode(f"{text}<|role_end|>", add_special_tokens=False)  # type: ignore[union-attr]
+
+    class Writer(Responder):
+        """Ends its turn as the chat template does, then reaches EOS."""
+
+        def output(self, request: Request, event: Any) -> GenerationOutput:
+            result = GenerationOutput("", tuple(written), request.prompt_ids, "stop", Cost())
+            return llm.output(request, StreamEvent("finished", "", result.token_ids, output=result))
+
+    assert counts(run(output, Writer(), ["Hi"])) == (1, 1, {})
+    assert [record["response"] for record in lines(output)] == [text]
+    conversations = list(read_conversations(output))
+    ids = llm.checkpoint.special_ids
+    [example] = encode_dataset(conversations, llm.tokenizer, ids, max_length=512)
+    assert example["prompt_ids"] == list(llm.encode("Hi"))
+    assert example["response_ids"] == written
 
 
 def test_a_model_knows_its_own_responses(llm: LLM, output: Path) -> None:

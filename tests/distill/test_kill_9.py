@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import Server
 from responder import lines
-from server import Server
 
 from dmax import cli
 

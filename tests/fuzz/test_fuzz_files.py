@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ from mutations import (
 from oracle import attempt, contents, draw, fuzz, refused
 
 from dmax import LLM, DecodingParams
+from dmax.distill.files import ResponseFiles
+from dmax.distill.model import ModelAnswerer
+from dmax.distill.prompts import read_questions
+from dmax.distill.responses import Prompt, as_chat
+from dmax.distill.run import Report, distill
 from dmax.errors import InputError
 from dmax.evaluation.results import ResultFiles
 from dmax.evaluation.run import evaluate
 from dmax.evaluation.sweep import curves_of, run_sweep
-from dmax.recipe.distill import distill, read_prompts
 from dmax.records.encoding import encode_dataset
-from dmax.records.sources import read_conversations
+from dmax.records.sources import find_source, read_conversations
 from dmax.tasks import get_task
 
 PARAMS = DecodingParams(strategy="threshold", max_new_tokens=8, max_steps_per_block=4)
@@ -90,14 +94,19 @@ def test_training_data(llm: LLM, form: str, data: st.DataObject) -> None:
         assert all(0 <= token < vocabulary for token in tokens)
 
 
+def prompts_of(file: Path) -> Sequence[Prompt]:
+    return read_questions(find_source(file), None, None, None, num=None, seed=0).prompts
+
+
 @fuzz(35, data=st.data())
 def test_prompts_of_a_file(data: st.DataObject) -> None:
     record = {"prompt": "Tom has 3 apples."}
     mutation = draw(data, json_mutations(record))
-    outcome = reads(read_prompts, lines(mutation.apply(write_json(record))))
+    outcome = reads(prompts_of, lines(mutation.apply(write_json(record))))
     if not isinstance(outcome, InputError):
-        assert all(isinstance(prompt, str) and prompt.strip() for prompt in outcome)
-        assert all(prompt.encode() for prompt in outcome)
+        contents = [message["content"] for prompt in outcome for message in as_chat(prompt)]
+        assert all(content.encode() for content in contents)
+        assert all(as_chat(prompt)[-1]["content"].strip() for prompt in outcome)
 
 
 @fuzz(70, task=st.sampled_from(sorted(ROWS)), data=st.data())
@@ -111,7 +120,7 @@ def test_rows_of_a_task(task: str, data: st.DataObject) -> None:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "training data": lambda file: list(read_conversations(file)),
-    "prompts": read_prompts,
+    "prompts": prompts_of,
     "a task": lambda file: get_task("gsm8k", file),
 }
 
@@ -131,8 +140,13 @@ def test_something_else_in_the_place_of_rows(reader: str, what: str) -> None:
 def responses(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a distillation wrote."""
     output = tmp_path_factory.mktemp("responses") / "responses.jsonl"
-    distill(llm, ["Tom has 3 apples.", "Hi"], output, PARAMS)
+    distilled(llm, output)
     return output
+
+
+def distilled(llm: LLM, output: Path) -> Report:
+    prompts = ["Tom has 3 apples.", "Hi"]
+    return distill(ModelAnswerer(llm, PARAMS), prompts, ResponseFiles(output))
 
 
 @fuzz(25, data=st.data())
@@ -145,14 +159,14 @@ def test_responses_that_are_continued(llm: LLM, responses: Path, data: st.DataOb
         chosen.write_bytes(draw(data, byte_mutations()).apply(content))
 
         def go_on() -> Any:
-            return distill(llm, ["Tom has 3 apples.", "Hi"], Path(name) / responses.name, PARAMS)
+            return distilled(llm, Path(name) / responses.name)
 
         before = contents(Path(name))
         outcome = attempt(go_on)
         if isinstance(outcome, InputError):
             assert contents(Path(name)) == before, "refused, and changed a file"
         else:
-            assert outcome.kept + outcome.unfinished == outcome.prompts == 2
+            assert outcome.kept + sum(outcome.dropped.values()) == outcome.prompts == 2
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ from dmax.errors import InputError
 from dmax.params import MOST_PROBLEMS
 
 if TYPE_CHECKING:
-    from dmax.distill.responses import Source
+    from dmax.distill.prompts import Questions
+    from dmax.distill.responses import Answerer
     from dmax.distill.run import Report
+    from dmax.records.sources import Source
 
 PROMPTS = "Prompts"
 FILES = "Files"
@@ -51,8 +53,12 @@ Num = Annotated[
     ),
 ]
 Prompts = Annotated[
-    Path | None, _option("JSONL with a `prompt` a line, in place of problems", PROMPTS)
+    str | None, _option("file, folder or id on the hub, in place of problems", PROMPTS)
 ]
+ReaderName = Annotated[str | None, _option("of its columns (docs/training.md)", PROMPTS)]
+Column = Annotated[str | None, _option("the one with the prompts, if no reader knows it", PROMPTS)]
+Config = Annotated[str | None, _option("of a data set that has several", PROMPTS)]
+Split = Annotated[str, _option("of a data set", PROMPTS)]
 TaskName = Annotated[str | None, _option("a task (docs/tasks.md) that --data has rows of", PROMPTS)]
 Data = Annotated[Path | None, _option("JSONL of the task's training rows", PROMPTS)]
 Seed = Annotated[int, _option("of the problems", PROMPTS, min=0, max=options.LARGEST_SEED)]
@@ -65,7 +71,7 @@ MinLength = Annotated[int, _option("tokens that a response must have", FILTERS)]
 MaxLength = Annotated[int | None, _option("tokens that a response may have", FILTERS)]
 MaxRepetition = Annotated[float | None, _option("share of it that may repeat, as 0.5", FILTERS)]
 FilterScore = Annotated[bool, _option("keep right answers only", FILTERS, "--filter-score")]
-Address = Annotated[str | None, _option("such as http://localhost:8000/v1", SERVER)]
+Address = Annotated[str | None, _option("http://…/v1; its key: OPENAI_API_KEY", SERVER)]
 ServedModel = Annotated[str | None, _option("which one it serves (default: the only one)", SERVER)]
 Concurrency = Annotated[int, _option("requests in flight", SERVER)]
 Timeout = Annotated[float, _option("seconds that the server may be silent", SERVER)]
@@ -77,6 +83,10 @@ def distill(
     model: options.ModelName = "tiny-base",
     num: Num = None,
     prompts: Prompts = None,
+    reader: ReaderName = None,
+    column: Column = None,
+    config: Config = None,
+    split: Split = "train",
     task: TaskName = None,
     data: Data = None,
     seed: Seed = 1,
@@ -104,26 +114,25 @@ def distill(
 ) -> None:
     """Write a model's own responses to training prompts: the data that OPUT learns from.
 
-    The key of a server stands in the environment variable OPENAI_API_KEY, if it asks for one.
-
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
     _check_who_answers(context, endpoint)
     with doing(f"loading {endpoint or model}"):
         from dmax.distill.files import ResponseFiles
-        from dmax.distill.prompts import read_part, read_questions
+        from dmax.distill.prompts import read_part
         from dmax.distill.run import distill as run_distill
 
         files = ResponseFiles(output, shard_size, read_part(part))
-        open_source = _server(context.params) if endpoint else _engine(context.params)
         files.check()
-        questions = read_questions(prompts, task, data, num=num, seed=seed)
+        open_answerer = _server(context.params) if endpoint else _engine(context.params)
+        source = _source(prompts, config, split)
+        questions = _questions(source, reader, column, task=task, data=data, num=num, seed=seed)
         filters = questions.filters(filter_score, min_length, max_length, max_repetition)
         files.read(questions.prompts)
-        source = open_source()
+        answerer = open_answerer()
     kept = f"finished responses are kept in {output}, and the same command goes on"
     with keeping(kept), long_progress("distilling") as progress:
-        report = run_distill(source, questions.prompts, files, filters, progress=progress)
+        report = run_distill(answerer, questions.prompts, files, filters, progress=progress)
     if as_json:
         print_json({"output": str(output), **asdict(report)})
     else:
@@ -137,8 +146,8 @@ def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
         InputError: one does.
     """
     for name in OF_THE_MODEL if endpoint else OF_THE_SERVER:
-        source: Any = context.get_parameter_source(name)
-        if source.name == "COMMANDLINE":
+        given: Any = context.get_parameter_source(name)
+        if given.name == "COMMANDLINE":
             shown = f"--{name.removesuffix('_model') if name in OF_THE_MODEL else name}"
             raise InputError(
                 f"`{shown.replace('_', '-')}` "
@@ -147,13 +156,31 @@ def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
             )
 
 
-def _engine(given: Mapping[str, Any]) -> Callable[[], Source]:
+def _source(prompts: str | None, config: str | None, split: str) -> Source | None:
+    """Where the prompts are, if not in a task."""
+    from dmax.records.sources import find_source
+
+    return None if prompts is None else find_source(prompts, config=config, split=split)
+
+
+def _questions(
+    source: Source | None, reader: str | None, column: str | None, **others: Any
+) -> Questions:
+    """The prompts of a source or of a task, as `read_questions` reads them."""
+    from dmax.distill.prompts import read_questions
+    from dmax.records.readers import get_reader
+
+    columns = {"prompt": column} if column is not None else None
+    return read_questions(source, get_reader(reader, columns), **others)
+
+
+def _engine(given: Mapping[str, Any]) -> Callable[[], Answerer]:
     """What loads the model that answers; its settings are checked at once.
 
     Raises:
         InputError: a wrong setting, or no such model.
     """
-    from dmax.distill.engine import EngineSource
+    from dmax.distill.model import ModelAnswerer
     from dmax.hub import find_folder
     from dmax.llm import LLM
 
@@ -161,7 +188,7 @@ def _engine(given: Mapping[str, Any]) -> Callable[[], Source]:
     params = options.decoding_params(**{name: given[name] for name in names})
     find_folder(given["model"])  # a million problems take minutes to draw
 
-    def load() -> Source:
+    def load() -> Answerer:
         engine = {name: given[name] for name in ("dtype", "device", "quantization")}
         llm = LLM(
             given["model"],
@@ -169,20 +196,20 @@ def _engine(given: Mapping[str, Any]) -> Callable[[], Source]:
             max_batch_size=given["batch_size"],
             compile_model=given["compile_model"],
         )
-        return EngineSource(llm, params)
+        return ModelAnswerer(llm, params)
 
     return load
 
 
-def _server(given: Mapping[str, Any]) -> Callable[[], Source]:
+def _server(given: Mapping[str, Any]) -> Callable[[], Answerer]:
     """What reaches the server that answers; its settings are checked at once.
 
     Raises:
         InputError: a wrong setting, or no address.
     """
-    from dmax.distill.endpoint import EndpointOptions, EndpointSource
+    from dmax.distill.server import ServerAnswerer, ServerOptions
 
-    chosen = EndpointOptions(
+    chosen = ServerOptions(
         url=given["endpoint"],
         model=given["endpoint_model"],
         concurrency=given["concurrency"],
@@ -190,7 +217,7 @@ def _server(given: Mapping[str, Any]) -> Callable[[], Source]:
         max_new_tokens=given["max_new_tokens"],
         fields=options.named_values(given["option"] or []),
     )
-    return partial(EndpointSource, chosen)
+    return partial(ServerAnswerer, chosen)
 
 
 def _in_words(report: Report) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dmax.evaluation.run import Summary
 
 LONGEST = 1000  # characters of a sentence; what it names is cut much earlier
+PERIOD = 60.0  # seconds between two lines in a log
 
 # Names and texts are shown as they are: brackets and colons in them mean nothing.
 console = Console(stderr=True, markup=False, emoji=False)
@@ -115,12 +116,10 @@ class Lines:
 
     Args:
         what: is done.
-        period: seconds between two lines.
     """
 
-    def __init__(self, what: str, period: float = 60.0) -> None:
+    def __init__(self, what: str) -> None:
         self._what = what
-        self._period = period
         self._began = self._told = time.monotonic()
         self._done_before: int | None = None
 
@@ -130,7 +129,7 @@ class Lines:
         if self._done_before is None:
             self._done_before = done
         num_new = done - self._done_before
-        if not num_new or now - self._told < self._period:
+        if not num_new or now - self._told < PERIOD:
             return
         self._told = now
         left = timedelta(seconds=round((now - self._began) / num_new * (total - done)))

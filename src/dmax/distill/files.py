@@ -46,7 +46,7 @@ ANEW = "choose a new output, or move the earlier one away"
 
 @dataclass(slots=True)
 class Tally:
-    """What has been answered, in earlier parts of a run and in this one.
+    """What has been answered, before a run was interrupted and since then.
 
     Attributes:
         done: numbers of the prompts.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dmax.distill.filters import Filters
 from dmax.distill.responses import Prompt
 from dmax.errors import InputError, show
-from dmax.files import json_lines
-from dmax.messages import read_messages
 from dmax.params import MOST
+from dmax.records.readers import Reader
+from dmax.records.sources import Source, read_prompts
 from dmax.tasks import Example, Task, get_task
 from dmax.tasks.word_problems import WordProblems, problems
 
@@ -98,25 +99,32 @@ class Questions:
 
 
 def read_questions(
-    file: Path | None, task: str | None, data: Path | None, *, num: int | None, seed: int
+    source: Source | None,
+    reader: Reader | None,
+    task: str | None,
+    data: Path | None,
+    *,
+    num: int | None,
+    seed: int,
 ) -> Questions:
-    """The prompts of a file or of a task, or arithmetic problems.
+    """The prompts of a file, of a data set or of a task, or arithmetic problems.
 
     Args:
-        file: as `read_prompts` takes it.
-        task: name of a task, in place of a file.
+        source: file, folder or data set on the hub, which training reads too; None: there is none.
+        reader: of its columns; None recognises them.
+        task: name of a task, in place of a source.
         data: its training rows.
         num: how many at most; None: all, or 1000 problems.
         seed: of the problems.
 
     Raises:
-        InputError: both a file and a task, a task without training rows, or prompts that cannot be
-            read.
+        InputError: both a source and a task, a task without training rows, or prompts that cannot
+            be read.
     """
-    if file is not None and (task is not None or data is not None):
+    if source is not None and (task is not None or data is not None):
         raise InputError("`--prompts` and `--task` are two sources of prompts; choose one")
-    if file is not None:
-        return Questions(read_prompts(file)[:num])
+    if source is not None:
+        return Questions([each.prompt for each in islice(read_prompts(source, reader), num)])
     if task in (None, WordProblems.name) and data is None:
         drawn = problems(num or NUM_PROBLEMS, seed=seed)
         examples = [Example(problem.question, str(problem.answer)) for problem in drawn]
@@ -133,26 +141,3 @@ def read_questions(
 
 def _of_task(task: Task, examples: Sequence[Example]) -> Questions:
     return Questions([example.prompt for example in examples], task, examples)
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The `prompt` (or `question`) of every line of a JSONL file.
-
-    Raises:
-        InputError: the file is missing or empty, or a line has no prompt; names file and line.
-    """
-    if not path.exists():
-        raise InputError(f"prompts `{path}` is not a file")
-    prompts: list[Prompt] = []
-    for where, record in json_lines(path):
-        prompt = record.get("prompt", record.get("question")) if isinstance(record, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{where}: no `prompt`")
-        try:
-            read_messages([{"role": "user", "content": prompt}])
-        except InputError as error:
-            raise InputError(f"{where}: {error.message}", error.hint) from None
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"prompts `{path}` is empty")
-    return prompts

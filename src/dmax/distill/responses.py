@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dmax.errors import InputError
+from dmax.records.readers import Chat
 
-Chat = list[dict[str, str]]
 Prompt = str | Chat
 """A text, which is one user message, or a chat whose last message is to be answered."""
 
@@ -42,7 +42,7 @@ Answers = Generator[tuple[int, Answer], None, None]
 """Answers with the numbers of their prompts; closing it ends what is still being answered."""
 
 
-class Source(Protocol):
+class Answerer(Protocol):
     """Who answers."""
 
     def settings(self) -> dict[str, Any]:

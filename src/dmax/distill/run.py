@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dmax.distill.files import ResponseFiles, Tally
 from dmax.distill.filters import Filters
-from dmax.distill.responses import Answer, Prompt, Refusal, Source
+from dmax.distill.responses import Answer, Answerer, Prompt, Refusal
 from dmax.outputs import ratio
 
 MOST_REFUSED = 32
@@ -19,7 +19,7 @@ UNFILTERED = Filters()
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of the prompts, those of earlier parts of the run included.
+    """What came of the prompts, also of those that an interrupted run had answered.
 
     Attributes:
         prompts: how many there are.
@@ -28,8 +28,8 @@ class Report:
             answered.
         tokens: generated in all responses; 0 if nobody counted them.
         tpf: tokens per denoising forward, a ratio of sums; None if nobody counted the forwards.
-        seconds: of this part of the run.
-        tokens_per_second: of this part of the run.
+        seconds: since the run was started, or started again.
+        tokens_per_second: since then.
     """
 
     prompts: int
@@ -42,7 +42,7 @@ class Report:
 
 
 def distill(
-    source: Source,
+    answerer: Answerer,
     prompts: Sequence[Prompt],
     files: ResponseFiles,
     filters: Filters = UNFILTERED,
@@ -57,7 +57,7 @@ def distill(
     run does not decode it again.
 
     Args:
-        source: who answers.
+        answerer: a model or a server.
         prompts: texts and chats.
         files: where the responses go; those that this function wrote for these prompts are
             continued.
@@ -71,12 +71,12 @@ def distill(
     """
     with files.locked():
         tally = files.read(prompts)
-        files.go_on({**source.settings(), "filters": filters.settings()})
+        files.go_on({**answerer.settings(), "filters": filters.settings()})
         numbers = files.part.numbers(len(prompts))
         waiting = [index for index in numbers if index not in tally.done]
         began, tokens_before = time.perf_counter(), tally.tokens
         progress(len(tally.done), len(numbers), "")
-        with closing(source.answers(prompts, waiting)) as answers:
+        with closing(answerer.answers(prompts, waiting)) as answers:
             for index, answer in _trusted(answers, is_proven=_is_proven(tally)):
                 _settle(index, prompts[index], answer, files, filters, tally)
                 tokens = tally.tokens - tokens_before

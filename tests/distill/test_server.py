@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import BODY, Fault, Server
 from responder import by_index, counts, lines
-from server import BODY, Fault, Server
 
 from dmax import InputError
-from dmax.distill.endpoint import EndpointOptions, EndpointSource
 from dmax.distill.files import ResponseFiles
 from dmax.distill.filters import Filters
 from dmax.distill.responses import Prompt
 from dmax.distill.run import Report, distill
+from dmax.distill.server import ServerAnswerer, ServerOptions
 
 pytest.importorskip("openai")
 
@@ -45,8 +46,8 @@ def ask(
     **options: Any,
 ) -> Report:
     url = server if isinstance(server, str) else server.url
-    chosen = EndpointOptions(url, **{"retries": 3, "timeout": 20.0, **options})
-    return distill(EndpointSource(chosen), prompts, ResponseFiles(output), filters)
+    chosen = ServerOptions(url, **{"retries": 3, "timeout": 20.0, **options})
+    return distill(ServerAnswerer(chosen), prompts, ResponseFiles(output), filters)
 
 
 def first_times(fault: str, times: int, prompts: list[str]) -> Callable[[str, int], Fault]:
@@ -55,19 +56,21 @@ def first_times(fault: str, times: int, prompts: list[str]) -> Callable[[str, in
 
 
 def test_every_prompt_is_answered_once_with_many_requests_in_flight(output: Path) -> None:
-    with Server(delay=0.02) as server:
-        report = ask(server, output, concurrency=10)
-    assert counts(report) == (30, 30, {})
-    assert server.asked == dict.fromkeys(PROMPTS, 1)
+    ten = threading.Barrier(10)  # nobody passes before ten are there
+    prompts = [*PROMPTS, "one more"]  # the first goes alone
+    with Server(wait=lambda prompt: prompt == PROMPTS[0] or ten.wait(60)) as server:
+        report = ask(server, output, prompts, concurrency=10, timeout=60.0)
+    assert counts(report) == (31, 31, {})
+    assert server.asked == dict.fromkeys(prompts, 1)
     assert server.most_running == 10
-    assert [record["index"] for record in by_index(output)] == list(range(30))
+    assert [record["index"] for record in by_index(output)] == list(range(31))
     assert by_index(output)[7] == {
         "index": 7,
         "prompt": "question 7",
         "response": "answer to question 7",
         "tokens": 4,
     }
-    assert (report.tokens, report.tpf) == (120, None)
+    assert (report.tokens, report.tpf) == (124, None)
 
 
 def test_what_a_request_says(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,19 +187,19 @@ def test_nobody_listens(output: Path) -> None:
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://a/v1", "http://", "http://a:port/"])
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InputError, match="`--endpoint` must be an address, got"):
-        EndpointSource(EndpointOptions(url, model="a"))
+        ServerAnswerer(ServerOptions(url, model="a"))
 
 
 def test_an_address_without_a_path_means_v1() -> None:
     with Server() as server:
-        source = EndpointSource(EndpointOptions(server.url.removesuffix("/v1")))
-    assert source.settings()["endpoint"]["model"] == "served"
+        answerer = ServerAnswerer(ServerOptions(server.url.removesuffix("/v1")))
+    assert answerer.settings()["endpoint"]["model"] == "served"
 
 
 @pytest.mark.parametrize("models", [(), ("one", "two")])
 def test_a_server_with_another_number_of_models_asks_for_a_choice(models: tuple[str, ...]) -> None:
     with Server(models=models) as server, pytest.raises(InputError) as caught:
-        EndpointSource(EndpointOptions(server.url))
+        ServerAnswerer(ServerOptions(server.url))
     assert ", ".join(models) in caught.value.message
     assert "--endpoint-model" in str(caught.value.hint)
 
@@ -214,7 +217,7 @@ def test_a_server_with_another_number_of_models_asks_for_a_choice(models: tuple[
 )
 def test_an_option_out_of_range(options: dict[str, Any], name: str) -> None:
     with pytest.raises(InputError, match=f"`{name}` must be"):
-        EndpointOptions("http://localhost", **options)
+        ServerOptions("http://localhost", **options)
 
 
 def test_another_model_does_not_continue_the_responses(output: Path) -> None:
@@ -228,7 +231,7 @@ def test_the_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setattr("dmax.extras.find_spec", lambda module: None)
     with pytest.raises(InputError, match="asking a server needs the package `openai`") as caught:
-        EndpointSource(EndpointOptions("http://localhost"))
+        ServerAnswerer(ServerOptions("http://localhost"))
     assert "[endpoint]" in str(caught.value.hint)
 
 

@@ -29,7 +29,7 @@ from dmax.outputs import StreamEvent
 from dmax.params import DecodingParams
 
 
-class EngineSource:
+class ModelAnswerer:
     """A model that answers `max_batch_size` prompts at a time.
 
     Args:

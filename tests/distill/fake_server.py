@@ -38,6 +38,7 @@ class Server(ThreadingHTTPServer):
         fault: what goes wrong with a prompt when it is asked for the n-th time, n from 1: a key of
             `STATUS` or `BODY`, "dropped", "cut", "silent" or None.
         delay: seconds that an answer takes.
+        wait: called with a prompt before it is answered.
         models: those that it serves.
     """
 
@@ -49,11 +50,13 @@ class Server(ThreadingHTTPServer):
         self,
         fault: Callable[[str, int], Fault] = lambda prompt, times: None,
         delay: float = 0.0,
+        wait: Callable[[str], object] = lambda prompt: None,
         models: tuple[str, ...] = ("served",),
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fault = fault
         self.delay = delay
+        self.wait = wait
         self.models = models
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -101,6 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault = server.fault(prompt, server.asked[prompt])
         try:
             time.sleep(server.delay)
+            server.wait(prompt)
             self.answer(prompt, fault)
         finally:
             with server.lock:

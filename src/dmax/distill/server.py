@@ -32,7 +32,7 @@ HINTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointOptions:
+class ServerOptions:
     """Where a server is and how it is asked.
 
     Attributes:
@@ -63,7 +63,7 @@ class EndpointOptions:
         check_number("max_new_tokens", self.max_new_tokens, low=1, high=MOST, whole=True)
 
 
-class EndpointSource:
+class ServerAnswerer:
     """A server that answers many prompts at a time.
 
     Its key stands in the environment variable OPENAI_API_KEY, if it asks for one.
@@ -76,7 +76,7 @@ class EndpointSource:
             which model it serves.
     """
 
-    def __init__(self, options: EndpointOptions) -> None:
+    def __init__(self, options: ServerOptions) -> None:
         extras.require("openai", "endpoint", "asking a server")
         self._options = options
         self._url = _with_path(options.url)
