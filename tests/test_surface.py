@@ -18,7 +18,8 @@ import dmax
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
 EXPORTS = (
-    "__version__ DecodingParams GenerationOutput InputError LLM StreamEvent strategies".split()
+    "__version__ DMaxConfig DMaxTrainer DecodingParams GenerationOutput InputError LLM StreamEvent "
+    "strategies".split()
 )
 
 DECODING_PARAMS = {

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from dmax.outputs import GenerationOutput as GenerationOutput
     from dmax.outputs import StreamEvent as StreamEvent
     from dmax.params import DecodingParams as DecodingParams
+    from dmax.training.config import DMaxConfig as DMaxConfig
+    from dmax.training.trainer import DMaxTrainer as DMaxTrainer
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DMaxConfig": "dmax.training.config",
+    "DMaxTrainer": "dmax.training.trainer",
     "DecodingParams": "dmax.params",
     "GenerationOutput": "dmax.outputs",
     "InputError": "dmax.errors",

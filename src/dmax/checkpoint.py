@@ -160,6 +160,16 @@ def new_checkpoint(
     return Checkpoint(_new_model(config, dtype, options).eval(), tokenizer, special_ids, path="")
 
 
+def as_diffusion_model(model: PreTrainedModel) -> PreTrainedModel:
+    """One of our own architectures as it is, another made into a block-diffusion model, once.
+
+    Raises:
+        InputError: the architecture cannot be used.
+    """
+    is_ready = isinstance(model, NATIVE) or hasattr(model, "has_linear_head")
+    return model if is_ready else backbone.as_block_diffusion(model)
+
+
 def save_checkpoint(
     model: PreTrainedModel | Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -192,12 +202,7 @@ def save_checkpoint(
         model.save_pretrained(partial)
         (partial / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody filled in
         config: Any = copy.deepcopy(model.config)  # the caller's stays as it is
-        first, *more = special_ids.eos_token_ids
-        config.eos_token_id = [first, *more] if more else first
-        config.mask_token_id = special_ids.mask_token_id
-        config.block_length = special_ids.block_length
-        if decoding is not None:
-            config.decoding_strategy = decoding
+        write_ids(config, special_ids, decoding)
         config.save_pretrained(partial)
         GenerationConfig(
             eos_token_id=config.eos_token_id, pad_token_id=special_ids.pad_token_id
@@ -211,6 +216,16 @@ def save_checkpoint(
         readable = (partial / "config.json").stat().st_mode
         for file in partial.iterdir():
             file.chmod(readable)
+
+
+def write_ids(config: Any, special_ids: SpecialIds, decoding: str | None = None) -> None:
+    """Write into a configuration what decoding asks of it; None keeps the decoding it names."""
+    first, *more = special_ids.eos_token_ids
+    config.eos_token_id = [first, *more] if more else first
+    config.mask_token_id = special_ids.mask_token_id
+    config.block_length = special_ids.block_length
+    if decoding is not None:
+        config.decoding_strategy = decoding
 
 
 def merge_adapters(
@@ -304,7 +319,7 @@ def _new_model(
             trust_remote_code=False,
             **options,
         )
-    return _ready(model)
+    return as_diffusion_model(model)
 
 
 def _load_model(
@@ -341,7 +356,7 @@ def _load_model(
             f"{folder} does not fit its config.json: `{name}` has the shape {list(stored)}, "
             f"and the model needs {list(expected)}"
         )
-    return _ready(model)
+    return as_diffusion_model(model)
 
 
 def _best_experts(config: Any, device: torch.device | str, asked: str | None) -> str | None:
@@ -349,11 +364,6 @@ def _best_experts(config: Any, device: torch.device | str, asked: str | None) ->
     if asked is not None or not hasattr(config, "num_experts"):
         return asked
     return best_experts_implementation(config.num_experts, torch.device(device))
-
-
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """One of our own architectures as it is, another made into a block-diffusion model."""
-    return model if isinstance(model, NATIVE) else backbone.as_block_diffusion(model)
 
 
 def _chosen(attention: str | None, experts: str | None) -> dict[str, str]:

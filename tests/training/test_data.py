@@ -122,3 +122,9 @@ def test_batches_of_similar_length_cover_everything_once() -> None:
     lengths = counts.sum(axis=1)
     spreads = [np.ptp(lengths[first[begin : begin + 4]]) for begin in range(0, 48, 4)]
     assert sum(spreads) / len(spreads) < 4 < np.ptp(lengths)
+
+
+def test_an_example_that_is_left_over_comes_too() -> None:
+    """The last window may hold a single one."""
+    counts = np.array([[1, length] for length in range(9)])
+    assert sorted(LengthSampler(counts, batch_size=2, seed=0, window=4)) == list(range(9))

@@ -42,6 +42,7 @@ OUT_OF_PLACE = {
     *("include_num_input_tokens_seen", "local_rank", "trackio_static_space_id"),
     *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "ddp_broadcast_buffers"),
     *("ddp_find_unused_parameters", "ddp_static_graph", "average_tokens_across_devices"),
+    "model_init_kwargs",
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
 }
 IN_DATA = {"max_length": "max_length", "too_long": "too_long", "dataset_num_proc": "num_proc"}

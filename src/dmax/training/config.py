@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
+from dmax import extras
 from dmax.checkpoint_files import reading
 from dmax.environment import select_dtype
 from dmax.errors import InputError, did_you_mean
@@ -38,7 +39,10 @@ _HIGHEST = {
     "dataloader_num_workers": 64,  # processes, each a copy of this one
 }
 _LARGEST = 2**32 - 1  # seeds of numpy end here
-NEW_NAME = "activation_checkpointing"  # of `gradient_checkpointing`, in transformers 5.24
+NEW_NAMES = {  # in transformers 5.24, which warns of the others
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 @dataclass
@@ -71,6 +75,7 @@ class DMaxConfig(TrainingArguments):
         warmup_steps: below 1, a share of all steps.
         bf16: compute in bfloat16 over float32 weights; None: on a GPU that has it, never on a CPU.
         gradient_checkpointing: recompute activations in backward; None: yes.
+        model_init_kwargs: arguments of `load_checkpoint` for a model that is given by its name.
         fsdp: shard the model over the processes; in one process it changes checkpoints only.
         fsdp_config: the fields of a `Sharding`.
         objective_class: what `objective` and `rollout` name; not an argument.
@@ -90,11 +95,12 @@ class DMaxConfig(TrainingArguments):
     eos_labels: int | None = None
     train_eos_embedding: bool = False
     pad_to: int | None = None
-    max_length: int | None = None
+    max_length: int | None = 2048
     too_long: str = "error"
     dataset_num_proc: int | None = None
     router_bias_speed: float = 0.0
     compile_objective: bool = False
+    model_init_kwargs: dict[str, Any] | None = None
 
     num_train_epochs: float = 2
     per_device_train_batch_size: int = 1
@@ -110,13 +116,14 @@ class DMaxConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Raises `InputError` naming the field that is wrong."""
+        extras.require("accelerate", "train", "training a model")
         self._check_numbers()
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and _gpu_has_bfloat16()
-        checkpointing = self.gradient_checkpointing is not False
-        if hasattr(self, NEW_NAME) and getattr(self, NEW_NAME) is None:
-            setattr(self, NEW_NAME, checkpointing)
-        self.gradient_checkpointing = checkpointing
+        self.gradient_checkpointing = self.gradient_checkpointing is not False
+        for name, new_name in NEW_NAMES.items():
+            if hasattr(self, new_name) and getattr(self, new_name) is None:
+                setattr(self, new_name, getattr(self, name))
         theirs: Any = self  # whose fields have no types of their own
         self.sharding = Sharding.from_config(theirs.fsdp_config) if theirs.fsdp else None
         if self.sharding is not None and self.sharding.cpu_offload and num_ranks() > 1:

@@ -195,7 +195,7 @@ class LengthSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self), generator=generator)
         for window in order.split(self.batch_size * self.window):
-            prompts, responses = self.counts[window].T
+            prompts, responses = self.counts[window.numpy()].T
             # By all ids, then by those of the prompt; equals stay in their random order.
             by_length = window[torch.from_numpy(np.lexsort((prompts, prompts + responses)))]
             batches = by_length.split(self.batch_size)

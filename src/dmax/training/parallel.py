@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from dmax.adapters import has_adapters, load_adapters
 from dmax.training.config import DMaxConfig
 from dmax.training.finite import check_weights
 from dmax.training.objectives import ObjectiveModule
@@ -65,7 +66,7 @@ class ParallelTrainer(Trainer):
             if model is not self.model:  # a copy, which leaves what it needs free for training
                 model.to(self.args.device, self.args.compute_dtype or model.dtype)
             model.eval()  # every training step goes back to training mode by itself
-            metrics = hook(model)
+            metrics = hook(model.get_base_model() if has_adapters(model) else model)
         agreed: dict[str, float] = from_rank_zero(metrics)
         return agreed
 
@@ -87,6 +88,11 @@ class ParallelTrainer(Trainer):
             written.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if has_adapters(self.model) and self.args.should_save:  # they stand with their own ids
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.args.is_sharded:  # else it goes there in parts
@@ -155,9 +161,19 @@ class ParallelTrainer(Trainer):
         plain: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
         return plain
 
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.args.sharding is None:
+            self._load_from_checkpoint(best)
+        else:
+            load_sharded(Path(best) / SHARDS, self.model, self._plain_optimizer())
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any) -> None:
         if self.args.sharding is not None:
             return  # they are loaded with the optimiser states, once the model is sharded
+        if has_adapters(self.model):
+            load_adapters(self.model, Path(resume_from_checkpoint))
+            return
         # Trainer would load the file's names as they are; the published layout has to be read by
         # `from_pretrained`.
         stored = type(self.model).from_pretrained(

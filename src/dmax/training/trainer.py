@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerControl
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from dmax.errors import InputError
 from dmax.files import writing
-from dmax.records.encoding import encode_dataset
 from dmax.special_ids import SpecialIds
 from dmax.training.balancing import RouterBalancing
 from dmax.training.config import DMaxConfig
-from dmax.training.data import Collator, LengthSampler, check_examples, num_ids
+from dmax.training.data import LengthSampler, num_ids
 from dmax.training.embedding import without_gradient
-from dmax.training.finite import check_weights, first_not_finite, weights
+from dmax.training.finite import first_not_finite, weights
 from dmax.training.objectives import ObjectiveModule
 from dmax.training.parallel import ParallelTrainer
 from dmax.training.ranks import first_found, mean_over_ranks
+from dmax.training.start import check_call, start
 
+HELD_OUT = -1  # the number of no step: noise of evaluations
 EvalHook = Callable[[nn.Module], dict[str, float]]
 """Measures a model in evaluation mode, for example its accuracy and tokens per forward."""
 
@@ -37,12 +38,19 @@ class DMaxTrainer(ParallelTrainer):
     a checkpoint. It names the step, the first such tensor and the last good checkpoint.
 
     Args:
-        model: a block-diffusion model, as `oput_loss` takes it.
-        args: a `DMaxConfig`.
-        train_dataset: prompts and responses, as `encode_dataset` takes them.
-        special_ids: those of the checkpoint.
-        eval_hook: called at every evaluation with the model in evaluation mode; returns metrics.
-        kwargs: passed to `transformers.Trainer` (`processing_class`, `callbacks`, …).
+        model: a bundled name, a folder or a hub id; or a model, which may be a `peft.PeftModel`.
+        args: a `DMaxConfig`; None: the paper's.
+        train_dataset: prompts and responses; None for a trainer that only evaluates.
+        eval_dataset: held-out prompts and responses, for the loss of an evaluation.
+        processing_class: the tokenizer; None takes the model's own.
+        special_ids: None takes those that the model's files name.
+        eval_hook: called at every evaluation with the model in evaluation mode; returns metrics,
+            such as accuracy and tokens per forward.
+        peft_config: of adapters to train in place of the model, such as a `peft.LoraConfig`.
+        kwargs: passed to `transformers.Trainer` (`callbacks`, `optimizers`, …).
+
+    Attributes:
+        special_ids: MASK, EOS, pad and the block length.
 
     Raises:
         InputError: an example that no model can learn from, or a weight that is not finite.
@@ -53,54 +61,63 @@ class DMaxTrainer(ParallelTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: DMaxConfig,
-        train_dataset: Any,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        args: DMaxConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         *,
-        special_ids: SpecialIds,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        special_ids: SpecialIds | None = None,
         eval_hook: EvalHook | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_weights(model)
-        context = model.config.max_position_embeddings
-        encoded = encode_dataset(
-            train_dataset,
-            kwargs.get("processing_class"),
-            special_ids,
-            max_length=min(args.max_length or context, context),
-            eos_labels=args.eos_labels,
-            too_long=args.too_long,
-            num_proc=args.dataset_num_proc,
+        args = check_call(args, kwargs)
+        begun = start(
+            model,
+            args,
+            tokenizer=processing_class,
+            special_ids=special_ids,
+            peft_config=peft_config,
         )
-        train_dataset = check_examples(encoded, model.config.vocab_size, special_ids.mask_token_id)
-        block_length = special_ids.block_length
-        eos_labels = block_length if args.eos_labels is None else args.eos_labels
-        collator = Collator(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
-        collator.check(train_dataset)
-        if eval_hook is not None:
-            kwargs["eval_dataset"] = train_dataset  # never read, but Trainer insists on one
+        if train_dataset is not None:
+            train_dataset = begun.examples(train_dataset, args)
+        self._has_held_out = eval_dataset is not None
+        if eval_dataset is not None:
+            eval_dataset = begun.examples(eval_dataset, args)
+        elif eval_hook is not None:
+            eval_dataset = train_dataset  # never read, but Trainer insists on one
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs
+            model=begun.model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=begun.collator(args),
+            processing_class=begun.tokenizer,
+            **kwargs,
         )
         # Our losses are means over a micro-batch. Models take **kwargs, from which Trainer would
         # conclude that they are scaled by the caller, and add up the micro-batches of a step
         # instead of averaging them.
         self.model_accepts_loss_kwargs = False
         self.eval_hook = eval_hook
-        objective = args.objective_class.from_settings(vars(args) | asdict(special_ids))
+        self.special_ids = begun.special_ids
+        self._begun = begun
+        objective = args.objective_class.from_settings(vars(args) | asdict(begun.special_ids))
         self.objective_module = ObjectiveModule(
             self.model, objective, compiled=args.compile_objective
         )
         # The row of the input table that gets no gradient.
-        self._still_row = None if args.train_eos_embedding else special_ids.eos_token_ids[0]
+        self._still_row = None if args.train_eos_embedding else begun.special_ids.eos_token_ids[0]
         self._losses: list[Tensor] = []  # of the micro-batches of this step
         self._parts: list[dict[str, Tensor]] = []  # of the losses since the last line of the log
         self._tokens = 0
         self._since = time.perf_counter()
         self._step = -1
         self._micro_batch = 0
+        self._held_out: list[dict[str, Tensor]] = []  # parts of the losses of one evaluation
         if args.router_bias_speed:
-            self.add_callback(RouterBalancing(model, args.router_bias_speed))
+            self.add_callback(RouterBalancing(self.model, args.router_bias_speed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch; the last one of a step looks at all of them."""
@@ -154,18 +171,23 @@ class DMaxTrainer(ParallelTrainer):
         return loss
 
     def _generator(self) -> torch.Generator:
-        """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it.
-
-        The micro-batches of all processes are numbered in turn. So two processes draw what one
-        draws that accumulates twice as often.
-        """
+        """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it."""
         step = self.state.global_step
         if self._step != step:
             self._step = step
             self._micro_batch = 0
-        number = self._micro_batch * self.args.world_size + self.args.process_index
-        seed = (self.args.seed * 1_000_003 + step) * 1_009 + number
+        generator = self._noise(step, self._micro_batch)
         self._micro_batch += 1
+        return generator
+
+    def _noise(self, step: int, micro_batch: int) -> torch.Generator:
+        """The source of the noise of a micro-batch.
+
+        The micro-batches of all processes are numbered in turn. So two processes draw what one
+        draws that accumulates twice as often.
+        """
+        number = micro_batch * self.args.world_size + self.args.process_index
+        seed = (self.args.seed * 1_000_003 + step) * 1_009 + number
         return torch.Generator(self.args.device).manual_seed(seed)
 
     def _get_train_sampler(self, *_: Any) -> LengthSampler:
@@ -193,17 +215,62 @@ class DMaxTrainer(ParallelTrainer):
             self._since = time.perf_counter()
         super().log(logs, start_time)
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Run the hook (decoding on held-out problems) in place of a loss on a second dataset."""
-        if self.eval_hook is None:
-            return {}
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The loss on held-out data by the same objective, and what the hook measures.
+
+        The noise is the same at every evaluation, so that its losses can be compared.
+
+        Args:
+            eval_dataset: in place of that of the trainer.
+            ignore_keys: there is nothing to ignore.
+            metric_key_prefix: what names of metrics begin with.
+        """
         self.check_weights(self.state.global_step)
         began = time.perf_counter()
-        metrics = {f"eval_{name}": value for name, value in self.measured(self.eval_hook).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        if eval_dataset is not None:
+            eval_dataset = self._begun.examples(eval_dataset, self.args)
+        if eval_dataset is not None or self._has_held_out:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        else:
+            metrics = self._hook_metrics(metric_key_prefix)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
         # Evaluation does not count against tokens per second.
         self._since += time.perf_counter() - began
         return metrics
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Adds the parts of the loss to its mean, and what the hook measures."""
+        self._held_out.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name in self._held_out[0]:
+            values = torch.cat([parts[name] for parts in self._held_out])
+            output.metrics[f"{metric_key_prefix}_{name}"] = values.mean().item()
+        output.metrics.update(self._hook_metrics(metric_key_prefix))
+        return output
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one held-out batch; there are no logits to hand on."""
+        generator = self._noise(HELD_OUT, len(self._held_out))
+        with self.accelerator.autocast():
+            parts = self.objective_module(generator, **self._prepare_inputs(inputs))
+        loss = parts.pop("loss")
+        # One value for each sequence, as Trainer does with the loss: the last batch has fewer.
+        repeated = {name: part.repeat(self.args.eval_batch_size) for name, part in parts.items()}
+        self._held_out.append(self.accelerator.gather_for_metrics(repeated))
+        return loss, None, None
+
+    def _hook_metrics(self, prefix: str) -> dict[str, float]:
+        if self.eval_hook is None:
+            return {}
+        measured = self.measured(self.eval_hook)
+        return {f"{prefix}_{name}": value for name, value in measured.items()}

@@ -1,0 +1,191 @@
+"""What a training begins with: a model by its name or as it is, its tokenizer, ids and adapters."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dmax.adapters import add_adapters, base_name, check_adapted, has_adapters
+from dmax.checkpoint import as_diffusion_model, load_checkpoint, write_ids
+from dmax.checkpoint_files import read_settings
+from dmax.environment import DTYPES
+from dmax.errors import InputError, did_you_mean, show
+from dmax.hub import find_folder
+from dmax.records.encoding import encode_dataset, is_encoded
+from dmax.special_ids import SpecialIds, resolve_special_ids
+from dmax.training.config import DMaxConfig
+from dmax.training.data import Collator, check_examples
+from dmax.training.finite import check_weights
+from dmax.training.ranks import rank
+from dmax.training.sharding import start_device
+
+# What other trainers take, and what takes its place here.
+ELSEWHERE = {
+    "data_collator": "batches are the objective's; `pad_to` gives them one length",
+    "compute_metrics": "evaluation keeps no logits; pass an `eval_hook`",
+    "preprocess_logits_for_metrics": "evaluation keeps no logits; pass an `eval_hook`",
+    "compute_loss_func": "the loss is the objective's; register one of your own in dmax.objectives",
+    "formatting_func": "records are read by their columns",
+    "model_init": "pass a model or its name",
+}
+LOADING = set(inspect.signature(load_checkpoint).parameters) - {"name_or_path", "device"}
+LOADING -= {"quantization"}  # quantised weights do not learn
+
+
+def check_call(args: DMaxConfig | None, others: Mapping[str, Any]) -> DMaxConfig:
+    """The training arguments of a trainer that is called with them and others.
+
+    Raises:
+        InputError: they are no `DMaxConfig`, or something has no place here.
+    """
+    for name in others:
+        if name in ELSEWHERE and others[name] is not None:
+            raise InputError(f"DMaxTrainer takes no `{name}`", hint=ELSEWHERE[name])
+    if args is None:
+        return DMaxConfig()
+    if not isinstance(args, DMaxConfig):
+        raise InputError(f"`args` must be a DMaxConfig, got {type(args).__name__}")
+    return args
+
+
+class Start(NamedTuple):
+    """What a training begins with.
+
+    Attributes:
+        model: a `PreTrainedModel`, or a `peft.PeftModel` around one.
+        tokenizer: None for a model that takes and gives token ids.
+        special_ids: MASK, EOS, pad and the block length; the model's configuration names them, too.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    special_ids: SpecialIds
+
+    def collator(self, args: DMaxConfig) -> Collator:
+        """What makes batches of examples for this model."""
+        block_length = self.special_ids.block_length
+        eos_labels = block_length if args.eos_labels is None else args.eos_labels
+        return Collator(block_length, self.special_ids.eos_token_ids[0], eos_labels, args.pad_to)
+
+    def examples(self, dataset: Any, args: DMaxConfig) -> Any:
+        """A data set as token ids that the model can learn from.
+
+        Args:
+            dataset: what `encode_dataset` takes, or examples that are encoded already.
+            args: they say how long an example may be, and what happens to longer ones.
+
+        Raises:
+            InputError: a record is wrong or too long, or holds an id that cannot be learnt.
+        """
+        if not is_encoded(dataset):
+            if self.tokenizer is None:
+                raise InputError("texts need a tokenizer", hint="pass it as `processing_class`")
+            context = self.model.config.max_position_embeddings
+            dataset = encode_dataset(
+                dataset,
+                self.tokenizer,
+                self.special_ids,
+                max_length=min(args.max_length or context, context),
+                eos_labels=args.eos_labels,
+                too_long=args.too_long,
+                num_proc=args.dataset_num_proc,
+            )
+        mask = self.special_ids.mask_token_id
+        dataset = check_examples(dataset, self.model.config.vocab_size, mask)
+        self.collator(args).check(dataset)
+        return dataset
+
+
+def start(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    args: DMaxConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    special_ids: SpecialIds | None = None,
+    peft_config: Any = None,
+) -> Start:
+    """Load and complete what is not given.
+
+    Args:
+        model: a bundled name, a folder or a hub id; or a model, with adapters or without.
+        args: its `model_init_kwargs` are those of `load_checkpoint`; its objective decides which
+            decoding the model's configuration names.
+        tokenizer: None takes the one beside the model's files.
+        special_ids: None takes those that the model's files name.
+        peft_config: what adapters to train in place of the model.
+
+    Raises:
+        InputError: there is no such model, it names no ids, or the adapters do not go with it.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        device = start_device(rank()) if args.is_sharded else args.device
+        loaded = load_checkpoint(model, device=device, **_loading_options(args))
+        network: Any = loaded.model
+        tokenizer = tokenizer or loaded.tokenizer
+        special_ids = special_ids or loaded.special_ids
+        base = base_name(model) if peft_config is not None else ""
+    else:
+        network = _prepared(model, args)
+        tokenizer = tokenizer or _stored_tokenizer(network)
+        config, generation = network.config, getattr(network, "generation_config", None)
+        special_ids = special_ids or resolve_special_ids(config, tokenizer, generation)
+        base = base_name(network.name_or_path) if peft_config is not None else ""
+    # Whatever saves the model from now on writes a checkpoint that says how to decode it.
+    write_ids(network.config, special_ids, args.objective_class.decoding)
+    if peft_config is not None:
+        if has_adapters(network):
+            raise InputError("the model has adapters already", hint="leave out `peft_config`")
+        network = add_adapters(network, peft_config, base)
+    if has_adapters(network):
+        _check_adapters(network, args)
+    check_weights(network)
+    return Start(network, tokenizer, special_ids)
+
+
+def _loading_options(args: DMaxConfig) -> dict[str, Any]:
+    options = dict(args.model_init_kwargs or {})
+    for name in options:
+        if name not in LOADING:
+            raise InputError(
+                f"`model_init_kwargs` has no `{name}`; there are {', '.join(sorted(LOADING))}",
+                hint=did_you_mean(name, sorted(LOADING)),
+            )
+    dtype = options.pop("dtype", torch.float32)
+    return {"dtype": DTYPES.get(dtype, dtype), **options}
+
+
+def _prepared(model: Any, args: DMaxConfig) -> Any:
+    """A model that somebody else has made, as one that decodes blocks."""
+    if args.model_init_kwargs:
+        raise InputError("`model_init_kwargs` are for a model that is given by its name")
+    network = model.get_base_model() if has_adapters(model) else model
+    if not isinstance(network, PreTrainedModel):
+        raise InputError(f"a model must be a name or a PreTrainedModel, got {show(model)}")
+    as_diffusion_model(network)
+    return model
+
+
+def _stored_tokenizer(network: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the files that a model was read from; None for a new model."""
+    name = network.name_or_path
+    return read_settings(find_folder(name))[1] if name else None
+
+
+def _check_adapters(network: Any, args: DMaxConfig) -> None:
+    check_adapted(network)
+    if args.sharding is not None:
+        raise InputError(
+            "adapters are not sharded: every process has its model whole", hint="leave out `fsdp`"
+        )
+    if args.router_bias_speed:
+        raise InputError(
+            "`router_bias_speed` moves what adapters leave as it is", hint="set it to 0"
+        )
+    options = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and options.get("use_reentrant"):
+        network.enable_input_require_grads()  # else no gradient passes the frozen first layer
