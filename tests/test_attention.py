@@ -14,13 +14,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dmax.attention import (
     ATTENTION_FUNCTIONS,
     Predicate,
+    best_for_training,
     block_causal,
     dense_mask,
     flex_from_dense,
     noisy_clean,
     prepare_mask,
     sdpa_attention_forward,
+    without_flex,
 )
+from dmax.checkpoint import load_checkpoint
 
 BATCH = 2
 HEADS = 6
@@ -184,3 +187,28 @@ def test_other_devices_use_that_of_transformers(monkeypatch: pytest.MonkeyPatch)
     query, key, value = (each.to("meta") for each in make_inputs(torch.float32))
     sdpa_attention_forward(Layer(), query, key, value, None, scaling=0.3, is_causal=False)
     assert calls == [{"scaling": 0.3, "dropout": 0.0, "is_causal": False}]
+
+
+# ---- which implementation ------------------------------------------------------------------------
+
+
+def test_training_uses_flex_attention_on_a_gpu_only() -> None:
+    assert best_for_training(torch.device("cuda", 3)) == "flex_attention"
+    assert best_for_training(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "eager"])
+def test_decoding_during_training_does_without_flex(implementation: str) -> None:
+    model = load_checkpoint(
+        "tiny-base", dtype="auto", device="cpu", attn_implementation=implementation
+    ).model
+
+    def decode() -> None:
+        with without_flex(model):
+            meanwhile = model.config._attn_implementation
+            assert meanwhile == ("sdpa" if implementation == "flex_attention" else "eager")
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        decode()
+    assert model.config._attn_implementation == implementation

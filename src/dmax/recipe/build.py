@@ -23,18 +23,22 @@ SHUFFLED_TOGETHER = 10_000
 """Conversations of a stream that are held in memory, of which the next is drawn at random."""
 
 
-def build_checkpoint(section: ModelSection, device: torch.device) -> Checkpoint:
+def build_checkpoint(
+    section: ModelSection, device: torch.device, *, attention: str | None = None
+) -> Checkpoint:
     """The checkpoint to continue, on a device, or a new model on the CPU.
 
-    On the meta device it is a model without weights, and none are read.
+    On the meta device it is a model without weights, and none are read. `attention` is the
+    implementation if the section names none.
     """
+    attention = section.attn_implementation or attention
     if section.path is not None:
         return load_checkpoint(
             section.path,
             dtype=DTYPES.get(section.dtype, "auto"),
             device=device,
             block_length=section.block_length,
-            attn_implementation=section.attn_implementation,
+            attn_implementation=attention,
             experts_implementation=section.experts_implementation,
             add_mask_token=section.add_mask_token,
         )
@@ -44,7 +48,7 @@ def build_checkpoint(section: ModelSection, device: torch.device) -> Checkpoint:
             model_config(section.config or {}, tokenizer),
             tokenizer,
             dtype=DTYPES[section.dtype],
-            attn_implementation=section.attn_implementation,
+            attn_implementation=attention,
             experts_implementation=section.experts_implementation or "eager",
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 
+from dmax.attention import best_for_training
 from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
 from dmax.environment import environment, select_device
 from dmax.errors import InputError
@@ -96,7 +97,9 @@ def _train_model(
     set_seed(args.seed)
     decoding = get_objective(args.objective, args.rollout).decoding
     device = start_device(rank()) if args.is_sharded else select_device("auto")
-    checkpoint = dataclasses.replace(build_checkpoint(recipe.model, device), decoding=decoding)
+    attention = best_for_training(args.device)
+    built = build_checkpoint(recipe.model, device, attention=attention)
+    checkpoint = dataclasses.replace(built, decoding=decoding)
     checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
     dataset = encode_data(
         recipe.data, conversations, checkpoint, eos_labels=args.eos_labels, report=report

@@ -74,7 +74,8 @@ class ModelSection:
         block_length: of a checkpoint at `path` that names none, or another one.
         keep_start: share of the weights at `path` in what is saved in the end. A mean of both ends
             of a run often beats either (WiSE-FT, arXiv 2109.01903).
-        attn_implementation: of transformers' attention interface; None chooses.
+        attn_implementation: of transformers' attention interface; None is `flex_attention` on a
+            GPU, and transformers' choice elsewhere.
         experts_implementation: of transformers' experts interface; None chooses.
     """
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from dmax.adapters import has_adapters, load_adapters
+from dmax.attention import without_flex
 from dmax.training.config import DMaxConfig
 from dmax.training.finite import check_weights
 from dmax.training.objectives import ObjectiveModule
@@ -66,7 +67,9 @@ class ParallelTrainer(Trainer):
             if model is not self.model:  # a copy, which leaves what it needs free for training
                 model.to(self.args.device, self.args.compute_dtype or model.dtype)
             model.eval()  # every training step goes back to training mode by itself
-            metrics = hook(model.get_base_model() if has_adapters(model) else model)
+            plain = model.get_base_model() if has_adapters(model) else model
+            with without_flex(plain):
+                metrics = hook(plain)
         agreed: dict[str, float] = from_rank_zero(metrics)
         return agreed
 

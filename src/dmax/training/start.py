@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dmax.adapters import add_adapters, base_name, check_adapted, has_adapters
+from dmax.attention import best_for_training
 from dmax.checkpoint import as_diffusion_model, load_checkpoint, write_ids
 from dmax.checkpoint_files import read_settings
 from dmax.environment import DTYPES
@@ -156,7 +157,8 @@ def _loading_options(args: DMaxConfig) -> dict[str, Any]:
                 hint=did_you_mean(name, sorted(LOADING)),
             )
     dtype = options.pop("dtype", torch.float32)
-    return {"dtype": DTYPES.get(dtype, dtype), **options}
+    attention = best_for_training(args.device)
+    return {"dtype": DTYPES.get(dtype, dtype), "attn_implementation": attention, **options}
 
 
 def _prepared(model: Any, args: DMaxConfig) -> Any:
