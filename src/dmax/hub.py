@@ -21,15 +21,20 @@ from dmax.tiny import BUNDLED, bundled
 
 # Published by the authors of DMax as `Zigeng/…`. They are decoded with SPD, which no file says.
 PUBLISHED_DMAX = ("DMax-16B", "DMax-Math-16B", "DMax-Coder-16B")
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model"]
+PATTERNS = [*SETTINGS, "*.safetensors"]
 REACH_SECONDS = 1.5  # to open a connection, which takes a slow network a few tenths
 MAX_NEIGHBOURS = 1000
 
 
-def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
+def find_folder(name_or_path: str | os.PathLike[str], *, with_weights: bool = True) -> Path:
     """The local folder of a bundled name, a path or a hub id, downloaded if need be.
 
     Without a network, a hub id that was downloaded before leads to what is there.
+
+    Args:
+        name_or_path: a bundled name, a folder or a hub id.
+        with_weights: whether weights are downloaded too.
 
     Raises:
         InputError: the name leads nowhere, or to a folder that holds no checkpoint.
@@ -58,7 +63,7 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"{shorten(name)} is not a folder", hint="name the folder that holds config.json"
         )
-    return _download(name)
+    return _download(name, PATTERNS if with_weights else SETTINGS)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -66,13 +71,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     try:
         huggingface_hub.utils.validate_repo_id(name)  # type: ignore[attr-defined]
         is_offline = constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT)
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=PATTERNS, local_files_only=is_offline
+                name, allow_patterns=patterns, local_files_only=is_offline
             )
         )
     except Exception as error:  # of the hub's client, of its HTTP library, of the system

@@ -175,12 +175,15 @@ class Recipe:
     eval: EvalSection | None = None
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, elsewhere: bool = False
+) -> Recipe:
     """Read and check a recipe; nothing is computed yet.
 
     Args:
         path: of the YAML file.
         overrides: replace fields of its `training`, or of its `head`.
+        elsewhere: it will run on another machine, so this one's memory may be too small for it.
 
     Raises:
         InputError: naming file, line and key: not YAML, unknown or missing key, or a value of the
@@ -220,7 +223,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         sections["training"] = _fields(file, "training", DMaxConfig, argument_names()) | changes
 
     recipe = Recipe(file, **sections)
-    _check_model(recipe)
+    _check_model(recipe, elsewhere=elsewhere)
     _check_data(recipe)
     _check_eval(recipe)
     if recipe.head is None:
@@ -260,7 +263,7 @@ def _fields(
     return dict(content)
 
 
-def _check_model(recipe: Recipe) -> None:
+def _check_model(recipe: Recipe, *, elsewhere: bool) -> None:
     file = recipe.file
     model = recipe.model
     if (model.path is None) == (model.config is None):
@@ -288,7 +291,9 @@ def _check_model(recipe: Recipe) -> None:
             f"got {model.keep_start}",
         )
     if model.config is not None:
-        _check_config(file, model, model.config)
+        made = _check_config(file, model, model.config)
+        if not elsewhere:
+            _check_memory(file, made)
 
 
 def _check_dtype(recipe: Recipe) -> None:
@@ -305,7 +310,9 @@ def _check_dtype(recipe: Recipe) -> None:
         raise recipe.file.wrong("model.dtype", "a head is trained on states in float32")
 
 
-def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any]) -> None:
+def _check_config(
+    file: RecipeFile, section: ModelSection, config: dict[str, Any]
+) -> PreTrainedModel:
     """Try to make the configuration, and then a model of it that takes no memory."""
     models.register()
     model_type = config.get("model_type", LLaDA2MoeConfig.model_type)
@@ -324,14 +331,13 @@ def _check_config(file: RecipeFile, section: ModelSection, config: dict[str, Any
             if re.search("drop(out)?$|^initializer_range$", name):
                 check_number(name, value, low=0, high=1, optional=True)
         with torch.device("meta"):  # the whole model but for its weights
-            model = new_checkpoint(
+            return new_checkpoint(
                 made,
                 tokenizer,
                 dtype=DTYPES[section.dtype],
                 attn_implementation=section.attn_implementation,
                 experts_implementation=section.experts_implementation,
             ).model
-    _check_memory(file, model)
 
 
 def _check_memory(file: RecipeFile, model: PreTrainedModel) -> None:
