@@ -51,7 +51,7 @@ COMMANDS = {
         "--block-length --temperature --seed --stop --ignore-eos --dtype --quantization "
         "--device --json"
     ),
-    "train": "recipe --max-steps --fresh --json",
+    "train": "recipe --max-steps --fresh --dry-run --gpus --gpu --memory --price --examples --json",
     "distill": (
         "--output -o --model -m --num --prompts --reader --column --config --split --task --data "
         "--seed --part --shard-size --strategy --threshold --max-new-tokens --option "

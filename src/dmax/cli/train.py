@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from dmax import extras
 from dmax.cli import options
 from dmax.cli.boundary import keeping
 from dmax.cli.terminal import console, doing, print_json
+from dmax.errors import InputError
 
 
 def train(
@@ -26,6 +27,15 @@ def train(
             "--fresh", help="start over: drop an earlier run's checkpoints, replace its result"
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="only say what memory, time and money it would take"),
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(help="of a dry run: how many")] = None,
+    gpu: Annotated[str | None, typer.Option(help="of a dry run: h100, h200, a100, …")] = None,
+    memory: Annotated[float | None, typer.Option(help="of a dry run: GB of each GPU")] = None,
+    price: Annotated[float | None, typer.Option(help="of a dry run: $ of a GPU's hour")] = None,
+    examples: Annotated[int | None, typer.Option(help="of a dry run: how many to learn")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Train as a recipe says.
@@ -35,11 +45,18 @@ def train(
     Example: dmax train recipes/tiny_oput_soft.yaml
     """
     extras.require("accelerate", "train", "training")
+    overrides = {} if max_steps is None else {"max_steps": max_steps}
+    cluster = {"gpus": gpus, "gpu": gpu, "memory": memory, "price": price, "examples": examples}
+    given = {name: value for name, value in cluster.items() if value is not None}
+    if dry_run:
+        _estimate(recipe, overrides, given, as_json=as_json)
+        return
+    if given:
+        raise InputError(f"`--{next(iter(given))}` belongs to `--dry-run`")
     with doing(f"reading {recipe}"):
         from dmax.recipe.run import run_recipe
         from dmax.recipe.sections import load_recipe
 
-        overrides = {} if max_steps is None else {"max_steps": max_steps}
         checked = load_recipe(recipe, overrides)
     kept = "checkpoints are kept, and the same command goes on from the last one"
     # The Trainer prints its log; stdout is for the result.
@@ -51,3 +68,28 @@ def train(
         print_json({"checkpoint": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
+
+
+def _estimate(
+    recipe: Path, overrides: dict[str, Any], given: dict[str, Any], *, as_json: bool
+) -> None:
+    """Say what a recipe takes on GPUs that need not be here; nothing is written."""
+    with doing(f"counting a step of {recipe}"):
+        from dmax.benchmark.report import console as open_console
+        from dmax.cli.estimate import show_estimate
+        from dmax.recipe.estimate import estimate
+        from dmax.recipe.estimate.cluster import Cluster
+        from dmax.recipe.sections import load_recipe
+
+        cluster = Cluster.of(
+            given.get("gpus", 1),
+            given.get("gpu", "h100"),
+            memory=given.get("memory"),
+            price=given.get("price"),
+        )
+        checked = load_recipe(recipe, overrides | {"use_cpu": True}, elsewhere=True)
+        found = estimate(checked, cluster, examples=given.get("examples"))
+    if as_json:
+        print_json(found.record())
+    else:
+        show_estimate(found, open_console())
