@@ -47,7 +47,11 @@ class Panel:
 
 PANELS = (
     Panel("loss", {"loss": "mean", "loss_*": "", "eval_loss": "held-out"}),
-    Panel("wrong tokens of the rollout, %", {"rollout_error": ""}, scale=100),
+    Panel(
+        "wrong tokens of the rollout, %",
+        {"rollout_error": "", "eval_rollout_error": "held-out"},
+        scale=100,
+    ),
     Panel("entropy of right predictions, nats", {"entropy_right": ""}),
     Panel("held-out problems solved, %", {"eval_accuracy": ""}, scale=100, highest=100),
     Panel("held-out tokens per forward (TPF)", {"eval_tpf": ""}),
