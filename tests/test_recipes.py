@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,12 +11,17 @@ from transformers import TrainingArguments
 
 from dmax.baselines.heads import KINDS
 from dmax.models import LLaDA2MoeConfig
+from dmax.recipe.estimate import estimate
+from dmax.recipe.estimate.cluster import Cluster
 from dmax.recipe.sections import load_recipe
 from dmax.tasks.word_problems import Numbers
 from dmax.tiny import BUNDLED
 from dmax.training.config import DMaxConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.y*ml"))
+HUB_MODELS = {"inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.1-mini"}
+HUB_DATA = {f"Zigeng/DMax-LLaDA-2.0-Mini-{kind}-Trajectories" for kind in ("Math", "Code")}
+PAPER = [path for path in RECIPES if path.stem.endswith(("_math", "_code"))]
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -88,6 +94,7 @@ def test_a_bundled_models_recipe_names_what_the_papers_defaults_would_change(pat
     training = load_recipe(path).training
     assert training["max_steps"] > 0  # which makes `num_train_epochs` void
     before = {"num_train_epochs", "remove_unused_columns", "gradient_checkpointing"}
+    before |= {"ddp_find_unused_parameters"}  # they ran in one process
     assert ours - before - training.keys() == set()
     assert training["gradient_checkpointing"] is False
 
@@ -100,6 +107,57 @@ def test_its_model_and_data_exist_or_can_be_made(path: Path) -> None:
         known = LLaDA2MoeConfig(vocab_size=100).to_dict()
         assert not model.config.keys() - known.keys() - {"block_length"}
     else:
-        assert model.path in {*BUNDLED, *(str(load_recipe(other).output_dir) for other in RECIPES)}
+        made = {str(load_recipe(other).output_dir) for other in RECIPES}
+        assert model.path in {*BUNDLED, *made, *HUB_MODELS}
+    assert data.hub in {None, *HUB_DATA}
     if data.file is not None:  # the command that writes it stands beside it
         assert f"--output {data.file}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_recipes_have_the_papers_values(path: Path) -> None:
+    """Those of the published configuration (section 3 of the paper's training recipe)."""
+    recipe = load_recipe(path)
+    assert (
+        recipe.training.items()
+        >= {
+            "objective": "oput",
+            "rollout": "argmax",
+            "mask_ratio_low": 0.75,
+            "mask_ratio_high": 0.75,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 2e-6,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.03,
+            "weight_decay": 0.01,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.999,
+            "max_grad_norm": 1.0,
+            "gradient_checkpointing": True,
+        }.items()
+    )
+    assert (recipe.data.max_length, recipe.data.too_long) == (2048, "truncate")
+    assert recipe.model.dtype == "float32"
+    assert recipe.fsdp is not None
+    assert "torchrun --nproc_per_node 8 " in path.read_text(encoding="utf-8")  # a step takes 8
+
+
+LARGE = [path for path in RECIPES if load_recipe(path).model.path in HUB_MODELS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_a_recipe_for_gpus_says_what_its_dry_run_says_and_that_it_has_not_run(path: Path) -> None:
+    pytest.importorskip("accelerate")
+    text = path.read_text(encoding="utf-8")
+    gpus, gpu, examples = re.findall(
+        r"dmax train --dry-run --gpus (\d+) --gpu (\w+) --examples (\d+) ", text
+    )[0]
+    recipe = load_recipe(path, {"use_cpu": True}, elsewhere=True)
+    found = estimate(recipe, Cluster.of(int(gpus), gpu), examples=int(examples))
+    assert found.fits and found.run.hours
+    hours = " to ".join(f"{each:.0f}" for each in found.run.hours)
+    assert f"{found.peak / 1e9:.0f} GB on each GPU, {hours} hours" in text
+    assert "has not been run on a GPU" in text.replace("\n# ", " ")
