@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_trainer import CONFIG
 from torch import Tensor, nn
@@ -77,6 +78,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def look(model: nn.Module) -> dict[str, float]:
+    """What an evaluation is handed: bytes of weights, and buffers that are not float32."""
+    return {
+        "bytes": float(sum(weight.nbytes for weight in model.parameters())),
+        "rounded": float(sum(each.dtype != torch.float32 for each in model.buffers())),
+    }
+
+
 def examples() -> list[dict[str, Any]]:
     """Prompts and responses of several lengths, the same everywhere."""
     generator = torch.Generator().manual_seed(5)
@@ -93,6 +102,7 @@ def examples() -> list[dict[str, Any]]:
 def train(folder: Path, family: str, *, checkpointing: bool, **settings: Any) -> dict[str, Any]:
     """Losses, gradients of the first step and final weights, and how they were held."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    AcceleratorState._reset_state()  # which holds one precision for all accelerators of a process
     args = DMaxConfig(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -105,6 +115,9 @@ def train(folder: Path, family: str, *, checkpointing: bool, **settings: Any) ->
         router_bias_speed=0.01,
         logging_steps=1,
         save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=2,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -113,18 +126,35 @@ def train(folder: Path, family: str, *, checkpointing: bool, **settings: Any) ->
     # Other ranks begin with other weights, which must not matter where they are sharded.
     torch.manual_seed(dist.get_rank() if dist.is_initialized() and args.is_sharded else 0)
     checkpoint = new_checkpoint(copy.deepcopy(FAMILIES[family]))
-    trainer = DMaxTrainer(checkpoint.model, args, examples(), special_ids=checkpoint.special_ids)
+    trainer = DMaxTrainer(
+        checkpoint.model,
+        args,
+        examples(),
+        examples()[:8],
+        special_ids=checkpoint.special_ids,
+        eval_hook=look,
+    )
+    experts: list[torch.dtype] = []
+    for module in trainer.model.modules():
+        if "Experts" in type(module).__name__:
+            module.register_forward_pre_hook(
+                lambda module, _: experts.extend(each.dtype for each in module.parameters())
+            )
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
     trained = trainer.whole_model()
+    if args.is_sharded:
+        trainer.save_model(str(folder / "saved"))
     return {
         "log": [line for line in trainer.state.log_history if "loss" in line],
+        "held_out": [line for line in trainer.state.log_history if "eval_loss" in line],
         "gradients": watch.gradients,
         "weights": {} if trained is None else trained.state_dict(),
         "share": watch.share,
         "num_sharded": watch.num_sharded,
         "module": type(trainer.model_wrapped).__name__,
+        "experts": set(experts),
     }
 
 
@@ -151,12 +181,15 @@ def compare(folder: Path) -> None:
             for way, settings in ways.items():
                 name = f"{family} {way} {'recomputed' if checkpointing else 'kept'}"
                 results[name] = train(folder, family, checkpointing=checkpointing, **settings)
+    in_bfloat16 = {"fsdp": True, "fsdp_config": {"reduce_dtype": "bfloat16"}, "bf16": True}
+    results["fsdp bfloat16"] = train(folder, "llada2_moe", checkpointing=True, **in_bfloat16)
     for recipe in sorted(folder.glob("*/recipe.yaml")):
         run_recipe(load_recipe(recipe))
     # The last, since it changes the state that all accelerators share.
     ParallelTrainer.create_accelerator_and_postprocess = through_accelerate  # type: ignore
     for family in FAMILIES:
         results[f"{family} accelerate"] = train(folder, family, checkpointing=True, fsdp=True)
+    results["accelerate bfloat16"] = train(folder, "llada2_moe", checkpointing=True, **in_bfloat16)
     torch.save(results, folder / f"rank_{dist.get_rank()}.pt")
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import write_recipe
 
+from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
 from dmax.recipe.folder import RunFolder
 from dmax.recipe.run import run_recipe
@@ -102,6 +103,10 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sharded_recipe(folder / "whole")
     model = {"path": str(start / "out"), "keep_start": 0.5}
     sharded_recipe(folder / "next", model=model)
+    records = [{"prompt": f"{k} + {k}", "response": f"{2 * k} " * (k % 5 + 1)} for k in range(64)]
+    stream = folder / "stream" / "data.jsonl"
+    sharded_recipe(stream.parent, data={"file": str(stream), "streaming": True})
+    stream.write_text("".join(json.dumps(record) + "\n" for record in records))
     ended = worker("compare", folder)
     assert ended.returncode == 0, ended.stdout
     return folder
@@ -130,6 +135,10 @@ def test_two_ranks_train_as_one_process_does(
         assert line["loss_masked"] == pytest.approx(other["loss_masked"], abs=1e-5)
         assert line["rollout_error"] == pytest.approx(other["rollout_error"], abs=1e-5)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-5)
+    assert len(ours["held_out"]) == 3
+    for line, other in zip(ours["held_out"], expected["held_out"], strict=True):
+        assert line["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-5)
+        assert line["eval_bytes"] == other["eval_bytes"]  # a whole model, on rank 0
     torch.testing.assert_close(ours["gradients"], expected["gradients"], atol=1e-6, rtol=0)
     torch.testing.assert_close(ours["weights"], expected["weights"], atol=1e-4, rtol=0)
     assert max(gradient.abs().max() for gradient in expected["gradients"].values()) > 0.05
@@ -143,6 +152,40 @@ def test_two_ranks_train_as_one_process_does(
         else:
             assert held["num_sharded"] == len(expected["gradients"])  # every one is a DTensor
             assert held["share"] <= 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "accelerate"])
+def test_experts_compute_in_bfloat16_over_float32_weights(
+    compared: Path, alone: dict[str, dict[str, Any]], way: str
+) -> None:
+    for rank in (0, 1):
+        held = torch.load(compared / f"rank_{rank}.pt")[f"{way} bfloat16"]
+        assert held["experts"] == {torch.bfloat16}
+        assert held["share"] <= 0.6
+        assert all(weight.dtype == torch.float32 for weight in held["weights"].values())
+        for line, other in zip(held["held_out"], alone["llada2_moe"]["held_out"], strict=True):
+            assert line["eval_bytes"] == other["eval_bytes"] / 2  # decoded in bfloat16, too
+            assert line["eval_rounded"] == 0
+        losses = [line["loss"] for line in held["log"]]
+        expected = [line["loss"] for line in alone["llada2_moe"]["log"]]
+        assert losses == pytest.approx(expected, abs=0.02)
+        assert losses != [float(torch.tensor(loss).bfloat16()) for loss in losses]
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_saved_whole(compared: Path) -> None:
+    ours = load_checkpoint(compared / "saved", dtype=torch.float32, device="cpu").model
+    weights = torch.load(compared / "rank_0.pt")["accelerate bfloat16"]["weights"]
+    torch.testing.assert_close(dict(ours.state_dict()), weights, atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_stream_is_dealt_out_to_the_ranks(compared: Path, tmp_path: Path) -> None:
+    stream = {"file": str(compared / "stream" / "data.jsonl"), "streaming": True}
+    sharded_recipe(tmp_path, data=stream, training={"gradient_accumulation_steps": 4})
+    run_recipe(load_recipe(tmp_path / "recipe.yaml"))
+    assert_same_run(compared / "stream", tmp_path)
 
 
 @pytest.mark.slow

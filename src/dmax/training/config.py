@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -126,10 +129,11 @@ class DMaxConfig(TrainingArguments):
                 setattr(self, new_name, getattr(self, name))
         theirs: Any = self  # whose fields have no types of their own
         self.sharding = Sharding.from_config(theirs.fsdp_config) if theirs.fsdp else None
+        theirs.fsdp_config = self.sharding and asdict(self.sharding)  # transformers writes into it
         if self.sharding is not None and self.sharding.cpu_offload and num_ranks() > 1:
             # What `accelerate launch` sets: gradients on CPUs are added up through gloo then.
             os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
-        with reading("these training arguments are not usable"):
+        with reading("these training arguments are not usable"), _without_advice():
             super().__post_init__()
         self.compute_dtype = torch.bfloat16 if self.bf16 else None
         # Each process takes its own batches of a stream: those that one would hand out are padded
@@ -194,6 +198,21 @@ class DMaxConfig(TrainingArguments):
         methods that the objectives call.
         """
         return min(1, super().n_gpu)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Leave out what transformers says of recomputing under FSDP; it is not so with version 2.
+
+    There the layers are gathered once for their backward, which includes computing them anew.
+    """
+    log = logging.getLogger("transformers.training_args")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _gpu_has_bfloat16() -> bool:

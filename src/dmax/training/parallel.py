@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from dmax.adapters import has_adapters, load_adapters
 from dmax.attention import without_flex
@@ -64,14 +66,24 @@ class ParallelTrainer(Trainer):
         model = self.whole_model()
         metrics = None
         if model is not None:
-            if model is not self.model:  # a copy, which leaves what it needs free for training
-                model.to(self.args.device, self.args.compute_dtype or model.dtype)
+            if model is not self.model:  # a copy, as small as what training computes with
+                for weight in model.parameters():  # buffers keep their precision
+                    weight.data = weight.to(self.args.compute_dtype or weight.dtype)
+                model.to(self.args.device)
             model.eval()  # every training step goes back to training mode by itself
             plain = model.get_base_model() if has_adapters(model) else model
             with without_flex(plain):
                 metrics = hook(plain)
         agreed: dict[str, float] = from_rank_zero(metrics)
         return agreed
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Frees what a forward of a sharded model has gathered; after training, backward does."""
+        output = super().evaluation_loop(*args, **kwargs)
+        for module in self.objective_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return output
 
     def load_weights(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint into a model that does not train any more."""

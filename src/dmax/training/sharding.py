@@ -63,12 +63,14 @@ class Sharding:
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None) -> Self:
+    def from_config(cls, config: Any) -> Self:
         """Read what transformers calls `fsdp_config`.
 
         Raises:
             InputError: a key that is none of ours, or a value that does not fit.
         """
+        if not isinstance(config, Mapping | None):
+            raise InputError(f"`fsdp_config` must be a mapping, got {show(config)}")
         settings = dict(config or {})
         if settings.pop("version", 2) != 2:
             raise InputError("`fsdp_config` may only ask for version 2", hint="leave it out")
