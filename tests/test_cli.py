@@ -562,9 +562,12 @@ def test_a_recipe_with_a_value_of_the_wrong_kind(
     ("words", "parts"),
     [
         (("--concurrency", 8), ["`--concurrency` goes with --endpoint only"]),
-        (("--endpoint", "http://a", "-m", "b"), ["`--model` is not a server's", "--option"]),
-        (("--endpoint", "http://a", "--compile"), ["`--compile` is not a server's"]),
-        (("--endpoint", "http://a", "--threshold", "0.9"), ["`--threshold` is not a server's"]),
+        (
+            ("--endpoint", "http://a", "-m", "b"),
+            ["`--model` does not go with", "--option"],
+        ),
+        (("--endpoint", "http://a", "--compile"), ["`--compile` does not go with"]),
+        (("--endpoint", "http://a", "--threshold", "0.9"), ["`--threshold` does not go with"]),
         (("--endpoint", "nowhere"), ["`--endpoint` must be an address"]),
         (("--part", "2/2"), ["`--part` must be INDEX/COUNT", "0/8"]),
         (("--prompts", "a.jsonl", "--task", "gsm8k"), ["`--prompts` and `--task`"]),

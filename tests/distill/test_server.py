@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -233,6 +234,24 @@ def test_the_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="asking a server needs the package `openai`") as caught:
         ServerAnswerer(ServerOptions("http://localhost"))
     assert "[endpoint]" in str(caught.value.hint)
+
+
+def test_asking_a_server_loads_no_torch(output: Path) -> None:
+    program = (
+        "import sys\n"
+        "class End:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('torch', 'transformers'): sys.exit(f'{name} is loaded')\n"
+        "sys.meta_path.insert(0, End())\n"
+        "from dmax_command import main; main()"
+    )
+    with Server() as server:
+        words = ["distill", "--endpoint", server.url, "--num", "3", "--output", str(output)]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert len(lines(output)) == 3
 
 
 def test_tokens_need_not_be_counted(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

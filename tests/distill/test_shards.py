@@ -134,6 +134,13 @@ def test_shards_are_continued_with_the_same_settings_only(folder: Path) -> None:
         run(folder, Responder(weight=2.0), MANY, shard_size=4)
 
 
+def test_a_manifest_without_responses_is_replaced(folder: Path) -> None:
+    run(folder, Responder(), MANY, shard_size=4)
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    assert run(folder, Responder(weight=2.0), MANY, shard_size=4).kept == 10
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 

@@ -24,11 +24,14 @@ TOP_K = 2
 
 
 def make_experts(
-    implementation: str, num_experts: int = 4, dtype: torch.dtype = torch.float32
+    implementation: str,
+    num_experts: int = 4,
+    dtype: torch.dtype = torch.float32,
+    width: int = 32,
 ) -> LLaDA2MoeExperts:
     config = LLaDA2MoeConfig(
         hidden_size=64,
-        moe_intermediate_size=32,
+        moe_intermediate_size=width,
         num_experts=num_experts,
         num_experts_per_tok=2,
         n_group=1,
@@ -153,6 +156,16 @@ def test_autocast_reaches_every_product_of_the_experts(
     for expected, actual in zip(exact, found, strict=True):
         assert actual.dtype == torch.float32
         assert relative_error(actual, expected) <= 2e-2  # bfloat16 has 8 bits, 4e-3
+
+
+def test_odd_sizes_of_the_grouped_product_stay_in_float32() -> None:
+    """Rows of 12 numbers are multiples of 16 bytes in float32, which torch asks for, only there."""
+    inputs = make_inputs(9, 4)
+    experts = make_experts("grouped_mm", width=12)
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        output = experts(*inputs)
+    assert products.dtypes == {torch.float32}
+    assert relative_error(output, make_experts("eager", width=12)(*inputs)) <= 1e-6
 
 
 # ---- which forward ------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_an_example_is_the_prompt_as_the_template_has_it_and_the_response_with_i
     text = TOKENIZER.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert example["prompt_ids"] == ids_of(text)
     assert example["response_ids"] == [*ids_of("He has 3."), ROLE_END]
-    assert (example["is_cut"], example["where"]) == (False, "example 1")
+    assert (example["is_cut"], example["where"]) == (False, "the data, row 1")
     [example] = encode([record()], end_turn=False)
     assert example["response_ids"] == ids_of("He has 3.")
 
@@ -130,7 +130,8 @@ def test_an_example_that_just_fits_is_whole_and_one_more_is_too_long() -> None:
     for too_long in ("error", "truncate", "skip"):
         assert encode([record()], max_length=WHOLE, too_long=too_long) == encode([record()])
     with pytest.raises(
-        InputError, match=rf"example 1: \d+ prompt and \d+ .* room for 8 EOS in .* {WHOLE - 1}"
+        InputError,
+        match=rf"the data, row 1: \d+ prompt and \d+ .* room for 8 EOS in .* {WHOLE - 1}",
     ):
         encode([record()], max_length=WHOLE - 1)
     assert encode([record()], max_length=WHOLE - 8, eos_labels=0) == encode([record()])
@@ -239,3 +240,16 @@ def test_one_chat_template_of_many_processes_is_rendered_apart() -> None:
     table = datasets.Dataset.from_list(RECORDS)
     encoded = encode_dataset(table, tokenizer, IDS, max_length=200, num_proc=2)
     assert [each["prompt_ids"] for each in encoded] == [each["prompt_ids"] for each in expected]
+
+
+def test_what_cannot_be_encoded_says_why() -> None:
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(InputError, match="there is no tokenizer to encode train_dataset with"):
+        encode_dataset(RECORDS, None, IDS, max_length=9, name="train_dataset")
+    table = datasets.Dataset.from_list(RECORDS)
+    with pytest.raises(InputError, match="the data is a mapping of the splits train, test"):
+        encode(datasets.DatasetDict(train=table, test=table))
+    with pytest.raises(InputError, match="the data must be a list of records, .* got 'gsm8k'"):
+        encode("gsm8k")
+    with pytest.raises(InputError, match="the data, row 1: expected a JSON object, got 3"):
+        encode([3])

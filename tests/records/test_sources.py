@@ -122,12 +122,21 @@ def test_a_name_that_leads_nowhere(name: str) -> None:
         list(records_of(find_source(name)))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.parquet"])
-def test_a_bad_record_names_file_and_row(tmp_path: Path, name: str) -> None:
+def test_a_bad_record_names_file_and_row(tmp_path: Path, name: str, streaming: bool) -> None:
     file = write(tmp_path, name, [*ROWS, {"prompt": "q", "response": " "}])
     place = ":4" if name == "data.jsonl" else ", r\\w+ 4"
     with pytest.raises(InputError, match=f"^{file}{place}: a record without a response"):
-        load_conversations(find_source(file))
+        list(load_conversations(find_source(file), streaming=streaming))
+
+
+def test_a_folder_of_a_distillation_is_read_without_what_was_dropped(tmp_path: Path) -> None:
+    write(tmp_path, "train-00000.jsonl", ROWS[:2])
+    write(tmp_path, "train-00001.jsonl", ROWS[2:])
+    write(tmp_path, "dropped.jsonl", [{"prompt": "q", "reason": "empty"}])
+    write(tmp_path, "manifest.json", [])
+    assert responses(load_conversations(find_source(tmp_path))) == ["r0", "r1", "r2"]
 
 
 def test_a_bad_record_of_a_table_names_its_row(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 from products import Products
 from safetensors.torch import load_file
 from test_trainer import CONFIG, write_recipe
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dmax.errors import InputError
+from dmax.models import backbone
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.training.trainer import DMaxTrainer
@@ -19,6 +21,7 @@ from dmax.training.trainer import DMaxTrainer
 pytest.importorskip("accelerate")
 
 EXPERTS = 5  # a size that nothing but the router's products has
+INNER = 56  # multiples of it are sizes of the experts' products only
 MODEL = {"config": CONFIG | {"num_experts": EXPERTS}}
 
 
@@ -41,6 +44,35 @@ def test_bf16_reaches_every_product_but_the_routers(tmp_path: Path, experts: str
     assert len(products.found) > len(wide) > 0
     assert all(EXPERTS in product.sizes for product in wide)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("experts", ["fused_moe", "dense_mm", "batched_mm", "eager"])
+def test_bf16_reaches_the_experts_of_qwen3_moe(experts: str) -> None:
+    """All but `grouped_mm`, which is transformers' own there."""
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=INNER,
+        experts_implementation=experts,
+    )
+    model = backbone.as_block_diffusion(Qwen3MoeForCausalLM(config))
+    with Products() as products:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=torch.arange(8)[None]).logits
+        logits.float().square().mean().backward()
+    inner = [
+        product for product in products.found if any(size % INNER == 0 for size in product.sizes)
+    ]
+    assert inner and all(product.dtypes == {torch.bfloat16} for product in inner)
+    assert {each.grad.dtype for each in model.parameters() if each.grad is not None} == {
+        torch.float32
+    }
 
 
 def test_the_weights_have_the_dtype_that_the_recipe_says(tmp_path: Path) -> None:

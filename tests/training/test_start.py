@@ -130,7 +130,7 @@ def test_the_tokenizer_of_a_model_in_memory_lies_beside_its_files(
 def test_a_new_model_without_a_tokenizer_takes_no_texts(tmp_path: Path, llama: Path) -> None:
     model = new_checkpoint(load(llama).model.config).model
     model.name_or_path = ""
-    with pytest.raises(InputError, match="texts need a tokenizer"):
+    with pytest.raises(InputError, match="there is no tokenizer to encode train_dataset with"):
         DMaxTrainer(model, config(tmp_path), train_dataset=RECORDS)
 
 

@@ -119,24 +119,23 @@ def distill(
     _check_who_answers(context, endpoint)
     with doing(f"loading {endpoint or model}"):
         from dmax.distill.files import ResponseFiles
+        from dmax.distill.filters import Filters
         from dmax.distill.prompts import read_part
         from dmax.distill.run import distill as run_distill
 
         files = ResponseFiles(output, shard_size, read_part(part))
         files.check()
+        filters = Filters(min_length, max_length, max_repetition)
         open_answerer = _server(context.params) if endpoint else _engine(context.params)
         source = _source(prompts, config, split)
         questions = _questions(source, reader, column, task=task, data=data, num=num, seed=seed)
-        filters = questions.filters(filter_score, min_length, max_length, max_repetition)
+        filters = questions.scored(filters) if filter_score else filters
         files.read(questions.prompts)
         answerer = open_answerer()
     kept = f"finished responses are kept in {output}, and the same command goes on"
     with keeping(kept), long_progress("distilling") as progress:
         report = run_distill(answerer, questions.prompts, files, filters, progress=progress)
-    if as_json:
-        print_json({"output": str(output), **asdict(report)})
-    else:
-        sys.stdout.write(f"{output}: {_in_words(report)}\n")
+    _write(report, output, as_json=as_json)
 
 
 def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
@@ -145,15 +144,18 @@ def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
     Raises:
         InputError: one does.
     """
-    for name in OF_THE_MODEL if endpoint else OF_THE_SERVER:
-        given: Any = context.get_parameter_source(name)
-        if given.name == "COMMANDLINE":
-            shown = f"--{name.removesuffix('_model') if name in OF_THE_MODEL else name}"
-            raise InputError(
-                f"`{shown.replace('_', '-')}` "
-                + ("is not a server's" if endpoint else "goes with --endpoint only"),
-                hint="a server takes --option NAME=VALUE" if endpoint else None,
-            )
+    strange = OF_THE_MODEL if endpoint else OF_THE_SERVER
+    for parameter in context.command.params:
+        given: Any = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in strange or given.name != "COMMANDLINE":
+            continue
+        shown = parameter.opts[0]
+        if not endpoint:
+            raise InputError(f"`{shown}` goes with --endpoint only")
+        raise InputError(
+            f"`{shown}` does not go with --endpoint: the server decides over it",
+            hint="--option NAME=VALUE adds a field to its requests",
+        )
 
 
 def _source(prompts: str | None, config: str | None, split: str) -> Source | None:
@@ -220,8 +222,11 @@ def _server(given: Mapping[str, Any]) -> Callable[[], Answerer]:
     return partial(ServerAnswerer, chosen)
 
 
-def _in_words(report: Report) -> str:
+def _write(report: Report, output: Path, *, as_json: bool) -> None:
     """What came of it, on one line."""
+    if as_json:
+        print_json({"output": str(output), **asdict(report)})
+        return
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.dropped.items()))
     num_dropped = sum(report.dropped.values())
     dropped = f"{num_dropped:,} dropped ({reasons})" if num_dropped else "none dropped"
@@ -230,4 +235,4 @@ def _in_words(report: Report) -> str:
         parts.append(f"{report.tokens:,} tokens, {report.tokens_per_second:,.0f} tokens/s")
     if report.tpf is not None:
         parts.append(f"TPF {report.tpf:.2f}")
-    return "; ".join(parts)
+    sys.stdout.write(f"{output}: {'; '.join(parts)}\n")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dmax.evaluation.run import Summary
 
 LONGEST = 1000  # characters of a sentence; what it names is cut much earlier
-PERIOD = 60.0  # seconds between two lines in a log
+PERIOD = 30.0  # seconds between two lines in a log
 
 # Names and texts are shown as they are: brackets and colons in them mean nothing.
 console = Console(stderr=True, markup=False, emoji=False)
@@ -112,7 +112,7 @@ def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., 
 
 
 class Lines:
-    """Progress as a line a minute, for the logs of jobs that nobody watches.
+    """Progress as a line every half minute, for the logs of jobs that nobody watches.
 
     Args:
         what: is done.

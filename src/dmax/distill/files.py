@@ -174,9 +174,12 @@ class ResponseFiles:
             InputError: it was not; names what differs.
         """
         self._settings = dict(settings)
-        others = self.output.glob("manifest*.json") if self._shard_size is not None else []
-        own = [self.manifest] if any(map(_beginning, self._all())) else []
-        for manifest in dict.fromkeys([*own, *sorted(others)]):
+        manifests = {self.manifest}
+        if self._shard_size is not None:  # other parts stand in the same folder
+            manifests |= set(self.output.glob("manifest*.json"))
+        if not any(map(_beginning, self._all())):
+            manifests.remove(self.manifest)
+        for manifest in sorted(manifests):
             _check_same(manifest, settings)
 
     def write(self, index: int, prompt: Prompt, answer: Answer, reason: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -69,33 +69,23 @@ class Questions:
     task: Task | None = None
     examples: Sequence[Example] = ()
 
-    def filters(
-        self,
-        is_scored: bool,
-        min_length: int,
-        max_length: int | None,
-        max_repetition: float | None,
-    ) -> Filters:
-        """Filters with these bounds; `is_scored`: they keep what the task scores as right only.
+    def scored(self, filters: Filters) -> Filters:
+        """The same filters, which also drop what the task scores as wrong.
 
         Raises:
-            InputError: a bound out of range, or nobody can score.
+            InputError: there is no task.
         """
-        if not is_scored:
-            return Filters(min_length, max_length, max_repetition)
         task = self.task
         if task is None:
             raise InputError(
                 "`--filter-score` needs a task that knows the answers",
                 hint="give the prompts as --task NAME --data FILE",
             )
-        return Filters(
-            min_length,
-            max_length,
-            max_repetition,
-            score=lambda index, text: task.score(text, self.examples[index]),
-            scorer=task.name,
-        )
+
+        def score(index: int, text: str) -> bool:
+            return task.score(text, self.examples[index])
+
+        return replace(filters, score=score, scorer=task.name)
 
 
 def read_questions(

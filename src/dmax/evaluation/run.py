@@ -78,8 +78,8 @@ class Totals:
         generated_tokens: of all completions, each cut at EOS.
         cost: forwards and positions of all completions.
         tpf: generated tokens per denoising forward, a ratio of sums.
-        tpf_paper: as the published evaluation counts: the mean over completions, with the prefill
-            as one more forward.
+        tpf_paper: as the published evaluation counts, but for what stands behind the first EOS (D14
+            in docs/paper.md): the mean over completions, with the prefill as one more forward.
     """
 
     generated_tokens: int

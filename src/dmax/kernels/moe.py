@@ -25,6 +25,7 @@ from dmax.kernels.quant import QuantizedWeight
 Activation = Callable[[Tensor], Tensor]
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
+GROUPED_MULTIPLE = 8  # rows of torch's grouped product are whole multiples of 16 bytes
 MAX_FUSED_PAIRS_PER_EXPERT = 16  # for more pairs, large matrix products are faster
 
 
@@ -75,10 +76,11 @@ def grouped_mm_experts_forward(
 
     Torch's grouped product has no autocast rule, and transformers lets it compute in the dtype of
     the weights, which training keeps in float32. Here it gets copies of them in the dtype of
-    autocast. Gradients go through the copies to the weights.
+    autocast, if it takes their sizes. Gradients go through the copies to the weights.
     """
     dtype = autocast_dtype(hidden_states)
-    if dtype is not None:
+    sizes = experts.down_proj.shape[1:]
+    if dtype is not None and all(size % GROUPED_MULTIPLE == 0 for size in sizes):
         experts = _ExpertsIn(dtype, experts)
     grouped_mm = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return grouped_mm(experts, hidden_states, top_k_index, top_k_weights)

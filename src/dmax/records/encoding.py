@@ -62,6 +62,10 @@ class Rules:
     ending: tuple[int, ...]
     too_long: str
 
+    def __post_init__(self) -> None:
+        """Raises `InputError` if nobody knows what to do about an example that is too long."""
+        check_too_long(self.too_long)
+
 
 def encode_dataset(
     dataset: Any,
@@ -74,6 +78,7 @@ def encode_dataset(
     end_turn: bool = True,
     reader: Reader | None = None,
     num_proc: int | None = None,
+    name: str = "the data",
     report: Callable[[str], None] = logger.warning,
 ) -> Any:
     """The examples of a data set as token ids (`Encoded`).
@@ -89,6 +94,7 @@ def encode_dataset(
         end_turn: whether what the chat template writes after an answer is learnt too, before EOS.
         reader: of the columns; None recognises it.
         num_proc: processes that work side by side; None: as many as pay.
+        name: of the data set, for errors.
         report: told how many examples were cut or left out.
 
     Returns:
@@ -97,9 +103,9 @@ def encode_dataset(
     Raises:
         InputError: there is no example, a record is wrong, or an example is too long; says which.
     """
-    check_too_long(too_long)
     if is_encoded(dataset):
         return dataset
+    _check_encodable(dataset, tokenizer, name)
     rules = Rules(
         max_length,
         special_ids.block_length if eos_labels is None else eos_labels,
@@ -108,10 +114,10 @@ def encode_dataset(
         too_long,
     )
     if isinstance(dataset, Sequence):
-        encoded: Any = _encode(tokenizer, rules, _conversations(dataset, reader))
+        encoded: Any = _encode(tokenizer, rules, _conversations(dataset, name, reader))
     else:
         encoded = map_table(
-            read_table(dataset, "the data", reader=reader, num_proc=num_proc),
+            read_table(dataset, name, reader=reader, num_proc=num_proc),
             _encode_rows,
             {"tokenizer": tokenizer, "rules": rules},
             _features(),
@@ -154,12 +160,30 @@ def ending_ids(tokenizer: Any, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(ids[:end] if ids[end] == eos_token_ids[0] else ids[: end + 1])
 
 
-def _conversations(records: Sequence[Any], reader: Reader | None) -> list[Conversation]:
+def _check_encodable(dataset: Any, tokenizer: Any, name: str) -> None:
+    if tokenizer is None:
+        raise InputError(
+            f"there is no tokenizer to encode {name} with",
+            hint="pass `processing_class`, or examples that are `prompt_ids` and `response_ids`",
+        )
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, Mapping):
+        splits = ", ".join(map(str, columns))
+        raise InputError(f"{name} is a mapping of the splits {splits}", hint="pass one of them")
+    is_list = isinstance(dataset, Sequence) and not isinstance(dataset, (str, bytes))
+    if not is_list and not hasattr(dataset, "map"):
+        raise InputError(
+            f"{name} must be a list of records, or a Dataset or IterableDataset of them, "
+            f"got {show(dataset)}"
+        )
+
+
+def _conversations(records: Sequence[Any], name: str, reader: Reader | None) -> list[Conversation]:
     """What the records of a list teach."""
     return [
         record
         if isinstance(record, Conversation)
-        else read_conversation(record, f"example {number}", reader)
+        else read_conversation(record, f"{name}, row {number}", reader)
         for number, record in enumerate(records, 1)
     ]
 

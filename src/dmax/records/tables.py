@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from dmax import extras
 from dmax.errors import InputError
 from dmax.records.readers import Conversation, Reader, read_conversation
@@ -132,6 +130,8 @@ def first_process_first() -> Iterator[None]:
 
     They go on after an error of the first one, too, and meet it themselves.
     """
+    import torch  # a server is asked for responses without it
+
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
         return

@@ -21,7 +21,7 @@ from dmax.records.encoding import Encoded
 from dmax.training.vocabulary import IGNORE
 
 IDS = ("prompt_ids", "response_ids")
-ROWS = 10_000  # of a table that are checked together
+ROWS = 10_000  # of a table that are looked at together
 
 
 def check_examples(examples: Any, vocab_size: int, mask_token_id: int) -> Any:
@@ -97,9 +97,11 @@ def num_ids(examples: Any) -> np.ndarray:
         return np.array(counts, dtype=np.int64).reshape(-1, 2)
     from pyarrow import compute
 
-    columns = examples.select_columns(IDS).with_format("arrow")[:]
-    lengths = [compute.list_value_length(columns[name]).to_numpy() for name in IDS]
-    return np.stack(lengths, axis=1).astype(np.int64)
+    parts = [
+        np.stack([compute.list_value_length(columns[name]).to_numpy() for name in IDS], axis=1)
+        for columns in examples.select_columns(IDS).with_format("arrow").iter(ROWS)
+    ]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros((0, 2), np.int64)
 
 
 @dataclass(frozen=True, slots=True)

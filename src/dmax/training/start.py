@@ -17,7 +17,7 @@ from dmax.checkpoint_files import read_settings
 from dmax.environment import DTYPES
 from dmax.errors import InputError, did_you_mean, show
 from dmax.hub import find_folder
-from dmax.records.encoding import encode_dataset, is_encoded
+from dmax.records.encoding import encode_dataset
 from dmax.special_ids import SpecialIds, resolve_special_ids
 from dmax.training.config import DMaxConfig
 from dmax.training.data import Collator, check_examples
@@ -73,33 +73,32 @@ class Start(NamedTuple):
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
         return Collator(block_length, self.special_ids.eos_token_ids[0], eos_labels, args.pad_to)
 
-    def examples(self, dataset: Any, args: DMaxConfig) -> Any:
+    def examples(self, dataset: Any, args: DMaxConfig, name: str = "train_dataset") -> Any:
         """A data set as token ids that the model can learn from.
 
         Args:
             dataset: what `encode_dataset` takes, or examples that are encoded already.
             args: they say how long an example may be, and what happens to longer ones.
+            name: of the data set, for errors.
 
         Raises:
             InputError: a record is wrong or too long, or holds an id that cannot be learnt.
         """
-        if not is_encoded(dataset):
-            if self.tokenizer is None:
-                raise InputError("texts need a tokenizer", hint="pass it as `processing_class`")
-            context = self.model.config.max_position_embeddings
-            dataset = encode_dataset(
-                dataset,
-                self.tokenizer,
-                self.special_ids,
-                max_length=min(args.max_length or context, context),
-                eos_labels=args.eos_labels,
-                too_long=args.too_long,
-                num_proc=args.dataset_num_proc,
-            )
+        context = self.model.config.max_position_embeddings
+        encoded = encode_dataset(
+            dataset,
+            self.tokenizer,
+            self.special_ids,
+            max_length=min(args.max_length or context, context),
+            eos_labels=args.eos_labels,
+            too_long=args.too_long,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
         mask = self.special_ids.mask_token_id
-        dataset = check_examples(dataset, self.model.config.vocab_size, mask)
-        self.collator(args).check(dataset)
-        return dataset
+        examples = check_examples(encoded, self.model.config.vocab_size, mask)
+        self.collator(args).check(examples)
+        return examples
 
 
 def start(

@@ -84,7 +84,7 @@ class DMaxTrainer(ParallelTrainer):
             train_dataset = begun.examples(train_dataset, args)
         self._has_held_out = eval_dataset is not None
         if eval_dataset is not None:
-            eval_dataset = begun.examples(eval_dataset, args)
+            eval_dataset = begun.examples(eval_dataset, args, "eval_dataset")
         elif eval_hook is not None:
             eval_dataset = train_dataset  # never read, but Trainer insists on one
         super().__init__(
@@ -230,7 +230,7 @@ class DMaxTrainer(ParallelTrainer):
         self.check_weights(self.state.global_step)
         began = time.perf_counter()
         if eval_dataset is not None:
-            eval_dataset = self._begun.examples(eval_dataset, self.args)
+            eval_dataset = self._begun.examples(eval_dataset, self.args, "eval_dataset")
         if eval_dataset is not None or self._has_held_out:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         else:
