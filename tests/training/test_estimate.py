@@ -24,9 +24,10 @@ from dmax.errors import InputError
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint
 from dmax.recipe.estimate import estimate
+from dmax.recipe.estimate.batch import largest_batch, read_examples
 from dmax.recipe.estimate.cluster import GPUS, Cluster, Gpu, Traffic, step_time
 from dmax.recipe.estimate.result import Estimate
-from dmax.recipe.estimate.shape import ModelShape, largest_batch
+from dmax.recipe.estimate.shape import ModelShape
 from dmax.recipe.estimate.state import held_weights, state_bytes
 from dmax.recipe.sections import Recipe, load_recipe
 from dmax.training.objectives import ObjectiveModule
@@ -46,12 +47,13 @@ DENSE = {
     "max_position_embeddings": 512,
 }
 SIZES = ((2, 64), (3, 160))  # sequences and positions
+ELSEWHERE = {"file": "not-here.jsonl"}
 
 
 def recipe_of(folder: Path, config: dict[str, Any], **training: Any) -> Recipe:
     model = {"config": config, "experts_implementation": training.pop("experts", None)}
     model = {key: value for key, value in model.items() if value is not None}
-    return load_recipe(write_recipe(folder, model=model, training=training))
+    return load_recipe(write_recipe(folder, model=model, training=training, data=ELSEWHERE))
 
 
 def real_parts(recipe: Recipe) -> tuple[nn.Module, Any, dict[str, Tensor], Any]:
@@ -64,7 +66,8 @@ def real_parts(recipe: Recipe) -> tuple[nn.Module, Any, dict[str, Tensor], Any]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = checkpoint.special_ids
     objective = args.objective_class.from_settings(vars(args) | asdict(ids))
-    clean = largest_batch(recipe.data, args, ModelShape(model, ids))
+    shape = ModelShape(model, ids, checkpoint.tokenizer)
+    clean = largest_batch(read_examples(recipe.data, args, shape), recipe.data, args, shape)
     return model, ObjectiveModule(model, objective), clean, args
 
 
@@ -271,6 +274,23 @@ def test_steps_are_those_that_trainer_takes(
     assert dollars[1] == pytest.approx(hours[1] * 4 * GPUS["h100"].price)
 
 
+def test_the_largest_batch_is_of_the_examples_that_are_here(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    texts = ["a cat", "a dog and a cat and a bird and a fish", "a dog", "a bird and a cat"]
+    records = [{"prompt": "say it", "response": text} for text in texts]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    training = {"per_device_train_batch_size": 2, "max_steps": -1, "num_train_epochs": 3}
+    path = write_recipe(tmp_path, data={"file": str(data)}, training=training)
+    found = estimate(load_recipe(path), ONE)
+    assert found.record()["batch_per_gpu"]["is_from"] == "the 4 examples"
+    assert found.batch["sequences"] == 2 and found.batch["positions"] < 100
+    assert 2 * 8 < found.batch["labelled"] < 2 * found.batch["positions"]
+    assert found.run.steps == 3 * 2
+    data.write_text(json.dumps(records[0]) + "\n" + json.dumps({"prompt": "say it"}) + "\n")
+    with pytest.raises(InputError, match="data.jsonl:2"):
+        estimate(load_recipe(path), ONE)
+
+
 def test_whole_models_on_several_gpus_exchange_gradients_once_a_step(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, DENSE, pad_to=16, gradient_accumulation_steps=3)
     found = estimate(recipe, Cluster(GPUS["h100"], 4))
@@ -300,7 +320,7 @@ def test_a_shared_model_gathers_layers_and_holds_gradients_until_they_are_done(
     def shared(**fsdp: Any) -> Estimate:
         model = {"config": DENSE}
         training = {"pad_to": 16, "gradient_accumulation_steps": 3}
-        path = write_recipe(tmp_path, model=model, training=training, fsdp=fsdp)
+        path = write_recipe(tmp_path, model=model, training=training, data=ELSEWHERE, fsdp=fsdp)
         return estimate(load_recipe(path), Cluster(GPUS["h100"], 4))
 
     model, *_ = real_parts(recipe_of(tmp_path, DENSE))
@@ -343,7 +363,7 @@ def test_the_papers_model_is_counted_without_its_files(dmax: Dmax, tmp_path: Pat
 def test_a_person_reads_what_is_exact_and_what_is_not(dmax: Dmax, tmp_path: Path) -> None:
     result = dmax("train", "--dry-run", write_recipe(tmp_path), "--price", 2.5)
     assert result.code == 0, result.err
-    for words in ("exact", "counted", "together", "It fits a h100", "2.50 $", "measured"):
+    for words in ("exact", "counted", "together", "It fits one h100", "2.50 $", "measured"):
         assert words in result.out
     assert not (tmp_path / "out").exists() and not (tmp_path / "out-run").exists()
 
@@ -379,7 +399,8 @@ def test_a_model_that_is_nowhere_is_one_sentence(dmax: Dmax, tmp_path: Path) -> 
 
 def test_a_model_too_large_for_this_machine_is_counted(tmp_path: Path) -> None:
     config = DENSE | {"hidden_size": 2**15, "intermediate_size": 2**21, "num_hidden_layers": 6}
-    path = write_recipe(tmp_path, model={"config": config}, training={"pad_to": 8})
+    model = {"config": config}
+    path = write_recipe(tmp_path, model=model, training={"pad_to": 8}, data=ELSEWHERE)
     with pytest.raises(InputError, match="more than fit into"):
         load_recipe(path)
     found = estimate(load_recipe(path, elsewhere=True), ONE)
@@ -396,5 +417,6 @@ def test_advice_names_what_takes_most(tmp_path: Path) -> None:
     assert "fsdp" in estimate(recipe_of(tmp_path, DENSE, **of_state), small).advice
     alone = Cluster.of(1, memory=0.001)
     assert "lora" in estimate(recipe_of(tmp_path, DENSE, **of_state), alone).advice
-    path = write_recipe(tmp_path, model={"config": DENSE}, training={"pad_to": 8}, fsdp={})
+    model = {"config": DENSE}
+    path = write_recipe(tmp_path, model=model, training={"pad_to": 8}, data=ELSEWHERE, fsdp={})
     assert "whole for a while" in estimate(load_recipe(path), small).advice

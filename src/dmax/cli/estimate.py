@@ -19,7 +19,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
     console.print(
         f"{gpus} × {found.cluster.gpu.name}: {found.settings}\n"
         f"{found.parameters:,} parameters, of which {found.learning:,} learn; "
-        f"{batch['sequences']} × {batch['positions']:,} tokens a forward on each GPU"
+        f"{batch['sequences']} × {batch['positions']:,} tokens on each GPU at a time, the longest "
+        f"of {found.batch_is_from}"
     )
     console.print(_memory(found))
     console.print(_verdict(found) + "\n")
@@ -59,7 +60,7 @@ def _verdict(found: Estimate) -> str:
     verdict = "fits" if found.fits else "does not fit"
     limits = "" if is_known else ", as far as is known"
     advice = f"\nTo make it fit, {found.advice}." if found.advice else ""
-    return f"It {verdict} a {gpu.name} ({room}){limits}. In general: {others}.{advice}"
+    return f"It {verdict} one {gpu.name} ({room}){limits}. In general: {others}.{advice}"
 
 
 def _time(found: Estimate) -> Table:

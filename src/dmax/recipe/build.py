@@ -74,7 +74,7 @@ def _conversations(section: DataSection) -> Any:
             "seed": section.seed,
             "numbers": Numbers(**section.numbers),
         }
-        return generate_conversations(_draw, arguments, streaming=section.streaming)
+        return generate_conversations(draw_problems, arguments, streaming=section.streaming)
     return load_conversations(
         section.source(),
         reader=get_reader(section.reader, section.columns),
@@ -117,7 +117,7 @@ def data_digest(section: DataSection) -> str | None:
     return digest.hexdigest()
 
 
-def _draw(count: int, seed: int, numbers: Numbers) -> Iterator[Conversation]:
+def draw_problems(count: int, seed: int, numbers: Numbers) -> Iterator[Conversation]:
     """Problems of the bundled generator, with their worked solutions."""
     drawn = problems(count, seed=seed, split="train", numbers=numbers)
     for number, problem in enumerate(drawn, 1):

@@ -11,12 +11,14 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
 from transformers.training_args import OptimizerNames
 
 from dmax.errors import InputError
 from dmax.params import check_number
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.estimate.advice import advise
+from dmax.recipe.estimate.batch import largest_batch, read_examples
 from dmax.recipe.estimate.cluster import Cluster, Traffic, step_time
 from dmax.recipe.estimate.plan import (
     Plan,
@@ -27,12 +29,7 @@ from dmax.recipe.estimate.plan import (
     unreduced_bytes,
 )
 from dmax.recipe.estimate.result import Estimate, Part, Run
-from dmax.recipe.estimate.shape import (
-    checkpoint_layers,
-    gather_in,
-    largest_batch,
-    read_shape,
-)
+from dmax.recipe.estimate.shape import ModelShape, checkpoint_layers, gather_in, read_shape
 from dmax.recipe.estimate.state import StateBytes, held_weights, state_bytes
 from dmax.recipe.estimate.step import StepCount, count_step
 from dmax.recipe.sections import Recipe
@@ -48,7 +45,7 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
     Args:
         recipe: loaded for another machine (`load_recipe`).
         cluster: the GPUs; each runs one process.
-        examples: how many there are to learn from; None: as many as the recipe draws.
+        examples: how many there are to learn from; None: as many as are found here.
 
     Raises:
         InputError: the recipe trains a head, nothing here says what its model is, or its objective
@@ -63,44 +60,69 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
     args = make_arguments(recipe.file, recipe.training, recipe.output_dir, recipe.fsdp)
     plan = Plan.of(recipe, args, cluster.num_gpus)
     shape = read_shape(recipe.model, on_gpu=plan.on_gpu)
-    model = shape.model
-    state = state_bytes(held_weights(model, plan.num_shards, plan.master), model.buffers(), args)
-
-    clean = largest_batch(recipe.data, args, shape)
-    if args.gradient_checkpointing:
-        checkpoint_layers(model, args)
-    if plan.is_sharded:
-        gather_in(model, plan.compute)
-    objective = args.objective_class.from_settings(vars(args) | asdict(shape.special_ids))
-    counted = count_step(model, objective, clean, autocast=plan.compute)
-
-    flops = counted.flops * args.gradient_accumulation_steps
-    traffic = _traffic(plan, model, state, counted, args.gradient_accumulation_steps)
-    sequences, positions = clean["clean_ids"].shape
+    weights = list(shape.model.parameters())
+    held = held_weights(shape.model, plan.num_shards, plan.master)
+    state = state_bytes(held, shape.model.buffers(), args)
+    learnt = read_examples(recipe.data, args, shape)
+    clean = largest_batch(learnt, recipe.data, args, shape)
+    counted = _count(shape, clean, args, plan)
     found = Estimate(
         cluster=cluster,
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        learning=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        parameters=sum(weight.numel() for weight in weights),
+        learning=sum(weight.numel() for weight in weights if weight.requires_grad),
         batch={
-            "sequences": sequences,
-            "positions": positions,
+            "sequences": clean["clean_ids"].shape[0],
+            "positions": clean["clean_ids"].shape[1],
             "labelled": int((clean["labels"] != IGNORE).sum()),
         },
-        settings=plan.in_words(args, model),
+        batch_is_from="the recipe's limit" if learnt is None else f"the {len(learnt):,} examples",
+        settings=plan.in_words(args, shape.model),
         memory=[
             *_state(state, args, plan),
-            *_beside(recipe, args, state, plan, model, counted.layer_calls),
+            *_beside(recipe, args, state, plan, shape.model, counted.layer_calls),
             *_of_step(counted),
         ],
-        run=Run(
-            flops=flops,
-            traffic=traffic,
-            step=step_time(cluster, flops, traffic, in_bfloat16=plan.compute is not None),
-            steps=_steps(args, cluster.num_gpus, examples or recipe.data.problems),
-            tokens=sequences * positions * args.gradient_accumulation_steps * cluster.num_gpus,
+        run=_run(
+            cluster,
+            plan,
+            args,
+            flops=counted.flops * args.gradient_accumulation_steps,
+            traffic=_traffic(plan, args, shape.model, state, counted),
+            tokens=clean["clean_ids"].numel() * args.gradient_accumulation_steps,
+            examples=examples or (recipe.data.problems if learnt is None else len(learnt)),
         ),
     )
     return found if found.fits else replace(found, advice=advise(found, plan, args))
+
+
+def _count(shape: ModelShape, clean: dict[str, Tensor], args: DMaxConfig, plan: Plan) -> StepCount:
+    """A step of a micro-batch, in the dtypes of training."""
+    if args.gradient_checkpointing:
+        checkpoint_layers(shape.model, args)
+    if plan.is_sharded:
+        gather_in(shape.model, plan.compute)
+    objective = args.objective_class.from_settings(vars(args) | asdict(shape.special_ids))
+    return count_step(shape.model, objective, clean, autocast=plan.compute)
+
+
+def _run(
+    cluster: Cluster,
+    plan: Plan,
+    args: DMaxConfig,
+    *,
+    flops: int,
+    traffic: Traffic,
+    tokens: int,
+    examples: int | None,
+) -> Run:
+    """Time of a step, in which a GPU takes so many operations and tokens, and of all steps."""
+    return Run(
+        flops=flops,
+        traffic=traffic,
+        step=step_time(cluster, flops, traffic, in_bfloat16=plan.compute is not None),
+        steps=_steps(args, cluster.num_gpus, examples),
+        tokens=tokens * cluster.num_gpus,
+    )
 
 
 def _state(state: StateBytes, args: DMaxConfig, plan: Plan) -> list[Part]:
@@ -166,7 +188,7 @@ def _of_step(counted: StepCount) -> list[Part]:
 
 
 def _traffic(
-    plan: Plan, model: Any, state: StateBytes, counted: StepCount, micro_batches: int
+    plan: Plan, args: DMaxConfig, model: Any, state: StateBytes, counted: StepCount
 ) -> Traffic:
     if plan.shares is None:  # once a step, whatever the number of micro-batches
         return replicated_traffic(plan.num_gpus, state.gradients)
@@ -174,6 +196,7 @@ def _traffic(
     once = sharded_traffic(
         plan.num_gpus, layers, others, counted.layer_calls, frees_layers=plan.frees_layers
     )
+    micro_batches = args.gradient_accumulation_steps
     return Traffic(once.gathered * micro_batches, once.reduced * micro_batches)
 
 

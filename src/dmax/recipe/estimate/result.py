@@ -72,6 +72,7 @@ class Estimate:
         parameters: of the model.
         learning: those of them that learn.
         batch: `sequences` of a micro-batch, their `positions`, and how many of all are `labelled`.
+        batch_is_from: whose longest sequences these are, in words.
         settings: what of the recipe decides about memory, in words.
         memory: of one GPU, by purpose.
         run: time.
@@ -82,6 +83,7 @@ class Estimate:
     parameters: int
     learning: int
     batch: dict[str, int]
+    batch_is_from: str
     settings: str
     memory: list[Part]
     run: Run
@@ -118,7 +120,7 @@ class Estimate:
             "settings": self.settings,
             "parameters": self.parameters,
             "learning": self.learning,
-            "batch_per_gpu": self.batch,
+            "batch_per_gpu": {**self.batch, "is_from": self.batch_is_from},
             "memory_per_gpu": {
                 part.name: {
                     "bytes": part.bytes,

@@ -1,6 +1,6 @@
-"""The model of a recipe as shapes, and the largest batch that the recipe admits.
+"""The model of a recipe as shapes: a configuration is enough, and no weight is read.
 
-No weight is read: a configuration is enough, and those of published models are known here.
+Those of published models are known here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -25,11 +24,10 @@ from dmax.hub import find_folder
 from dmax.kernels.moe import best_experts_implementation
 from dmax.models import NATIVE, backbone
 from dmax.recipe.estimate.step import without_numbers
-from dmax.recipe.sections import DataSection, ModelSection, model_config
+from dmax.recipe.sections import ModelSection, model_config
 from dmax.special_ids import SpecialIds, resolve_special_ids
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.config import DMaxConfig
-from dmax.training.vocabulary import IGNORE
 
 Settings = tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, GenerationConfig | None]
 
@@ -41,10 +39,12 @@ class ModelShape:
     Attributes:
         model: in training mode.
         special_ids: MASK, EOS, padding and block length.
+        tokenizer: None where there is none.
     """
 
     model: Any
     special_ids: SpecialIds
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def read_shape(section: ModelSection, *, on_gpu: bool) -> ModelShape:
@@ -72,7 +72,7 @@ def read_shape(section: ModelSection, *, on_gpu: bool) -> ModelShape:
             model = backbone.as_block_diffusion(model)
         if section.add_mask_token:
             backbone.add_mask_token(model, tokenizer)
-    return ModelShape(model.train(), special_ids)
+    return ModelShape(model.train(), special_ids, tokenizer)
 
 
 def _settings(section: ModelSection) -> Settings:
@@ -114,27 +114,3 @@ def gather_in(model: Any, dtype: torch.dtype | None) -> None:
     """Give weights the dtype in which FSDP2 gathers them; buffers keep theirs."""
     for weight in model.parameters():
         weight.data = weight.data.to(dtype or weight.dtype)
-
-
-def largest_batch(
-    data: DataSection, args: DMaxConfig, shape: ModelShape, *, longest: int | None = None
-) -> dict[str, Tensor]:
-    """The fields of the largest `CleanBatch` that a recipe admits: all but one block are response.
-
-    Args:
-        data: says how long an example may be.
-        args: how many there are in a batch.
-        shape: of the model, whose context is the limit otherwise.
-        longest: positions of the longest example, if that is known.
-    """
-    block = shape.special_ids.block_length
-    context = shape.model.config.max_position_embeddings
-    positions = args.pad_to or min(longest or data.max_length or context, context)
-    length = -(-positions // block) * block
-    clean_ids = torch.zeros(args.per_device_train_batch_size, length, dtype=torch.int64)
-    is_response = torch.arange(length).expand_as(clean_ids) >= min(block, length - block)
-    return {
-        "clean_ids": clean_ids,
-        "labels": clean_ids.masked_fill(~is_response, IGNORE),
-        "corruptible": is_response,
-    }
