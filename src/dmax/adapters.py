@@ -222,8 +222,13 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         adapted = PeftModel(model, config)
     load_adapters(adapted, folder)
     with reading(f"the adapters in {shown} cannot be merged"):
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    return merged.requires_grad_(True)  # peft has frozen it
+        return merged(adapted)
+
+
+def merged(adapted: Any) -> PreTrainedModel:
+    """The model in a `peft.PeftModel`, its adapters added to its weights; the same object."""
+    model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return model.requires_grad_(True)  # peft has frozen it
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers import (
 
 from dmax.adapters import find_base, merge_into
 from dmax.checkpoint_files import (
+    MAX_SETTINGS,
     SETTINGS_FILES,
     TOKENIZER_FILES,
     check_size,
@@ -29,7 +30,7 @@ from dmax.checkpoint_files import (
 )
 from dmax.decoding import strategies
 from dmax.errors import InputError, did_you_mean, shorten, show
-from dmax.files import check_new_folder, new_folder, writing
+from dmax.files import check_new_folder, new_folder, read_object, writing
 from dmax.hub import find_folder, is_adapter, is_published_dmax
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
@@ -127,7 +128,7 @@ def load_checkpoint(
     model = _load_model(base or folder, stored, dtype, place, options)
     if lacks_mask:
         special_ids = _add_mask(model, tokenizer, special_ids)
-    if base is not None:
+    if base is not None and model.device.type != "meta":
         merge_into(model, folder)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
         quantize_experts(model, quantization)
@@ -246,8 +247,14 @@ def merge_adapters(
     """
     check_target(output)
     merged = load_checkpoint(folder, dtype=dtype, device="cpu")
+    origin = Path(merged.path) / "dmax.json"
     save_checkpoint(
-        merged.model, merged.tokenizer, output, merged.special_ids, decoding=merged.decoding
+        merged.model,
+        merged.tokenizer,
+        output,
+        merged.special_ids,
+        decoding=merged.decoding,
+        extra=read_object(origin, MAX_SETTINGS) if origin.exists() else None,
     )
 
 

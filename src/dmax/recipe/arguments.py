@@ -26,8 +26,10 @@ from dmax.recipe.logs import check_loggers
 from dmax.training.config import DMaxConfig
 from dmax.training.sharding import Sharding
 
-METRICS = ("accuracy", "tpf")
-"""What evaluations measure (`dmax.recipe.run`)."""
+DECODED = ("accuracy", "tpf")
+"""What evaluations measure of held-out problems (`eval` of a recipe)."""
+HELD_OUT = ("loss",)
+"""What they measure of held-out records (`data.eval_file`)."""
 # Arguments that would do nothing here, or something other than they say: the objective makes the
 # loss, the sampler batches by length, evaluation decodes, nothing is sent to the hub, and all
 # parameters take part in every loss. (A `deepspeed` that fails would also stay set for every later
@@ -82,7 +84,11 @@ def _sharded(fsdp: Sharding | None) -> dict[str, Any]:
 
 
 def check_arguments(
-    file: RecipeFile, training: Mapping[str, Any], fsdp: Sharding | None, *, evaluates: bool
+    file: RecipeFile,
+    training: Mapping[str, Any],
+    fsdp: Sharding | None,
+    *,
+    measured: Sequence[str],
 ) -> None:
     """Make sure that a training can begin with these arguments on this machine.
 
@@ -90,29 +96,19 @@ def check_arguments(
         file: the recipe.
         training: its `training`, the keys known and the plain values of the right type.
         fsdp: its `fsdp`, if any.
-        evaluates: whether the recipe has an `eval`.
+        measured: what evaluations of the recipe measure; empty if it has none.
 
     Raises:
         InputError: naming file, line and key of a value that does not fit.
     """
     extras.require("accelerate", "train", "training a model")
-    for name in training:
-        if name in IN_DATA:
-            raise file.wrong(
-                f"training.{name}", f"`training.{name}` is `data.{IN_DATA[name]}` in a recipe"
-            )
-        if name in OUT_OF_PLACE:
-            raise file.wrong(
-                f"training.{name}",
-                f"`training.{name}` would not do here what it says",
-                hint=OTHER_PLACE.get(name, "leave it out"),
-            )
+    _check_place(file, training)
     with file.at("training.report_to"):
         check_loggers(training.get("report_to"))
     for name, kind in CHOICES.items():
         _check_choice(file, training, name, [member.value for member in kind])
     _check_choice(file, training, "torch_compile_mode", COMPILE_MODES)
-    metrics = [prefix + metric for metric in METRICS for prefix in ("", "eval_")]
+    metrics = [prefix + metric for metric in measured or DECODED for prefix in ("", "eval_")]
     _check_choice(file, training, "metric_for_best_model", metrics)
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         given = training.get(name)
@@ -121,8 +117,11 @@ def check_arguments(
 
     with TemporaryDirectory() as folder, file.trying("training", training):
         args = DMaxConfig(output_dir=folder, **training, **_sharded(fsdp))
-        if args.eval_strategy != IntervalStrategy.NO and not evaluates:
-            raise InputError("`eval_strategy` needs a section `eval`, which says what to solve")
+        if args.eval_strategy != IntervalStrategy.NO and not measured:
+            raise InputError(
+                "`eval_strategy` needs a section `eval`, which says what to solve, or "
+                "`data.eval_file`"
+            )
         metric = args.metric_for_best_model
         if metric is not None and metric not in metrics:  # transformers takes the loss by itself
             raise InputError(
@@ -135,7 +134,22 @@ def check_arguments(
                 f"compiling takes a C++ compiler, and {missing} is not here",
                 hint="install it, or set CXX",
             )
-        _try(args, evaluates=evaluates)
+        _try(args, evaluates=bool(measured))
+
+
+def _check_place(file: RecipeFile, training: Mapping[str, Any]) -> None:
+    """Raise `InputError` for an argument that stands elsewhere in a recipe, or nowhere."""
+    for name in training:
+        if name in IN_DATA:
+            raise file.wrong(
+                f"training.{name}", f"`training.{name}` is `data.{IN_DATA[name]}` in a recipe"
+            )
+        if name in OUT_OF_PLACE:
+            raise file.wrong(
+                f"training.{name}",
+                f"`training.{name}` would not do here what it says",
+                hint=OTHER_PLACE.get(name, "leave it out"),
+            )
 
 
 def _try(args: DMaxConfig, *, evaluates: bool) -> None:

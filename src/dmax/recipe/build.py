@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,23 @@ def _conversations(section: DataSection) -> Any:
         reader=get_reader(section.reader, section.columns),
         streaming=section.streaming,
         num_proc=section.num_proc,
+    )
+
+
+def held_out(section: DataSection) -> DataSection | None:
+    """The section of the held-out records, which are read as the others are; None without any."""
+    if section.eval_file is None:
+        return None
+    return replace(
+        section,
+        file=section.eval_file,
+        eval_file=None,
+        hub=None,
+        problems=None,
+        config=None,
+        split="train",
+        revision=None,
+        streaming=False,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 
+from dmax.adapters import add_adapters, base_name, merged
 from dmax.attention import best_for_training
-from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
-from dmax.environment import environment, select_device
+from dmax.checkpoint import Checkpoint, check_target, merge_adapters, save_checkpoint
+from dmax.environment import DTYPES, environment, select_device
 from dmax.errors import InputError
 from dmax.evaluation.curves import draw_history
 from dmax.evaluation.run import evaluate
 from dmax.files import leftovers, remove_leftovers
+from dmax.hub import is_adapter
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
-from dmax.recipe.build import build_checkpoint, data_digest, encode_data, read_data
+from dmax.recipe.build import build_checkpoint, data_digest, encode_data, held_out, read_data
 from dmax.recipe.disk import check_room, num_steps, room
 from dmax.recipe.folder import ANEW, MOVE, TRAINER_STATE, RunFolder
 from dmax.recipe.logs import PROJECT, reported_here
@@ -79,6 +82,10 @@ def run_recipe(
         run = _run_folder(recipe, args, settings, resume, report)
     if run.is_finished:
         report(f"already finished: {recipe.output_dir}")
+        if recipe.lora is not None and recipe.lora.merge and is_adapter(recipe.output_dir):
+            report("merging its adapters")
+            dtype = DTYPES.get(recipe.model.dtype, "auto")
+            merge_adapters(recipe.output_dir, recipe.output_dir, dtype=dtype)
         return recipe.output_dir
     with reported_here(run.path):
         _train_model(run, recipe, args, task, report)
@@ -93,30 +100,9 @@ def _train_model(
     report: Callable[[str], None],
 ) -> None:
     """Train from where the run stands to its end, and write the result."""
-    conversations = read_data(recipe.data)
-    set_seed(args.seed)
-    decoding = get_objective(args.objective, args.rollout).decoding
-    device = start_device(rank()) if args.is_sharded else select_device("auto")
-    attention = best_for_training(args.device)
-    built = build_checkpoint(recipe.model, device, attention=attention)
-    checkpoint = dataclasses.replace(built, decoding=decoding)
-    checkpoint.model.config.decoding_strategy = decoding  # which intermediate checkpoints name too
-    dataset = encode_data(
-        recipe.data, conversations, checkpoint, eos_labels=args.eos_labels, report=report
-    )
-    num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    num_examples = 0 if recipe.data.streaming else len(dataset)  # of a stream nobody knows
-    report(f"{num_examples or 'a stream of'} examples, {num_parameters:,} parameters")
-    trainer = DMaxTrainer(
-        checkpoint.model,
-        args,
-        dataset,
-        special_ids=checkpoint.special_ids,
-        eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
-        processing_class=checkpoint.tokenizer,
-        callbacks=[run],
-    )
+    trainer, checkpoint = _make_trainer(recipe, args, task, run, report)
     with recipe.file.at("output_dir"):
+        num_examples = 0 if recipe.data.streaming else len(trainer.train_dataset)
         needed = room(trainer.model, args, num_steps(args, num_examples))
         check_room(needed, recipe.output_dir, [*run.checkpoints(), *leftovers(recipe.output_dir)])
     start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start and rank() == 0 else {}
@@ -130,6 +116,8 @@ def _train_model(
     model = trainer.whole_model()
     if model is not None:
         blend_weights(model, start, recipe.model.keep_start)
+        if recipe.lora is not None and recipe.lora.merge:
+            model = merged(model)
         run.stop_clock()
         origin = {"recipe": recipe.file.path.name, "environment": environment()}
         save_checkpoint(
@@ -137,12 +125,53 @@ def _train_model(
             checkpoint.tokenizer,
             recipe.output_dir,
             checkpoint.special_ids,
-            decoding=decoding,
+            decoding=checkpoint.decoding,
             extra=origin | {"steps": steps, "seconds": round(run.seconds)},
         )
         _draw(trainer, recipe, report)
         run.finish()
     wait_for_all()
+
+
+def _make_trainer(
+    recipe: Recipe,
+    args: DMaxConfig,
+    task: Task | None,
+    run: RunFolder,
+    report: Callable[[str], None],
+) -> tuple[DMaxTrainer, Checkpoint]:
+    """A trainer of the model, and the checkpoint that it starts from; nothing is written yet."""
+    held_out_section = held_out(recipe.data)
+    conversations = read_data(recipe.data)
+    held_out_conversations = held_out_section and read_data(held_out_section)
+    set_seed(args.seed)
+    device = start_device(rank()) if args.is_sharded else select_device("auto")
+    built = build_checkpoint(recipe.model, device, attention=best_for_training(args.device))
+    decoding = get_objective(args.objective, args.rollout).decoding
+    checkpoint = dataclasses.replace(built, decoding=decoding)
+    encode = partial(encode_data, checkpoint=checkpoint, eos_labels=args.eos_labels, report=report)
+    dataset = encode(recipe.data, conversations)
+    eval_dataset = held_out_section and encode(held_out_section, held_out_conversations)
+    num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    num_examples = "a stream of" if recipe.data.streaming else len(dataset)
+    report(f"{num_examples} examples, {num_parameters:,} parameters")
+    network: Any = checkpoint.model
+    if recipe.lora is not None:
+        with recipe.file.at("lora"):
+            base = base_name(recipe.model.path or "")
+            network = add_adapters(network, recipe.lora.config(network), base)
+        report(f"of them learn {network.get_nb_trainable_parameters()[0]:,} in adapters")
+    trainer = DMaxTrainer(
+        network,
+        args,
+        dataset,
+        eval_dataset,
+        special_ids=checkpoint.special_ids,
+        eval_hook=_eval_hook(recipe.eval, task, checkpoint) if recipe.eval and task else None,
+        processing_class=checkpoint.tokenizer,
+        callbacks=[run],
+    )
+    return trainer, checkpoint
 
 
 def _run_folder(
@@ -231,7 +260,8 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
     Any number of processes may go on with a run, as long as a step has as many micro-batches.
     """
     data = asdict(recipe.data)
-    del data["num_proc"]  # nothing depends on it
+    for name in ("num_proc", "eval_file"):  # nothing depends on them
+        del data[name]
     with recipe.file.at("data.file"):
         data["sha256"] = data_digest(recipe.data)
     defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
@@ -248,6 +278,7 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
         "data": data,
         "training": training,
         "fsdp": sharding,
+        "lora": recipe.lora and {**asdict(recipe.lora), "merge": None},
     }
 
 

@@ -18,15 +18,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dmax import models
+from dmax import extras, models
+from dmax.adapters import base_name
 from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
 from dmax.environment import DTYPES
 from dmax.errors import InputError, did_you_mean, show
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, MOST_PROBLEMS, DecodingParams, check_number
-from dmax.recipe.arguments import argument_names, check_arguments
+from dmax.recipe.arguments import DECODED, HELD_OUT, argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
+from dmax.recipe.lora import LoraSection
 from dmax.records.encoding import check_too_long
 from dmax.records.readers import get_reader
 from dmax.records.sources import Source
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from dmax.baselines.head_training import HeadConfig
 
 
-_SECTIONS = ("output_dir", "model", "data", "training", "fsdp", "head", "eval")
+_SECTIONS = ("output_dir", "model", "data", "training", "fsdp", "lora", "head", "eval")
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
 MOST_PROCESSES = 1024
@@ -102,6 +104,7 @@ class DataSection:
         revision: of a data set on the hub.
         reader: what the columns are, by the name of a reader; None recognises them.
         columns: names of the columns of `prompt` and `response`, in place of `reader`.
+        eval_file: held-out records, for the loss of every evaluation.
         numbers: fields of `word_problems.Numbers`.
         seed: of the problems, and of the order of a stream.
         max_length: most tokens of an example with its EOS labels; None is the model's context.
@@ -119,6 +122,7 @@ class DataSection:
     revision: str | None = None
     reader: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    eval_file: str | None = None
     numbers: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     max_length: int | None = None
@@ -161,6 +165,7 @@ class Recipe:
         data: what it learns.
         training: fields of `DMaxConfig`; empty for a head.
         fsdp: how the model is sharded over processes; None for a model that each one has whole.
+        lora: which adapters learn; None for the model itself.
         head: how to train a head; None for a model.
         eval: what to decode on the way; None for nothing.
     """
@@ -171,6 +176,7 @@ class Recipe:
     data: DataSection
     training: dict[str, Any] = field(default_factory=dict)
     fsdp: Sharding | None = None
+    lora: LoraSection | None = None
     head: HeadConfig | None = None
     eval: EvalSection | None = None
 
@@ -196,7 +202,7 @@ def load_recipe(
     for key in ("output_dir", "model", "data", "head" if trains_head else "training"):
         if key not in content:
             raise InputError(f"{path}: `{key}` is missing")
-    beside = content.keys() & {"training", "eval", "fsdp"}
+    beside = content.keys() & {"training", "eval", "fsdp", "lora"}
     if trains_head and beside:
         key = min(beside)
         raise file.wrong(key, f"a recipe with `head` has no `{key}`: only a head is trained")
@@ -208,10 +214,11 @@ def load_recipe(
     }
     if content.get("eval") is not None:
         sections["eval"] = EvalSection(**_fields(file, "eval", EvalSection))
-    if "fsdp" in content:
-        given = _fields(file, "fsdp", Sharding)
-        with file.at("fsdp"):
-            sections["fsdp"] = Sharding(**given)
+    for name, kind in {"fsdp": Sharding, "lora": LoraSection}.items():
+        if name in content:
+            given = _fields(file, name, kind)
+            with file.at(name):
+                sections[name] = kind(**given)
     changes = dict(overrides or {})
     if trains_head:
         from dmax.baselines.head_training import HeadConfig
@@ -224,11 +231,12 @@ def load_recipe(
 
     recipe = Recipe(file, **sections)
     _check_model(recipe, elsewhere=elsewhere)
+    _check_lora(recipe)
     _check_data(recipe)
     _check_eval(recipe)
     if recipe.head is None:
-        evaluates = recipe.eval is not None
-        check_arguments(file, recipe.training, recipe.fsdp, evaluates=evaluates)
+        measured = [*(DECODED if recipe.eval else ()), *(HELD_OUT if recipe.data.eval_file else ())]
+        check_arguments(file, recipe.training, recipe.fsdp, measured=measured)
     return recipe
 
 
@@ -294,6 +302,24 @@ def _check_model(recipe: Recipe, *, elsewhere: bool) -> None:
         made = _check_config(file, model, model.config)
         if not elsewhere:
             _check_memory(file, made)
+
+
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.lora is None:
+        return
+    file = recipe.file
+    extras.require("peft", "train", "`lora` in a recipe")
+    if recipe.model.path is None:
+        raise file.wrong("lora", "adapters need a model to adapt, so `model` needs a `path`")
+    with file.at("model.path"):
+        base_name(recipe.model.path)
+    for key, is_given in (
+        ("model.keep_start", recipe.model.keep_start),
+        ("training.router_bias_speed", recipe.training.get("router_bias_speed")),
+        ("fsdp", recipe.fsdp),
+    ):
+        if is_given:
+            raise file.wrong(key, f"`{key}` and `lora` do not go together", hint="leave one out")
 
 
 def _check_dtype(recipe: Recipe) -> None:
