@@ -6,7 +6,7 @@ Word problems go into a JSONL file, which three processes then read and tokenize
 record at a time; into tables, for the first time; and into tables that are cached already. Each
 says how long that took with the checks and the order of an epoch, and by how much its memory grew:
 at its peak, and in the end by pages of its own, which are not those of files. CPU time is that of
-all its processes.
+all its processes. The share of padding in batches of some sizes is what packing would save.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from dmax.training.data import LengthSampler, check_examples, num_ids
 
 WAYS = ("lists", "tables", "cached tables")
 MAX_LENGTH = 1024
+BLOCK = 32
+BATCH_SIZES = (1, 8, 32)
 
 
 def write_records(file: Path, count: int) -> None:
@@ -68,23 +70,35 @@ def measure(way: str, file: Path) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     tokenizer = build_tokenizer()
-    ids = SpecialIds(tokenizer.mask_token_id, (tokenizer.eos_token_id,), 0, block_length=32)
+    ids = SpecialIds(tokenizer.mask_token_id, (tokenizer.eos_token_id,), 0, BLOCK)
     before = memory()
     began = time.perf_counter()
-    used = sum(os.times()[:4])
+    started = sum(os.times()[:4])
     examples = (encode_lists if way == "lists" else encode_tables)(file, tokenizer, ids)
     check_examples(examples, len(tokenizer), ids.mask_token_id)
     first = next(iter(LengthSampler(num_ids(examples), batch_size=8, seed=0)))
     seconds = time.perf_counter() - began
+    used = sum(os.times()[:4]) - started
     after = memory()
+    shares = {str(size): padding(examples, size) for size in BATCH_SIZES}
     return {
         "seconds": round(seconds, 2),
-        "cpu_seconds": round(sum(os.times()[:4]) - used, 2),
+        "cpu_seconds": round(used, 2),
         **{f"{name}_mib": round((after[name] - before[name]) / 2**20) for name in before},
         "records": len(examples),
         "tokens": int(num_ids(examples).sum()),
+        "padding": shares,
         "first": examples[first]["where"].rpartition(":")[2],
     }
+
+
+def padding(examples: Any, batch_size: int) -> float:
+    """The share of positions that packing would save: those behind the EOS labels of an example."""
+    totals = num_ids(examples).sum(axis=1) + BLOCK
+    order = list(LengthSampler(num_ids(examples), batch_size, seed=0))
+    batches = [totals[order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
+    padded = sum(-(-batch.max() // BLOCK) * BLOCK * len(batch) for batch in batches)
+    return round(1 - float(totals.sum() / padded), 3)
 
 
 def memory() -> dict[str, int]:
