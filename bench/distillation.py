@@ -1,6 +1,6 @@
 """How fast responses are written: from a server at several numbers of requests, and from a model.
 
-    python bench/distill.py
+    python bench/distillation.py
 
 The server is on this machine and takes 0.2 seconds for any answer, so that what is measured is the
 client and the files; `client_milliseconds` are of the processor, for each response. The model is
