@@ -39,3 +39,19 @@ def test_a_log_has_a_line_now_and_then(
         "distilling: 1,031 of 5,000, 1,185 tokens/s, 1:06:09 left",
         "distilling: 1,070 of 5,000, 1,185 tokens/s, 1:05:30 left",
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_of_datasets_are_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(terminal, "console", Console(force_terminal=is_terminal))
+    monkeypatch.setattr(  # as if it were imported now
+        terminal, "register_post_import_hook", lambda hook, name: hook(datasets)
+    )
+    try:
+        terminal.quiet_datasets()
+        assert datasets.is_progress_bar_enabled() == is_terminal
+    finally:
+        datasets.enable_progress_bars()

@@ -25,6 +25,7 @@ from dmax.cli.terminal import (
     print_json,
     print_version,
     progress_bar,
+    quiet_datasets,
     quiet_transformers,
 )
 from dmax.cli.train import train
@@ -52,6 +53,7 @@ def main() -> None:
     log = logging.getLogger("dmax")
     log.addHandler(handler)
     quiet_transformers()
+    quiet_datasets()
     try:
         sys.exit(run(app, sys.argv[1:]))
     finally:

@@ -83,6 +83,12 @@ def quiet_transformers() -> None:
     register_post_import_hook(hide, "transformers.utils.logging")
 
 
+def quiet_datasets() -> None:
+    """Once datasets is imported, turn off its bars where no terminal would draw them anew."""
+    if not console.is_terminal:
+        register_post_import_hook(lambda each: each.disable_progress_bars(), "datasets")
+
+
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Say what happens next, before it takes its time; a terminal shows it while it lasts."""
