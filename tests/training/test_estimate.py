@@ -118,6 +118,39 @@ def test_the_shares_of_fsdp_are_those_that_processes_hold(tmp_path: Path, world_
     assert state.optimizer == fullest["optimiser"]
 
 
+@pytest.mark.parametrize("targets", [["attention", "shared_experts"], ["experts"]])
+def test_adapters_learn_beside_weights_that_stay(tmp_path: Path, targets: list[str]) -> None:
+    pytest.importorskip("peft")
+    from dmax.adapters import add_adapters
+
+    path = write_recipe(
+        tmp_path,
+        model={"path": "tiny-base", "dtype": "bfloat16"},
+        data={"problems": 4, "seed": 1},
+        training={"optim": "adamw_torch", "router_bias_speed": 0.0},
+        lora={"r": 4, "targets": targets},
+    )
+    recipe = load_recipe(path)
+    assert recipe.lora is not None
+    model, module, clean, args = real_parts(recipe)
+    adapted = add_adapters(model, recipe.lora.config(model), "tiny-base")
+    learning = [weight for weight in adapted.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learning)
+    saved = saved_bytes(module, clean)
+    module(torch.Generator().manual_seed(0), **clean)["loss"].backward()
+    optimizer.step()
+
+    found = estimate(recipe, ONE)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = (*adapted.parameters(), *adapted.buffers())
+    assert found.learning == sum(weight.numel() for weight in learning)
+    assert part(found, "weights") == sum(value.nbytes for value in tensors)
+    assert part(found, "gradients") == sum(weight.grad.nbytes for weight in learning)
+    assert part(found, "optimiser") == sum(value.nbytes for value in states)
+    counted = part(found, "activations") + part(found, "logits")
+    assert counted == pytest.approx(saved, rel=0.15)
+
+
 def test_an_optimiser_that_packs_its_states_is_unknown(tmp_path: Path) -> None:
     found = estimate(recipe_of(tmp_path, MOE, optim="adafactor", pad_to=16), ONE)
     assert found.record()["memory_per_gpu"]["optimiser"]["basis"] == "unknown"

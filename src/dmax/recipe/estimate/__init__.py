@@ -59,7 +59,7 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
     check_number("examples", examples, low=1, high=MOST_EXAMPLES, whole=True, optional=True)
     args = make_arguments(recipe.file, recipe.training, recipe.output_dir, recipe.fsdp)
     plan = Plan.of(recipe, args, cluster.num_gpus)
-    shape = read_shape(recipe.model, on_gpu=plan.on_gpu)
+    shape = read_shape(recipe, on_gpu=plan.on_gpu)
     weights = list(shape.model.parameters())
     held = held_weights(shape.model, plan.num_shards, plan.master)
     state = state_bytes(held, shape.model.buffers(), args)

@@ -17,14 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dmax.adapters import add_adapters
 from dmax.benchmark.shapes import published_config
 from dmax.checkpoint_files import read_settings, reading
 from dmax.environment import DTYPES
 from dmax.hub import find_folder
 from dmax.kernels.moe import best_experts_implementation
 from dmax.models import NATIVE, backbone
-from dmax.recipe.estimate.step import without_numbers
-from dmax.recipe.sections import ModelSection, model_config
+from dmax.recipe.estimate.step import as_on_cpu
+from dmax.recipe.sections import ModelSection, Recipe, model_config
 from dmax.special_ids import SpecialIds, resolve_special_ids
 from dmax.tiny.tokenizer import build_tokenizer
 from dmax.training.config import DMaxConfig
@@ -37,7 +38,7 @@ class ModelShape:
     """A model whose weights have a shape and a dtype, and no numbers.
 
     Attributes:
-        model: in training mode.
+        model: in training mode, with adapters or not.
         special_ids: MASK, EOS, padding and block length.
         tokenizer: None where there is none.
     """
@@ -47,12 +48,13 @@ class ModelShape:
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def read_shape(section: ModelSection, *, on_gpu: bool) -> ModelShape:
-    """The model that a recipe would train.
+def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
+    """The model that a recipe would train, with the adapters that it puts into it.
 
     Raises:
         InputError: nothing here says what the model is, or it cannot be trained.
     """
+    section = recipe.model
     config, tokenizer, generation_config = _settings(section)
     special_ids = resolve_special_ids(
         config,
@@ -61,7 +63,7 @@ def read_shape(section: ModelSection, *, on_gpu: bool) -> ModelShape:
         block_length=section.block_length,
         adds_mask=section.add_mask_token,
     )
-    with without_numbers(), reading("no model can be made of this configuration"):
+    with torch.device("meta"), reading("no model can be made of this configuration"):
         model: Any = AutoModelForCausalLM.from_config(
             config,
             dtype=DTYPES.get(section.dtype) or config.dtype or torch.float32,
@@ -72,7 +74,20 @@ def read_shape(section: ModelSection, *, on_gpu: bool) -> ModelShape:
             model = backbone.as_block_diffusion(model)
         if section.add_mask_token:
             backbone.add_mask_token(model, tokenizer)
-    return ModelShape(model.train(), special_ids, tokenizer)
+    if section.path is not None:
+        _keep_in_float32(model)
+    if recipe.lora is not None:
+        with torch.device("meta"), recipe.file.at("lora"):
+            model = add_adapters(model, recipe.lora.config(model), section.path or "")
+    return ModelShape(as_on_cpu(model.train()), special_ids, tokenizer)
+
+
+def _keep_in_float32(model: Any) -> None:
+    """Of tensors that are read from files, some stay in float32 whatever the weights have."""
+    names = set(model._keep_in_fp32_modules_strict or ())
+    for name, buffer in model.named_buffers():
+        if names & set(name.split(".")):
+            buffer.data = buffer.data.float()
 
 
 def _settings(section: ModelSection) -> Settings:

@@ -10,8 +10,7 @@ label decides how many logits there are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,7 +65,7 @@ def count_step(
     """Count one forward and one backward of an objective.
 
     Args:
-        model: made under `without_numbers`, with adapters or not, in training mode.
+        model: made by `as_on_cpu`, with adapters or not, in training mode.
         objective: what the model is trained for.
         clean: the fields of a `CleanBatch`, real tensors on the CPU.
         autocast: what the products are computed in under autocast; None: without.
@@ -106,11 +105,29 @@ def count_step(
     )
 
 
-@contextmanager
-def without_numbers() -> Iterator[None]:
-    """Tensors that are made within have a shape and a dtype, and take no memory."""
+def as_on_cpu(model: Any) -> Any:
+    """Make a model of the meta device one whose weights pretend to be on the CPU.
+
+    They still have no numbers. But what runs is what a CPU runs: on the meta device attention would
+    take the way that keeps the most.
+    """
+    pretended: dict[int, Tensor] = {}  # weights that are tied stay so
     with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, value in tensors.items():
+                    if value is not None:
+                        if id(value) not in pretended:
+                            pretended[id(value)] = _on_cpu(value)
+                        tensors[name] = pretended[id(value)]
+    return model
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    tensor = torch.empty_like(value, device="cpu")
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(tensor, requires_grad=value.requires_grad)
+    return tensor
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
