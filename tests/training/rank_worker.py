@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_trainer import CONFIG
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, PreTrainedConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, TrainerCallback
 
 from dmax.checkpoint import new_checkpoint
 from dmax.models import LLaDA2MoeConfig
@@ -183,8 +183,12 @@ def compare(folder: Path) -> None:
                 results[name] = train(folder, family, checkpointing=checkpointing, **settings)
     in_bfloat16 = {"fsdp": True, "fsdp_config": {"reduce_dtype": "bfloat16"}, "bf16": True}
     results["fsdp bfloat16"] = train(folder, "llada2_moe", checkpointing=True, **in_bfloat16)
+    reads = AutoModelForCausalLM.from_pretrained
+    if dist.get_rank() != 0:
+        AutoModelForCausalLM.from_pretrained = None  # only rank 0 reads weights
     for recipe in sorted(folder.glob("*/recipe.yaml")):
         run_recipe(load_recipe(recipe))
+    AutoModelForCausalLM.from_pretrained = reads
     # The last, since it changes the state that all accelerators share.
     ParallelTrainer.create_accelerator_and_postprocess = through_accelerate  # type: ignore
     for family in FAMILIES:

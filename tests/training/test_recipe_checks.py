@@ -244,9 +244,10 @@ def test_a_wrong_way_to_shard_is_named(tmp_path: Path, section: Any, message: st
     refused(write_recipe(tmp_path, fsdp=section), message)
 
 
-def test_a_sharded_model_has_no_float16(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, fsdp={}, training={"fp16": True})
-    refused(path, "`fp16` does not go with `fsdp`")
+@pytest.mark.parametrize("name", ["fp16", "save_only_model"])
+def test_what_does_not_go_with_sharding(tmp_path: Path, name: str) -> None:
+    path = write_recipe(tmp_path, fsdp={}, training={name: True})
+    refused(path, f"`{name}` does not go with `fsdp`")
 
 
 def test_trying_the_arguments_leaves_the_working_folder_alone(

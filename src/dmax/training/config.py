@@ -159,6 +159,8 @@ class DMaxConfig(TrainingArguments):
         """What transformers and accelerate have no argument for."""
         if self.fp16:
             raise InputError("`fp16` does not go with `fsdp`", hint="use `bf16`")
+        if self.save_only_model:  # of a sharded model, both are in the same files
+            raise InputError("`save_only_model` does not go with `fsdp`", hint="leave it out")
         # Otherwise every GPU would hold the gradients of the whole model between micro-batches.
         self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         self.is_sharded = self.parallel_mode == ParallelMode.DISTRIBUTED
