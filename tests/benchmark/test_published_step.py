@@ -159,6 +159,7 @@ def trained_gradient(
     folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, **training: Any
 ) -> dict[str, Tensor]:
     """The gradient that the optimiser sees in the first step of a recipe for eight problems."""
+    pytest.importorskip("datasets")
     build = runs.build_checkpoint
     found: dict[str, Tensor] = {}
 

@@ -17,6 +17,7 @@ from dmax.training.embedding import without_gradient
 from dmax.training.trainer import DMaxTrainer
 
 pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
 
 LLAMA = {
     "model_type": "llama",
