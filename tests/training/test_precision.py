@@ -47,6 +47,30 @@ def test_bf16_reaches_every_product_but_the_routers(tmp_path: Path, experts: str
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+def test_bf16_reaches_adapters_of_bfloat16_weights_too(tmp_path: Path) -> None:
+    """The adapters themselves are float32, and peft alone would multiply in it."""
+    pytest.importorskip("peft")
+    run(tmp_path / "base", model=MODEL, training={"max_steps": 1})
+    (tmp_path / "adapted").mkdir()
+    path = write_recipe(
+        tmp_path / "adapted",
+        model={
+            "path": str(tmp_path / "base" / "out"),
+            "dtype": "bfloat16",
+            "experts_implementation": "grouped_mm",
+        },
+        lora={"targets": ["attention", "shared_experts", "experts"], "r": 4},
+        training={"bf16": True, "max_steps": 1, "router_bias_speed": 0.0},
+    )
+    with Products() as products:
+        folder = run_recipe(load_recipe(path))
+    wide = [product for product in products.found if torch.float32 in product.dtypes]
+    assert len(products.found) > len(wide)
+    assert all(EXPERTS in product.sizes for product in wide)
+    adapters = load_file(folder / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapters.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("experts", ["fused_moe", "dense_mm", "batched_mm", "eager"])
 def test_bf16_reaches_the_experts_of_qwen3_moe(experts: str) -> None:
     """All but `grouped_mm`, which is transformers' own there."""
