@@ -31,11 +31,15 @@ def require(module: str, extra: str, what: str, otherwise: str = "") -> None:
     Raises:
         InputError: it is missing; the hint says how to install it.
     """
-    is_loaded = sys.modules.get(module) is not None
-    if not is_loaded and find_spec(module) is None:
+    if not has(module):
         package = module.replace("_", "-")
         hint = f"{install_hint(extra)}, or {otherwise}" if otherwise else install_hint(extra)
         raise InputError(f"{what} needs the package `{package}`", hint)
+
+
+def has(module: str) -> bool:
+    """Whether an optional package is there."""
+    return sys.modules.get(module) is not None or find_spec(module) is not None
 
 
 def install_hint(extra: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from test_trainer import losses, write_recipe
 
+from dmax import extras
 from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
 from dmax.recipe.run import run_recipe
@@ -121,6 +123,20 @@ def test_bad_data_sections_name_their_line(
 ) -> None:
     with pytest.raises(InputError, match=rf"recipe.yaml:\d+: .*{message}"):
         load_recipe(write_recipe(tmp_path, data=data))
+
+
+def test_problems_of_the_generator_need_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"problems": 8, "seed": 2}
+    told, expected = train(tmp_path / "with", data=data)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(extras, "find_spec", lambda module: None)
+    assert train(tmp_path / "without", data=data) == (told, expected)
+    with pytest.raises(InputError, match="training data needs the package `datasets`"):
+        train(tmp_path / "file", data={"file": "responses.jsonl"})
+    with pytest.raises(InputError, match="a stream needs the package `datasets`"):
+        train(tmp_path / "stream", data=data | {"streaming": True})
 
 
 def test_a_stream_needs_a_last_step(tmp_path: Path) -> None:

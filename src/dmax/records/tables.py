@@ -26,6 +26,9 @@ def generate_conversations(
 ) -> Any:
     """The conversations that a function yields, cached by its name and arguments.
 
+    Without the package `datasets` they are a list. What comes with this package, problems of its
+    generator and small lists, is trained on without it.
+
     Args:
         generate: a function of a module, called with the arguments.
         arguments: all that the conversations depend on.
@@ -34,7 +37,9 @@ def generate_conversations(
     Raises:
         InputError: whatever the function raises of this kind.
     """
-    extras.require("datasets", "train", "training data")
+    if not streaming and not extras.has("datasets"):
+        return list(generate(**arguments))
+    extras.require("datasets", "train", "a stream")
     from datasets import Dataset, IterableDataset
     from datasets.exceptions import DatasetGenerationError
 
