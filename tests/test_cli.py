@@ -81,6 +81,21 @@ def test_generate_prints_texts_on_stdout_and_costs_on_stderr(dmax: Dmax, folder:
     assert result.out.startswith(piped.out)
 
 
+def test_generate_takes_a_folder_of_adapters(dmax: Dmax, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from dmax.adapters import add_adapters
+    from dmax.checkpoint import load_checkpoint, save_checkpoint
+
+    base = load_checkpoint("tiny-base", dtype="float32", device="cpu")
+    adapted = add_adapters(base.model, peft.LoraConfig(r=2), "tiny-base")
+    save_checkpoint(adapted, base.tokenizer, tmp_path / "adapters", base.special_ids)
+    words = ("generate", "Tom has 3 mugs.", *SMALL, "--json", "--device", "cpu", "--model")
+    expected, found = (
+        one_object(dmax(*words, model)) for model in ("tiny-base", tmp_path / "adapters")
+    )
+    assert found[0]["text"] == expected[0]["text"]  # new adapters add nothing
+
+
 def test_generate_json(dmax: Dmax, folder: Path) -> None:
     records = one_object(dmax("generate", "--model", folder, "--json", *SMALL, *TEXTS))
     assert len(records) == len(TEXTS)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -65,7 +67,7 @@ def add_adapters(model: PreTrainedModel, config: Any, base: str) -> Any:
         )
     _check_method(getattr(config.peft_type, "value", config.peft_type), "`peft_config`")
     config = _prepared(copy.deepcopy(config), model)
-    with reading("these adapters do not go with the model"):
+    with reading("these adapters do not go with the model"), _without_warning():
         adapted = get_peft_model(model, config)
     adapted.active_peft_config.base_model_name_or_path = base
     check_adapted(adapted)
@@ -218,7 +220,7 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     config = _stored_config(folder)
-    with reading(f"the adapters in {shown} do not go with their base model"):
+    with reading(f"the adapters in {shown} do not go with their base model"), _without_warning():
         adapted = PeftModel(model, config)
     load_adapters(adapted, folder)
     with reading(f"the adapters in {shown} cannot be merged"):
@@ -296,6 +298,14 @@ def _check_fit(weights: Mapping[str, Tensor], file: Path) -> None:
                 f"and the model needs {list(weights[name].shape)}",
                 hint,
             )
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Without that of transformers, whose old name for checkpointing peft asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _attends(layer: nn.Module) -> bool:

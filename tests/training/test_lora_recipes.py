@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +163,40 @@ def test_adapters_are_no_base_of_others(tmp_path: Path) -> None:
 def test_without_peft_a_recipe_says_so_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("dmax.extras.find_spec", lambda name: None if name == "peft" else name)
     with pytest.raises(InputError, match="needs the package `peft`"):
-        load_recipe(write_recipe(tmp_path / "recipe"))
+        run(write_recipe(tmp_path / "recipe"))
+    assert not (tmp_path / "recipe" / "out-run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_of_one_that_accumulates(tmp_path: Path) -> None:
+    training = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    in_one = {"gradient_accumulation_steps": 2, **training}
+    one = run(write_recipe(tmp_path / "one", training=in_one))
+    two = write_recipe(tmp_path / "two", training=training)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "dmax", "train", str(two)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found, expected = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "two/out", one)
+    )
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_held_out_records_give_a_loss_beside_accuracy(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 
+from dmax import extras
 from dmax.adapters import add_adapters, base_name, merged
 from dmax.attention import best_for_training
 from dmax.checkpoint import Checkpoint, check_target, merge_adapters, save_checkpoint
@@ -75,6 +76,8 @@ def run_recipe(
         from dmax.recipe.head import train_head
 
         return train_head(recipe, recipe.head, replace=not resume, report=report)
+    if recipe.lora is not None:
+        extras.require("peft", "train", "`lora` in a recipe")
     args = _arguments(recipe)
     task = _task(recipe)
     settings = _settings(recipe, args)

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dmax import extras, models
+from dmax import models
 from dmax.adapters import base_name
 from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
@@ -308,7 +308,6 @@ def _check_lora(recipe: Recipe) -> None:
     if recipe.lora is None:
         return
     file = recipe.file
-    extras.require("peft", "train", "`lora` in a recipe")
     if recipe.model.path is None:
         raise file.wrong("lora", "adapters need a model to adapt, so `model` needs a `path`")
     with file.at("model.path"):
