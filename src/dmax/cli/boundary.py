@@ -170,7 +170,7 @@ def _speaks() -> bool:
 
 
 def _left_alone(error: Exception) -> InputError | None:
-    """The error of a rank whose others are gone; gloo and NCCL have words of their own for it."""
+    """The error of a rank that has lost another one; gloo and NCCL have words of their own."""
     is_lost = (
         isinstance(error, RuntimeError)
         and _num_ranks() > 1
@@ -178,9 +178,11 @@ def _left_alone(error: Exception) -> InputError | None:
     )
     if not is_lost:
         return None
+    reason = str(error).partition("\n")[0]
     return InputError(
-        "another process of this training has ended",
-        hint="torchrun says below how; the same command goes on from the last checkpoint",
+        f"another process of this training cannot be reached: {shorten(reason)}",
+        hint="if it ended, torchrun says below how; the same command goes on from the last "
+        "checkpoint",
     )
 
 

@@ -38,6 +38,11 @@ from dmax.training.ranks import rank
 
 SHARDS = "shards"
 """The folder of a checkpoint that holds weights and optimiser states as torch writes them."""
+NOT_AN_INDEX: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError),
+    *(OSError, pickle.UnpicklingError),
+)
+"""What reading a damaged index raises."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -209,7 +214,7 @@ def are_whole(folder: Path) -> bool:
             (each.relative_path, each.offset + each.length) for each in index.storage_data.values()
         ]
         return all((folder / name).stat().st_size >= end for name, end in ends)
-    except (OSError, ValueError, LookupError, AttributeError, EOFError, pickle.UnpicklingError):
+    except NOT_AN_INDEX:
         return False
 
 
