@@ -159,12 +159,11 @@ def trained_gradient(
     folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, **training: Any
 ) -> dict[str, Tensor]:
     """The gradient that the optimiser sees in the first step of a recipe for eight problems."""
-    pytest.importorskip("datasets")
     build = runs.build_checkpoint
     found: dict[str, Tensor] = {}
 
-    def build_in_dtype(*args: Any) -> Any:
-        checkpoint = build(*args)
+    def build_in_dtype(*args: Any, **options: Any) -> Any:
+        checkpoint = build(*args, **options)
         checkpoint.model.to(dtype)
         return checkpoint
 

@@ -351,6 +351,7 @@ def write_recipe(folder: Path, model: dict[str, Any], **training: Any) -> Path:
 
 def test_a_recipe_turns_an_autoregressive_checkpoint_into_a_diffusion_model(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
+    pytest.importorskip("datasets")
     model = {
         "path": str(autoregressive(tmp_path / "llama")),
         "add_mask_token": True,
@@ -375,6 +376,7 @@ def test_a_recipe_trains_a_new_model_of_another_architecture(
     tmp_path: Path, objective: str
 ) -> None:
     pytest.importorskip("accelerate")
+    pytest.importorskip("datasets")
     shape = {
         "hidden_size": 16,
         "intermediate_size": 16,

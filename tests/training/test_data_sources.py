@@ -134,7 +134,7 @@ def test_problems_of_the_generator_need_no_package(
     monkeypatch.setattr(extras, "find_spec", lambda module: None)
     assert train(tmp_path / "without", data=data) == (told, expected)
     with pytest.raises(InputError, match="training data needs the package `datasets`"):
-        train(tmp_path / "file", data={"file": "responses.jsonl"})
+        train(tmp_path / "file", data={"file": __file__})
     with pytest.raises(InputError, match="a stream needs the package `datasets`"):
         train(tmp_path / "stream", data=data | {"streaming": True})
 

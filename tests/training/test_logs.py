@@ -94,7 +94,8 @@ def test_a_logger_sees_the_parts_of_the_loss_and_what_evaluations_measure(
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Logger)
-    monkeypatch.setattr(extras, "find_spec", lambda module: module)
+    found = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda module: module == "wandb" or found(module))
     path = write_recipe(
         tmp_path, **EVALUATED | {"training": EVALUATED["training"] | {"report_to": "wandb"}}
     )

@@ -165,6 +165,7 @@ def test_an_edited_recipe_does_not_go_on_with_the_old_run(
 def test_other_data_under_the_same_name_is_another_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("datasets")
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "Tom has 3 apples.", "response": "So 3."}\n' * 4)
     path = write_recipe(tmp_path, training=TWO_STEPS, data={"file": str(data)})
@@ -465,7 +466,10 @@ def test_a_run_killed_before_its_result_draws_what_it_had_logged(
 def test_without_matplotlib_a_line_says_so_and_the_model_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "matplotlib" else 1)
+    found = extras.find_spec
+    monkeypatch.setattr(
+        extras, "find_spec", lambda module: None if module == "matplotlib" else found(module)
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     told = run(write_recipe(tmp_path, training={"max_steps": 1}))
     assert told[-1].startswith("no curves.png: drawing a picture of the run needs the package `mat")

@@ -117,14 +117,15 @@ def load_conversations(
         InputError: the package `datasets` is missing, there is no such source, it holds no record,
             or a record is wrong; names file and line. A stream raises it when it gets there.
     """
+    files = [] if is_table(source) else files_of(source)
     extras.require("datasets", "train", "training data")
-    if is_table(source):
+    if not files:
         opened = open_table(source, streaming=streaming)
         name = f"{source.name} ({source.split})"
         table = read_table(opened, name, reader=reader, num_proc=num_proc)
     else:
-        files = [(str(file), *_version(file)) for file in files_of(source)]
-        arguments = {"source": source, "reader": reader, "files": files}
+        versions = [(str(file), *_version(file)) for file in files]
+        arguments = {"source": source, "reader": reader, "files": versions}
         table = generate_conversations(_conversations_of, arguments, streaming=streaming)
     if not streaming and not len(table):
         raise _empty(source)
