@@ -315,7 +315,7 @@ def test_the_largest_batch_is_of_the_examples_that_are_here(tmp_path: Path) -> N
     training = {"per_device_train_batch_size": 2, "max_steps": -1, "num_train_epochs": 3}
     path = write_recipe(tmp_path, data={"file": str(data)}, training=training)
     found = estimate(load_recipe(path), ONE)
-    assert found.record()["batch_per_gpu"]["is_from"] == "the 4 examples"
+    assert found.record()["batch_per_gpu"]["is_from"] == "the longest of the 4 examples"
     assert found.batch["sequences"] == 2 and found.batch["positions"] < 100
     assert 2 * 8 < found.batch["labelled"] < 2 * found.batch["positions"]
     assert found.run.steps == 3 * 2

@@ -19,8 +19,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
     console.print(
         f"{gpus} × {found.cluster.gpu.name}: {found.settings}\n"
         f"{found.parameters:,} parameters, of which {found.learning:,} learn; "
-        f"{batch['sequences']} × {batch['positions']:,} tokens on each GPU at a time, the longest "
-        f"of {found.batch_is_from}"
+        f"{batch['sequences']} × {batch['positions']:,} tokens on each GPU at a time, "
+        f"{found.batch_is_from}"
     )
     console.print(_memory(found))
     console.print(_verdict(found) + "\n")
@@ -52,15 +52,15 @@ def _memory(found: Estimate) -> Table:
 def _verdict(found: Estimate) -> str:
     gpu = found.cluster.gpu
     others = ", ".join(
-        f"{name}: {'fits' if found.fits_into(memory) else 'does not fit'}"
+        f"{name} {'are enough' if found.fits_into(memory) else 'are not'}"
         for name, memory in CARDS.items()
     )
-    room = f"{gpu.memory / 1e9:.0f} GB, of which {RESERVE:.0%} are kept for CUDA, NCCL and gaps"
+    room = f"{gpu.memory / 1e9:.3g} GB, of which {RESERVE:.0%} is left to CUDA, NCCL and gaps"
     is_known = all(part.bytes is not None for part in found.memory)
     verdict = "fits" if found.fits else "does not fit"
     limits = "" if is_known else ", as far as is known"
     advice = f"\nTo make it fit, {found.advice}." if found.advice else ""
-    return f"It {verdict} one {gpu.name} ({room}){limits}. In general: {others}.{advice}"
+    return f"It {verdict} one {gpu.name} ({room}){limits}. Of other cards, {others}.{advice}"
 
 
 def _time(found: Estimate) -> Table:

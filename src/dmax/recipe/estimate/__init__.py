@@ -8,6 +8,7 @@ shapes and no numbers. Time, traffic and cost are estimates, and rest on the con
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -75,7 +76,7 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
             "positions": clean["clean_ids"].shape[1],
             "labelled": int((clean["labels"] != IGNORE).sum()),
         },
-        batch_is_from="the recipe's limit" if learnt is None else f"the {len(learnt):,} examples",
+        batch_is_from=_origin(learnt),
         settings=plan.in_words(args, shape.model),
         memory=[
             *_state(state, args, plan),
@@ -93,6 +94,12 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
         ),
     )
     return found if found.fits else replace(found, advice=advise(found, plan, args))
+
+
+def _origin(learnt: Sequence[Any] | None) -> str:
+    if learnt is None:
+        return "the longest that the recipe allows"
+    return f"the longest of the {len(learnt):,} examples"
 
 
 def _count(shape: ModelShape, clean: dict[str, Tensor], args: DMaxConfig, plan: Plan) -> StepCount:

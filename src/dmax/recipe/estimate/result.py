@@ -72,7 +72,7 @@ class Estimate:
         parameters: of the model.
         learning: those of them that learn.
         batch: `sequences` of a micro-batch, their `positions`, and how many of all are `labelled`.
-        batch_is_from: whose longest sequences these are, in words.
+        batch_is_from: which sequences these are, in words.
         settings: what of the recipe decides about memory, in words.
         memory: of one GPU, by purpose.
         run: time.
