@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests/distill"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 from fake_server import Server  # noqa: E402
 
@@ -34,8 +34,8 @@ from dmax.tasks.word_problems import problems  # noqa: E402
 OUTPUT = ROOT / "bench/results/distill.json"
 SECONDS = 0.2  # that the server takes
 CONCURRENCIES = (1, 8, 64, 256)
-NUM_PROMPTS = 200
-REPEATS = 3
+NUM_PROMPTS = 100
+REPEATS = 2
 PARAMS = DecodingParams(strategy="threshold", threshold=0.95)
 
 
@@ -47,8 +47,8 @@ def serve(address: Any) -> None:
 
 
 def from_server(url: str, concurrency: int) -> dict[str, float]:
-    """Responses per second with so many requests in flight, some five seconds long."""
-    num_prompts = min(int(5 * concurrency / SECONDS), 4_000)
+    """Responses per second with so many requests in flight, some five seconds long if nothing is in the way."""
+    num_prompts = min(int(5 * concurrency / SECONDS), 1_500)
     prompts = [f"question {number}" for number in range(num_prompts)]
     with TemporaryDirectory() as name:
         answerer = ServerAnswerer(ServerOptions(url, concurrency=concurrency))

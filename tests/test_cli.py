@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from distill.fake_server import Server
+from fake_server import Server
 from test_llm import CONFIG, TEXTS, bare_folder_fixture, folder_fixture  # noqa: F401  (fixtures)
 from typer.main import get_command
 

@@ -13,6 +13,7 @@ from responder import PARAMS, PROMPTS, Responder, by_index, counts, lines, run
 
 from dmax import InputError
 from dmax.distill.prompts import Part, read_part
+from dmax.records.sources import read_conversations
 
 MANY = [f"question {number}" for number in range(10)]
 
@@ -100,7 +101,9 @@ def test_a_shard_that_is_there_twice_is_refused(folder: Path) -> None:
         run(folder, Responder(), MANY, shard_size=4)
 
 
-def test_datasets_reads_the_shards_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+def test_datasets_and_training_read_the_shards_and_nothing_else(
+    folder: Path, tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets")
     prompts = [*PROMPTS, "refused"]
     for index in range(2):
@@ -109,6 +112,8 @@ def test_datasets_reads_the_shards_and_nothing_else(folder: Path, tmp_path: Path
     assert list(loaded) == ["train"]
     assert sorted(loaded["train"]["index"]) == [0, 1, 3, 5, 6]
     assert set(loaded["train"].column_names) >= {"prompt", "response"}
+    learnt = [each.messages[0]["content"] for each in read_conversations(folder)]
+    assert sorted(learnt) == sorted(loaded["train"]["prompt"])
 
 
 # ---- a folder of something else ------------------------------------------------------------------
