@@ -31,7 +31,7 @@ from dmax.distill.server import ServerAnswerer, ServerOptions  # noqa: E402
 from dmax.environment import environment  # noqa: E402
 from dmax.tasks.word_problems import problems  # noqa: E402
 
-OUTPUT = ROOT / "bench/results/distill.json"
+OUTPUT = ROOT / "bench/results/distillation.json"
 SECONDS = 0.2  # that the server takes
 CONCURRENCIES = (1, 8, 64, 256)
 NUM_PROMPTS = 100
@@ -47,7 +47,7 @@ def serve(address: Any) -> None:
 
 
 def from_server(url: str, concurrency: int) -> dict[str, float]:
-    """Responses per second with so many requests in flight, some five seconds long if nothing is in the way."""
+    """Responses per second with so many requests in flight."""
     num_prompts = min(int(5 * concurrency / SECONDS), 1_500)
     prompts = [f"question {number}" for number in range(num_prompts)]
     with TemporaryDirectory() as name:
