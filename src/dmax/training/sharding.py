@@ -40,7 +40,7 @@ SHARDS = "shards"
 """The folder of a checkpoint that holds weights and optimiser states as torch writes them."""
 NOT_AN_INDEX: tuple[type[Exception], ...] = (
     *(ArithmeticError, AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError),
-    *(OSError, pickle.UnpicklingError),
+    *(MemoryError, OSError, pickle.UnpicklingError),
 )
 """What reading a damaged index raises."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
