@@ -17,7 +17,6 @@ from dmax.training.embedding import without_gradient
 from dmax.training.trainer import DMaxTrainer
 
 pytest.importorskip("accelerate")
-pytest.importorskip("datasets")
 
 LLAMA = {
     "model_type": "llama",

@@ -19,7 +19,6 @@ from dmax.recipe.sections import load_recipe
 from dmax.training.trainer import DMaxTrainer
 
 pytest.importorskip("accelerate")
-pytest.importorskip("datasets")
 
 EXPERTS = 5  # a size that nothing but the router's products has
 INNER = 56  # multiples of it are sizes of the experts' products only
