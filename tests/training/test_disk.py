@@ -81,7 +81,9 @@ def test_a_frozen_weight_has_no_optimiser_state_and_an_adapter_goes_without_its_
     args = arguments(tmp_path, save_steps=10, save_total_limit=1)
     assert room(model, args, 100) == Room(12 + 8, 2, 12)
     model.peft_config = {}
+    model.get_base_model = lambda: model
     assert room(model, args, 100) == Room(4 + 8, 2, 4)
+    assert room(model, args, 100, merges=True) == Room(4 + 8, 2, 12)
 
 
 def test_numbers_of_bytes_are_said_with_their_unit() -> None:
@@ -94,8 +96,8 @@ def test_what_a_run_writes_is_what_was_counted(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, model=WIDE, training=training)
     counted: list[Room] = []
 
-    def count(*args: Any) -> Room:
-        counted.append(room(*args))
+    def count(*args: Any, **options: Any) -> Room:
+        counted.append(room(*args, **options))
         return counted[-1]
 
     with pytest.MonkeyPatch.context() as patch:

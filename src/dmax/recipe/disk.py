@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from dmax.adapters import has_adapters
 from dmax.errors import InputError
 from dmax.training.config import DMaxConfig
 
@@ -42,23 +43,24 @@ class Room:
         return self.checkpoint * self.num_checkpoints + self.result
 
 
-def room(model: nn.Module, args: DMaxConfig, steps: int) -> Room:
+def room(model: nn.Module, args: DMaxConfig, steps: int, *, merges: bool = False) -> Room:
     """What a run of so many steps writes; a sharded model is counted whole.
 
     Args:
         model: what is trained. Of a model with adapters, only they are written.
         args: how often checkpoints are written, and how many are kept.
         steps: of the whole run.
+        merges: whether adapters are merged into the result, which is a whole model then.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    is_adapter = hasattr(model, "peft_config")
-    weights = size(trained if is_adapter else [*model.parameters(), *model.buffers()])
+    whole = size([*model.parameters(), *model.buffers()])
+    weights = size(trained) if has_adapters(model) else whole
     states = OPTIMISER_STATES.get(OptimizerNames(args.optim).value, MOST_STATES)
     optimiser = 0 if args.save_only_model else states * size(trained)
     written = num_checkpoints(args, steps)
     kept = written if args.save_total_limit is None else args.save_total_limit
     # A new checkpoint is whole before an old one goes.
-    return Room(weights + optimiser, min(written, kept + 1), weights)
+    return Room(weights + optimiser, min(written, kept + 1), whole if merges else weights)
 
 
 def num_steps(args: DMaxConfig, num_examples: int) -> int:

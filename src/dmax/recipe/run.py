@@ -106,7 +106,8 @@ def _train_model(
     trainer, checkpoint = _make_trainer(recipe, args, task, run, report)
     with recipe.file.at("output_dir"):
         num_examples = 0 if recipe.data.streaming else len(trainer.train_dataset)
-        needed = room(trainer.model, args, num_steps(args, num_examples))
+        merges = recipe.lora is not None and recipe.lora.merge
+        needed = room(trainer.model, args, num_steps(args, num_examples), merges=merges)
         check_room(needed, recipe.output_dir, [*run.checkpoints(), *leftovers(recipe.output_dir)])
     start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start and rank() == 0 else {}
     wait_for_all()  # until every rank has seen the folder as it was
