@@ -94,13 +94,28 @@ def test_recipes_and_sections_on_the_page_are_valid(tmp_path: Path) -> None:
     assert found
 
 
+@pytest.mark.slow
+def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for extra in ("accelerate", "datasets", "peft"):
+        pytest.importorskip(extra)
+    monkeypatch.chdir(tmp_path)
+    found = [content for _, language, content, _ in blocks(PAGE) if language == "python"]
+    for content in found:
+        exec(compile(content, "training.md", "exec"), {})
+    assert len(found) == 1
+    assert (tmp_path / "runs" / "python" / "adapter_model.safetensors").is_file()
+
+
 def test_options_and_keys_that_are_named_exist() -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     flags = {flag for each in known.values() for option in each.params for flag in option.opts}
-    of_others = {"--nproc", "--logdir", "--cpu"}  # of torchrun, tensorboard and accelerate
+    of_others = {"--nproc", "--logdir", "--cpu", "--records"}  # of other programs
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= flags | of_others
     kinds = [each for each in vars(sections).values() if dataclasses.is_dataclass(each)]
     keys = {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?::[^`]*)?`", PAGE))
-    of_libraries = {"fully_shard", "ep_size"}
-    assert named - keys - READERS.keys() - of_libraries == set()
+    # Of libraries, of `DMaxTrainer`, and what `targets` may name.
+    others = {"fully_shard", "ep_size", "shared_experts", "peft_config", "train_dataset"}
+    others |= {"eval_dataset", "eval_hook", "eval_loss", "compute_metrics", "data_collator"}
+    others |= {"formatting_func", "flex_attention"}
+    assert named - keys - READERS.keys() - others == set()
