@@ -52,7 +52,7 @@ def _memory(found: Estimate) -> Table:
 def _verdict(found: Estimate) -> str:
     gpu = found.cluster.gpu
     others = ", ".join(
-        f"{name} {'are enough' if found.fits_into(memory) else 'are not'}"
+        f"{name} {'are enough' if found.fits_into(memory) else 'are not enough'}"
         for name, memory in CARDS.items()
     )
     room = f"{gpu.memory / 1e9:.3g} GB, of which {RESERVE:.0%} is left to CUDA, NCCL and gaps"
@@ -60,7 +60,7 @@ def _verdict(found: Estimate) -> str:
     verdict = "fits" if found.fits else "does not fit"
     limits = "" if is_known else ", as far as is known"
     advice = f"\nTo make it fit, {found.advice}." if found.advice else ""
-    return f"It {verdict} one {gpu.name} ({room}){limits}. Of other cards, {others}.{advice}"
+    return f"It {verdict} one {gpu.name} ({room}){limits}. Of cards in general, {others}.{advice}"
 
 
 def _time(found: Estimate) -> Table:
