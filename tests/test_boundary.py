@@ -363,7 +363,7 @@ def written(terminal: int) -> Iterator[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    words = "eval -m tiny-dmax --limit 200 --batch-size 1 --max-new-tokens 32 -o a.json"
+    words = "eval -m tiny-dmax --limit 2000 --batch-size 1 --max-new-tokens 32 -o a.json"
     terminal, side = pty.openpty()
     child = subprocess.Popen(
         command(*words.split()), stdin=side, stdout=side, stderr=side, cwd=tmp_path, env=ENVIRONMENT
@@ -372,7 +372,7 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path: Path, number: signal.Sign
     text = ""
     is_told = False
     for text in written(terminal):
-        if not is_told and re.search(r" ([89]|\d\d+)/200", text):  # of the bar
+        if not is_told and re.search(r" ([89]|\d\d+)/2000", text):  # of the bar
             child.send_signal(number)
             is_told = True
     os.close(terminal)

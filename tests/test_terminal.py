@@ -50,6 +50,7 @@ def test_bars_of_datasets_are_for_terminals(
     monkeypatch.setattr(  # as if it were imported now
         terminal, "register_post_import_hook", lambda hook, name: hook(datasets)
     )
+    datasets.enable_progress_bars()
     try:
         terminal.quiet_datasets()
         assert datasets.is_progress_bar_enabled() == is_terminal

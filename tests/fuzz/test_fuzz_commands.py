@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -253,6 +254,18 @@ def furnish_recipes(folder: Path) -> None:
     (folder / "deep.jsonl").write_text('{"question": ' + "[" * 200_000 + "\n")
 
 
+# A new process begins with the peak of the one it comes from, and that of a test process may be
+# higher than a command's. So this small one comes between. Only `wait4` tells of one process.
+MEASURE = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+code = os.waitstatus_to_exitcode(status)
+with open("../usage", "w") as file:
+    json.dump([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss], file)
+"""
+
+
 def run(case: Case, folder: Path) -> tuple[Ended, float, int]:
     """Run a command in a folder; how it ended, its seconds of the processor and its peak memory."""
     environment = {
@@ -263,7 +276,7 @@ def run(case: Case, folder: Path) -> tuple[Ended, float, int]:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
     }
-    command = [sys.executable, "-c", PROGRAM, *case.words]
+    command = [sys.executable, "-c", MEASURE, sys.executable, "-c", PROGRAM, *case.words]
     (folder.parent / "in").write_bytes(case.stdin)
     streams = {
         "stdin": (folder.parent / "in").open("rb"),
@@ -271,16 +284,13 @@ def run(case: Case, folder: Path) -> tuple[Ended, float, int]:
         "stderr": (folder.parent / "err").open("wb"),
     }
     try:
-        process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
+        subprocess.run(command, cwd=folder, env=environment, check=True, **streams)
     finally:
         for stream in streams.values():
             stream.close()
-    # Only `wait4` tells what this one process took.
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    code, seconds, kilobytes = json.loads((folder.parent / "usage").read_text())
     out, err = [(folder.parent / name).read_text("utf-8", "replace") for name in ("out", "err")]
-    seconds = usage.ru_utime + usage.ru_stime
-    return Ended(process.returncode, out, err), seconds, usage.ru_maxrss * 1024
+    return Ended(code, out, err), seconds, kilobytes * 1024
 
 
 @pytest.mark.parametrize("case", chosen(), ids=str)

@@ -68,7 +68,7 @@ def test_a_line_that_is_no_row(tmp_path: Path, line: str, reason: str) -> None:
 def test_a_line_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode() + b'\n{"question": "\xff"}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl:2: not a JSON object"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2: not UTF-8 text"):
         get_task("gsm8k", path)
 
 
