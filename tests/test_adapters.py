@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import small_llama
 from torch import Tensor
-from transformers import LlamaConfig
 
 from dmax import LLM, DecodingParams
 from dmax.adapters import (
@@ -27,7 +27,6 @@ from dmax.checkpoint import (
     Checkpoint,
     load_checkpoint,
     merge_adapters,
-    new_checkpoint,
     save_checkpoint,
 )
 from dmax.errors import InputError
@@ -74,22 +73,7 @@ def edit(file: Path, **fields: Any) -> None:
 
 def dense(folder: Path) -> Path:
     """A small Llama that decodes blocks."""
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        block_length=16,
-    )
-    made = new_checkpoint(config, tokenizer)
+    made = small_llama(initializer_range=0.3)
     save_checkpoint(made.model, made.tokenizer, folder, made.special_ids, decoding="threshold")
     return folder
 

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 from published_step import IGNORE, Sample
+from small import small_network
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dmax.checkpoint import load_checkpoint
-from dmax.models import LLaDA2MoeConfig, backbone
-from dmax.models.llada2_moe.modeling import LLaDA2MoeModelLM
 from dmax.recipe import run as runs
 from dmax.recipe.folder import RunFolder
 from dmax.recipe.sections import load_recipe
@@ -81,26 +79,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def new_model(kind: str, attention: str) -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.15,
-        "pad_token_id": EOS,
-        "eos_token_id": EOS,
-        "attn_implementation": attention,
-    }
-    if kind == "llama":
-        return backbone.as_block_diffusion(LlamaForCausalLM(LlamaConfig(**sizes)).double())
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    config = LLaDA2MoeConfig(**sizes, **experts, n_group=2, topk_group=1)
-    config._experts_implementation = "eager"
-    return LLaDA2MoeModelLM(config).double()
+    return small_network(kind, attention, vocab_size=VOCAB, eos=EOS, head_dim=8).double()
 
 
 @pytest.fixture

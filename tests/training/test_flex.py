@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from small import small_network
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import flex_attention as integration
 
 from dmax.attention import noisy_clean, training_mask
-from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM, backbone
 from dmax.training.clean_stream import IGNORE, CleanBatch, noisy_positions
 from dmax.training.objectives import OPUT, ObjectiveModule
 
@@ -72,33 +71,10 @@ def test_the_loss_through_flex_is_that_through_sdpa(
     clean = ragged()
     found = []
     for attention in ("sdpa", "flex_attention"):
-        module = ObjectiveModule(
-            new_model(kind, attention), OPUT(BLOCK, MASK, 0.75, 0.75, "sequences", "argmax", 1.0)
-        )
+        network = small_network(kind, attention, vocab_size=VOCAB, eos=EOS, head_dim=16)
+        objective = OPUT(BLOCK, MASK, 0.75, 0.75, "sequences", "argmax", 1.0)
+        module = ObjectiveModule(network, objective)
         with torch.no_grad():
             inputs = {name: getattr(clean, name) for name in CleanBatch.__dataclass_fields__}
             found.append(module(torch.Generator().manual_seed(2), **inputs))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
-
-
-def new_model(kind: str, attention: str) -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "initializer_range": 0.15,
-        "pad_token_id": EOS,
-        "eos_token_id": EOS,
-        "attn_implementation": attention,
-    }
-    if kind == "llama":
-        return backbone.as_block_diffusion(LlamaForCausalLM(LlamaConfig(**sizes)))
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    config = LLaDA2MoeConfig(**sizes, **experts, n_group=2, topk_group=1)
-    config._experts_implementation = "eager"
-    return LLaDA2MoeModelLM(config)

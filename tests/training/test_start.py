@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from small import small_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from dmax import LLM, DecodingParams
 from dmax.checkpoint import load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.errors import InputError
-from dmax.tiny.tokenizer import build_tokenizer
 
 pytest.importorskip("accelerate")
 
@@ -56,22 +56,8 @@ def load(name: Any) -> Any:
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """A small dense checkpoint that names its ids."""
-    tokenizer = build_tokenizer()
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        block_length=16,
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    made = new_checkpoint(shape, tokenizer)
-    save_checkpoint(made.model, tokenizer, tmp_path / "llama", made.special_ids)
+    made = small_llama()
+    save_checkpoint(made.model, made.tokenizer, tmp_path / "llama", made.special_ids)
     return tmp_path / "llama"
 
 
