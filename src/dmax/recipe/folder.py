@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 from dmax.errors import InputError
 from dmax.files import changes, remove_leftovers, write_atomically, writing
 from dmax.recipe.logs import TENSORBOARD
+from dmax.training.parallel import SCHEDULER
 from dmax.training.ranks import rank
 from dmax.training.sharding import SHARDS, are_whole
 
 RECORD = "run.json"
 TRAINER_STATE = "trainer_state.json"
-SCHEDULER = "scheduler.pt"
 ANEW = "start over with --fresh, or choose another `output_dir`"
 MOVE = "move it away, or choose another `output_dir`"
 
