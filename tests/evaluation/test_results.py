@@ -14,6 +14,7 @@ import torch
 from test_run import PARAMS, Canned, Sums
 
 from dmax import DecodingParams, GenerationOutput, InputError
+from dmax.completers import LocalCompleter
 from dmax.evaluation.results import ResultFiles, differences
 from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.files import write_atomically
@@ -57,7 +58,9 @@ def run(
 ) -> tuple[Summary, list[Sample]]:
     files = ResultFiles(path, **options)
     model: Any = llm or Repeating()
-    summary, samples = evaluate(model, Sums(), params, limit=limit, seed=7, journal=files)
+    summary, samples = evaluate(
+        LocalCompleter(model), Sums(), params, limit=limit, seed=7, journal=files
+    )
     files.finish(summary, samples)
     return summary, samples
 

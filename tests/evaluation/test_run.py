@@ -12,6 +12,7 @@ import torch
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, DecodingParams, GenerationOutput, InputError
+from dmax.completers import LocalCompleter
 from dmax.evaluation.run import Sample, Summary, evaluate
 from dmax.evaluation.statistics import wilson_interval
 from dmax.outputs import Cost, as_record
@@ -81,7 +82,7 @@ def test_wrong_examples_are_refused(llm: LLM, wrong: dict[str, Any]) -> None:
 
 def measure(limit: int = 5, **options: Any) -> tuple[Summary, list[Sample]]:
     llm: Any = Canned()
-    return evaluate(llm, Sums(), PARAMS, limit=limit, seed=7, **options)
+    return evaluate(LocalCompleter(llm), Sums(), PARAMS, limit=limit, seed=7, **options)
 
 
 def test_counts_and_ratios_of_sums() -> None:

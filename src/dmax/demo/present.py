@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dmax.cli.terminal import doing, progress_bar
+from dmax.completers import after
 from dmax.demo.recording import REPEATS, find_story
 from dmax.demo.replay import show
 from dmax.demo.settings import SETTINGS
 from dmax.demo.story import Story
 from dmax.demo.table import TPF, Measured, caption, closing, table
-from dmax.evaluation.run import after, evaluate
+from dmax.evaluation.run import evaluate
 from dmax.llm import LLM
 from dmax.outputs import as_record
 from dmax.tasks import Task, get_task

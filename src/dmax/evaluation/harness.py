@@ -19,10 +19,11 @@ import torch
 
 from dmax import extras
 from dmax.chat_template import MAX_TOKEN, render_chat
+from dmax.completers import CHUNK_BATCHES
 from dmax.decoding import check_strategy, get_strategy
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, did_you_mean
-from dmax.evaluation.run import CHUNK_BATCHES, add_up
+from dmax.evaluation.run import add_up
 from dmax.llm import LLM
 from dmax.messages import read_messages
 from dmax.outputs import GenerationOutput, as_record

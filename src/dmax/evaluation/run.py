@@ -7,17 +7,15 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any, Protocol
 
-from dmax.decoding import get_strategy
-from dmax.environment import environment, weights_digest
+from dmax.completers import Completer, LocalCompleter, after
 from dmax.evaluation.statistics import wilson_interval
 from dmax.llm import LLM
 from dmax.outputs import Cost, GenerationOutput, ratio
 from dmax.params import MOST_PROBLEMS, DecodingParams, check_number
 from dmax.tasks import Example, Task
-
-CHUNK_BATCHES = 4  # batches that are decoded before the results are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +141,7 @@ class Summary:
 
 
 def evaluate(
-    llm: LLM,
+    model: LLM | Completer,
     task: Task,
     params: DecodingParams,
     *,
@@ -156,7 +154,7 @@ def evaluate(
     """Decode examples of a task and score them strictly.
 
     Args:
-        llm: the model.
+        model: a model, or what else completes prompts.
         task: what to solve.
         params: how to decode. `task.max_new_tokens` says how long an answer the task needs; the
             caller decides.
@@ -174,23 +172,30 @@ def evaluate(
     """
     check_number("limit", limit, low=0, high=MOST_PROBLEMS, whole=True)
     check_number("seed", seed, low=0, whole=True)
-    params = llm.resolve(params)
+    completer = LocalCompleter(model) if isinstance(model, LLM) else model
+    params = completer.resolve(params)
     examples = task.examples(limit, seed)
-    settings = _settings_of_run(llm, task, params, examples, limit, seed)
+    settings = _settings_of_run(completer, task, params, examples, limit, seed)
     earlier = journal.begin(settings) if journal else []
     done = {finished.index: finished for finished in earlier}
     waiting = [index for index in range(len(examples)) if index not in done]
     progress(len(done), len(examples))
-    chunk_size = CHUNK_BATCHES * llm.options.max_batch_size
-    for start in range(0, len(waiting), chunk_size):
-        indices = waiting[start : start + chunk_size]
-        so_far = after(len(done), len(examples), progress)
-        chunk = _decode(llm, task, params, examples, indices, so_far)
+    prompts = [[{"role": "user", "content": examples[index].prompt}] for index in waiting]
+    so_far = after(len(done), len(examples), progress)
+    began = time.perf_counter()
+    for group in completer.completions(prompts, params, so_far):
+        pairs = [(waiting[number], output) for number, output in group]
+        samples = [_score(task, examples[index], output) for index, output in pairs]
+        scored = time.perf_counter()
+        share = (scored - began) / len(group)
+        began = scored
+        indices = [index for index, _ in pairs]
+        finished = list(map(FinishedSample, indices, samples, repeat(share)))
         if journal:
-            journal.append(chunk)
-        done |= {finished.index: finished for finished in chunk}
+            journal.append(finished)
+        done |= zip(indices, finished, strict=True)
     ordered = [done[index] for index in range(len(examples))]
-    summary = _summarize(model_name or llm.checkpoint.path, settings, ordered)
+    summary = _summarize(model_name or completer.name, settings, ordered)
     return summary, [finished.sample for finished in ordered]
 
 
@@ -212,49 +217,24 @@ def add_up(completions: Iterable[tuple[int, Cost]]) -> Totals:
     )
 
 
-def after(
-    before: int, total: int, progress: Callable[[int, int], None]
-) -> Callable[[int, int], None]:
-    """Progress of one run among several, of which others have finished `before` already."""
-    return lambda done, _: progress(before + done, total)
-
-
 def _settings_of_run(
-    llm: LLM, task: Task, params: DecodingParams, examples: Sequence[Example], limit: int, seed: int
+    completer: Completer,
+    task: Task,
+    params: DecodingParams,
+    examples: Sequence[Example],
+    limit: int,
+    seed: int,
 ) -> dict[str, Any]:
     """All that the figures of a run depend on, by the names of the fields of `Summary`."""
     questions = json.dumps([[example.prompt, example.answer] for example in examples])
     return {
-        "weights": weights_digest(llm.model),
-        "dtype": str(llm.model.dtype).removeprefix("torch."),
         "task": task.name,
         "examples": hashlib.sha256(questions.encode()).hexdigest()[:16],
         "params": asdict(params),
-        "decoding": repr(get_strategy(params)),
-        "block_length": params.block_length or llm.checkpoint.special_ids.block_length,
-        "batch_size": llm.options.max_batch_size,
+        **completer.settings(params),
         "limit": limit,
         "seed": seed,
-        "environment": environment(llm.model.device) | {"compiled": llm.options.compile_model},
     }
-
-
-def _decode(
-    llm: LLM,
-    task: Task,
-    params: DecodingParams,
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    progress: Callable[[int, int], None],
-) -> list[FinishedSample]:
-    began = time.perf_counter()
-    prompts = [[{"role": "user", "content": examples[index].prompt}] for index in indices]
-    outputs = llm.generate(prompts, params, progress)
-    pairs = list(zip(indices, outputs, strict=True))
-    samples = [_score(task, examples[index], output) for index, output in pairs]
-    share = (time.perf_counter() - began) / len(indices)
-    finished = zip(indices, samples, strict=True)
-    return [FinishedSample(index, sample, share) for index, sample in finished]
 
 
 def _score(task: Task, example: Example, output: GenerationOutput) -> Sample:

@@ -1,0 +1,1 @@
+"""Replicas of a model, on one machine or on many, by Ray Data."""
