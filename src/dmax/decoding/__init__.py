@@ -50,13 +50,23 @@ def strategies() -> tuple[str, ...]:
 def get_strategy(params: DecodingParams) -> Strategy:
     """The strategy that `params` names, with its settings.
 
+    Raises:
+        InputError: there is no strategy of this name, or it does not take these settings.
+    """
+    return strategy_class(params.strategy).from_params(params)
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """The strategy of this name, without settings.
+
     `LLM` replaces "auto" by what the checkpoint names before it comes here; without a checkpoint it
     means threshold decoding.
 
     Raises:
-        InputError: there is no strategy of this name, or it does not take these settings.
+        InputError: there is none.
     """
-    name = FALLBACK if params.strategy == AUTO else params.strategy
+    if name == AUTO:
+        name = FALLBACK
     # Our own table spares a search through all installed packages, which takes milliseconds.
     table = _STRATEGIES if name in _STRATEGIES else _table()
     if name not in table:
@@ -64,8 +74,8 @@ def get_strategy(params: DecodingParams) -> Strategy:
             f"unknown strategy {show(name)}; choose from {', '.join((AUTO, *strategies()))}",
             hint=did_you_mean(name, strategies()),
         )
-    strategy: Strategy = EntryPoint(name, table[name], _GROUP).load().from_params(params)
-    return strategy
+    found: type[Strategy] = EntryPoint(name, table[name], _GROUP).load()
+    return found
 
 
 def check_strategy(params: DecodingParams) -> None:

@@ -1,0 +1,193 @@
+"""What operators and clients of another engine ask of dmax: flat options that begin with `dmax_`.
+
+An engine passes extra options of a request on as they came: values from Python, often texts over
+HTTP. They are read and checked here, where no engine is imported, before the request reaches a
+process that an exception would end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import Field, fields, replace
+from typing import Any
+
+from dmax.decoding import FALLBACK, get_strategy, strategy_class
+from dmax.decoding.strategy import Strategy
+from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.params import AUTO, DecodingParams
+from dmax.tiny import BUNDLED
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "dmax_"
+SHARED = ("strategy", "threshold", "stop_confidence", "top_k", "max_steps_per_block")
+"""The fields of `DecodingParams` among the options; every other one is the strategy's own."""
+ELSEWHERE = {
+    "block_length": "the block length is the checkpoint's",
+    "deadline": "close the connection instead",
+    "ignore_eos": "ask for `ignore_eos`",
+    "max_new_tokens": "ask for `max_tokens`",
+    "options": "name each option of the strategy with `dmax_` before it",
+    "seed": "ask for `seed`",
+    "stop": "ask for `stop`",
+    "temperature": "ask for `temperature`",
+}
+"""The other fields of `DecodingParams`, and what to do instead."""
+FLAGS = {"true": True, "1": True, "false": False, "0": False}
+NOTHING = ("none", "null")
+
+
+def server_params(
+    extra: Mapping[str, Any] | None, named: str | None, auto: str = FALLBACK
+) -> DecodingParams:
+    """How a server decodes requests that ask for nothing else.
+
+    The strategy is the one that the checkpoint names, else the server's `dmax_strategy`, else
+    `auto`. Options for another strategy than the checkpoint's are left out, and a line in the log
+    says so.
+
+    Args:
+        extra: the server's options; those without the prefix are others'.
+        named: the strategy that the checkpoint names; None: it names none.
+        auto: what "auto" stands for, if the checkpoint names none.
+
+    Raises:
+        InputError: as `request_params`.
+    """
+    wanted = given_options(extra).get("strategy", AUTO)
+    chosen = named or auto
+    if wanted not in (AUTO, named) and named is not None:
+        logger.warning(
+            "the checkpoint names the strategy `%s`, so the server's `dmax_strategy` %s and its "
+            "options are left out; to decode it otherwise, change `decoding_strategy` in its "
+            "config.json",
+            named,
+            show(wanted),
+        )
+        return DecodingParams(strategy=named)
+    return request_params(extra, DecodingParams(strategy=chosen), is_trusted=True)
+
+
+def request_params(
+    extra: Mapping[str, Any] | None, server: DecodingParams, *, is_trusted: bool = False
+) -> DecodingParams:
+    """The options of a request over those of its server.
+
+    Texts become numbers where an option is a number, and true or false where it is a flag. A
+    request that names another strategy begins with that strategy's own threshold and options, since
+    the server's were chosen for its own.
+
+    Args:
+        extra: flat options by name; those without the prefix are others'.
+        server: what holds where the request says nothing.
+        is_trusted: whether the options come from the operator, who may name files.
+
+    Raises:
+        InputError: an option that the strategy does not have, or a value out of range or of the
+            wrong type. Whether the strategy takes them together is known when it is made.
+    """
+    given = given_options(extra)
+    name = given.pop("strategy", AUTO)
+    if name not in (AUTO, server.strategy):
+        server = replace(server, strategy=name, threshold=None, options=())
+    known = _known_options(server.strategy)
+    for option in given:
+        if option not in known:
+            raise _unknown(option, server.strategy, [*known])
+    values = {option: _read(value, known[option]) for option, value in given.items()}
+    shared = {option: value for option, value in values.items() if option in SHARED}
+    own = {option: value for option, value in values.items() if option not in SHARED}
+    if not is_trusted and own.get("head", BUNDLED[0]) not in BUNDLED:
+        raise InputError(
+            f"`dmax_head` must be {' or '.join(BUNDLED)} in a request, got {show(own['head'])}",
+            hint="a file of the server is named by the server's own `dmax_head`",
+        )
+    return replace(server, **shared, options=dict(server.options) | own)
+
+
+def check_runs_here(strategy: Strategy, engine: str) -> None:
+    """Raise `InputError` for a strategy that needs more than one open block and its logits.
+
+    Args:
+        strategy: what a request asks for.
+        engine: what the error calls the engine.
+    """
+    needs = None
+    if strategy.blocks > 1:
+        needs = f"{strategy.blocks} open blocks, and {engine} has one"
+    elif strategy.num_branches > 1:
+        needs = f"{strategy.num_branches} branches of a block, and {engine} computes one"
+    elif strategy.needs_hidden_states:
+        needs = f"hidden states, and {engine} gives logits only"
+    if needs:
+        raise InputError(
+            f"strategy `{strategy.name}` needs {needs}",
+            hint="decode it with `dmax.LLM`, or choose another `dmax_strategy`",
+        )
+
+
+def check_request(
+    extra: Mapping[str, Any] | None, server: DecodingParams, engine: str
+) -> DecodingParams:
+    """The parameters of a request that an engine can serve.
+
+    Args:
+        extra: as in `request_params`.
+        server: as in `request_params`.
+        engine: as in `check_runs_here`.
+
+    Raises:
+        InputError: as `request_params`, `dmax.decoding.get_strategy` and `check_runs_here`.
+    """
+    params = request_params(extra, server)
+    check_runs_here(get_strategy(params), engine)
+    return params
+
+
+def one_line(error: InputError) -> str:
+    """An error with its hint, for a response that has room for one line."""
+    return f"{error.message}; {error.hint}" if error.hint else error.message
+
+
+def given_options(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of dmax among others, without their prefix."""
+    mine = {name: value for name, value in (extra or {}).items() if name.startswith(PREFIX)}
+    return {name.removeprefix(PREFIX): value for name, value in mine.items()}
+
+
+def _known_options(strategy: object) -> dict[str, Field]:
+    """Names and fields of all options that a strategy takes: the shared ones and its own."""
+    shared = {entry.name: entry for entry in fields(DecodingParams)}
+    # Subclasses are dataclasses, which mypy cannot know.
+    all_fields: tuple[Field, ...] = fields(strategy_class(strategy))  # type: ignore[arg-type]
+    own = {entry.name: entry for entry in all_fields if entry.init and entry.name not in shared}
+    return {name: shared[name] for name in SHARED} | own
+
+
+def _unknown(option: str, strategy: str, known: list[str]) -> InputError:
+    name = shorten(f"{PREFIX}{option}")
+    if option in ELSEWHERE:
+        return InputError(f"there is no option `{name}`", hint=ELSEWHERE[option])
+    names = [f"{PREFIX}{each}" for each in known]
+    return InputError(
+        f"strategy `{strategy}` has no option `{name}`",
+        hint=did_you_mean(name, names) or f"it has {', '.join(names)}",
+    )
+
+
+def _read(value: Any, field: Field) -> Any:
+    """A value as the field has it, where a text or a number can only mean that; else as it is."""
+    if isinstance(field.default, bool):
+        is_number = isinstance(value, (int, float)) and value in (0, 1)
+        if is_number and not isinstance(value, bool):  # what JSON's true becomes on its way
+            return bool(value)
+        return FLAGS.get(value.lower(), value) if isinstance(value, str) else value
+    if not field.metadata or not isinstance(value, str):
+        return value
+    if field.metadata.get("optional") and value.lower() in NOTHING:
+        return None
+    with suppress(ValueError):  # the check of the field says what was expected
+        return int(value) if field.metadata.get("whole") else float(value)
+    return value
