@@ -1,0 +1,190 @@
+"""What `dmax.LLM` decodes, for the engines to be compared with: prompts, token ids and forwards.
+
+    .venv/bin/python tests/engines/reference.py .engines/reference.json
+
+All of it is greedy or seeded, in float32, on the bundled model; a request does not depend on its
+neighbours in a batch. The file holds groups of requests by name; `load` reads them in the engines'
+environments, which need no more of dmax than its parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmax.params import DecodingParams
+
+if TYPE_CHECKING:
+    from dmax.llm import LLM
+
+MODELS = ("tiny-dmax", "tiny-base")
+"""The bundled models; a group whose name begins with "base" belongs to the second."""
+BLOCK = 32
+NUM_PROMPTS = 64
+CONTEXT = 128
+"""Positions of the engines that are to reach their limit."""
+SPD = DecodingParams(strategy="spd", max_new_tokens=96)
+STRATEGIES: dict[str, DecodingParams] = {
+    "spd": SPD,
+    "threshold": replace(SPD, strategy="threshold"),
+    "spd_top_3": replace(SPD, top_k=3),
+    "spd_careful": replace(SPD, threshold=0.9, stop_confidence=0.99),
+    "joint_threshold": replace(SPD, strategy="joint_threshold"),
+    "autoregressive": replace(SPD, strategy="autoregressive", max_new_tokens=40),
+    "credit": replace(SPD, strategy="credit"),
+    "dparallel": replace(SPD, strategy="dparallel"),
+    "entropy_bound": replace(SPD, strategy="entropy_bound"),
+    "fast_dllm": replace(SPD, strategy="fast_dllm"),
+    "fast_dllm_factor": replace(SPD, strategy="fast_dllm_factor"),
+    "hierarchy": replace(SPD, strategy="hierarchy"),
+    "iter_smooth": replace(SPD, strategy="iter_smooth"),
+    "llada": replace(SPD, strategy="llada"),
+    "sched": replace(SPD, strategy="sched"),
+}
+"""Every strategy with one open block, beside some settings of SPD."""
+
+
+Groups = dict[str, list[tuple[tuple[int, ...], DecodingParams]]]
+"""Prompts and how each is decoded, by the name of the group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request, and what `dmax.LLM` makes of it.
+
+    Attributes:
+        prompt: token ids.
+        params: how it is decoded; the strategy is never "auto".
+        token_ids: the completion, cut at the first EOS.
+        text: of the completion.
+        num_forwards: denoising forwards.
+        finish_reason: "stop" or "length".
+    """
+
+    prompt: tuple[int, ...]
+    params: DecodingParams
+    token_ids: tuple[int, ...]
+    text: str
+    num_forwards: int
+    finish_reason: str
+
+
+def load(group: str) -> list[Wanted]:
+    """The requests of a group, from the file that the environment variable DMAX_REFERENCE names."""
+    groups = json.loads(Path(os.environ["DMAX_REFERENCE"]).read_text("utf-8"))["groups"]
+    return [
+        Wanted(
+            prompt=tuple(row["prompt"]),
+            params=DecodingParams(**row["params"]),
+            token_ids=tuple(row["token_ids"]),
+            text=row["text"],
+            num_forwards=row["num_forwards"],
+            finish_reason=row["finish_reason"],
+        )
+        for row in groups[group]
+    ]
+
+
+def texts() -> list[str]:
+    """The prompts of the group "spd" as texts."""
+    found: list[str] = json.loads(Path(os.environ["DMAX_REFERENCE"]).read_text("utf-8"))["texts"]
+    return found
+
+
+def model_path(name: str = MODELS[0]) -> str:
+    """The folder of a bundled model, which engines take in place of its name."""
+    from dmax.tiny import bundled
+
+    return str(bundled(name))
+
+
+def requests(prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]) -> Groups:
+    """Groups of requests by name.
+
+    Args:
+        prompts: token ids of `NUM_PROMPTS` problems.
+        answers: completions of the first of them by SPD.
+    """
+    first = prompts[:8]
+    groups = {name: [(prompt, params) for prompt in first] for name, params in STRATEGIES.items()}
+    groups["64_spd"] = [(prompt, SPD) for prompt in prompts]
+    groups["64_threshold"] = [(prompt, STRATEGIES["threshold"]) for prompt in prompts]
+    kinds = list(STRATEGIES.values())
+    thresholds = (None, 0.3, 0.7, 0.95)
+    groups["mixed"] = [
+        (prompt, replace(kinds[index % len(kinds)], threshold=thresholds[index % 4]))
+        for index, prompt in enumerate(prompts[:32])
+    ]
+    longest = max(prompts, key=len)
+    groups["tails"] = [(longest[: BLOCK + tail], SPD) for tail in range(BLOCK)]
+    groups["short"] = [(longest[:length], SPD) for length in (1, 2, 7, 16, 30, 31, 32, 33)]
+    # All of the answer is given, so that the block that the prompt ends in holds the EOS.
+    groups["eos_first"] = [
+        ((*prompt, *answer), SPD) for prompt, answer in zip(first, answers[:8], strict=True)
+    ]
+    groups["eos_ignored"] = [(prompt, replace(SPD, ignore_eos=True)) for prompt in first[:4]]
+    groups["few_tokens"] = [
+        (prompt, replace(SPD, max_new_tokens=count))
+        for prompt, count in zip(first, (1, 2, 5, 31, 32, 33, 64, 65), strict=True)
+    ]
+    groups["context"] = [
+        (prompt, replace(SPD, max_new_tokens=CONTEXT - len(prompt), ignore_eos=True))
+        for prompt in (*first, longest[:1], longest[:31], longest[:32])
+    ]
+    sampled = (replace(SPD, temperature=1.5, seed=seed) for seed in range(8))
+    groups["sampled"] = list(zip(first, sampled, strict=True))
+    learned = replace(SPD, strategy="learn2pd", options={"head": "tiny-base"})
+    groups["base_learn2pd"] = [(prompt, learned) for prompt in first]
+    groups["base_joint_threshold"] = groups["joint_threshold"]
+    groups["base_threshold"] = groups["threshold"]
+    return groups
+
+
+def decode(groups: Groups, llms: Sequence[LLM]) -> dict[str, list[dict[str, Any]]]:
+    """The groups with what the models make of them, ready for JSON."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in groups.items():
+        llm = llms[name.startswith("base")]
+        outputs = llm.generate([list(prompt) for prompt, _ in rows], [params for _, params in rows])
+        done[name] = [
+            {
+                "prompt": prompt,
+                "params": asdict(params),
+                "token_ids": output.token_ids,
+                "text": output.text,
+                "num_forwards": output.num_forwards,
+                "finish_reason": output.finish_reason,
+            }
+            for (prompt, params), output in zip(rows, outputs, strict=True)
+        ]
+    return done
+
+
+def main() -> None:
+    """Decode and write."""
+    from transformers.utils import logging
+
+    from dmax.llm import LLM
+    from dmax.tasks import get_task
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    output = parser.parse_args().output
+
+    logging.disable_progress_bar()
+    llms = [LLM(model, dtype="float32", device="cpu") for model in MODELS]
+    llm = llms[0]
+    questions = [example.prompt for example in get_task("word_problems").examples(NUM_PROMPTS, 0)]
+    prompts = [llm.encode(question) for question in questions]
+    answers = [done.token_ids for done in llm.generate([list(ids) for ids in prompts[:8]], SPD)]
+    groups = decode(requests(prompts, answers), llms)
+    output.write_text(json.dumps({"texts": questions, "groups": groups}), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
