@@ -122,7 +122,7 @@ def load_checkpoint(
         block_length=block_length,
         adds_mask=add_mask_token,
     )
-    decoding = _named_decoding(config, name_or_path, folder)
+    decoding = named_decoding(config, name_or_path, folder)
     options = _chosen(attn_implementation, _best_experts(stored, device, experts_implementation))
     place = device if base is None and not lacks_mask else "cpu"  # where there is more to compute
     model = _load_model(base or folder, stored, dtype, place, options)
@@ -283,7 +283,7 @@ def _is_replaceable(folder: Path) -> bool:
     return not entries or (is_checkpoint and is_own)
 
 
-def _named_decoding(
+def named_decoding(
     config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
 ) -> str | None:
     """The strategy that a model was trained for; None where nobody says."""
