@@ -110,6 +110,10 @@ class Strategy(ABC):
                 values[entry.name] = value
         return values
 
+    def without_numbers(self) -> Self:
+        """The same for all strategies that differ only in numbers, so may share a forward."""
+        return self.with_numbers(dict.fromkeys(self.numbers(), 0.0))
+
     def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
         """The same strategy with other `numbers`; they are not checked again."""
         other = copy.copy(self)

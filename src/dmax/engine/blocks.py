@@ -89,16 +89,20 @@ class OpenBlocks:
         self.max_steps[rows] = min(params.max_steps_per_block or steps, most_steps)
         self.ignores_eos[rows] = params.ignore_eos
 
-    def open(self, row: int, known: Sequence[int] = ()) -> None:
-        """Open a block: it begins with `known` tokens, the end of the prompt, then it is masked."""
-        self.tokens[row] = self.mask_token_id
-        self.tokens[row, : len(known)] = torch.tensor(known, dtype=torch.long)
-        self.masked[row] = True
-        self.masked[row, : len(known)] = False
-        self.active[row] = self.masked[row]
-        self.step[row] = 0
-        self.confidence[row] = 0
-        rows = torch.tensor([row], device=self.tokens.device)
+    def open(self, row: int | Tensor, known: Sequence[int] = ()) -> None:
+        """Open blocks in one row, or in each of [B] rows of the device, without a wait for it.
+
+        They begin with `known` tokens, the end of the prompt; then they are masked.
+        """
+        device = self.tokens.device
+        rows = torch.as_tensor(row, device=device).view(-1)
+        self.tokens[rows] = self.mask_token_id
+        self.tokens[rows, : len(known)] = torch.tensor(known, dtype=torch.long, device=device)
+        self.masked[rows] = True
+        self.masked[rows, : len(known)] = False
+        self.active[rows] = self.masked[rows]
+        self.step[rows] = 0
+        self.confidence[rows] = 0
         self._keep(self.state, rows, self.strategy.open(self.view(rows)))
 
     # --- before a forward ---

@@ -284,7 +284,7 @@ class Engine:
 
     def _blocks_for(self, strategy: Strategy) -> OpenBlocks:
         """Where blocks of this strategy are open, whatever numbers it is set to."""
-        shared = strategy.with_numbers(dict.fromkeys(strategy.numbers(), 0.0))
+        shared = strategy.without_numbers()
         blocks = self._blocks.pop(shared, None)
         if blocks is None:
             runner = self.runner

@@ -87,8 +87,7 @@ class Sequence:
         shape = (len(self.rows), self.blocks.block_length, vocab_size)
         if self.generator is None:
             return torch.zeros(shape)
-        exponential = torch.empty(shape).exponential_(generator=self.generator)
-        return self.request.params.temperature * -exponential.log()
+        return gumbel_noise(self.request.params.temperature, self.generator, shape)
 
     # --- what becomes of it after the forward ---
 
@@ -190,6 +189,14 @@ def finished(
     ids = tuple(token_ids)
     output = GenerationOutput("", ids, request.prompt_ids, reason, cost)
     return StreamEvent("finished", "", ids, output=output, index=request.index)
+
+
+def gumbel_noise(
+    temperature: float, generator: torch.Generator, shape: tuple[int, int, int]
+) -> Tensor:
+    """Gumbel noise times the temperature, float32 on the host."""
+    exponential = torch.empty(shape).exponential_(generator=generator)
+    return temperature * -exponential.log()
 
 
 def own_generator(params: DecodingParams) -> torch.Generator | None:

@@ -1,0 +1,102 @@
+"""What stands in for vLLM's sampler: it hands logits to the strategies, and their blocks to vLLM.
+
+vLLM counts computed tokens twice. Its scheduler counts what a request has been given: prompt and
+emitted tokens. The worker counts what stands in the cache for good: whole blocks, without the last
+final one as long as it is not committed, and without the prompt's end, which is forwarded again
+with the open block. `num_sampled` moves the scheduler's count, `num_rejected` the worker's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from dmax.decoding import get_strategy
+from dmax.integrations.options import request_params
+from dmax.integrations.vllm.progress import Progress, on_device
+from dmax.params import DecodingParams
+
+
+class BlockSampler:
+    """Decides about open blocks.
+
+    Args:
+        sampler: vLLM's own, for what it keeps of requests.
+        progress: the requests.
+        server: how requests are decoded that ask for nothing else.
+    """
+
+    penalties_state = SimpleNamespace(output_bin_counts=None)  # read by the runner
+
+    def __init__(self, sampler: Any, progress: Progress, server: DecodingParams) -> None:
+        self.sampling_states = sampler.sampling_states
+        self.logprob_token_ids_state = sampler.logprob_token_ids_state
+        self.progress = progress
+        self.server = server
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> None:
+        """A request has a slot; `Progress.add` was called before."""
+        self.sampling_states.add_request(req_idx, sampling_params)
+        self.logprob_token_ids_state.add_request(req_idx, sampling_params)
+        # vLLM draws missing seeds from a source that is alike in all tensor-parallel processes.
+        seed = int(self.sampling_states.seeds.np[req_idx])
+        params = decoding_params(sampling_params, self.server, seed)
+        self.progress.admit(req_idx, get_strategy(params), params)
+
+    def apply_staged_writes(self) -> None:
+        """Send what was kept of new requests to the device."""
+        self.sampling_states.apply_staged_writes()
+        self.logprob_token_ids_state.apply_staged_writes()
+
+    def __call__(self, logits: Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
+        """Decide, and say what leaves and what was computed for good.
+
+        Args:
+            logits: [logits of decoding requests, V].
+            input_batch: the forward.
+            draft_logits: there is no draft model.
+        """
+        progress = self.progress
+        num_reqs = input_batch.num_reqs
+        with progress.device:
+            sampled = torch.zeros(num_reqs, progress.block_length, dtype=torch.int32)
+            num_sampled = torch.zeros(num_reqs, dtype=torch.int32)
+            num_rejected = torch.zeros(num_reqs, dtype=torch.int32)
+            num_nans = torch.zeros(num_reqs, dtype=torch.int32)
+        self._open_first(input_batch, num_rejected)
+        for group in progress.decoding(input_batch):
+            at = on_device(group.at, progress.device)
+            emitted = group.advance(logits)
+            sampled[at] = emitted.tokens.int()
+            num_sampled[at] = emitted.num_tokens.int()
+            num_rejected[at] = emitted.num_repeated.int()
+            num_nans[at] = emitted.is_broken.int()
+        return SamplerOutput(
+            sampled_token_ids=sampled,
+            logprobs_tensors=None,
+            num_nans=num_nans,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+
+    def _open_first(self, input_batch: Any, num_rejected: Tensor) -> None:
+        """Open a block for every request whose prompt has just been read to its end."""
+        num_read = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+        is_read = num_read >= input_batch.prefill_len_np
+        is_prompt = np.diff(input_batch.cu_num_logits_np[: input_batch.num_reqs + 1]) == 0
+        for row in np.flatnonzero(is_read & is_prompt).tolist():
+            slot = int(input_batch.idx_mapping_np[row])
+            if slot in self.progress.slots:  # else it is a run without requests, to measure memory
+                num_rejected[row] = self.progress.open_first(slot)
+
+
+def decoding_params(sampling_params: Any, server: DecodingParams, seed: int) -> DecodingParams:
+    """What a request asks for."""
+    params = request_params(sampling_params.extra_args, server)
+    return replace(params, temperature=sampling_params.temperature, seed=seed % 2**63)
