@@ -7,6 +7,7 @@ import pytest
 
 from dmax.decoding import get_strategy, strategies
 from dmax.errors import InputError
+from dmax.integrations import options
 from dmax.integrations.options import (
     check_request,
     check_runs_here,
@@ -55,9 +56,12 @@ def test_options_of_the_server_hold_for_the_strategy_of_the_checkpoint() -> None
 def test_options_for_another_strategy_than_the_checkpoints_are_left_out_with_a_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    options._tell_left_out.cache_clear()
     extra = {"dmax_strategy": "threshold", "dmax_threshold": 0.99}
     with caplog.at_level(logging.WARNING):
-        assert server_params(extra, "spd") == DecodingParams(strategy="spd")
+        for _ in range(2):
+            assert server_params(extra, "spd") == DecodingParams(strategy="spd")
+    assert len(caplog.records) == 1
     assert "names the strategy `spd`" in caplog.text
     assert "`decoding_strategy`" in caplog.text
 
@@ -65,6 +69,11 @@ def test_options_for_another_strategy_than_the_checkpoints_are_left_out_with_a_l
 def test_the_operator_may_name_a_file() -> None:
     extra = {"dmax_strategy": "learn2pd", "dmax_head": "somewhere/learn2pd.safetensors"}
     assert dict(server_params(extra, None).options) == {"head": extra["dmax_head"]}
+
+
+def test_what_the_operator_asked_for_holds_where_a_client_could_not_ask_for_it() -> None:
+    server = server_params({"dmax_top_k": 100}, "spd")
+    assert request_params({"dmax_threshold": 0.7}, server).top_k == 100
 
 
 # --- a request over its server ---
@@ -156,6 +165,7 @@ def test_an_option_of_a_strategy_is_a_number_too() -> None:
         ({"dmax_top_k": 3.5}, "`top_k` must be a whole number between 1 and 1024, got 3.5"),
         ({"dmax_top_k": "9" * 5000}, "`top_k` must be a whole number between 1 and 1024"),
         ({"dmax_top_k": 0}, "`top_k` must be a whole number between 1 and 1024, got 0"),
+        ({"dmax_top_k": 33}, "`dmax_top_k` must be at most 32 in a request, got 33"),
         ({"dmax_max_steps_per_block": -1}, "`max_steps_per_block` must be a whole number"),
         ({"dmax_soft_inputs": "maybe"}, "`soft_inputs` must be true or false, got 'maybe'"),
         ({"dmax_soft_inputs": 2}, "`soft_inputs` must be true or false, got 2"),

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import Field, fields, replace
+from functools import cache
 from typing import Any
 
 from dmax.decoding import FALLBACK, get_strategy, strategy_class
@@ -19,7 +20,8 @@ from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.params import AUTO, DecodingParams
 from dmax.tiny import BUNDLED
 
-logger = logging.getLogger(__name__)
+# A child of vLLM's own, since servers show no others; elsewhere it is one like any other.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 PREFIX = "dmax_"
 SHARED = ("strategy", "threshold", "stop_confidence", "top_k", "max_steps_per_block")
@@ -35,6 +37,8 @@ ELSEWHERE = {
     "temperature": "ask for `temperature`",
 }
 """The other fields of `DecodingParams`, and what to do instead."""
+MOST_CANDIDATES = 32
+"""The largest `top_k` of a client: an engine keeps and embeds as many candidates for every slot."""
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 NOTHING = ("none", "null")
 
@@ -59,15 +63,19 @@ def server_params(
     wanted = given_options(extra).get("strategy", AUTO)
     chosen = named or auto
     if wanted not in (AUTO, named) and named is not None:
-        logger.warning(
-            "the checkpoint names the strategy `%s`, so the server's `dmax_strategy` %s and its "
-            "options are left out; to decode it otherwise, change `decoding_strategy` in its "
-            "config.json",
-            named,
-            show(wanted),
-        )
+        _tell_left_out(named, show(wanted))
         return DecodingParams(strategy=named)
     return request_params(extra, DecodingParams(strategy=chosen), is_trusted=True)
+
+
+@cache  # once for a process, which may ask for every request
+def _tell_left_out(named: str, wanted: str) -> None:
+    logger.warning(
+        "the checkpoint names the strategy `%s`, so the server's `dmax_strategy` %s and its "
+        "options are left out; to decode it otherwise, change `decoding_strategy` in its config",
+        named,
+        wanted,
+    )
 
 
 def request_params(
@@ -99,12 +107,10 @@ def request_params(
     values = {option: _read(value, known[option]) for option, value in given.items()}
     shared = {option: value for option, value in values.items() if option in SHARED}
     own = {option: value for option, value in values.items() if option not in SHARED}
-    if not is_trusted and own.get("head", BUNDLED[0]) not in BUNDLED:
-        raise InputError(
-            f"`dmax_head` must be {' or '.join(BUNDLED)} in a request, got {show(own['head'])}",
-            hint="a file of the server is named by the server's own `dmax_head`",
-        )
-    return replace(server, **shared, options=dict(server.options) | own)
+    params = replace(server, **shared, options=dict(server.options) | own)
+    if not is_trusted:
+        _check_client(values, params)
+    return params
 
 
 def check_runs_here(strategy: Strategy, engine: str) -> None:
@@ -164,6 +170,20 @@ def _known_options(strategy: object) -> dict[str, Field]:
     all_fields: tuple[Field, ...] = fields(strategy_class(strategy))  # type: ignore[arg-type]
     own = {entry.name: entry for entry in all_fields if entry.init and entry.name not in shared}
     return {name: shared[name] for name in SHARED} | own
+
+
+def _check_client(values: Mapping[str, Any], params: DecodingParams) -> None:
+    """What only the operator may ask for: files, and more memory than there is for everyone."""
+    head = values.get("head")
+    if head is not None and head not in BUNDLED:
+        raise InputError(
+            f"`dmax_head` must be {' or '.join(BUNDLED)} in a request, got {show(head)}",
+            hint="a file of the server is named by the server's own `dmax_head`",
+        )
+    if "top_k" in values and params.top_k > MOST_CANDIDATES:
+        raise InputError(
+            f"`dmax_top_k` must be at most {MOST_CANDIDATES} in a request, got {params.top_k}"
+        )
 
 
 def _unknown(option: str, strategy: str, known: list[str]) -> InputError:
