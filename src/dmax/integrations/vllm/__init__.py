@@ -18,13 +18,22 @@ def register() -> None:
 
 
 def _register() -> None:
+    from dmax.integrations.vllm.versions import complaint
+
+    if said := complaint():
+        logger.warning(said)
+        return
+
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import dmax.models.auto  # noqa: F401  # transformers' Auto classes learn the family
+    from dmax.integrations.vllm import metrics, requests
     from dmax.integrations.vllm.config import BlockDiffusionConfig
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         path = "dmax.integrations.vllm.model:LLaDA2MoeForBlockDiffusion"
         ModelRegistry.register_model(ARCHITECTURE, path)
     MODELS_CONFIG_MAP[ARCHITECTURE] = BlockDiffusionConfig
+    requests.install()
+    metrics.install()
