@@ -251,11 +251,17 @@ def drop_unfinished_line(path: Path) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Write a text to the end of a file; raises `InputError` if that cannot be done."""
+    """Write a text to the end of a file; raises `InputError` if that cannot be done.
+
+    The system is asked once, so that a process that is killed has written all of it or nothing;
+    only a disk that fills up takes a part.
+    """
+    left = memoryview(text.encode())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("ab", buffering=0) as file:
+            while left:
+                left = left[file.write(left) :]
 
 
 def changes(

@@ -12,6 +12,8 @@ from responder import PARAMS, PROMPTS, Responder, by_index, counts, lines, run
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, GenerationOutput, InputError, StreamEvent
+from dmax import files as files_module
+from dmax.distill import files as distill_files
 from dmax.distill import model
 from dmax.distill.files import ResponseFiles
 from dmax.distill.filters import Filters
@@ -53,6 +55,22 @@ def test_a22_finished_responses_are_kept_unfiltered_and_the_others_set_apart(out
     assert [record["reason"] for record in dropped] == ["unfinished", "empty"]
     assert report.tokens == sum(record["tokens"] for record in [*by_index(output), *dropped]) == 21
     assert report.tpf == report.tokens / 7
+
+
+def test_responses_that_are_finished_together_are_appended_at_once(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appended: list[tuple[str, int]] = []
+
+    def append(path: Path, text: str) -> None:
+        appended.append((path.name, text.count("\n")))
+        files_module.append(path, text)
+
+    monkeypatch.setattr(distill_files, "append", append)
+    together = ["even1", "even2", "endless one", "endless two", "even3"]  # by their length
+    run(output, Responder(), together)
+    written = [each for each in appended if each[1]]
+    assert written == [(output.name, 3), (apart(output).name, 2)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

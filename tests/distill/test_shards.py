@@ -86,6 +86,13 @@ def test_more_prompts_go_to_more_shards(folder: Path) -> None:
     assert [len(lines(shard)) for shard in sorted(folder.glob("train-*"))] == [4, 1, 4, 1]
 
 
+def test_answers_that_are_finished_together_are_divided_among_shards(folder: Path) -> None:
+    together = [f"prompt {index}" for index in range(10)]  # as many steps each
+    assert run(folder, Responder(), together, shard_size=4).kept == 10
+    assert [len(lines(shard)) for shard in sorted(folder.glob("train-*"))] == [4, 4, 2]
+    assert sorted(record["index"] for record in records(folder)) == list(range(10))
+
+
 def test_a_damaged_shard_is_refused(folder: Path) -> None:
     run(folder, Responder(), MANY, shard_size=4)
     shard = folder / "train-00001.jsonl"

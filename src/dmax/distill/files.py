@@ -7,8 +7,9 @@ dropped, each line with its reason, and `a.manifest.json` what the responses dep
 lines of the next one stand in `partial.jsonl`, beside `dropped.jsonl` and `manifest.json`.
 `datasets.load_dataset(folder)` reads the shards and passes over the others.
 
-A line is on its way to the disk before the next response is waited for, so that a killed process
-loses what it was decoding, and nothing else.
+Lines are on their way to the disk before the next responses are waited for, so that a killed
+process loses what it was decoding, and nothing else. Responses that are finished together are
+appended to a file at once.
 """
 
 from __future__ import annotations
@@ -44,6 +45,23 @@ NUMBERED = re.compile(rb'\{"index": (\d{1,18}), ')
 ANEW = "choose a new output, or move the earlier one away"
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is written down of a prompt.
+
+    Attributes:
+        index: its number.
+        prompt: what was asked.
+        answer: what came back.
+        reason: why that is dropped, in a word; None if it is kept.
+    """
+
+    index: int
+    prompt: Prompt
+    answer: Answer
+    reason: str | None
+
+
 @dataclass(slots=True)
 class Tally:
     """What has been answered, before a run was interrupted and since then.
@@ -62,7 +80,15 @@ class Tally:
     tokens: int = 0
     forwards: int = 0
 
-    def add(self, index: int, tokens: int | None, forwards: int | None, reason: str | None) -> None:
+    def add(self, entry: Entry) -> None:
+        """Count a prompt that has just been settled."""
+        answer = entry.answer
+        counts = (None, None) if isinstance(answer, Refusal) else (answer.tokens, answer.forwards)
+        self.count(entry.index, *counts, entry.reason)
+
+    def count(
+        self, index: int, tokens: int | None, forwards: int | None, reason: str | None
+    ) -> None:
         """Count the response to prompt `index`; a `reason` is why it is dropped."""
         self.done.add(index)
         self.tokens += tokens or 0
@@ -182,20 +208,24 @@ class ResponseFiles:
         for manifest in sorted(manifests):
             _check_same(manifest, settings)
 
-    def write(self, index: int, prompt: Prompt, answer: Answer, reason: str | None) -> None:
-        """Write a response down among the kept ones, or among the dropped ones if given a reason.
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Write responses down, each among the kept ones or among the dropped ones.
+
+        A file grows by all of them at once, unless a shard is full.
 
         Raises:
             InputError: the disk is full.
         """
         self._begin()
-        line = _line(index, prompt, answer, reason)
-        if reason is not None:
-            append(self.dropped, line)
-            return
-        append(self.journal, line)
-        self._num_lines += 1
-        self._close_shard(self._shard_size)
+        if dropped := [_line(entry) for entry in entries if entry.reason is not None]:
+            append(self.dropped, "".join(dropped))
+        kept = [_line(entry) for entry in entries if entry.reason is None]
+        while kept:
+            room = len(kept) if self._shard_size is None else self._shard_size - self._num_lines
+            lines, kept = kept[:room], kept[room:]
+            append(self.journal, "".join(lines))
+            self._num_lines += len(lines)
+            self._close_shard(self._shard_size)
 
     def finish(self) -> None:
         """Close the last shard, however many responses it has."""
@@ -277,7 +307,7 @@ class ResponseFiles:
             if not is_ours or index in tally.done:
                 what = "answers another prompt" if not is_ours else f"answers prompt {index} again"
                 raise InputError(f"{file}:{number} {what}", hint="choose a new output")
-            tally.add(index, tokens, forwards, reason)
+            tally.count(index, tokens, forwards, reason)
         can_grow = file in (self.journal, self.dropped)
         if rest and not (can_grow and self._is_beginning(rest, prompts)):
             raise InputError(
@@ -303,9 +333,10 @@ def _beside(output: Path, name: str, part: str | None) -> Path:
     return output.with_suffix(f".{name}") if part is None else output / f"{stem}{part}.{suffix}"
 
 
-def _line(index: int, prompt: Prompt, answer: Answer, reason: str | None) -> str:
+def _line(entry: Entry) -> str:
+    prompt, answer = entry.prompt, entry.answer
     text = "" if isinstance(answer, Refusal) else answer.text
-    record: dict[str, Any] = {"index": index}
+    record: dict[str, Any] = {"index": entry.index}
     if isinstance(prompt, str):
         record |= {"prompt": prompt, "response": text}
     else:
@@ -315,8 +346,8 @@ def _line(index: int, prompt: Prompt, answer: Answer, reason: str | None) -> str
     else:
         counts = {"tokens": answer.tokens, "forwards": answer.forwards}
         record |= {name: count for name, count in counts.items() if count is not None}
-    if reason is not None:
-        record["reason"] = reason
+    if entry.reason is not None:
+        record["reason"] = entry.reason
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

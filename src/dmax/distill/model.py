@@ -78,10 +78,14 @@ class ModelAnswerer:
                 try:
                     running[index] = self._submit(engine, index, prompts[index])
                 except InputError as error:
-                    yield index, Refusal(error)
-            for event in engine.step() if running else ():
-                if event.kind == "finished":
-                    yield event.index, self._answer(running.pop(event.index), event)
+                    yield [(index, Refusal(error))]
+            finished = [
+                (event.index, self._answer(running.pop(event.index), event))
+                for event in (engine.step() if running else ())
+                if event.kind == "finished"
+            ]
+            if finished:
+                yield finished
 
     def _submit(self, engine: Engine, index: int, prompt: Prompt) -> Request:
         request = self._llm.request(index, as_chat(prompt), self._params)

@@ -38,8 +38,11 @@ class Refusal:
 
 
 Answer = Response | Refusal
-Answers = Generator[tuple[int, Answer], None, None]
-"""Answers with the numbers of their prompts; closing it ends what is still being answered."""
+Answers = Generator[list[tuple[int, Answer]], None, None]
+"""Groups of answers that are finished together, each with the number of its prompt.
+
+Closing it ends what is still being answered.
+"""
 
 
 class Answerer(Protocol):
@@ -49,7 +52,7 @@ class Answerer(Protocol):
         """All that a response depends on, as JSON has it."""
 
     def answers(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> Answers:
-        """Answer the prompts of these numbers, each once, in the order in which they are finished.
+        """Answer the prompts of these numbers, each once; a group is given once it is finished.
 
         Raises:
             InputError: nothing can be answered any more.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from dmax.distill.files import ResponseFiles, Tally
+from dmax.distill.files import Entry, ResponseFiles, Tally
 from dmax.distill.filters import Filters
 from dmax.distill.responses import Answer, Answerer, Prompt, Refusal
 from dmax.outputs import ratio
@@ -77,11 +77,14 @@ def distill(
         began, tokens_before = time.perf_counter(), tally.tokens
         progress(len(tally.done), len(numbers), "")
         with closing(answerer.answers(prompts, waiting)) as answers:
-            for index, answer in _trusted(answers, is_proven=_is_proven(tally)):
-                _settle(index, prompts[index], answer, files, filters, tally)
-                tokens = tally.tokens - tokens_before
-                speed = f"{ratio(tokens, time.perf_counter() - began):,.0f} tokens/s"
-                progress(len(tally.done), len(numbers), speed if tokens else "")
+            for group in _trusted(answers, is_proven=_is_proven(tally)):
+                entries = [_settle(index, prompts[index], each, filters) for index, each in group]
+                files.write(entries)
+                for entry in entries:
+                    tally.add(entry)
+                    tokens = tally.tokens - tokens_before
+                    speed = f"{ratio(tokens, time.perf_counter() - began):,.0f} tokens/s"
+                    progress(len(tally.done), len(numbers), speed if tokens else "")
         files.finish()
         seconds = time.perf_counter() - began
     return Report(
@@ -95,22 +98,10 @@ def distill(
     )
 
 
-def _settle(
-    index: int,
-    prompt: Prompt,
-    answer: Answer,
-    files: ResponseFiles,
-    filters: Filters,
-    tally: Tally,
-) -> None:
-    """Keep or drop an answer, and count it."""
-    if isinstance(answer, Refusal):
-        files.write(index, prompt, answer, "refused")
-        tally.add(index, None, None, "refused")
-    else:
-        reason = filters.reason(index, answer)
-        files.write(index, prompt, answer, reason)
-        tally.add(index, answer.tokens, answer.forwards, reason)
+def _settle(index: int, prompt: Prompt, answer: Answer, filters: Filters) -> Entry:
+    """Keep or drop an answer."""
+    reason = "refused" if isinstance(answer, Refusal) else filters.reason(index, answer)
+    return Entry(index, prompt, answer, reason)
 
 
 def _is_proven(tally: Tally) -> bool:
@@ -119,8 +110,8 @@ def _is_proven(tally: Tally) -> bool:
 
 
 def _trusted(
-    answers: Iterator[tuple[int, Answer]], is_proven: bool
-) -> Iterator[tuple[int, Answer]]:
+    answers: Iterator[list[tuple[int, Answer]]], is_proven: bool
+) -> Iterator[list[tuple[int, Answer]]]:
     """The same answers; refusals wait until something is answered.
 
     One prompt in a million may be too long, and is dropped. If everything is refused, the fault is
@@ -130,15 +121,15 @@ def _trusted(
         InputError: the first refusal, if nothing is answered.
     """
     held: list[tuple[int, Refusal]] = []
-    for index, answer in answers:
-        if isinstance(answer, Refusal) and not is_proven:
-            held.append((index, answer))
-            if len(held) == MOST_REFUSED:
-                break
+    for group in answers:
+        refused = [(index, each) for index, each in group if isinstance(each, Refusal)]
+        is_proven = is_proven or len(refused) < len(group)
+        if is_proven:
+            yield [*held, *group]
+            held.clear()
             continue
-        is_proven = True
-        yield from held
-        held.clear()
-        yield index, answer
+        held += refused
+        if len(held) >= MOST_REFUSED:
+            break
     if held:
         raise held[0][1].error

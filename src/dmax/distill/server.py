@@ -113,7 +113,7 @@ class ServerAnswerer:
                         break
                     for task in runner.run(_finished(running)):
                         running.remove(task)
-                        yield task.result()
+                        yield [task.result()]  # alone: the next one may raise
                     num_slots = self._options.concurrency
             finally:
                 runner.run(_end(running, client))
