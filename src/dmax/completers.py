@@ -5,7 +5,7 @@ What measures and compares models stands on `Completer`, so that it does not ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dmax.decoding import get_strategy
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dmax.llm import LLM
     from dmax.prompts import Prompt
 
-Completions = Iterator[list[tuple[int, GenerationOutput]]]
-"""Groups of finished prompts: the number of each, and its completion."""
+Completions = Generator[list[tuple[int, GenerationOutput]], None, None]
+"""Groups of finished prompts: the number of each, and its completion. Closing it ends the rest."""
 Progress = Callable[[int, int], None]
 """Told how many of how many are finished."""
 
