@@ -121,19 +121,28 @@ class Slots:
         flags = []
         for start in range(0, len(slots), at_once):
             part = slice(start, start + at_once)
-            noise = self._noise(slots[part], length, vocab_size)
+            noise = self._noise(slots[part], rows[part], (1, length, vocab_size))
             output = Output(logits[part], self.special_ids.mask_token_id)
             flags.append(decide(blocks, rows[part], output, noise=noise))
         return torch.cat(flags, dim=1)
 
-    def _noise(self, slots: Sequence[int], length: int, vocab_size: int) -> Tensor | None:
-        """[B, L, V], the same numbers as in our own engine; None if the slots are greedy."""
+    def _noise(
+        self, slots: Sequence[int], rows: Tensor, shape: tuple[int, int, int]
+    ) -> Tensor | None:
+        """[B, L, V], the same numbers as in our own engine; None if the slots are greedy.
+
+        Nothing is drawn for spare rows: a draw belongs to a forward. To know them, the host waits.
+        """
+        sources = [(self._tenants[slot].params, self._tenants[slot].generator) for slot in slots]
+        if all(generator is None for _, generator in sources):
+            return None
         noise = [
-            gumbel_noise(tenant.params.temperature, tenant.generator, (1, length, vocab_size))
-            for tenant in map(self._tenants.__getitem__, slots)
-            if tenant.generator is not None
+            torch.zeros(shape)
+            if generator is None or row == self.spare
+            else gumbel_noise(params.temperature, generator, shape)
+            for (params, generator), row in zip(sources, rows.tolist(), strict=True)
         ]
-        return torch.cat(noise).to(self.device) if noise else None
+        return torch.cat(noise).to(self.device)
 
     def _blocks_for(self, strategy: Strategy) -> OpenBlocks:
         """Where blocks of this strategy are open, whatever numbers it is set to."""

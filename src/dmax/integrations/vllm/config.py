@@ -29,7 +29,7 @@ class BlockDiffusionConfig(VerifyAndUpdateConfig):
         """Add what the files of a checkpoint leave out."""
         hf = model_config.hf_config
         hf.block_length = hf.block_length or FAMILY_BLOCK_LENGTH["llada2_moe"]
-        hf.canvas_length = hf.block_length  # `ModelConfig.is_diffusion` looks for this name
+        hf.canvas_length = 2 * hf.block_length  # `ModelConfig.is_diffusion` looks for this name
         if hf.mask_token_id is None:
             hf.mask_token_id = MASK_TOKEN_ID
         hf.use_qk_norm = hf.use_rmsnorm = True  # what BailingMoeV2's layers ask for
@@ -40,7 +40,7 @@ class BlockDiffusionConfig(VerifyAndUpdateConfig):
         """Fit sizes to whole blocks."""
         length = vllm_config.model_config.hf_config.block_length
         if vllm_config.diffusion_config is None:
-            vllm_config.diffusion_config = DiffusionConfig(canvas_length=length)
+            vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * length)
         model = vllm_config.model_config
         model.max_model_len -= model.max_model_len % length
         vllm_config.cache_config.block_size = length
