@@ -34,6 +34,7 @@ class BlockDiffusionConfig(VerifyAndUpdateConfig):
             hf.mask_token_id = MASK_TOKEN_ID
         hf.use_qk_norm = hf.use_rmsnorm = True  # what BailingMoeV2's layers ask for
         hf.embedding_dropout = 0.0
+        hf.router_dtype = "fp32"
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:

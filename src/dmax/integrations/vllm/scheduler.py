@@ -104,7 +104,7 @@ class WholeBlocks(Scheduler):
         return [], True
 
     def make_spec_decoding_stats(self, stats: Any, **counts: Any) -> Any:
-        """vLLM's metrics: a denoising step is a forward over an open block."""
+        """Count for metrics of vLLM: a denoising step is a forward over an open block."""
         if counts["request_id"] in self._idle:
             return stats
         width = min(counts["num_draft_tokens"], self.block_length)
