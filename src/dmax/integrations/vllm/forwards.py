@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dmax.outputs import Cost
+
 
 @dataclass(slots=True)
 class Forwards:
@@ -50,10 +52,6 @@ class Forwards:
         return self.block_length * (1 + self.is_uncommitted)
 
     @property
-    def cost(self) -> dict[str, int]:
-        """The counts by the names of `dmax.outputs.Cost`."""
-        return {
-            "num_forwards": self.num_forwards,
-            "num_prefill_forwards": self.num_prefill_forwards,
-            "num_commit_forwards": self.num_commit_forwards,
-        }
+    def cost(self) -> Cost:
+        """The counts."""
+        return Cost(self.num_forwards, self.num_prefill_forwards, self.num_commit_forwards)

@@ -8,7 +8,6 @@ with the open block. `num_sampled` moves the scheduler's count, `num_rejected` t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from dmax.decoding import get_strategy
-from dmax.integrations.options import request_params
 from dmax.integrations.vllm.progress import Progress, on_device
+from dmax.integrations.vllm.requests import decoding_params
 from dmax.params import DecodingParams
 
 
@@ -94,9 +93,3 @@ class BlockSampler:
             slot = int(input_batch.idx_mapping_np[row])
             if slot in self.progress.slots:  # else it is a run without requests, to measure memory
                 num_rejected[row] = self.progress.open_first(slot)
-
-
-def decoding_params(sampling_params: Any, server: DecodingParams, seed: int) -> DecodingParams:
-    """What a request asks for."""
-    params = request_params(sampling_params.extra_args, server)
-    return replace(params, temperature=sampling_params.temperature, seed=seed % 2**63)

@@ -12,15 +12,14 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.request import RequestStatus
 
 from dmax.integrations.vllm.config import special_ids
 from dmax.integrations.vllm.forwards import Forwards
+from dmax.integrations.vllm.metrics import snapshot
 
 logger = init_logger("vllm.dmax")
-
-NAME = "dmax"
-"""What the counts of a request are called in its response."""
 
 
 class WholeBlocks(Scheduler):
@@ -45,15 +44,13 @@ class WholeBlocks(Scheduler):
         request.max_tokens = min(request.max_tokens, self.context - request.num_prompt_tokens)
         self._forwards.setdefault(request.request_id, Forwards(self.block_length))
         super().add_request(request)
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self.num_spec_tokens)
 
     def _free_request(self, request: Any, delay_free_blocks: bool = False) -> tuple[Any, Any]:
-        """Forget a request; what it cost goes along with what a KV connector tells its client."""
-        transfer, other = super()._free_request(request, delay_free_blocks)
+        """Forget a request."""
         self._broken.discard(request.request_id)
-        forwards = self._forwards.pop(request.request_id, None)
-        if forwards is not None:
-            transfer = {**(transfer or {}), NAME: forwards.cost}
-        return transfer, other
+        self._forwards.pop(request.request_id, None)
+        return super()._free_request(request, delay_free_blocks)
 
     # --- what is planned ---
 
@@ -72,21 +69,29 @@ class WholeBlocks(Scheduler):
     # --- what came out ---
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Count forwards, end requests that cannot go on, take what was emitted."""
+        """Take what was emitted; count forwards, and end requests that cannot go on."""
         self._idle = set()
         nans: Mapping[str, int] = model_runner_output.num_nans_in_logits or {}
+        running = {}
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(req_id)
             if request is None or request.is_finished():
                 continue
+            forwards = self._forwards[req_id]
+            running[req_id] = request, forwards
             width = len(scheduler_output.scheduled_spec_decode_tokens.get(req_id, ()))
             index = model_runner_output.req_id_to_index[req_id]
             has_emitted = bool(model_runner_output.sampled_token_ids[index])
-            if not self._forwards[req_id].count(width, has_emitted):
+            if not forwards.count(width, has_emitted):
                 self._idle.add(req_id)
             if nans.get(req_id):
                 self._broken.add(req_id)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in (each for client in outputs.values() for each in client.outputs):
+            if output.request_id in running:
+                request, forwards = running[output.request_id]
+                output.spec_decode_metrics = snapshot(request, output, forwards.cost)
+        return outputs
 
     def _update_request_with_output(
         self, request: Any, new_token_ids: list[int], is_stale: bool = False
