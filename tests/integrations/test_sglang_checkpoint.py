@@ -46,7 +46,7 @@ def test_without_a_file_the_checkpoint_decides() -> None:
 
 def test_the_strategy_of_a_checkpoint_wins(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        params = server_decoding({"strategy": "threshold", "threshold": 0.9}, "spd")
+        params = server_decoding({"strategy": "fast_dllm", "threshold": 0.9}, "spd")
     assert params == DecodingParams(strategy="spd")
     assert "the checkpoint names the strategy `spd`" in caplog.text
 
