@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -42,7 +43,7 @@ ACCEPTED = frozenset(
 NEUTRAL = {"top_k": (0, -1)}
 """Values without an effect besides the default."""
 INSTEAD = {
-    "structured_outputs": "leave out `response_format` and tool choices that need one",
+    "structured_outputs": "leave it out, as other structured outputs and forced tool calls",
     "top_k": "`dmax_top_k` in `vllm_xargs` is the number of candidates in soft inputs",
 }
 """What to do instead of asking for it."""
@@ -62,8 +63,10 @@ def check_params(params: SamplingParams, server: DecodingParams) -> DecodingPara
         value = getattr(params, name)
         is_asked = not (name.startswith("_") or name in ACCEPTED)
         if is_asked and _has_effect(value, getattr(neutral, name), NEUTRAL.get(name, ())):
+            what = "`response_format`" if name == "structured_outputs" else f"`{name}`"
+            got = f", got {show(value)}" if isinstance(value, Real) else ""
             raise InputError(
-                f"`{name}` does not go with decoding by blocks, got {show(value)}",
+                f"{what} does not go with decoding by blocks{got}",
                 hint=INSTEAD.get(name, "leave it out"),
             )
     extra = params.extra_args or {}
@@ -132,7 +135,10 @@ def check_prompt(request: Any, mask_token_id: int) -> None:
             hint="leave it out: blocks are masked by the engine",
         )
     if request.lora_request is not None:
-        raise InputError("adapters cannot be chosen by request", hint="merge them: `dmax merge`")
+        raise InputError(
+            "adapters cannot be chosen by request",
+            hint="serve the checkpoint that they are merged into (`merge: true` in its recipe)",
+        )
 
 
 @contextmanager
