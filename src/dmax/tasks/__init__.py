@@ -35,7 +35,7 @@ class Example:
     Attributes:
         prompt: what the model is asked.
         answer: what it should answer.
-        reference: a worked solution, if there is one.
+        reference: a worked solution, or the answer as its source has it, if there is one.
     """
 
     prompt: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def equal(gold: str, answer: str) -> bool:
     return _comparer().compare(gold, answer)
 
 
+def equal_any(golds: Sequence[str], answers: Sequence[str]) -> bool:
+    """Whether any answer equals any gold one, by sympy as arithmetic or by math-verify.
+
+    Unlike in `equal`, an answer may be a sentence: math-verify looks for a formula in it. What
+    cannot be read, or not compared in time, is not equal.
+
+    Raises:
+        InputError: math-verify is missing or does not start.
+    """
+    return _comparer().compare_any(golds, answers)
+
+
 @cache
 def _comparer() -> Comparer:
     comparer = Comparer()
@@ -52,3 +65,7 @@ class Comparer(Worker):
     def compare(self, gold: str, answer: str) -> bool:
         """Whether the process says that they are equal; False if it says nothing."""
         return self.ask(json.dumps([gold, answer])) == "true"
+
+    def compare_any(self, golds: Sequence[str], answers: Sequence[str]) -> bool:
+        """Whether the process says that any are equal; False if it says nothing."""
+        return self.ask(json.dumps({"golds": golds, "answers": answers})) == "true"

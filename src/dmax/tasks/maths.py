@@ -33,10 +33,10 @@ def last_box(text: str) -> str | None:
     if not boxes:
         return None
     last = boxes[-1]
-    return _clean(last["bare"] or _until_closed(text[last.end() :])) or None
+    return _clean(last["bare"] or until_closed(text[last.end() :])) or None
 
 
-def _until_closed(text: str) -> str:
+def until_closed(text: str) -> str:
     """The text up to the brace that closes what was open before it; empty if none does."""
     depth = 1
     for found in BRACE.finditer(text):
@@ -131,10 +131,11 @@ class Asdiv(WordProblemBenchmark):
         """A row has `question`, often `body` before it, and `answer` such as `9 (apples)`."""
         body = row.optional_text("body")
         question = row.text("question")
-        answer = row.text("answer").partition(" (")[0]
-        if not answer.strip():
+        answer = row.text("answer")
+        number = answer.partition(" (")[0].strip()
+        if not number:
             raise row.wrong("`answer` has nothing before its unit")
-        return Example(self.prompt(f"{body} {question}"), _without_unit(answer.strip()))
+        return Example(self.prompt(f"{body} {question}"), _without_unit(number), answer)
 
 
 class Math500(MathBenchmark):

@@ -78,12 +78,12 @@ def _without_prose(text: str) -> str:
         return text
     for end in range(len(lines), start, -1):
         code = "\n".join(lines[start:end])
-        if _parse(code):
+        if parse(code):
             return code
     return text
 
 
-def _parse(code: str) -> ast.Module | None:
+def parse(code: str) -> ast.Module | None:
     """The tree of a program; None if it is no Python, holds null bytes, or is nested too deeply."""
     try:
         with warnings.catch_warnings(action="ignore"):  # the completion's own faults
@@ -97,7 +97,7 @@ def definitions(code: str) -> str:
 
     A program that cannot be read, or has none of them, is given back as it stands.
     """
-    tree = _parse(code)
+    tree = parse(code)
     if tree is None:
         return code
     kept = [node for node in tree.body if _is_definition(node)]
@@ -120,7 +120,7 @@ def _is_definition(node: ast.stmt) -> bool:
 
 def defined(code: str) -> set[str]:
     """Names of the functions and classes that a program defines; empty if it cannot be read."""
-    tree = _parse(code)
+    tree = parse(code)
     if tree is None:
         return set()
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -128,7 +128,7 @@ def defined(code: str) -> set[str]:
 
 def used(code: str) -> set[str]:
     """Names that a program reads anywhere; empty if it cannot be read."""
-    tree = _parse(code)
+    tree = parse(code)
     if tree is None:
         return set()
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
