@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
-from string import Template
 
+from dmax.evaluation.document import Cell, Column, document, table, template
 from dmax.evaluation.plots import draw
 from dmax.evaluation.statistics import (
     CAREFUL,
@@ -22,27 +20,6 @@ from dmax.evaluation.statistics import (
 
 NONE = "none"
 AUP_UNIT = "% × tokens per forward"
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: what it shows.
-        value: what its column is sorted by; empty: the text.
-    """
-
-    text: str
-    value: float | str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A heading with its unit."""
-
-    name: str
-    unit: str = ""
 
 
 POINT_COLUMNS = (
@@ -74,17 +51,14 @@ def page(record: SweepRecord, title: str) -> str:
     ours = our_curve(points)
     areas = aup_table(record)
     machine = [(Cell(name), Cell(str(value))) for name, value in record["environment"].items()]
-    template = Template(
-        files("dmax.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    )
-    return template.substitute(
-        title=escape(title),
+    body = template("report.html").substitute(
         what=escape(_what(record)),
         picture=svg[svg.index("<svg") :],
-        areas=_table(_aup_caption(points), AREA_COLUMNS, [_area_row(row) for row in areas], ours),
-        points=_table(_points_caption(points), POINT_COLUMNS, list(map(_point_row, points)), ours),
-        machine=_table("Of the last point measured.", (Column("what"), Column("value")), machine),
+        areas=table(_aup_caption(points), AREA_COLUMNS, [_area_row(row) for row in areas], ours),
+        points=table(_points_caption(points), POINT_COLUMNS, list(map(_point_row, points)), ours),
+        machine=table("Of the last point measured.", (Column("what"), Column("value")), machine),
     )
+    return document(title, body)
 
 
 def _what(record: SweepRecord) -> str:
@@ -143,27 +117,3 @@ def _point_row(point: Point) -> tuple[Cell, ...]:
             for name, form in (("tpf", ".2f"), ("tpf_paper", ".2f"), ("tokens_per_second", ".0f"))
         ),
     )
-
-
-def _table(
-    caption: str,
-    columns: Sequence[Column],
-    rows: Sequence[Sequence[Cell]],
-    ours: str | None = None,
-) -> str:
-    """A table with its caption; the rows of our curve stand out."""
-    lines = [f'<table class="sorted"><caption>{escape(caption)}</caption>', "<thead><tr>"]
-    for column in columns:
-        unit = f" <small>{escape(column.unit)}</small>" if column.unit else ""
-        lines.append(f'<th scope="col">{escape(column.name)}{unit}</th>')
-    lines.append("</tr></thead><tbody>")
-    for row in rows:
-        marked = ' class="ours"' if row[0].text == ours else ""
-        cells = (
-            f'<td data-value="{escape(str(cell.text if cell.value == "" else cell.value))}">'
-            f"{escape(cell.text)}</td>"
-            for cell in row
-        )
-        lines.append(f"<tr{marked}>{''.join(cells)}</tr>")
-    lines.append("</tbody></table>")
-    return "\n".join(lines)
