@@ -31,7 +31,7 @@ LAYERS = {
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.prompts"), 4),
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
     "dmax.completers": 5,
-    **dict.fromkeys(("dmax.recipe", "dmax.distill", "dmax.benchmark"), 6),
+    **dict.fromkeys(("dmax.recipe", "dmax.distill", "dmax.benchmark", "dmax.reproduce"), 6),
     "dmax.integrations": 6,
     **dict.fromkeys(("dmax.cli", "dmax.demo", "dmax"), 6),
     "dmax.tiny.tokenizer": 6,  # the package itself only knows paths

@@ -17,6 +17,7 @@ from dmax import extras
 from dmax.cli import options
 from dmax.cli.boundary import DEBUG, Commands, keeping, run
 from dmax.cli.distill import distill
+from dmax.cli.reproduce import reproduce
 from dmax.cli.terminal import (
     ConsoleHandler,
     console,
@@ -148,6 +149,9 @@ app.command()(train)
 
 
 app.command()(distill)
+
+
+app.command()(reproduce)
 
 
 @app.command("eval")

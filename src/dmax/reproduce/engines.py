@@ -1,0 +1,123 @@
+"""The engines that a table can be measured with, opened by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+
+from dmax import extras
+from dmax.decoding import get_strategy
+from dmax.errors import InputError
+from dmax.params import DecodingParams
+from dmax.reproduce.table import Requirement
+
+if TYPE_CHECKING:
+    from dmax.completers import Completer
+
+LABELS = {"dmax": "dmax", "vllm": "vLLM", "sglang": "SGLang"}
+COMPLETERS = {
+    "vllm": "dmax.integrations.vllm.completer:VllmCompleter",
+    "sglang": "dmax.integrations.sglang.completer:SglangCompleter",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """What decodes, and on what.
+
+    Attributes:
+        name: one of `table.ENGINES`.
+        batch_size: sequences decoded together.
+        dtype: of the weights.
+        device: of dmax's own engine; the others choose theirs.
+        tensor_parallel: over how many GPUs; dmax's own engine has one.
+    """
+
+    name: str = "dmax"
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    tensor_parallel: int = 1
+
+    def check(self) -> None:
+        """Make sure that the engine is there; asked before a checkpoint is downloaded.
+
+        Raises:
+            InputError: its package is missing, or it cannot have these settings.
+        """
+        if self.name != "dmax":
+            extras.require(
+                self.name, self.name, f"measuring with {LABELS[self.name]}", "leave out --engine"
+            )
+        elif self.tensor_parallel > 1:
+            raise InputError("dmax's own engine decodes on one GPU", hint="--engine vllm")
+
+
+def check_requirement(requires: Requirement | None, table: str, engine: EngineChoice) -> None:
+    """Make sure that what a table is about is there, so that nothing else is measured in its name.
+
+    Raises:
+        InputError: another engine was asked for, or there are too few GPUs.
+    """
+    if requires is None:
+        return
+    num_gpus = torch.cuda.device_count()
+    wanted = LABELS[requires.engine]
+    needs = f"`{table}` is measured with {wanted} over {requires.tensor_parallel} GPUs"
+    possible = "dmax reproduce table1 --only dmax-math --only dmax-coder measures tokens/s on what "
+    possible += "there is, under its own name; --trial tries the wiring of this one"
+    if engine.name != requires.engine:
+        raise InputError(f"{needs}, not with {LABELS[engine.name]}", hint=possible)
+    if num_gpus < requires.tensor_parallel:
+        raise InputError(f"{needs}; this machine has {num_gpus}", hint=possible)
+
+
+def check_strategy_runs(params: DecodingParams, engine: EngineChoice) -> None:
+    """Raise `InputError` unless the engine runs the strategy of these settings."""
+    if engine.name != "dmax":
+        from dmax.integrations.options import check_runs_here
+
+        check_runs_here(get_strategy(params), LABELS[engine.name])
+
+
+@contextmanager
+def opened(engine: EngineChoice, model: str) -> Iterator[Completer]:
+    """A model in an engine, whose memory is free again afterwards.
+
+    Raises:
+        InputError: the model cannot be read, or the engine does not run it.
+    """
+    completer = _open(engine, model)
+    try:
+        yield completer
+    finally:
+        close = getattr(completer, "close", None)
+        if close is not None:
+            close()
+        del completer
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _open(engine: EngineChoice, model: str) -> Completer:
+    if engine.name == "dmax":
+        from dmax.completers import LocalCompleter
+        from dmax.llm import LLM
+
+        size = engine.batch_size
+        return LocalCompleter(
+            LLM(model, dtype=engine.dtype, device=engine.device, max_batch_size=size)
+        )
+    module, _, name = COMPLETERS[engine.name].partition(":")
+    completer: Callable[..., Completer] = getattr(import_module(module), name)
+    return completer(
+        model,
+        dtype=engine.dtype,
+        max_batch_size=engine.batch_size,
+        tensor_parallel_size=engine.tensor_parallel,
+    )
