@@ -147,6 +147,7 @@ class Advance:
     Attributes:
         tokens: [B, L] int64.
         masked: [B, L] bool.
+        written: [B, L] bool, positions that took a token, be it the one they had.
         done: [B] bool, the block is finished.
         forced: [B] bool, the strategy promoted nothing, so the leftmost mask was decoded.
         capped: [B] bool, the cap on steps closed the block before it had converged.
@@ -155,6 +156,7 @@ class Advance:
 
     tokens: Tensor
     masked: Tensor
+    written: Tensor
     done: Tensor
     forced: Tensor
     capped: Tensor
@@ -232,6 +234,7 @@ def apply(view: View, decision: Decision) -> Advance:
     return Advance(
         tokens=tokens,
         masked=masked,
+        written=write & ~masked,
         done=converged | last,
         forced=forced.any(dim=1),
         capped=last & ~converged,

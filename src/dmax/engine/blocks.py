@@ -50,6 +50,7 @@ class OpenBlocks:
             self.tokens = torch.zeros(shape, dtype=torch.long)
             self.masked = torch.zeros(shape, dtype=torch.bool)
             self.active = torch.zeros(shape, dtype=torch.bool)
+            self.written = torch.zeros(shape, dtype=torch.bool)
             self.confidence = torch.zeros(shape)
             self.step = torch.zeros(num_rows, dtype=torch.long)
             self.max_steps = torch.zeros(num_rows, dtype=torch.long)
@@ -70,6 +71,7 @@ class OpenBlocks:
         self.tokens = _with_rows(self.tokens, num_rows)
         self.masked = _with_rows(self.masked, num_rows)
         self.active = _with_rows(self.active, num_rows)
+        self.written = _with_rows(self.written, num_rows)
         self.confidence = _with_rows(self.confidence, num_rows)
         self.step = _with_rows(self.step, num_rows)
         self.max_steps = _with_rows(self.max_steps, num_rows)
@@ -165,6 +167,7 @@ class OpenBlocks:
         """Keep what a step made of the blocks in `rows` [B]."""
         self.tokens[rows] = advance.tokens
         self.masked[rows] = advance.masked
+        self.written[rows] = advance.written
         self.step[rows] += 1
         if decision.confidence is not None:
             self.confidence[rows] = decision.confidence.float()

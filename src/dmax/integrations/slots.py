@@ -30,11 +30,19 @@ MOST_LOGITS = 2**28
 
 @dataclass(slots=True)
 class Tenant:
-    """Who has a slot: the blocks that it is decoded in, and where its noise comes from."""
+    """Who has a slot.
+
+    Attributes:
+        blocks: what it is decoded in.
+        params: how.
+        generator: where its noise comes from; None: it is decoded greedily.
+        source: the state of the generator before the first step of the open block.
+    """
 
     blocks: OpenBlocks
     params: DecodingParams
     generator: torch.Generator | None
+    source: Tensor | None = None
 
 
 class Slots:
@@ -62,22 +70,40 @@ class Slots:
 
     # --- who is here ---
 
-    def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
+    def admit(
+        self,
+        slot: int,
+        strategy: Strategy,
+        params: DecodingParams,
+        source: Tensor | None = None,
+    ) -> None:
         """Give a slot to a request; its block is still to be opened.
 
         Args:
             slot: in [0, num_slots).
             strategy: what `params` names, with one open block.
             params: temperature, seed, and cap on steps are read here.
+            source: what `release` returned of a request that goes on; None for a new one.
         """
         self.release(slot)
         blocks = self._blocks_for(strategy)
         blocks.admit(slot, strategy, params)
-        self._tenants[slot] = Tenant(blocks, params, own_generator(params))
+        generator = own_generator(params)
+        if generator is not None and source is not None:
+            generator.set_state(source)
+        self._tenants[slot] = Tenant(blocks, params, generator)
 
-    def release(self, slot: int) -> None:
-        """Free a slot, if anyone has it."""
-        self._tenants.pop(slot, None)
+    def release(self, slot: int) -> Tensor | None:
+        """Free a slot, if anyone has it.
+
+        Returns:
+            Where its noise goes on if its open block is decoded again; None if it draws none.
+        """
+        tenant = self._tenants.pop(slot, None)
+        if tenant is None or tenant.generator is None:
+            return None
+        has_begun = int(tenant.blocks.step[slot]) > 0
+        return tenant.source if has_begun else tenant.generator.get_state()
 
     def __contains__(self, slot: object) -> bool:
         return slot in self._tenants
@@ -121,27 +147,30 @@ class Slots:
         flags = []
         for start in range(0, len(slots), at_once):
             part = slice(start, start + at_once)
-            noise = self._noise(slots[part], rows[part], (1, length, vocab_size))
+            noise = self._noise(blocks, slots[part], rows[part], (1, length, vocab_size))
             output = Output(logits[part], self.special_ids.mask_token_id)
             flags.append(decide(blocks, rows[part], output, noise=noise))
         return torch.cat(flags, dim=1)
 
     def _noise(
-        self, slots: Sequence[int], rows: Tensor, shape: tuple[int, int, int]
+        self, blocks: OpenBlocks, slots: Sequence[int], rows: Tensor, shape: tuple[int, int, int]
     ) -> Tensor | None:
         """[B, L, V], the same numbers as in our own engine; None if the slots are greedy.
 
         Nothing is drawn for spare rows: a draw belongs to a forward. To know them, the host waits.
         """
-        sources = [(self._tenants[slot].params, self._tenants[slot].generator) for slot in slots]
-        if all(generator is None for _, generator in sources):
+        tenants = [self._tenants[slot] for slot in slots]
+        if all(tenant.generator is None for tenant in tenants):
             return None
-        noise = [
-            torch.zeros(shape)
-            if generator is None or row == self.spare
-            else gumbel_noise(params.temperature, generator, shape)
-            for (params, generator), row in zip(sources, rows.tolist(), strict=True)
-        ]
+        where = torch.stack((rows, blocks.step[rows]), dim=1).tolist()
+        noise = []
+        for tenant, (row, step) in zip(tenants, where, strict=True):
+            if tenant.generator is None or row == self.spare:
+                noise.append(torch.zeros(shape))
+                continue
+            if step == 0:
+                tenant.source = tenant.generator.get_state()
+            noise.append(gumbel_noise(tenant.params.temperature, tenant.generator, shape))
         return torch.cat(noise).to(self.device)
 
     def _blocks_for(self, strategy: Strategy) -> OpenBlocks:

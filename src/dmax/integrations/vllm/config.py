@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+from vllm.config.compilation import CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from dmax.checkpoint import named_decoding
 from dmax.decoding import FALLBACK
-from dmax.integrations.options import check_request
+from dmax.errors import InputError
+from dmax.integrations.options import check_request, one_line
 from dmax.integrations.options import server_params as options_of_server
 from dmax.params import DecodingParams
-from dmax.special_ids import FAMILY_BLOCK_LENGTH, SpecialIds
+from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 
 ENGINE = "vLLM"
-MASK_TOKEN_ID = 156_895  # of published checkpoints, which do not name it
+PUBLISHED_MASK = 156_895
+"""MASK of the published checkpoints, where neither files nor tokenizer name it."""
 NO_FOLDER = Path("/")  # of a hub id
+MAX_SEQUENCES = 64
+"""Requests at once, unless somebody asks for a number; each has logits for a block."""
 
 
 class BlockDiffusionConfig(VerifyAndUpdateConfig):
@@ -28,28 +36,34 @@ class BlockDiffusionConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Add what the files of a checkpoint leave out."""
         hf = model_config.hf_config
-        hf.block_length = hf.block_length or FAMILY_BLOCK_LENGTH["llada2_moe"]
-        hf.canvas_length = 2 * hf.block_length  # `ModelConfig.is_diffusion` looks for this name
-        if hf.mask_token_id is None:
-            hf.mask_token_id = MASK_TOKEN_ID
+        ids = _resolve_ids(model_config)
+        hf.mask_token_id = ids.mask_token_id
+        hf.eos_token_id = list(ids.eos_token_ids)
+        hf.block_length = ids.block_length
+        hf.canvas_length = ids.block_length  # `ModelConfig.is_diffusion` looks for this name
         hf.use_qk_norm = hf.use_rmsnorm = True  # what BailingMoeV2's layers ask for
         hf.embedding_dropout = 0.0
         hf.router_dtype = "fp32"
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
-        """Fit sizes to whole blocks."""
-        length = vllm_config.model_config.hf_config.block_length
-        if vllm_config.diffusion_config is None:
-            vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * length)
+        """Fit sizes to whole blocks; refuse what does not go with them.
+
+        Raises:
+            ValueError: an argument that block diffusion cannot do, in one line.
+        """
+        try:
+            cls._fit(vllm_config)
+        except InputError as error:
+            raise ValueError(one_line(error)) from None
+
+    @staticmethod
+    def _fit(vllm_config: Any) -> None:
         model = vllm_config.model_config
+        length = special_ids(model.hf_config).block_length
         model.max_model_len -= model.max_model_len % length
-        vllm_config.cache_config.block_size = length
-        scheduler = vllm_config.scheduler_config
-        scheduler.max_num_batched_tokens -= scheduler.max_num_batched_tokens % length
-        # Async scheduling is settled later than this hook; the function asks when it is called.
-        scheduler.scheduler_cls = "dmax.integrations.vllm.scheduler.make_scheduler"
-        vllm_config.attention_config.use_non_causal = True
+        _check(vllm_config, length)
+        _set_sizes(vllm_config, length)
         _set_defaults(model)
         # A wrong option of the operator ends the start, not the first request.
         check_request(None, server_params(vllm_config), ENGINE)
@@ -57,9 +71,114 @@ class BlockDiffusionConfig(VerifyAndUpdateConfig):
 
 def special_ids(hf_config: Any) -> SpecialIds:
     """Ids and block length of a configuration that the hooks have completed."""
-    eos = hf_config.eos_token_id
-    ends = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    return SpecialIds(hf_config.mask_token_id, ends, ends[0], hf_config.block_length)
+    return resolve_special_ids(hf_config, None)
+
+
+def _resolve_ids(model_config: Any) -> SpecialIds:
+    hf = model_config.hf_config
+    mask = hf.mask_token_id
+    if mask is None:
+        mask = find_mask_token_id(hf, _tokenizer(model_config))
+    if mask is None:
+        mask = PUBLISHED_MASK
+    return resolve_special_ids(hf, None, mask_token_id=mask)
+
+
+def _tokenizer(model_config: Any) -> Any:
+    """The tokenizer of a checkpoint; None if there is none, or none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_config.tokenizer, revision=model_config.tokenizer_revision
+        )
+    except (OSError, ValueError):  # vLLM says what is wrong when it reads it
+        return None
+
+
+def _check(vllm_config: Any, length: int) -> None:
+    """Raise `InputError` for arguments that do not go together with blocks."""
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    cache = vllm_config.cache_config
+    context = vllm_config.model_config.max_model_len
+    pages = cache.block_size
+    canvas = getattr(vllm_config.diffusion_config, "canvas_length", None)
+    backend = getattr(vllm_config.attention_config.backend, "name", None)
+    refused = [
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"`--pipeline-parallel-size` must be 1, got {parallel.pipeline_parallel_size}",
+            "blocks are fed on the first device and decided on the last; use "
+            "`--tensor-parallel-size`",
+        ),
+        (
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+            "context parallelism does not go with blocks",
+            "use `--tensor-parallel-size`",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding does not go with blocks, which take the place of drafts",
+            "leave out `--speculative-config`",
+        ),
+        (
+            context < length,
+            f"`--max-model-len` must hold at least a block of {length} tokens",
+            "raise it",
+        ),
+        (
+            scheduler.max_num_batched_tokens < length,
+            f"`--max-num-batched-tokens` must be at least {length}, a block, "
+            f"got {scheduler.max_num_batched_tokens}",
+            "leave it out",
+        ),
+        (
+            0 < scheduler.long_prefill_token_threshold < length,
+            f"`--long-prefill-token-threshold` must be at least {length}, a block, "
+            f"got {scheduler.long_prefill_token_threshold}",
+            "leave it out",
+        ),
+        (
+            cache.user_specified_block_size and cache.enable_prefix_caching and pages % length,
+            f"prefixes cannot be shared with `--block-size` {pages}, which does not hold whole "
+            f"blocks of {length}",
+            "leave it out, or add `--no-enable-prefix-caching`",
+        ),
+        (
+            canvas not in (None, length, 2 * length),
+            f"`canvas_length` {canvas} contradicts the block length {length} of the checkpoint",
+            "leave out `--diffusion-config`",
+        ),
+        (
+            backend == "FLASHINFER",
+            "blocks need attention in both directions, which FlashInfer does not have here",
+            "leave out `--attention-backend`",
+        ),
+    ]
+    for is_refused, said, hint in refused:
+        if is_refused:
+            raise InputError(said, hint=hint)
+
+
+def _set_sizes(vllm_config: Any, length: int) -> None:
+    """Fit sizes to blocks of a length."""
+    scheduler = vllm_config.scheduler_config
+    cache = vllm_config.cache_config
+    # Async scheduling is settled after this hook. Without it, blocks are committed along with the
+    # next ones: some forwards take two blocks of a request, and captured graphs take one.
+    is_synchronous = scheduler.async_scheduling is False or current_platform.is_cpu()
+    width = 2 * length if is_synchronous else length
+    if is_synchronous:
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    vllm_config.diffusion_config = DiffusionConfig(canvas_length=width)
+    scheduler.scheduler_cls = "dmax.integrations.vllm.scheduler.make_scheduler"
+    if scheduler.max_num_seqs >= scheduler.DEFAULT_MAX_NUM_SEQS:  # what nobody chose
+        scheduler.max_num_seqs = MAX_SEQUENCES
+    # Prefixes may be shared only if what a page holds depends on nothing after it. 16 is what
+    # kernels ask for.
+    if not cache.user_specified_block_size:
+        cache.block_size = math.lcm(length, 16)
+        cache.user_specified_block_size = True  # or a backend would choose another
+    vllm_config.attention_config.use_non_causal = True
 
 
 def server_params(vllm_config: Any) -> DecodingParams:

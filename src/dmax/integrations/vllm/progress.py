@@ -29,8 +29,12 @@ from dmax.blend import Embed
 from dmax.decoding.strategy import Strategy
 from dmax.engine.blocks import OpenBlocks
 from dmax.integrations.slots import Slots
+from dmax.integrations.vllm.logprobs import Logprobs
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds
+
+MOST_SOURCES = 1024
+"""Requests that were preempted or have finished, whose source of noise is kept; each has 5 kB."""
 
 
 class Progress:
@@ -47,6 +51,7 @@ class Progress:
         final: [slots + 1, L] int64, the last final block of each request.
         uncommitted: [slots + 1] bool, clean keys and values of `final` are still to be written.
         num_known: [slots + 1] int64, tokens of the prompt that the open block begins with.
+        logprobs: log-probabilities of tokens, for those who ask.
     """
 
     def __init__(
@@ -60,22 +65,55 @@ class Progress:
             self.final = torch.zeros(num_slots + 1, self.block_length, dtype=torch.long)
             self.uncommitted = torch.zeros(num_slots + 1, dtype=torch.bool)
             self.num_known = torch.zeros(num_slots + 1, dtype=torch.long)
+        self.logprobs = Logprobs(special_ids, num_slots, device)
+        self._names: dict[int, str] = {}
         self._tails: dict[int, Sequence[int]] = {}
+        self._sources: dict[str, Tensor] = {}  # of requests that may come back, the last one last
 
-    def add(self, slot: int, prompt_ids: Sequence[int]) -> None:
-        """A request, new or preempted before, has a slot; its prompt is still to be read."""
-        start = len(prompt_ids) // self.block_length * self.block_length
-        self._tails[slot] = tuple(prompt_ids[start:])
+    def add(self, slot: int, name: str, token_ids: Sequence[int], *, is_new: bool) -> None:
+        """A request has a slot; its tokens are still to be read.
+
+        Args:
+            slot: its slot.
+            name: its name.
+            token_ids: its prompt; of a preempted request also what has left.
+            is_new: nothing of it has left.
+        """
+        self._names[slot] = name
+        start = len(token_ids) // self.block_length * self.block_length
+        self._tails[slot] = tuple(token_ids[start:])
         self.uncommitted[slot] = False
+        if is_new:
+            self._sources.pop(name, None)
 
-    def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
-        """How the request in a slot is decoded."""
-        self.slots.admit(slot, strategy, params)
+    def admit(
+        self,
+        slot: int,
+        strategy: Strategy,
+        params: DecodingParams,
+        num_logprobs: int | None = None,
+    ) -> None:
+        """How the request in a slot is decoded.
+
+        Args:
+            slot: its slot.
+            strategy: what `params` names.
+            params: how to decode.
+            num_logprobs: most probable tokens to report beside each token; None: none, nor its own
+                log-probability.
+        """
+        source = self._sources.pop(self._names[slot], None)
+        self.slots.admit(slot, strategy, params, source)
+        self.logprobs.admit(slot, num_logprobs)
 
     def remove(self, slot: int) -> None:
-        """A request is finished or preempted."""
-        self.slots.release(slot)
-        self._tails.pop(slot, None)
+        """A request is finished or preempted; vLLM does not say which."""
+        source = self.slots.release(slot)
+        if source is not None:
+            self._sources[self._names[slot]] = source
+            for name in list(self._sources)[:-MOST_SOURCES]:
+                del self._sources[name]
+        del self._names[slot], self._tails[slot]
 
     def open_first(self, slot: int) -> int:
         """Open the block that a prompt ends in.
@@ -94,6 +132,8 @@ class Progress:
         Args:
             batch: vLLM's `InputBatch`.
         """
+        if not batch.num_draft_tokens:  # prompts only, or a run without requests
+            return
         num_logits = np.diff(batch.cu_num_logits_np[: batch.num_reqs + 1])
         at = np.flatnonzero(num_logits)
         for _, indices in self.slots.groups(batch.idx_mapping_np[at].tolist()):
@@ -106,6 +146,7 @@ class Emitted:
 
     Attributes:
         tokens: [N, L] int64, the block that has converged, without the end of the prompt.
+        order: [N, L] int64, which positions of the block they are.
         num_tokens: [N] int64, how many of them there are; 0 for a block that stays open.
         num_repeated: [N] int64, tokens of the forward that must be computed again.
         is_broken: [N] bool, the request cannot go on: its logits held a NaN, or its strategy
@@ -113,6 +154,7 @@ class Emitted:
     """
 
     tokens: Tensor
+    order: Tensor
     num_tokens: Tensor
     num_repeated: Tensor
     is_broken: Tensor
@@ -187,6 +229,7 @@ class Decoding:
         targets = torch.where(is_commit, progress.slots.spare, self.rows)
         own_logits = logits[self._positions(self._last(self.logit_starts))]  # [N, L, V]
         flags = progress.slots.decide(self.slots, targets, own_logits)
+        progress.logprobs.keep(self.slots, targets, self.blocks, own_logits)
         done, _, _, invalid, broken, _ = flags & ~is_commit
         is_broken = invalid | broken
         done = done & ~is_broken
@@ -195,8 +238,10 @@ class Decoding:
         tokens = self.blocks.tokens[targets]
         num_known = progress.num_known[self.rows]
         order = torch.arange(length, device=progress.device) + num_known[:, None]
+        order = order.clamp(max=length - 1)
         emitted = Emitted(
-            tokens=tokens.gather(1, order.clamp(max=length - 1)),
+            tokens=tokens.gather(1, order),
+            order=order,
             num_tokens=torch.where(done, length - num_known, is_broken.long()),
             # What was final before this forward is committed now; the open block is not.
             num_repeated=on_device(self.widths, progress.device)

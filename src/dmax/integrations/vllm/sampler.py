@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from dmax.decoding import get_strategy
@@ -35,23 +36,20 @@ class BlockSampler:
 
     def __init__(self, sampler: Any, progress: Progress, server: DecodingParams) -> None:
         self.sampling_states = sampler.sampling_states
-        self.logprob_token_ids_state = sampler.logprob_token_ids_state
         self.progress = progress
         self.server = server
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """A request has a slot; `Progress.add` was called before."""
         self.sampling_states.add_request(req_idx, sampling_params)
-        self.logprob_token_ids_state.add_request(req_idx, sampling_params)
         # vLLM draws missing seeds from a source that is alike in all tensor-parallel processes.
         seed = int(self.sampling_states.seeds.np[req_idx])
         params = decoding_params(sampling_params, self.server, seed)
-        self.progress.admit(req_idx, get_strategy(params), params)
+        self.progress.admit(req_idx, get_strategy(params), params, sampling_params.logprobs)
 
     def apply_staged_writes(self) -> None:
         """Send what was kept of new requests to the device."""
         self.sampling_states.apply_staged_writes()
-        self.logprob_token_ids_state.apply_staged_writes()
 
     def __call__(self, logits: Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
         """Decide, and say what leaves and what was computed for good.
@@ -68,6 +66,7 @@ class BlockSampler:
             num_sampled = torch.zeros(num_reqs, dtype=torch.int32)
             num_rejected = torch.zeros(num_reqs, dtype=torch.int32)
             num_nans = torch.zeros(num_reqs, dtype=torch.int32)
+            order = torch.zeros(num_reqs, progress.block_length, dtype=torch.long)
         self._open_first(input_batch, num_rejected)
         for group in progress.decoding(input_batch):
             at = on_device(group.at, progress.device)
@@ -76,12 +75,32 @@ class BlockSampler:
             num_sampled[at] = emitted.num_tokens.int()
             num_rejected[at] = emitted.num_repeated.int()
             num_nans[at] = emitted.is_broken.int()
+            order[at] = emitted.order
         return SamplerOutput(
             sampled_token_ids=sampled,
-            logprobs_tensors=None,
+            logprobs_tensors=self._logprobs(input_batch, order),
             num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
+        )
+
+    def _logprobs(self, input_batch: Any, order: Tensor) -> LogprobsTensors | None:
+        """Log-probabilities of the blocks in slots, for the requests that ask for them.
+
+        Whether a block leaves is known on the device only, so every request has a whole block here;
+        vLLM takes as much of it as has left.
+        """
+        slots = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        num_top = self.progress.logprobs.most(slots.tolist())
+        if num_top is None:
+            return None
+        rows = on_device(slots.astype(np.int64), self.progress.device)
+        ids, values, ranks = self.progress.logprobs.of(rows, order, num_top)
+        return LogprobsTensors(
+            logprob_token_ids=ids.flatten(0, 1).int(),
+            logprobs=values.flatten(0, 1),
+            selected_token_ranks=ranks.flatten(),
+            cu_num_generated_tokens=[at * order.shape[1] for at in range(len(slots) + 1)],
         )
 
     def _open_first(self, input_batch: Any, num_rejected: Tensor) -> None:
