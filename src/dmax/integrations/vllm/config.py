@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,68 +96,72 @@ def _tokenizer(model_config: Any) -> Any:
 
 
 def _check(vllm_config: Any, length: int) -> None:
-    """Raise `InputError` for arguments that do not go together with blocks."""
-    parallel = vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
-    cache = vllm_config.cache_config
-    context = vllm_config.model_config.max_model_len
-    pages = cache.block_size
-    canvas = getattr(vllm_config.diffusion_config, "canvas_length", None)
-    backend = getattr(vllm_config.attention_config.backend, "name", None)
-    refused = [
-        (
-            parallel.pipeline_parallel_size > 1,
-            f"`--pipeline-parallel-size` must be 1, got {parallel.pipeline_parallel_size}",
-            "blocks are fed on the first device and decided on the last; use "
-            "`--tensor-parallel-size`",
-        ),
-        (
-            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
-            "context parallelism does not go with blocks",
-            "use `--tensor-parallel-size`",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding does not go with blocks, which take the place of drafts",
-            "leave out `--speculative-config`",
-        ),
-        (
-            context < length,
-            f"`--max-model-len` must hold at least a block of {length} tokens",
-            "raise it",
-        ),
-        (
-            scheduler.max_num_batched_tokens < length,
-            f"`--max-num-batched-tokens` must be at least {length}, a block, "
-            f"got {scheduler.max_num_batched_tokens}",
-            "leave it out",
-        ),
-        (
-            0 < scheduler.long_prefill_token_threshold < length,
-            f"`--long-prefill-token-threshold` must be at least {length}, a block, "
-            f"got {scheduler.long_prefill_token_threshold}",
-            "leave it out",
-        ),
-        (
-            cache.user_specified_block_size and cache.enable_prefix_caching and pages % length,
-            f"prefixes cannot be shared with `--block-size` {pages}, which does not hold whole "
-            f"blocks of {length}",
-            "leave it out, or add `--no-enable-prefix-caching`",
-        ),
-        (
-            canvas not in (None, length, 2 * length),
-            f"`canvas_length` {canvas} contradicts the block length {length} of the checkpoint",
-            "leave out `--diffusion-config`",
-        ),
-        (
-            backend == "FLASHINFER",
-            "blocks need attention in both directions, which FlashInfer does not have here",
-            "leave out `--attention-backend`",
-        ),
-    ]
-    for is_refused, said, hint in refused:
+    """Raise `InputError` for arguments that do not go together with blocks of a length."""
+    for is_refused, said, hint in (*_other_ways(vllm_config), *_sizes(vllm_config, length)):
         if is_refused:
             raise InputError(said, hint=hint)
+
+
+def _other_ways(vllm_config: Any) -> Iterator[tuple[bool, str, str]]:
+    """Ways of running a model that blocks do not go with: is it asked for, what to say, a hint."""
+    parallel = vllm_config.parallel_config
+    yield (
+        parallel.pipeline_parallel_size > 1,
+        f"`--pipeline-parallel-size` must be 1, got {parallel.pipeline_parallel_size}",
+        "blocks are fed on the first device and decided on the last; use `--tensor-parallel-size`",
+    )
+    yield (
+        max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        "context parallelism does not go with blocks",
+        "use `--tensor-parallel-size`",
+    )
+    yield (
+        vllm_config.speculative_config is not None,
+        "speculative decoding does not go with blocks, which take the place of drafts",
+        "leave out `--speculative-config`",
+    )
+    yield (
+        getattr(vllm_config.attention_config.backend, "name", None) == "FLASHINFER",
+        "blocks need attention in both directions, which FlashInfer does not have here",
+        "leave out `--attention-backend`",
+    )
+
+
+def _sizes(vllm_config: Any, length: int) -> Iterator[tuple[bool, str, str]]:
+    """Sizes that hold no whole block: is it so, what to say, a hint."""
+    scheduler = vllm_config.scheduler_config
+    cache = vllm_config.cache_config
+    canvas = getattr(vllm_config.diffusion_config, "canvas_length", None)
+    yield (
+        vllm_config.model_config.max_model_len < length,
+        f"`--max-model-len` must hold at least a block of {length} tokens",
+        "raise it",
+    )
+    yield (
+        scheduler.max_num_batched_tokens < length,
+        f"`--max-num-batched-tokens` must be at least {length}, a block, "
+        f"got {scheduler.max_num_batched_tokens}",
+        "leave it out",
+    )
+    yield (
+        0 < scheduler.long_prefill_token_threshold < length,
+        f"`--long-prefill-token-threshold` must be at least {length}, a block, "
+        f"got {scheduler.long_prefill_token_threshold}",
+        "leave it out",
+    )
+    yield (
+        cache.user_specified_block_size
+        and cache.enable_prefix_caching
+        and cache.block_size % length > 0,
+        f"prefixes cannot be shared with `--block-size` {cache.block_size}, which does not hold "
+        f"whole blocks of {length}",
+        "leave it out, or add `--no-enable-prefix-caching`",
+    )
+    yield (
+        canvas not in (None, length, 2 * length),
+        f"`canvas_length` {canvas} contradicts the block length {length} of the checkpoint",
+        "leave out `--diffusion-config`",
+    )
 
 
 def _set_sizes(vllm_config: Any, length: int) -> None:
