@@ -10,9 +10,8 @@ from typing import Any
 
 from dmax import __version__
 from dmax.completers import Completer
-from dmax.distill.responses import Answer, Answers, Prompt, Refusal, Response, as_chat
+from dmax.distill.responses import Answer, Answers, Prompts, Refusal, as_chat, response
 from dmax.errors import InputError
-from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
 
 VOLATILE = ("batch_size", "environment")
@@ -51,7 +50,7 @@ class CompleterAnswerer:
         }
         return dict(json.loads(json.dumps(settings)))
 
-    def answers(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> Answers:
+    def answers(self, prompts: Prompts, indices: Sequence[int]) -> Answers:
         """As `Answerer.answers`; prompts that cannot be answered are refused first."""
         chats = []
         asked = []
@@ -71,13 +70,3 @@ class CompleterAnswerer:
         with closing(groups):
             for group in groups:
                 yield [(asked[number], response(output)) for number, output in group]
-
-
-def response(output: GenerationOutput) -> Response:
-    """A completion as an answer."""
-    return Response(
-        text=output.text,
-        tokens=len(output.token_ids),
-        is_finished=output.finish_reason == "stop",
-        forwards=output.num_forwards,
-    )

@@ -15,10 +15,11 @@ from dmax.distill.responses import (
     Answer,
     Answers,
     Prompt,
+    Prompts,
     Refusal,
-    Response,
     as_chat,
     num_characters,
+    response,
 )
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
@@ -60,7 +61,7 @@ class ModelAnswerer:
         }
         return dict(json.loads(json.dumps(settings)))
 
-    def answers(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> Answers:
+    def answers(self, prompts: Prompts, indices: Sequence[int]) -> Answers:
         """Answer the prompts of these numbers, each as soon as it is finished.
 
         The next prompt takes the place of one that is finished, so the batch stays full. The
@@ -94,17 +95,11 @@ class ModelAnswerer:
 
     def _answer(self, request: Request, event: StreamEvent) -> Answer:
         try:
-            output = self._llm.output(request, event)
+            return response(self._llm.output(request, event))
         except InputError as error:  # such as logits that are NaN
             return Refusal(error)
-        return Response(
-            text=output.text,
-            tokens=len(output.token_ids),
-            is_finished=output.finish_reason == "stop",
-            forwards=output.num_forwards,
-        )
 
 
-def _longest_first(prompts: Sequence[Prompt], indices: Sequence[int]) -> deque[int]:
+def _longest_first(prompts: Prompts, indices: Sequence[int]) -> deque[int]:
     longest = max(indices, key=lambda index: num_characters(prompts[index]))
     return deque([longest, *(index for index in indices if index != longest)])

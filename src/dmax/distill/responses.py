@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dmax.errors import InputError
+from dmax.outputs import GenerationOutput
 from dmax.records.readers import Chat
 
 Prompt = str | Chat
 """A text, which is one user message, or a chat whose last message is to be answered."""
+Prompts = Sequence[Prompt] | Mapping[int, Prompt]
+"""Prompts by their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +54,22 @@ class Answerer(Protocol):
     def settings(self) -> dict[str, Any]:
         """All that a response depends on, as JSON has it."""
 
-    def answers(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> Answers:
+    def answers(self, prompts: Prompts, indices: Sequence[int]) -> Answers:
         """Answer the prompts of these numbers, each once; a group is given once it is finished.
 
         Raises:
             InputError: nothing can be answered any more.
         """
+
+
+def response(output: GenerationOutput) -> Response:
+    """The response in a completion."""
+    return Response(
+        text=output.text,
+        tokens=len(output.token_ids),
+        is_finished=output.finish_reason == "stop",
+        forwards=output.num_forwards,
+    )
 
 
 def as_chat(prompt: Prompt) -> Chat:

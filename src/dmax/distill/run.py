@@ -82,9 +82,9 @@ def distill(
                 files.write(entries)
                 for entry in entries:
                     tally.add(entry)
-                    tokens = tally.tokens - tokens_before
-                    speed = f"{ratio(tokens, time.perf_counter() - began):,.0f} tokens/s"
-                    progress(len(tally.done), len(numbers), speed if tokens else "")
+                tokens = tally.tokens - tokens_before
+                speed = f"{ratio(tokens, time.perf_counter() - began):,.0f} tokens/s"
+                progress(len(tally.done), len(numbers), speed if tokens else "")
         files.finish()
         seconds = time.perf_counter() - began
     return Report(

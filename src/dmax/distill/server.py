@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dmax import __version__, extras
-from dmax.distill.responses import Answer, Answers, Prompt, Refusal, Response, as_chat
+from dmax.distill.responses import Answer, Answers, Prompt, Prompts, Refusal, Response, as_chat
 from dmax.errors import InputError, first_line, shorten, show
 from dmax.params import MOST, check_number
 
@@ -89,7 +89,7 @@ class ServerAnswerer:
         """
         return {"dmax": __version__, "endpoint": {"model": self._model, **self._fields()}}
 
-    def answers(self, prompts: Sequence[Prompt], indices: Sequence[int]) -> Answers:
+    def answers(self, prompts: Prompts, indices: Sequence[int]) -> Answers:
         """Answer the prompts of these numbers, each as soon as it is finished.
 
         The first goes alone, so that a wrong key is refused once and not by every request.
