@@ -33,6 +33,10 @@ TYPES: dict[str, Any] = {
     **get_type_hints(Cost),
 }
 OPENING = b'{"index": '  # of the line of a sample
+SECONDS_ONLY = frozenset(
+    f"environment.{name}" for name in "date threads ray replicas gpus_per_replica".split()
+)
+"""Settings that change how long a run takes, and no other figure."""
 NUM_SHOWN = 3  # differences that an error names
 ANEW = "choose another output, or start anew with --overwrite"
 
@@ -138,9 +142,9 @@ class ResultFiles:
 
 
 def differences(previous: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two settings, in words; the date does not count."""
+    """What differs between two settings, in words, but for `SECONDS_ONLY`."""
     for name, old, new in changes(previous, now):
-        if name != "environment.date":
+        if name not in SECONDS_ONLY:
             yield f"{shorten(name)} was {show(old)} and is {show(new)}"
 
 
