@@ -55,14 +55,14 @@ COMMANDS = {
     "distill": (
         "--output -o --model -m --num --prompts --reader --column --config --split --task --data "
         "--seed --part --shard-size --strategy --threshold --max-new-tokens --option "
-        "--block-length --batch-size --dtype --quantization --compile --device --min-length "
-        "--max-length --max-repetition --filter-score --endpoint --endpoint-model --concurrency "
-        "--timeout --json"
+        "--block-length --batch-size --dtype --quantization --compile --device --ray "
+        "--ray-address --replicas --gpus-per-replica --engine --min-length --max-length "
+        "--max-repetition --filter-score --endpoint --endpoint-model --concurrency --timeout --json"
     ),
     "eval": (
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k "
         "--option --block-length --batch-size --dtype --quantization --compile --device "
-        "--output -o --overwrite --json"
+        "--ray --ray-address --replicas --gpus-per-replica --engine --output -o --overwrite --json"
     ),
     "bench": "--device --quick --output -o --json",
     "lm_eval": "",  # hands its arguments on

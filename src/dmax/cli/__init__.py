@@ -17,12 +17,12 @@ from dmax import extras
 from dmax.cli import options
 from dmax.cli.boundary import DEBUG, Commands, keeping, run
 from dmax.cli.distill import distill
+from dmax.cli.evaluate import evaluate
 from dmax.cli.reproduce import reproduce
 from dmax.cli.terminal import (
     ConsoleHandler,
     console,
     doing,
-    in_words,
     print_json,
     print_version,
     progress_bar,
@@ -33,12 +33,7 @@ from dmax.cli.train import train
 from dmax.outputs import as_record
 
 if TYPE_CHECKING:
-    from dmax.evaluation.results import ResultFiles
-    from dmax.evaluation.run import Summary
     from dmax.evaluation.statistics import SweepRecord
-    from dmax.llm import LLM
-    from dmax.params import DecodingParams
-    from dmax.tasks import Task
 
 app = typer.Typer(
     cls=Commands,
@@ -154,95 +149,7 @@ app.command()(distill)
 app.command()(reproduce)
 
 
-@app.command("eval")
-def evaluate(
-    model: options.ModelName = "tiny-dmax",
-    task: options.TaskName = "word_problems",
-    data: options.DataFile = None,
-    strategy: options.StrategyName = options.DECODING.strategy,
-    threshold: options.Threshold = None,
-    limit: options.Limit = 200,
-    seed: options.Seed = 7,
-    max_new_tokens: options.TaskMaxNewTokens = None,
-    top_k: options.TopK = options.DECODING.top_k,
-    option: options.StrategyOptions = None,
-    block_length: options.BlockLength = None,
-    batch_size: options.BatchSize = options.ENGINE.max_batch_size,
-    dtype: options.Dtype = "auto",
-    quantization: options.Quantization = None,
-    compile_model: options.CompileModel = False,
-    device: options.Device = "auto",
-    output: options.SummaryFile = None,
-    overwrite: options.Overwrite = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Measure accuracy, tokens per forward and speed on a task.
-
-    With --output, an interrupted run goes on where it stopped.
-
-    Example: dmax eval --model tiny-dmax --strategy spd --threshold 0.5 --limit 200 --seed 7
-    """
-    with doing(f"loading {model}"):
-        from dmax.evaluation.results import ResultFiles
-        from dmax.llm import LLM
-        from dmax.tasks import get_task
-
-        chosen = get_task(task, data)
-        params = options.decoding_params(
-            strategy=strategy,
-            threshold=threshold,
-            max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            top_k=top_k,
-            option=option,
-            block_length=block_length,
-        )
-        files = ResultFiles(output, overwrite=overwrite, report=console.print) if output else None
-        llm = LLM(
-            model,
-            dtype=dtype,
-            device=device,
-            quantization=cast(Any, quantization),
-            max_batch_size=batch_size,
-            compile_model=compile_model,
-        )
-    kept = "nothing is kept without --output"
-    if files:
-        kept = f"finished samples are kept in {files.partial}, and the same command goes on"
-    with keeping(kept):
-        summary = _measure(llm, chosen, params, files, limit=limit, seed=seed, model_name=model)
-    if as_json:
-        print_json(as_record(summary))
-    else:
-        sys.stdout.write(in_words(summary))
-
-
-def _measure(
-    llm: LLM,
-    task: Task,
-    params: DecodingParams,
-    files: ResultFiles | None,
-    *,
-    limit: int,
-    seed: int,
-    model_name: str,
-) -> Summary:
-    """Run an evaluation with a progress bar, and write its files if there are any."""
-    from dmax.evaluation.run import evaluate as run_evaluation
-
-    with progress_bar(f"{model_name} on {task.name}") as progress:
-        summary, samples = run_evaluation(
-            llm,
-            task,
-            params,
-            limit=limit,
-            seed=seed,
-            model_name=model_name,
-            progress=progress,
-            journal=files,
-        )
-    if files:
-        files.finish(summary, samples)
-    return summary
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -5,6 +5,7 @@ Codes: 0 done, 1 a bug of dmax, 2 bad input, 130 Ctrl-C, 141 nobody reads the ou
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ def keeping(what: str) -> Iterator[None]:
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run a command; the code that its process exits with."""
     arguments, is_debug = _without_debug(arguments)
+    logging.getLogger("dmax").setLevel(logging.DEBUG if is_debug else logging.NOTSET)
     console.quiet = _num_ranks() > 1 and os.environ.get("RANK", "0") != "0"
     try:
         prepare_streams()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmax.cli import options
+from dmax.cli import options, replicas
 from dmax.cli.boundary import keeping
 from dmax.cli.terminal import doing, long_progress, print_json
 from dmax.errors import InputError
@@ -28,7 +29,8 @@ FILES = "Files"
 FILTERS = "Filters"
 SERVER = "A server in place of --model"
 OF_THE_MODEL = (
-    "model strategy threshold block_length batch_size dtype quantization compile_model device"
+    "model strategy threshold block_length batch_size dtype quantization compile_model device "
+    "ray ray_address replicas gpus_per_replica engine"
 ).split()
 OF_THE_SERVER = "endpoint_model concurrency timeout".split()
 
@@ -102,6 +104,11 @@ def distill(
     quantization: options.Quantization = None,
     compile_model: options.CompileModel = False,
     device: options.Device = "auto",
+    ray: options.Ray = False,
+    ray_address: options.RayAddress = None,
+    replicas: options.NumReplicas = None,
+    gpus_per_replica: options.GpusPerReplica = None,
+    engine: options.EngineName = None,
     min_length: MinLength = 0,
     max_length: MaxLength = None,
     max_repetition: MaxRepetition = None,
@@ -117,25 +124,34 @@ def distill(
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
     _check_who_answers(context, endpoint)
-    with doing(f"loading {endpoint or model}"):
-        from dmax.distill.files import ResponseFiles
-        from dmax.distill.filters import Filters
-        from dmax.distill.prompts import read_part
-        from dmax.distill.run import distill as run_distill
+    _write(_run(context.params), output, as_json=as_json)
 
-        files = ResponseFiles(output, shard_size, read_part(part))
-        files.check()
-        filters = Filters(min_length, max_length, max_repetition)
-        open_answerer = _server(context.params) if endpoint else _engine(context.params)
-        source = _source(prompts, config, split)
-        questions = _questions(source, reader, column, task=task, data=data, num=num, seed=seed)
-        filters = questions.scored(filters) if filter_score else filters
-        files.read(questions.prompts)
-        answerer = open_answerer()
-    kept = f"finished responses are kept in {output}, and the same command goes on"
-    with keeping(kept), long_progress("distilling") as progress:
-        report = run_distill(answerer, questions.prompts, files, filters, progress=progress)
-    _write(report, output, as_json=as_json)
+
+def _run(given: Mapping[str, Any]) -> Report:
+    """The distillation that the options of the command ask for."""
+    output: Path = given["output"]
+    with ExitStack() as stack:
+        with doing(f"loading {given['endpoint'] or given['model']}"):
+            from dmax.distill.files import ResponseFiles
+            from dmax.distill.filters import Filters
+            from dmax.distill.prompts import read_part
+            from dmax.distill.run import distill as run_distill
+
+            files = ResponseFiles(output, given["shard_size"], read_part(given["part"]))
+            files.check()
+            lengths = given["min_length"], given["max_length"]
+            filters = Filters(*lengths, given["max_repetition"])
+            open_answerer = _server(given) if given["endpoint"] else _engine(given)
+            source = _source(given["prompts"], given["config"], given["split"])
+            names = ("task", "data", "num", "seed")
+            others = {name: given[name] for name in names}
+            questions = _questions(source, given["reader"], given["column"], **others)
+            filters = questions.scored(filters) if given["filter_score"] else filters
+            files.read(questions.prompts)
+            answerer = stack.enter_context(open_answerer())
+        kept = f"finished responses are kept in {output}, and the same command goes on"
+        with keeping(kept), long_progress("distilling") as progress:
+            return run_distill(answerer, questions.prompts, files, filters, progress=progress)
 
 
 def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
@@ -176,8 +192,8 @@ def _questions(
     return read_questions(source, get_reader(reader, columns), **others)
 
 
-def _engine(given: Mapping[str, Any]) -> Callable[[], Answerer]:
-    """What loads the model that answers; its settings are checked at once.
+def _engine(given: Mapping[str, Any]) -> Callable[[], AbstractContextManager[Answerer]]:
+    """What loads the model that answers, or replicas of it; settings are checked at once.
 
     Raises:
         InputError: a wrong setting, or no such model.
@@ -188,9 +204,11 @@ def _engine(given: Mapping[str, Any]) -> Callable[[], Answerer]:
 
     names = ("strategy", "threshold", "max_new_tokens", "option", "block_length")
     params = options.decoding_params(**{name: given[name] for name in names})
+    if asked := replicas.read(given):
+        return partial(asked.answering, params)
     find_folder(given["model"])  # a million problems take minutes to draw
 
-    def load() -> Answerer:
+    def load() -> AbstractContextManager[Answerer]:
         engine = {name: given[name] for name in ("dtype", "device", "quantization")}
         llm = LLM(
             given["model"],
@@ -198,12 +216,12 @@ def _engine(given: Mapping[str, Any]) -> Callable[[], Answerer]:
             max_batch_size=given["batch_size"],
             compile_model=given["compile_model"],
         )
-        return ModelAnswerer(llm, params)
+        return nullcontext(ModelAnswerer(llm, params))
 
     return load
 
 
-def _server(given: Mapping[str, Any]) -> Callable[[], Answerer]:
+def _server(given: Mapping[str, Any]) -> Callable[[], AbstractContextManager[Answerer]]:
     """What reaches the server that answers; its settings are checked at once.
 
     Raises:
@@ -219,7 +237,7 @@ def _server(given: Mapping[str, Any]) -> Callable[[], Answerer]:
         max_new_tokens=given["max_new_tokens"],
         fields=options.named_values(given["option"] or []),
     )
-    return partial(ServerAnswerer, chosen)
+    return lambda: nullcontext(ServerAnswerer(chosen))
 
 
 def _write(report: Report, output: Path, *, as_json: bool) -> None:

@@ -71,6 +71,24 @@ SummaryFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="JSON file for the summary")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the results in --output")]
+RAY = "Replicas under Ray (docs/scale.md)"
+Ray = Annotated[
+    bool, typer.Option("--ray", help="decode in replicas of the model", rich_help_panel=RAY)
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT of a cluster, or auto; implies --ray", rich_help_panel=RAY),
+]
+NumReplicas = Annotated[
+    int | None,
+    typer.Option("--replicas", help="(default: one for each GPU, or one)", rich_help_panel=RAY),
+]
+GpusPerReplica = Annotated[
+    int | None, typer.Option(help="(default: 1 where there are GPUs)", rich_help_panel=RAY)
+]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="dmax or vllm (default: dmax)", rich_help_panel=RAY)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 
 
