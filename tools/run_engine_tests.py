@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine stands in the process of the cases
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",  # on a GPU it is the default
     },
@@ -96,7 +97,7 @@ def run_files(
     """Run the cases of some files in one process, which is ended with its workers at `LIMIT`."""
     report = Path(variables["DMAX_REFERENCE"]).with_name(f"{files[0].stem}.xml")
     report.unlink(missing_ok=True)
-    options = ["-q", "-rA", "-c", str(CASES / "pytest.ini"), f"--junitxml={report}", *more]
+    options = ["-v", "--no-header", "-c", str(CASES / "pytest.ini"), f"--junitxml={report}", *more]
     command = [str(python), "-m", "pytest", *options, *map(str, files)]
     process = subprocess.Popen(command, env=dict(variables), cwd=ROOT, start_new_session=True)
     try:

@@ -48,7 +48,7 @@ class Done:
             text=completion.text,
             finish_reason=str(completion.finish_reason),
             num_cached=output.num_cached_tokens or 0,
-            cost=dict((output.kv_transfer_params or {}).get("dmax", {})),
+            cost=completion.spec_decode_metrics.to_dict(),
         )
 
 
