@@ -27,6 +27,8 @@ OTHERS = {"base": ("tiny-base", "float32"), "bfloat16": (MODEL, "bfloat16")}
 """Model and dtype of groups whose name begins with one of these words."""
 BLOCK = 32
 NUM_PROMPTS = 64
+NUM_DRAWN = 400
+"""Problems, of which the first one of each tail is taken besides."""
 CONTEXT = 128
 """Positions of the engines that are to reach their limit."""
 SPD = DecodingParams(strategy="spd", max_new_tokens=96)
@@ -105,14 +107,15 @@ def model_path(name: str = MODEL) -> str:
 
 
 def requests(
-    prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+    all_prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
 ) -> dict[str, Rows]:
     """Groups of requests by name.
 
     Args:
-        prompts: token ids of `NUM_PROMPTS` problems.
+        all_prompts: token ids of problems, of so many lengths that every tail is among them.
         answers: completions of the first of them by SPD.
     """
+    prompts = all_prompts[:NUM_PROMPTS]
     first = prompts[:8]
     groups: dict[str, Rows]
     groups = {name: [(prompt, params) for prompt in first] for name, params in STRATEGIES.items()}
@@ -124,9 +127,12 @@ def requests(
         (prompt, replace(kinds[index % len(kinds)], threshold=thresholds[index % 4]))
         for index, prompt in enumerate(prompts[:32])
     ]
+    by_tail = {len(prompt) % BLOCK: prompt for prompt in reversed(all_prompts)}
+    groups["tails"] = [(by_tail[tail], SPD) for tail in range(BLOCK)]
+    # Half a question leaves SPD without an end in sight: there the last bit of a product decides.
     longest = max(prompts, key=len)
-    groups["tails"] = [(longest[: BLOCK + tail], SPD) for tail in range(BLOCK)]
-    groups["short"] = [(longest[:length], SPD) for length in (1, 2, 7, 16, 30, 31, 32, 33)]
+    cut = (longest[:length] for length in (1, 2, 7, 16, 30, 31, 32, 33))
+    groups["short"] = [(prompt, STRATEGIES["threshold"]) for prompt in cut]
     # All of the answer is given, so that the block that the prompt ends in holds the EOS.
     groups["eos_first"] = [
         ((*prompt, *answer), SPD) for prompt, answer in zip(first, answers[:8], strict=True)
@@ -181,7 +187,7 @@ def main() -> None:
     logging.disable_progress_bar()
     llm = LLM(MODEL, dtype="float32", device="cpu")
     others = {word: LLM(name, dtype=dtype, device="cpu") for word, (name, dtype) in OTHERS.items()}
-    questions = [example.prompt for example in get_task("word_problems").examples(NUM_PROMPTS, 0)]
+    questions = [example.prompt for example in get_task("word_problems").examples(NUM_DRAWN, 0)]
     prompts = [llm.encode(question) for question in questions]
     answers = [done.token_ids for done in llm.generate([list(ids) for ids in prompts[:8]], SPD)]
     groups = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from reference import CONTEXT, load
 from vllm import LLM
+from vllm.exceptions import VLLMValidationError
 from vllm_engine import complete, differences, start
 
 
@@ -27,5 +28,5 @@ def test_a_prompt_may_leave_room_for_one_token_and_not_for_none(llm: LLM) -> Non
     assert len(full) == CONTEXT
     outputs = llm.generate([{"prompt_token_ids": full[:-1]}], use_tqdm=False)
     assert len(outputs[0].outputs[0].token_ids) == 1
-    with pytest.raises(ValueError, match=str(CONTEXT)):
+    with pytest.raises(VLLMValidationError, match=str(CONTEXT)):
         llm.generate([{"prompt_token_ids": full}], use_tqdm=False)
