@@ -10,7 +10,11 @@ from vllm_engine import complete, differences, start
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return start("tiny-base", additional_config={"dmax_strategy": "joint_threshold"})
+    return start(
+        "tiny-base",
+        additional_config={"dmax_strategy": "joint_threshold"},
+        hf_overrides={"decoding_strategy": None},  # it names one, which would come first
+    )
 
 
 @pytest.mark.parametrize("group", ["base_joint_threshold", "base_learn2pd", "base_threshold"])

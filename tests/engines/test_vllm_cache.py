@@ -32,6 +32,7 @@ def preempted() -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def llm(preempted: list[str]) -> LLM:
     return start(
+        block_size=32,
         max_model_len=256,
         max_num_batched_tokens=CHUNK,
         num_gpu_blocks_override=10,

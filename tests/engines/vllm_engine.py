@@ -49,7 +49,7 @@ class Done:
             text=completion.text,
             finish_reason=str(completion.finish_reason),
             num_cached=output.num_cached_tokens or 0,
-            cost=completion.spec_decode_metrics.to_dict() if completion.spec_decode_metrics else {},
+            cost=completion.spec_decode_metrics.to_dict(),
         )
 
 
@@ -88,7 +88,7 @@ def differences(wanted: Sequence[Wanted], done: Sequence[Done]) -> list[str]:
         words = f"request {index} ({len(ours.prompt)} tokens, {ours.params.strategy})"
         if theirs.token_ids != ours.token_ids:
             found.append(f"{words}: {ours.token_ids} became {theirs.token_ids}")
-        elif theirs.cost and theirs.cost["num_forwards"] != ours.num_forwards:
+        elif theirs.cost["num_forwards"] != ours.num_forwards:
             found.append(f"{words}: {ours.num_forwards} forwards became {theirs.cost}")
         elif theirs.finish_reason != ours.finish_reason:
             found.append(f"{words}: {ours.finish_reason} became {theirs.finish_reason}")
