@@ -133,6 +133,28 @@ def test_several_choices_are_several_samples(server: Server) -> None:
     assert first and second and first != second
 
 
+def test_log_probabilities_stand_beside_their_tokens(server: Server) -> None:
+    response = chat(server, texts()[0], logprobs=True, top_logprobs=3)
+    (choice,) = response.choices
+    tokens = choice.logprobs.content
+    assert len(tokens) == response.usage.completion_tokens
+    assert all(-100 < token.logprob <= 0 for token in tokens)
+    # A sure token is the first of the best; the chosen one is always among them or added to them.
+    assert all(3 <= len(token.top_logprobs) <= 4 for token in tokens)
+    best = [max(token.top_logprobs, key=lambda each: each.logprob) for token in tokens]
+    agree = [token.token == top.token for token, top in zip(tokens, best, strict=True)]
+    assert sum(agree) >= 0.9 * len(tokens)
+    num_read = len(tokens) - (choice.finish_reason == "stop")  # without the EOS
+    text = "".join(token.token for token in tokens[:num_read])
+    assert text.strip() == choice.message.content.strip()
+
+
+def test_no_log_probabilities_but_the_chosen_ones(server: Server) -> None:
+    response = complete(server, GREEDY[0], logprobs=0)
+    probabilities = response.choices[0].logprobs.token_logprobs
+    assert len(probabilities) == response.usage.completion_tokens
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_a_stop_text_ends_the_completion_before_it(server: Server, index: int) -> None:
     wanted = GREEDY[index]
@@ -319,14 +341,17 @@ def test_health_and_models(server: Server) -> None:
 # --- a published checkpoint, as it is ---
 
 
+NAMED_BY_DMAX = ("decoding_strategy", "block_length", "mask_token_id")
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as the authors publish theirs: no file names a strategy or a block length."""
+    """A checkpoint as the authors publish theirs, with defaults for ordinary sampling."""
     folder = tmp_path_factory.mktemp("hub") / "DMax-Math-16B"
     shutil.copytree(model_path(), folder)
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8"))
-    for name in ("decoding_strategy", "block_length", "use_qk_norm", "use_rmsnorm"):
+    for name in (*NAMED_BY_DMAX, "use_qk_norm", "use_rmsnorm"):
         config.pop(name, None)
     file.write_text(json.dumps(config), "utf-8")
     defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}

@@ -169,13 +169,19 @@ class EngineCompleter:
 
 
 @contextmanager
-def refused_by(engine: str) -> Iterator[None]:
-    """Raise as `InputError` what an engine says about its arguments and requests."""
+def refused_by(engine: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise as `InputError` what an engine says about its arguments and requests.
+
+    Args:
+        engine: what the error calls the engine.
+        kinds: errors in which it says so, besides `ValueError`.
+    """
+    refusals: tuple[type[Exception], ...] = (ValueError, *kinds)
     try:
         yield
     except InputError:
         raise
-    except ValueError as error:
+    except refusals as error:
         raise InputError(f"{engine}: {first_line(error)}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,11 @@ class VllmCompleter(EngineCompleter):
         self.check(params)
         encoded = [self.encode(prompt, f"prompt {at}") for at, prompt in enumerate(prompts)]
         waiting: dict[str, int] = {}
+
+        from vllm.exceptions import VLLMClientError
+
         try:
-            with refused_by(ENGINE):
+            with refused_by(ENGINE, VLLMClientError):
                 for number, ids in enumerate(encoded):
                     name = self._engine.add_request(str(number), tokens(ids), sampling(params))
                     waiting[name] = number
@@ -140,10 +144,13 @@ def sampling(params: DecodingParams) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    seed = params.seed
+    if seed is None and params.temperature > 0:  # temperature 1 alone would mean that nobody chose
+        seed = random.randrange(2**63)
     return SamplingParams(
         max_tokens=params.max_new_tokens,
         temperature=params.temperature,
-        seed=params.seed,
+        seed=seed,
         stop=list(params.stop),
         ignore_eos=params.ignore_eos,
         output_kind=RequestOutputKind.FINAL_ONLY,

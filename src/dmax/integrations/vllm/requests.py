@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
 from dmax.errors import InputError, show
-from dmax.integrations.options import check_request, one_line, request_params
+from dmax.integrations.options import check_request, one_line
 from dmax.integrations.vllm.config import ENGINE, server_params
 from dmax.integrations.vllm.wrapping import Method, is_served, wrap
 from dmax.params import DecodingParams
@@ -92,7 +92,7 @@ def decoding_params(
         seed: for a request that names none.
     """
     try:
-        read = request_params(params.extra_args, server)
+        read = check_request(params.extra_args, server, ENGINE)
         return _with_sampling(read, params, seed)
     except InputError as error:
         logger.warning("options of a request are left out: %s", one_line(error))
