@@ -111,21 +111,21 @@ def decoding_params(*, option: list[str] | None = None, **given: Any) -> Decodin
     return params
 
 
-def named_values(texts: list[str]) -> dict[str, Any]:
-    """Texts `NAME=VALUE` as a dictionary; a value that is JSON is read as JSON."""
+def named_values(texts: list[str], flag: str = "--option") -> dict[str, Any]:
+    """Texts `NAME=VALUE` after a flag as a dictionary; a value that is JSON is read as JSON."""
     options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise InputError(
-                f"`--option` must be NAME=VALUE, got {show(text)}",
-                hint="for example --option alpha=0.7",
+                f"`{flag}` must be NAME=VALUE, got {show(text)}",
+                hint=f"for example {flag} alpha=0.7",
             )
         try:
             options[name] = json.loads(value)
         except RecursionError:
             raise InputError(
-                f"the value of `--option {shorten(name)}` is nested too deeply"
+                f"the value of `{flag} {shorten(name)}` is nested too deeply"
             ) from None
         except ValueError:
             options[name] = value

@@ -27,6 +27,10 @@ ListTables = Annotated[bool, typer.Option("--list", help="show the tables that t
 Engine = Annotated[
     str | None, typer.Option(help="dmax, vllm or sglang (default: dmax, or the table's own)")
 ]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=VALUE, a further argument of vLLM or SGLang; repeat for more"),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", help="a row or a benchmark of the table; repeat for more"),
@@ -65,6 +69,7 @@ def reproduce(
     table: TableName = None,
     list_tables: ListTables = False,
     engine: Engine = None,
+    engine_option: EngineOptions = None,
     only: Only = None,
     model: Models = None,
     data: Files = None,
@@ -98,7 +103,7 @@ def reproduce(
     chosen = load_table(table)
     plan = Plan(
         chosen,
-        _engine(chosen, engine, batch_size, dtype, device),
+        _engine(chosen, engine, engine_option or [], batch_size, dtype, device),
         models=named_paths("--model", model or []),
         data=named_paths("--data", data or []),
         only=only or [],
@@ -126,7 +131,12 @@ def _check_any_measured(plan: Plan, folder: TableFolder) -> None:
 
 
 def _engine(
-    table: Table, name: str | None, batch_size: int | None, dtype: str, device: str
+    table: Table,
+    name: str | None,
+    texts: list[str],
+    batch_size: int | None,
+    dtype: str,
+    device: str,
 ) -> EngineChoice:
     """The engine that was asked for, else the one that the table is about, else dmax's own."""
     from dmax.reproduce.engines import EngineChoice
@@ -140,7 +150,8 @@ def _engine(
             hint=did_you_mean(name, ENGINES),
         )
     num_gpus = needs.tensor_parallel if name == needs.engine else 1
-    return EngineChoice(name, batch_size or table.batch_size, dtype, device, num_gpus)
+    given = tuple(options.named_values(texts, "--engine-option").items())
+    return EngineChoice(name, batch_size or table.batch_size, dtype, device, num_gpus, given)
 
 
 def named_paths(option: str, texts: list[str]) -> dict[str, str]:

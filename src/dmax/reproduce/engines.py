@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dmax import extras
 from dmax.decoding import get_strategy
-from dmax.errors import InputError
+from dmax.errors import InputError, shorten
 from dmax.params import DecodingParams
 from dmax.reproduce.table import Requirement
 
@@ -36,6 +36,7 @@ class EngineChoice:
         dtype: of the weights.
         device: of dmax's own engine; the others choose theirs.
         tensor_parallel: over how many GPUs; dmax's own engine has one.
+        options: further arguments of another engine, as pairs.
     """
 
     name: str = "dmax"
@@ -43,6 +44,7 @@ class EngineChoice:
     dtype: str = "auto"
     device: str = "auto"
     tensor_parallel: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
 
     def check(self) -> None:
         """Make sure that the engine is there; asked before a checkpoint is downloaded.
@@ -54,8 +56,12 @@ class EngineChoice:
             extras.require(
                 self.name, self.name, f"measuring with {LABELS[self.name]}", "leave out --engine"
             )
-        elif self.tensor_parallel > 1:
-            raise InputError("dmax's own engine decodes on one GPU", hint="--engine vllm")
+        elif self.options:
+            names = ", ".join(name for name, _ in self.options)
+            raise InputError(
+                f"dmax's own engine has no further options, got {shorten(names)}",
+                hint="name another engine with --engine",
+            )
 
 
 def check_requirement(requires: Requirement | None, table: str, engine: EngineChoice) -> None:
@@ -120,4 +126,5 @@ def _open(engine: EngineChoice, model: str) -> Completer:
         dtype=engine.dtype,
         max_batch_size=engine.batch_size,
         tensor_parallel_size=engine.tensor_parallel,
+        **dict(engine.options),
     )
