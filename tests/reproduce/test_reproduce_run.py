@@ -384,10 +384,16 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("vllm")
 def test_another_engine_is_opened_by_name_and_closed(a_plan: MakePlan, tmp_path: Path) -> None:
-    plan = replace(a_plan("gsm8k", "dmax-math", limit=2), engine=EngineChoice("vllm", 2))
+    engine = EngineChoice("vllm", 2, options=(("max_model_len", 512),))
+    plan = replace(a_plan("gsm8k", "dmax-math", limit=2), engine=engine)
     record = run(plan, tmp_path)["dmax-math.gsm8k"]
     assert record["status"] == "measured"
-    assert FakeVllm.given == {"dtype": "auto", "max_batch_size": 2, "tensor_parallel_size": 1}
+    assert FakeVllm.given == {
+        "dtype": "auto",
+        "max_batch_size": 2,
+        "tensor_parallel_size": 1,
+        "max_model_len": 512,
+    }
     assert FakeVllm.num_closed == 1
 
 
@@ -443,6 +449,8 @@ def test_a_missing_engine_is_one_sentence(
         (["table1", "--engine", "trt"], "unknown engine 'trt'; choose from dmax, vllm, sglang"),
         (["table1", "--only", "dmax-coder", "--only", "gsm8k"], "no cell of `table1` is in all of"),
         (["table2"], "unknown table 'table2'"),
+        (["table1", "--engine-option", "a=1"], "dmax's own engine has no further options, got a"),
+        (["table1", "--engine-option", "a"], "`--engine-option` must be NAME=VALUE, got 'a'"),
         ([], "no table named"),
     ],
 )
@@ -495,7 +503,9 @@ def test_throughput_asks_for_two_gpus_and_batch_one(
     plan = replace(a_plan("gsm8k", table="throughput", limit=1))
     record = run(replace(plan, engine=engine), tmp_path)["dmax-math.gsm8k"]
     assert FakeVllm.given == {"dtype": "auto", "max_batch_size": 1, "tensor_parallel_size": 2}
-    assert hardware(replace(plan, engine=engine), {"gpu": "H200"}) == "2 × H200"
+    assert hardware(replace(plan, engine=engine), {"gpu": "H200", "engine": "vLLM 0.32"}) == (
+        "2 × H200, vLLM 0.32"
+    )
     assert record["published"]["tps"] == 1258
 
 

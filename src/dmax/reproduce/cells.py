@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
 from dmax.outputs import ratio
-from dmax.params import MOST_PROBLEMS
 from dmax.reproduce.plan import Plan
 from dmax.reproduce.table import MEASURED, Cell
 from dmax.reproduce.verdicts import compare_tpf, score
@@ -39,9 +38,10 @@ class Unscored:
         return False
 
 
-def examples_of(plan: Plan, task: Task) -> list[Example]:
-    """The examples of a cell."""
-    return task.examples(MOST_PROBLEMS if plan.limit is None else plan.limit, seed=0)
+def examples_of(plan: Plan, cell: Cell, task: Task) -> list[Example]:
+    """The examples of a cell: as many as the published figures were measured on, or fewer."""
+    published = plan.table.benchmarks[cell.benchmark].examples
+    return task.examples(published if plan.limit is None else plan.limit, seed=0)
 
 
 def decode(
@@ -59,7 +59,7 @@ def decode(
     """
     from dmax.evaluation.run import evaluate
 
-    examples = examples_of(plan, task)
+    examples = examples_of(plan, cell, task)
     summary, samples = evaluate(
         completer,
         Unscored(task),
@@ -108,7 +108,7 @@ def measured(
     Raises:
         InputError: the samples are not those of the examples.
     """
-    examples = examples_of(plan, task)
+    examples = examples_of(plan, cell, task)
     if [sample["prompt"] for sample in samples] != [example.prompt for example in examples]:
         raise InputError(
             f"what was decoded for cell `{cell.name}` are other examples than those of now",
@@ -143,9 +143,10 @@ def _numbers_of_wrong(is_correct: Sequence[bool]) -> list[int]:
 
 
 def hardware(plan: Plan, environment: dict[str, Any]) -> str:
-    """What a cell was decoded on, in words."""
-    gpu = environment.get("gpu")
-    if gpu is not None:
-        return f"{plan.engine.tensor_parallel} × {gpu}"
+    """What a cell was decoded on and with, in words."""
     threads = environment.get("threads", "?")
-    return f"{environment.get('cpu', 'a CPU')}, {threads} thread{'' if threads == 1 else 's'}"
+    machine = f"{environment.get('cpu', 'a CPU')}, {threads} thread{'' if threads == 1 else 's'}"
+    if "gpu" in environment:
+        machine = f"{plan.engine.tensor_parallel} × {environment['gpu']}"
+    engine = environment.get("engine", f"dmax {environment.get('dmax') or ''}".strip())
+    return f"{machine}, {engine}"
