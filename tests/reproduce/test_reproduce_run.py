@@ -365,10 +365,34 @@ class FakeVllm(LocalCompleter):
 
     def __init__(self, model: str, **options: Any) -> None:
         FakeVllm.given = options
+        if "max_model_length" in options:
+            raise TypeError("unexpected keyword argument 'max_model_length'")
         super().__init__(LLM(model, dtype="float32", max_batch_size=options["max_batch_size"]))
 
     def close(self) -> None:
         FakeVllm.num_closed += 1
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("max_num_seqs=4", "`max_num_seqs` is no further option of an engine"),
+        ("tensor_parallel_size=0", "`tensor_parallel_size` must be a whole number"),
+        ("max_model_length=64", "vLLM does not take these options: "),
+    ],
+)
+def test_an_option_that_an_engine_does_not_take_is_one_sentence(
+    dmax: Dmax,  # noqa: F811
+    tmp_path: Path,
+    option: str,
+    message: str,
+) -> None:
+    words = ["--engine", "vllm", "--engine-option", option, "--only", "gsm8k", "--output", tmp_path]
+    words += ["--only", "dmax-math", "--model", "dmax-math=tiny-dmax"]
+    result = dmax("reproduce", "table1", *words, "--data", f"gsm8k={DATA['gsm8k']}")
+    assert result.code == 2
+    assert message in result.err and "bug" not in result.err
 
 
 @pytest.fixture
@@ -473,9 +497,15 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
 @pytest.mark.parametrize(
     ("engine", "num_gpus", "message"),
     [
-        ("dmax", 8, "is measured with vLLM over 2 GPUs, not with dmax"),
-        ("vllm", 0, "is measured with vLLM over 2 GPUs; this machine has 0"),
-        ("vllm", 1, "is measured with vLLM over 2 GPUs; this machine has 1"),
+        ("dmax", 8, "over 2 GPUs at batch size 1, not with dmax"),
+        (
+            "vllm",
+            0,
+            "`throughput` is measured with vLLM over 2 GPUs at batch size 1; this machine has 0",
+        ),
+        ("vllm", 1, "this machine has 1"),
+        ("vllm --batch-size 8", 8, "over 2 GPUs at batch size 1, not 8"),
+        ("vllm --engine-option tensor_parallel_size=1", 8, "at batch size 1, not over 1"),
     ],
 )
 def test_nothing_else_runs_in_the_name_of_throughput(
@@ -487,7 +517,8 @@ def test_nothing_else_runs_in_the_name_of_throughput(
     message: str,
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
-    words = ("--engine", engine, "--model", "dmax-math=tiny-dmax", "--output", tmp_path / "out")
+    words = ["--engine", *engine.split(), "--model", "dmax-math=tiny-dmax"]
+    words += ["--output", str(tmp_path / "out")]
     result = dmax("reproduce", "throughput", *words)
     assert result.code == 2
     assert message in result.err and "--trial" in result.err

@@ -12,6 +12,7 @@ from dmax.cli import options
 from dmax.cli.boundary import keeping
 from dmax.cli.terminal import console, doing, print_json, progress_bar
 from dmax.errors import InputError, did_you_mean, show
+from dmax.params import MOST, check_number
 
 if TYPE_CHECKING:
     from dmax.reproduce.engines import EngineChoice
@@ -149,9 +150,12 @@ def _engine(
             f"unknown engine {show(name)}; choose from {', '.join(ENGINES)}",
             hint=did_you_mean(name, ENGINES),
         )
-    num_gpus = needs.tensor_parallel if name == needs.engine else 1
-    given = tuple(options.named_values(texts, "--engine-option").items())
-    return EngineChoice(name, batch_size or table.batch_size, dtype, device, num_gpus, given)
+    given = options.named_values(texts, "--engine-option")
+    usual = needs.tensor_parallel if name == needs.engine else 1
+    num_gpus = given.pop("tensor_parallel_size", usual)
+    check_number("tensor_parallel_size", num_gpus, low=1, high=MOST, whole=True)
+    size = batch_size or table.batch_size
+    return EngineChoice(name, size, dtype, device, num_gpus, tuple(given.items()))
 
 
 def named_paths(option: str, texts: list[str]) -> dict[str, str]:

@@ -12,13 +12,22 @@ import torch
 
 from dmax import extras
 from dmax.decoding import get_strategy
-from dmax.errors import InputError, shorten
+from dmax.errors import InputError, first_line, shorten
 from dmax.params import DecodingParams
-from dmax.reproduce.table import Requirement
+from dmax.reproduce.table import Table
 
 if TYPE_CHECKING:
     from dmax.completers import Completer
 
+RESERVED = {
+    "dtype": "--dtype sets it",
+    "max_batch_size": "--batch-size sets it",
+    "max_num_seqs": "--batch-size sets it",
+    "max_running_requests": "--batch-size sets it",
+    "model": "--model NAME=FOLDER sets it",
+    "tp_size": "tensor_parallel_size=N sets it",
+}
+"""Arguments of engines that have a place of their own."""
 LABELS = {"dmax": "dmax", "vllm": "vLLM", "sglang": "SGLang"}
 COMPLETERS = {
     "vllm": "dmax.integrations.vllm.completer:VllmCompleter",
@@ -56,6 +65,11 @@ class EngineChoice:
             extras.require(
                 self.name, self.name, f"measuring with {LABELS[self.name]}", "leave out --engine"
             )
+            own = [name for name, _ in self.options if name in RESERVED]
+            if own:
+                raise InputError(
+                    f"`{own[0]}` is no further option of an engine", hint=RESERVED[own[0]]
+                )
         elif self.options:
             names = ", ".join(name for name, _ in self.options)
             raise InputError(
@@ -64,21 +78,29 @@ class EngineChoice:
             )
 
 
-def check_requirement(requires: Requirement | None, table: str, engine: EngineChoice) -> None:
+def check_requirement(table: Table, engine: EngineChoice) -> None:
     """Make sure that what a table is about is there, so that nothing else is measured in its name.
 
     Raises:
-        InputError: another engine was asked for, or there are too few GPUs.
+        InputError: other settings of the engine were asked for, or there are too few GPUs.
     """
+    requires = table.requires
     if requires is None:
         return
-    num_gpus = torch.cuda.device_count()
     wanted = LABELS[requires.engine]
-    needs = f"`{table}` is measured with {wanted} over {requires.tensor_parallel} GPUs"
+    needs = (
+        f"`{table.name}` is measured with {wanted} over {requires.tensor_parallel} GPUs "
+        f"at batch size {table.batch_size}"
+    )
     possible = "dmax reproduce table1 --only dmax-math --only dmax-coder measures tokens/s on what "
     possible += "there is, under its own name; --trial tries the wiring of this one"
     if engine.name != requires.engine:
         raise InputError(f"{needs}, not with {LABELS[engine.name]}", hint=possible)
+    if engine.tensor_parallel != requires.tensor_parallel:
+        raise InputError(f"{needs}, not over {engine.tensor_parallel}", hint=possible)
+    if engine.batch_size != table.batch_size:
+        raise InputError(f"{needs}, not {engine.batch_size}", hint=possible)
+    num_gpus = torch.cuda.device_count()
     if num_gpus < requires.tensor_parallel:
         raise InputError(f"{needs}; this machine has {num_gpus}", hint=possible)
 
@@ -102,9 +124,8 @@ def opened(engine: EngineChoice, model: str) -> Iterator[Completer]:
     try:
         yield completer
     finally:
-        close = getattr(completer, "close", None)
-        if close is not None:
-            close()
+        if engine.name != "dmax":  # whose memory is free once nothing holds the model
+            completer.close()  # type: ignore[attr-defined]  # of the engines' completers only
         del completer
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -121,10 +142,18 @@ def _open(engine: EngineChoice, model: str) -> Completer:
         )
     module, _, name = COMPLETERS[engine.name].partition(":")
     completer: Callable[..., Completer] = getattr(import_module(module), name)
-    return completer(
-        model,
-        dtype=engine.dtype,
-        max_batch_size=engine.batch_size,
-        tensor_parallel_size=engine.tensor_parallel,
-        **dict(engine.options),
-    )
+    try:
+        return completer(
+            model,
+            dtype=engine.dtype,
+            max_batch_size=engine.batch_size,
+            tensor_parallel_size=engine.tensor_parallel,
+            **dict(engine.options),
+        )
+    except TypeError as error:  # what engines raise for arguments that they do not have
+        if not engine.options:
+            raise
+        raise InputError(
+            f"{LABELS[engine.name]} does not take these options: {first_line(error)}",
+            hint="--engine-option NAME=VALUE hands them on",
+        ) from error

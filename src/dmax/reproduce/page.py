@@ -18,11 +18,11 @@ COLUMNS = (
     Column("benchmark"),
     Column("method"),
     Column("accuracy", "%, paper"),
-    Column("published scoring", "% (right answers; 95 % interval)"),
-    Column("strict scoring", "% (right answers; 95 % interval)"),
+    Column("published scoring", "%, right answers, 95 % interval"),
+    Column("strict scoring", "%, right answers, 95 % interval"),
     Column("accuracy agrees"),
     Column("TPF", "paper"),
-    Column("tpf_paper", "(95 % interval)"),
+    Column("tpf_paper", "95 % interval"),
     Column("tpf"),
     Column("TPF agrees"),
     Column("tokens/s", "paper"),
@@ -82,11 +82,11 @@ def _lines_of_cell(record: Record) -> Iterator[str]:
     tpf = record["tpf_paper"]
     paper = _or_missing(published["tpf"], ".2f")
     verdict = _verdict(record, tpf)
-    yield f"TPF       {_with_interval(tpf)}, as published; {paper} in the paper: {verdict}"
-    yield f"          {record['tpf']:.2f}, {_forwards(record['summary'])}"
+    yield f"tpf_paper {_with_interval(tpf)}; {paper} in the paper: {verdict}"
+    yield f"tpf       {record['tpf']:.2f}: {_forwards(record['summary'])}"
     paper = _or_missing(published["tps"], ".0f")
-    speed = f"{record['tokens_per_second']:.0f} tokens/s on {record['hardware']}"
-    yield f"speed     {speed}; {paper} in the paper"
+    speed = f"{record['tokens_per_second']:.0f} tokens/s at batch {record['summary']['batch_size']}"
+    yield f"speed     {speed} on {record['hardware']}; {paper} in the paper"
     if record["trial"]:
         yield f"trial     {'; '.join(record['trial'])}"
     if record.get("note"):
@@ -176,7 +176,7 @@ def _row(benchmark: str, method: str, record: Record) -> list[str]:
         _verdict(record, tpf),
         paper_tps,
         f"{record['tokens_per_second']:.0f}",
-        record["hardware"],
+        f"{record['hardware']}, batch {record['summary']['batch_size']}",
     ]
 
 

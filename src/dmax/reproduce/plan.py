@@ -56,7 +56,7 @@ class Plan:
                 hint="dmax reproduce --list names rows and benchmarks",
             )
         if not self.is_trial:
-            check_requirement(table.requires, table.name, self.engine)
+            check_requirement(table, self.engine)
         self.engine.check()
         for model in self.models.values():
             find_folder(model, with_weights=False)

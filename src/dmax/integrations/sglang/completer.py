@@ -64,6 +64,10 @@ class SglangCompleter(EngineCompleter):
         self._max_batch_size = max_batch_size
         self._tensor_parallel_size = tensor_parallel_size
 
+    def close(self) -> None:
+        """End the processes of SGLang, and free its memory for another model."""
+        self._engine.shutdown()
+
     def settings(self, params: DecodingParams) -> dict[str, Any]:
         """As `Completer.settings`."""
         from sglang import __version__

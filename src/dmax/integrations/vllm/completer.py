@@ -62,6 +62,10 @@ class VllmCompleter(EngineCompleter):
             )
         self._engine = self._llm.llm_engine
 
+    def close(self) -> None:
+        """End the processes of vLLM, and free its memory for another model."""
+        self._engine.engine_core.shutdown()
+
     def settings(self, params: DecodingParams) -> dict[str, Any]:
         """As `Completer.settings`."""
         config = self._engine.vllm_config
