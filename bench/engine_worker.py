@@ -17,10 +17,9 @@ from typing import Any
 from dmax.completers import Completer
 from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
-from dmax.tiny import bundled
 
 ON_CPU: dict[str, dict[str, Any]] = {
-    "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 2**28},
+    "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 2**26},
     "sglang": {
         "attention_backend": "torch_native",
         "disable_cuda_graph": True,
@@ -68,36 +67,21 @@ class Job:
 
 def open_engine(job: Job) -> Completer:
     """The engine of a job, with its model loaded."""
-    folder = bundled(job.model)
-    path = str(folder) if folder else job.model
     on_cpu = ON_CPU.get(job.engine, {}) if job.device == "cpu" else {}
+    shared: dict[str, Any] = {"dtype": job.dtype, "max_batch_size": job.batch_size}
+    if job.engine == "dmax":
+        from dmax.completers import LocalCompleter
+        from dmax.llm import LLM
+
+        return LocalCompleter(LLM(job.model, device=job.device, **shared))
+    parallel: dict[str, Any] = {"tensor_parallel_size": job.tensor_parallel}
     if job.engine == "vllm":
         from dmax.integrations.vllm.completer import VllmCompleter
 
-        return VllmCompleter(
-            path,
-            dtype=job.dtype,
-            max_model_len=job.context,
-            max_num_seqs=job.batch_size,
-            tensor_parallel_size=job.tensor_parallel,
-            **on_cpu,
-        )
-    if job.engine == "sglang":
-        from dmax.integrations.sglang.completer import SglangCompleter
+        return VllmCompleter(job.model, max_model_len=job.context, **shared, **parallel, **on_cpu)
+    from dmax.integrations.sglang.completer import SglangCompleter
 
-        return SglangCompleter(
-            path,
-            device=job.device,
-            dtype=job.dtype,
-            max_running_requests=job.batch_size,
-            tp_size=job.tensor_parallel,
-            **on_cpu,
-        )
-    from dmax.completers import LocalCompleter
-    from dmax.llm import LLM
-
-    llm = LLM(job.model, dtype=job.dtype, device=job.device, max_batch_size=job.batch_size)
-    return LocalCompleter(llm)
+    return SglangCompleter(job.model, device=job.device, **shared, **parallel, **on_cpu)
 
 
 def complete(

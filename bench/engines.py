@@ -80,7 +80,8 @@ def tables(job: Job, pythons: dict[str, Path], batch_sizes: list[int]) -> Iterat
             "engine": row["engine"],
             "batch": str(row["batch"]),
             "dtype": str(row["dtype"]),
-            "version": str(row["environment"].get(row["engine"])),
+            "version": row["environment"].get("engine") or f"dmax {row['environment']['dmax']}",
+            "torch": row["environment"]["torch"],
         }
         for row in settings
     ]
