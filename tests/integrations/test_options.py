@@ -224,3 +224,10 @@ def test_strategies_with_one_open_block_run_and_the_others_are_refused() -> None
 def test_the_same_strategies_run_with_one_block_or_branch(name: str, option: str) -> None:
     params = check_request({"dmax_strategy": name, f"dmax_{option}": "1"}, SPD, "vLLM")
     assert dict(params.options) == {option: 1}
+
+
+def test_a_strategy_that_cannot_open_blocks_of_the_engines_length_is_refused() -> None:
+    extra = {"dmax_strategy": "learn2pd", "dmax_head": "tiny-base"}
+    check_request(extra, DecodingParams(block_length=32), "vLLM")
+    said = refusal(extra, DecodingParams(block_length=64))
+    assert "blocks of up to 32 positions, got 64" in said

@@ -14,7 +14,10 @@ from dataclasses import Field, fields, replace
 from functools import cache
 from typing import Any
 
+import torch
+
 from dmax.decoding import FALLBACK, get_strategy, strategy_class
+from dmax.decoding.block import View
 from dmax.decoding.strategy import Strategy
 from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.params import AUTO, DecodingParams
@@ -141,15 +144,32 @@ def check_request(
 
     Args:
         extra: as in `request_params`.
-        server: as in `request_params`.
+        server: as in `request_params`; its `block_length` is that of the engine.
         engine: as in `check_runs_here`.
 
     Raises:
-        InputError: as `request_params`, `dmax.decoding.get_strategy` and `check_runs_here`.
+        InputError: as `request_params`, `dmax.decoding.get_strategy` and `check_runs_here`, or the
+            strategy cannot decode blocks of this length.
     """
     params = request_params(extra, server)
-    check_runs_here(get_strategy(params), engine)
+    strategy = get_strategy(params)
+    check_runs_here(strategy, engine)
+    if params.block_length is not None:
+        strategy.open(_fresh_block(params.block_length))  # a head may be made for shorter ones
     return params
+
+
+def _fresh_block(length: int) -> View:
+    """A block [1, L] of which nothing is decoded, far from any device."""
+    everywhere = torch.ones(1, length, dtype=torch.bool)
+    return View(
+        tokens=torch.zeros(1, length, dtype=torch.int64),
+        masked=everywhere,
+        active=everywhere,
+        step=torch.zeros(1, dtype=torch.int64),
+        max_steps=torch.full((1,), length),
+        mask_token_id=0,
+    )
 
 
 def one_line(error: InputError) -> str:

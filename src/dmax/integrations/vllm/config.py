@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,8 @@ def server_params(vllm_config: Any) -> DecodingParams:
     auto = named_decoding(model.hf_config, model.model, folder if folder.is_dir() else NO_FOLDER)
     sources = (vllm_config.additional_config, model.hf_overrides)
     given = ChainMap(*(each for each in sources if isinstance(each, dict)))
-    return options_of_server(given, named, auto or FALLBACK)
+    params = options_of_server(given, named, auto or FALLBACK)
+    return replace(params, block_length=model.hf_config.block_length)
 
 
 def _set_defaults(model_config: Any) -> None:
