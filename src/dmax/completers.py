@@ -6,6 +6,7 @@ What measures and compares models stands on `Completer`, so that it does not ask
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dmax.decoding import get_strategy
@@ -63,6 +64,11 @@ class LocalCompleter:
         self.llm = llm
         self.name = llm.checkpoint.path
 
+    @cached_property
+    def _digest(self) -> str:
+        """Of the weights; taking it from 16 billion parameters lasts minutes."""
+        return weights_digest(self.llm.model)
+
     def resolve(self, params: DecodingParams) -> DecodingParams:
         """As `Completer.resolve`."""
         return self.llm.resolve(params)
@@ -72,7 +78,7 @@ class LocalCompleter:
         llm = self.llm
         model = llm.model
         return {
-            "weights": weights_digest(model),
+            "weights": self._digest,
             "dtype": str(model.dtype).removeprefix("torch."),
             "decoding": repr(get_strategy(params)),
             "block_length": params.block_length or llm.checkpoint.special_ids.block_length,

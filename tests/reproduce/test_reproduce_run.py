@@ -328,6 +328,27 @@ def test_files_of_others_stay(a_plan: MakePlan, tmp_path: Path, name: str, messa
     assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cells/dmax-math.gsm8k.json", "[]", "is not a cell of this table"),
+        ("cells/dmax-math.gsm8k.json", '{"cell": "dmax-math.gsm8k"}', "is not a cell of this"),
+        ("decoded/dmax-math.gsm8k.json", "{}", "are not an evaluation of dmax"),
+        ("decoded/dmax-math.gsm8k.samples.jsonl", '{"prompt": 1}\n', "are not an evaluation of"),
+    ],
+)
+def test_damaged_records_are_one_sentence(
+    a_plan: MakePlan, tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    plan = a_plan("gsm8k", "dmax-math", limit=1)
+    run(plan, tmp_path)
+    if name.startswith("decoded"):
+        (tmp_path / "cells" / "dmax-math.gsm8k.json").unlink()
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        run(plan, tmp_path)
+
+
 # --- what cannot be measured ----------------------------------------------------------------------
 
 
@@ -473,6 +494,7 @@ def test_a_missing_engine_is_one_sentence(
         (["table1", "--engine", "trt"], "unknown engine 'trt'; choose from dmax, vllm, sglang"),
         (["table1", "--only", "dmax-coder", "--only", "gsm8k"], "no cell of `table1` is in all of"),
         (["table2"], "unknown table 'table2'"),
+        (["table2.yaml"], "table 'table2.yaml' is not a file"),
         (["table1", "--engine-option", "a=1"], "dmax's own engine has no further options, got a"),
         (["table1", "--engine-option", "a"], "`--engine-option` must be NAME=VALUE, got 'a'"),
         ([], "no table named"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmax.errors import InputError
 from dmax.files import check_ours, check_writable, json_lines, read_record, write_atomically
-from dmax.reproduce.table import Cell
+from dmax.reproduce.table import MEASURED, Cell
 
 if TYPE_CHECKING:
     from dmax.evaluation.results import ResultFiles
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 RECORD = "reproduce.json"
 REPORTS = ("report.md", "report.html")
 NUM_SHOWN = 3  # differences that an error names
+# What is read of records.
+ABOUT = {"status", "published", "model", "data"}
+FIGURES = ABOUT | {"trial", "scoring", "scores", "tpf", "tpf_paper", "tokens_per_second"}
+FIGURES |= {"hardware", "summary"}
+OF_SUMMARY = {"tpf", "tokens_per_second", "environment", "generated_tokens", "num_forwards"}
+OF_SUMMARY |= {"num_prefill_forwards", "num_commit_forwards", "batch_size"}
+OF_SAMPLE = {"prompt", "output", "is_correct", "generated_tokens", "num_forwards"}
+OF_SAMPLE |= {"num_prefill_forwards"}
 ANEW = "choose another --output, or start anew with --overwrite"
 
 
@@ -93,9 +101,11 @@ class TableFolder:
         if not path.exists():
             return None
         held = read_record(path)
-        if not isinstance(held, dict) or held.get("cell") != cell.name or "status" not in held:
+        is_ours = isinstance(held, dict) and held.get("cell") == cell.name
+        needed = FIGURES if is_ours and held.get("status") == MEASURED else ABOUT
+        if not is_ours or not held.keys() >= needed:
             raise InputError(f"{path} is not a cell of this table", hint=ANEW)
-        return held
+        return dict(held)
 
     def write_cell(self, cell: Cell, record: Mapping[str, Any]) -> None:
         """Write what is known of a cell."""
@@ -125,10 +135,11 @@ class TableFolder:
         """
         path = self._summary_path(cell)
         summary = read_record(path)
-        if not isinstance(summary, dict):
-            raise InputError(f"{path} is not the summary of an evaluation", hint=ANEW)
-        samples = path.with_suffix(".samples.jsonl")
-        return summary, [sample for _, sample in json_lines(samples)]
+        samples = [sample for _, sample in json_lines(path.with_suffix(".samples.jsonl"))]
+        records = [(summary, OF_SUMMARY), *((sample, OF_SAMPLE) for sample in samples)]
+        if not all(isinstance(held, dict) and held.keys() >= needed for held, needed in records):
+            raise InputError(f"{path} and its samples are not an evaluation of dmax", hint=ANEW)
+        return summary, samples
 
     def _cell_path(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.name}.json"

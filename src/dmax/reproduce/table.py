@@ -191,6 +191,11 @@ def load_table(name: str) -> Table:
             hint=did_you_mean(name, table_names()) or "dmax reproduce --list says what they are",
         )
     path = TABLES / f"{name}.yaml" if is_ours else Path(name)
+    if not path.is_file():
+        raise InputError(
+            f"table {show(name)} is not a file",
+            hint="dmax reproduce --list shows the tables that come with dmax",
+        )
     return _Reader(read_recipe_file(path)).table()
 
 
