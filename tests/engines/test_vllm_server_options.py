@@ -12,8 +12,13 @@ from reference import model_path
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
+from dmax.errors import InputError
 from dmax.integrations.vllm.config import server_params
-from dmax.integrations.vllm.requests import decoding_params, greedy_unless_chosen
+from dmax.integrations.vllm.requests import (
+    check_params,
+    decoding_params,
+    greedy_unless_chosen,
+)
 from dmax.params import DecodingParams
 
 
@@ -112,3 +117,11 @@ def test_a_temperature_that_nobody_chose_is_0_offline() -> None:
     for options in ({"seed": 1}, {"n": 2}, {"temperature": 0.7}, {"temperature": 0}):
         params = SamplingParams(**options)
         assert greedy_unless_chosen(params) is params
+
+
+@pytest.mark.parametrize("count", [-1, 1025])
+def test_log_probabilities_of_all_tokens_are_refused(count: int) -> None:
+    server = DecodingParams(strategy="spd")
+    with pytest.raises(InputError, match=f"`logprobs` must be .* between 0 and 1024, got {count}"):
+        check_params(SamplingParams(logprobs=count), server)
+    check_params(SamplingParams(logprobs=20, temperature=0), server)

@@ -24,7 +24,7 @@ from dmax.errors import InputError, show
 from dmax.integrations.options import check_request, one_line
 from dmax.integrations.vllm.config import ENGINE, server_params
 from dmax.integrations.vllm.wrapping import Method, is_served, wrap
-from dmax.params import DecodingParams
+from dmax.params import DecodingParams, check_number
 
 # A child of vLLM's logger: others are not shown by its server.
 logger = init_logger(f"vllm.{__name__}")
@@ -40,6 +40,9 @@ ACCEPTED = frozenset(
     # of vLLM itself, without an effect on tokens; it says what it thinks of watermarks
     "skip_clone skip_reading_prefix_cache watermarking".split()
 )
+MOST_LOGPROBS = 1024
+"""Most tokens beside each whose log-probabilities a request may want; every slot has room for them,
+whatever `--max-logprobs` allows."""
 NEUTRAL = {"top_k": (0, -1)}
 """Values without an effect besides the default."""
 INSTEAD = {
@@ -69,6 +72,8 @@ def check_params(params: SamplingParams, server: DecodingParams) -> DecodingPara
                 f"{what} does not go with decoding by blocks{got}",
                 hint=INSTEAD.get(name, "leave it out"),
             )
+    if params.logprobs is not None:
+        check_number("logprobs", params.logprobs, low=0, high=MOST_LOGPROBS, whole=True)
     extra = params.extra_args or {}
     for name in extra:
         if name.startswith("diffusion_"):
