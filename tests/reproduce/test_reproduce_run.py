@@ -279,6 +279,30 @@ def test_a_cell_that_was_decoded_is_only_scored(
     assert run(plan, tmp_path) == before
 
 
+def test_what_was_decoded_is_scored_though_its_model_is_gone(
+    checkpoint: str, a_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(a_plan("dmax-math", "gsm8k", limit=1), tmp_path)
+    (tmp_path / "cells" / "dmax-math.gsm8k.json").unlink()
+
+    def gone(*args: object, **options: object) -> None:
+        raise InputError("the checkpoint is gone")
+
+    monkeypatch.setattr("dmax.llm.LLM", gone)
+    records = run(a_plan("dmax-math", "gsm8k", "asdiv", limit=1), tmp_path)
+    assert records["dmax-math.gsm8k"]["status"] == "measured"
+    assert records["dmax-math.asdiv"]["status"] == CANNOT_RUN
+    assert records["dmax-math.asdiv"]["reason"] == "the checkpoint is gone"
+
+
+def test_a_file_of_rows_that_is_wrong_leaves_no_folder(a_plan: MakePlan, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "How many?"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="`answer` is missing"):
+        run(a_plan("gsm8k", "dmax-math", data={"gsm8k": str(rows)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_later_run_adds_cells(a_plan: MakePlan, tmp_path: Path) -> None:
     assert run(a_plan("dmax-math", "gsm8k", limit=2), tmp_path).keys() == {"dmax-math.gsm8k"}
     both = run(a_plan("dmax-math", "asdiv", limit=2), tmp_path)

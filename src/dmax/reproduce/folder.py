@@ -89,6 +89,7 @@ class TableFolder:
             for folder in ("cells", "decoded"):
                 for file in sorted((self.path / folder).glob("*.json*")):
                     file.unlink()
+            self._overwrite = False
         write_atomically(self.path / RECORD, json.dumps(self._settings, indent=1) + "\n")
 
     def cell(self, cell: Cell) -> dict[str, Any] | None:
@@ -98,7 +99,7 @@ class TableFolder:
             InputError: its file holds something else.
         """
         path = self._cell_path(cell)
-        if not path.exists():
+        if self._overwrite or not path.exists():
             return None
         held = read_record(path)
         is_ours = isinstance(held, dict) and held.get("cell") == cell.name

@@ -44,6 +44,7 @@ class TableRun:
         self._bar = bar
         self._finished = finished
         self._tasks: dict[str, Task] = {}
+        self._is_decoded = folder.is_decoded
 
     def run(self) -> None:
         """Measure what is left.
@@ -53,11 +54,11 @@ class TableRun:
                 named cannot be read, or a prompt cannot be decoded.
         """
         plan = self._plan
-        self._folder.begin()
         left = [cell for cell in plan.chosen() if not self._is_measured(cell)]
         for benchmark, path in plan.data.items():
             if any(cell.benchmark == benchmark for cell in left):
                 self._tasks[benchmark] = get_task(benchmark, path)
+        self._folder.begin()
         for model in dict.fromkeys(map(plan.model, left)):
             self._run_model(model, [cell for cell in left if plan.model(cell) == model])
             gc.collect()  # the next model needs the memory of this one
@@ -87,15 +88,15 @@ class TableRun:
         ready = [cell for cell in cells if self._is_ready(cell)]
         with ExitStack() as stack:
             completer = None
-            if not all(map(self._folder.is_decoded, ready)):
+            if not all(map(self._is_decoded, ready)):
                 try:
                     completer = stack.enter_context(opened(self._plan.engine, model))
                 except InputError as error:
-                    self._refuse(ready, error)
-                    return
+                    self._refuse([each for each in ready if not self._is_decoded(each)], error)
+                    ready = list(filter(self._is_decoded, ready))
             for cell in ready:
                 task = self._tasks[cell.benchmark]
-                if completer is not None and not self._folder.is_decoded(cell):
+                if completer is not None and not self._is_decoded(cell):
                     files = self._folder.journal(cell)
                     with self._bar(cell.name) as progress:
                         decode(completer, self._plan, cell, task, files, progress)
