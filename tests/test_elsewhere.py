@@ -126,6 +126,8 @@ def test_a_saved_configuration_says_what_other_engines_ask_for(name: str, tmp_pa
     save_checkpoint(found.model, found.tokenizer, tmp_path / "saved", found.special_ids)
     folder = bundled(name)
     assert folder is not None
+    assert json.loads((tmp_path / "saved/config.json").read_text())["router_dtype"] == "fp32"
+    assert found.model.config.router_dtype == "fp32"  # also where the files say nothing
     for saved in (folder, tmp_path / "saved"):
         config = json.loads((saved / "config.json").read_text())
         assert config["use_qk_norm"] is config["use_rmsnorm"] is True

@@ -13,6 +13,7 @@ MAY_BE_ZERO = ("first_k_dense_replace", "num_shared_experts", "n_group", "topk_g
 # What other engines ask of a configuration, and what this architecture always is.
 ONLY = {"use_qk_norm": True, "use_rmsnorm": True, "norm_head": False, "use_sliding_window": False}
 NO_DROPOUT = {"embedding_dropout": 0.0, "output_dropout": 0.0}  # theirs is 0.1 without a value
+ROUTER = {"router_dtype": "fp32"}  # they choose experts in the dtype of the weights without it
 
 
 class LLaDA2MoeConfig(PreTrainedConfig):
@@ -63,6 +64,8 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 156_892
     mask_token_id: int | None = None
     block_length: int | None = None
+
+    router_dtype = ROUTER["router_dtype"]  # also where the files say nothing
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A configuration, also one that is unpickled; Auto classes know its model from then on.
@@ -137,7 +140,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Published keys beside transformers' own, so that other engines read what we write."""
-        record = {**ONLY, **NO_DROPOUT, **super().to_dict()}
+        record = {**ONLY, **NO_DROPOUT, **ROUTER, **super().to_dict()}
         rope = record["rope_parameters"]
         record["rope_theta"] = rope["rope_theta"]
         if rope["rope_type"] != "default":
