@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from reference import Wanted, model_path
+from safetensors.torch import load_file, save_file
 
-from dmax.params import DecodingParams
+from dmax.integrations.sglang.completer import sampling
 
 EOS = 976  # of the bundled models
 
@@ -37,24 +41,6 @@ def running(**options: Any) -> Iterator[Any]:
         yield engine
     finally:
         engine.shutdown()
-
-
-def sampling(params: DecodingParams) -> dict[str, Any]:
-    """The parameters as a client of SGLang writes them."""
-    ours = {
-        "dmax_strategy": params.strategy,
-        "dmax_stop_confidence": params.stop_confidence,
-        "dmax_top_k": params.top_k,
-    }
-    if params.threshold is not None:
-        ours["dmax_threshold"] = params.threshold
-    return {
-        "max_new_tokens": params.max_new_tokens,
-        "temperature": params.temperature,
-        "sampling_seed": params.seed,
-        "ignore_eos": params.ignore_eos,
-        "custom_params": ours,
-    }
 
 
 def answers(engine: Any, wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
@@ -89,3 +75,25 @@ def differences(found: Sequence[dict[str, Any]], wanted: Sequence[Wanted]) -> li
         if mine != theirs:
             lines.append(f"request {index}: {mine} and not {theirs}")
     return lines
+
+
+def changed_model(folder: Path, model: str = "tiny-dmax", **changes: Any) -> str:
+    """A copy of a bundled model with other settings; a value of None leaves a key out."""
+    shutil.copytree(model_path(model), folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8")) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    file.write_text(json.dumps(kept), "utf-8")
+    return str(folder)
+
+
+def broken_model(folder: Path, token: int) -> str:
+    """A copy of the bundled model in which the embedding of a token is not a number."""
+    path = changed_model(folder)
+    for file in folder.glob("*.safetensors"):
+        weights = load_file(file)
+        name = "model.word_embeddings.weight"
+        if name in weights:
+            weights[name][token] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+    return path

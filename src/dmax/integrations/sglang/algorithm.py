@@ -7,6 +7,7 @@ What SGLang carries from round to round for a request is a `Block`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -76,6 +77,8 @@ class DMax(DllmAlgorithm):
         from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
         preferred = resolving_view(server_args).preferred_sampling_params or {}
+        if isinstance(preferred, str):  # as callers of Python give it
+            preferred = json.loads(preferred)
         greedy = {"temperature": 0.0, **preferred}
         declare_resolution(server_args, cls.__name__, preferred_sampling_params=greedy)
 
