@@ -117,6 +117,11 @@ def _other_ways(vllm_config: Any) -> Iterator[tuple[bool, str, str]]:
         "use `--tensor-parallel-size`",
     )
     yield (
+        parallel.use_ubatching,
+        "microbatches (`--enable-dbo`, `--ubatch-size`) do not go with blocks",
+        "leave them out",
+    )
+    yield (
         vllm_config.speculative_config is not None,
         "speculative decoding does not go with blocks, which take the place of drafts",
         "leave out `--speculative-config`",
