@@ -9,8 +9,10 @@ import pytest
 import torch
 from host import Host, decode_alone, small_engine
 
+from dmax.baselines.credit import CreditDecoding
 from dmax.decoding import get_strategy
 from dmax.engine.engine import Engine
+from dmax.errors import InputError
 from dmax.integrations.slots import Slots
 from dmax.integrations.vllm.logprobs import best
 from dmax.integrations.vllm.progress import block_rows
@@ -141,6 +143,25 @@ def test_a_request_with_broken_logits_ends_and_the_others_go_on(engine: Engine) 
     host._logits = original  # type: ignore[method-assign]
     assert broken.is_over
     host.run()
+    wanted = decode_alone(engine, asked[1], params)
+    assert tuple(whole.generated[: len(wanted.token_ids)]) == wanted.token_ids
+
+
+def test_a_strategy_that_does_not_go_with_the_model_ends_its_own_requests(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prompts(engine, 2)
+    host = Host(engine, 2)
+    params = params_of(engine, {"strategy": "spd", "threshold": 0.3})
+    other = host.add(0, asked[0], params_of(engine, {"strategy": "credit", "threshold": 0.6}))
+    whole = host.add(1, asked[1], params)
+
+    def fail(*_: Any) -> None:
+        raise InputError("the head is of another model")
+
+    monkeypatch.setattr(CreditDecoding, "step", fail)
+    host.run()
+    assert len(other.generated) == 1, "one token that means nothing"
     wanted = decode_alone(engine, asked[1], params)
     assert tuple(whole.generated[: len(wanted.token_ids)]) == wanted.token_ids
 

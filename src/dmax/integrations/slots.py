@@ -7,6 +7,7 @@ go under `torch.inference_mode()`. Every slot has one open block.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,11 @@ from dmax.decoding.strategy import Strategy
 from dmax.engine.blocks import OpenBlocks
 from dmax.engine.sequence import gumbel_noise, own_generator
 from dmax.engine.step import decide
+from dmax.errors import InputError
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds
+
+logger = logging.getLogger(__name__)
 
 MAX_IDLE = 8
 """Open blocks of this many strategies are kept when no slot uses them."""
@@ -139,7 +143,8 @@ class Slots:
             logits: [B, L, V], any float dtype.
 
         Returns:
-            As `dmax.engine.step.decide`.
+            As `dmax.engine.step.decide`. Blocks of a strategy that does not go with the model are
+            invalid: an exception would end the engine for everyone.
         """
         blocks = self.blocks(slots[0])
         length, vocab_size = logits.shape[1:]
@@ -149,7 +154,11 @@ class Slots:
             part = slice(start, start + at_once)
             noise = self._noise(blocks, slots[part], rows[part], (1, length, vocab_size))
             output = Output(logits[part], self.special_ids.mask_token_id)
-            flags.append(decide(blocks, rows[part], output, noise=noise))
+            try:
+                flags.append(decide(blocks, rows[part], output, noise=noise))
+            except InputError as error:
+                logger.error("strategy `%s` ends its requests: %s", blocks.strategy.name, error)
+                flags.append(_all_invalid(rows[part]))
         return torch.cat(flags, dim=1)
 
     def _noise(
@@ -186,3 +195,10 @@ class Slots:
         for key in idle[: -MAX_IDLE - 1]:  # the last one is about to be used
             del self._blocks[key]
         return blocks
+
+
+def _all_invalid(rows: Tensor) -> Tensor:
+    """The flags [6, B] of `dmax.engine.step.decide` for blocks that cannot go on."""
+    flags = torch.zeros(6, len(rows), dtype=torch.bool, device=rows.device)
+    flags[3] = True
+    return flags
