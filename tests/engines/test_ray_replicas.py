@@ -1,7 +1,4 @@
-"""Replicas under Ray on this machine: the same results as one process, and how runs end.
-
-Needs Ray. `test_ray_kills.py` kills them, `test_ray_placement.py` needs no Ray.
-"""
+"""Replicas under Ray on this machine: the same results as one process, and how runs end."""
 
 from __future__ import annotations
 
@@ -12,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle
+from reference import load
 
 from dmax import LLM, DecodingParams, InputError
 from dmax.completers import LocalCompleter
@@ -31,13 +31,7 @@ from dmax.integrations.ray.replicas import RayAnswerer, RayCompleter
 from dmax.integrations.ray.workers import Description, Model, Numbered
 from dmax.tasks.word_problems import WordProblems
 
-cloudpickle = pytest.importorskip("ray.cloudpickle")
-pytest.importorskip("pyarrow")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas cannot import tests
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),  # Ray's own
-]
 
 MODEL = Model("tiny-dmax", batch_size=2, dtype="float32")
 TWO = Placement(replicas=2, cpus=1, gpus=0)
@@ -95,6 +89,26 @@ def ask(pool: Pool, *prompts: str) -> list[Numbered]:
 
 def test_the_cluster_is_this_machine(nodes: list[Node]) -> None:
     assert [node.cpus for node in nodes] == [os.cpu_count()]
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("name", ["64_spd", "64_threshold"])
+def test_64_prompts_have_the_tokens_and_forwards_of_one_process(
+    nodes: list[Node], name: str
+) -> None:
+    wanted = load(name)
+    (params,) = {each.params for each in wanted}
+    completer = RayCompleter(replace(MODEL, batch_size=8), TWO)
+    prompts = [list(each.prompt) for each in wanted]
+    found: dict[int, Any] = {}
+    for group in completer.completions(prompts, params, lambda done, total: None):
+        assert not found.keys() & dict(group).keys()
+        found |= dict(group)
+    assert sorted(found) == list(range(64))
+    for number, each in enumerate(wanted):
+        output = found[number]
+        assert output.token_ids == each.token_ids and output.text == each.text
+        assert output.num_forwards == each.num_forwards
 
 
 def test_an_evaluation_has_the_results_of_one_process(nodes: list[Node], llm: LLM) -> None:

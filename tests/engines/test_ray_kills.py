@@ -1,7 +1,6 @@
 """SIGKILL at 20 random moments, of replicas and of the command: no row is lost or doubled.
 
-What is finished in the end is what one process writes, bit for bit. Slow, and needs Ray:
-`pytest tests/integrations/test_ray_kills.py`.
+What is finished in the end is what one process writes, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,16 +18,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray")
-pytest.importorskip("pyarrow")
-
 KILLS = 20
 POLL = 0.002  # seconds between two looks
-START = 120.0  # seconds that a command may take to its first replica, on a busy machine
+START = 300.0  # seconds that a command may take to its first replica, on a busy machine
 CALM = 90.0  # seconds in which everything that a killed command leaves has to end
 DISTILL = (
-    "distill --model tiny-base --num 120 --threshold 0.5 --max-new-tokens 48 "
-    "--batch-size 2 --dtype float32"
+    "distill --model tiny-dmax --num 120 --strategy spd --threshold 0.5 --max-new-tokens 96 "
+    "--max-length 70 --batch-size 2 --dtype float32"
 )
 EVAL = "eval --model tiny-dmax --limit 120 --max-new-tokens 96 --batch-size 2 --dtype float32"
 RAY = "--ray --replicas 2"
@@ -169,7 +165,6 @@ def generator(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.node.name)
 
 
-@pytest.mark.slow
 def test_a_distillation_survives_20_kills(tmp_path: Path, generator: random.Random) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     one = Command(f"{DISTILL} --output {whole}/a.jsonl", whole, generator)
@@ -185,7 +180,6 @@ def test_a_distillation_survives_20_kills(tmp_path: Path, generator: random.Rand
     assert not command.leftovers()
 
 
-@pytest.mark.slow
 def test_an_evaluation_survives_20_kills(tmp_path: Path, generator: random.Random) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     one = Command(f"{EVAL} --output {whole}/a.json", whole, generator)
