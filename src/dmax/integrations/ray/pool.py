@@ -143,10 +143,12 @@ class Pool:
         Raises:
             InputError: nothing can be answered any more, or replicas have different models.
         """
+        for params in {chunk.params for chunk in waiting}:
+            self.describe(params)  # before replicas take all there is
         for outcome in self._outcomes(waiting):
             found = outcome.description
             assert found is not None, "there is no error"
-            expected = self.describe(found.params)
+            expected = self._descriptions[found.params]
             if found.weighty() != expected.weighty():
                 raise InputError(
                     "the replicas do not hold the same model: one has "
@@ -157,12 +159,15 @@ class Pool:
 
     def _outcomes(self, waiting: Sequence[Chunk]) -> Iterator[Outcome]:
         """What comes back, without the errors, which are raised."""
+        import ray
         from ray.exceptions import RayError
 
         if not waiting:
             return
+        starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
         try:
-            for batch in self._dataset(waiting).iter_batches(batch_size=None, prefetch_batches=0):
+            dataset = self._dataset(waiting, starts)
+            for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
                 for data in batch["outcome"]:
                     outcome: Outcome = pickle.loads(data)
                     if outcome.error is not None:
@@ -170,10 +175,12 @@ class Pool:
                     yield outcome
         except RayError as error:
             raise _translated(error) from error
+        finally:
+            if ray.is_initialized():
+                ray.kill(starts)
 
-    def _dataset(self, waiting: Sequence[Chunk]) -> Any:
+    def _dataset(self, waiting: Sequence[Chunk], starts: Any) -> Any:
         """A row for each chunk, in a block of its own, and what replicas make of it."""
-        import ray
         from ray.data import ActorPoolStrategy, DataContext, from_items
 
         context = DataContext.get_current()
@@ -183,7 +190,6 @@ class Pool:
         if not logging.getLogger("dmax").isEnabledFor(logging.DEBUG):
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         rows = [{"chunk": pickle.dumps(chunk)} for chunk in waiting]
-        starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Starts).remote()
         return from_items(rows, override_num_blocks=len(rows)).map_batches(
             Replica,
             fn_constructor_args=(self._open_worker, starts),
