@@ -232,10 +232,12 @@ def command(*words: str) -> list[str]:
 
 def test_a_command_says_nothing_of_ray(tmp_path: Path) -> None:
     words = "eval --ray --limit 3 --max-new-tokens 16 --dtype float32 --json".split()
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"] == 3
-    assert done.stderr == "loading tiny-dmax …\n"
+    assert done.stderr.strip() == "loading tiny-dmax …"
+    assert not list(tmp_path.iterdir()), "Ray writes into the home directory"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +25,10 @@ from dmax import extras
 from dmax.errors import InputError, first_line, shorten, show
 from dmax.params import check_number
 
+AUTO = "auto"
+"""The address of the cluster that this machine belongs to."""
+ADDRESS = re.compile(r"[^/:]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
+REACH_SECONDS = 10.0
 MOST_REPLICAS = 10_000
 MOST_GPUS = 64
 OBJECT_STORE = 256 * 2**20
@@ -31,6 +38,7 @@ LONGEST_ROOT = 24
 """Characters of the folder above Ray's; the path of a socket has at most 107."""
 STALE_SECONDS = 60.0
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+TOKEN = Path("~/.ray/auth_token")
 QUIET = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Environment variables of Ray, for those that are not set; `QUIET` ones without `--debug`."""
 
@@ -57,7 +65,7 @@ class RayOptions:
         bounds: dict[str, Any] = dict(whole=True, optional=True)
         check_number("replicas", self.replicas, low=1, high=MOST_REPLICAS, **bounds)
         check_number("gpus_per_replica", self.gpus_per_replica, low=0, high=MOST_GPUS, **bounds)
-        if self.address is not None and (not self.address or "://" in self.address):
+        if self.address not in (None, AUTO) and not ADDRESS.fullmatch(self.address):
             raise InputError(
                 f"`--ray-address` must be HOST:PORT or auto, got {show(self.address)}",
                 hint="run the command on a machine of the cluster",
@@ -162,8 +170,10 @@ def _start(address: str | None, folder: Path | None) -> Any:
     Raises:
         InputError: the cluster cannot be reached.
     """
+    if address not in (None, AUTO):
+        _check_answers(address)
     is_debug = logging.getLogger("dmax").isEnabledFor(logging.DEBUG)
-    variables = SETTINGS if is_debug else SETTINGS | QUIET
+    variables = SETTINGS | _authentication(address) | ({} if is_debug else QUIET)
     os.environ |= {name: value for name, value in variables.items() if name not in os.environ}
     own: dict[str, Any] = dict(
         include_dashboard=False, object_store_memory=OBJECT_STORE, _temp_dir=str(folder)
@@ -183,12 +193,38 @@ def _start(address: str | None, folder: Path | None) -> Any:
                 **(own if address is None else {}),
             )
         except (OSError, RuntimeError, ValueError) as error:
-            what = "start Ray" if address is None else f"reach a Ray cluster at {shorten(address)}"
-            raise InputError(
-                f"cannot {what}: {shorten(first_line(error))}",
-                hint="`ray start --head` starts a cluster; auto is the one of this machine",
-            ) from error
+            if address is None:
+                raise InputError(f"cannot start Ray: {shorten(first_line(error))}") from error
+            raise _unreachable(address, error) from error
     return ray
+
+
+def _authentication(address: str | None) -> dict[str, str]:
+    """Variables that let this process in.
+
+    Ray gives a new cluster the token of the home directory, and writes one there if there is none;
+    ours has a token of its own. Clusters that were started with the one there ask for it, but only
+    at the address auto does Ray look for it.
+    """
+    if address is None:
+        return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {"RAY_AUTH_MODE": "token"} if TOKEN.expanduser().exists() else {}
+
+
+def _check_answers(address: str) -> None:
+    """Raise `InputError` if nothing answers at HOST:PORT, where Ray itself would wait long."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> InputError:
+    return InputError(
+        f"cannot reach a Ray cluster at {shorten(address)}: {shorten(first_line(error))}",
+        hint="`ray start --head` starts a cluster; auto is the one of this machine",
+    )
 
 
 def _say_nothing(data: Any, **options: Any) -> None:
