@@ -59,6 +59,10 @@ COMMANDS = {
         "--ray-address --replicas --gpus-per-replica --engine --min-length --max-length "
         "--max-repetition --filter-score --endpoint --endpoint-model --concurrency --timeout --json"
     ),
+    "reproduce": (
+        "table --list --engine --engine-option --only --model -m --data --limit --max-new-tokens "
+        "--batch-size --dtype --device --trial --output -o --overwrite --json"
+    ),
     "eval": (
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k "
         "--option --block-length --batch-size --dtype --quantization --compile --device "
