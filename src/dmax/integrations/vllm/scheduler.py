@@ -29,6 +29,9 @@ class WholeBlocks(Scheduler):
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self.block_length = special_ids(vllm_config.model_config.hf_config).block_length
         self.context = self.max_model_len - self.max_model_len % self.block_length
+        # `--max-model-len auto` is settled after the hooks of the configuration, and from here the
+        # process that answers learns what a prompt may have.
+        vllm_config.model_config.max_model_len = self.context
         # An open block is counted from the end of what was emitted, a forward ahead, although it
         # may begin before: no such count may be cut at the context, where no block ends later.
         self.max_model_len += 4 * self.block_length
