@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from dmax.completers import Completer
 from dmax.outputs import GenerationOutput
 from dmax.params import DecodingParams
+from dmax.reproduce.engines import EngineChoice, opened
 
 ON_CPU: dict[str, dict[str, Any]] = {
     "vllm": {"enforce_eager": True, "kv_cache_memory_bytes": 2**26},
@@ -65,23 +65,23 @@ class Job:
     repeats: int
 
 
-def open_engine(job: Job) -> Completer:
-    """The engine of a job, with its model loaded."""
-    on_cpu = ON_CPU.get(job.engine, {}) if job.device == "cpu" else {}
-    shared: dict[str, Any] = {"dtype": job.dtype, "max_batch_size": job.batch_size}
-    if job.engine == "dmax":
-        from dmax.completers import LocalCompleter
-        from dmax.llm import LLM
-
-        return LocalCompleter(LLM(job.model, device=job.device, **shared))
-    parallel: dict[str, Any] = {"tensor_parallel_size": job.tensor_parallel}
+def choice(job: Job) -> EngineChoice:
+    """The engine of a job with its options."""
+    options: dict[str, Any] = {}
+    if job.device == "cpu":
+        options |= ON_CPU.get(job.engine, {})
     if job.engine == "vllm":
-        from dmax.integrations.vllm.completer import VllmCompleter
-
-        return VllmCompleter(job.model, max_model_len=job.context, **shared, **parallel, **on_cpu)
-    from dmax.integrations.sglang.completer import SglangCompleter
-
-    return SglangCompleter(job.model, device=job.device, **shared, **parallel, **on_cpu)
+        options["max_model_len"] = job.context
+    if job.engine == "sglang":
+        options["device"] = job.device
+    return EngineChoice(
+        name=job.engine,
+        batch_size=job.batch_size,
+        dtype=job.dtype,
+        device=job.device,
+        tensor_parallel=job.tensor_parallel,
+        options=tuple(options.items()),
+    )
 
 
 def complete(
@@ -129,12 +129,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     job = Job(**json.loads(arguments.job.read_text("utf-8")))
-    engine = open_engine(job)
     params = DecodingParams(strategy=job.strategy, max_new_tokens=job.max_new_tokens)
-    results = {"settings": engine.settings(params), "rows": measure(engine, job)}
-    arguments.results.write_text(json.dumps(results), "utf-8")
+    with opened(choice(job), job.model) as engine:
+        results = {"settings": engine.settings(params), "rows": measure(engine, job)}
+        arguments.results.write_text(json.dumps(results), "utf-8")
 
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # an engine's workers may keep its process alive; they end with it

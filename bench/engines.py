@@ -58,7 +58,9 @@ def run(job: Job, python: Path) -> dict[str, Any]:
         given.write_text(json.dumps(asdict(job)), "utf-8")
         script = str(ROOT / "bench" / "engine_worker.py")
         command = [str(python), script, str(given), str(results)]
-        subprocess.run(command, env=variables, stdout=sys.stderr, check=True)
+        done = subprocess.run(command, env=variables, stdout=sys.stderr, check=False)
+        if not results.is_file():
+            raise SystemExit(f"error: {job.engine} ended with {done.returncode} and no results")
         found: dict[str, Any] = json.loads(results.read_text("utf-8"))
     return found
 
