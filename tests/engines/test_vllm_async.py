@@ -9,7 +9,7 @@ import pytest
 from reference import load
 from vllm import LLM
 from vllm.platforms.cpu import CpuPlatform
-from vllm_engine import complete, differences, start
+from vllm_engine import complete, differences, num_blocks, start
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +38,9 @@ def test_scheduling_is_asynchronous(llm: LLM) -> None:
 def test_tokens_and_forwards_stay_the_same(llm: LLM, group: str) -> None:
     wanted = load(group)
     assert differences(wanted, complete(llm, wanted)) == []
+
+
+def test_a_block_is_committed_at_most_once(llm: LLM) -> None:
+    wanted = load("64_spd")
+    for ours, theirs in zip(wanted, complete(llm, wanted), strict=True):
+        assert theirs.cost["num_commit_forwards"] < num_blocks(ours), "the last block needs none"

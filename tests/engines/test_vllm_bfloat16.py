@@ -1,4 +1,4 @@
-"""vLLM in bfloat16, whose products round otherwise than torch's: differences are counted."""
+"""vLLM in bfloat16, where every other kernel and batch size rounds otherwise: a count."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def llm() -> LLM:
     return start(dtype="bfloat16")
 
 
-@pytest.mark.parametrize("group", ["bfloat16_spd", "bfloat16_threshold"])
-def test_most_completions_are_the_same(
-    llm: LLM, group: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("strategy", ["spd", "threshold"])
+def test_as_few_completions_differ_as_in_our_own_engine_at_another_batch_size(
+    llm: LLM, strategy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = load(group)
+    wanted = load(f"bfloat16_{strategy}")
     done = complete(llm, wanted)
-    pairs = list(zip(wanted, done, strict=True))
-    num_other = sum(ours.token_ids != theirs.token_ids for ours, theirs in pairs)
-    num_longer = sum(ours.num_forwards != theirs.cost["num_forwards"] for ours, theirs in pairs)
+    alone = load(f"alone_{strategy}")
+    num_other = sum(a.token_ids != b.token_ids for a, b in zip(wanted, done, strict=True))
+    num_own = sum(a.token_ids != b.token_ids for a, b in zip(wanted, alone, strict=True))
     with capsys.disabled():
-        print(  # noqa: T201  # the count is the result
-            f"\n{group}: {num_other} of {len(pairs)} completions have other tokens, "
-            f"{num_longer} another number of forwards"
+        print(  # noqa: T201  # the counts are the result
+            f"\n{strategy} in bfloat16: {num_other} of {len(wanted)} completions have other tokens "
+            f"than dmax.LLM's; {num_own} of its own have, one at a time"
         )
-    assert num_other <= len(pairs) // 4
+    assert num_other <= num_own + len(wanted) // 8
