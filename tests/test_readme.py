@@ -41,8 +41,6 @@ SMALL = {
     "make demo": "make .venv/.core-stamp",  # CI runs the demo itself
     ". .venv/bin/activate": ". .venv/bin/activate",
     INSTALL: INSTALL,
-    "pip install torch --index-url https://download.pytorch.org/whl/cpu": "pip install torch",
-    "pip install .": "pip install .",
     "make test": "make --dry-run test",  # this is a part of it
     "dmax demo": "dmax demo --help",
     "python bench/tiny.py --limit 500 --dtype bfloat16": (
