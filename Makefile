@@ -20,7 +20,7 @@ demo: .venv/.core-stamp ## solve word problems with the bundled models, before a
 test: lint typecheck ## style, types and all tests
 	@$(PY) -m pytest -q -n $(WORKERS) --durations=15
 
-test-engines: .venv/.setup-stamp ## the same tokens inside vLLM, SGLang and Ray; 4.5 GB the first time (ENGINES=vllm)
+test-engines: .venv/.setup-stamp ## the same tokens inside vLLM, SGLang and Ray; 5.5 GB the first time (ENGINES=vllm)
 	@$(PY) tools/engine_environments.py $(ENGINES)
 	@$(PY) tools/run_engine_tests.py $(ENGINES)
 

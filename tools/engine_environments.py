@@ -5,7 +5,7 @@
 
 The engines pin versions of torch and transformers that `make test` does not have, so they get
 environments of their own, `.engines/<name>`, with this checkout in them. The first time takes some
-minutes and 4.5 GB in all. An environment that is complete is left as it is, and nothing outside
+minutes and 5.5 GB in all. An environment that is complete is left as it is, and nothing outside
 that folder is touched.
 """
 
