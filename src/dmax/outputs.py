@@ -33,6 +33,11 @@ class Cost:
     num_forced: int = 0
     num_capped: int = 0
 
+    @property
+    def num_forwards_paper(self) -> int:
+        """Forwards as the published evaluation counts: a prefill in several parts is one more."""
+        return self.num_forwards + min(self.num_prefill_forwards, 1)
+
     def __add__(self, other: Cost) -> Cost:
         names = Cost.__slots__
         return Cost(*(getattr(self, name) + getattr(other, name) for name in names))
@@ -92,7 +97,7 @@ class GenerationOutput:
     @property
     def tokens_per_forward_paper(self) -> float:
         """TPF as the published evaluation counts: the prefill is one more forward."""
-        return ratio(len(self.token_ids), self.num_forwards + self.num_prefill_forwards)
+        return ratio(len(self.token_ids), self.cost.num_forwards_paper)
 
 
 @dataclass(frozen=True, slots=True)

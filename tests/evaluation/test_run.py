@@ -92,7 +92,7 @@ def test_counts_and_ratios_of_sums() -> None:
     assert summary.generated_tokens == 50
     assert summary.cost == Cost(num_forwards=20, num_prefill_forwards=4, num_commit_forwards=3)
     assert summary.tpf == 50 / 20  # not the mean of the ratios
-    assert summary.tpf_paper == pytest.approx((12 / 5 + 2 / 10 + 0 / 1 + 30 / 6 + 6 / 2) / 5)
+    assert summary.tpf_paper == pytest.approx((12 / 5 + 2 / 9 + 0 / 1 + 30 / 6 + 6 / 2) / 5)
     assert summary.tokens_per_second == pytest.approx(50 / summary.seconds)
     assert (summary.model, summary.task, summary.limit, summary.seed) == ("canned", "sums", 5, 7)
     assert (summary.batch_size, summary.params) == (1, asdict(PARAMS))

@@ -207,8 +207,7 @@ def add_up(completions: Iterable[tuple[int, Cost]]) -> Totals:
     for tokens, cost in completions:
         generated_tokens += tokens
         total += cost
-        num_forwards = cost.num_forwards + cost.num_prefill_forwards
-        ratios.append(ratio(tokens, num_forwards))
+        ratios.append(ratio(tokens, cost.num_forwards_paper))
     return Totals(
         generated_tokens=generated_tokens,
         cost=total,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
-from dmax.outputs import ratio
+from dmax.outputs import Cost, ratio
 from dmax.reproduce.plan import Plan
 from dmax.reproduce.table import MEASURED, Cell
 from dmax.reproduce.verdicts import compare_tpf, score
@@ -120,9 +120,10 @@ def measured(
         is_correct = published_scorer(cell.benchmark)
         pairs = zip(samples, examples, strict=True)
         right["published"] = [is_correct(sample["output"], example) for sample, example in pairs]
+    costs = [Cost(sample["num_forwards"], sample["num_prefill_forwards"]) for sample in samples]
     ratios = [
-        ratio(sample["generated_tokens"], sample["num_forwards"] + sample["num_prefill_forwards"])
-        for sample in samples
+        ratio(sample["generated_tokens"], cost.num_forwards_paper)
+        for sample, cost in zip(samples, costs, strict=True)
     ]
     return {
         "status": MEASURED,
