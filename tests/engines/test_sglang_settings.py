@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reference import CONTEXT, Wanted, load
-from sglang_engine import answers, changed_model, differences, num_forwards, running, token_ids
+from sglang_engine import EOS, answers, changed_model, differences, num_forwards, running, token_ids
+from transformers import LlamaConfig, LlamaForCausalLM
 
 UNNAMED: dict[str, Any] = {
     "mask_token_id": None,
@@ -130,3 +132,28 @@ def test_another_release_is_told_and_nothing_else_happens(
         sglang.register()
     assert "dmax was run with sglang 0.5.99, and this is 0.5.23" in caplog.text
     assert {target: len(hooks) for target, hooks in HookRegistry._hooks.items()} == before
+
+
+def test_other_models_are_served_as_without_us(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=981,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=EOS,
+    )
+    model = LlamaForCausalLM(config).eval()
+    path = changed_model(tmp_path / "llama")  # for its tokenizer
+    model.save_pretrained(path)
+    prompt = torch.arange(10, 40)[None]
+    right = model.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    with running(model_path=path) as engine:
+        told = engine.generate(
+            input_ids=prompt[0].tolist(),
+            sampling_params={"max_new_tokens": 24, "temperature": 0, "ignore_eos": True},
+        )
+    assert told["output_ids"] == right[0, prompt.shape[1] :].tolist()
+    assert "dmax_num_forwards" not in told["meta_info"]

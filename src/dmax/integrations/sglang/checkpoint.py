@@ -97,15 +97,20 @@ def read_checkpoint(config: Any, server_args: Any) -> Any:
 
 
 def is_ours(model_path: str) -> bool:
-    """Whether this is a published DMax model, or a folder that dmax wrote; asks no network."""
+    """Whether this is a published DMax model, or a folder that dmax wrote; asks no network.
+
+    Whatever else the path leads to is SGLang's affair.
+    """
     folder = Path(model_path)
-    file = folder / "config.json"
     if is_published_dmax(model_path, folder):
         return True
-    if not file.is_file():
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
         return False
-    config = json.loads(file.read_text("utf-8"))
-    return ARCHITECTURE in config.get("architectures", ()) and "decoding_strategy" in config
+    if not isinstance(config, dict) or "decoding_strategy" not in config:
+        return False
+    return ARCHITECTURE in (config.get("architectures") or ())
 
 
 def server_decoding(options: Mapping[Any, Any], named: str | None) -> DecodingParams:

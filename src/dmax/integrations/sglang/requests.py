@@ -15,7 +15,7 @@ from dmax.decoding import get_strategy
 from dmax.decoding.strategy import Strategy
 from dmax.errors import InputError
 from dmax.integrations.options import check_runs_here, request_params
-from dmax.integrations.sglang.checkpoint import ENGINE, NAME
+from dmax.integrations.sglang.checkpoint import ARCHITECTURE, ENGINE, NAME
 from dmax.outputs import Cost
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds
@@ -118,6 +118,8 @@ def greedy_by_default(defaults: dict[str, Any], model_config: Any) -> dict[str, 
     """
     from sglang.srt.runtime_context import get_exec
 
+    if ARCHITECTURE not in (model_config.hf_config.architectures or ()):
+        return defaults
     is_ours = get_exec().dllm.dllm_algorithm == NAME
     if not is_ours or model_config.sampling_defaults != "model":
         return defaults
