@@ -32,8 +32,8 @@ class WholeBlocks(Scheduler):
         # `--max-model-len auto` is settled after the hooks of the configuration, and from here the
         # process that answers learns what a prompt may have.
         vllm_config.model_config.max_model_len = self.context
-        # An open block is counted from the end of what was emitted, a forward ahead, although it
-        # may begin before: no such count may be cut at the context, where no block ends later.
+        # vLLM counts an open block from the last emitted token on, and several if it plans ahead.
+        # Such a count may pass the context although no block does, and must not be cut there.
         self.max_model_len += 4 * self.block_length
         self.need_mamba_block_aligned_split = True  # asks `_mamba_block_aligned_split`
         self._forwards: dict[str, Forwards] = {}
@@ -103,8 +103,8 @@ class WholeBlocks(Scheduler):
         if request.request_id not in self._broken:
             return super()._update_request_with_output(request, new_token_ids, is_stale)
         logger.error(
-            "request %s ends: the model gave NaN logits for it, or its strategy proposed the mask "
-            "token; check the checkpoint, or serve it with --dtype float32",
+            "request %s ends: the model gave NaN logits for it, or its strategy failed; check the "
+            "checkpoint, or serve it with --dtype float32",
             request.request_id,
         )
         request.status = RequestStatus.FINISHED_ERROR
