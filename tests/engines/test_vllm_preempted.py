@@ -39,7 +39,7 @@ def llm(preempted: list[str]) -> LLM:
     )
 
 
-@pytest.mark.parametrize("group", ["64_spd", "mixed"])
+@pytest.mark.parametrize("group", ["64_spd", "mixed", "sampled"])
 def test_tokens_stay_the_same_and_no_forward_is_hidden(
     llm: LLM, preempted: list[str], group: str
 ) -> None:
