@@ -240,9 +240,8 @@ def test_a_command_says_nothing_of_ray(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "Ray writes into the home directory"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_command_says_what_is_kept(number: signal.Signals, tmp_path: Path) -> None:
-    output = tmp_path / "a.jsonl"
+def begun(output: Path) -> subprocess.Popen[str]:
+    """A distillation that has written something."""
     words = "distill --ray --model tiny-dmax --num 400 --batch-size 1 --dtype float32 --output"
     process = subprocess.Popen(
         command(*words.split(), str(output)), stderr=subprocess.PIPE, text=True
@@ -250,6 +249,22 @@ def test_a_stopped_command_says_what_is_kept(number: signal.Signals, tmp_path: P
     while not output.exists():
         assert process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+def test_a_command_whose_server_dies_says_so(tmp_path: Path) -> None:
+    process = begun(tmp_path / "a.jsonl")
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "raylet"], capture_output=True)
+    os.kill(int(found.stdout), signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "error: Ray's server on this machine has died" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_says_what_is_kept(number: signal.Signals, tmp_path: Path) -> None:
+    process = begun(tmp_path / "a.jsonl")
     process.send_signal(number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + number

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +29,7 @@ AUTO = "auto"
 """The address of the cluster that this machine belongs to."""
 ADDRESS = re.compile(r"[^/:]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
 REACH_SECONDS = 10.0
+WATCH_SECONDS = 1.0
 MOST_REPLICAS = 10_000
 MOST_GPUS = 64
 OBJECT_STORE = 256 * 2**20
@@ -148,8 +149,12 @@ def connected(options: RayOptions) -> Iterator[list[Node]]:
     with _folder() if options.address is None else nullcontext() as folder:
         ray = _start(options.address, folder)
         try:
-            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            yield [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in alive]
+            alive = [node for node in ray.nodes() if node["Alive"]]
+            here = ray.get_runtime_context().get_node_id()
+            (ours,) = (node for node in alive if node["NodeID"] == here)
+            resources = [node["Resources"] for node in alive]
+            with _watching((ours["NodeManagerAddress"], ours["NodeManagerPort"])):
+                yield [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
         finally:
             ray.shutdown()
 
@@ -224,6 +229,47 @@ def _unreachable(address: str, error: Exception) -> InputError:
     return InputError(
         f"cannot reach a Ray cluster at {shorten(address)}: {shorten(first_line(error))}",
         hint="`ray start --head` starts a cluster; auto is the one of this machine",
+    )
+
+
+@contextmanager
+def _watching(server: tuple[str, int]) -> Iterator[None]:
+    """Raise `InputError` once Ray's server on this machine has died.
+
+    Ray would end the process some seconds later, without a word.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield
+        return
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(WATCH_SECONDS):
+            try:
+                socket.create_connection(server, REACH_SECONDS).close()
+            except ConnectionRefusedError:
+                assert main.ident is not None, "it runs"
+                signal.pthread_kill(main.ident, signal.SIGUSR1)
+                return
+            except OSError:  # such as a timeout, on a machine with much to do
+                continue
+
+    before = signal.signal(signal.SIGUSR1, _has_died)
+    thread = threading.Thread(target=watch, name="ray-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _has_died(number: int, frame: object) -> NoReturn:
+    raise InputError(
+        "Ray's server on this machine has died",
+        hint="what is finished is kept with --output, and the same command goes on",
     )
 
 
