@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from reference import model_path
 from vllm import SamplingParams
+from vllm.config import CompilationConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from dmax.errors import InputError
-from dmax.integrations.vllm.config import server_params
+from dmax.integrations.vllm.config import most_tokens, server_params
 from dmax.integrations.vllm.requests import (
     check_params,
     decoding_params,
@@ -125,3 +126,34 @@ def test_log_probabilities_of_all_tokens_are_refused(count: int) -> None:
     with pytest.raises(InputError, match=f"`logprobs` must be .* between 0 and 1024, got {count}"):
         check_params(SamplingParams(logprobs=count), server)
     check_params(SamplingParams(logprobs=20, temperature=0), server)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_num_seqs", "most"),
+    [
+        ({}, 64, 32 * (512 - 64)),
+        ({}, 1, 32 * (64 - 1)),
+        ({"cudagraph_capture_sizes": [1, 2, 1024]}, 64, 32 * (1024 - 64)),
+        ({"max_cudagraph_capture_size": 128}, 64, 32 * 64),
+    ],
+)
+def test_the_blocks_of_a_forward_fit_where_graphs_are_full(
+    sizes: dict[str, Any], max_num_seqs: int, most: int
+) -> None:
+    assert most_tokens(CompilationConfig(**sizes), max_num_seqs, 32) == most
+    # At the worst, every request ends in a block that is not full.
+    num_rows = most // 32 + max_num_seqs
+    assert num_rows <= max(largest_graph(sizes, max_num_seqs), max_num_seqs)
+
+
+def largest_graph(sizes: dict[str, Any], max_num_seqs: int) -> int:
+    """As `VllmConfig._set_cudagraph_sizes` settles it, where a budget of tokens is larger."""
+    given = sizes.get("max_cudagraph_capture_size") or max(
+        sizes.get("cudagraph_capture_sizes", [0])
+    )
+    return given or min(max_num_seqs * 32 * 2, 512)
+
+
+def test_graphs_that_requests_may_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 128 tokens for 64 requests at once, got 8"):
+        most_tokens(CompilationConfig(cudagraph_capture_sizes=[1, 2, 8]), 64, 32)

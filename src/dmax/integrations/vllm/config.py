@@ -30,6 +30,9 @@ NO_FOLDER = Path("/")  # of a hub id
 MAX_SEQUENCES = 64
 """Requests at once, unless somebody asks for a number; each has logits for a block."""
 
+SMALLEST_DEFAULT = 512
+"""Tokens in the largest graph that vLLM captures by itself, on the GPUs where they are fewest."""
+
 
 class BlockDiffusionConfig(VerifyAndUpdateConfig):
     """Hooks that vLLM calls for models of this architecture."""
@@ -184,12 +187,38 @@ def _set_sizes(vllm_config: Any, length: int) -> None:
     scheduler.scheduler_cls = "dmax.integrations.vllm.scheduler.make_scheduler"
     if scheduler.max_num_seqs >= scheduler.DEFAULT_MAX_NUM_SEQS:  # what nobody chose
         scheduler.max_num_seqs = MAX_SEQUENCES
+    if not is_synchronous and not vllm_config.model_config.enforce_eager:
+        most = most_tokens(vllm_config.compilation_config, scheduler.max_num_seqs, length)
+        scheduler.max_num_batched_tokens = min(scheduler.max_num_batched_tokens, most)
     # Prefixes may be shared only if what a page holds depends on nothing after it. 16 is what
     # kernels ask for.
     if not cache.user_specified_block_size:
         cache.block_size = math.lcm(length, 16)
         cache.user_specified_block_size = True  # or a backend would choose another
     vllm_config.attention_config.use_non_causal = True
+
+
+def most_tokens(compilation: Any, max_num_seqs: int, length: int) -> int:
+    """Tokens of a forward whose blocks always fit into FlashAttention 3 under full graphs.
+
+    There it has a fixed number of rows: as many as requests, or as tokens in the largest graph.
+    Here every block of a prompt is a row, and of each request one more may not be full.
+
+    Raises:
+        InputError: the operator's graphs are so small that requests may not fit.
+    """
+    largest = compilation.max_cudagraph_capture_size
+    if largest is None:
+        sizes = compilation.cudagraph_capture_sizes
+        largest = max(sizes) if sizes else min(2 * max_num_seqs * length, SMALLEST_DEFAULT)
+    num_rows = max(largest, max_num_seqs)
+    if num_rows < 2 * max_num_seqs:
+        raise InputError(
+            f"the largest CUDA graph must hold at least {2 * max_num_seqs} tokens for "
+            f"{max_num_seqs} requests at once, got {largest}",
+            hint="leave out the sizes, lower `--max-num-seqs`, or add `--no-async-scheduling`",
+        )
+    return length * (num_rows - max_num_seqs)
 
 
 def server_params(vllm_config: Any) -> DecodingParams:
