@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "sglang": {"SGLANG_USE_CPU_ENGINE": "1"},
     "ray": {"RAY_USAGE_STATS_ENABLED": "0"},
 }
-LIMIT = 1800
+LIMIT = 3600
 """Seconds that a file of cases may take."""
 
 
