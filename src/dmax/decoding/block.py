@@ -218,6 +218,7 @@ def apply(view: View, decision: Decision) -> Advance:
     if decision.revise is not None:
         writable = writable | (view.active & decision.revise)
     write = writable & ~masked
+    written = write
     tokens = torch.where(write, decision.tokens, view.tokens)
 
     if decision.remask is not None:
@@ -227,6 +228,7 @@ def apply(view: View, decision: Decision) -> Advance:
         tokens = tokens.masked_fill(remask, view.mask_token_id)
         undecided = undecided | remask
         masked = masked | remask
+        written = write & ~remask
 
     converged = ~undecided.any(dim=1)
     if decision.done is not None:
@@ -234,7 +236,7 @@ def apply(view: View, decision: Decision) -> Advance:
     return Advance(
         tokens=tokens,
         masked=masked,
-        written=write & ~masked,
+        written=written,
         done=converged | last,
         forced=forced.any(dim=1),
         capped=last & ~converged,
