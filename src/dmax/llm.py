@@ -20,7 +20,7 @@ from dmax.engine.thread import EngineThread
 from dmax.environment import lacks_compiler, select_device, select_dtype
 from dmax.errors import InputError, did_you_mean, shorten, show, translated
 from dmax.kernels.quant import Format
-from dmax.outputs import GenerationOutput, StreamEvent
+from dmax.outputs import GenerationOutput, StreamEvent, before_stop
 from dmax.params import AUTO, DecodingParams, EngineOptions
 from dmax.prompts import TEXTS, Prompt, encode_prompt, split_prompts
 
@@ -231,8 +231,7 @@ class LLM:
             raise event.error
         assert event.output is not None, "only finished requests have an output"
         text = self._text(event.output.token_ids)
-        ends = [text.find(stop) for stop in request.params.stop if stop in text]
-        return replace(event.output, text=text[: min(ends, default=len(text))])
+        return replace(event.output, text=before_stop(text, request.params.stop))
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
         prompts = split_prompts(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -135,6 +136,12 @@ def as_record(result: Any) -> dict[str, Any]:
     """A dataclass with a `cost` as JSON has it: what it cost stands beside its other fields."""
     record = asdict(result)
     return record | record.pop("cost")
+
+
+def before_stop(text: str, stops: Iterable[str]) -> str:
+    """The part of a text before the first of the stop texts; all of it without one."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 def ratio(gain: float, cost: float) -> float:

@@ -19,7 +19,7 @@ from test_llm import bare_folder_fixture, folder_fixture  # noqa: F401  (fixture
 
 from dmax import LLM, DecodingParams, InputError
 from dmax.evaluation.run import Sample, Summary, evaluate
-from dmax.outputs import as_record
+from dmax.outputs import as_record, before_stop
 from dmax.tasks import get_task
 from dmax.tiny import bundled
 
@@ -33,7 +33,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from dmax.evaluation import harness  # noqa: E402
-from dmax.evaluation.harness import DMaxLM, cut, model_settings, request_settings  # noqa: E402
+from dmax.evaluation.harness import DMaxLM, model_settings, request_settings  # noqa: E402
 
 LIMIT = 6
 SEED = 11
@@ -326,9 +326,9 @@ def test_settings_are_those_of_decoding_params() -> None:
 
 
 def test_a_text_is_cut_at_its_first_stop_string() -> None:
-    assert cut("one two three", ["three", "two"]) == "one "
-    assert cut("one", ["two"]) == cut("one", []) == "one"
-    assert cut("one", ["one"]) == ""
+    assert before_stop("one two three", ["three", "two"]) == "one "
+    assert before_stop("one", ["two"]) == before_stop("one", []) == "one"
+    assert before_stop("one", ["one"]) == ""
 
 
 @pytest.fixture(name="lm")

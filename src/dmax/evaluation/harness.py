@@ -26,7 +26,7 @@ from dmax.errors import InputError, did_you_mean
 from dmax.evaluation.run import add_up
 from dmax.llm import LLM
 from dmax.messages import read_messages
-from dmax.outputs import GenerationOutput, as_record
+from dmax.outputs import GenerationOutput, as_record, before_stop
 from dmax.params import DecodingParams
 from dmax.prompts import ANY_CONTEXT
 
@@ -139,12 +139,6 @@ def _temperature(given: Mapping[str, Any]) -> float:
     if given.get("temperature") is not None:
         return given["temperature"]
     return 1.0 if given.get("do_sample") else 0.0
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first stop string in it."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(ends, default=len(text))]
 
 
 @register_model("dmax")
@@ -345,7 +339,7 @@ class DMaxLM(LM):
         outputs = self.llm.generate(prompts, params, progress)
         texts = []
         for request, output, (_, stops) in zip(requests, outputs, settings, strict=True):
-            text = cut(output.text, stops)
+            text = before_stop(output.text, stops)
             texts.append(text)
             self._outputs[str(request.task_name)].append(output)
             self.cache_hook.add_partial("generate_until", request.args, text)

@@ -19,7 +19,7 @@ from dmax.environment import environment
 from dmax.errors import InputError, first_line
 from dmax.integrations.options import PREFIX, SHARED, check_runs_here
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
-from dmax.outputs import Cost, FinishReason, GenerationOutput
+from dmax.outputs import Cost, FinishReason, GenerationOutput, before_stop
 from dmax.params import AUTO, DecodingParams
 from dmax.prompts import Prompt, encode_prompt
 
@@ -164,8 +164,7 @@ class EngineCompleter:
         if self.checkpoint.tokenizer is None:
             return ""
         text = str(self.checkpoint.tokenizer.decode(list(ids), skip_special_tokens=True))
-        ends = [text.find(stop) for stop in stops if stop in text]
-        return text[: min(ends, default=len(text))]
+        return before_stop(text, stops)
 
 
 @contextmanager
