@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dmax import LLM, DecodingParams, GenerationOutput, InputError, StreamEvent
 from dmax.checkpoint import load_checkpoint, save_checkpoint
 from dmax.engine.engine import Engine
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from dmax.outputs import Load
 from dmax.special_ids import SpecialIds
 from dmax.tiny.tokenizer import build_tokenizer
 
@@ -347,6 +349,9 @@ def test_a_stream_tells_the_story_of_its_output(llm: LLM, strategy: str, ends: b
     for event in steps:
         step += 1
         assert (event.position, event.step, event.output) == (len(tokens), step, None)
+        assert event.num_forwards == steps.index(event) + 1
+        assert len(event.written) == len(event.masked)
+        assert not any(w and m for w, m in zip(event.written, event.masked, strict=True))
         assert len(event.token_ids) == len(event.masked) == len(event.confidence)
         mask = streaming.checkpoint.special_ids.mask_token_id
         assert [token == mask for token in event.token_ids] == list(event.masked)
@@ -358,6 +363,46 @@ def test_a_stream_tells_the_story_of_its_output(llm: LLM, strategy: str, ends: b
     cut = tokens[: tokens.index(eos)] if eos in tokens else tokens
     assert tuple(cut[:20]) == output.token_ids
     assert steps[-1].kind == "committed"
+
+
+def test_an_event_tells_what_its_step_did(llm: LLM) -> None:
+    first, *_ = llm.stream(TEXTS[0], replace(PARAMS, top_k=3))
+    decoded = [not masked for masked in first.masked]
+    assert list(first.written) == decoded
+    for token, confidence, blended in zip(
+        first.token_ids, first.confidence, first.candidates, strict=True
+    ):
+        ids, probs = zip(*blended, strict=True)
+        assert len(set(ids)) == 3
+        assert list(probs) == sorted(probs, reverse=True)
+        assert probs[0] == pytest.approx(confidence)
+        assert token in (ids[0], llm.checkpoint.special_ids.mask_token_id)
+    *_, capped, _ = llm.stream(TEXTS[0], replace(PARAMS, threshold=1.0, max_steps_per_block=2))
+    assert capped.capped
+    slow, *_ = llm.stream(TEXTS[0], DecodingParams("threshold", 1.0, max_new_tokens=8))
+    assert (sum(slow.written), slow.candidates) == (1, ())
+
+
+def test_who_waits_for_nothing_gets_events_where_they_want_them(llm: LLM) -> None:
+    requests = [llm.request(index, TEXTS[0], PARAMS) for index in (3, 5)]
+    events = SimpleQueue[StreamEvent | BaseException]()
+    call = llm.submit(requests, events)
+    ended = dict[int, StreamEvent]()
+    while len(ended) < 2:
+        event = events.get()
+        assert isinstance(event, StreamEvent)
+        if event.kind == "finished":
+            ended[event.index] = event
+    call.cancel()  # of what has finished, which is nothing to do
+    [answer] = llm.generate(TEXTS[0], PARAMS)
+    assert [llm.output(each, ended[each.index]) for each in requests] == [answer, answer]
+    assert llm.load() == Load(0, 0)
+
+
+def test_raw_text_goes_without_the_chat_template() -> None:
+    llm = LLM("tiny-dmax")
+    assert llm.tokenizer.decode(llm.encode("Jack has", raw=True)) == "Jack has"
+    assert len(llm.encode("Jack has")) > len(llm.encode("Jack has", raw=True))
 
 
 def test_the_text_of_an_event_is_what_is_decided_before_eos(llm: LLM) -> None:

@@ -42,7 +42,10 @@ FIGURES = (
     "num_commit_forwards num_forwards num_positions num_prefill_forwards "
     "tokens_per_forward tokens_per_forward_paper tokens_per_position".split()
 )
-STREAM_EVENT = "kind text token_ids masked confidence position step output index error".split()
+STREAM_EVENT = (
+    "kind text token_ids masked confidence position step output index error "
+    "num_forwards written candidates forced capped".split()
+)
 
 COMMANDS = {
     "demo": "--json",

@@ -16,11 +16,11 @@ from dmax.checkpoint import Checkpoint, load_checkpoint
 from dmax.decoding import FALLBACK
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
-from dmax.engine.thread import EngineThread
+from dmax.engine.thread import Call, EngineThread, Events
 from dmax.environment import lacks_compiler, select_device, select_dtype
 from dmax.errors import InputError, did_you_mean, shorten, show, translated
 from dmax.kernels.quant import Format
-from dmax.outputs import GenerationOutput, StreamEvent, before_stop
+from dmax.outputs import GenerationOutput, Load, StreamEvent, before_stop
 from dmax.params import AUTO, DecodingParams, EngineOptions
 from dmax.prompts import TEXTS, Prompt, encode_prompt, split_prompts
 
@@ -133,7 +133,7 @@ class LLM:
         """
         requests = self._requests(prompts, params)
         outputs: dict[int, GenerationOutput] = {}
-        with self._thread.submit(requests) as call:
+        with self.submit(requests) as call:
             for event in call:
                 if event.kind == "finished":
                     outputs[event.index] = self.output(requests[event.index], event)
@@ -151,17 +151,43 @@ class LLM:
         """
         with translated():
             request = self.request(0, prompt, DecodingParams() if params is None else params)
-            with self._thread.submit([replace(request, provisional=True)]) as call:
+            with self.submit([replace(request, provisional=True)]) as call:
                 for event in call:
                     yield self.event(request, event)
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def submit(self, requests: Sequence[Request], events: Events | None = None) -> Call:
+        """Queue requests together, for servers and others who do not wait for each in turn.
+
+        `request` makes them, `event` and `output` add text to what comes of them.
+
+        Args:
+            requests: no two with the same `index`.
+            events: takes the events in place of the call; its `put` runs in the model's thread.
+
+        Raises:
+            RuntimeError: the model was closed.
+        """
+        return self._thread.submit(requests, events)
+
+    def load(self) -> Load:
+        """How many requests are decoded now, and how many wait."""
+        return self._thread.load()
+
+    def close(self) -> None:
+        """End the model's thread; requests in progress raise `RuntimeError`, as do later ones."""
+        self._thread.close()
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> tuple[int, ...]:
         """Token ids of a prompt of any form, the chat template applied to messages and texts.
+
+        Args:
+            prompt: as `generate` takes it.
+            raw: leave the chat template out of texts, which are then continued as they are.
 
         Raises:
             InputError: as `dmax.prompts.encode_prompt`.
         """
-        return encode_prompt(prompt, self.checkpoint)
+        return encode_prompt(prompt, self.checkpoint, raw=raw)
 
     def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
         """A request for an engine; `index` is the caller's number for it.

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dmax.errors import InputError
-
 FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
@@ -42,6 +40,22 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         names = Cost.__slots__
         return Cost(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is.
+
+    Attributes:
+        num_running: requests that have a slot.
+        num_waiting: requests that wait for one.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.num_running + other.num_running, self.num_waiting + other.num_waiting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +126,18 @@ class StreamEvent:
             completion. Only `LLM` fills it in.
         token_ids: generated positions of the block; for "finished" the whole completion.
         masked: which of them are not decoded yet.
-        confidence: probability of each.
+        confidence: probability that this step gave to the token proposed for each of them.
         position: index of the first of them within the completion.
         step: forwards that the block has taken.
         output: the result, for "finished" only.
         index: the number of the request.
         error: why a request ended without a result; then `kind` is "finished" and `output` None.
+        num_forwards: forwards that the request has taken.
+        written: which of them took a token in this step, be it the one they had.
+        candidates: the ids that the next input of each blends, with their probabilities; empty
+            unless the strategy blends several.
+        forced: the strategy promoted nothing, so the leftmost mask was decoded.
+        capped: the cap on steps closed the block before it had converged.
     """
 
     kind: Literal["provisional", "committed", "finished"]
@@ -129,7 +149,12 @@ class StreamEvent:
     step: int = 0
     output: GenerationOutput | None = None
     index: int = 0
-    error: InputError | None = field(default=None, compare=False)
+    error: Exception | None = field(default=None, compare=False)
+    num_forwards: int = 0
+    written: tuple[bool, ...] = ()
+    candidates: tuple[tuple[tuple[int, float], ...], ...] = ()
+    forced: bool = False
+    capped: bool = False
 
 
 def as_record(result: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def split_prompts(prompts: object) -> list[Any]:
 
 
 def encode_prompt(
-    prompt: object, checkpoint: Checkpoint, name: str = "the prompt"
+    prompt: object, checkpoint: Checkpoint, name: str = "the prompt", *, raw: bool = False
 ) -> tuple[int, ...]:
     """Token ids of one prompt of any form, the chat template applied to messages and texts.
 
@@ -55,6 +55,7 @@ def encode_prompt(
         prompt: a text, a list of token ids (an array or tensor [N] too), or a list of messages.
         checkpoint: whose tokenizer and context decide.
         name: what errors call the prompt.
+        raw: leave the chat template out of texts.
 
     Raises:
         InputError: it is of no known form, cannot fit the context, holds MASK, or the tokenizer or
@@ -63,7 +64,7 @@ def encode_prompt(
     context = getattr(checkpoint.model.config, "max_position_embeddings", None) or ANY_CONTEXT
     is_text = isinstance(prompt, str)
     if is_text or (_is_list(prompt) and prompt and isinstance(prompt[0], Mapping)):
-        ids = _encode_text(prompt, checkpoint.tokenizer, context, name)
+        ids = _encode_text(prompt, checkpoint.tokenizer, context, name, raw)
     else:
         ids = _read_ids(prompt, context, name)
     mask = checkpoint.special_ids.mask_token_id
@@ -75,7 +76,7 @@ def encode_prompt(
     return tuple(ids)
 
 
-def _encode_text(prompt: Any, tokenizer: Any, context: int, name: str) -> list[int]:
+def _encode_text(prompt: Any, tokenizer: Any, context: int, name: str, raw: bool) -> list[int]:
     """The token ids of a text, or of the text that the chat template makes of messages."""
     is_text = isinstance(prompt, str)
     if tokenizer is None:
@@ -88,7 +89,7 @@ def _encode_text(prompt: Any, tokenizer: Any, context: int, name: str) -> list[i
             "this checkpoint has no chat template", hint="pass texts or lists of token ids"
         )
     try:
-        if not tokenizer.chat_template:
+        if is_text and (raw or not tokenizer.chat_template):
             return encode_text(tokenizer, prompt, context)
         if is_text:
             return encode_chat(tokenizer, [{"role": "user", "content": prompt}], context)

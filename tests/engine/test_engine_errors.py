@@ -26,6 +26,7 @@ from parts import (
 
 from dmax.decoding import get_strategy
 from dmax.decoding.block import Decision, Output, State, View, predict
+from dmax.decoding.spd import SoftParallelDecoding
 from dmax.decoding.strategy import Number, Strategy, number
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
@@ -36,6 +37,8 @@ from dmax.special_ids import SpecialIds
 
 BROKEN = 2 * L + 1
 """The position whose logits are NaN: in the third block."""
+BAD = 9
+"""The token of a prompt that a strategy below cannot stand."""
 
 
 def table_with_nan() -> torch.Tensor:
@@ -199,7 +202,7 @@ def test_a_head_of_another_model_ends_its_own_requests(
     ended = ends(events)
     assert list(ended) == [1, 2]
     for event in ended.values():
-        assert event.error is not None
+        assert isinstance(event.error, InputError)
         assert "needs hidden states of size 4, got " in event.error.message
         assert event.error.hint == "a head belongs to the model that it was trained on"
     finished = drain(engine)
@@ -224,7 +227,7 @@ def test_blocks_that_are_too_long_for_a_head_end_its_own_requests(
     events = ends(list(engine.run(requests)))
     for index in (1, 2):
         error = events[index].error
-        assert error is not None
+        assert isinstance(error, InputError)
         assert "takes blocks of up to 8 positions, got 16" in error.message
     for index in (0, 3):
         assert result(events[index]).token_ids == tuple((COUNT * 2)[2:])
@@ -233,8 +236,8 @@ def test_blocks_that_are_too_long_for_a_head_end_its_own_requests(
 
 
 @dataclass(frozen=True)
-class Failing(Strategy):
-    """Fails with an error that is nobody's input, in one of its methods."""
+class Failing(SoftParallelDecoding):
+    """Fails with an error that is nobody's input, once a prompt holds BAD."""
 
     name: ClassVar[str] = "failing"
 
@@ -242,29 +245,56 @@ class Failing(Strategy):
 
     def open(self, view: View) -> State:
         if self.where == "open":
-            raise RuntimeError("out of memory")
-        return {}
+            raise RuntimeError("out of order")
+        return super().open(view)
 
     def step(self, view: View, output: Output, state: State) -> tuple[Decision, State]:
-        raise RuntimeError("out of memory")
+        if self.where == "step" and (~view.active & (view.tokens == BAD)).any():
+            raise RuntimeError("out of order")
+        return super().step(view, output, state)
 
 
-@pytest.mark.parametrize("where", ["open", "step"])
-def test_an_engine_is_as_good_as_new_after_another_error(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has all its slots, so that no later request waits for ever."""
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = EntryPoint("failing", f"{__name__}:Failing", "dmax.strategies")
     monkeypatch.setattr("dmax.decoding.entry_points", lambda group: [plugin])
+
+
+@pytest.mark.usefixtures("failing")
+@pytest.mark.parametrize("where", ["open", "step"])
+def test_a_strategy_that_raises_ends_its_own_request(where: str) -> None:
     engine = scripted(confident(COUNT * 5), max_batch_size=2)
-    failing = request((1,), 0, strategy="failing", options={"where": where})
+    raises = request((1, BAD), 0, strategy="failing", options={"where": where})
     others = [request((1,), index, max_new_tokens=L - 1) for index in (1, 2)]
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            list(engine.run([failing, *others]))
+    for _ in range(3):  # it has all its slots, so that no later request waits for ever
+        events = ends(list(engine.run([raises, *others])))
+        assert isinstance(events[0].error, RuntimeError)
+        assert str(events[0].error) == "out of order"
+        alone = run(scripted(confident(COUNT * 5)), *others)
+        assert {index: result(events[index]) for index in (1, 2)} == alone
         assert not engine.is_busy()
-        assert not any(engine.cancel(index) for index in range(3))
-    assert run(engine, *others) == run(scripted(confident(COUNT * 5)), *others)
+
+
+@pytest.mark.usefixtures("failing")
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_those_who_share_its_forward_are_decoded_as_alone(temperature: float) -> None:
+    def asks(prompt: tuple[int, ...], index: int) -> Request:
+        return request(
+            prompt,
+            index,
+            strategy="failing",
+            options={"where": "step"},
+            temperature=temperature,
+            seed=index,
+            max_new_tokens=2 * L,
+        )
+
+    fine = [asks((1,), 1), asks((1, 2), 2)]
+    alone = {each.index: run(scripted(confident(COUNT * 5)), each)[each.index] for each in fine}
+    engine = scripted(confident(COUNT * 5), max_batch_size=4)
+    events = ends(list(engine.run([fine[0], asks((1, BAD), 0), fine[1]])))
+    assert isinstance(events[0].error, RuntimeError)
+    assert {index: result(events[index]) for index in (1, 2)} == alone
 
 
 def test_a_strategy_that_does_not_exist_is_refused_with_the_request() -> None:

@@ -129,6 +129,14 @@ class OpenBlocks:
         soft = SoftTokens(decoded, **feedback, renormalize=self.strategy.renormalize)
         return embed_tokens(self.embed, tokens, soft, self.mask_token_id)
 
+    def candidates(self, row: int) -> list[tuple[tuple[int, float], ...]]:
+        """What the next input of each position blends, if that is more than one token."""
+        ids = self.feedback.get("ids")  # [rows, L, k]
+        if ids is None or ids.shape[-1] == 1:
+            return []
+        positions = zip(ids[row].tolist(), self.feedback["probs"][row].tolist(), strict=True)
+        return [tuple(zip(*each, strict=True)) for each in positions]
+
     # --- after a forward ---
 
     def view(self, rows: Tensor, before: Tensor | None = None, noise: Tensor | None = None) -> View:

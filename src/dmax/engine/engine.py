@@ -28,8 +28,7 @@ from dmax.engine.runner import ModelRunner
 from dmax.engine.scheduler import Scheduler
 from dmax.engine.sequence import Sequence, finished, own_generator
 from dmax.engine.step import step
-from dmax.errors import InputError
-from dmax.outputs import Cost, StreamEvent
+from dmax.outputs import Cost, Load, StreamEvent
 from dmax.params import EngineOptions
 from dmax.special_ids import SpecialIds
 
@@ -120,6 +119,10 @@ class Engine:
         """End a request at the next step; False if there is no such request, or no longer."""
         return self._scheduler.cancel(index)
 
+    def load(self) -> Load:
+        """How busy it is; any thread may ask."""
+        return Load(len(self._sequences), len(self._scheduler.waiting))
+
     def is_busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._sequences or self._scheduler.waiting)
@@ -141,8 +144,15 @@ class Engine:
             try:
                 flags.append(self._step(blocks, batch, sequences))
                 stepped.extend(sequences)
-            except InputError as error:  # of a strategy that does not go with this model
-                events += [self._fail(sequence, error) for sequence in sequences]
+            except (
+                Exception
+            ):  # a strategy's, whoever wrote it; who takes the step alone shows whose
+                for sequence in sequences:
+                    try:
+                        flags.append(self._step(blocks, self._batch([sequence]), [sequence]))
+                        stepped.append(sequence)
+                    except Exception as error:
+                        events.append(self._fail(sequence, error))
         if not flags:
             return events
         found = zip(*torch.cat(flags, dim=1).tolist(), strict=True)  # the only wait for the device
@@ -153,7 +163,7 @@ class Engine:
                     events.append(event)
                     if event.kind == "finished":
                         self._release(sequence)
-            except InputError as error:
+            except Exception as error:  # as above
                 events.append(self._fail(sequence, error))
         return events
 
@@ -211,12 +221,15 @@ class Engine:
             if slot not in unfilled:
                 alike = (sequence.blocks, sequence.num_branches)
                 groups.setdefault(alike, []).append(sequence)
-        for (blocks, num_branches), sequences in groups.items():
-            rows = [row for each in sequences for row in each.forward_rows()]
-            rows.sort(key=lambda row: row[3] >= 0)  # pending blocks first
-            pending = [block for each in sequences for block in each.pending]
-            batch = Batch.of(rows, pending, self.block_length, num_branches)
-            yield blocks, batch, sequences
+        for (blocks, _), sequences in groups.items():
+            yield blocks, self._batch(sequences), sequences
+
+    def _batch(self, sequences: list[Sequence]) -> Batch:
+        """The forward of sequences that are decoded alike."""
+        rows = [row for each in sequences for row in each.forward_rows()]
+        rows.sort(key=lambda row: row[3] >= 0)  # pending blocks first
+        pending = [block for each in sequences for block in each.pending]
+        return Batch.of(rows, pending, self.block_length, sequences[0].num_branches)
 
     def _step(self, blocks: OpenBlocks, batch: Batch, sequences: list[Sequence]) -> Tensor:
         """Take the step of sequences that share a forward, and count it."""
@@ -259,7 +272,7 @@ class Engine:
             sequence = self._start(slot, request)
             try:
                 sequence.open_next(may_open=True)
-            except InputError as error:
+            except Exception as error:  # a strategy's
                 yield self._fail(sequence, error)
 
     def _start(self, slot: int, request: Request) -> Sequence:
@@ -299,7 +312,7 @@ class Engine:
                 self._graphs.forget(dropped)
         return blocks
 
-    def _fail(self, sequence: Sequence, error: InputError) -> StreamEvent:
+    def _fail(self, sequence: Sequence, error: Exception) -> StreamEvent:
         """Free a slot; the last event of a request that has no result."""
         self.runner.cache.clear(sequence.slot)
         self._release(sequence)

@@ -50,6 +50,7 @@ class Sequence:
     pending: list[tuple[int, ...]] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
+    _noise: Tensor | None = None  # of the next forward, once it is drawn
 
     # --- what the next forward reads (the columns of `Batch.where`) ---
 
@@ -81,13 +82,19 @@ class Sequence:
             num_positions=num_blocks * self.blocks.block_length,
         )
         self.pending = []
+        self._noise = None
 
     def gumbel_noise(self, vocab_size: int) -> Tensor:
-        """Gumbel noise times the temperature for the open blocks, [B, L, V] float32 on the host."""
+        """Gumbel noise times the temperature for the open blocks, [B, L, V] float32 on the host.
+
+        It is drawn once for a forward, however often that is tried.
+        """
         shape = (len(self.rows), self.blocks.block_length, vocab_size)
         if self.generator is None:
             return torch.zeros(shape)
-        return gumbel_noise(self.request.params.temperature, self.generator, shape)
+        if self._noise is None:
+            self._noise = gumbel_noise(self.request.params.temperature, self.generator, shape)
+        return self._noise
 
     # --- what becomes of it after the forward ---
 
@@ -117,17 +124,17 @@ class Sequence:
             )
         self.cost += Cost(num_forced=sum(forced))
         self.num_branches = 1 if done[0] else strategy.num_branches
-        for is_done, is_capped in zip(done, capped, strict=True):
+        for is_done, is_forced, is_capped in zip(done, forced, capped, strict=True):
             if not is_done:
                 break
             self.cost += Cost(num_capped=int(is_capped))
-            yield self._close()
+            yield self._close(is_forced, is_capped)
             if self.start >= self.end or self._stop() is not None:
                 yield self.finish()
                 return
         if self.request.provisional:
-            for row in self.rows:
-                yield self._event("provisional", row)
+            for row, is_forced in zip(self.rows, forced[-len(self.rows) :], strict=False):
+                yield self._event("provisional", row, is_forced)
         self.open_next(may_open_next[-1])
 
     def open_next(self, may_open: bool) -> None:
@@ -155,9 +162,9 @@ class Sequence:
         found = self.request.find_stop(ids[:stop])
         return stop if found is None else found
 
-    def _close(self) -> StreamEvent:
+    def _close(self, forced: bool, capped: bool) -> StreamEvent:
         """Turn the first open block into a finished one."""
-        event = self._event("committed", self.rows[0])
+        event = self._event("committed", self.rows[0], forced, capped)
         self.rows.pop(0)
         known = self.request.prompt_ids[self.start :]  # the end of the prompt, in its first block
         self.pending.append((*known, *event.token_ids))
@@ -165,19 +172,31 @@ class Sequence:
         self.start += self.blocks.block_length
         return event
 
-    def _event(self, kind: Literal["provisional", "committed"], row: int) -> StreamEvent:
+    def _event(
+        self,
+        kind: Literal["provisional", "committed"],
+        row: int,
+        forced: bool,
+        capped: bool = False,
+    ) -> StreamEvent:
         """The open block in `row` as it stands."""
+        blocks = self.blocks
         start = self.start + self.rows.index(row) * self.blocks.block_length
         num_prompt = len(self.request.prompt_ids)
         first = max(num_prompt - start, 0)
         return StreamEvent(
             kind=kind,
             text="",
-            token_ids=tuple(self.blocks.tokens[row, first:].tolist()),
-            masked=tuple(self.blocks.masked[row, first:].tolist()),
-            confidence=tuple(self.blocks.confidence[row, first:].tolist()),
+            token_ids=tuple(blocks.tokens[row, first:].tolist()),
+            masked=tuple(blocks.masked[row, first:].tolist()),
+            confidence=tuple(blocks.confidence[row, first:].tolist()),
             position=start + first - num_prompt,
-            step=int(self.blocks.step[row]),
+            step=int(blocks.step[row]),
+            num_forwards=self.cost.num_forwards,
+            written=tuple(blocks.written[row, first:].tolist()),
+            candidates=tuple(blocks.candidates(row)[first:]),
+            forced=forced,
+            capped=capped,
             index=self.request.index,
         )
 

@@ -11,10 +11,10 @@ another:
 - **Only their thread touches the engines.** Callers leave messages in its queue, and it reads them
   between two steps. Every call has a queue of its own for events, and every request a number that
   no other ever had.
-- **Every request gets a last event, or its call an error.** What an engine raises goes to all calls
-  in progress, and all engines are dropped: later calls get new ones. What goes wrong while requests
-  are queued concerns their own call. An engine that has nothing left to do while somebody waits for
-  it is an error, and so is closing.
+- **Every request gets a last event, or its call an error.** What a strategy raises ends its own
+  request. What an engine raises besides goes to all calls in progress, and all engines are dropped:
+  later calls get new ones. What goes wrong while requests are queued concerns their own call. An
+  engine that has nothing left to do while somebody waits for it is an error, and so is closing.
 - **Queues are `SimpleQueue`s.** `put` waits for nothing, so a finalizer may call it wherever the
   garbage collector happens to run: a call that is dropped cancels itself. What it puts names
   nothing of this module, for the interpreter's exit may have taken that apart. `get` wakes up for
@@ -38,17 +38,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dmax.engine.request import Request
-from dmax.outputs import StreamEvent
+from dmax.outputs import Load, StreamEvent
 
 if TYPE_CHECKING:
     from dmax.engine.engine import Engine
 
-Events = SimpleQueue[StreamEvent | BaseException]
+Event = StreamEvent | BaseException
+
+
+class Events(Protocol):
+    """Where the events of a call go, as the engine's thread gives them; `SimpleQueue` is one."""
+
+    def put(self, event: Event) -> None:
+        """Take an event, or the exception that ends the call, without waiting or raising."""
 
 
 class Call:
@@ -62,7 +69,7 @@ class Call:
     """
 
     def __init__(self, numbers: dict[int, int], inbox: SimpleQueue[Message]) -> None:
-        self.events = Events()
+        self.events: SimpleQueue[Event] = SimpleQueue()
         self._unfinished = numbers  # those of the thread, by those of the caller
         self._inbox = inbox
         self._process = os.getpid()
@@ -199,12 +206,13 @@ class EngineThread:
 
     # --- what callers use ---
 
-    def submit(self, requests: Sequence[Request]) -> Call:
+    def submit(self, requests: Sequence[Request], events: Events | None = None) -> Call:
         """Queue requests together; returns at once.
 
         Args:
             requests: of any settings. Their `index` is the caller's own; within a call no two are
                 alike.
+            events: takes the events in place of the call, which then gives none and only cancels.
 
         Raises:
             RuntimeError: the thread was closed.
@@ -225,10 +233,17 @@ class EngineThread:
                 self._thread = thread
             self._inbox.put(
                 partial(
-                    EngineThread._queue, requests=numbered, events=call.events, settings=settings
+                    EngineThread._queue,
+                    requests=numbered,
+                    events=call.events if events is None else events,
+                    settings=settings,
                 )
             )
         return call
+
+    def load(self) -> Load:
+        """How busy the engines are."""
+        return sum((engine.load() for engine in list(self._engines.values())), Load())
 
     def close(self) -> None:
         """End the thread after its current step; calls in progress raise `RuntimeError`."""
