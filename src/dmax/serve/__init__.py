@@ -1,0 +1,1 @@
+"""OpenAI's interface over the engine, a playground, metrics: `dmax serve`."""
