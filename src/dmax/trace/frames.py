@@ -93,6 +93,7 @@ class Frames:
         checkpoint = self._llm.checkpoint
         special_ids = checkpoint.special_ids
         params = self.request.params
+        strategy = get_strategy(params)
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -100,7 +101,8 @@ class Frames:
             "prompt": prompt,
             "prompt_token_ids": list(self.request.prompt_ids),
             "params": asdict(params) | {"stop": list(params.stop), "options": dict(params.options)},
-            "threshold": getattr(get_strategy(params), "threshold", None),
+            "threshold": getattr(strategy, "threshold", None),
+            "stop_confidence": getattr(strategy, "stop_confidence", None),
             "block_length": params.block_length or special_ids.block_length,
             "mask_token_id": special_ids.mask_token_id,
             "eos_token_ids": list(special_ids.eos_token_ids),
