@@ -21,7 +21,7 @@ import measure_heart  # noqa: E402
 LAYERS = {
     **dict.fromkeys(("dmax.errors", "dmax.params", "dmax.outputs", "dmax.environment"), 0),
     **dict.fromkeys(("dmax.extras", "dmax.files", "dmax.messages"), 0),
-    **dict.fromkeys(("dmax.sandbox", "dmax.tiny", "dmax.worker"), 0),
+    **dict.fromkeys(("dmax.sandbox", "dmax.tiny", "dmax.web", "dmax.worker"), 0),
     **dict.fromkeys(("dmax.attention", "dmax.cache", "dmax.blend", "dmax.confidence"), 1),
     "dmax.kernels": 1,
     **dict.fromkeys(("dmax.models", "dmax.special_ids", "dmax.hub", "dmax.decoding"), 2),

@@ -38,6 +38,7 @@
  */
 
 export const MASK_SIGN = "░";
+const ROUNDING = 0.00005; // frames have four digits of a probability
 
 const REASONS = {
   agree: () => "two forwards agree",
@@ -250,12 +251,12 @@ export class Run {
 
   #whyEnded(frame, before, events) {
     if (frame.capped) return ["capped"];
-    const stop = this.header.stop_confidence ?? null;
+    const { stop_confidence: stop, params } = this.header;
+    const looksAtConfidence = stop !== null && params.options.stop_on_confidence !== false;
     const wasWhole = before !== undefined && !before.masked.includes(true);
     const kinds = [];
     if (wasWhole && events.every((event) => event === "kept")) kinds.push("agree");
-    // The engine compares in single precision.
-    if (stop !== null && frame.confidence.every((each) => each >= Math.fround(stop))) {
+    if (looksAtConfidence && frame.confidence.every((each) => each >= stop - ROUNDING)) {
       kinds.push("sure");
     }
     return kinds.length > 0 ? kinds : ["unmasked"];
