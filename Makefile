@@ -60,7 +60,7 @@ clean: ## remove .venv, .engines, caches and build products
 	  'python3-venv, or name another Python with `make PYTHON=python3.12`' >&2; exit 1; }
 	@echo 'installing PyTorch and dmax; the first time takes a few minutes'
 	@$(PY) tools/install_torch.py --reuse $(PYTHON)
-	@$(PY) -m pip install -qq -e . || { \
+	@$(PY) -m pip install -qq -e '.[serve]' || { \
 	  echo 'error: pip could not install what dmax needs; is there a network, or a mirror for pip?' >&2; exit 1; }
 	@touch $@
 

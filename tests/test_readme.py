@@ -156,7 +156,8 @@ def test_every_command_works_in_the_order_it_stands(tmp_path: Path) -> None:
 
     folder = checkout.copy_to(tmp_path / "dmax")
     empty_environment(folder / ".venv")
-    link(TOOL["needed"](PROJECT["dependencies"]), folder / ".venv")
+    extra = PROJECT["optional-dependencies"]["serve"]
+    link(TOOL["needed"](PROJECT["dependencies"] + extra), folder / ".venv")
     with Shell(tmp_path, offline()) as shell:
         for command in found:
             if command == INSTALL:

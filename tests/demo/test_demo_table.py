@@ -89,6 +89,7 @@ def test_next_steps_call_the_command_as_this_shell_does(
     monkeypatch.setenv("PATH", "")
     assert command_name(str(program)) == command_name(".venv/bin/dmax") == ".venv/bin/dmax"
     assert ".venv/bin/dmax eval --limit 200" in next_steps(".venv/bin/dmax").plain
+    assert "  .venv/bin/dmax serve " in next_steps(".venv/bin/dmax").plain
     monkeypatch.setenv("PATH", str(program.parent))
     assert command_name(str(program)) == "dmax"
     assert command_name("-c") == "dmax"

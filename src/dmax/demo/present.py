@@ -125,6 +125,8 @@ def _listed(revisions: Sequence[tuple[str, str]], arrow: str) -> str:
 def next_steps(command: str) -> Text:
     """What to try now."""
     steps = {
+        f"{command} serve": "watch it in a browser, and call it as you call OpenAI",
+        f"{command} chat": "talk to it here",
         f"{command} generate --help": "a problem of your own",
         f"{command} eval --limit 200": "more problems, so narrower intervals",
         f"{command} bench --quick": "speed on this machine",
