@@ -1,0 +1,262 @@
+"""What the playground reads from a connection, in a real browser against a scripted server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from browser import chromium, needs_chromium, opened
+
+from dmax.web import page as web_page
+
+pytestmark = needs_chromium
+
+Script = Callable[[BaseHTTPRequestHandler], None]
+SCRIPTS: dict[str, Script] = {}
+"""What the server does for a model, by its name."""
+DISCONNECTED = threading.Event()
+READ = """async (model) => {
+  const { streamChat } = await import("dmax/client.js");
+  const chunks = [];
+  try {
+    for await (const chunk of streamChat({ model }, "", new AbortController().signal)) {
+      chunks.push(chunk);
+    }
+  } catch (error) {
+    return { chunks, error: error.message, wantsKey: error.wantsKey };
+  }
+  return { chunks };
+}"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        files = web_page.static_files()
+        name = self.path.removeprefix("/static/")
+        if self.path == "/":
+            built = web_page.served("test", "", "client.js", (), "/static/")
+            self.answer(200, built.html.encode(), "text/html; charset=utf-8")
+        elif name in files:
+            self.answer(200, files[name], web_page.media_type(name))
+        else:
+            self.answer(204, b"", "text/plain")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        SCRIPTS[body["model"]](self)
+
+    def answer(self, status: int, body: bytes, kind: str, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def begin(self) -> None:
+        """Begin a stream that ends with the connection."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def script(function: Script) -> Script:
+    SCRIPTS[function.__name__] = function
+    return function
+
+
+@script
+def ends_well(handler: Any) -> None:
+    handler.begin()
+    handler.wfile.write(b'data: {"n": 1}\n\n: still here\n\ndata: {"n": 2}\n\ndata: [DONE]\n\n')
+
+
+@script
+def breaks_off(handler: Any) -> None:
+    handler.begin()
+    handler.wfile.write(b'data: {"n": 1}\n\ndata: {"n": ')
+
+
+@script
+def fails_midway(handler: Any) -> None:
+    handler.begin()
+    handler.wfile.write(b'data: {"n": 1}\n\ndata: {"error": {"message": "the logits are NaN"}}\n\n')
+
+
+@script
+def speaks_another_language(handler: Any) -> None:
+    handler.begin()
+    handler.wfile.write(b"data: <p>hello</p>\n\n")
+
+
+@script
+def wants_a_key(handler: Any) -> None:
+    handler.answer(401, b'{"error": {"message": "a key is missing"}}', "application/json")
+
+
+@script
+def is_full(handler: Any) -> None:
+    body = b'{"error": {"message": "the queue is full"}}'
+    handler.answer(429, body, "application/json", Retry_After="3")
+
+
+@script
+def is_a_proxy(handler: Any) -> None:
+    handler.answer(502, b"<h1>Bad gateway</h1>", "text/html")
+
+
+@script
+def goes_on(handler: Any) -> None:
+    """Stream until the client is gone."""
+    handler.begin()
+    try:
+        while True:
+            handler.wfile.write(b'data: {"n": 1}\n\n')
+    except OSError:
+        DISCONNECTED.set()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    with opened(browser, address) as page:
+        yield page
+
+
+def test_events_are_read_however_the_bytes_are_cut(page: Any) -> None:
+    stream = (
+        "\ufeffdata: é1\r\ndata:  two\r\n\r\n: ping\n\n"
+        "event: x\ndata\n\rdata:😀\r\rid: 3\ndata: lost"
+    )
+    wanted = ["é1\n two", "", "😀"]
+    found = page.evaluate(
+        """async (text) => {
+          const { serverEvents } = await import("dmax/stream.js");
+          const bytes = new TextEncoder().encode(text);
+          const read = async (parts) => {
+            const body = new ReadableStream({
+              start(controller) {
+                parts.filter((part) => part.length).forEach((part) => controller.enqueue(part));
+                controller.close();
+              },
+            });
+            const events = [];
+            for await (const event of serverEvents(body)) events.push(event);
+            return JSON.stringify(events);
+          };
+          const seen = new Set([await read([...bytes].map((byte) => new Uint8Array([byte])))]);
+          for (let first = 0; first <= bytes.length; first++) {
+            for (let second = first; second <= bytes.length; second++) {
+              const cuts = [[0, first], [first, second], [second, bytes.length]];
+              seen.add(await read(cuts.map(([from, to]) => bytes.slice(from, to))));
+            }
+          }
+          return [...seen];
+        }""",
+        stream,
+    )
+    assert [json.loads(events) for events in found] == [wanted]
+
+
+def test_a_stream_that_is_left_is_cancelled(page: Any) -> None:
+    is_cancelled = page.evaluate(
+        """async () => {
+          const { serverEvents } = await import("dmax/stream.js");
+          let isCancelled = false;
+          const body = new ReadableStream({
+            pull(controller) { controller.enqueue(new TextEncoder().encode("data: 1\\n\\n")); },
+            cancel() { isCancelled = true; },
+          });
+          for await (const event of serverEvents(body)) break;
+          return isCancelled;
+        }"""
+    )
+    assert is_cancelled
+
+
+def test_chunks_come_in_order_up_to_the_end(page: Any) -> None:
+    assert page.evaluate(READ, "ends_well") == {"chunks": [{"n": 1}, {"n": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("model", "num_chunks", "error"),
+    [
+        ("breaks_off", 1, "The connection broke before the answer was finished."),
+        ("fails_midway", 1, "The logits are NaN."),
+        ("speaks_another_language", 0, "The answer is not one of dmax serve."),
+        ("wants_a_key", 0, "A key is missing."),
+        ("is_full", 0, "The queue is full. Try again in 3 s."),
+        ("is_a_proxy", 0, "The server answered with status 502."),
+    ],
+)
+def test_what_goes_wrong_is_a_sentence(page: Any, model: str, num_chunks: int, error: str) -> None:
+    page.allowed.append("Failed to load resource")
+    found = page.evaluate(READ, model)
+    assert len(found["chunks"]) == num_chunks
+    assert found["error"].startswith(error)
+    assert found["wantsKey"] is (model == "wants_a_key")
+
+
+def test_a_server_that_is_gone_is_told(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        page.allowed.append("Failed to load resource")
+        page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
+        found = page.evaluate(READ, "ends_well")
+    assert found["error"] == "The server does not answer. Is dmax serve still running?"
+
+
+def test_a_key_that_no_header_can_carry_is_refused(page: Any) -> None:
+    error = page.evaluate(
+        """async () => {
+          const { listModels } = await import("dmax/client.js");
+          return listModels("schlüssel €").catch((error) => error.message);
+        }"""
+    )
+    assert error == "An API key has letters, digits and punctuation of ASCII only."
+
+
+def test_stopping_closes_the_connection(page: Any) -> None:
+    DISCONNECTED.clear()
+    name = page.evaluate(
+        """async () => {
+          const { streamChat } = await import("dmax/client.js");
+          const controller = new AbortController();
+          try {
+            for await (const chunk of streamChat({ model: "goes_on" }, "", controller.signal)) {
+              controller.abort();
+            }
+          } catch (error) {
+            return error.name;
+          }
+        }"""
+    )
+    assert name == "AbortError"
+    assert DISCONNECTED.wait(timeout=30)
