@@ -1,0 +1,200 @@
+/**
+ * The playground: a prompt, one or two panes that decode it, and one player that shows them.
+ */
+
+import { ServerError, listModels, streamChat } from "dmax/client.js";
+import { element } from "dmax/dom.js";
+import { EXAMPLES, exampleOf } from "dmax/examples.js";
+import { openingRace } from "dmax/models.js";
+import { Pane } from "dmax/pane.js";
+import { Player } from "dmax/player.js";
+import { attachThemeSwitch } from "dmax/theme.js";
+
+const KEY = "dmax-key"; // in the session's storage: gone with the tab
+const RETRY = 1000; // milliseconds, while the models are being loaded
+
+const form = document.getElementById("form");
+const fields = form.elements;
+const problem = document.getElementById("problem");
+const verdict = document.getElementById("verdict");
+const player = new Player(document.getElementById("player"), { onMove: show });
+const callbacks = { onOpen: startOver, onPick: (moment) => player.moveTo(moment) };
+const [left, right] = ["Left", "Right"].map(
+  (name) => new Pane(document.getElementById("panes"), name, callbacks),
+);
+
+/** Ends the runs in progress; null while there are none. @type {AbortController | null} */
+let controller = null;
+
+/** Whether the panes offer the models of the server. */
+let isConnected = false;
+
+/** The panes that take part. */
+function racers() {
+  return fields.race.checked ? [left, right] : [right];
+}
+
+/** Show every pane after so many forwards. */
+function show(moment) {
+  for (const pane of racers()) {
+    pane.show(moment);
+  }
+  const runs = racers().map((pane) => pane.run);
+  const isOver = runs.every((run) => run?.isFinished && moment >= run.numMoments - 1);
+  verdict.textContent = isOver ? result(runs) : "";
+}
+
+/** The end of a race in a sentence. */
+function result(runs) {
+  const each = runs.map(({ header, output }) => {
+    const { num_forwards: forwards, tokens_per_forward: tpf } = output;
+    return `${header.model} by ${header.params.strategy}: ${forwards} forwards, TPF ${tpf.toFixed(1)}`;
+  });
+  return `Finished. ${each.join("; ")}.`;
+}
+
+/** Tell the player how much there is to play. */
+function grow() {
+  const length = Math.max(1, ...racers().map((pane) => pane.numMoments));
+  player.setLength(length, { isGrowing: controller !== null });
+}
+
+/** Play what the panes hold from its beginning. */
+function startOver() {
+  grow();
+  player.moveTo(0);
+  player.play();
+}
+
+/** Run the prompt in every pane. */
+async function run() {
+  controller = new AbortController();
+  setRunning(true);
+  const expected = exampleOf(fields.prompt.value)?.answer ?? null;
+  for (const pane of racers()) {
+    pane.begin(expected);
+  }
+  startOver();
+  await Promise.all(racers().map((pane) => follow(pane, controller.signal)));
+  controller = null;
+  setRunning(false);
+  grow();
+  show(player.moment);
+}
+
+/** Decode in a pane until the answer is finished, stopped or lost. */
+async function follow(pane, signal) {
+  try {
+    for await (const chunk of streamChat(requestOf(pane), fields.key.value, signal)) {
+      if (chunk.dmax) {
+        pane.receive(chunk.dmax);
+        grow();
+      }
+    }
+  } catch (error) {
+    pane.fail(signal.aborted ? "Stopped." : explain(error));
+  }
+}
+
+/** An error as a sentence; whoever mends the page finds the rest in the console. */
+function explain(error) {
+  if (!(error instanceof ServerError)) {
+    console.error(error);
+    return `The page cannot show this: ${error.message}`;
+  }
+  if (error.wantsKey) {
+    document.getElementById("key-field").hidden = false;
+    fields.key.focus();
+  }
+  return error.message;
+}
+
+/** The body of a request with the settings of a pane. */
+function requestOf(pane) {
+  const { model, strategy, threshold } = pane.settings;
+  const seed = fields.seed.value === "" ? {} : { seed: fields.seed.valueAsNumber };
+  return {
+    model,
+    messages: [{ role: "user", content: fields.prompt.value }],
+    max_tokens: fields.max_tokens.valueAsNumber,
+    temperature: fields.temperature.valueAsNumber,
+    ...seed,
+    stream: true,
+    dmax: { strategy, stream: "provisional", ...(threshold === null ? {} : { threshold }) },
+  };
+}
+
+function setRunning(isRunning) {
+  fields.run.disabled = isRunning;
+  fields.stop.disabled = !isRunning;
+  fields.race.disabled = isRunning;
+  document.body.classList.toggle("is-running", isRunning);
+}
+
+/** Ask the server for its models, and offer them. */
+async function connect() {
+  fields.run.disabled = true;
+  problem.hidden = true;
+  try {
+    const models = await listModels(fields.key.value);
+    const race = openingRace(models);
+    [left, right].forEach((pane, index) => pane.offer(models, race[index]));
+    isConnected = true;
+  } catch (error) {
+    problem.textContent = explain(error);
+    problem.hidden = false;
+    if (error.isLoading) {
+      setTimeout(connect, RETRY);
+    }
+  }
+  fields.run.disabled = false;
+}
+
+/** Run, once the server has said which models there are. */
+async function submit(event) {
+  event.preventDefault();
+  if (!isConnected) {
+    await connect();
+  }
+  if (isConnected && controller === null) {
+    await run();
+  }
+}
+
+/** Choose a prompt for the visitor. */
+function take(example) {
+  fields.prompt.value = example.prompt;
+  fields.prompt.focus();
+}
+
+function offerExamples() {
+  const buttons = EXAMPLES.map((example) => {
+    const button = element("button", { class: "button quiet", type: "button" }, example.name);
+    button.addEventListener("click", () => take(example));
+    return button;
+  });
+  document.getElementById("examples").append(...buttons);
+  fields.prompt.value = EXAMPLES[0].prompt;
+}
+
+form.addEventListener("submit", submit);
+fields.stop.addEventListener("click", () => controller?.abort());
+fields.prompt.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    form.requestSubmit();
+  }
+});
+fields.race.addEventListener("change", () => {
+  left.element.hidden = !fields.race.checked;
+  grow();
+  show(player.moment);
+});
+fields.key.value = sessionStorage.getItem(KEY) ?? "";
+fields.key.addEventListener("change", () => {
+  sessionStorage.setItem(KEY, fields.key.value);
+  connect();
+});
+attachThemeSwitch(document.getElementById("theme"));
+player.listen(document);
+offerExamples();
+connect();
