@@ -34,6 +34,11 @@ class InputError(ValueError):
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
 
 
+def one_line(error: InputError) -> str:
+    """An error with its hint, for a response that has room for one line."""
+    return f"{error.message}; {error.hint}" if error.hint else error.message
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Raise as `InputError` what a dependency or the system says about a user's input.

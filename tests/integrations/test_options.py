@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 
 from dmax.decoding import get_strategy, strategies
-from dmax.errors import InputError
+from dmax.errors import InputError, one_line
 from dmax.integrations import options
 from dmax.integrations.options import (
     check_request,
     check_runs_here,
-    one_line,
     request_params,
     server_params,
 )

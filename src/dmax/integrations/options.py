@@ -112,7 +112,7 @@ def request_params(
     own = {option: value for option, value in values.items() if option not in SHARED}
     params = replace(server, **shared, options=dict(server.options) | own)
     if not is_trusted:
-        _check_client(values, params)
+        check_client(values, params)
     return params
 
 
@@ -155,12 +155,12 @@ def check_request(
     strategy = get_strategy(params)
     check_runs_here(strategy, engine)
     if params.block_length is not None:
-        strategy.open(_fresh_block(params.block_length))  # a head may be made for shorter ones
+        strategy.open(fresh_block(params.block_length))  # a head may be made for shorter ones
     return params
 
 
-def _fresh_block(length: int) -> View:
-    """A block [1, L] of which nothing is decoded, far from any device."""
+def fresh_block(length: int) -> View:
+    """A block [1, L] of which nothing is decoded, on the CPU."""
     everywhere = torch.ones(1, length, dtype=torch.bool)
     return View(
         tokens=torch.zeros(1, length, dtype=torch.int64),
@@ -170,11 +170,6 @@ def _fresh_block(length: int) -> View:
         max_steps=torch.full((1,), length),
         mask_token_id=0,
     )
-
-
-def one_line(error: InputError) -> str:
-    """An error with its hint, for a response that has room for one line."""
-    return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
 def given_options(extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -192,13 +187,21 @@ def _known_options(strategy: object) -> dict[str, Field]:
     return {name: shared[name] for name in SHARED} | own
 
 
-def _check_client(values: Mapping[str, Any], params: DecodingParams) -> None:
-    """What only the operator may ask for: files, and more memory than there is for everyone."""
+def check_client(
+    values: Mapping[str, Any], params: DecodingParams, head_option: str = f"{PREFIX}head"
+) -> None:
+    """Raise `InputError` for what only the operator may ask for: files, and memory of everyone.
+
+    Args:
+        values: what the client asks for.
+        params: what becomes of that.
+        head_option: what the error calls the option that names a head.
+    """
     head = values.get("head")
     if head is not None and head not in BUNDLED:
         raise InputError(
-            f"`dmax_head` must be {' or '.join(BUNDLED)} in a request, got {show(head)}",
-            hint="a file of the server is named by the server's own `dmax_head`",
+            f"`{head_option}` must be {' or '.join(BUNDLED)} in a request, got {show(head)}",
+            hint="a file of the server is for its operator to name",
         )
     if "top_k" in values and params.top_k > MOST_CANDIDATES:
         raise InputError(

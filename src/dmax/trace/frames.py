@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dmax.decoding import get_strategy
 from dmax.engine.request import Request
 from dmax.environment import environment
-from dmax.llm import LLM
 from dmax.outputs import GenerationOutput, StreamEvent, as_record
+
+if TYPE_CHECKING:
+    from dmax.llm import LLM
 
 FORMAT = "dmax-trace"
 VERSION = 1

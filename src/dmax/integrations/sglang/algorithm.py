@@ -19,8 +19,7 @@ from sglang.srt.dllm.algorithm.base import DllmAlgorithm
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from torch import Tensor
 
-from dmax.errors import InputError
-from dmax.integrations.options import one_line
+from dmax.errors import InputError, one_line
 from dmax.integrations.sglang import graphs
 from dmax.integrations.sglang.checkpoint import ARCHITECTURE
 from dmax.integrations.sglang.requests import Asked, read_request, report

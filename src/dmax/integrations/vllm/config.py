@@ -17,8 +17,8 @@ from vllm.platforms import current_platform
 
 from dmax.checkpoint import named_decoding
 from dmax.decoding import FALLBACK
-from dmax.errors import InputError
-from dmax.integrations.options import check_request, one_line
+from dmax.errors import InputError, one_line
+from dmax.integrations.options import check_request
 from dmax.integrations.options import server_params as options_of_server
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids

@@ -20,8 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from dmax.errors import InputError, show
-from dmax.integrations.options import check_request, one_line
+from dmax.errors import InputError, one_line, show
+from dmax.integrations.options import check_request
 from dmax.integrations.vllm.config import ENGINE, server_params
 from dmax.integrations.vllm.wrapping import Method, is_served, wrap
 from dmax.params import DecodingParams, check_number
