@@ -1,0 +1,87 @@
+"""The text of a completion while it grows: what is certain of it, piece by piece.
+
+Two things can still change what has been decoded. The bytes of a character may be split over
+tokens, and so over blocks. And what looks like ordinary text may turn out to be the beginning of a
+stop text. Both are held back until it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"
+"""What decoding writes for bytes that are no character, or not one yet."""
+CONTEXT = 4
+"""Tokens that are decoded again before new ones. A tokenizer may write a token differently at the
+beginning of a text."""
+
+
+class Deltas:
+    """The text of a completion in pieces that, put together, are its text.
+
+    Args:
+        decode: from token ids to their text.
+        stops: texts before which the completion ends.
+
+    Attributes:
+        text: all that has been given.
+        is_over: whether a stop text has been seen. Nothing more comes until the end.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        self.text = ""
+        self.is_over = False
+        self._decode = decode
+        self._stops = stops
+        self._ids: list[int] = []  # the last ones
+        self._num_known = 0  # characters of their text that are in `text` or in `_held`
+        self._held = ""
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """What further tokens make certain."""
+        if self.is_over or not token_ids:
+            return ""
+        self._held += self._decoded(token_ids)
+        keep = certain(self._held, self._stops)
+        self.is_over = any(stop in self._held for stop in self._stops)
+        return self._give(self._held[:keep])
+
+    def end(self, text: str) -> str:
+        """What is left of the whole text, which is known now."""
+        rest = text[len(self.text) :]
+        self.text += rest
+        return rest
+
+    def _give(self, piece: str) -> str:
+        self._held = self._held[len(piece) :]
+        self.text += piece
+        return piece
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        """The text of further tokens, but for a character that they leave unfinished."""
+        ids = [*self._ids, *token_ids]
+        text = self._decode(ids)
+        is_whole = not text.endswith(UNFINISHED)
+        end = len(text) if is_whole else len(text) - 1
+        new = text[self._num_known : end]
+        self._ids = ids
+        self._num_known = max(end, self._num_known)
+        if is_whole and len(ids) > CONTEXT:
+            self._ids = ids[-CONTEXT:]
+            self._num_known = len(self._decode(self._ids))
+        return new
+
+
+def certain(text: str, stops: Sequence[str]) -> int:
+    """How many characters of a text no stop text can take away, however it goes on.
+
+    That is up to the first stop text, else up to an end that is the beginning of one.
+    """
+    found = [text.find(stop) for stop in stops if stop in text]
+    if found:
+        return min(found)
+    longest = max(map(len, stops), default=0)
+    for start in range(max(len(text) - longest + 1, 0), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stops):
+            return start
+    return len(text)
