@@ -1,7 +1,8 @@
-"""The playground: one page at `/`, and the files that it loads from `/static/`."""
+"""The pages: the playground at `/`, the interface at `/docs`, their files below `/static/`."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -17,20 +18,8 @@ HEADERS = {
 
 
 def router() -> APIRouter:
-    """Routes of the playground. They need no key: the page asks its visitor for it."""
-    body = files("dmax.web").joinpath("playground.html").read_text(encoding="utf-8")
-    built = page.served(
-        title="dmax playground",
-        body=body,
-        entry="playground.js",
-        styles=("theme.css", "playground.css"),
-        base=FILES,
-    )
+    """Routes of the pages. They need no key: the playground asks its visitor for it."""
     static = page.static_files()
-    html_headers = HEADERS | {"Content-Security-Policy": built.policy}
-
-    async def show_page(request: Request) -> Response:
-        return Response(built.html, media_type="text/html", headers=html_headers)
 
     async def send_file(request: Request) -> Response:
         name = request.path_params["name"]
@@ -39,6 +28,24 @@ def router() -> APIRouter:
         return Response(static[name], media_type=page.media_type(name), headers=HEADERS)
 
     routes = APIRouter()
-    routes.add_route("/", show_page, include_in_schema=False)
+    routes.add_route("/", _shown("playground", "dmax playground"), include_in_schema=False)
+    routes.add_route("/docs", _shown("reference", "dmax serve"), include_in_schema=False)
     routes.add_route(FILES + "{name}", send_file, include_in_schema=False)
     return routes
+
+
+def _shown(name: str, title: str) -> Callable[[Request], Awaitable[Response]]:
+    """What shows a page, whose body, module and style sheet have this name."""
+    built = page.served(
+        title=title,
+        body=files("dmax.web").joinpath(f"{name}.html").read_text(encoding="utf-8"),
+        entry=f"{name}.js",
+        styles=("theme.css", f"{name}.css"),
+        base=FILES,
+    )
+    headers = HEADERS | {"Content-Security-Policy": built.policy}
+
+    async def show(request: Request) -> Response:
+        return Response(built.html, media_type="text/html", headers=headers)
+
+    return show

@@ -151,6 +151,7 @@ async function start() {
   attachThemeSwitch(document.getElementById("theme"));
   const target = document.getElementById("reference");
   const response = await fetch(DOCUMENT);
+  target.removeAttribute("aria-busy");
   if (!response.ok) {
     target.textContent = `The server answered ${response.status} for ${DOCUMENT}.`;
     return;
