@@ -48,7 +48,8 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     unexpected = [text for text in said if not any(part in text for part in page.allowed)]
     context.close()
     assert not unexpected, unexpected
-    foreign = [at for at in asked if not at.startswith((url, "blob:", "data:"))]
+    origin = "/".join(url.split("/")[:3])
+    foreign = [at for at in asked if not at.startswith((f"{origin}/", "blob:", "data:"))]
     assert not foreign, foreign
 
 
