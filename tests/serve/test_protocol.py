@@ -1,0 +1,154 @@
+"""Connections that a client does not use, over real sockets: the server closes them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from toy_server import Served, get, post, read_answer, serving
+
+from dmax.serve import protocol
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Served]:
+    with serving(header_seconds=0.2, body_seconds=0.2, max_body_bytes=1000) as served:
+        yield served
+
+
+def drip(connection: socket.socket, text: bytes) -> bytes:
+    """Send a byte at a time until the server has had enough; what it says."""
+    connection.settimeout(0.05)
+    answer = b""
+    for number in range(2000):
+        try:
+            connection.send(text[number % len(text) :][:1])
+            while more := connection.recv(2**16):
+                answer += more
+            return answer
+        except TimeoutError:
+            continue
+        except OSError:  # closed while we were sending
+            return answer
+    raise AssertionError("the server waits for ever")
+
+
+@pytest.mark.parametrize("start", [b"", b"GE", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: "])
+def test_headers_that_come_byte_by_byte_are_not_waited_for(impatient: Served, start: bytes) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(start)
+        answer = drip(connection, b"a")
+    assert answer.startswith(b"HTTP/1.1 408 ") and b'"headers_too_slow"' in answer
+
+
+def test_a_connection_that_says_nothing_is_closed_without_a_word(impatient: Served) -> None:
+    with impatient.connect() as connection:
+        assert connection.recv(1) == b""
+
+
+def test_headers_of_a_second_request_are_not_waited_for_either(impatient: Served) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(get("/"))
+        assert read_answer(connection).body == b"a page"
+        answer = drip(connection, b"GET / HTTP/1.1\r\nX: " + b"a" * 2000)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_that_comes_byte_by_byte_is_not_waited_for(impatient: Served) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(post("/echo", b"").replace(b"Content-Length: 0", b"Content-Length: 900"))
+        answer = drip(connection, b"a")
+    assert answer.startswith(b"HTTP/1.1 408 ") and b'"body_too_slow"' in answer
+
+
+def test_a_body_that_is_still_coming_after_the_answer_is_not_waited_for(impatient: Served) -> None:
+    with impatient.connect() as connection:
+        connection.sendall(get("/", "Content-Length: 100000"))
+        answer = drip(connection, b"a")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_others_are_answered_while_slow_ones_are_waited_for(impatient: Served) -> None:
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(impatient.connect()).sendall(b"GET / HT")
+        assert impatient.ask(get("/")).status == 200
+
+
+def test_connections_are_kept_for_further_requests_and_pipelines(impatient: Served) -> None:
+    with impatient.connect() as connection:
+        for _ in range(3):
+            connection.sendall(post("/echo", b"{}"))
+            assert read_answer(connection).body == b"{}"
+        connection.sendall(get("/") + get("/health", "Connection: close"))
+        data = b""
+        while more := connection.recv(2**16):
+            data += more
+    assert data.count(b"HTTP/1.1 200 OK") == 2
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # TLS
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",  # no Host
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        get("/" + "a" * 10**6),
+        get("/", "X: " + "a" * 10**6),
+        post("/echo", b"{}").replace(b"Content-Length: 2", b"Content-Length: -2"),
+        post("/echo", b"{}").replace(b"Content-Length: 2", b"Content-Length: " + b"9" * 40),
+        post("/echo", b"zz\r\n{}\r\n").replace(b"Content-Length: 8", b"Transfer-Encoding: chunked"),
+    ],
+    ids=range(9),
+)
+def test_what_is_no_http_gets_the_standard_body(impatient: Served, request_: bytes) -> None:
+    answer = impatient.ask(request_)
+    assert (answer.status, answer.code) == (400, "invalid_http")
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_connections_beyond_the_limit_are_told_so() -> None:
+    with serving(max_connections=2) as served, ExitStack() as stack:
+        first = [stack.enter_context(served.connect()) for _ in range(2)]
+        for connection in first:
+            connection.sendall(get("/"))
+            assert read_answer(connection).status == 200
+        answer = served.ask(get("/"))
+        assert (answer.status, answer.code) == (503, "too_many_connections")
+        assert answer.headers["retry-after"] and answer.headers["connection"] == "close"
+        assert b"dmax:refused_connections_total 1.0" in served.metrics.page()
+        first[0].sendall(get("/"))  # who was there before is served
+        assert read_answer(first[0]).status == 200
+        first[0].close()
+        while (answer := served.ask(get("/"))).status == 503:  # until its end is noticed
+            pass
+        assert answer.status == 200
+
+
+def test_far_beyond_the_limit_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SPARE_CONNECTIONS", 1)
+    with serving(max_connections=1) as served, ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(served.connect())
+        assert served.ask(b"").status is None
+
+
+def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "STALL_SECONDS", 0.2)
+    with serving() as served, served.connect() as connection:
+        connection.sendall(get("/large"))
+        served.record(path="/large")  # it ends although nobody reads
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_the_system_lets_go_of_what_the_server_has_sent() -> None:
+    with serving() as served, served.connect() as connection:
+        connection.sendall(get("/"))
+        assert read_answer(connection).status == 200
+        [each] = served.server.server_state.connections
+        its_socket = each.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        seconds = its_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+        assert seconds == protocol.STALL_SECONDS
