@@ -29,6 +29,7 @@ from dmax.cli.terminal import (
     quiet_datasets,
     quiet_transformers,
 )
+from dmax.cli.trace import trace
 from dmax.cli.train import train
 from dmax.outputs import as_record
 
@@ -138,6 +139,9 @@ def generate(
             f"({output.tokens_per_forward:.2f} per forward), {output.finish_reason}",
             style="dim",
         )
+
+
+app.command()(trace)
 
 
 app.command()(train)

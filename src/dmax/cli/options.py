@@ -132,8 +132,8 @@ def named_values(texts: list[str], flag: str = "--option") -> dict[str, Any]:
     return options
 
 
-def read_prompts(given: list[str] | None) -> list[str]:
-    """The prompts of the command line, or the one on stdin.
+def read_prompts(given: list[str] | None, command: str = "generate") -> list[str]:
+    """The prompts of a command's line, or the one on stdin.
 
     Raises:
         InputError: there is none, or one that is not text or too long.
@@ -146,7 +146,7 @@ def read_prompts(given: list[str] | None) -> list[str]:
             "the prompt is not UTF-8 text", hint="convert it, for example with iconv -t UTF-8"
         ) from None
     if not all(texts):
-        raise InputError("no prompt given", hint='dmax generate "your question"')
+        raise InputError("no prompt given", hint=f'dmax {command} "your question"')
     return texts
 
 

@@ -15,12 +15,11 @@ from dmax.decoding import get_strategy
 from dmax.engine.request import Request
 from dmax.environment import environment
 from dmax.outputs import GenerationOutput, StreamEvent, as_record
+from dmax.trace.file import FORMAT, VERSION
 
 if TYPE_CHECKING:
     from dmax.llm import LLM
 
-FORMAT = "dmax-trace"
-VERSION = 1
 DIGITS = 4  # of probabilities; more are noise to whoever looks at them
 
 

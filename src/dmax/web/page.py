@@ -157,6 +157,7 @@ def _document(title: str, head: Sequence[str], body: str, script: str) -> str:
         '<html lang="en">',
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="generator" content="dmax">',
         f"<title>{escape(title)}</title>",
         '<link rel="icon" href="data:,">',
         *head,
