@@ -20,7 +20,9 @@ const LEGEND = [
 /** The convergence curve of a run; a press on it goes to that moment. */
 export class Curve {
   #run = null;
+  #numFrames = -1;
   #moment = 0;
+  #now = svg("line", { class: "now" });
 
   /**
    * @param {HTMLElement} container
@@ -47,14 +49,17 @@ export class Curve {
 
   /** Show the curve of a whole run, and where in it a moment is. */
   show(run, moment) {
+    const isSame = this.#run === run && this.#numFrames === run.frames.length;
     this.#run = run;
     this.#moment = moment;
-    this.#draw();
+    if (isSame) this.#markNow();
+    else this.#draw();
   }
 
   #draw() {
     const width = this.#width();
     if (this.#run === null || width === 0) return;
+    this.#numFrames = this.#run.frames.length;
     const curve = this.#run.curve();
     const { threshold } = this.#run.header;
     this.#picture.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
@@ -64,8 +69,9 @@ export class Curve {
       ...(isShare(threshold) ? [this.#level(threshold)] : []),
       ...this.#bars(curve),
       ...curve.flatMap(({ points }) => this.#lines(points)),
-      this.#now(),
+      this.#now,
     );
+    this.#markNow();
     this.#bound.hidden = !isShare(threshold);
     this.#bound.replaceChildren(element("i", { class: "line bound" }), `threshold ${threshold}`);
   }
@@ -125,9 +131,10 @@ export class Curve {
     return svg("line", { class: "bound", x1: LEFT, x2: this.#width() - RIGHT, y1: y, y2: y });
   }
 
-  #now() {
+  #markNow() {
     const x = this.#x(Math.min(this.#moment, this.#run.numMoments - 1));
-    return svg("line", { class: "now", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM });
+    const place = { x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM };
+    Object.entries(place).forEach(([name, value]) => this.#now.setAttribute(name, value));
   }
 
   #width() {

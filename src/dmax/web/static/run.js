@@ -18,6 +18,7 @@
  * @property {number} changes  how often another token has taken its place
  * @property {Event | null} event  what this very forward did to it; null if its block took no step
  * @property {Role} role
+ * @property {boolean} isEos
  * @property {number} block  index of its block
  *
  * @typedef {object} Counters
@@ -44,6 +45,7 @@ const REASONS = {
   agree: () => "two forwards agree",
   sure: (run) => `every position is at least ${run.header.stop_confidence} sure`,
   unmasked: () => "no mask is left",
+  waited: () => "no mask is left and the block before it has ended",
   capped: (run, block) => `the cap on steps was reached (${block.steps.length})`,
 };
 
@@ -52,6 +54,7 @@ export class Run {
   #forwards = [0];
   #seconds = [0];
   #blocks = [];
+  #last = { key: "", snapshot: null };
 
   /** @param {object} header  the settings of the run, as in docs/trace.md */
   constructor(header) {
@@ -131,6 +134,12 @@ export class Run {
    * @returns {Snapshot}
    */
   at(moment = this.numMoments - 1) {
+    const key = `${moment} ${this.frames.length} ${this.isFinished}`;
+    if (this.#last.key !== key) this.#last = { key, snapshot: this.#snapshot(moment) };
+    return this.#last.snapshot; // every view of a page asks for the same one
+  }
+
+  #snapshot(moment) {
     const isLast = this.isFinished && moment === this.numMoments - 1;
     const tokens = this.#tokensAt(moment);
     this.#markTheEnd(tokens, isLast);
@@ -235,7 +244,8 @@ export class Run {
     if (isLast) limit = Math.min(limit, this.output.token_ids.length);
     let hasEnded = false;
     for (const token of tokens) {
-      const isEnd = !params.ignore_eos && token.id !== null && eos.includes(token.id);
+      token.isEos = token.id !== null && eos.includes(token.id);
+      const isEnd = token.isEos && !params.ignore_eos;
       token.role = hasEnded || token.position >= limit ? "after" : "text";
       if (isEnd && !hasEnded) token.role = "end";
       hasEnded ||= isEnd;
@@ -245,21 +255,33 @@ export class Run {
   #endOf(block) {
     const last = block.steps.at(-1);
     if (last.frame.kind !== "committed") return null;
-    const kinds = this.#whyEnded(last.frame, block.steps.at(-2)?.frame, last.events);
+    const kinds = this.#whyEnded(block);
     return { kinds, text: kinds.map((kind) => REASONS[kind](this, block)).join(", and ") };
   }
 
-  #whyEnded(frame, before, events) {
-    if (frame.capped) return ["capped"];
+  #whyEnded(block) {
+    const last = block.steps.at(-1);
+    if (last.frame.capped) return ["capped"];
+    const before = block.steps.at(-2);
+    const wasWhole = before !== undefined && !before.frame.masked.includes(true);
+    const isUnchanged = last.events.every((event) => event === "kept");
     const { stop_confidence: stop, params } = this.header;
-    const looksAtConfidence = stop !== null && params.options.stop_on_confidence !== false;
-    const wasWhole = before !== undefined && !before.masked.includes(true);
-    const kinds = [];
-    if (wasWhole && events.every((event) => event === "kept")) kinds.push("agree");
-    if (looksAtConfidence && frame.confidence.every((each) => each >= stop - ROUNDING)) {
-      kinds.push("sure");
+    if (stop === null) {
+      // A strategy that ends blocks without masks, or one that goes on until a forward edits nothing.
+      if (!wasWhole || !isUnchanged) return ["unmasked"];
+      return [this.#endsWithTheOneBefore(block) ? "waited" : "agree"];
     }
+    const kinds = [];
+    if (wasWhole && isUnchanged && params.options.stop_on_consistency !== false) kinds.push("agree");
+    const isSure = last.frame.confidence.every((each) => each >= stop - ROUNDING);
+    if (isSure && params.options.stop_on_confidence !== false) kinds.push("sure");
     return kinds.length > 0 ? kinds : ["unmasked"];
+  }
+
+  /** Blocks close in order, so one that is done waits for the one before it. */
+  #endsWithTheOneBefore(block) {
+    const before = this.#blocks[this.#blocks.indexOf(block) - 1];
+    return before?.steps.at(-1).moment === block.steps.at(-1).moment;
   }
 }
 

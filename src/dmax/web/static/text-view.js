@@ -177,9 +177,10 @@ export class TextView {
 let counter = 0;
 
 /** What stands for a token: its text, with signs where a text alone would show nothing. */
-export function shown({ text, id, status, role }) {
+export function shown({ text, id, status, role, isEos }) {
   if (status === "mask") return MASK_SIGN;
   if (role === "end") return "⟨end⟩";
+  if (isEos) return "⟨eos⟩";
   if (text === "") return `⟨${id}⟩`;
   return status === "settled" ? text : text.replaceAll("\n", "↵\n");
 }
