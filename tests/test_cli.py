@@ -35,8 +35,8 @@ class Result:
 Dmax = Callable[..., Result]
 
 
-@pytest.fixture
-def dmax(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dmax:
+@pytest.fixture(name="dmax")
+def dmax_fixture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dmax:
     """Runs `dmax WORDS` as the installed command does, in this process."""
 
     def run(*words: object, stdin: str = "") -> Result:

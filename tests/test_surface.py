@@ -54,6 +54,11 @@ COMMANDS = {
         "--block-length --temperature --seed --stop --ignore-eos --dtype --quantization "
         "--device --json"
     ),
+    "trace": (
+        "prompt --model -m --compare --open --output -o --strategy --threshold --max-new-tokens "
+        "--top-k --option --block-length --temperature --seed --stop --ignore-eos --dtype "
+        "--quantization --device --json"
+    ),
     "train": "recipe --max-steps --fresh --dry-run --gpus --gpu --memory --price --examples --json",
     "distill": (
         "--output -o --model -m --num --prompts --reader --column --config --split --task --data "

@@ -14,7 +14,6 @@ import typer
 from dmax.cli import options
 from dmax.cli.terminal import console, doing, print_json
 from dmax.errors import InputError, shorten
-from dmax.files import check_writable, write_atomically
 from dmax.params import DecodingParams
 
 if TYPE_CHECKING:
@@ -110,6 +109,8 @@ def trace(
 
 def _check_place(path: Path) -> None:
     """Make sure that nothing but an earlier trace is replaced, before anything is decoded."""
+    from dmax.files import check_writable
+
     check_writable(path)
     if not path.exists():
         return
@@ -189,6 +190,7 @@ def _record(prompt: str | None, runs: Sequence[Run], given: Mapping[str, Any]) -
 
 
 def _write(path: Path, traces: Sequence[Trace]) -> None:
+    from dmax.files import write_atomically
     from dmax.trace.file import to_json
     from dmax.trace.page import page
 

@@ -6,14 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmax.errors import translated
-from dmax.llm import LLM
 from dmax.params import DecodingParams
-from dmax.prompts import Prompt
 from dmax.trace.file import Trace
 from dmax.trace.frames import Frames
+
+if TYPE_CHECKING:
+    from dmax.llm import LLM
+    from dmax.prompts import Prompt
 
 NO_NAME = "a model in memory"
 

@@ -23,6 +23,7 @@ const ICONS = {
  */
 export class Player {
   #length = 1;
+  #isGrowing = false;
   #timer = null;
 
   /**
@@ -66,10 +67,16 @@ export class Player {
     return this.#timer !== null;
   }
 
-  /** How many moments there are. A player that stands at the last one goes along with new ones. */
-  setLength(numMoments) {
+  /**
+   * How many moments there are. A player that stands at the last one goes along with new ones.
+   *
+   * @param {number} numMoments
+   * @param {{isGrowing?: boolean}} options  isGrowing: more will come, so playing waits for them
+   */
+  setLength(numMoments, { isGrowing = false } = {}) {
     const isAtEnd = this.moment === this.#length - 1;
     this.#length = Math.max(numMoments, 1);
+    this.#isGrowing = isGrowing;
     if (this.moment >= this.#length || (isAtEnd && !this.isPlaying)) {
       this.moveTo(this.#length - 1);
     } else {
@@ -145,8 +152,9 @@ export class Player {
 
   #schedule() {
     this.#timer = setTimeout(() => {
-      this.moveTo(this.moment + 1);
-      if (this.moment === this.#length - 1) this.pause();
+      if (this.moment < this.#length - 1) this.moveTo(this.moment + 1);
+      const isOver = this.moment === this.#length - 1 && !this.#isGrowing;
+      if (isOver) this.pause();
       else if (this.isPlaying) this.#schedule();
     }, 1000 / Number(this.#speed.value));
   }

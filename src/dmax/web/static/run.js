@@ -38,6 +38,8 @@
  * @property {string} text  with MASK_SIGN where masks are
  */
 
+import { complaint } from "dmax/trace-format.js";
+
 export const MASK_SIGN = "░";
 const ROUNDING = 0.00005; // frames have four digits of a probability
 
@@ -63,8 +65,15 @@ export class Run {
     this.output = null;
   }
 
-  /** The run that a trace file holds. */
-  static fromTrace({ frames, output, ...header }) {
+  /**
+   * The run that a trace file holds.
+   *
+   * @throws {Error} one sentence: why it is no trace that can be shown
+   */
+  static fromTrace(trace) {
+    const wrong = complaint(trace);
+    if (wrong !== null) throw new Error(wrong);
+    const { frames, output, ...header } = trace;
     const run = new Run(header);
     frames.forEach((frame) => run.push(frame));
     if (output) run.finish(output);

@@ -3,6 +3,7 @@
 import { element } from "dmax/dom.js";
 import { Player } from "dmax/player.js";
 import { Run } from "dmax/run.js";
+import { saveRun } from "dmax/run-file.js";
 import { RunView } from "dmax/run-view.js";
 import { attachThemeSwitch } from "dmax/theme.js";
 
@@ -53,7 +54,7 @@ function promptOf({ header: { prompt } }) {
 function settingsOf(run) {
   const { prompt, prompt_token_ids: ids, ...settings } = run.header;
   const save = element("button", { class: "button", type: "button" }, "Save the trace as JSON");
-  save.addEventListener("click", () => download(run));
+  save.addEventListener("click", () => saveRun(run, "trace.json"));
   return element(
     "details",
     { class: "settings" },
@@ -62,11 +63,4 @@ function settingsOf(run) {
     element("pre", { tabindex: 0 }, JSON.stringify(settings, null, 2)),
     save,
   );
-}
-
-function download(run) {
-  const blob = new Blob([JSON.stringify(run.toTrace())], { type: "application/json" });
-  const link = element("a", { href: URL.createObjectURL(blob), download: "trace.json" });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href));
 }
