@@ -19,7 +19,7 @@ from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
 EXPORTS = (
     "__version__ DMaxConfig DMaxTrainer DecodingParams GenerationOutput InputError LLM StreamEvent "
-    "strategies".split()
+    "strategies trace".split()
 )
 
 DECODING_PARAMS = {

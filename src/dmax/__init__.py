@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from dmax import trace as trace
     from dmax.decoding import strategies as strategies
     from dmax.errors import InputError as InputError
     from dmax.llm import LLM as LLM
@@ -32,6 +33,7 @@ _PUBLIC = {
     "LLM": "dmax.llm",
     "StreamEvent": "dmax.outputs",
     "strategies": "dmax.decoding",
+    "trace": "dmax",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -44,6 +46,8 @@ register_post_import_hook(
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dmax' has no attribute {name!r}")
+    if _PUBLIC[name] == __name__:
+        return import_module(f"{__name__}.{name}")
     return getattr(import_module(_PUBLIC[name]), name)
 
 
