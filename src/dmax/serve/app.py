@@ -13,11 +13,25 @@ from starlette.exceptions import HTTPException
 
 from dmax import __version__
 from dmax.errors import InputError, did_you_mean, show
+from dmax.serve import page
 from dmax.serve.answers import Answer
 from dmax.serve.bodies import ChatRequest, CompletionRequest, field_names
 from dmax.serve.errors import ApiError, ClientGone, failure, invalid_body
 from dmax.serve.log import Record
+from dmax.serve.openapi import add_openapi
 from dmax.serve.params import read
+from dmax.serve.replies import (
+    ANSWER_ERRORS,
+    ERRORS,
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    Health,
+    ModelCard,
+    ModelList,
+    answers,
+)
 from dmax.serve.served import ServedModel
 from dmax.serve.settings import ServerOptions
 from dmax.serve.stream import StreamResponse, watched
@@ -44,34 +58,39 @@ def create_app(models: Sequence[ServedModel], options: ServerOptions) -> FastAPI
     app.state.models = by_name
     _add_errors(app)
     _add_routes(app, by_name)
+    app.include_router(page.router())
+    add_openapi(app, models, options)
     return app
 
 
 def _add_routes(app: FastAPI, models: dict[str, ServedModel]) -> None:
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> Response:
         """Whether all models are loaded and warm."""
         loading = [model.name for model in models.values() if not model.is_ready]
         status = "loading" if loading else "ok"
         return _json({"status": status, "loading": loading}, 503 if loading else 200)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={200: {"model": ModelList}, **ERRORS})
     async def list_models() -> Response:
         """The models that are served."""
         data = [await run_in_threadpool(model.describe) for model in models.values()]
         return _json({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get(
+        "/v1/models/{name:path}",
+        responses={200: {"model": ModelCard}, 404: ANSWER_ERRORS[404], **ERRORS},
+    )
     async def get_model(name: str) -> Response:
         """One of the models that are served."""
         return _json(await run_in_threadpool(_find(models, name).describe))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers(ChatCompletion, ChatChunk))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         return await _answer(body, _find(models, body.model), request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers(Completion, CompletionChunk))
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids as they are, without a chat template."""
         return await _answer(body, _find(models, body.model), request)

@@ -9,8 +9,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic.config import JsonDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from dmax.integrations.options import MOST_CANDIDATES
@@ -19,15 +26,35 @@ from dmax.params import MOST
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_TEMPERATURE = 1000
-MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
+MAX_OPTION = 1_000_000  # of a number that a strategy takes
 
+
+def _as_int(value: Any) -> Any:
+    """A number as JSON knows it: 2.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _bounded(value: Any) -> Any:
+    """An option of a strategy; a huge number would overflow in the middle of a forward."""
+    if isinstance(value, int | float) and not abs(value) <= MAX_OPTION:
+        raise PydanticCustomError(
+            "option", "Input should be at most {most} in size", {"most": MAX_OPTION}
+        )
+    return value
+
+
+WHOLE = BeforeValidator(_as_int)
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-TokenId = Annotated[int, Field(ge=0, le=MOST)]
+TokenId = Annotated[int, Field(ge=0, le=MOST), WHOLE]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Option = bool | int | float | str | None
+Count = Annotated[int, Field(ge=1, le=MOST), WHOLE]
+Seed = Annotated[int, WHOLE]
+TopK = Annotated[int, Field(ge=1, le=MOST_CANDIDATES), WHOLE]
+NumTop = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE]
+Option = Annotated[bool | int | float | str | None, WHOLE, AfterValidator(_bounded)]
+
 
 NO_TOOLS = "tools are not called here"
 NO_SAMPLING = "tokens are drawn from the whole distribution"
@@ -47,9 +74,10 @@ def harmless(*values: Any, because: str) -> Any:
         values: as JSON has them.
         because: why everything else is refused.
     """
-    choices = ", ".join(json.dumps(value) for value in (None, *values))
-    extra: JsonDict = {"enum": [None, *values], "x-because": because}
-    return Field(default=None, description=f"{choices} only: {because}.", json_schema_extra=extra)
+    *others, last = [json.dumps(value) for value in (None, *values)]
+    choices = f"{', '.join(others)} or {last}" if others else last
+    description = f"Takes {choices} only: {because}."
+    return Field(default=None, description=description, json_schema_extra={"enum": [None, *values]})
 
 
 class Body(BaseModel):
@@ -61,15 +89,11 @@ class Body(BaseModel):
     @classmethod
     def _refuse_what_asks_for_something(cls, value: Any, info: ValidationInfo) -> Any:
         name = info.field_name or ""
-        extra = cls.model_fields[name].json_schema_extra
-        if isinstance(extra, dict) and "x-because" in extra:
-            choices: Any = extra["enum"]
+        field = cls.model_fields[name]
+        if isinstance(field.json_schema_extra, dict):
+            choices: Any = field.json_schema_extra["enum"]
             if not any(_is_same(value, choice) for choice in choices):
-                raise PydanticCustomError(
-                    "unsupported",
-                    "`{name}` is not supported: {because}",
-                    {"name": name, "because": extra["x-because"]},
-                )
+                raise PydanticCustomError("unsupported", "{why}", {"why": field.description})
         return value
 
 
@@ -116,9 +140,7 @@ class DmaxOptions(Body):
     stop_confidence: float | None = optional(
         "A block that is this sure everywhere is finished.", gt=0, le=1
     )
-    top_k: int | None = optional(
-        "Candidates that are blended into an input.", ge=1, le=MOST_CANDIDATES
-    )
+    top_k: TopK | None = optional("Candidates that are blended into an input.")
     max_steps_per_block: Count | None = optional("Forwards that a block may take.")
     block_length: Count | None = optional("The checkpoint's own.")
     options: dict[str, Option] | None = optional("What the strategy alone knows.")
@@ -137,7 +159,7 @@ class Request(Body):
     model: str = Field(description="One of those that /v1/models lists.")
     max_tokens: Count | None = optional("New tokens, at most.")
     temperature: float | None = optional("0 or null decodes greedily.", ge=0, le=MAX_TEMPERATURE)
-    seed: int | None = optional("Of the sampling.", ge=0, le=MAX_SEED)
+    seed: Seed | None = optional("Of the sampling.")
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = optional(
         "The answer ends before the first of these texts."
     )
@@ -160,9 +182,7 @@ class ChatRequest(Request):
     logprobs: bool | None = optional(
         "Give the probability of each token at the forward that settled it."
     )
-    top_logprobs: int | None = optional(
-        "Candidates beside each token, at most.", ge=0, le=MAX_TOP_LOGPROBS
-    )
+    top_logprobs: NumTop | None = optional("Candidates beside each token, at most.")
     safety_identifier: str | None = optional("Not looked at.")
     prompt_cache_key: str | None = optional("Not looked at.")
     parallel_tool_calls: bool | None = optional("Not looked at, without tools.")
@@ -194,8 +214,8 @@ class CompletionRequest(Request):
         | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
-    logprobs: int | None = optional(
-        "Candidates beside the probability of each token; null: neither.", ge=0, le=MAX_TOP_LOGPROBS
+    logprobs: NumTop | None = optional(
+        "Candidates beside the probability of each token; null: neither."
     )
     best_of: Any = harmless(1, because="ask for `n`")
     echo: Any = harmless(False, because="the prompt is not decoded")

@@ -128,7 +128,8 @@ def invalid_body(
         message = f"`{name}` is not a field of this request" + (f"; {hint}" if hint else "")
         return ApiError(400, message, param=name, code="unknown_field")
     if kind == "unsupported":
-        return ApiError(400, message, param=name, code="unsupported_field")
+        why = message[:1].lower() + message[1:].rstrip(".")
+        return ApiError(400, f"`{name}` {why}", param=name, code="unsupported_field")
     expected = message.removeprefix("Input ")
     if expected == message:
         expected = f"is wrong: {message[:1].lower()}{message[1:]}"

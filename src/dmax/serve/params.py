@@ -14,7 +14,6 @@ from dmax.errors import InputError, show
 from dmax.integrations.options import check_client, fresh_block
 from dmax.params import DecodingParams
 from dmax.serve.bodies import (
-    MAX_SEED,
     ChatRequest,
     CompletionRequest,
     DmaxOptions,
@@ -24,6 +23,7 @@ from dmax.serve.bodies import (
 from dmax.serve.errors import ApiError, bad_request
 from dmax.serve.served import ServedModel
 
+NUM_SEEDS = 2**63
 CONTEXT_ERROR = "context_length_exceeded"
 
 
@@ -79,7 +79,7 @@ def read(body: ChatRequest | CompletionRequest, model: ServedModel) -> Asked:
     for prompt_ids in encoded:
         num_new = _num_new(body, len(prompt_ids), strategy, name, model)
         for choice in range(num_choices):
-            own = replace(params, max_new_tokens=num_new, seed=derived_seed(params.seed, choice))
+            own = replace(params, max_new_tokens=num_new, seed=derived_seed(body.seed, choice))
             request = model.llm.request(len(requests), prompt_ids, own)
             requests.append(replace(request, provisional=is_provisional or num_top is not None))
     return Asked(
@@ -97,12 +97,13 @@ def read(body: ChatRequest | CompletionRequest, model: ServedModel) -> Asked:
 def derived_seed(seed: int | None, choice: int) -> int | None:
     """The seed of a choice: the first has the request's own, so that it is what `n` 1 gives.
 
-    Those of the others are 63 bits of a hash, so that neighbouring seeds share no choices.
+    Those of the others are 63 bits of a hash, so that neighbouring seeds share no choices. So is
+    that of the first where the sampler has no such seed, as for a negative one.
     """
-    if seed is None or choice == 0:
+    if seed is None or (choice == 0 and 0 <= seed < NUM_SEEDS):
         return seed
     digest = blake2b(f"{seed} {choice}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) & MAX_SEED
+    return int.from_bytes(digest) % NUM_SEEDS
 
 
 # --- the prompts ----------------------------------------------------------------------------------
@@ -156,7 +157,6 @@ def _params(body: Request, options: DmaxOptions, model: ServedModel) -> Decoding
         "options": options.options,
         "ignore_eos": options.ignore_eos,
         "temperature": body.temperature,
-        "seed": body.seed,
         "stop": body.stop,
     }
     most = model.options.max_seconds
@@ -222,12 +222,8 @@ def _check_choices(num_choices: int, prompts: Sequence[Any], model: ServedModel)
     most = model.options.max_choices
     if num_choices > most:
         raise _wrong("n", f"`n` must be at most {most}, got {show(num_choices)}")
-    if num_choices * len(prompts) > most:
-        message = (
-            f"{len(prompts)} prompts with {num_choices} answers each are more than the {most} "
-            "answers that this server gives at a time"
-        )
-        raise _wrong("prompt", message)
+    if len(prompts) > most:
+        raise _wrong("prompt", f"`prompt` holds {len(prompts)} prompts, at most {most} are taken")
 
 
 def _wrong(param: str, message: str) -> ApiError:

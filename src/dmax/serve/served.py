@@ -216,6 +216,9 @@ class ServedModel:
         """Raises `ApiError` 429 unless this much more may be taken on."""
         limit = self.options.max_batch_size + self.options.max_queue
         most_tokens = self.options.max_total_tokens
+        if num_requests > limit:
+            message = f"the request needs {num_requests} answers, and this server gives {limit}"
+            raise ApiError(400, message, code="too_many_choices")
         if self.num_requests + num_requests > limit:
             message = f"{self.num_requests} requests are in progress or wait; try again later"
             raise ApiError(429, message, code="queue_full", retry_after=self._retry_after())

@@ -14,12 +14,13 @@ from starlette.types import Receive, Scope, Send
 from dmax.outputs import StreamEvent
 from dmax.serve.answers import Answer, Choice, Piece
 from dmax.serve.errors import ApiError, ClientGone
+from dmax.serve.replies import DONE
 from dmax.serve.served import Ongoing
 
 MEDIA_TYPE = "text/event-stream"
 STALL_SECONDS = 30.0
 """For a client to read on, once the network holds as much as it takes."""
-DONE = b"data: [DONE]\n\n"
+LAST = f"data: {DONE}\n\n".encode()
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy keeps it back
 
 
@@ -75,7 +76,7 @@ class Chunks:
         if self._include_usage:
             usage = {"choices": [], "usage": self._answer.usage()}
             yield sse({**self._head, **usage})
-        yield DONE
+        yield LAST
 
     def _finish(self, choice: Choice, event: StreamEvent) -> Iterator[bytes]:
         piece = choice.finish(event)
@@ -152,7 +153,7 @@ class StreamResponse(Response):
                 return
             except ApiError as error:
                 self._answer.fail(error)
-                await _send(send, [sse(error.body()), DONE])
+                await _send(send, [sse(error.body()), LAST])
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
