@@ -13,9 +13,10 @@ import { niceStep } from "dmax/curve.js";
 const LEFT = 36; // px for the numbers of forwards
 const TOP = 16; // px above each band for the numbers of positions
 const GAP = 8; // px below each band
-const SMALLEST_CELL = 7; // px, of a position
+const SMALLEST_CELLS = [7, 5, 4, 3, 2]; // px of a position: the first that makes no grid too tall
 const LARGEST_CELL = 16;
-const TALLEST = 1600; // px of all cells together, if cells can be made low enough
+const LOWEST_CELL = 2; // px of a forward
+const TALLEST = 1800; // px of all cells together, where that can be
 const FONT = "11px system-ui, sans-serif";
 const MOST_REVISIONS = 200; // in words
 const EVENTS = {
@@ -179,13 +180,15 @@ export class Grid {
 
 /** Which positions stand in which band, and how large a cell is. */
 function layOut(run, width) {
+  const { blocks } = run;
   const space = width - LEFT;
-  const bands = inBands(run.blocks, Math.max(1, Math.floor(space / SMALLEST_CELL)));
+  const ways = SMALLEST_CELLS.map((cell) => inBands(blocks, Math.max(1, Math.floor(space / cell))));
+  const isLow = (bands) => numRowsOf(bands) * LOWEST_CELL <= TALLEST;
+  const bands = ways.find(isLow) ?? ways.at(-1);
   const mostPositions = Math.max(1, ...bands.map(({ first, last }) => last - first + 1));
-  const numRows = bands.reduce((total, { moments }) => total + moments.length, 0);
   const cellWidth = Math.max(1, Math.min(LARGEST_CELL, Math.floor(space / mostPositions)));
-  const lowest = Math.floor(TALLEST / Math.max(1, numRows));
-  const cellHeight = Math.max(2, Math.min(cellWidth, lowest));
+  const fitting = Math.floor(TALLEST / Math.max(1, numRowsOf(bands)));
+  const cellHeight = Math.max(LOWEST_CELL, Math.min(cellWidth, fitting));
   let top = TOP;
   for (const band of bands) {
     band.top = top;
@@ -193,6 +196,10 @@ function layOut(run, width) {
     top += band.height + GAP + TOP;
   }
   return { bands, cellWidth, cellHeight, width, height: top - TOP };
+}
+
+function numRowsOf(bands) {
+  return bands.reduce((total, { moments }) => total + moments.length, 0);
 }
 
 /** Blocks in bands of at most so many positions; a block that is longer is cut. */
