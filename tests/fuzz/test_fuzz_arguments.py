@@ -30,6 +30,7 @@ TRIED = (
     "eval",
     "generate",
     "sweep",
+    "trace",
     "train",
 )  # demo has no input, lm_eval its own
 VALID: dict[str, tuple[str, ...]] = {
@@ -38,6 +39,7 @@ VALID: dict[str, tuple[str, ...]] = {
     "eval": ("--limit", "2"),
     "generate": ("a question",),
     "sweep": ("--model", "tiny-dmax", "--output", "swept", "--limit", "2"),
+    "trace": ("a question",),
     "train": ("recipe.yaml",),
 }
 FILES = ("recipe.yaml", "rows.jsonl", "other.json", "empty", *STAND_INS)

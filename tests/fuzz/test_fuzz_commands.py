@@ -91,6 +91,24 @@ GROUPS: tuple[tuple[int, list[Case]], ...] = (
         ),
     ),
     (
+        4,
+        cases(
+            "trace",
+            "-m nobody/nothing a",
+            "--compare threshold a",
+            "--compare strategy=sdp a",
+            f"--compare a={'[' * 100_000} a",
+            "--open missing.json",
+            "--open other.json",
+            "--open empty",
+            "--open /dev/zero",
+            "--open infinite.yaml a",
+            "--output /dev/full a",
+            "--output recipe.yaml a",
+            Case(("trace",), b"\xff\xfe\x00"),
+        ),
+    ),
+    (
         6,
         cases(
             "train",

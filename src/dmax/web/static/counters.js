@@ -7,7 +7,7 @@ const COUNTERS = [
   ["settled", "tokens settled", (value) => String(value)],
   ["tpf", "tokens per forward", (value) => value.toFixed(2)],
   ["tokensPerSecond", "tokens per second", (value) => value.toFixed(0)],
-  ["revisions", "tokens revised", (value) => String(value)],
+  ["revisions", "revisions", (value) => String(value)],
 ];
 
 /** A row of figures. */

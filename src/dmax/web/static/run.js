@@ -76,7 +76,7 @@ export class Run {
     const { frames, output, ...header } = trace;
     const run = new Run(header);
     frames.forEach((frame) => run.push(frame));
-    if (output) run.finish(output);
+    run.finish(output);
     return run;
   }
 

@@ -8,11 +8,14 @@ const isFlag = (value) => typeof value === "boolean";
 const isNumber = (value) => typeof value === "number";
 const isCount = (value) => Number.isSafeInteger(value) && value >= 0;
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const isProbability = (value) => isNumber(value) && value >= 0 && value <= 1;
+const isKind = (value) => value === "provisional" || value === "committed";
 const isMaybe = (check) => (value) => value === null || check(value);
 const isList = (check) => (value) => Array.isArray(value) && value.every(check);
 
 const PARAMS = { strategy: isText, max_new_tokens: isCount, ignore_eos: isFlag, options: isObject };
 const HEADER = {
+  version: isCount,
   model: isText,
   prompt_token_ids: isList(isCount),
   params: isObject,
@@ -20,17 +23,30 @@ const HEADER = {
   stop_confidence: isMaybe(isNumber),
   eos_token_ids: isList(isCount),
   frames: Array.isArray,
+  output: isObject,
 };
 const OUTPUT = { text: isText, token_ids: isList(isCount), seconds: isNumber };
-const FRAME = { kind: isText, position: isCount, num_forwards: isCount, seconds: isNumber };
+const FRAME = {
+  kind: isKind,
+  position: isCount,
+  step: isCount,
+  num_forwards: isCount,
+  seconds: isNumber,
+  forced: isFlag,
+  capped: isFlag,
+};
 const LISTS = {
   token_ids: isCount,
   texts: isText,
   masked: isFlag,
-  confidence: isNumber,
+  confidence: isProbability,
+  written: isFlag,
 };
-const isCandidate = (value) => isList(([id, probability, text]) =>
-  isCount(id) && isNumber(probability) && isText(text))(value);
+const isCandidate = (value) => {
+  if (!Array.isArray(value) || value.length !== 3) return false;
+  const [id, probability, text] = value;
+  return isCount(id) && isProbability(probability) && isText(text);
+};
 
 /**
  * Why a value is no trace that can be shown, in one sentence; null if it is one.
@@ -46,8 +62,7 @@ export function complaint(trace) {
   }
   const wrong = missing(trace, HEADER, "")
     ?? missing(trace.params, PARAMS, "params.")
-    ?? (isMaybe(isObject)(trace.output ?? null) ? null : "output")
-    ?? (trace.output ? missing(trace.output, OUTPUT, "output.") : null)
+    ?? missing(trace.output, OUTPUT, "output.")
     ?? wrongFrame(trace.frames);
   return wrong === null ? null : `It is a damaged trace: \`${wrong}\` is wrong or missing.`;
 }
@@ -67,7 +82,7 @@ function wrongFrame(frames) {
     const length = frame.token_ids?.length;
     const isRow = (check) => (value) => isList(check)(value) && value.length === length;
     const rows = Object.entries(LISTS).map(([name, check]) => [name, isRow(check)]);
-    if (frame.candidates !== undefined) rows.push(["candidates", isRow(isCandidate)]);
+    if (frame.candidates !== undefined) rows.push(["candidates", isRow(isList(isCandidate))]);
     const wrong = missing(frame, { ...FRAME, ...Object.fromEntries(rows) }, `${where}.`);
     if (wrong !== null) return wrong;
     if (frame.num_forwards < forwards) return `${where}.num_forwards`;
