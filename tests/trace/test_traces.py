@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,13 @@ def test_the_page_of_the_schema_names_every_field() -> None:
     names = [*schema["properties"], *schema["$defs"]["frame"]["properties"]]
     names += schema["$defs"]["output"]["properties"]
     assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_page_of_traces_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "trace.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert Trace.load("run.json") == names["trace"]
+    assert names["page"].startswith("<!doctype html>")
