@@ -8,8 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
+from dmax.cli.marks import ASCII_SIGNS, SIGNS, Marks
 from dmax.demo.replay import show
-from dmax.demo.screen import ASCII_SIGNS, SIGNS, Marks, answers, legend, picture, written
+from dmax.demo.screen import answers, legend, picture, written
 from dmax.demo.story import Story
 
 MARKS = "".join((SIGNS.masked, SIGNS.revised, SIGNS.wrong, SIGNS.right))

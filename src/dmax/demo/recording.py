@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from dmax.cli.marks import visible
 from dmax.demo.settings import SETTINGS, Setting
 from dmax.demo.story import Frame, Piece, Recording, Story
 from dmax.llm import LLM
@@ -16,7 +17,6 @@ from dmax.params import DecodingParams
 from dmax.tasks import Example, Task
 
 TimedEvent = tuple[float, StreamEvent]
-UNSHOWN = "?"
 REPEATS = 3  # decodes of an answer, of which the fastest is shown
 
 
@@ -135,7 +135,6 @@ def _texts(llm: LLM, event: StreamEvent) -> Iterator[str]:
 
 
 def _text(llm: LLM, token: int) -> str:
-    """A token as a terminal may show it: its control characters would be obeyed."""
+    """A token as a terminal may show it."""
     assert llm.tokenizer is not None, "the bundled models have one"
-    text = str(llm.tokenizer.decode([token]))
-    return "".join(sign if sign.isprintable() or sign == "\n" else UNSHOWN for sign in text)
+    return visible(str(llm.tokenizer.decode([token])))

@@ -1,12 +1,8 @@
-"""What the demo shows of recordings at one moment: columns side by side, or one above another.
-
-Whatever colour says is also said by a mark, so a pipe and a screen without colours show the same.
-"""
+"""What the demo shows of recordings at one moment: columns side by side, or one above another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console, Group
@@ -14,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dmax.cli.marks import MASKED, OPEN, REVISED, RIGHT, WRONG, Marks, marked, masked, signs
 from dmax.demo.settings import DMAX
 from dmax.demo.story import Piece, Recording, Story
 from dmax.tasks import Example
@@ -25,37 +22,6 @@ GAP = 1  # columns between frames
 
 STRONG = "dark_orange"
 MUTED = "bright_black"
-MASKED = "dim"
-OPEN = "bright_blue"
-REVISED = "bold dark_orange"
-WRONG = "bold red"
-RIGHT = "bold green"
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """Signs beside the words, in characters that the terminal has.
-
-    Attributes:
-        masked: a position without a token.
-        revised: stands before a word that replaced another.
-        wrong: stands before a mistake.
-        right: stands before a right answer.
-    """
-
-    masked: str
-    revised: str
-    wrong: str
-    right: str
-
-
-SIGNS = Marks(masked="·", revised="~", wrong="✗", right="✓")
-ASCII_SIGNS = Marks(masked="_", revised="~", wrong="!", right="+")
-
-
-def signs(console: Console) -> Marks:
-    """The marks that a console has the characters for."""
-    return ASCII_SIGNS if console.options.ascii_only else SIGNS
 
 
 def picture(console: Console, story: Story, seconds: float, title: str, height: int) -> Group:
@@ -193,17 +159,11 @@ def verdict(recording: Recording, seconds: float, marks: Marks) -> Text | None:
 
 
 def _marked(piece: Piece, marks: Marks) -> Text:
-    """A token with its mark, which stands before the word and after the space."""
+    """A token with its mark."""
     if not piece.text:
-        return Text(f" {marks.masked}", style=MASKED)
-    word = piece.text.lstrip(" ")
-    space = piece.text[: len(piece.text) - len(word)]
-    mark = ""
-    style = "" if piece.is_final else OPEN
-    if piece.is_revised:
-        mark = marks.revised
-        style = f"{REVISED} reverse" if piece.is_new else REVISED
+        return masked(marks)
     if piece.is_wrong:
-        mark = marks.wrong
-        style = WRONG
-    return Text.assemble(space, (f"{mark}{word}", style))
+        return marked(piece.text, marks.wrong, WRONG)
+    if piece.is_revised:
+        return marked(piece.text, marks.revised, f"{REVISED} reverse" if piece.is_new else REVISED)
+    return marked(piece.text, "", "" if piece.is_final else OPEN)
