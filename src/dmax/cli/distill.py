@@ -160,18 +160,14 @@ def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
     Raises:
         InputError: one does.
     """
-    strange = OF_THE_MODEL if endpoint else OF_THE_SERVER
-    for parameter in context.command.params:
-        given: Any = context.get_parameter_source(parameter.name or "")
-        if parameter.name not in strange or given.name != "COMMANDLINE":
-            continue
-        shown = parameter.opts[0]
-        if not endpoint:
-            raise InputError(f"`{shown}` goes with --endpoint only")
+    strange = options.given_among(context, OF_THE_MODEL if endpoint else OF_THE_SERVER)
+    if strange and endpoint:
         raise InputError(
-            f"`{shown}` does not go with --endpoint: the server decides over it",
+            f"`{strange}` does not go with --endpoint: the server decides over it",
             hint="--option NAME=VALUE adds a field to its requests",
         )
+    if strange:
+        raise InputError(f"`{strange}` goes with --endpoint only")
 
 
 def _source(prompts: str | None, config: str | None, split: str) -> Source | None:

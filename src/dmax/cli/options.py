@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +110,16 @@ def decoding_params(*, option: list[str] | None = None, **given: Any) -> Decodin
     params = DecodingParams(**fields, options=named_values(option or []))
     check_strategy(params)
     return params
+
+
+def given_among(context: typer.Context, names: Sequence[str]) -> str | None:
+    """The first of some options that the command line gives, as it is written there."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source: Any = context.get_parameter_source(name)
+        if name in names and source.name == "COMMANDLINE":
+            return parameter.opts[0]
+    return None
 
 
 def named_values(texts: list[str], flag: str = "--option") -> dict[str, Any]:

@@ -91,14 +91,14 @@ def trace(
     """
     place = output if output or as_json else USUAL_OUTPUT
     if place:
-        _check_place(place)
+        check_place(place)
     if opened:
         _check_alone(prompt, compare)
         traces = _read(opened)
     else:
         traces = _record(prompt, _runs(context.params), context.params)
     if place:
-        _write(place, traces)
+        write(place, traces)
     if as_json:
         print_json(_plain(traces))
         return
@@ -107,8 +107,12 @@ def trace(
     sys.stdout.write(f"{place}\n")
 
 
-def _check_place(path: Path) -> None:
-    """Make sure that nothing but an earlier trace is replaced, before anything is decoded."""
+def check_place(path: Path) -> None:
+    """Make sure that nothing but an earlier trace is replaced, before anything is decoded.
+
+    Raises:
+        InputError: something else is there, or nothing can be written.
+    """
     from dmax.files import check_writable
 
     check_writable(path)
@@ -119,7 +123,7 @@ def _check_place(path: Path) -> None:
     if head and not OURS.search(head):
         raise InputError(
             f"{shorten(str(path))} exists and is no trace, so it is not replaced",
-            hint="name another file with --output, or remove it",
+            hint="name another file, or remove it",
         )
 
 
@@ -189,7 +193,12 @@ def _record(prompt: str | None, runs: Sequence[Run], given: Mapping[str, Any]) -
         return [record(llms[run.model], text, run.params, name=run.model) for run in runs]
 
 
-def _write(path: Path, traces: Sequence[Trace]) -> None:
+def write(path: Path, traces: Sequence[Trace]) -> None:
+    """Write traces as their page, or as JSON into a file whose name ends in .json.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     from dmax.files import write_atomically
     from dmax.trace.file import to_json
     from dmax.trace.page import page

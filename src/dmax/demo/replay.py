@@ -9,7 +9,8 @@ from rich.control import Control
 from rich.live import Live
 from rich.text import Text
 
-from dmax.demo.screen import answers, legend, picture, problem, signs
+from dmax.cli.marks import signs
+from dmax.demo.screen import answers, legend, picture, problem
 from dmax.demo.story import Story
 
 PICTURES_PER_SECOND = 20

@@ -79,7 +79,7 @@ class ServerAnswerer:
     def __init__(self, options: ServerOptions) -> None:
         extras.require("openai", "endpoint", "asking a server")
         self._options = options
-        self._url = _with_path(options.url)
+        self._url = with_path(options.url, "--endpoint")
         self._model = options.model or self._only_model()
 
     def settings(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class ServerAnswerer:
             except APIStatusError as error:
                 if error.status_code not in ABOUT_THE_PROMPT:
                     raise self._translated(error) from None
-                message = f"prompt {index}: the endpoint refuses it: {_reason(error)}"
+                message = f"prompt {index}: the endpoint refuses it: {reason(error)}"
                 return index, Refusal(InputError(message))
             except OpenAIError as error:
                 raise self._translated(error) from None
@@ -194,7 +194,7 @@ class ServerAnswerer:
         tries = f"in {self._options.retries + 1} tries"
         if isinstance(error, APIStatusError):
             return InputError(
-                f"{shown} answers {error.status_code}: {_reason(error)}",
+                f"{shown} answers {error.status_code}: {reason(error)}",
                 hint=HINTS.get(error.status_code, LOST),
             )
         if isinstance(error, APITimeoutError):
@@ -202,8 +202,8 @@ class ServerAnswerer:
                 f"{shown} gave no answer within {self._options.timeout:g} seconds, {tries}",
                 hint=f"raise --timeout or lower --concurrency; {LOST}",
             )
-        reason = first_line(error.__cause__ or error)
-        return InputError(f"cannot reach {shown}: {shorten(reason)}, {tries}", hint=LOST)
+        cause = first_line(error.__cause__ or error)
+        return InputError(f"cannot reach {shown}: {shorten(cause)}, {tries}", hint=LOST)
 
 
 async def _finished(tasks: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
@@ -235,14 +235,18 @@ def _read(completion: Any) -> Response:
     )
 
 
-def _reason(error: Any) -> str:
+def reason(error: Any) -> str:
     """What a server says about a request that it refuses."""
     body = error.body if isinstance(error.body, Mapping) else {}
     return shorten(str(body.get("message") or first_line(error)))
 
 
-def _with_path(url: str) -> str:
+def with_path(url: str, flag: str) -> str:
     """The address of an interface, with /v1 if it names a server only.
+
+    Args:
+        url: what was given.
+        flag: of the command, by which the error calls it.
 
     Raises:
         InputError: it is no address.
@@ -255,7 +259,7 @@ def _with_path(url: str) -> str:
         is_address = False
     if not is_address:
         raise InputError(
-            f"`--endpoint` must be an address, got {show(url)}",
+            f"`{flag}` must be an address, got {show(url)}",
             hint="for example http://localhost:8000/v1",
         )
     return url if parts.path.strip("/") else parts._replace(path="/v1").geturl()
