@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,16 @@ STATUS = {
     "404": (404, {"error": {"message": "The model `no` does not exist."}}),
     "429": (429, {"error": {"message": "slow down"}}),
     "500": (500, {"error": {"message": "out of memory"}}),
+}
+# What comes after the first two events of a stream: the connection is lost, nothing comes any more,
+# it ends as if it were whole, an event is no JSON, or it says what went wrong.
+MIDWAY: dict[str | None, list[str]] = {
+    "torn": [],
+    "hanging": [],
+    "unfinished": ["data: [DONE]\n\n"],
+    "malformed event": ['data: {"choices": [{"ind\n\n'],
+    "another event": ["data: [1]\n\n"],
+    "error event": ['data: {"error": {"message": "out of memory"}}\n\n'],
 }
 BODY = {
     "malformed": b'{"choices": [{"mess',
@@ -36,7 +47,7 @@ class Server(ThreadingHTTPServer):
 
     Args:
         fault: what goes wrong with a prompt when it is asked for the n-th time, n from 1: a key of
-            `STATUS` or `BODY`, "dropped", "cut", "silent" or None.
+            `STATUS`, `BODY` or, of streams, `MIDWAY`, "dropped", "cut", "silent" or None.
         delay: seconds that an answer takes.
         wait: called with a prompt before it is answered.
         models: those that it serves.
@@ -105,12 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             time.sleep(server.delay)
             server.wait(prompt)
-            self.answer(prompt, fault)
+            self.answer(prompt, fault, is_stream=bool(asked.get("stream")))
         finally:
             with server.lock:
                 server.num_running -= 1
 
-    def answer(self, prompt: str, fault: Fault) -> None:
+    def answer(self, prompt: str, fault: Fault, *, is_stream: bool) -> None:
         if fault == "dropped":
             self.close_connection = True
         elif fault == "silent":
@@ -126,8 +137,34 @@ class _Handler(BaseHTTPRequestHandler):
             text = f"answer to {prompt}"
             choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
             usage = {"completion_tokens": len(text.split())}
+            if is_stream:
+                self.stream(text, reason, usage, fault)
+                return
             body = json.dumps({"choices": [{"index": 0, **choice}], "usage": usage}).encode()
             self.reply(200, body, is_cut=fault == "cut")
+
+    def stream(self, text: str, reason: str, usage: dict[str, int], fault: Fault) -> None:
+        """The text as events, a word at a time."""
+        deltas = [{"content": word} for word in re.findall(r"\S+\s*", text)]
+        parts: list[dict[str, Any]] = [
+            {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas
+        ]
+        parts.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+        parts.append({"choices": [], "usage": usage})
+        events = [f"data: {json.dumps(part)}\n\n" for part in parts] + ["data: [DONE]\n\n"]
+        if fault in MIDWAY:
+            events = [*events[:2], *MIDWAY[fault]]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for event in events:
+            self.wfile.write(f"{len(event.encode()):x}\r\n{event}\r\n".encode())
+        if fault == "hanging":
+            self.server.ended.wait()
+        if fault != "torn":
+            self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = True
 
     def reply(self, status: int, body: bytes, *, retry: bool = False, is_cut: bool = False) -> None:
         self.send_response(status)
