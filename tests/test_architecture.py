@@ -32,7 +32,7 @@ LAYERS = {
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
     **dict.fromkeys(("dmax.completers", "dmax.trace"), 5),
     **dict.fromkeys(("dmax.recipe", "dmax.distill", "dmax.benchmark", "dmax.reproduce"), 6),
-    **dict.fromkeys(("dmax.integrations", "dmax.serve"), 6),
+    **dict.fromkeys(("dmax.integrations", "dmax.serve", "dmax.chat"), 6),
     **dict.fromkeys(("dmax.cli", "dmax.demo", "dmax"), 6),
     "dmax.tiny.tokenizer": 6,  # the package itself only knows paths
     **dict.fromkeys(("dmax_command", "dmax.__main__"), 6),

@@ -16,6 +16,7 @@ import typer
 from dmax import extras
 from dmax.cli import options
 from dmax.cli.boundary import DEBUG, Commands, keeping, run
+from dmax.cli.chat import chat
 from dmax.cli.distill import distill
 from dmax.cli.evaluate import evaluate
 from dmax.cli.reproduce import reproduce
@@ -139,6 +140,9 @@ def generate(
             f"({output.tokens_per_forward:.2f} per forward), {output.finish_reason}",
             style="dim",
         )
+
+
+app.command()(chat)
 
 
 app.command()(trace)

@@ -1,0 +1,347 @@
+"""Answers of a server with OpenAI's interface; `dmax serve` shows its drafts, others do not."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from dmax import extras
+from dmax.chat.responder import Outcome, Part, described
+from dmax.chat.session import DoesNotFit, Messages
+from dmax.distill.server import NO_KEY, reason, with_path
+from dmax.errors import InputError, did_you_mean, first_line, shorten, show
+from dmax.params import AUTO, DecodingParams
+from dmax.trace.frames import Frame
+
+TIMEOUT = 600.0  # seconds that a server may be silent
+TOO_LONG = ("context_length_exceeded", "context length", "context window", "there is room for")
+"""What servers say when messages do not fit, in a code or in a sentence."""
+FRAMES = ("provisional", "committed")
+OURS = ("kind", "index")  # of a stream, which traces have no use for
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How `dmax serve` decodes with a model.
+
+    Attributes:
+        strategy: unless another one is asked for.
+        thresholds: of the strategies that need no option, unless another is asked for; None where
+            a strategy has none.
+    """
+
+    strategy: str
+    thresholds: Mapping[str, float | None]
+
+
+class ServerResponder:
+    """A server with OpenAI's interface.
+
+    Args:
+        url: of the interface, such as http://127.0.0.1:8000/v1; without a path, /v1 is meant.
+        name: of the model there; None: the first that the server lists.
+        key_variable: environment variable that holds the key; if it is empty, none is sent.
+
+    Raises:
+        InputError: the package `openai` is missing, or the server cannot be asked.
+    """
+
+    def __init__(self, url: str, name: str | None, key_variable: str) -> None:
+        extras.require("openai", "endpoint", "asking a server")
+        from openai import OpenAI
+
+        self._url = with_path(url, "--url")
+        self._key_variable = key_variable
+        self._key = _key(key_variable)
+        self._client = OpenAI(
+            base_url=self._url, api_key=self._key or NO_KEY, max_retries=0, timeout=TIMEOUT
+        )
+        self._models = self._listed()
+        self.name = self._chosen(name)
+
+    def describe(self, params: DecodingParams) -> str:
+        """As `Responder.describe`."""
+        place = f"{self.name} at {self._url}"
+        ours = self._ours
+        if ours is None:
+            return described(place, None, None)
+        strategy = ours.strategy if params.strategy == AUTO else params.strategy
+        threshold = params.threshold
+        if threshold is None:
+            threshold = ours.thresholds.get(strategy)
+        return described(place, strategy, threshold)
+
+    def check(self, params: DecodingParams) -> None:
+        """As `Responder.check`; whether a server takes an option is known when it is asked."""
+        ours = self._ours
+        if ours is None and _decoding(params):
+            raise InputError(
+                f"{shorten(self._url)} takes neither strategy nor threshold: it is no `dmax serve`"
+            )
+        if ours is None or params.options or params.strategy in (AUTO, *ours.thresholds):
+            return
+        known = ", ".join(ours.thresholds)
+        raise InputError(
+            f"unknown strategy {show(params.strategy)}; the server has {known}",
+            hint=did_you_mean(params.strategy, ours.thresholds),
+        )
+
+    def use(self, name: str) -> None:
+        """As `Responder.use`."""
+        self.name = self._chosen(name)
+
+    def answer(self, messages: Messages, params: DecodingParams) -> ServerAnswer:
+        """As `Responder.answer`."""
+        fields: dict[str, Any] = {
+            "model": self.name,
+            "messages": messages,
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "stream_options": {"include_usage": True},
+        }
+        if params.seed is not None:
+            fields["seed"] = params.seed
+        if self._ours is not None:
+            fields["extra_body"] = {"dmax": {**_decoding(params), "stream": "provisional"}}
+        began = time.perf_counter()
+        with self.asking():
+            stream = self._client.chat.completions.create(stream=True, **fields)
+            answer = ServerAnswer(self, stream, began)
+            answer.begin()
+        is_question_alone = sum(message["role"] == "user" for message in messages) == 1
+        if answer.num_new < params.max_new_tokens and not is_question_alone:
+            answer.close()
+            raise DoesNotFit("the conversation leaves too little room for an answer")
+        return answer
+
+    @property
+    def _ours(self) -> Served | None:
+        """What `dmax serve` says of the model; None: the server is another."""
+        return self._models.get(self.name)
+
+    def _listed(self) -> dict[str, Served | None]:
+        """The models of the server, with what it says of them if it is `dmax serve`."""
+        with self.asking():
+            models = list(self._client.models.list())
+            return {str(model.id): _said_of(model) for model in models}
+
+    def _chosen(self, name: str | None) -> str:
+        """A model of the server; one that lists none may have any.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        names = list(self._models)
+        if name is None and not names:
+            raise InputError(
+                f"{shorten(self._url)} does not say which models it has", hint="choose with --model"
+            )
+        if names and name not in (None, *names):
+            raise InputError(
+                f"there is no model {show(name)} at {shorten(self._url)}; it has "
+                f"{shorten(', '.join(names))}",
+                hint=did_you_mean(name, names),
+            )
+        return names[0] if name is None else name
+
+    def cut_short(self) -> InputError:
+        """The error of an answer that has no end."""
+        return InputError(
+            f"{shorten(self._url)} ended before the answer did", hint="/retry asks again"
+        )
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Say in one sentence what goes wrong with a server, and never show the key."""
+        from httpx import HTTPError
+        from openai import OpenAIError
+
+        # A stranger's answer may be of any form, which the client does not check.
+        strange = (ValueError, TypeError, LookupError, AttributeError)
+        try:
+            yield
+        except InputError:
+            raise
+        except (OpenAIError, HTTPError, *strange) as error:
+            found = self._translated(error)
+            if self._key:
+                found = type(found)(found.message.replace(self._key, "…"), found.hint)
+            raise found from None
+
+    def _translated(self, error: Exception) -> InputError:
+        from httpx import HTTPError
+        from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError
+
+        shown = shorten(self._url)
+        again = "/retry asks again"
+        if isinstance(error, APIStatusError):
+            return self._refused(error)
+        if isinstance(error, APITimeoutError):
+            return InputError(f"{shown} was silent for {TIMEOUT:g} seconds", hint=again)
+        if isinstance(error, (APIConnectionError, HTTPError)):
+            cause = first_line(error.__cause__ or error)
+            return InputError(f"cannot reach {shown}: {shorten(cause)}", hint=again)
+        if isinstance(error, APIError):
+            return InputError(f"{shown} ends the answer: {reason(error)}", hint=again)
+        return InputError(
+            f"{shown} answers with something that is no chat completion",
+            hint="is it an OpenAI-compatible server?",
+        )
+
+    def _refused(self, error: Any) -> InputError:
+        """What a status other than success says."""
+        said = reason(error)
+        hints = {
+            401: f"the key stands in the environment variable {self._key_variable}",
+            403: f"the key stands in the environment variable {self._key_variable}",
+            404: "the address ends in /v1 with most servers",
+            429: _when(error.response.headers.get("retry-after")),
+        }
+        code = str(error.code or "")
+        is_too_long = error.status_code == 400 and any(
+            sign in f"{code} {said.lower()}" for sign in TOO_LONG
+        )
+        kind = DoesNotFit if is_too_long else InputError
+        message = f"{shorten(self._url)} answers {error.status_code}: {said}"
+        return kind(message, hint=hints.get(error.status_code))
+
+
+class ServerAnswer:
+    """As `dmax.chat.responder.Answer`.
+
+    Attributes:
+        num_new: tokens that the answer may have, if the server says so once it has begun.
+    """
+
+    def __init__(self, server: ServerResponder, stream: Any, began: float) -> None:
+        self.eos_token_ids: Collection[int] = ()
+        self.outcome: Outcome | None = None
+        self.num_new: float = math.inf
+        self._server = server
+        self._stream = stream
+        self._began = began
+        self._first: list[Any] = []  # chunks that were read to see how it begins
+        self._header: dict[str, Any] = {}
+        self._frames: list[dict[str, Any]] = []
+        self._output: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Wait until the server says how it decodes, or begins to answer."""
+        for chunk in self._stream:
+            self._first.append(chunk)
+            record = _record(chunk)
+            if record.get("kind") == "begin":
+                self._header = {name: record[name] for name in record if name not in OURS}
+                self.eos_token_ids = self._header["eos_token_ids"]
+                self.num_new = self._header["params"]["max_new_tokens"]
+            if record or _text(chunk):
+                return
+
+    def __iter__(self) -> Iterator[Part]:
+        """Its parts, as the server sends them.
+
+        Raises:
+            InputError: the server fails, or ends before the answer does.
+        """
+        finish_reason = None
+        num_tokens = None
+        with self._server.asking():
+            for chunk in chain(self._first, self._stream):
+                part = Part(_text(chunk), self._frame(_record(chunk)))
+                if chunk.choices:
+                    finish_reason = chunk.choices[0].finish_reason or finish_reason
+                if chunk.usage is not None:
+                    num_tokens = chunk.usage.completion_tokens
+                if part != Part():
+                    yield part
+            if finish_reason is None:
+                raise self._server.cut_short()
+        self.outcome = Outcome(
+            seconds=self._output.get("seconds", time.perf_counter() - self._began),
+            finish_reason=finish_reason,
+            num_tokens=num_tokens,
+            num_forwards=self._output.get("num_forwards"),
+            tokens_per_forward=self._output.get("tokens_per_forward"),
+        )
+
+    def trace(self) -> dict[str, Any]:
+        """As `Answer.trace`."""
+        if not (self._header and self._output):
+            raise InputError("this server shows no forwards, so there is nothing to trace")
+        return {**self._header, "frames": self._frames, "output": self._output}
+
+    def close(self) -> None:
+        """As `Answer.close`; the server notices, and frees the slot."""
+        self._stream.close()
+
+    def _frame(self, record: Mapping[str, Any]) -> Frame | None:
+        """A frame, if that is what a record is; it is kept for the trace, as the output is."""
+        fields = {name: record[name] for name in record if name != "index"}
+        if fields.get("kind") in FRAMES:
+            self._frames.append(fields)
+            return Frame(**{"candidates": [], **fields})
+        if fields.get("kind") == "finished":
+            self._output = {name: record[name] for name in record if name not in OURS}
+        return None
+
+
+def _text(chunk: Any) -> str:
+    """The text in a chunk.
+
+    Raises:
+        UnicodeEncodeError: JSON can write what no text holds.
+    """
+    text = chunk.choices[0].delta.content or "" if chunk.choices else ""
+    text.encode()
+    return str(text)
+
+
+def _record(chunk: Any) -> Mapping[str, Any]:
+    """What `dmax serve` says in a chunk beside the text; empty if nothing."""
+    record = getattr(chunk, "dmax", None)
+    return record if isinstance(record, Mapping) else {}
+
+
+def _key(variable: str) -> str:
+    """The key in an environment variable; empty if there is none.
+
+    Raises:
+        InputError: no request can carry it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the key in {shorten(variable)} holds characters that no key has")
+    return key
+
+
+def _decoding(params: DecodingParams) -> dict[str, Any]:
+    """The settings that `dmax serve` alone knows, but for those that were not chosen."""
+    chosen: dict[str, Any] = {}
+    if params.strategy != AUTO:
+        chosen["strategy"] = params.strategy
+    if params.threshold is not None:
+        chosen["threshold"] = params.threshold
+    if params.options:
+        chosen["options"] = dict(params.options)
+    return chosen
+
+
+def _said_of(model: Any) -> Served | None:
+    """What `dmax serve` says of an entry in its list of models; None: it is another's."""
+    said = getattr(model, "dmax", None)
+    if not isinstance(said, Mapping):
+        return None
+    strategies = said["strategies"].items()
+    return Served(said["strategy"], {name: each["threshold"] for name, each in strategies})
+
+
+def _when(seconds: str | None) -> str:
+    if seconds is None or not seconds.isdecimal():
+        return "wait a moment, then /retry"
+    return f"wait {shorten(seconds)} s, then /retry"
