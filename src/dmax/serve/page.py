@@ -34,15 +34,20 @@ def router() -> APIRouter:
     return routes
 
 
-def _shown(name: str, title: str) -> Callable[[Request], Awaitable[Response]]:
-    """What shows a page, whose body, module and style sheet have this name."""
-    built = page.served(
+def document(name: str, title: str) -> page.Page:
+    """A page whose body, module and style sheet have this name."""
+    return page.served(
         title=title,
         body=files("dmax.web").joinpath(f"{name}.html").read_text(encoding="utf-8"),
         entry=f"{name}.js",
         styles=("theme.css", f"{name}.css"),
         base=FILES,
     )
+
+
+def _shown(name: str, title: str) -> Callable[[Request], Awaitable[Response]]:
+    """What shows a page."""
+    built = document(name, title)
     headers = HEADERS | {"Content-Security-Policy": built.policy}
 
     async def show(request: Request) -> Response:

@@ -1,7 +1,8 @@
 /**
- * Prompts on which the difference shows. They are chosen: of 120 problems of `word_problems`, these
- * are among those that the base model solves, the pushed base does not, and DMax does.
- * tests/serve/test_playground_examples.py decodes them all.
+ * Prompts on which the difference shows. They are chosen: of the first 160 problems of the task
+ * `word_problems` with seed 7, these are four of the 16 in which the pushed base model is wrong,
+ * DMax is right in about as many forwards, and it revises tokens before their block is settled.
+ * tests/serve/test_playground_examples.py decodes them.
  */
 
 /**
@@ -16,38 +17,40 @@ export const EXAMPLES = [
   {
     name: "Stamps",
     prompt:
-      "Ivan has 10 stamps. Ivan wins 2 stamps in a game. Ivan trades an old hat for 6 stamps. " +
-      "Ivan divides the pile by 2 and keeps a single part. A sister borrows 3 stamps and keeps " +
-      "them. Ivan keeps trading until it is 3 times as much. A sister borrows 5 stamps and keeps " +
-      "them. Find how many stamps Ivan has at the end.",
-    answer: "13",
+      "Vera starts the week with 17 stamps. Then 2 more stamps arrive. Vera throws away 2 " +
+      "broken stamps. A cousin takes 5 stamps home. Vera uses up 4 stamps for a project. Vera " +
+      "sorts the stamps into 4 equal bags and keeps one bag. How many stamps does Vera end up " +
+      "with?",
+    answer: "2",
   },
   {
     name: "Tickets",
     prompt:
-      "Tom starts the week with 8 tickets. The club tops it up to 2 times the number. Tom finds 2 " +
-      "more tickets in a drawer. A friend gives Tom 4 more tickets. An aunt sends Tom 3 tickets " +
-      "by mail. Then 2 more tickets arrive. Then 3 of the tickets go missing. How many tickets " +
-      "are there in the end?",
+      "Tom starts the week with 8 tickets. The club tops it up to 2 times the number. Tom finds " +
+      "2 more tickets in a drawer. A friend gives Tom 4 more tickets. An aunt sends Tom 3 " +
+      "tickets by mail. Then 2 more tickets arrive. Then 3 of the tickets go missing. How many " +
+      "tickets are there in the end?",
     answer: "24",
   },
   {
-    name: "Mugs",
+    name: "Tokens",
     prompt:
-      "At the beginning Bella keeps 4 mugs. Bella sorts the mugs into 2 equal bags and keeps one " +
-      "bag. After a good deal Bella has 3 times as many. Bella packs 2 equal boxes and keeps only " +
-      "one box. Bella buys 3 mugs at the market. Bella uses up 4 mugs for a project. How many " +
-      "mugs are there in the end?",
-    answer: "2",
+      "Henry has 14 tokens. A storm leaves just one of 2 equal shares. Henry throws away 5 " +
+      "broken tokens. The club tops it up to 3 times the number. Henry finds 6 more tokens in a " +
+      "drawer. Henry divides the pile by 3 and keeps a single part. A sponsor makes the " +
+      "collection 4 times bigger. A dog runs off with 3 tokens. What is the final number of " +
+      "tokens?",
+    answer: "13",
   },
   {
-    name: "Marbles",
+    name: "Ribbons",
     prompt:
-      "A box that belongs to Jack holds 5 marbles. Jack picks up 3 marbles on the way home. A dog " +
-      "runs off with 4 marbles. Jack receives 3 marbles as a present. Jack picks up 4 marbles on " +
-      "the way home. A sister borrows 3 marbles and keeps them. How many marbles does Jack have " +
-      "now?",
-    answer: "8",
+      "At the beginning Victor keeps 20 ribbons. The ribbons are dealt to 2 equal teams and " +
+      "Victor keeps one part. A lucky draw multiplies the ribbons by 3. Victor uses up 4 " +
+      "ribbons for a project. A dog runs off with 2 ribbons. Victor throws away 3 broken " +
+      "ribbons. Later Victor collects 6 ribbons more. Victor buys 2 ribbons at the market. Find " +
+      "how many ribbons Victor has at the end.",
+    answer: "29",
   },
 ];
 

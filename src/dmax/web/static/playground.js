@@ -59,11 +59,14 @@ function grow() {
   player.setLength(length, { isGrowing: controller !== null });
 }
 
-/** Play what the panes hold from its beginning. */
+/** Play what the panes hold from its beginning; without slow motion, show it as it comes. */
 function startOver() {
+  player.pause();
   grow();
-  player.moveTo(0);
-  player.play();
+  if (fields.slow.checked) {
+    player.moveTo(0);
+    player.play();
+  }
 }
 
 /** Run the prompt in every pane. */
