@@ -1,4 +1,7 @@
-"""What the playground reads from a connection, in a real browser against a scripted server."""
+"""What the playground makes of a connection, in a real browser against a scripted server.
+
+Its models are scripts: each says in its own way what a server may say.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 import pytest
 from browser import chromium, needs_chromium, opened
 
-from dmax.web import page as web_page
+from dmax.serve.page import document
+from dmax.web.page import media_type, static_files
 
 pytestmark = needs_chromium
 
@@ -37,15 +41,16 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        files = web_page.static_files()
         name = self.path.removeprefix("/static/")
         if self.path == "/":
-            built = web_page.served("test", "", "client.js", (), "/static/")
-            self.answer(200, built.html.encode(), "text/html; charset=utf-8")
-        elif name in files:
-            self.answer(200, files[name], web_page.media_type(name))
+            html = document("playground", "dmax playground").html
+            self.answer(200, html.encode(), "text/html; charset=utf-8")
+        elif name in static_files():
+            self.answer(200, static_files()[name], media_type(name))
         else:
-            self.answer(204, b"", "text/plain")
+            own = {"strategy": "threshold", "threshold": 0.5, "strategies": {"threshold": {}}}
+            models = {"data": [{"id": script, "dmax": own} for script in SCRIPTS]}
+            self.answer(200, json.dumps(models).encode(), "application/json")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -126,6 +131,37 @@ def goes_on(handler: Any) -> None:
             handler.wfile.write(b'data: {"n": 1}\n\n')
     except OSError:
         DISCONNECTED.set()
+
+
+@script
+def breaks_off_in_a_block(handler: Any) -> None:
+    handler.begin()
+    for record in (HEADER, FRAME):
+        handler.wfile.write(f"data: {json.dumps({'dmax': record})}\n\n".encode())
+
+
+HEADER = {
+    "kind": "begin",
+    "model": "scripted",
+    "params": {"strategy": "threshold", "max_new_tokens": 2, "ignore_eos": False, "options": {}},
+    "threshold": 0.5,
+    "stop_confidence": None,
+    "eos_token_ids": [0],
+}
+FRAME = {
+    "kind": "provisional",
+    "position": 0,
+    "step": 1,
+    "num_forwards": 1,
+    "seconds": 0.1,
+    "token_ids": [5, 1],
+    "texts": ["half", ""],
+    "masked": [False, True],
+    "confidence": [0.8, 0.2],
+    "written": [True, False],
+    "forced": False,
+    "capped": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +296,47 @@ def test_stopping_closes_the_connection(page: Any) -> None:
     )
     assert name == "AbortError"
     assert DISCONNECTED.wait(timeout=30)
+
+
+def run(page: Any, model: str) -> Any:
+    """Have one pane decode by a script, and give that pane."""
+    page.get_by_label("Race two settings").uncheck()
+    pane = page.get_by_role("region", name="Right pane")
+    pane.get_by_role("combobox", name="Model").select_option(model)
+    page.get_by_role("button", name="Run", exact=True).click()
+    return pane
+
+
+def test_a_connection_that_breaks_leaves_what_there_was(page: Any) -> None:
+    pane = run(page, "breaks_off_in_a_block")
+    pane.get_by_text("The connection broke before the answer was finished.").wait_for()
+    page.get_by_role("button", name="Last moment").click()
+    assert pane.locator(".token").all_text_contents() == ["half", "░"]
+    assert page.get_by_role("button", name="Run", exact=True).is_enabled()
+    assert pane.get_by_role("button", name="Save run").is_disabled()
+
+
+def test_the_button_stops_a_run(page: Any) -> None:
+    DISCONNECTED.clear()
+    pane = run(page, "goes_on")
+    page.get_by_role("button", name="Stop").click()
+    pane.get_by_text("Stopped.").wait_for()
+    assert DISCONNECTED.wait(timeout=30)
+    assert page.get_by_role("button", name="Run", exact=True).is_enabled()
+
+
+def test_the_page_waits_for_models_that_are_being_loaded(browser: Any, address: str) -> None:
+    answers = iter([503, 503])
+    error = json.dumps({"error": {"message": "the model is being loaded"}})
+
+    def answer(route: Any) -> None:
+        status = next(answers, None)
+        route.continue_() if status is None else route.fulfill(status=status, body=error)
+
+    with opened(browser, address) as page:
+        page.allowed.append("503")
+        page.route("**/v1/models", answer)
+        page.reload()
+        page.get_by_text("The model is being loaded.").wait_for()
+        page.get_by_role("option", name="ends_well").first.wait_for(state="attached")
+        assert not page.get_by_text("The model is being loaded.").is_visible()
