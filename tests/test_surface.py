@@ -71,6 +71,13 @@ COMMANDS = {
         "table --list --engine --engine-option --only --model -m --data --limit --max-new-tokens "
         "--batch-size --dtype --device --trial --output -o --overwrite --json"
     ),
+    "serve": (
+        "arguments --model -m --host --port --dtype --quantization --device --compile --max-length "
+        "--engine --api-key-file --allowed-host --cors-origin --max-batch-size --max-queue "
+        "--max-prompt-tokens --max-new-tokens --max-total-tokens --max-choices --max-body-bytes "
+        "--max-json-depth --max-connections --max-buffered-bytes --max-seconds --header-seconds "
+        "--body-seconds --shutdown-timeout --log-json --log-file"
+    ),
     "eval": (
         "--model -m --task --data --strategy --threshold --limit --seed --max-new-tokens --top-k "
         "--option --block-length --batch-size --dtype --quantization --compile --device "

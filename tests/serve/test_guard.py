@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from toy_server import Served, get, post, read_answer, serving
 
+from dmax.errors import InputError
 from dmax.serve.checks import Origins, bearer, check_json, host_of, is_loopback, needs_key
 from dmax.serve.errors import ApiError
 
@@ -111,6 +112,14 @@ def test_the_own_page_and_those_that_were_permitted_may_call() -> None:
     behind_a_proxy.check(["127.0.0.1:8000"], ["https://llm.example"])
     behind_a_proxy.check(["llm.example"], ["https://llm.example"])
     assert refused(behind_a_proxy.check, ["llm.example"], ["https://evil.com"]).status == 403
+
+
+@pytest.mark.parametrize("name", ["a.example:80", "https://a.example", "a/b", ""])
+def test_a_host_that_would_never_match_is_refused_at_the_start(name: str) -> None:
+    with pytest.raises(InputError, match="--allowed-host"):
+        Origins("127.0.0.1", [name])
+    with pytest.raises(InputError, match="--cors-origin"):
+        Origins("127.0.0.1", [], [name.removeprefix("https://")])
 
 
 def test_a_page_of_others_drives_nothing(served: Served) -> None:

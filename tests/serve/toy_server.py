@@ -24,7 +24,7 @@ from dmax.serve.errors import ApiError
 from dmax.serve.guard import protect
 from dmax.serve.log import Record
 from dmax.serve.metrics import Metrics
-from dmax.serve.run import Server, bind, configure, run
+from dmax.serve.run import Server, bind, configure, leave, run
 from dmax.serve.settings import ServerOptions
 
 
@@ -243,6 +243,7 @@ def script(port: int = 0, load: str = "at once", log_file: str | None = None, **
         log_json=True,
         tell=lambda text: say("ready"),
     )
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dmax.cli.chat import chat
 from dmax.cli.distill import distill
 from dmax.cli.evaluate import evaluate
 from dmax.cli.reproduce import reproduce
+from dmax.cli.serve import serve
 from dmax.cli.terminal import (
     ConsoleHandler,
     console,
@@ -155,6 +156,9 @@ app.command()(distill)
 
 
 app.command()(reproduce)
+
+
+app.command()(serve)
 
 
 app.command("eval")(evaluate)

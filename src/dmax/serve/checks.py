@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from typing import Any
 
-from dmax.errors import show
+from dmax.errors import InputError, show
 from dmax.serve.errors import ApiError
 
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@?#\s]+)(?::\d{1,5})?")
+ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{AUTHORITY.pattern}")
 HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # in a whole pair, too
 OPEN_PATHS = frozenset({"/", "/health", "/docs", "/openapi.json"})
 OPEN_FOLDERS = ("/static/", "/docs/")
@@ -51,6 +52,9 @@ class Origins:
         address: that the server listens on.
         allowed_hosts: as in `ServerOptions`.
         cors_origins: as in `ServerOptions`.
+
+    Raises:
+        InputError: something that no header `Host` or `Origin` says, and that would never match.
     """
 
     def __init__(
@@ -59,6 +63,14 @@ class Origins:
         self._checks_host = bool(allowed_hosts) or is_loopback(address)
         self._allowed = frozenset(name.lower() for name in allowed_hosts)
         self._cors = frozenset(origin.lower() for origin in cors_origins)
+        for name in self._allowed:
+            if not name or host_of(name) != name:
+                raise InputError(f"`--allowed-host` must be a name alone, got {show(name)}")
+        for origin in self._cors - {"*", "null"}:
+            if not ORIGIN.fullmatch(origin):
+                raise InputError(
+                    f"`--cors-origin` must be like https://a.example, or *, got {show(origin)}"
+                )
 
     def check(self, hosts: Sequence[str], origins: Sequence[str]) -> None:
         """Raise `ApiError` 403 unless a request may pass.

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -39,8 +39,9 @@ BACKLOG = 2048  # connections that wait to be accepted
 OTHER_FILES = 128  # that a process has open beside its connections
 LAST_SECOND = 1.0  # of the time to end in, for errors to those who did not finish
 QUESTION = (
-    "Jack starts the week with 8 mugs. A friend gives Jack 5 more mugs. "
-    "How many mugs does Jack end up with?"
+    "Jack starts the week with 8 mugs. Later Jack hands 2 mugs to a teacher. Jack throws away "
+    "4 broken mugs. A friend gives Jack 5 more mugs. Jack wins 6 mugs in a game. Jack receives "
+    "4 mugs as a present. How many mugs does Jack end up with?"
 )
 
 
@@ -128,7 +129,6 @@ class Server(uvicorn.Server):
 
     Attributes:
         failure: what kept a model from being loaded.
-        loader: the thread that loads.
         ends_at: `time.monotonic()` at which all must be over, once a signal has come.
     """
 
@@ -141,7 +141,6 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self.failure: BaseException | None = None
-        self.loader = threading.Thread(target=self._load, name="dmax loader", daemon=True)
         self.ends_at: float | None = None
         self._models = models
         self._seconds = seconds
@@ -150,7 +149,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve, and to load."""
         await super().startup(sockets)
-        self.loader.start()
+        threading.Thread(target=self._load, name="dmax loader", daemon=True).start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and wait for those in progress."""
@@ -236,7 +235,7 @@ def run(
         tell: given the greeting, once all models are ready.
 
     Raises:
-        InputError: a model cannot be loaded, or the log cannot be opened.
+        InputError: the log cannot be opened, or a model cannot be loaded; of a bug, its error.
     """
     journal = Journal(log_file, metrics.lost_log_lines.inc)
     form = as_json if log_json else as_text
@@ -252,12 +251,10 @@ def run(
     server = Server(config, models, options.shutdown_seconds, lambda: tell(hello))
     _allow_files(options.max_connections + SPARE_CONNECTIONS + OTHER_FILES)
     server.run(sockets=[listener])
-    is_over = _close(models, server)
+    _close(models, server.ends_at)
     journal.close()
     if server.failure is not None:
         raise server.failure
-    if not is_over:
-        _leave()
 
 
 def configure(app: ASGIApp, options: ServerOptions, metrics: Metrics) -> uvicorn.Config:
@@ -293,8 +290,8 @@ def _allow_files(num: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _close(models: Sequence[Model], server: Server) -> bool:
-    """End the models for as long as there is time; whether nothing goes on in the background."""
+def _close(models: Sequence[Model], ends_at: float | None) -> None:
+    """End the models, for as long as there is time."""
 
     def close() -> None:
         for model in models:
@@ -302,13 +299,16 @@ def _close(models: Sequence[Model], server: Server) -> bool:
 
     closer = threading.Thread(target=close, name="dmax closer", daemon=True)
     closer.start()
-    left = LAST_SECOND if server.ends_at is None else server.ends_at - time.monotonic()
+    left = LAST_SECOND if ends_at is None else ends_at - time.monotonic()
     closer.join(max(left, 0))
-    return not (closer.is_alive() or server.loader.is_alive())
 
 
-def _leave() -> None:
-    """End the process now; the interpreter's own end would wait for a thread that is busy."""
+def leave() -> NoReturn:
+    """End the process at once with code 0, after `run`.
+
+    The interpreter's own end takes torch apart, for seconds, and threads that still load or decode
+    may crash meanwhile.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
