@@ -20,7 +20,7 @@ import jinja2
 import pytest
 import yaml
 from safetensors import SafetensorError, safe_open
-from test_cli import Dmax, assert_refused, dmax  # noqa: F401  (fixture)
+from test_cli import Dmax, assert_refused, dmax_fixture  # noqa: F401  (fixture)
 from test_llm import folder_fixture  # noqa: F401  (fixture)
 
 import dmax_command
@@ -123,7 +123,7 @@ def test_a_command_in_a_folder_that_is_gone(tmp_path: Path, words: list[str]) ->
 
 @pytest.mark.parametrize("words", [("-o", "other.json"), ("-o", "a.jsonl", "-m", "tiny-bse")])
 def test_a_million_problems_are_not_drawn_in_vain(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     words: tuple[str, ...],
@@ -139,7 +139,7 @@ def test_a_million_problems_are_not_drawn_in_vain(
 
 
 def test_a_bug_is_called_one_and_keeps_its_traceback(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
@@ -163,7 +163,7 @@ def test_a_bug_is_called_one_and_keeps_its_traceback(
 
 
 def test_too_little_memory_is_no_bug(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torchs = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -210,7 +210,7 @@ def test_too_little_memory_is_no_bug(
     ids=lambda value: value[:40].encode("ascii", "replace").decode(),
 )
 def test_options_of_the_wrong_shape(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     words: str,
@@ -224,7 +224,7 @@ def test_options_of_the_wrong_shape(
 
 
 def test_prompts_from_stdin_are_bounded(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(options, "LONGEST_PROMPT", 100)
@@ -239,7 +239,7 @@ def test_prompts_from_stdin_are_bounded(
 
 
 def test_names_are_shown_as_they_are(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     folder: Path,
     tmp_path: Path,
 ) -> None:
@@ -262,7 +262,7 @@ def test_names_are_shown_as_they_are(
     ],
 )
 def test_a_missing_extra_is_named_before_anything_is_loaded(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
     module: str,

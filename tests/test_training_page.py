@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import Dmax, dmax  # noqa: F401  (a fixture)
+from test_cli import Dmax, dmax_fixture  # noqa: F401  (a fixture)
 from test_docs import blocks
 from typer.main import get_command
 
@@ -50,7 +50,7 @@ def commands(text: str) -> Iterator[str]:
 def test_the_walk_on_a_cpu_leads_to_a_model_that_decodes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
 ) -> None:
     for extra in ("accelerate", "datasets", "matplotlib"):
         pytest.importorskip(extra)

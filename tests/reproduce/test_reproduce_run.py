@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from small import small_llama
-from test_cli import Dmax, dmax  # noqa: F401  (a fixture)
+from test_cli import Dmax, dmax_fixture  # noqa: F401  (a fixture)
 
 from dmax import LLM
 from dmax.checkpoint import save_checkpoint
@@ -116,7 +116,7 @@ class Interrupted(LocalCompleter):
 
 
 @needs_isolation
-def test_all_six_benchmarks_from_the_command_line(dmax: Dmax, tmp_path: Path) -> None:  # noqa: F811
+def test_all_six_benchmarks_from_the_command_line(dmax: Dmax, tmp_path: Path) -> None:
     path = tmp_path / "table"
     words = ["--output", path, "--max-new-tokens", 32, "--batch-size", 8, "--dtype", "float32"]
     words += ["--limit", 4]
@@ -394,7 +394,7 @@ def test_a_checkpoint_that_cannot_be_reached_says_so_and_the_others_are_measured
     assert later["base.gsm8k"]["status"] == "measured"
 
 
-def test_nothing_measured_ends_with_the_reason(dmax: Dmax, tmp_path: Path) -> None:  # noqa: F811
+def test_nothing_measured_ends_with_the_reason(dmax: Dmax, tmp_path: Path) -> None:
     words = ("--only", "base", "--only", "gsm8k", "--data", f"gsm8k={DATA['gsm8k']}")
     result = dmax("reproduce", "table1", *words, "--output", tmp_path)
     assert result.code == 2
@@ -428,7 +428,7 @@ class FakeVllm(LocalCompleter):
     ],
 )
 def test_an_option_that_an_engine_does_not_take_is_one_sentence(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     tmp_path: Path,
     option: str,
     message: str,
@@ -494,7 +494,7 @@ def test_a_strategy_that_an_engine_does_not_run_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "label"), [("vllm", "vLLM"), ("sglang", "SGLang")])
 def test_a_missing_engine_is_one_sentence(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
     engine: str,
     label: str,
@@ -525,7 +525,7 @@ def test_a_missing_engine_is_one_sentence(
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     tmp_path: Path,
     words: list[str],
     message: str,
@@ -555,7 +555,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
     ],
 )
 def test_nothing_else_runs_in_the_name_of_throughput(
-    dmax: Dmax,  # noqa: F811
+    dmax: Dmax,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     engine: str,
@@ -586,7 +586,7 @@ def test_throughput_asks_for_two_gpus_and_batch_one(
     assert record["published"]["tps"] == 1258
 
 
-def test_a_trial_of_throughput_says_that_it_is_one(dmax: Dmax, tmp_path: Path) -> None:  # noqa: F811
+def test_a_trial_of_throughput_says_that_it_is_one(dmax: Dmax, tmp_path: Path) -> None:
     words = ["--trial", "--engine", "dmax", "--limit", 1, "--max-new-tokens", 40]
     words += ["--only", "gsm8k", "--model", "dmax-math=tiny-dmax", "--output", tmp_path]
     result = dmax("reproduce", "throughput", *words, "--data", f"gsm8k={DATA['gsm8k']}")
@@ -650,7 +650,7 @@ def test_the_pages_show_every_cell_and_never_a_blank(
     assert all(len(line) < 200 for line in lines(plan.table, records))
 
 
-def test_list_shows_what_there_is(dmax: Dmax) -> None:  # noqa: F811
+def test_list_shows_what_there_is(dmax: Dmax) -> None:
     result = dmax("reproduce", "--list")
     assert result.code == 0
     for name in ("table1: ", "throughput: ", "table3: ", "table4: "):

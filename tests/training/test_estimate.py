@@ -14,7 +14,7 @@ import share_worker
 import torch
 import torch.multiprocessing as mp
 import yaml
-from test_cli import Dmax, assert_refused, dmax  # noqa: F401  (fixture)
+from test_cli import Dmax, assert_refused, dmax_fixture  # noqa: F401  (fixture)
 from test_trainer import CONFIG, write_recipe
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
