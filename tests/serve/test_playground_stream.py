@@ -298,6 +298,33 @@ def test_stopping_closes_the_connection(page: Any) -> None:
     assert DISCONNECTED.wait(timeout=30)
 
 
+@pytest.mark.parametrize(
+    ("strategies", "race"),
+    [
+        (["spd"], [("m0", "threshold", 0.25), ("m0", "spd", 0.5)]),
+        (["threshold"], [("m0", "threshold", 0.25), ("m0", "threshold", 0.95)]),
+        (["spd", "threshold"], [("m1", "threshold", 0.25), ("m0", "spd", 0.5)]),
+        (["threshold", "spd", "spd"], [("m0", "threshold", 0.25), ("m1", "spd", 0.5)]),
+    ],
+)
+def test_the_opening_race_goes_with_what_is_served(
+    page: Any, strategies: list[str], race: list[tuple[str, str, float]]
+) -> None:
+    known = {"spd": {"threshold": 0.5}, "threshold": {"threshold": 0.95}}
+    models = [
+        {"id": f"m{index}", "dmax": {"strategy": strategy, "strategies": known}}
+        for index, strategy in enumerate(strategies)
+    ]
+    found = page.evaluate(
+        """async (models) => {
+          const { openingRace } = await import("dmax/models.js");
+          return openingRace(models);
+        }""",
+        models,
+    )
+    assert [tuple(settings.values()) for settings in found] == race
+
+
 def run(page: Any, model: str) -> Any:
     """Have one pane decode by a script, and give that pane."""
     page.get_by_label("Race two settings").uncheck()

@@ -55,13 +55,14 @@ export const EXAMPLES = [
 ];
 
 /**
- * The example of this prompt; undefined for any other prompt.
+ * The example that a prompt is; undefined for any other prompt.
  *
- * @param {string} prompt
+ * @param {string | {content: string}[] | null} prompt a text or the messages of a chat.
  * @returns {Example | undefined}
  */
 export function exampleOf(prompt) {
-  return EXAMPLES.find((example) => example.prompt === prompt.trim());
+  const text = Array.isArray(prompt) && prompt.length === 1 ? prompt[0]?.content : prompt;
+  return EXAMPLES.find((example) => example.prompt === text);
 }
 
 /**

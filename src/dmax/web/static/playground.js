@@ -1,10 +1,8 @@
-/**
- * The playground: a prompt, one or two panes that decode it, and one player that shows them.
- */
+/** The playground: a prompt, one or two panes that decode it, and one player that shows them. */
 
 import { ServerError, listModels, streamChat } from "dmax/client.js";
 import { element } from "dmax/dom.js";
-import { EXAMPLES, exampleOf } from "dmax/examples.js";
+import { EXAMPLES } from "dmax/examples.js";
 import { openingRace } from "dmax/models.js";
 import { Pane } from "dmax/pane.js";
 import { Player } from "dmax/player.js";
@@ -19,9 +17,8 @@ const problem = document.getElementById("problem");
 const verdict = document.getElementById("verdict");
 const player = new Player(document.getElementById("player"), { onMove: show });
 const callbacks = { onOpen: startOver, onPick: (moment) => player.moveTo(moment) };
-const [left, right] = ["Left", "Right"].map(
-  (name) => new Pane(document.getElementById("panes"), name, callbacks),
-);
+const left = new Pane("Left", callbacks);
+const right = new Pane("Right", callbacks);
 
 /** Ends the runs in progress; null while there are none. @type {AbortController | null} */
 let controller = null;
@@ -46,25 +43,26 @@ function show(moment) {
 
 /** The end of a race in a sentence. */
 function result(runs) {
-  const each = runs.map(({ header, output }) => {
-    const { num_forwards: forwards, tokens_per_forward: tpf } = output;
-    return `${header.model} by ${header.params.strategy}: ${forwards} forwards, TPF ${tpf.toFixed(1)}`;
+  const each = runs.map((run) => {
+    const { model, params } = run.header;
+    const { forwards, tpf } = run.at().counters;
+    return `${model} by ${params.strategy}: ${forwards} forwards, TPF ${tpf.toFixed(1)}`;
   });
   return `Finished. ${each.join("; ")}.`;
 }
 
 /** Tell the player how much there is to play. */
 function grow() {
-  const length = Math.max(1, ...racers().map((pane) => pane.numMoments));
-  player.setLength(length, { isGrowing: controller !== null });
+  const lengths = racers().map((pane) => pane.run?.numMoments ?? 1);
+  player.setLength(Math.max(...lengths), { isGrowing: controller !== null });
 }
 
-/** Play what the panes hold from its beginning; without slow motion, show it as it comes. */
+/** Play what the panes hold from its beginning; without slow motion, show the newest of it. */
 function startOver() {
   player.pause();
   grow();
+  player.moveTo(fields.slow.checked ? 0 : Infinity);
   if (fields.slow.checked) {
-    player.moveTo(0);
     player.play();
   }
 }
@@ -73,10 +71,7 @@ function startOver() {
 async function run() {
   controller = new AbortController();
   setRunning(true);
-  const expected = exampleOf(fields.prompt.value)?.answer ?? null;
-  for (const pane of racers()) {
-    pane.begin(expected);
-  }
+  racers().forEach((pane) => pane.begin());
   startOver();
   await Promise.all(racers().map((pane) => follow(pane, controller.signal)));
   controller = null;
@@ -97,6 +92,7 @@ async function follow(pane, signal) {
   } catch (error) {
     pane.fail(signal.aborted ? "Stopped." : explain(error));
   }
+  pane.end();
 }
 
 /** An error as a sentence; whoever mends the page finds the rest in the console. */
@@ -131,7 +127,6 @@ function setRunning(isRunning) {
   fields.run.disabled = isRunning;
   fields.stop.disabled = !isRunning;
   fields.race.disabled = isRunning;
-  document.body.classList.toggle("is-running", isRunning);
 }
 
 /** Ask the server for its models, and offer them. */
@@ -140,8 +135,9 @@ async function connect() {
   problem.hidden = true;
   try {
     const models = await listModels(fields.key.value);
-    const race = openingRace(models);
-    [left, right].forEach((pane, index) => pane.offer(models, race[index]));
+    const [first, second] = openingRace(models);
+    left.offer(models, first);
+    right.offer(models, second);
     isConnected = true;
   } catch (error) {
     problem.textContent = explain(error);
@@ -164,22 +160,19 @@ async function submit(event) {
   }
 }
 
-/** Choose a prompt for the visitor. */
-function take(example) {
-  fields.prompt.value = example.prompt;
-  fields.prompt.focus();
-}
-
+/** Offer prompts to choose from, and begin with the first. */
 function offerExamples() {
-  const buttons = EXAMPLES.map((example) => {
-    const button = element("button", { class: "button quiet", type: "button" }, example.name);
-    button.addEventListener("click", () => take(example));
-    return button;
-  });
-  document.getElementById("examples").append(...buttons);
+  for (const { name, prompt } of EXAMPLES) {
+    const button = element("button", { class: "button", type: "button" }, name);
+    button.addEventListener("click", () => {
+      fields.prompt.value = prompt;
+    });
+    document.getElementById("examples").append(button);
+  }
   fields.prompt.value = EXAMPLES[0].prompt;
 }
 
+document.getElementById("panes").append(left.element, right.element);
 form.addEventListener("submit", submit);
 fields.stop.addEventListener("click", () => controller?.abort());
 fields.prompt.addEventListener("keydown", (event) => {
@@ -195,7 +188,9 @@ fields.race.addEventListener("change", () => {
 fields.key.value = sessionStorage.getItem(KEY) ?? "";
 fields.key.addEventListener("change", () => {
   sessionStorage.setItem(KEY, fields.key.value);
-  connect();
+  if (!isConnected) {
+    connect();
+  }
 });
 attachThemeSwitch(document.getElementById("theme"));
 player.listen(document);
