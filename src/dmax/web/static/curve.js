@@ -32,7 +32,9 @@ export class Curve {
     this.#onPick = onPick;
     this.#picture = svg("svg", { role: "img", height: HEIGHT });
     this.#bound = element("span", { hidden: true });
-    const keys = LEGEND.map(([kind, label]) => element("span", {}, element("i", { class: kind }), label));
+    const keys = LEGEND.map(([kind, label]) =>
+      element("span", {}, element("i", { class: kind }), label),
+    );
     container.append(
       element("figure", { class: "curve" }, this.#picture,
         element("figcaption", { class: "legend" }, ...keys, this.#bound)),
@@ -79,18 +81,17 @@ export class Curve {
   #lines(points) {
     const path = (value) =>
       points.map((point) => `${this.#x(point.moment)},${this.#y(value(point))}`).join(" ");
-    const only = points.length === 1 ? points[0] : null;
+    const circle = ({ moment, mean }) =>
+      svg("circle", { class: "point", cx: this.#x(moment), cy: this.#y(mean), r: 2.5 });
     return [
       svg("polyline", { class: "decoded", points: path((point) => point.decoded) }),
       svg("polyline", { class: "lowest", points: path((point) => point.lowest) }),
       svg("polyline", { class: "mean", points: path((point) => point.mean) }),
-      ...(only
-        ? [svg("circle", { class: "point", cx: this.#x(only.moment), cy: this.#y(only.mean), r: 2.5 })]
-        : []),
+      ...(points.length === 1 ? points.map(circle) : []), // a line of one point shows nothing
     ];
   }
 
-  /** How many positions got a token or another one at each forward: bars of up to half the height. */
+  /** How many positions changed at each forward: bars of up to half the height. */
   #bars(curve) {
     const changed = new Map();
     for (const { moment, changed: number } of curve.flatMap(({ points }) => points)) {
@@ -102,7 +103,8 @@ export class Curve {
     return [...changed].flatMap(([moment, number]) => {
       const height = (number / most) * (HEIGHT - TOP - BOTTOM) * 0.5;
       const y = HEIGHT - BOTTOM - height;
-      const bar = svg("rect", { class: "changed", x: this.#x(moment) - width / 2, y, width, height });
+      const x = this.#x(moment) - width / 2;
+      const bar = svg("rect", { class: "changed", x, y, width, height });
       if (number === 0 || space < NARROWEST_NUMBER) return [bar];
       const place = { x: this.#x(moment), y: y - 3, "text-anchor": "middle" };
       return [bar, svg("text", place, String(number))];

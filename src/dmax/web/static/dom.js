@@ -6,8 +6,8 @@ const SVG = "http://www.w3.org/2000/svg";
  * An HTML element.
  *
  * @param {string} tag
- * @param {Record<string, string | number | boolean | null>} attributes  true is an attribute without
- *   a value; false and null leave it out
+ * @param {Record<string, string | number | boolean | null>} attributes  true: one without a value;
+ *   false and null leave it out
  * @param {...(Node | string)} children
  * @returns {HTMLElement}
  */

@@ -45,7 +45,7 @@ export class Grid {
     this.#cells = element("canvas", { role: "img", tabindex: 0 });
     this.#marks = element("canvas", { "aria-hidden": "true" });
     this.#readout = element("output", { class: "readout quiet", "aria-live": "polite" });
-    this.#words = element("details", {}, element("summary", {}, "Revisions in words"), element("ul"));
+    this.#words = element("details", {}, element("summary"), element("ul"));
     const stage = element("div", { class: "grid-canvas" }, this.#cells, this.#marks);
     const figure = element("figure", {}, stage, legend(), this.#readout, this.#words);
     container.append(figure);
@@ -112,13 +112,16 @@ export class Grid {
     const revisions = revisionsOf(this.#run);
     const { numMoments, numPositions } = this.#run;
     const size = `${counted(numPositions, "position")} over ${counted(numMoments - 1, "forward")}`;
-    const label = `Grid of ${size}. ${counted(revisions.length, "revision")}, listed below in words.`;
+    const number = counted(revisions.length, "revision");
+    const label = `Grid of ${size}. ${number}, listed below in words.`;
     this.#cells.setAttribute("aria-label", `${label} Arrow keys read cells, Enter goes there.`);
-    const lines = revisions.slice(0, MOST_REVISIONS).map((text) => element("li", {}, text));
+    const lines = revisions
+      .slice(0, MOST_REVISIONS)
+      .map((revision) => element("li", {}, inWords(this.#run, revision)));
     const numLeft = revisions.length - lines.length;
     if (numLeft > 0) lines.push(element("li", {}, `and ${counted(numLeft, "more revision")}`));
     this.#words.hidden = revisions.length === 0;
-    this.#words.querySelector("summary").textContent = `${counted(revisions.length, "revision")} in words`;
+    setText(this.#words.querySelector("summary"), `${number} in words`);
     this.#words.querySelector("ul").replaceChildren(...lines);
   }
 
@@ -328,44 +331,50 @@ function drawNumbers(context, band, { cellWidth, cellHeight }, run, colour) {
   });
 }
 
-/** A dot in each cell whose token took another one's place. */
+/** A dot in each cell whose token took another one's place, or was masked again. */
 function drawDots(context, band, { cellWidth, cellHeight }, run, colours) {
   const radius = Math.max(1, Math.min(cellWidth, cellHeight) * 0.28);
   context.fillStyle = rgb(colours.revised);
   context.strokeStyle = rgb(colours.paper);
   context.lineWidth = 1;
   for (const { frame, events, moment } of run.steps()) {
+    if (frame.position > band.last || frame.position + events.length <= band.first) continue;
+    const y = band.top + (moment - band.moments[0] + 0.5) * cellHeight - 0.5;
     events.forEach((event, at) => {
       const position = frame.position + at;
       if (event !== "revised" && event !== "remasked") return;
       if (position < band.first || position > band.last) return;
-      const x = LEFT + (position - band.first + 0.5) * cellWidth - 0.5;
-      const y = band.top + (moment - band.moments[0] + 0.5) * cellHeight - 0.5;
-      context.beginPath();
-      context.arc(x, y, radius, 0, 2 * Math.PI);
-      context.fill();
-      if (radius > 1.5) context.stroke();
+      drawDot(context, LEFT + (position - band.first + 0.5) * cellWidth - 0.5, y, radius);
     });
   }
 }
 
-/** Every revision as a sentence, in the order of the forwards. */
+function drawDot(context, x, y, radius) {
+  if (radius <= 1.5) {
+    context.fillRect(x - radius, y - radius, 2 * radius, 2 * radius); // a circle looks the same
+    return;
+  }
+  context.beginPath();
+  context.arc(x, y, radius, 0, 2 * Math.PI);
+  context.fill();
+  context.stroke();
+}
+
+/** Every revision, in the order of the forwards. */
 function revisionsOf(run) {
-  const said = [];
-  const before = new Map();
+  const found = [];
   for (const { frame, events, moment } of run.steps()) {
     events.forEach((event, at) => {
-      const position = frame.position + at;
-      const now = nameOf({ text: frame.texts[at], id: frame.token_ids[at] });
-      if (event === "revised") {
-        const text = `position ${position}, forward ${frame.num_forwards}: “${before.get(position)}” became “${now}”`;
-        said.push({ moment, text });
-      }
-      if (!frame.masked[at]) before.set(position, now);
+      if (event === "revised") found.push({ position: frame.position + at, moment });
     });
   }
-  said.sort((one, other) => one.moment - other.moment);
-  return said.map(({ text }) => text);
+  return found.sort((one, other) => one.moment - other.moment);
+}
+
+function inWords(run, { position, moment }) {
+  const [before, now] = run.history(position, moment).slice(-2);
+  const what = `“${nameOf(before)}” became “${nameOf(now)}”`;
+  return `position ${position}, forward ${now.forward}: ${what}`;
 }
 
 function legend() {

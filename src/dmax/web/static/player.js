@@ -39,7 +39,7 @@ export class Player {
     this.#forth = button("forth", "One forward on (→)", () => this.#stepTo(this.moment + 1));
     this.#last = button("last", "Last moment (End)", () => this.#stepTo(this.#length - 1));
     this.#play.classList.add("primary");
-    this.#slider = element("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "moment" });
+    this.#slider = element("input", { type: "range", min: 0, max: 0, "aria-label": "moment" });
     this.#slider.addEventListener("input", () => this.#stepTo(Number(this.#slider.value)));
     this.#where = element("output", { class: "quiet where", "aria-live": "off" });
     this.#speed = element("select", { "aria-label": "speed, forwards per second" }, ...speeds());

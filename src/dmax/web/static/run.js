@@ -276,14 +276,15 @@ export class Run {
     const isUnchanged = last.events.every((event) => event === "kept");
     const { stop_confidence: stop, params } = this.header;
     if (stop === null) {
-      // A strategy that ends blocks without masks, or one that goes on until a forward edits nothing.
+      // It ends blocks without masks, or else goes on until a forward edits nothing.
       if (!wasWhole || !isUnchanged) return ["unmasked"];
       return [this.#endsWithTheOneBefore(block) ? "waited" : "agree"];
     }
-    const kinds = [];
-    if (wasWhole && isUnchanged && params.options.stop_on_consistency !== false) kinds.push("agree");
+    const { stop_on_consistency: onConsistency, stop_on_confidence: onConfidence } = params.options;
     const isSure = last.frame.confidence.every((each) => each >= stop - ROUNDING);
-    if (isSure && params.options.stop_on_confidence !== false) kinds.push("sure");
+    const kinds = [];
+    if (wasWhole && isUnchanged && onConsistency !== false) kinds.push("agree");
+    if (isSure && onConfidence !== false) kinds.push("sure");
     return kinds.length > 0 ? kinds : ["unmasked"];
   }
 
@@ -303,7 +304,9 @@ function nextStep(before, frame, moment) {
     return before.frame.token_ids[at] === frame.token_ids[at] ? "kept" : "revised";
   });
   // The last token that a position had counts, be it masked again in between.
-  const tokens = frame.token_ids.map((id, at) => (frame.masked[at] ? before?.tokens[at] ?? null : id));
+  const tokens = frame.token_ids.map((id, at) =>
+    frame.masked[at] ? (before?.tokens[at] ?? null) : id,
+  );
   const changes = tokens.map((id, at) => {
     const old = before?.tokens[at] ?? null;
     return (before?.changes[at] ?? 0) + Number(old !== null && old !== id);

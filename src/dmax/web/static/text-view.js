@@ -1,4 +1,4 @@
-/** The text of a run at a moment: masks, drafts in shades of confidence, revisions, settled text. */
+/** The text of a run at a moment: masks, drafts in shades of confidence, what was revised. */
 
 import { element, percent, setText } from "dmax/dom.js";
 import { MASK_SIGN } from "dmax/run.js";
@@ -31,7 +31,8 @@ export class TextView {
    */
   constructor(container, { label = "the text, token by token", onSelect = () => {} } = {}) {
     this.#onSelect = onSelect;
-    this.#list = element("div", { class: "tokens", role: "listbox", tabindex: 0, "aria-label": label });
+    const list = { class: "tokens", role: "listbox", tabindex: 0, "aria-label": label };
+    this.#list = element("div", list);
     this.#card = element("div", { class: "history", role: "tooltip", hidden: true });
     container.classList.add("text-view");
     container.append(this.#list, this.#card);
@@ -78,7 +79,8 @@ export class TextView {
 
   #draw(token, at) {
     if (!this.#tokens[at]) {
-      this.#tokens[at] = element("span", { class: "token", role: "option", id: `${this.#id}-${at}` });
+      const option = { class: "token", role: "option", id: `${this.#id}-${at}` };
+      this.#tokens[at] = element("span", option);
       this.#tokens[at].dataset.position = token.position;
       this.#list.append(this.#tokens[at]);
     }
@@ -100,13 +102,17 @@ export class TextView {
       if (!this.#isPinned) this.#pick(positionOf(target));
     });
     this.#list.addEventListener("click", ({ target }) => {
-      this.#isPinned = positionOf(target) !== undefined;
-      this.#pick(positionOf(target) ?? null);
+      const position = positionOf(target) ?? null;
+      const isUnpinned = this.#isPinned && position === this.#active;
+      this.#isPinned = position !== null && !isUnpinned;
+      this.#pick(isUnpinned ? null : position);
     });
     container.addEventListener("pointerleave", () => {
       if (!this.#isPinned) this.#pick(null);
     });
-    this.#list.addEventListener("blur", () => this.#pick(null));
+    this.#list.addEventListener("blur", () => {
+      if (!this.#card.matches(":hover")) this.#pick(null); // a press on a pinned card leaves it
+    });
     this.#list.addEventListener("keydown", (event) => {
       const next = this.#target(event.key);
       if (next === undefined) return;
@@ -214,7 +220,8 @@ function historyOf(run, position, moment) {
     );
     return row;
   });
-  const names = ["forward", "token", "sure", ""].map((name) => element("th", { scope: "col" }, name));
+  const head = (name) => element("th", { scope: "col" }, name);
+  const names = ["forward", "token", "sure", "what happened"].map(head);
   return element(
     "table",
     {},

@@ -40,11 +40,13 @@ function nameOf({ header: { model, params, threshold } }) {
 }
 
 function promptOf({ header: { prompt } }) {
-  const details = element("details", { class: "prompt", open: true }, element("summary", {}, "Prompt"));
+  const summary = element("summary", {}, "Prompt");
+  const details = element("details", { class: "prompt", open: true }, summary);
   const messages = typeof prompt === "string" ? [{ role: "", content: prompt }] : (prompt ?? []);
   for (const { role, content } of messages) {
     const text = typeof content === "string" ? content : JSON.stringify(content);
-    details.append(element("p", {}, role ? element("strong", {}, `${role}: `) : "", text));
+    const speaker = role ? element("strong", {}, `${role}: `) : "";
+    details.append(element("p", { tabindex: 0 }, speaker, text));
   }
   if (messages.length === 0) details.append(element("p", { class: "quiet" }, "token ids only"));
   return details;
