@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from openai import OpenAI
 from running import Running
 from serving import running
 
+from dmax import DecodingParams
 from dmax.serve.app import create_app
 from dmax.serve.guard import protect
 from dmax.serve.settings import ServerOptions
+from dmax.trace import Trace, record
 
 pytestmark = needs_chromium
 
@@ -153,21 +155,42 @@ def test_steps_back_and_forth_and_pauses(page: Any) -> None:
     assert slider.input_value() == "0"
 
 
+def save(page: Any, path: Path) -> Path:
+    """Have the right pane save its run."""
+    with page.expect_download() as download:
+        pane(page, "Right").get_by_role("button", name="Save run").click()
+    download.value.save_as(path)
+    return path
+
+
 def test_a_run_is_saved_and_opened(page: Any, tmp_path: Path) -> None:
     run(page)
     wait_for_the_end(page)
-    with page.expect_download() as download:
-        pane(page, "Right").get_by_role("button", name="Save run").click()
-    path = tmp_path / "run.json"
-    download.value.save_as(path)
-    trace = json.loads(path.read_text(encoding="utf-8"))
-    assert trace["format"] == "dmax-trace"
-    assert trace["model"] == "tiny-dmax"
-    assert trace["output"]["text"] == text(page, "Right")
+    path = save(page, tmp_path / "run.json")
+    answer = text(page, "Right")
     open_file(page, "Left", path)
     pane(page, "Left").get_by_role("heading", name="tiny-dmax · run.json").wait_for()
     wait_for_the_end(page)
-    assert text(page, "Left") == trace["output"]["text"]
+    assert text(page, "Left") == answer
+    assert "✓ 2 is right" in pane(page, "Left").inner_text()
+
+
+def test_a_saved_run_is_the_trace_of_its_request(
+    page: Any, server: Running, tmp_path: Path
+) -> None:
+    run(page)
+    wait_for_the_end(page)
+    saved = Trace.load(save(page, tmp_path / "run.json"))
+    llm = next(model.llm for model in server.models if model.name == "tiny-dmax")
+    params = DecodingParams("spd", 0.5, max_new_tokens=256)
+    recorded = record(llm, page.get_by_label("Prompt").input_value(), params)
+    assert saved.header.keys() == recorded.header.keys()
+    assert saved.output.keys() == recorded.output.keys()
+    assert untimed(saved.frames) == untimed(recorded.frames)
+
+
+def untimed(frames: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**frame, "seconds": 0} for frame in frames]
 
 
 def open_file(page: Any, name: str, path: Path) -> None:
@@ -196,22 +219,18 @@ def test_what_is_no_run_is_refused_in_a_sentence(
     assert reason in problem.inner_text()
 
 
-def test_a_hostile_prompt_is_text(page: Any) -> None:
+def test_a_hostile_prompt_is_text(page: Any, tmp_path: Path) -> None:
     run(page, HOSTILE)
     wait_for_the_end(page)
     assert page.evaluate("typeof hacked") == "undefined"
-    with page.expect_download() as download:
-        pane(page, "Right").get_by_role("button", name="Save run").click()
-    trace = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    trace = json.loads(save(page, tmp_path / "run.json").read_text(encoding="utf-8"))
     assert trace["prompt"][0]["content"] == HOSTILE
 
 
 def test_hostile_tokens_are_text(page: Any, tmp_path: Path) -> None:
     run(page)
     wait_for_the_end(page)
-    with page.expect_download() as download:
-        pane(page, "Right").get_by_role("button", name="Save run").click()
-    trace = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    trace = json.loads(save(page, tmp_path / "run.json").read_text(encoding="utf-8"))
     trace["model"] = HOSTILE
     for frame in trace["frames"]:
         frame["texts"] = [HOSTILE if given else "" for given in frame["texts"]]
@@ -303,3 +322,15 @@ def test_the_theme_can_be_switched(page: Any) -> None:
     assert page.evaluate(colour) != before
     page.reload()
     assert page.evaluate(colour) != before
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_interface_is_described_on_a_page(
+    browser: Any, address: str, width: int, scheme: str
+) -> None:
+    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+    with opened(browser, f"{address}docs", **options) as page:
+        page.get_by_text("/v1/chat/completions").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert [found for found in contrasts(page) if found["ratio"] < 4.5] == []

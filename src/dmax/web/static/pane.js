@@ -81,13 +81,13 @@ export class Pane {
    *
    * @param {object} record the `dmax` object of a chunk: "begin", a frame, or "finished".
    */
-  receive(record) {
-    if (record.kind === "begin") {
+  receive({ kind, index, ...record }) {
+    if (kind === "begin") {
       this.#take(new Run(record));
-    } else if (record.kind === "finished") {
+    } else if (kind === "finished") {
       this.#run.finish(record);
     } else {
-      this.#run.push(record);
+      this.#run.push({ kind, ...record });
     }
   }
 
