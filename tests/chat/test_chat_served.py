@@ -8,8 +8,9 @@ import pytest
 
 from dmax import DecodingParams, InputError
 from dmax.chat.loop import EXAMPLE
-from dmax.chat.server import ServerAnswer, ServerResponder
+from dmax.chat.server import ServerResponder
 from dmax.chat.session import DoesNotFit
+from dmax.chat.streamed import ServerAnswer
 from dmax.trace import Trace
 
 pytest.importorskip("openai")

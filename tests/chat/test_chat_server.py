@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from fake_server import BODY, Fault, Server
 
 from dmax import DecodingParams, InputError
 from dmax.chat.responder import Part
-from dmax.chat.server import ServerAnswer, ServerResponder
+from dmax.chat.server import ServerResponder
 from dmax.chat.session import DoesNotFit
+from dmax.chat.streamed import ServerAnswer
+from dmax.trace.frames import Frame
 
 pytest.importorskip("openai")
 
@@ -132,6 +135,59 @@ def test_a_lost_server_is_one_sentence() -> None:
         pass
     with pytest.raises(InputError, match="cannot reach http://127.0.0.1"):
         responder(server)
+
+
+FRAME = {
+    "kind": "provisional",
+    "position": 0,
+    "step": 1,
+    "num_forwards": 1,
+    "seconds": 0.1,
+    "token_ids": [1],
+    "texts": ["one"],
+    "masked": [False],
+    "confidence": [0.5],
+    "written": [True],
+    "forced": False,
+    "capped": False,
+}
+
+
+def chunk(record: Any) -> SimpleNamespace:
+    return SimpleNamespace(choices=[], usage=None, dmax=record)
+
+
+def said(*records: dict[str, Any]) -> ServerAnswer:
+    """An answer of a server that says these things beside the text."""
+    with Server() as server:
+        asking = responder(server)._asking
+    return ServerAnswer(map(chunk, records), 0.0, asking)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        FRAME | {"texts": [1]},
+        FRAME | {"confidence": ["sure"]},
+        {"kind": "committed"},
+        {"kind": "finished", "num_forwards": "many"},
+    ],
+)
+def test_a_damaged_frame_is_one_sentence(record: dict[str, Any]) -> None:
+    parts = iter(said(FRAME, record))
+    assert next(parts) == Part(frame=Frame(**FRAME, candidates=[]))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="something that is no chat completion"):
+        next(parts)
+
+
+def test_a_damaged_header_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="has no `format`"):
+        said({"kind": "begin", "params": []}).begin()
+
+
+def test_what_a_later_version_adds_to_a_frame_is_passed_over() -> None:
+    part = next(iter(said(FRAME | {"mood": "calm"})))
+    assert part.frame == Frame(**FRAME, candidates=[])  # type: ignore[arg-type]
 
 
 def test_closing_an_answer_closes_its_connection() -> None:

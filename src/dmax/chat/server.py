@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from dmax import extras
-from dmax.chat.responder import Outcome, Part, described
+from dmax.chat.responder import described
 from dmax.chat.session import DoesNotFit, Messages
+from dmax.chat.streamed import ServerAnswer
 from dmax.distill.server import NO_KEY, reason, with_path
 from dmax.errors import InputError, did_you_mean, first_line, shorten, show
 from dmax.params import AUTO, DecodingParams
-from dmax.trace.frames import Frame
 
 TIMEOUT = 600.0  # seconds that a server may be silent
 TOO_LONG = ("context_length_exceeded", "context length", "context window", "there is room for")
 """What servers say when messages do not fit, in a code or in a sentence."""
-FRAMES = ("provisional", "committed")
-OURS = ("kind", "index")  # of a stream, which traces have no use for
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +106,9 @@ class ServerResponder:
         if self._ours is not None:
             fields["extra_body"] = {"dmax": {**_decoding(params), "stream": "provisional"}}
         began = time.perf_counter()
-        with self.asking():
+        with self._asking():
             stream = self._client.chat.completions.create(stream=True, **fields)
-            answer = ServerAnswer(self, stream, began)
+            answer = ServerAnswer(stream, began, self._asking)
             answer.begin()
         is_question_alone = sum(message["role"] == "user" for message in messages) == 1
         if answer.num_new < params.max_new_tokens and not is_question_alone:
@@ -127,7 +123,7 @@ class ServerResponder:
 
     def _listed(self) -> dict[str, Served | None]:
         """The models of the server, with what it says of them if it is `dmax serve`."""
-        with self.asking():
+        with self._asking():
             models = list(self._client.models.list())
             return {str(model.id): _said_of(model) for model in models}
 
@@ -150,20 +146,14 @@ class ServerResponder:
             )
         return names[0] if name is None else name
 
-    def cut_short(self) -> InputError:
-        """The error of an answer that has no end."""
-        return InputError(
-            f"{shorten(self._url)} ended before the answer did", hint="/retry asks again"
-        )
-
     @contextmanager
-    def asking(self) -> Iterator[None]:
+    def _asking(self) -> Iterator[None]:
         """Say in one sentence what goes wrong with a server, and never show the key."""
         from httpx import HTTPError
         from openai import OpenAIError
 
         # A stranger's answer may be of any form, which the client does not check.
-        strange = (ValueError, TypeError, LookupError, AttributeError)
+        strange = (ValueError, TypeError, LookupError, AttributeError, EOFError)
         try:
             yield
         except InputError:
@@ -180,6 +170,8 @@ class ServerResponder:
 
         shown = shorten(self._url)
         again = "/retry asks again"
+        if isinstance(error, EOFError):
+            return InputError(f"{shown} ended before the answer did", hint=again)
         if isinstance(error, APIStatusError):
             return self._refused(error)
         if isinstance(error, APITimeoutError):
@@ -210,102 +202,6 @@ class ServerResponder:
         kind = DoesNotFit if is_too_long else InputError
         message = f"{shorten(self._url)} answers {error.status_code}: {said}"
         return kind(message, hint=hints.get(error.status_code))
-
-
-class ServerAnswer:
-    """As `dmax.chat.responder.Answer`.
-
-    Attributes:
-        num_new: tokens that the answer may have, if the server says so once it has begun.
-    """
-
-    def __init__(self, server: ServerResponder, stream: Any, began: float) -> None:
-        self.eos_token_ids: Collection[int] = ()
-        self.outcome: Outcome | None = None
-        self.num_new: float = math.inf
-        self._server = server
-        self._stream = stream
-        self._began = began
-        self._first: list[Any] = []  # chunks that were read to see how it begins
-        self._header: dict[str, Any] = {}
-        self._frames: list[dict[str, Any]] = []
-        self._output: dict[str, Any] = {}
-
-    def begin(self) -> None:
-        """Wait until the server says how it decodes, or begins to answer."""
-        for chunk in self._stream:
-            self._first.append(chunk)
-            record = _record(chunk)
-            if record.get("kind") == "begin":
-                self._header = {name: record[name] for name in record if name not in OURS}
-                self.eos_token_ids = self._header["eos_token_ids"]
-                self.num_new = self._header["params"]["max_new_tokens"]
-            if record or _text(chunk):
-                return
-
-    def __iter__(self) -> Iterator[Part]:
-        """Its parts, as the server sends them.
-
-        Raises:
-            InputError: the server fails, or ends before the answer does.
-        """
-        finish_reason = None
-        num_tokens = None
-        with self._server.asking():
-            for chunk in chain(self._first, self._stream):
-                part = Part(_text(chunk), self._frame(_record(chunk)))
-                if chunk.choices:
-                    finish_reason = chunk.choices[0].finish_reason or finish_reason
-                if chunk.usage is not None:
-                    num_tokens = chunk.usage.completion_tokens
-                if part != Part():
-                    yield part
-            if finish_reason is None:
-                raise self._server.cut_short()
-        self.outcome = Outcome(
-            seconds=self._output.get("seconds", time.perf_counter() - self._began),
-            finish_reason=finish_reason,
-            num_tokens=num_tokens,
-            num_forwards=self._output.get("num_forwards"),
-            tokens_per_forward=self._output.get("tokens_per_forward"),
-        )
-
-    def trace(self) -> dict[str, Any]:
-        """As `Answer.trace`."""
-        if not (self._header and self._output):
-            raise InputError("this server shows no forwards, so there is nothing to trace")
-        return {**self._header, "frames": self._frames, "output": self._output}
-
-    def close(self) -> None:
-        """As `Answer.close`; the server notices, and frees the slot."""
-        self._stream.close()
-
-    def _frame(self, record: Mapping[str, Any]) -> Frame | None:
-        """A frame, if that is what a record is; it is kept for the trace, as the output is."""
-        fields = {name: record[name] for name in record if name != "index"}
-        if fields.get("kind") in FRAMES:
-            self._frames.append(fields)
-            return Frame(**{"candidates": [], **fields})
-        if fields.get("kind") == "finished":
-            self._output = {name: record[name] for name in record if name not in OURS}
-        return None
-
-
-def _text(chunk: Any) -> str:
-    """The text in a chunk.
-
-    Raises:
-        UnicodeEncodeError: JSON can write what no text holds.
-    """
-    text = chunk.choices[0].delta.content or "" if chunk.choices else ""
-    text.encode()
-    return str(text)
-
-
-def _record(chunk: Any) -> Mapping[str, Any]:
-    """What `dmax serve` says in a chunk beside the text; empty if nothing."""
-    record = getattr(chunk, "dmax", None)
-    return record if isinstance(record, Mapping) else {}
 
 
 def _key(variable: str) -> str:
