@@ -54,6 +54,10 @@ COMMANDS = {
         "--block-length --temperature --seed --stop --ignore-eos --dtype --quantization "
         "--device --json"
     ),
+    "chat": (
+        "--model -m --strategy --threshold --max-new-tokens --option --temperature --seed "
+        "--system --pace --dtype --quantization --device --url --api-key-env"
+    ),
     "trace": (
         "prompt --model -m --compare --open --output -o --strategy --threshold --max-new-tokens "
         "--top-k --option --block-length --temperature --seed --stop --ignore-eos --dtype "

@@ -26,6 +26,7 @@ from dmax.errors import InputError
 COMMANDS: dict[str, Any] = get_command(cli.app).commands  # type: ignore[attr-defined]
 TRIED = (
     "bench",
+    "chat",
     "distill",
     "eval",
     "generate",
@@ -35,6 +36,7 @@ TRIED = (
 )  # demo has no input, lm_eval its own
 VALID: dict[str, tuple[str, ...]] = {
     "bench": (),
+    "chat": (),
     "distill": ("--output", "new.jsonl", "--num", "2"),
     "eval": ("--limit", "2"),
     "generate": ("a question",),
@@ -195,6 +197,8 @@ WRONG: dict[str, tuple[str, ...]] = {
     "--num": ("0", "-1", "0.5", "nan", str(10**9)),
     "--prompts": ("missing.jsonl", "empty", "other.json", "a pipe", "/dev/zero"),
     "--thresholds": ("", "0:1", "0:1:0", "1:0:0.1", "nan", "0:inf:1", "2", "-1", "0:1:1e-9", "a,b"),
+    "--pace": ("-1", "11", "nan", "slow", ""),
+    "--url": ("", "nowhere", "ftp://host/v1", "http://", "http://host:port"),
     "--strategies": ("", "sdp", ",", "spd,,threshold"),
     "--max-steps": ("0", "-1", "0.5", "nan"),
     "--no-such-option": ("1",),

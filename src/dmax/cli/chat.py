@@ -11,6 +11,7 @@ import typer
 from dmax.cli import options
 from dmax.cli.terminal import doing
 from dmax.errors import InputError
+from dmax.params import check_number
 
 if TYPE_CHECKING:
     from dmax.chat.responder import Responder
@@ -19,21 +20,18 @@ SERVER = "A server in place of a model here"
 OF_THE_MODEL = ("dtype", "quantization", "device")
 OF_THE_SERVER = ("api_key_env",)
 LONGEST_PACE = 10.0
-BUNDLED = "tiny-dmax"
+USUAL_MODEL = "tiny-dmax"
 
 ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
-        help="bundled name, folder or hub id (default: tiny-dmax); of a server, one that it lists",
+        help=f"bundled name, folder or hub id (default: {USUAL_MODEL}); with --url, its name there",
     ),
 ]
 System = Annotated[str | None, typer.Option(help="what the model is told before the conversation")]
-Pace = Annotated[
-    float,
-    typer.Option(help="seconds that each draft stays at least", min=0, max=LONGEST_PACE),
-]
+Pace = Annotated[float, typer.Option(help="seconds that each draft stays at least")]
 Url = Annotated[str | None, typer.Option(help="http://…/v1", rich_help_panel=SERVER)]
 KeyVariable = Annotated[
     str,
@@ -70,6 +68,7 @@ def chat(
     Example: dmax chat
     """
     _check_who_answers(context, url)
+    check_number("pace", pace, low=0, high=LONGEST_PACE)
     params = options.decoding_params(
         strategy=strategy,
         threshold=threshold,
@@ -78,11 +77,11 @@ def chat(
         temperature=temperature,
         seed=seed,
     )
-    with doing(f"loading {url or model or BUNDLED}"):
+    with doing(f"loading {_name(model)}" if url is None else f"asking {url}"):
         from dmax.chat.loop import Chat
 
-        responder = _server(context.params) if url else _model(context.params)
-    Chat(responder, params, system, pace).run()
+        responder = _model(context.params) if url is None else _server(context.params)
+    Chat(responder, params, system or None, pace).run()
 
 
 def _check_who_answers(context: typer.Context, url: str | None) -> None:
@@ -91,11 +90,11 @@ def _check_who_answers(context: typer.Context, url: str | None) -> None:
     Raises:
         InputError: one does.
     """
-    strange = options.given_among(context, OF_THE_MODEL if url else OF_THE_SERVER)
-    if strange and url:
-        raise InputError(f"`{strange}` does not go with --url: the server decides over it")
-    if strange:
+    strange = options.given_among(context, OF_THE_SERVER if url is None else OF_THE_MODEL)
+    if strange and url is None:
         raise InputError(f"`{strange}` goes with --url only")
+    if strange:
+        raise InputError(f"`{strange}` does not go with --url: the server decides over it")
 
 
 def _model(given: Mapping[str, Any]) -> Responder:
@@ -105,7 +104,11 @@ def _model(given: Mapping[str, Any]) -> Responder:
 
     names = ("dtype", "quantization", "device")
     load = partial(LLM, **{name: given[name] for name in names}, max_batch_size=1)
-    return LocalResponder(given["model"] or BUNDLED, load)
+    return LocalResponder(_name(given["model"]), load)
+
+
+def _name(model: str | None) -> str:
+    return USUAL_MODEL if model is None else model
 
 
 def _server(given: Mapping[str, Any]) -> Responder:
