@@ -21,7 +21,7 @@ from dmax.decoding.block import View
 from dmax.decoding.strategy import Strategy
 from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.params import AUTO, DecodingParams
-from dmax.tiny import BUNDLED
+from dmax.tiny import BUNDLED, bundled_head
 
 # A child of vLLM's own, since servers show no others; elsewhere it is one like any other.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -198,9 +198,11 @@ def check_client(
         head_option: what the error calls the option that names a head.
     """
     head = values.get("head")
-    if head is not None and head not in BUNDLED:
+    heads = [name for name in BUNDLED if bundled_head(name, params.strategy).is_file()]
+    if head is not None and head not in heads:
         raise InputError(
-            f"`{head_option}` must be {' or '.join(BUNDLED)} in a request, got {show(head)}",
+            f"`{head_option}` must be {' or '.join(heads or BUNDLED)} in a request, "
+            f"got {show(head)}",
             hint="a file of the server is for its operator to name",
         )
     if "top_k" in values and params.top_k > MOST_CANDIDATES:

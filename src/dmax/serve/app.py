@@ -38,6 +38,13 @@ from dmax.serve.stream import StreamResponse, watched
 
 CLIENT_GONE = 499  # nobody gets it; it is what proxies write into their logs
 
+ROUTING = {
+    400: "the body is not JSON that can be read",
+    404: "there is nothing at this address",
+    405: "this address takes other methods",
+}
+"""What FastAPI and Starlette mean by errors of their own."""
+
 
 def create_app(models: Sequence[ServedModel], options: ServerOptions) -> FastAPI:
     """The interface over models that may still be loading.
@@ -147,8 +154,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
-        names = {404: "there is nothing at this address", 405: "this address takes other methods"}
-        message = names.get(error.status_code, str(error.detail))
+        message = ROUTING.get(error.status_code, str(error.detail))
         response = respond(request, ApiError(error.status_code, message))
         response.headers.update(error.headers or {})
         return response

@@ -112,8 +112,7 @@ def invalid_body(
         body: what was sent.
         known: names of fields that there are.
     """
-    # Of a union every alternative complains; the one that got furthest is the one that was meant.
-    error = max(errors, key=lambda error: len(_path(error["loc"], body)))
+    error = max(errors, key=lambda error: _closeness(error, body))
     path = _path(error["loc"], body)
     name = _written(path)
     kind, message = error["type"], error["msg"]
@@ -135,6 +134,11 @@ def invalid_body(
         expected = f"is wrong: {message[:1].lower()}{message[1:]}"
     message = f"`{name}` {expected}, got {show(error.get('input'))}"
     return ApiError(400, message, param=name, code="invalid_value")
+
+
+def _closeness(error: Mapping[str, Any], body: Any) -> tuple[int, bool]:
+    """How far an alternative of a union got: all complain, and the furthest was meant."""
+    return len(_path(error["loc"], body)), not error["type"].endswith("_type")
 
 
 def _path(loc: Sequence[str | int], body: Any) -> tuple[str | int, ...]:

@@ -102,8 +102,7 @@ class ServedModel:
         return self._llm
 
     def close(self) -> None:
-        """End the model; requests in progress get an error."""
-        self.end_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+        """End the model; requests in progress fail. Any thread may call it."""
         if self._llm is not None:
             self._llm.close()
 
