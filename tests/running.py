@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from openai import OpenAI
 
-from dmax import LLM
+from dmax import LLM, StreamEvent
+from dmax.engine.engine import Engine
 from dmax.serve.app import create_app
 from dmax.serve.served import ServedModel
 from dmax.serve.settings import ServerOptions
@@ -78,3 +82,37 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         self.is_listening.set()
+
+
+def until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so; fails if it does not become so."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)
+
+
+class Gate:
+    """Has the models wait before each step, while it is closed. A context, closed at first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_steps = 0
+        self._is_open = threading.Event()
+        take_step = Engine.step
+
+        def step(engine: Engine) -> list[StreamEvent]:
+            self._is_open.wait()
+            self.num_steps += 1
+            return take_step(engine)
+
+        monkeypatch.setattr(Engine, "step", step)
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
+
+    def open(self) -> None:
+        """Let the models go on."""
+        self._is_open.set()
