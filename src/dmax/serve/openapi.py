@@ -13,7 +13,8 @@ from typing import Any, get_args, get_type_hints
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from dmax.decoding import strategy_class
+from dmax.decoding import get_strategy, strategy_class
+from dmax.errors import InputError
 from dmax.params import DecodingParams
 from dmax.serve.bodies import MAX_OPTION
 from dmax.serve.replies import SCHEMAS, ChatChunk, CompletionChunk
@@ -144,7 +145,24 @@ def _own_fields(strategy: str) -> dict[str, Schema]:
     types = get_type_hints(found)
     # Subclasses are dataclasses, which mypy cannot know.
     all_fields = fields(found)  # type: ignore[arg-type]
-    return {each.name: _schema(each, types[each.name]) for each in all_fields if each.init}
+    own = {each.name: _schema(each, types[each.name]) for each in all_fields if each.init}
+    for each in all_fields:
+        schema = own.get(each.name, NULL)
+        for bound in ("minimum", "maximum"):
+            if bound in schema and not _takes(strategy, each.name, schema[bound]):
+                schema[bound] = each.default  # another setting is a bound, too
+    return own
+
+
+def _takes(strategy: str, option: str, value: float) -> bool:
+    """Whether a strategy takes a value beside the defaults of its other settings."""
+    if option in OF_SOME_STRATEGIES:
+        return True
+    try:
+        get_strategy(DecodingParams(strategy, options={option: value}))
+    except InputError:
+        return False
+    return True
 
 
 def _schema(field: Field[Any], type_: Any) -> Schema:
