@@ -162,7 +162,7 @@ def test_the_history_of_a_token_shows_on_hover_and_on_focus(show: Show, spd: Tra
             page.keyboard.press("ArrowRight")
         assert card.locator("caption").inner_text() == f"Position {revised}"
         described = page.locator(".tokens").get_attribute("aria-activedescendant")
-        assert page.locator(f"#{described}").get_attribute("aria-label").endswith("changed 1 times")
+        assert page.locator(f"#{described}").get_attribute("aria-label").endswith("1 change")
         page.keyboard.press("Escape")
         assert not card.is_visible()
         assert where(page).startswith(f"forward {spd.output['num_forwards']}")

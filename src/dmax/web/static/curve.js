@@ -1,6 +1,7 @@
 /** How blocks converge: confidence, the share that is decoded, and what changes, over forwards. */
 
 import { element, onResize, svg } from "dmax/dom.js";
+import { niceStep } from "dmax/numbers.js";
 
 const HEIGHT = 150;
 const LEFT = 34;
@@ -19,6 +20,9 @@ const LEGEND = [
 
 /** The convergence curve of a run; a press on it goes to that moment. */
 export class Curve {
+  #onPick;
+  #picture;
+  #bound;
   #run = null;
   #numFrames = -1;
   #moment = 0;
@@ -44,10 +48,6 @@ export class Curve {
     });
     onResize(this.#picture.parentElement, () => this.#draw());
   }
-
-  #onPick;
-  #picture;
-  #bound;
 
   /** Show the curve of a whole run, and where in it a moment is. */
   show(run, moment) {
@@ -157,12 +157,6 @@ export class Curve {
     const share = (x - LEFT) / (this.#width() - LEFT - RIGHT);
     return Math.max(0, Math.min(last, Math.round(share * last)));
   }
-}
-
-/** 1, 2 or 5 times a power of ten, and at least `least`. */
-export function niceStep(least) {
-  const power = 10 ** Math.floor(Math.log10(Math.max(least, 1)));
-  return [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= least);
 }
 
 /** Whether a threshold is a confidence at all: that of some strategies is in nats. */

@@ -36,16 +36,6 @@ export function onResize(node, redraw) {
   observer.observe(node);
 }
 
-/** A share as people read it: 0.634 is "63 %". */
-export function percent(share) {
-  return `${Math.round(share * 100)} %`;
-}
-
-/** "1 forward", "7 forwards". */
-export function counted(number, noun) {
-  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-}
-
 function filled(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === false || value === null) continue;

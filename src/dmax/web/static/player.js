@@ -22,6 +22,15 @@ const ICONS = {
  * Keys: Space plays and pauses, arrows step, Home and End go to the first and the last moment.
  */
 export class Player {
+  #onMove;
+  #first;
+  #back;
+  #play;
+  #forth;
+  #last;
+  #slider;
+  #where;
+  #speed;
   #length = 1;
   #isGrowing = false;
   #timer = null;
@@ -52,16 +61,6 @@ export class Player {
     );
     this.#draw();
   }
-
-  #onMove;
-  #first;
-  #back;
-  #play;
-  #forth;
-  #last;
-  #slider;
-  #where;
-  #speed;
 
   get isPlaying() {
     return this.#timer !== null;

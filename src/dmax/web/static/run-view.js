@@ -2,8 +2,9 @@
 
 import { Counters } from "dmax/counters.js";
 import { Curve } from "dmax/curve.js";
-import { counted, element } from "dmax/dom.js";
+import { element } from "dmax/dom.js";
 import { Grid } from "dmax/grid.js";
+import { counted } from "dmax/numbers.js";
 import { TextView } from "dmax/text-view.js";
 
 /** The views of a run, which follow one another: a cell of the grid is a token of the text. */

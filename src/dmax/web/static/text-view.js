@@ -1,10 +1,12 @@
 /** The text of a run at a moment: masks, drafts in shades of confidence, what was revised. */
 
-import { element, percent, setText } from "dmax/dom.js";
+import { element, setText } from "dmax/dom.js";
+import { counted, percent } from "dmax/numbers.js";
 import { MASK_SIGN } from "dmax/run.js";
 
 const STATUS = { mask: "masked", provisional: "draft", revised: "revised", settled: "settled" };
-const EVENTS = {
+/** What a forward did to a position, in words. */
+export const EVENTS = {
   promoted: "written",
   revised: "revised",
   kept: "kept",
@@ -18,6 +20,10 @@ const MOST_CANDIDATES = 4; // shown of a position's step
  * the focus. Escape hides it.
  */
 export class TextView {
+  #onSelect;
+  #list;
+  #card;
+  #id;
   #tokens = [];
   #states = []; // what each of them shows, to touch only what has changed
   #active = null; // position whose history is shown
@@ -39,11 +45,6 @@ export class TextView {
     this.#id = `tokens-${(counter += 1)}`;
     this.#listen(container);
   }
-
-  #onSelect;
-  #list;
-  #card;
-  #id;
 
   /** Show a run at a moment; only what has changed is touched. */
   show(run, moment) {
@@ -199,7 +200,7 @@ function positionOf(target) {
 function inWords(token) {
   const parts = [`position ${token.position}`, quoted(token), STATUS[token.status]];
   if (token.status !== "settled") parts.push(`${percent(token.confidence)} sure`);
-  if (token.changes > 0) parts.push(`changed ${token.changes} times`);
+  if (token.changes > 0) parts.push(counted(token.changes, "change"));
   return parts.filter(Boolean).join(", ");
 }
 
