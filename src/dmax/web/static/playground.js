@@ -23,6 +23,9 @@ const right = new Pane("Right", callbacks);
 /** Ends the runs in progress; null while there are none. @type {AbortController | null} */
 let controller = null;
 
+/** The call that `growSoon` has asked for. @type {number | null} */
+let pending = null;
+
 /** Whether the panes offer the models of the server. */
 let isConnected = false;
 
@@ -57,6 +60,14 @@ function grow() {
   player.setLength(Math.max(...lengths), { isGrowing: controller !== null });
 }
 
+/** The same before the next picture: a fast model takes many steps between two. */
+function growSoon() {
+  pending ??= requestAnimationFrame(() => {
+    pending = null;
+    grow();
+  });
+}
+
 /** Play what the panes hold from its beginning; without slow motion, show the newest of it. */
 function startOver() {
   player.pause();
@@ -86,7 +97,7 @@ async function follow(pane, signal) {
     for await (const chunk of streamChat(requestOf(pane), fields.key.value, signal)) {
       if (chunk.dmax) {
         pane.receive(chunk.dmax);
-        grow();
+        growSoon();
       }
     }
   } catch (error) {
