@@ -116,6 +116,12 @@ def test_a_list_of_traces_is_read_too(made: Trace, tmp_path: Path) -> None:
         Trace.load(path)
 
 
+def test_a_trace_is_named_in_a_line(made: Trace) -> None:
+    output = made.output
+    cost = f"{len(output['token_ids'])} tokens in {output['num_forwards']} forwards"
+    assert repr(made) == f"<Trace of tiny-base, spd: {cost}>"
+
+
 def test_a_notebook_shows_the_page_in_a_frame(made: Trace) -> None:
     shown = made._repr_html_()
     assert shown.startswith("<iframe srcdoc=") and shown.endswith("</iframe>")

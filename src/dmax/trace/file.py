@@ -24,7 +24,7 @@ LISTS = ("token_ids", "texts", "masked", "confidence", "written", "candidates")
 """What a frame has for each of its positions."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Trace:
     """A recorded run. A notebook shows it as its page.
 
@@ -62,6 +62,11 @@ class Trace:
                 hint="read them with dmax.trace.file.load_traces",
             )
         return traces[0]
+
+    def __repr__(self) -> str:
+        num_tokens, num_forwards = len(self.output["token_ids"]), self.output["num_forwards"]
+        run = f"{self.record['model']}, {self.record['params']['strategy']}"
+        return f"<Trace of {run}: {num_tokens} tokens in {num_forwards} forwards>"
 
     @property
     def header(self) -> dict[str, Any]:
