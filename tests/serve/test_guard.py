@@ -254,7 +254,7 @@ def test_a_body_that_is_no_use_gets_400(served: Served, body: bytes) -> None:
         b'{"a": "[[[[[[{{{{{{"}',
         '{"a": "\U0001f600 \u00e9"}'.encode(),
         b'{"a": "\\ud83d\\ude00"}',
-        b"0." + b"1" * 5000,
+        b"0." + b"1" * 4000,
         b"1" * 4000,
         b"17",
     ],
@@ -263,13 +263,12 @@ def test_any_other_body_is_handed_on_as_it_came(served: Served, body: bytes) -> 
     assert served.ask(post("/echo", body)).body == body
 
 
-@pytest.mark.parametrize("number", [b"9" * 10**6, b"-" + b"9" * 10**6, b"0." + b"9" * 10**6])
-def test_numbers_of_a_million_digits_take_no_time(number: bytes) -> None:
+@pytest.mark.parametrize(
+    "number", [b"9" * 10**6, b"-" + b"9" * 10**6, b"0." + b"9" * 10**6, b"1e" + b"9" * 10**6]
+)
+def test_numbers_of_a_million_digits_are_refused_at_once(number: bytes) -> None:
     limit = sys.get_int_max_str_digits()
-    if b"." in number:
-        check_json(number, 3)
-    else:
-        assert "4300" in refused(check_json, number, 3).message
+    assert "more than 4300 digits" in refused(check_json, b'{"seed": %b}' % number, 3).message
     assert sys.get_int_max_str_digits() == limit
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -18,6 +19,7 @@ from dmax.serve.errors import ApiError
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@?#\s]+)(?::\d{1,5})?")
 ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{AUTHORITY.pattern}")
 HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # in a whole pair, too
+MOST_DIGITS = sys.int_info.default_max_str_digits  # 4300
 OPEN_PATHS = frozenset({"/", "/health", "/docs", "/openapi.json"})
 OPEN_FOLDERS = ("/static/", "/docs/")
 """What browsers and probes read before they can have a key. Nothing there is secret."""
@@ -130,7 +132,7 @@ def check_json(body: bytes, max_depth: int) -> None:
     """Raise `ApiError` 400 unless a body is JSON that nobody will stumble over.
 
     What comes after this may rely on UTF-8 without halves of surrogate pairs, on finite numbers of
-    at most 4300 digits, and on the depth.
+    at most `MOST_DIGITS` digits, and on the depth.
 
     Args:
         body: all of it.
@@ -146,8 +148,8 @@ def check_json(body: bytes, max_depth: int) -> None:
         raise _wrong("holds half of a surrogate pair, which no text does") from None
     except json.JSONDecodeError as error:
         raise _wrong(f"is not JSON: {error.msg.lower()} at character {error.pos}") from None
-    except ValueError:  # Python's limit, which keeps reading a number from taking minutes
-        raise _wrong("holds a number of more than 4300 digits") from None
+    except ValueError:  # Python reads no longer whole number: it would take minutes
+        raise _too_long() from None
     except RecursionError:
         raise _too_deep(max_depth) from None
     _check_depth(value, max_depth)
@@ -169,10 +171,16 @@ def _children(node: Any) -> Iterable[Any]:
 
 def _finite(text: str) -> float:
     """A number as JSON has it; `json` also takes NaN, Infinity and what is too large for one."""
+    if len(text) > MOST_DIGITS:
+        raise _too_long()
     value = float(text)
     if not math.isfinite(value):
         raise _wrong(f"holds {show(text)}, which is no finite number")
     return value
+
+
+def _too_long() -> ApiError:
+    return _wrong(f"holds a number of more than {MOST_DIGITS} digits")
 
 
 def _too_deep(max_depth: int) -> ApiError:

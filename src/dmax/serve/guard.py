@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dmax.serve.checks import Origins, bearer, check_json, needs_key
 from dmax.serve.errors import ApiError
 from dmax.serve.keys import Keys
-from dmax.serve.log import Record
+from dmax.serve.log import Record, in_a_line
 from dmax.serve.settings import ServerOptions
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Recorded:
         # The boundary: what was not foreseen is an answer and a line in the log, never a trace.
         except Exception as error:
             record.outcome = "failed"
-            record.error = _in_a_line(error)
+            record.error = in_a_line(error)
             logger.debug("%s", "".join(traceback.format_exception(error)))
             failure = ApiError(500, "the server failed; its log says why", code="internal_error")
             await _answer(failure, scope, receive, send_recorded)
@@ -270,10 +270,3 @@ def _headers(scope: Scope, name: bytes) -> list[bytes]:
 
 def _texts(values: list[bytes]) -> list[str]:
     return [value.decode("latin-1") for value in values]
-
-
-def _in_a_line(error: Exception) -> str:
-    """The type of an error and where it was raised; its message could quote a prompt."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{where}"

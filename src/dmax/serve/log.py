@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,6 +115,13 @@ def fields_of(record: Record, now: datetime, seconds: float) -> dict[str, Any]:
         "seconds": _rounded(seconds),
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def in_a_line(error: BaseException) -> str:
+    """The type of an error and where it was raised; its message could quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{where}"
 
 
 def as_json(fields: dict[str, Any]) -> str:

@@ -272,6 +272,7 @@ def configure(app: ASGIApp, options: ServerOptions, metrics: Metrics) -> uvicorn
         ws="none",
         lifespan="off",
         interface="asgi3",
+        workers=1,  # whatever WEB_CONCURRENCY says
         log_config=None,
         log_level=logging.CRITICAL,  # requests have their own log, and errors are in it
         access_log=False,
