@@ -263,6 +263,19 @@ def test_its_log_can_be_a_full_disk(start: Start) -> None:
     assert server.end() == (0, [])
 
 
+def test_it_serves_without_anything_to_write_to() -> None:
+    words = [sys.executable, toy_server.__file__, json.dumps({"shutdown_seconds": 0})]
+    closed = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *words]
+    with subprocess.Popen(closed, stdout=subprocess.PIPE, text=True) as child:
+        port = int(child.stdout.readline())
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), timeout=PROMPTLY) as connection:
+                connection.sendall(post("/echo", b"{}"))
+                assert read_answer(connection).body == b"{}"
+        child.terminate()
+        assert child.wait(PROMPTLY) == 0
+
+
 def test_its_log_is_in_a_file_and_has_neither_keys_nor_bodies(start: Start, tmp_path: Path) -> None:
     server = start(log_file=str(tmp_path / "log"), api_keys=["my-key"]).ready()
     with_key = "Authorization: Bearer my-key"

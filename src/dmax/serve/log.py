@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -193,12 +194,12 @@ class Journal:
 
 def _open(file: Path | None) -> int:
     """A descriptor that lines are appended to."""
-    if file is None:
-        return os.dup(2)
+    if file is None and sys.__stderr__ is not None:
+        return os.dup(sys.__stderr__.fileno())
     # A pipe without a reader is an error, and a full one costs lines: neither makes us wait.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        return os.open(file, flags, 0o640)
+        return os.open(file or os.devnull, flags, 0o640)
     except (OSError, ValueError) as error:  # a name with a NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
