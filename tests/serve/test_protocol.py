@@ -110,30 +110,59 @@ def test_what_is_no_http_gets_the_standard_body(impatient: Served, request_: byt
     assert answer.headers["content-type"] == "application/json"
 
 
+def busy(served: Served, stack: ExitStack, num: int) -> list[socket.socket]:
+    """Connections with requests in progress, which end when the model ends all."""
+    connections = [stack.enter_context(served.connect()) for _ in range(num)]
+    for connection in connections:
+        connection.sendall(get("/heeds"))
+        while not connection.recv(2**16).endswith(b"begun\n\r\n"):
+            pass
+    return connections
+
+
 def test_connections_beyond_the_limit_are_told_so() -> None:
     with serving(max_connections=2) as served, ExitStack() as stack:
-        first = [stack.enter_context(served.connect()) for _ in range(2)]
-        for connection in first:
-            connection.sendall(get("/"))
-            assert read_answer(connection).status == 200
+        first, _ = busy(served, stack, 2)
         answer = served.ask(get("/"))
         assert (answer.status, answer.code) == (503, "too_many_connections")
         assert answer.headers["retry-after"] and answer.headers["connection"] == "close"
         assert b"dmax:refused_connections_total 1.0" in served.metrics.page()
-        first[0].sendall(get("/"))  # who was there before is served
-        assert read_answer(first[0]).status == 200
-        first[0].close()
+        first.close()
         while (answer := served.ask(get("/"))).status == 503:  # until its end is noticed
             pass
         assert answer.status == 200
 
 
-def test_far_beyond_the_limit_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "SPARE_CONNECTIONS", 1)
+def test_of_those_beyond_the_limit_only_the_latest_stays() -> None:
     with serving(max_connections=1) as served, ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(served.connect())
-        assert served.ask(b"").status is None
+        busy(served, stack, 1)
+        refused = [stack.enter_context(served.connect()) for _ in range(5)]
+        assert all(ended(connection) for connection in refused[:-1])
+        refused[-1].sendall(get("/"))
+        assert read_answer(refused[-1]).status == 503
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the server closes a connection without a word."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_those_who_only_hold_connections_keep_nobody_out() -> None:
+    with serving(max_connections=10) as served, ExitStack() as stack:
+        working = busy(served, stack, 1)[0]
+        used = stack.enter_context(served.connect())
+        used.sendall(get("/"))
+        assert read_answer(used).status == 200
+        holders = [stack.enter_context(served.connect()) for _ in range(50)]
+        for holder in holders[-8:]:
+            holder.sendall(b"GET / HTTP/1.1\r\nX: ")
+        assert served.ask(get("/")).status == 200
+        assert ended(used) and all(ended(holder) for holder in holders[:40])
+        served.server.should_exit = True
+        assert b"shutting_down" in working.recv(2**16)  # it was never closed
 
 
 def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ class ToyModel:
         self.name = name
         self.is_ready = False
         self.is_closed = False
-        self.errors: asyncio.Queue[ApiError] = asyncio.Queue()
+        self.error: ApiError | None = None
+        self.has_ended = asyncio.Event()
         self._load = load
 
     def load(self) -> None:
@@ -48,7 +49,8 @@ class ToyModel:
         self.is_ready = True
 
     def end_all(self, error: ApiError) -> None:
-        self.errors.put_nowait(error)
+        self.error = error
+        self.has_ended.set()
 
     def close(self) -> None:
         if self._load == "closes never":
@@ -98,8 +100,9 @@ class ToyApi:
     async def heeds(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ends when its model ends all requests."""
         await begin(send)
-        error = await self.model.errors.get()
-        await end(send, json.dumps(error.body()).encode())
+        await self.model.has_ended.wait()
+        assert self.model.error is not None
+        await end(send, json.dumps(self.model.error.body()).encode())
 
     async def ignores(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Never ends."""

@@ -15,7 +15,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmax.serve.errors import ApiError
 
-SPARE_CONNECTIONS = 64  # beyond the limit, which are told so; still more are closed at once
 STALL_SECONDS = 60.0  # in which a client takes nothing of what waits for it
 RETRY_SECONDS = 5
 FINISHED = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
@@ -56,8 +55,9 @@ class BoundedProtocol(H11Protocol):
 
     Args:
         header_seconds: for headers, and for the rest of a body after the response.
-        max_connections: open at once; a request on one more is answered with 503.
-        on_refused: told of each connection beyond them.
+        max_connections: open at once. One more takes the place of the one that has been idle for
+            longest; where none is idle, its request is answered with 503.
+        on_refused: told of each connection that is refused.
         arguments: of uvicorn's protocol.
     """
 
@@ -73,21 +73,18 @@ class BoundedProtocol(H11Protocol):
         self._header_seconds = header_seconds
         self._max_connections = max_connections
         self._on_refused = on_refused
+        self._idle_since = 0.0
         self._waiting = Clock(self.loop, header_seconds, self._give_up)
         self._stalled = Clock(self.loop, STALL_SECONDS, lambda: self.transport.abort())
 
     # --- what asyncio calls ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a request, or refuse the connection."""
+        """Begin to wait for a request."""
         super().connection_made(cast(Any, transport))
         _limit_unread(transport.get_extra_info("socket"))
-        num_too_many = len(self.connections) - self._max_connections
-        if num_too_many > 0:
-            self._on_refused()
-            self.app = cast(Any, _too_many_connections)
-        if num_too_many > SPARE_CONNECTIONS:
-            self.transport.abort()
+        self._idle_since = self.loop.time()
+        self._make_room()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -113,11 +110,31 @@ class BoundedProtocol(H11Protocol):
 
     # --- what uvicorn calls ---
 
+    def on_response_complete(self) -> None:
+        """Go on to the next request, if there is one."""
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self._end(ApiError(400, "this is not a valid HTTP request", code="invalid_http"))
 
     # --- ours ---
+
+    def _make_room(self) -> None:
+        """Let this connection take the place of an idle one, if there are too many, or refuse it.
+
+        So clients that do not send their headers keep nobody out.
+        """
+        everyone = cast("set[BoundedProtocol]", self.connections)
+        current = [each for each in everyone if not each.transport.is_closing()]
+        num_too_many = max(len(current) - self._max_connections, 0)
+        idle = [each for each in current if each.conn.their_state is h11.IDLE and each is not self]
+        for each in sorted(idle, key=lambda each: each._idle_since)[:num_too_many]:
+            each.transport.close()
+        if num_too_many > len(idle):
+            self._on_refused()
+            self.app = cast(Any, _too_many_connections)
 
     def _watch(self) -> None:
         """Let the clock run while the client owes us something."""

@@ -30,7 +30,7 @@ from dmax.serve.errors import ApiError
 from dmax.serve.guard import protect
 from dmax.serve.log import Journal, Record, as_json, as_text, fields_of
 from dmax.serve.metrics import Metrics
-from dmax.serve.protocol import SPARE_CONNECTIONS, BoundedProtocol
+from dmax.serve.protocol import BoundedProtocol
 from dmax.serve.settings import ServerOptions
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -249,7 +249,7 @@ def run(
     guarded = protect(app, options, listener.getsockname()[0], note)
     config = configure(guarded, options, metrics)
     server = Server(config, models, options.shutdown_seconds, lambda: tell(hello))
-    _allow_files(options.max_connections + SPARE_CONNECTIONS + OTHER_FILES)
+    _allow_files(options.max_connections + OTHER_FILES)
     server.run(sockets=[listener])
     _close(models, server.ends_at)
     journal.close()
