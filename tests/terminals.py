@@ -12,7 +12,8 @@ import struct
 import sys
 import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,12 @@ PATIENCE = 60.0  # seconds for anything to appear on a busy machine
 LINES_KEPT = 1000  # that have scrolled away
 
 
-def command(terminal: DupFd, words: Sequence[str], environment: Mapping[str, str]) -> None:
+def command(
+    terminal: DupFd,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    constants: Mapping[str, Any],
+) -> None:
     """`dmax` in a process that a terminal controls, so that Ctrl-C reaches it."""
     its = terminal.detach()
     os.setsid()
@@ -43,21 +49,36 @@ def command(terminal: DupFd, words: Sequence[str], environment: Mapping[str, str
     sys.argv = ["dmax", *words]
     import dmax_command  # its console looks at the terminal only once
 
+    for path, value in constants.items():
+        module, _, name = path.rpartition(".")
+        setattr(import_module(module), name, value)
     dmax_command.main()
 
 
 class Terminal:
-    """A terminal in which a command runs; a context, at whose end the command is ended."""
+    """A terminal in which a command runs; a context, at whose end the command is ended.
+
+    Args:
+        words: of the command, without "dmax".
+        width, height: of the terminal.
+        environment: variables that the command has besides those of the test.
+        constants: of modules, by their path, that are others in the command.
+    """
 
     def __init__(
-        self, *words: str, width: int = 80, height: int = 24, environment: Mapping[str, str] = {}
+        self,
+        *words: str,
+        width: int = 80,
+        height: int = 24,
+        environment: Mapping[str, str] = {},
+        constants: Mapping[str, Any] = {},
     ) -> None:
         self.screen = pyte.HistoryScreen(width, height, history=LINES_KEPT, ratio=0.1)
         self.written = b""
         self._stream = pyte.ByteStream(self.screen)
         self._ours, its = pty.openpty()
         self._set_size(width, height)
-        arguments = (DupFd(its), words, dict(environment))
+        arguments = (DupFd(its), words, dict(environment), dict(constants))
         self._process = PROCESSES.Process(target=command, args=arguments)
         self._process.start()
         os.close(its)
@@ -106,21 +127,33 @@ class Terminal:
         return "\n".join(self.lines()).rstrip()
 
     def until(self, text: str, times: int = 1) -> str:
-        """Wait until a text was shown so many times; what is shown then."""
-        return self.until_true(lambda shown: shown.count(text) >= times, text)
+        """Wait until a text is shown so many times; what is shown then."""
+        return self.until_true(lambda shown: shown.count(text) >= times, repr(text))
 
     def until_prompt(self) -> str:
         """Wait until the command waits for input; what is shown then."""
         return self.until_true(lambda shown: shown.endswith("\n>"), "prompt")
 
-    def until_true(self, is_met: Any, what: str) -> str:
+    def until_written(self, sequence: bytes) -> None:
+        """Wait until the command has written something."""
+        self.until_true(lambda _: sequence in self.written, repr(sequence))
+
+    def until_true(self, is_met: Callable[[str], bool], what: str) -> str:
         """Wait until what is shown meets a condition."""
         deadline = time.monotonic() + PATIENCE
         while not is_met(self.text()):
             left = deadline - time.monotonic()
             if left < 0 or not self._read(left):
-                raise AssertionError(f"no {what!r} in:\n{self.text()}")
+                raise AssertionError(f"no {what} in:\n{self.text()}")
         return self.text()
+
+    def echoes(self) -> bool:
+        """Whether keys that are pressed are shown."""
+        return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
+
+    def terminate(self) -> None:
+        """Tell the command to end, as a system does that shuts down."""
+        self._process.terminate()
 
     def end(self) -> int:
         """Wait until the command ends; its exit code."""
