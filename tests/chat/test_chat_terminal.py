@@ -83,6 +83,19 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_chat() -> None:
         assert terminal.end() == 0
 
 
+def test_a_chat_that_is_told_to_end_leaves_the_terminal_whole() -> None:
+    with Terminal(*SMALL, "--pace", "10") as terminal:
+        terminal.until_prompt()
+        terminal.type(f"{EXAMPLE}{ENTER}")
+        terminal.until("·")
+        assert terminal.screen.cursor.hidden
+        assert not terminal.echoes()
+        terminal.terminate()
+        assert terminal.end() == 143
+        assert not terminal.screen.cursor.hidden
+        assert terminal.echoes()
+
+
 def test_what_had_settled_is_kept_when_an_answer_is_ended() -> None:
     with (
         Server(fault=lambda prompt, times: "hanging" if prompt == "one two" else None) as server,

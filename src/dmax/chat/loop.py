@@ -194,6 +194,7 @@ class Chat:
             with doing(f"loading {name}"):
                 self._responder.use(name)
             self._session.include_all()
+            self._last = None  # the model before would be kept for it
         self._tell_settings()
 
     def _use_strategy(self, text: str) -> None:
@@ -258,6 +259,8 @@ class Chat:
                 f"It solves word problems, one at a time ({SLASH}clear before the next), such as: "
                 f"{EXAMPLE}"
             )
+            if not self._pace:
+                _note("Its answers take no time; begin with --pace 0.2 to watch them sharpen")
 
 
 def in_words(outcome: Outcome, limit: int) -> str:
@@ -271,7 +274,8 @@ def in_words(outcome: Outcome, limit: int) -> str:
         parts.append(f"TPF {outcome.tokens_per_forward:.2f}")
     parts.append(f"{outcome.seconds:.2f} s")
     if outcome.finish_reason == "length":
-        parts.append(f"cut at {limit} tokens (--max-new-tokens)")
+        is_full = outcome.num_tokens is not None and outcome.num_tokens < limit
+        parts.append("cut where the context ends" if is_full else "cut by --max-new-tokens")
     return ", ".join(parts)
 
 
