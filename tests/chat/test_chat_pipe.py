@@ -75,6 +75,7 @@ def test_commands_work_and_bad_ones_say_what_is_wrong(chat: Chat, tmp_path: Path
         "/model tiny-nothing": "`tiny-nothing` is neither bundled",
         "/retry": "nothing was asked yet; type a question first",
         "/trace": "there is no finished answer to trace",
+        "/trace ~nobody-there/x.html": "there is no finished answer to trace",
         "/clear it": "`/clear` takes nothing behind it, got 'it'",
         "mugs " * 2000: "the question: the text has 2010 tokens, there is room for 1024",
     }
@@ -191,6 +192,7 @@ def test_the_last_answer_is_written_down(
         (("--url", "http://127.0.0.1:9/v1"), "cannot reach http://127.0.0.1:9/v1"),
         (("--url", "http://x", "--device", "cpu"), "`--device` does not go with --url"),
         (("--api-key-env", "KEY"), "`--api-key-env` goes with --url only"),
+        (("--url", "http://x", "--api-key-env", "NO_SUCH"), "no key in the environment variable"),
         (("--model", "tiny-nothing"), "`tiny-nothing` is neither bundled"),
         (("--strategy", "spdd"), "unknown strategy 'spdd'"),
         (("--threshold", "2"), "`threshold` must be a number between 0 and 1"),

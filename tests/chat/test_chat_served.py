@@ -22,7 +22,6 @@ from dmax.serve.settings import ServerOptions
 
 QUESTION = [{"role": "user", "content": EXAMPLE}]
 PARAMS = DecodingParams()
-KEY = "DMAX_TEST_KEY"
 
 
 @pytest.fixture(scope="module", name="server")
@@ -34,7 +33,7 @@ def server_fixture() -> Iterator[Running]:
 
 @pytest.fixture
 def responder(server: Running) -> ServerResponder:
-    return ServerResponder(server.url, None, KEY)
+    return ServerResponder(server.url, None, None)
 
 
 def text_of(answer: ServerAnswer) -> str:

@@ -18,11 +18,11 @@ from dmax.trace.frames import Frame
 pytest.importorskip("openai")
 
 PARAMS = DecodingParams()
-KEY = "DMAX_TEST_KEY"
+KEY = "OPENAI_API_KEY"
 
 
 def responder(server: Server, name: str | None = None) -> ServerResponder:
-    return ServerResponder(server.url, name, KEY)
+    return ServerResponder(server.url, name, None)
 
 
 def ask(content: str) -> list[dict[str, str]]:
@@ -219,7 +219,27 @@ def test_a_key_that_no_request_can_carry(monkeypatch: pytest.MonkeyPatch, key: s
     assert key not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:port"])
+def test_a_key_of_another_name_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with Server() as server:
+        with pytest.raises(InputError, match="there is no key in the environment variable MY_KEY"):
+            ServerResponder(server.url, None, "MY_KEY")
+        monkeypatch.setenv("MY_KEY", "mine")
+        text_of(ServerResponder(server.url, None, "MY_KEY").answer(ask("hi"), PARAMS))
+        assert server.keys == {"Bearer mine"}
+
+
+def test_a_password_in_the_address_is_not_shown() -> None:
+    with Server() as server:
+        url = server.url.replace("http://", "http://me:secret@")
+        found = ServerResponder(url, None, None)
+        assert found.describe(PARAMS) == f"served at {server.url}"
+    with pytest.raises(InputError, match="cannot reach http://127.0.0.1") as caught:
+        ServerResponder(url, None, None)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://host", "http://", "http://host:x"])
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InputError, match="`--url` must be an address, got"):
         ServerResponder(url, None, KEY)

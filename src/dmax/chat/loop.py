@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from os.path import expanduser
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,6 @@ from rich.text import Text
 from dmax.chat.commands import (
     OFF,
     SLASH,
-    Command,
     is_command,
     parse,
     usages,
@@ -117,7 +117,7 @@ class Chat:
     def _heed(self, text: str) -> None:
         """Answer a question, or do what a command asks for."""
         if is_command(text):
-            command: Command = parse(text)
+            command = parse(text)
             self._commands[command.name](command.argument)
         elif text.strip():
             self._session.asked = text.strip()
@@ -224,7 +224,7 @@ class Chat:
     def _write_trace(self, name: str) -> None:
         if self._last is None:
             raise InputError("there is no finished answer to trace", hint="ask a question first")
-        path = Path(name).expanduser() if name else USUAL_OUTPUT
+        path = Path(expanduser(name)) if name else USUAL_OUTPUT
         check_place(path)
         write(path, [Trace.from_record(self._last.trace())])
         _note(f"the last answer, step by step: {path}")

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from dmax import extras
 from dmax.chat.responder import described
 from dmax.chat.session import DoesNotFit, Messages
 from dmax.chat.streamed import ServerAnswer
-from dmax.distill.server import NO_KEY, reason, with_path
+from dmax.distill.server import KEY, NO_KEY, reason, with_path
 from dmax.errors import InputError, did_you_mean, first_line, shorten, show
 from dmax.params import AUTO, DecodingParams
 
@@ -42,28 +43,31 @@ class ServerResponder:
     Args:
         url: of the interface, such as http://127.0.0.1:8000/v1; without a path, /v1 is meant.
         name: of the model there; None: the first that the server lists.
-        key_variable: environment variable that holds the key; if it is empty, none is sent.
+        key_variable: environment variable that holds the key; None: OPENAI_API_KEY, if it is set.
 
     Raises:
-        InputError: the package `openai` is missing, or the server cannot be asked.
+        InputError: the package `openai` is missing, there is no key, or the server cannot be asked.
     """
 
-    def __init__(self, url: str, name: str | None, key_variable: str) -> None:
+    def __init__(self, url: str, name: str | None, key_variable: str | None) -> None:
         extras.require("openai", "endpoint", "asking a server")
         from openai import OpenAI
 
-        self._url = with_path(url, "--url")
-        self._key_variable = key_variable
-        self._key = _key(key_variable)
+        url = with_path(url, "--url")
+        self._shown = shorten(_without_password(url))
+        self._key_variable = key_variable or KEY
+        self._key = _key(self._key_variable)
+        if key_variable and not self._key:
+            raise InputError(f"there is no key in the environment variable {shorten(key_variable)}")
         self._client = OpenAI(
-            base_url=self._url, api_key=self._key or NO_KEY, max_retries=0, timeout=TIMEOUT
+            base_url=url, api_key=self._key or NO_KEY, max_retries=0, timeout=TIMEOUT
         )
         self._models = self._listed()
         self.name = self._chosen(name)
 
     def describe(self, params: DecodingParams) -> str:
         """As `Responder.describe`."""
-        place = f"{self.name} at {self._url}"
+        place = f"{self.name} at {self._shown}"
         ours = self._ours
         if ours is None:
             return described(place, None, None)
@@ -78,7 +82,7 @@ class ServerResponder:
         ours = self._ours
         if ours is None and _decoding(params):
             raise InputError(
-                f"{shorten(self._url)} takes neither strategy nor threshold: it is no `dmax serve`"
+                f"{self._shown} takes neither strategy nor threshold: it is no `dmax serve`"
             )
         if ours is None or params.options or params.strategy in (AUTO, *ours.thresholds):
             return
@@ -136,11 +140,11 @@ class ServerResponder:
         names = list(self._models)
         if name is None and not names:
             raise InputError(
-                f"{shorten(self._url)} does not say which models it has", hint="choose with --model"
+                f"{self._shown} does not say which models it has", hint="choose with --model"
             )
         if names and name not in (None, *names):
             raise InputError(
-                f"there is no model {show(name)} at {shorten(self._url)}; it has "
+                f"there is no model {show(name)} at {self._shown}; it has "
                 f"{shorten(', '.join(names))}",
                 hint=did_you_mean(name, names),
             )
@@ -168,7 +172,7 @@ class ServerResponder:
         from httpx import HTTPError
         from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError
 
-        shown = shorten(self._url)
+        shown = self._shown
         again = "/retry asks again"
         if isinstance(error, EOFError):
             return InputError(f"{shown} ended before the answer did", hint=again)
@@ -200,7 +204,7 @@ class ServerResponder:
             sign in f"{code} {said.lower()}" for sign in TOO_LONG
         )
         kind = DoesNotFit if is_too_long else InputError
-        message = f"{shorten(self._url)} answers {error.status_code}: {said}"
+        message = f"{self._shown} answers {error.status_code}: {said}"
         return kind(message, hint=hints.get(error.status_code))
 
 
@@ -214,6 +218,12 @@ def _key(variable: str) -> str:
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"the key in {shorten(variable)} holds characters that no key has")
     return key
+
+
+def _without_password(url: str) -> str:
+    """An address as it may be shown."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _decoding(params: DecodingParams) -> dict[str, Any]:

@@ -34,10 +34,10 @@ System = Annotated[str | None, typer.Option(help="what the model is told before 
 Pace = Annotated[float, typer.Option(help="seconds that each draft stays at least")]
 Url = Annotated[str | None, typer.Option(help="http://…/v1", rich_help_panel=SERVER)]
 KeyVariable = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--api-key-env",
-        help="environment variable that holds the key of the server",
+        help="environment variable that holds the server's key (default: OPENAI_API_KEY)",
         rich_help_panel=SERVER,
     ),
 ]
@@ -58,7 +58,7 @@ def chat(
     quantization: options.Quantization = None,
     device: options.Device = "auto",
     url: Url = None,
-    api_key_env: KeyVariable = "OPENAI_API_KEY",
+    api_key_env: KeyVariable = None,
 ) -> None:
     """Talk to a model in the terminal, and watch its drafts sharpen.
 
@@ -77,7 +77,7 @@ def chat(
         temperature=temperature,
         seed=seed,
     )
-    with doing(f"loading {_name(model)}" if url is None else f"asking {url}"):
+    with doing(f"loading {_name(model)}" if url is None else "asking the server"):
         from dmax.chat.loop import Chat
 
         responder = _model(context.params) if url is None else _server(context.params)
