@@ -75,7 +75,7 @@ def check(body: Any) -> None:
 def test_a_strategy_that_raises_is_an_error_of_the_server(
     server: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.DEBUG, "dmax"):  # as `dmax --debug serve` does
         answer = server.post("/v1/chat/completions", chat(**fails()))
     assert answer.status_code == 500
     check(answer.json()["error"])

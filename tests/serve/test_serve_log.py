@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def test_a_client_cannot_forge_a_line(form: Callable[..., str]) -> None:
         ({"status": 200, "is_complete": True}, "finished"),
         ({"status": 200}, "cancelled"),
         ({}, "cancelled"),
+        ({"status": 499, "is_complete": True}, "cancelled"),
         ({"status": 404, "is_complete": True}, "invalid"),
         ({"status": 429, "is_complete": True}, "overloaded"),
         ({"status": 503, "is_complete": True}, "overloaded"),
@@ -97,6 +99,19 @@ def test_a_client_cannot_forge_a_line(form: Callable[..., str]) -> None:
 )
 def test_how_a_request_ended(given: dict[str, object], outcome: str) -> None:
     assert known(**given).ended() == outcome
+
+
+def test_what_went_wrong_is_a_place_and_not_a_message(caplog: pytest.LogCaptureFixture) -> None:
+    record = known()
+    try:
+        raise ValueError("the prompt was: my secret")
+    except ValueError as error:
+        with caplog.at_level(logging.INFO, "dmax"):
+            record.fail("decoding_failed", error)
+    assert record.code == "decoding_failed"
+    assert record.error is not None
+    assert record.error.startswith("ValueError in test_what_went_wrong") and ".py:" in record.error
+    assert "secret" not in record.error + caplog.text
 
 
 def test_the_time_of_blocks_is_that_of_their_choice(monkeypatch: pytest.MonkeyPatch) -> None:

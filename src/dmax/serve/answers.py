@@ -16,7 +16,7 @@ from uuid import uuid4
 from dmax.engine.request import Request
 from dmax.outputs import Cost, FinishReason, GenerationOutput, StreamEvent, ratio
 from dmax.serve.deltas import Deltas
-from dmax.serve.errors import SLOW_READER, ApiError
+from dmax.serve.errors import SLOW_READER, ApiError, cause_of
 from dmax.serve.log import Record
 from dmax.serve.logprobs import Probabilities, chat_form, completion_form
 from dmax.serve.params import Asked
@@ -178,7 +178,7 @@ class Answer:
     def fail(self, error: ApiError) -> None:
         """Have the record know of an error within a stream."""
         self._record.outcome = "slow_reader" if error.code == SLOW_READER else "failed"
-        self._record.code = error.code
+        self._record.fail(error.code, cause_of(error))
 
     def whole(self) -> dict[str, Any]:
         """The body of a response that is sent at once, when all choices have finished."""

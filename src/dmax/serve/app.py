@@ -16,8 +16,8 @@ from dmax.errors import InputError, did_you_mean, show
 from dmax.serve import page
 from dmax.serve.answers import Answer
 from dmax.serve.bodies import ChatRequest, CompletionRequest, field_names
-from dmax.serve.errors import ApiError, ClientGone, failure, invalid_body
-from dmax.serve.log import Record
+from dmax.serve.errors import ApiError, ClientGone, cause_of, failure, invalid_body
+from dmax.serve.log import CLIENT_GONE, Record
 from dmax.serve.openapi import add_openapi
 from dmax.serve.params import read
 from dmax.serve.replies import (
@@ -35,8 +35,6 @@ from dmax.serve.replies import (
 from dmax.serve.served import ServedModel
 from dmax.serve.settings import ServerOptions
 from dmax.serve.stream import StreamResponse, watched
-
-CLIENT_GONE = 499  # nobody gets it; it is what proxies write into their logs
 
 ROUTING = {
     400: "the body is not JSON that can be read",
@@ -141,7 +139,7 @@ def _json(content: Any, status: int = 200) -> Response:
 
 def _add_errors(app: FastAPI) -> None:
     def respond(request: Request, error: ApiError) -> Response:
-        _record(request).code = error.code
+        _record(request).fail(error.code, cause_of(error))
         return error.response()
 
     @app.exception_handler(ApiError)

@@ -96,6 +96,11 @@ def failure(error: BaseException) -> ApiError:
     )
 
 
+def cause_of(error: ApiError) -> BaseException | None:
+    """What went wrong in the server, if an error is not the client's doing."""
+    return error.__cause__ if error.status >= 500 else None
+
+
 def slow_reader() -> ApiError:
     """The end of a stream whose client does not keep up."""
     message = "the stream was read too slowly, so the request was cancelled"

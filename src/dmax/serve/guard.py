@@ -8,9 +8,7 @@ must be small, come in time, and be JSON.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -20,10 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dmax.serve.checks import Origins, bearer, check_json, needs_key
 from dmax.serve.errors import ApiError
 from dmax.serve.keys import Keys
-from dmax.serve.log import Record, in_a_line
+from dmax.serve.log import Record
 from dmax.serve.settings import ServerOptions
-
-logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 2.0  # for a client to stop sending what is too large
 
@@ -98,8 +94,7 @@ class Recorded:
         # The boundary: what was not foreseen is an answer and a line in the log, never a trace.
         except Exception as error:
             record.outcome = "failed"
-            record.error = in_a_line(error)
-            logger.debug("%s", "".join(traceback.format_exception(error)))
+            record.fail(record.code or "internal_error", error)
             failure = ApiError(500, "the server failed; its log says why", code="internal_error")
             await _answer(failure, scope, receive, send_recorded)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -20,7 +21,10 @@ from uuid import uuid4
 from dmax.errors import InputError, printable, shorten
 from dmax.outputs import ratio
 
+logger = logging.getLogger(__name__)
+
 MOST_WAITING = 10_000  # lines that are not written yet; more are lost
+CLIENT_GONE = 499  # a status that nobody gets; it is what proxies write into their logs
 LONGEST_PATH = 100  # characters of a path, which a client may have made up
 CLOSE_SECONDS = 1.0  # for what is not written yet, when the server ends
 
@@ -79,17 +83,29 @@ class Record:
         self.block_seconds.append(now - self._last_blocks.get(choice, self.began))
         self._last_blocks[choice] = now
 
+    def fail(self, code: str | None, cause: BaseException | None = None) -> None:
+        """Note an error body, and what in the server has led to it; None: the client has.
+
+        A traceback may quote a request, so it is shown in debugging only.
+        """
+        self.code = code
+        if cause is not None:
+            self.error = in_a_line(cause)
+            logger.debug("%s", "".join(traceback.format_exception(cause)))
+
     def ended(self) -> str:
         """How the request ended, in a word."""
         if self.outcome is not None:
             return self.outcome
-        if self.status is None or not self.is_complete:
+        if self.status in (None, CLIENT_GONE) or not self.is_complete:
             return "cancelled"
-        if self.status in (429, 503):
-            return "overloaded"
-        if self.status >= 400:
-            return "failed" if self.status >= 500 else "invalid"
-        return "finished"
+        match self.status:
+            case 429 | 503:
+                return "overloaded"
+            case status if status < 400:
+                return "finished"
+            case status:
+                return "failed" if status >= 500 else "invalid"
 
 
 def fields_of(record: Record, now: datetime, seconds: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,8 +22,6 @@ from dmax.serve.settings import ServerOptions
 
 if TYPE_CHECKING:
     from dmax.llm import LLM
-
-logger = logging.getLogger(__name__)
 
 LONGEST_RETRY = 60  # seconds
 WARM_UP_BLOCKS = 2
@@ -295,14 +292,10 @@ class Ongoing:
             except InputError as error:  # it can never fit
                 raise bad_request(error) from error
             except BaseException as error:  # whatever an engine raised: the server goes on
-                raise self._failed(error) from error
+                raise failure(error) from error
             for event in events:
                 if event.kind == "finished":
                     self._num_unfinished -= 1
                 if event.error is not None:
-                    raise self._failed(event.error) from event.error
+                    raise failure(event.error) from event.error
             yield events
-
-    def _failed(self, error: BaseException) -> ApiError:
-        logger.error("a request to %s failed", self._model.name, exc_info=error)
-        return failure(error)
