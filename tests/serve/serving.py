@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
+def running(app: ASGIApp) -> Iterator[str]:
     """The address of a server that runs an app until it is left."""
     with socket.create_server(("127.0.0.1", 0)) as listener:  # clients wait from here on
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

@@ -322,15 +322,3 @@ def test_the_theme_can_be_switched(page: Any) -> None:
     assert page.evaluate(colour) != before
     page.reload()
     assert page.evaluate(colour) != before
-
-
-@pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_interface_is_described_on_a_page(
-    browser: Any, address: str, width: int, scheme: str
-) -> None:
-    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
-    with opened(browser, f"{address}docs", **options) as page:
-        page.get_by_text("/v1/chat/completions").first.wait_for()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert [found for found in contrasts(page) if found["ratio"] < 4.5] == []

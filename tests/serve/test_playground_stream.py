@@ -23,6 +23,7 @@ Script = Callable[[BaseHTTPRequestHandler], None]
 SCRIPTS: dict[str, Script] = {}
 """What the server does for a model, by its name."""
 DISCONNECTED = threading.Event()
+MAY_GO_ON = threading.Event()
 READ = """async (model) => {
   const { streamChat } = await import("dmax/client.js");
   const chunks = [];
@@ -72,6 +73,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
+
+    def tell(self, *records: dict[str, Any]) -> None:
+        for record in records:
+            chunk = {"choices": [], "dmax": record}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -136,8 +142,16 @@ def goes_on(handler: Any) -> None:
 @script
 def breaks_off_in_a_block(handler: Any) -> None:
     handler.begin()
-    for record in (HEADER, FRAME):
-        handler.wfile.write(f"data: {json.dumps({'dmax': record})}\n\n".encode())
+    handler.tell(HEADER, FRAME)
+
+
+@script
+def waits_in_a_block(handler: Any) -> None:
+    handler.begin()
+    handler.tell(HEADER, FRAME)
+    MAY_GO_ON.wait(timeout=60)
+    handler.tell(LAST_FRAME, OUTPUT)
+    handler.wfile.write(b"data: [DONE]\n\n")
 
 
 HEADER = {
@@ -162,6 +176,15 @@ FRAME = {
     "forced": False,
     "capped": False,
 }
+LAST_FRAME = FRAME | {
+    "kind": "committed",
+    "step": 2,
+    "num_forwards": 2,
+    "token_ids": [5, 6],
+    "texts": ["half", " done"],
+    "masked": [False, False],
+}
+OUTPUT = {"kind": "finished", "text": "half done", "token_ids": [5, 6], "seconds": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +364,30 @@ def test_a_connection_that_breaks_leaves_what_there_was(page: Any) -> None:
     assert pane.locator(".token").all_text_contents() == ["half", "░"]
     assert page.get_by_role("button", name="Run", exact=True).is_enabled()
     assert pane.get_by_role("button", name="Save run").is_disabled()
+
+
+def test_forwards_are_shown_while_more_are_to_come(page: Any) -> None:
+    MAY_GO_ON.clear()
+    page.get_by_label("Slow motion").uncheck()
+    pane = run(page, "waits_in_a_block")
+    pane.locator(".token", has_text="half").wait_for()
+    assert pane.locator(".token").all_text_contents() == ["half", "░"]
+    assert page.get_by_role("button", name="Stop").is_enabled()
+    MAY_GO_ON.set()
+    page.get_by_text("Finished.").wait_for()
+    assert pane.locator(".token").all_text_contents() == ["half", " done"]
+
+
+def test_a_run_that_is_paused_goes_on_out_of_sight(page: Any) -> None:
+    MAY_GO_ON.clear()
+    pane = run(page, "waits_in_a_block")
+    pane.locator(".token", has_text="half").wait_for()
+    page.get_by_role("button", name="Pause").click()
+    MAY_GO_ON.set()
+    page.locator("#run:enabled").wait_for()
+    assert pane.locator(".token").all_text_contents() == ["half", "░"]
+    page.get_by_role("button", name="One forward on").click()
+    assert pane.locator(".token").all_text_contents() == ["half", " done"]
 
 
 def test_the_button_stops_a_run(page: Any) -> None:

@@ -33,6 +33,7 @@ export class Player {
   #speed;
   #length = 1;
   #isGrowing = false;
+  #isHeld = false; // paused by hand: new moments are not followed
   #timer = null;
 
   /**
@@ -67,7 +68,8 @@ export class Player {
   }
 
   /**
-   * How many moments there are. A player that stands at the last one goes along with new ones.
+   * How many moments there are. A player that stands at the last one goes along with new ones,
+   * unless it was paused there by hand.
    *
    * @param {number} numMoments
    * @param {{isGrowing?: boolean}} options  isGrowing: more will come, so playing waits for them
@@ -76,7 +78,7 @@ export class Player {
     const isAtEnd = this.moment === this.#length - 1;
     this.#length = Math.max(numMoments, 1);
     this.#isGrowing = isGrowing;
-    if (this.moment >= this.#length || (isAtEnd && !this.isPlaying)) {
+    if (this.moment >= this.#length || (isAtEnd && !this.isPlaying && !this.#isHeld)) {
       this.moveTo(this.#length - 1);
     } else {
       this.#draw();
@@ -85,6 +87,7 @@ export class Player {
 
   /** Show a moment, the nearest there is. */
   moveTo(moment) {
+    this.#isHeld = false;
     this.moment = Math.max(0, Math.min(moment, this.#length - 1));
     this.#draw();
     this.#onMove(this.moment);
@@ -107,6 +110,7 @@ export class Player {
 
   /** Play, or pause. */
   toggle() {
+    this.#isHeld = this.isPlaying;
     if (this.isPlaying) this.pause();
     else this.play();
   }
