@@ -18,6 +18,7 @@ from dmax.distill.server import KEY, NO_KEY, reason, with_path
 from dmax.errors import InputError, did_you_mean, first_line, shorten, show
 from dmax.params import AUTO, DecodingParams
 
+HTTP_LIBRARY = "httpx"  # or httpx2, with openai from 3 on
 TIMEOUT = 600.0  # seconds that a server may be silent
 TOO_LONG = ("context_length_exceeded", "context length", "context window", "there is room for")
 """What servers say when messages do not fit, in a code or in a sentence."""
@@ -153,23 +154,18 @@ class ServerResponder:
     @contextmanager
     def _asking(self) -> Iterator[None]:
         """Say in one sentence what goes wrong with a server, and never show the key."""
-        from httpx import HTTPError
-        from openai import OpenAIError
-
-        # A stranger's answer may be of any form, which the client does not check.
-        strange = (ValueError, TypeError, LookupError, AttributeError, EOFError)
         try:
             yield
         except InputError:
             raise
-        except (OpenAIError, HTTPError, *strange) as error:
+        # A stranger may send anything, and the HTTP library below the client changes its name.
+        except Exception as error:
             found = self._translated(error)
             if self._key:
                 found = type(found)(found.message.replace(self._key, "…"), found.hint)
             raise found from None
 
     def _translated(self, error: Exception) -> InputError:
-        from httpx import HTTPError
         from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError
 
         shown = self._shown
@@ -180,7 +176,8 @@ class ServerResponder:
             return self._refused(error)
         if isinstance(error, APITimeoutError):
             return InputError(f"{shown} was silent for {TIMEOUT:g} seconds", hint=again)
-        if isinstance(error, (APIConnectionError, HTTPError)):
+        is_of_http = type(error).__module__.startswith(HTTP_LIBRARY)
+        if isinstance(error, APIConnectionError) or is_of_http:
             cause = first_line(error.__cause__ or error)
             return InputError(f"cannot reach {shown}: {shorten(cause)}", hint=again)
         if isinstance(error, APIError):
