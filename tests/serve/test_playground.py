@@ -284,13 +284,14 @@ def test_a_key_is_asked_for_and_kept_for_the_session_only(browser: Any, server: 
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
-def test_nothing_is_cut_off(browser: Any, address: str, width: int) -> None:
+def test_nothing_is_cut_off(browser: Any, address: str, width: int, tmp_path: Path) -> None:
     with opened(browser, address, viewport={"width": width, "height": 800}) as page:
         run(page)
         wait_for_the_end(page)
         page.evaluate(
             "document.querySelectorAll('details').forEach((each) => { each.open = true })"
         )
+        page.screenshot(path=tmp_path / f"{width}.png", full_page=True)  # to be looked at
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         outside = page.evaluate(
             """[...document.querySelectorAll("button, input, select, textarea, h1, h2, p, dd")]
