@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -56,3 +59,16 @@ def test_bars_of_datasets_are_for_terminals(
         assert datasets.is_progress_bar_enabled() == is_terminal
     finally:
         datasets.enable_progress_bars()
+
+
+def test_a_log_that_cannot_be_shown_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    record = logging.LogRecord("dmax", logging.WARNING, __file__, 1, "a warning", None, None)
+    for target in (writing, "/dev/full"):
+        with open(target, "w", buffering=1) as file:
+            monkeypatch.setattr(terminal, "console", Console(file=file))
+            terminal.ConsoleHandler().emit(record)
+            terminal.say("loading")
+            with suppress(OSError):  # what is left in the buffer
+                file.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import typer
 
 from dmax import extras
 from dmax.cli import options
-from dmax.cli.terminal import console, doing
+from dmax.cli.terminal import say
 from dmax.errors import InputError, did_you_mean, show
 from dmax.serve.settings import ServerOptions
 
@@ -147,29 +147,27 @@ def _serve(given: Mapping[str, Any]) -> None:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         extras.require(package, "serve", "dmax serve")
     names = tuple(given["model"] or MODELS)
-    with ExitStack() as stack:
-        with doing("loading the server"):
-            from dmax.serve.checks import is_loopback
-            from dmax.serve.keys import read_keys
-            from dmax.serve.metrics import Metrics, router
-            from dmax.serve.run import bind, leave, run, url_of
+    say("loading the server …")
+    from dmax.serve.checks import is_loopback
+    from dmax.serve.keys import read_keys
+    from dmax.serve.metrics import Metrics, router
+    from dmax.serve.run import bind, leave, run, url_of
 
-            settings = _settings(given, read_keys(given["api_key_file"]))
-            listener = stack.enter_context(bind(given["host"], given["port"]))
-            if not (settings.api_keys or is_loopback(given["host"])):
-                logger.warning("everyone who reaches this machine may call: set --api-key-file")
+    settings = _settings(given, read_keys(given["api_key_file"]))
+    with bind(given["host"], given["port"]) as listener:
+        if not (settings.api_keys or is_loopback(given["host"])):
+            logger.warning("everyone who reaches this machine may call: set --api-key-file")
 
-            from dmax.serve.app import create_app
+        from dmax.serve.app import create_app
 
-            models = [_model(name, given, settings) for name in names]
-            metrics = Metrics({model.name: model.busy for model in models})
-            app = create_app(models, settings)
-            app.include_router(router(metrics))
-        health = f"{url_of(listener)}/health"
-        console.print(f"loading {', '.join(names)}; {health} says when it is ready", soft_wrap=True)
+        models = [_model(name, given, settings) for name in names]
+        metrics = Metrics({model.name: model.busy for model in models})
+        app = create_app(models, settings)
+        app.include_router(router(metrics))
+        say(f"loading {', '.join(names)}; {url_of(listener)}/health says when it is ready")
         logged = {name: given[name] for name in ("log_file", "log_json")}
         run(app, models, settings, listener, metrics, **logged, tell=_tell)
-        leave()
+    leave()
 
 
 def _settings(given: Mapping[str, Any], keys: tuple[str, ...]) -> ServerOptions:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message, above a progress bar if there is one."""
         level = (f"{record.levelname.lower()}: ", "bold yellow")
-        console.print(Text.assemble(level, record.getMessage()), soft_wrap=True)
+        say(Text.assemble(level, record.getMessage()))
 
 
 def prepare_streams() -> None:
@@ -87,6 +87,12 @@ def quiet_datasets() -> None:
     """Once datasets is imported, turn off its bars where no terminal would draw them anew."""
     if not console.is_terminal:
         register_post_import_hook(lambda each: each.disable_progress_bars(), "datasets")
+
+
+def say(text: Text | str) -> None:
+    """Show a line on stderr if it can be shown; what goes on does not depend on it."""
+    with suppress(OSError, SystemExit):  # rich exits where nobody reads
+        console.print(text, soft_wrap=True)
 
 
 @contextmanager
