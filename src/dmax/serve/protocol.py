@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
@@ -126,6 +127,8 @@ class BoundedProtocol(H11Protocol):
 
         So clients that do not send their headers keep nobody out.
         """
+        if len(self.connections) <= self._max_connections:
+            return
         everyone = cast("set[BoundedProtocol]", self.connections)
         current = [each for each in everyone if not each.transport.is_closing()]
         num_too_many = max(len(current) - self._max_connections, 0)
@@ -178,8 +181,8 @@ def _limit_unread(connection: socket.socket) -> None:
 
     It knows what is left in its buffers, and goes on when the connection is closed here.
     """
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux
-        milliseconds = round(STALL_SECONDS * 1000)
+    milliseconds = round(STALL_SECONDS * 1000)
+    with suppress(AttributeError, OSError):  # not every system can
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
