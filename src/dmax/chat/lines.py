@@ -23,11 +23,15 @@ class Lines:
     A line that ends with a backslash goes on in the next one. A line that begins with three quotes
     goes on until a line ends with three.
 
+    Args:
+        is_live: whether the terminal may be told to mark what is pasted into it; several lines of
+            that are one question then.
+
     Attributes:
         is_terminal: whether somebody types.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_live: bool = False) -> None:
         self.is_terminal = _is_terminal(sys.stdin)
         self._readline: Any = None
         if self.is_terminal and _is_terminal(sys.stdout):
@@ -35,6 +39,8 @@ class Lines:
                 import readline
 
                 self._readline = readline
+                if is_live:
+                    readline.parse_and_bind("set enable-bracketed-paste on")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # one bad line does not end the others
 

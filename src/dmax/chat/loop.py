@@ -24,7 +24,7 @@ from dmax.chat.commands import (
 from dmax.chat.drafts import Drafts
 from dmax.chat.lines import Lines
 from dmax.chat.responder import Answer, Outcome, Responder
-from dmax.chat.screen import open_screen
+from dmax.chat.screen import is_live, open_screen
 from dmax.chat.session import DoesNotFit, Session
 from dmax.cli.marks import visible
 from dmax.cli.terminal import console as notes
@@ -72,8 +72,8 @@ class Chat:
         self._params = params
         self._pace = pace
         self._session = Session(system)
-        self._lines = Lines()
         self._console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+        self._lines = Lines(is_live=is_live(self._console))
         self._last: Answer | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "model": self._use_model,

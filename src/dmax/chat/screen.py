@@ -30,10 +30,14 @@ class Screen(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
+def is_live(console: Console) -> bool:
+    """Whether pictures can change there: not in a pipe or a dumb terminal, nor without colours."""
+    return console.is_interactive and console.file.isatty() and not console.no_color
+
+
 def open_screen(console: Console) -> Screen:
-    """A screen that moves, or plain text where nothing can move or nobody wants colours."""
-    is_live = console.is_interactive and console.file.isatty() and not console.no_color
-    return LiveScreen(console) if is_live else PlainScreen(console)
+    """A screen that moves, or plain text where nothing can."""
+    return LiveScreen(console) if is_live(console) else PlainScreen(console)
 
 
 class PlainScreen:
