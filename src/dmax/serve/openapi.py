@@ -118,7 +118,7 @@ def _narrow_prompt(prompt: Schema, models: Sequence[ServedModel], options: Serve
 
 def _strategies(models: Sequence[ServedModel]) -> list[Schema]:
     """For each strategy what may stand beside its name; first for requests that name none."""
-    defaults = {model.llm.resolve(DecodingParams()).strategy for model in models}
+    defaults = {model.strategy for model in models}
     names = sorted(set.intersection(*(set(model.strategies) for model in models)))
     known = [_own_fields(name) for name in sorted(defaults)]
     shared = {key: schema for key, schema in known[0].items() if all(key in own for own in known)}

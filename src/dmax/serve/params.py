@@ -12,7 +12,7 @@ from dmax.decoding.strategy import Strategy
 from dmax.engine.request import Request as EngineRequest
 from dmax.errors import InputError, show
 from dmax.integrations.options import check_client, fresh_block
-from dmax.params import DecodingParams
+from dmax.params import AUTO, DecodingParams
 from dmax.serve.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -24,6 +24,8 @@ from dmax.serve.errors import ApiError, bad_request
 from dmax.serve.served import ServedModel
 
 NUM_SEEDS = 2**63
+NUM_NEW = DecodingParams().max_new_tokens
+"""New tokens of those who do not say how many."""
 CONTEXT_ERROR = "context_length_exceeded"
 
 
@@ -81,7 +83,9 @@ def read(body: ChatRequest | CompletionRequest, model: ServedModel) -> Asked:
         for choice in range(num_choices):
             own = replace(params, max_new_tokens=num_new, seed=derived_seed(body.seed, choice))
             request = model.llm.request(len(requests), prompt_ids, own)
-            requests.append(replace(request, provisional=is_provisional or num_top is not None))
+            if is_provisional or num_top is not None:
+                request = replace(request, provisional=True)
+            requests.append(request)
     return Asked(
         is_chat=isinstance(body, ChatRequest),
         prompts=[prompt for prompt in prompts for _ in range(num_choices)],
@@ -148,8 +152,9 @@ def _params(body: Request, options: DmaxOptions, model: ServedModel) -> Decoding
     if options.block_length not in (None, length):
         message = f"`dmax.block_length` must be that of the checkpoint, {length}"
         raise _wrong("dmax.block_length", message)
+    is_named = options.strategy not in (None, AUTO)
     given: dict[str, Any] = {
-        "strategy": options.strategy,
+        "strategy": options.strategy if is_named else model.strategy,
         "threshold": options.threshold,
         "stop_confidence": options.stop_confidence,
         "top_k": options.top_k,
@@ -163,7 +168,7 @@ def _params(body: Request, options: DmaxOptions, model: ServedModel) -> Decoding
     deadline = most if options.deadline is None else min(options.deadline, most)
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        return model.llm.resolve(DecodingParams(**given, deadline=deadline))
+        return DecodingParams(**given, deadline=deadline)
     except InputError as error:
         raise bad_request(error) from error
 
@@ -208,8 +213,7 @@ def _num_new(
         )
         raise ApiError(400, message, param=name, code=CONTEXT_ERROR)
     given = [number for number in wanted.values() if number is not None]
-    default = min(DecodingParams().max_new_tokens, model.max_new_tokens)
-    return min(*given, room) if given else min(default, room)
+    return min(*(given or (NUM_NEW, model.max_new_tokens)), room)
 
 
 def _num_top(body: ChatRequest) -> int | None:

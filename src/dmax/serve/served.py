@@ -129,6 +129,11 @@ class ServedModel:
         return min(self.options.max_new_tokens or self.context, self.context)
 
     @cached_property
+    def strategy(self) -> str:
+        """The decoding strategy of requests that name none."""
+        return self.llm.resolve(DecodingParams()).strategy
+
+    @cached_property
     def strategies(self) -> dict[str, dict[str, Any]]:
         """The decoding strategies that a request may name, each with its own threshold."""
         found = {}
@@ -142,15 +147,14 @@ class ServedModel:
 
     def describe(self) -> dict[str, Any]:
         """The entry of /v1/models."""
-        default = self.llm.resolve(DecodingParams()).strategy
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "dmax",
             "dmax": {
-                "strategy": default,
-                "threshold": self.strategies.get(default, {}).get("threshold"),
+                "strategy": self.strategy,
+                "threshold": self.strategies.get(self.strategy, {}).get("threshold"),
                 "strategies": self.strategies,
                 "block_length": self.block_length,
                 "mask_token_id": self.llm.checkpoint.special_ids.mask_token_id,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dmax.decoding import get_strategy
 from dmax.engine.request import Request
 from dmax.environment import environment
-from dmax.outputs import GenerationOutput, StreamEvent, as_record
+from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.trace.file import FORMAT, VERSION
 
 if TYPE_CHECKING:
@@ -137,9 +137,11 @@ class Frames:
 
     def output(self, output: GenerationOutput) -> dict[str, Any]:
         """The result of the request as JSON has it, from `LLM.output`."""
-        record = as_record(output)
-        del record["prompt_token_ids"]
-        return record | {
+        return {
+            "text": output.text,
+            "token_ids": list(output.token_ids),
+            "finish_reason": output.finish_reason,
+            **asdict(output.cost),
             "tokens_per_forward": output.tokens_per_forward,
             "seconds": self._seconds(),
         }
