@@ -43,6 +43,7 @@ SMALL = {
     INSTALL: INSTALL,
     "make test": "make --dry-run test",  # this is a part of it
     "dmax demo": "dmax demo --help",
+    "dmax serve": "dmax serve --help",  # tests/serve run it
     "python bench/tiny.py --limit 500 --dtype bfloat16": (
         "python bench/tiny.py --limit 2 --dtype bfloat16 --only 'DMax, SPD' --output runs/tiny.json"
     ),
