@@ -85,7 +85,10 @@ def trace(
 ) -> None:
     """Show every step of a completion as a page that plays it.
 
-    Example: dmax trace "Tom has 3 mugs. He buys 4 more. How many mugs does Tom have?" -o trace.html
+    Example: dmax trace "Jack starts the week with 8 mugs.
+    Later Jack hands 2 mugs to a teacher. Jack throws away 4 broken mugs.
+    A friend gives Jack 5 more mugs. Jack wins 6 mugs in a game.
+    Jack receives 4 mugs as a present. How many mugs does Jack end up with?" -o trace.html
 
     Beside another model: --compare model=tiny-base,threshold=0.3
     """
