@@ -15,6 +15,7 @@ import dmax_command
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys, dmax_command; sys.argv = ['dmax', '--help']; dmax_command.main()"
+SERVE = COMMAND.replace("'--help'", "'serve', '--help'")
 
 
 def changes(code: str, **environment: str) -> dict[str, str]:
@@ -40,6 +41,7 @@ def changes(code: str, **environment: str) -> dict[str, str]:
     [
         ("from dmax import LLM", {}),
         (COMMAND, {"GOMP_SPINCOUNT": "2000", "MPLBACKEND": "agg"}),
+        (SERVE, {"GOMP_SPINCOUNT": "100", "MPLBACKEND": "agg"}),
     ],
 )
 def test_only_the_command_changes_its_environment(code: str, expected: dict[str, str]) -> None:
@@ -52,7 +54,7 @@ def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch, name: st
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(name, "7")
     before = dict(os.environ)
-    dmax_command.spin_briefly()
+    dmax_command.spin_briefly(dmax_command.SPINS)
     assert dict(os.environ) == before
 
 
