@@ -1,4 +1,4 @@
-"""docs/serving.md is true: its Python runs, its figures are the model's, its tables are complete."""
+"""docs/serving.md is true: its Python runs, its figures are right, its tables are complete."""
 
 from __future__ import annotations
 
