@@ -20,7 +20,7 @@ from toy_server import Answer, get, post, read_answer
 from dmax.errors import InputError
 from dmax.serve.run import bind, greeting, url_of
 
-PROMPTLY = 20  # seconds that nothing here takes, by far
+PROMPTLY = 120  # seconds that nothing here takes, by far
 
 
 class Process:

@@ -156,12 +156,12 @@ class Served:
 
     def connect(self) -> socket.socket:
         """A connection; reading from one that the server leaves open fails after a while."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
     def record(self, **expected: Any) -> Record:
         """The record of the next request with these attributes that ends; waits for it."""
         while True:
-            record = self._records.get(timeout=20)
+            record = self._records.get(timeout=120)
             if all(getattr(record, name) == value for name, value in expected.items()):
                 return record
 

@@ -35,7 +35,7 @@ from dmax.serve.settings import ServerOptions
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEEP_ALIVE_SECONDS = 75  # longer than proxies and clients keep an idle connection themselves
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 512  # connections that wait to be accepted; as many are, before others get their turn
 OTHER_FILES = 128  # that a process has open beside its connections
 LAST_SECOND = 1.0  # of the time to end in, for errors to those who did not finish
 QUESTION = (
@@ -272,6 +272,7 @@ def configure(app: ASGIApp, options: ServerOptions, metrics: Metrics) -> uvicorn
         ws="none",
         lifespan="off",
         interface="asgi3",
+        backlog=BACKLOG,
         workers=1,  # whatever WEB_CONCURRENCY says
         log_config=None,
         log_level=logging.CRITICAL,  # requests have their own log, and errors are in it
