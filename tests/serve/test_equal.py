@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from dmax import DecodingParams, strategies
 from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.serve.params import derived_seed
+from dmax.serve.served import ServedModel
+from dmax.serve.settings import ServerOptions
 
 WITHOUT_HEAD = sorted(set(strategies()) - {"learn2pd", "demask"})
 
@@ -250,3 +253,24 @@ def test_a_head_of_another_model_is_refused(server: Running) -> None:
     body = {"model": TINY, "messages": [{"role": "user", "content": "Hi"}], "dmax": options}
     answer = server.post("/v1/chat/completions", body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "dmax.options")
+
+
+def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(server: Running) -> None:
+    llm: LLM = server.models[0].llm
+    options = ServerOptions()
+    bare = LLM.from_checkpoint(replace(llm.checkpoint, tokenizer=None))
+    model = ServedModel(TINY, lambda: bare, options)
+    model.load()
+    ids = list(llm.encode(QUESTION))
+    [expected] = llm.generate([ids], DecodingParams())
+    with Running(model, options=options) as other:
+        asked = {"model": TINY, "prompt": ids, "logprobs": 1}
+        [choice] = other.post("/v1/completions", asked).json()["choices"]
+        assert choice["text"] == "" and choice["dmax"]["token_ids"] == list(expected.token_ids)
+        assert choice["logprobs"]["tokens"] == [str(token) for token in expected.token_ids]
+        streamed = other.post("/v1/completions", asked | {"stream": True}).text
+        assert streamed.rstrip().endswith("[DONE]") and '"error"' not in streamed
+        for more in ({"prompt": "Hi"}, {"stop": "a"}):
+            refused = other.post("/v1/completions", asked | more)
+            assert refused.status_code == 400
+            assert "no tokenizer" in refused.json()["error"]["message"]

@@ -114,6 +114,10 @@ def test_the_document_has_every_strategy_with_its_own_settings(document: Any) ->
     described = {each["properties"]["strategy"]["const"]: each["properties"] for each in named}
     assert set(described) == set(strategies()) - {"learn2pd", "demask"}  # they take a head
     assert described["sched"]["options"]["anyOf"][0]["properties"]["schedule"]["enum"]
+    alternatives = [each for each in named if each["title"] == "sched"]
+    settings = [each["properties"]["options"]["anyOf"][0]["properties"] for each in alternatives]
+    assert [each.get("low", {}).get("maximum") for each in settings] == [None, 7.5]
+    assert [each.get("high", {}).get("minimum") for each in settings] == [2.5, None]
     for name, properties in described.items():
         for option, schema in properties["options"]["anyOf"][0]["properties"].items():
             bounds = schema["anyOf"][0] if "anyOf" in schema else schema

@@ -143,6 +143,12 @@ def test_what_a_completion_may_not_ask_is_refused_by_name(
     check(server.post("/v1/completions", COMPLETION | asked), param, sentence)
 
 
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(server: Running) -> None:
+    for prompt in ("word " * 2000, "word " * 100_000, [5] * 1024, [5] * 5000):
+        answer = server.post("/v1/completions", COMPLETION | {"prompt": prompt})
+        assert answer.json()["error"]["code"] == "context_length_exceeded", answer.text
+
+
 HARMLESS = {
     "audio": None,
     "frequency_penalty": 0,

@@ -124,10 +124,26 @@ def _strategies(models: Sequence[ServedModel]) -> list[Schema]:
     shared = {key: schema for key, schema in known[0].items() if all(key in own for own in known)}
     unnamed = _variant({"enum": [None, "auto"]}, shared)
     named = [
-        _variant({"const": name}, _own_fields(name)) | {"required": ["strategy"], "title": name}
+        _variant({"const": name}, own) | {"required": ["strategy"], "title": name}
         for name in names
+        for own in _alternatives(name)
     ]
     return [unnamed, *named]
+
+
+def _alternatives(strategy: str) -> list[dict[str, Schema]]:
+    """The settings of a strategy, one of those that bound each other at a time."""
+    own = _own_fields(strategy)
+    defaults = get_strategy(DecodingParams(strategy)).numbers()
+    bound: dict[str, Schema] = {}
+    for name, schema in own.items():
+        for limit, furthest in (("minimum", min), ("maximum", max)):
+            if limit in schema and not _takes(strategy, name, schema[limit]):
+                # The default of the other one is as far as this one goes.
+                taken = [each for each in defaults.values() if _takes(strategy, name, each)]
+                bound[name] = bound.get(name, schema) | {limit: furthest(taken)}
+    free = {name: schema for name, schema in own.items() if name not in bound}
+    return [free | {name: schema} for name, schema in bound.items()] or [free]
 
 
 def _variant(strategy: Schema, own: dict[str, Schema]) -> Schema:
@@ -145,13 +161,7 @@ def _own_fields(strategy: str) -> dict[str, Schema]:
     types = get_type_hints(found)
     # Subclasses are dataclasses, which mypy cannot know.
     all_fields = fields(found)  # type: ignore[arg-type]
-    own = {each.name: _schema(each, types[each.name]) for each in all_fields if each.init}
-    for each in all_fields:
-        schema = own.get(each.name, NULL)
-        for bound in ("minimum", "maximum"):
-            if bound in schema and not _takes(strategy, each.name, schema[bound]):
-                schema[bound] = each.default  # another setting is a bound, too
-    return own
+    return {each.name: _schema(each, types[each.name]) for each in all_fields if each.init}
 
 
 def _takes(strategy: str, option: str, value: float) -> bool:

@@ -82,10 +82,9 @@ def read(body: ChatRequest | CompletionRequest, model: ServedModel) -> Asked:
         num_new = _num_new(body, len(prompt_ids), strategy, name, model)
         for choice in range(num_choices):
             own = replace(params, max_new_tokens=num_new, seed=derived_seed(body.seed, choice))
-            request = model.llm.request(len(requests), prompt_ids, own)
-            if is_provisional or num_top is not None:
-                request = replace(request, provisional=True)
-            requests.append(request)
+            requests.append(_request(len(requests), prompt_ids, own, model))
+    if is_provisional or num_top is not None:
+        requests = [replace(each, provisional=True) for each in requests]
     return Asked(
         is_chat=isinstance(body, ChatRequest),
         prompts=[prompt for prompt in prompts for _ in range(num_choices)],
@@ -96,6 +95,15 @@ def read(body: ChatRequest | CompletionRequest, model: ServedModel) -> Asked:
         is_provisional=is_provisional,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
+
+
+def _request(
+    index: int, prompt_ids: tuple[int, ...], params: DecodingParams, model: ServedModel
+) -> EngineRequest:
+    try:
+        return model.llm.request(index, prompt_ids, params)
+    except InputError as error:
+        raise bad_request(error) from error
 
 
 def derived_seed(seed: int | None, choice: int) -> int | None:
@@ -129,7 +137,8 @@ def _encode(prompt: Any, name: str, model: ServedModel) -> tuple[int, ...]:
     try:
         prompt_ids = model.llm.encode(prompt, raw=True)
     except InputError as error:
-        raise bad_request(error, name) from error
+        is_too_long = "there is room for" in error.message
+        raise bad_request(error, name, CONTEXT_ERROR if is_too_long else None) from error
     most = model.options.max_prompt_tokens
     if most is not None and len(prompt_ids) > most:
         message = f"the prompt has {len(prompt_ids)} tokens, and this server takes {most}"

@@ -18,8 +18,6 @@ from dmax.serve.replies import DONE
 from dmax.serve.served import Ongoing
 
 MEDIA_TYPE = "text/event-stream"
-STALL_SECONDS = 30.0
-"""For a client to read on, once the network holds as much as it takes."""
 LAST = f"data: {DONE}\n\n".encode()
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy keeps it back
 
@@ -160,13 +158,8 @@ class StreamResponse(Response):
 async def _send(send: Send, chunks: Iterable[bytes]) -> None:
     """Send chunks together; waits while the client does not read."""
     body = b"".join(chunks)
-    if not body:
-        return
-    try:
-        async with asyncio.timeout(STALL_SECONDS):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-    except TimeoutError:
-        raise ClientGone from None
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 @contextmanager
