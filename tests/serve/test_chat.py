@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -79,6 +80,19 @@ def test_every_forward_is_streamed_on_request(server: Running, client: OpenAI) -
     assert chunks[-1].dmax["kind"] == "finished" and chunks[-1].dmax["text"] == text
 
 
+def test_a_stream_of_forwards_begins_with_how_it_is_decoded(client: OpenAI) -> None:
+    extra: Any = {"dmax": {"stream": "provisional", "threshold": 0.7}}
+    for prompt, shown in (("Two mugs", "Two mugs"), ([5, 6, 7], None)):
+        chunks = client.completions.create(
+            model=TINY, prompt=prompt, max_tokens=8, n=2, stream=True, extra_body=extra
+        )
+        begins = [each.dmax for each in chunks if not each.choices]  # type: ignore[attr-defined]
+        begins = [each for each in begins if each["kind"] == "begin"]
+        assert [each["index"] for each in begins] == [0, 1]
+        assert [each["prompt"] for each in begins] == [shown] * 2
+        assert [each["threshold"] for each in begins] == [0.7] * 2
+
+
 def test_both_models_are_listed_and_answer_by_name(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny-dmax", "tiny-base"]
     assert client.models.retrieve("tiny-base").dmax["strategy"] == "threshold"
@@ -100,8 +114,6 @@ def test_an_unknown_model_is_an_error_that_names_those_there_are(client: OpenAI)
 
 
 def test_health_says_ready_only_when_every_model_is(server: Running) -> None:
-    import httpx
-
     answer = httpx.get(f"{server.url}/health")
     assert answer.status_code == 200
     assert json.loads(answer.content) == {"status": "ok", "loading": []}

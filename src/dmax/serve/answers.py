@@ -1,7 +1,7 @@
 """Answers as OpenAI's interface has them, whole and in pieces, from what the engine reports.
 
-A choice is one answer to one prompt. `Choice` follows its events; the functions below put choices
-into the objects of the interface. What those have no place for stands in objects named `dmax`.
+A choice is one answer to one prompt. `Choice` follows its events, and `Answer` puts choices into
+the objects of the interface. What those have no place for stands in objects named `dmax`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class Choice:
         self._probabilities = Probabilities()
         eos = model.llm.checkpoint.special_ids.eos_token_ids
         self._ends = () if params.ignore_eos else eos
-        self._num_settled = 0  # tokens before the end, as far as it is known
         self._num_given = 0  # tokens whose probabilities were given
         self._num_characters = 0  # of those tokens, one by one
 
@@ -84,11 +83,10 @@ class Choice:
         room = self.request.params.max_new_tokens - event.position
         ids = event.token_ids[: max(room, 0)]
         ids = tuple(takewhile(lambda token: token not in self._ends, ids))
-        self._num_settled = event.position + len(ids)
         text = self._deltas.add(ids)
-        if self._deltas.is_over:  # which of the tokens count is known at the end
-            return Piece(text, self._logprobs(self._num_given))
-        return Piece(text, self._logprobs(self._num_settled))
+        # After a stop text, which of the tokens count is known at the end.
+        end = self._num_given if self._deltas.is_over else event.position + len(ids)
+        return Piece(text, self._logprobs(end))
 
     def finish(self, event: StreamEvent) -> Piece:
         """What the "finished" event adds to the rest."""
@@ -174,6 +172,10 @@ class Answer:
             record.num_prefill_forwards = num_prefill + output.num_prefill_forwards
             if event.index == 0:
                 record.finish_reason = output.finish_reason
+
+    def leave(self) -> None:
+        """Have the record know that the client is gone."""
+        self._record.outcome = "cancelled"
 
     def fail(self, error: ApiError) -> None:
         """Have the record know of an error within a stream."""

@@ -115,6 +115,7 @@ async def _answer(
                 for event in events:
                     answer.take(event)
     except ClientGone:
+        answer.leave()
         return Response(status_code=CLIENT_GONE)
     return _json(answer.whole())
 

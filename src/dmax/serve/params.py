@@ -35,7 +35,7 @@ class Asked:
 
     Attributes:
         is_chat: whether it is a chat; otherwise texts or token ids are continued.
-        prompts: as the client gave them, one for each choice.
+        prompts: as the client gave them, one for each choice; None for token ids.
         requests: for the engine, one for each choice.
         num_prompt_tokens: of all prompts.
         num_top: candidates beside the probability of each token; None: no probabilities.
@@ -87,7 +87,7 @@ def read(body: ChatRequest | CompletionRequest, model: ServedModel) -> Asked:
         requests = [replace(each, provisional=True) for each in requests]
     return Asked(
         is_chat=isinstance(body, ChatRequest),
-        prompts=[prompt for prompt in prompts for _ in range(num_choices)],
+        prompts=[_shown(prompt) for prompt in prompts for _ in range(num_choices)],
         requests=requests,
         num_prompt_tokens=sum(map(len, encoded)),
         num_top=num_top,
@@ -131,6 +131,11 @@ def _prompts(prompt: Any) -> list[Any]:
     """One prompt or several, as texts or lists of token ids."""
     is_several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     return prompt if is_several else [prompt]
+
+
+def _shown(prompt: Any) -> Any:
+    """A text or messages as they are; the token ids of a prompt are shown anyway."""
+    return None if isinstance(prompt[0], int) else prompt
 
 
 def _encode(prompt: Any, name: str, model: ServedModel) -> tuple[int, ...]:

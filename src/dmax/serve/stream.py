@@ -148,6 +148,7 @@ class StreamResponse(Response):
                     await _send(send, self._chunks.step(events))
                 await _send(send, self._chunks.end())
             except ClientGone:
+                self._answer.leave()
                 return
             except ApiError as error:
                 self._answer.fail(error)
