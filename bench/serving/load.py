@@ -1,0 +1,241 @@
+"""Many clients: is every answer the right one, and does the server give back what it took?"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+
+from dmax.checkpoint import load_checkpoint
+from dmax.llm import LLM
+from dmax.outputs import GenerationOutput
+from serving.cases import CHAT, Case, alone, faults_of_stream, mixed_cases, plain_cases
+from serving.client import DONE, Broken, Connection, Refused, connect
+from serving.row import Result, Sizes
+from serving.server import BENCH, MODEL, Server, serving, settles
+
+IN_64_BITS = (str(BENCH / "serving" / "under_test.py"),)
+SHOWN = 10
+"""Faults of one kind that are written down."""
+LEAST_MIB = 16.0
+"""Growth of memory that tells nothing: what an allocator keeps differs by as much."""
+WARM_UP = 60.0
+"""Seconds of a soak after which memory is watched."""
+
+
+async def mixed(sizes: Sizes) -> Result:
+    """Every answer under load is that of the same request alone."""
+    cases = mixed_cases(sizes.requests, sizes.seed)
+    expected = _alone_in_64_bits(cases)
+    async with serving("--dtype", "float64", program=IN_64_BITS) as server:
+        began = time.perf_counter()
+        streams = await _ask_all(server, cases, sizes.at_once)
+        seconds = time.perf_counter() - began
+        totals = await server.idle()
+
+    result = Result()
+    equal = 0
+    for case, events, right in zip(cases, streams, expected, strict=True):
+        wrong = faults_of_stream(events, right)
+        equal += not wrong
+        result.faults += [f"{case.params.strategy}: {fault}" for fault in wrong[:SHOWN]]
+    result.faults[SHOWN:] = []
+    kinds = Counter(case.params.strategy for case in cases)
+    result.figures = {
+        "requests": len(cases),
+        "at_once": sizes.at_once,
+        "equal_to_alone": equal,
+        "distinct_answers": len({output.text for output in expected}),
+        "strategies": dict(sorted(kinds.items())),
+        "sampled": sum(case.params.temperature > 0 for case in cases),
+        "provisional": sum(case.stream == "provisional" for case in cases),
+        "tokens": sum(len(output.token_ids) for output in expected),
+        "seconds": round(seconds, 1),
+        "metrics": totals,
+    }
+    return result
+
+
+def _alone_in_64_bits(cases: Sequence[Case]) -> list[GenerationOutput]:
+    checkpoint = load_checkpoint(MODEL, dtype=torch.float64, device="cpu")
+    return alone(LLM.from_checkpoint(checkpoint), cases)
+
+
+async def _ask_all(server: Server, cases: Sequence[Case], at_once: int) -> list[list[object]]:
+    """The events of each request, so many in flight; half the clients keep their connection."""
+    streams: list[list[object]] = [[] for _ in cases]
+    waiting = iter(enumerate(cases))
+
+    async def keep_asking(is_patient: bool) -> None:
+        connection = await connect(server.address)
+        for index, case in waiting:
+            try:
+                async for event in connection.events(CHAT, case.body(MODEL)):
+                    streams[index].append(event)
+            except (Broken, Refused) as error:
+                streams[index].append({"error": str(error)})
+            if not is_patient:
+                await connection.close()
+                connection = await connect(server.address)
+        await connection.close()
+
+    await asyncio.gather(*(keep_asking(client % 2 == 0) for client in range(at_once)))
+    return streams
+
+
+async def disconnects(sizes: Sizes) -> Result:
+    """Clients that go away in the middle leave nothing behind."""
+    cases = [
+        replace(case, params=replace(case.params, max_new_tokens=512, ignore_eos=True))
+        for case in plain_cases(32, sizes.seed)
+    ]
+    draw = random.Random(sizes.seed)
+    result = Result()
+    async with serving("--dtype", "float32") as server:
+        num_files = server.num_files
+        levels = []
+        for _ in range(3):  # the first one only fills what the server keeps anyway
+            await _leave_early(server, cases, sizes.disconnects, draw)
+            totals = await server.idle()
+            levels.append(server.resident_mib)
+        are_closed = await settles(lambda: server.num_files <= num_files)
+        files_after = server.num_files
+        answer = await _whole(server, cases[0])
+    _, before, after = levels
+    growth = after - before
+    result.must(growth < LEAST_MIB, f"memory grew by {growth:.1f} MiB")
+    result.must(are_closed, f"{num_files} files were open, and {files_after} stay so")
+    result.must(answer[-1:] == [DONE], f"the next client gets {answer[-1:]}")
+    result.figures = {
+        "clients": sizes.disconnects,
+        "resident_mib_before": round(before, 1),
+        "resident_mib_after": round(after, 1),
+        "open_files_before": num_files,
+        "open_files_after": files_after,
+        "running_after": 0,
+        "waiting_after": 0,
+        "metrics": totals,
+    }
+    return result
+
+
+async def _leave_early(
+    server: Server, cases: Sequence[Case], num: int, draw: random.Random, at_once: int = 32
+) -> None:
+    """Clients that drop their connection after a random number of events, some before any."""
+    plan = iter([(draw.choice(cases), draw.randint(0, 8), draw.random()) for _ in range(num)])
+
+    async def leave() -> None:
+        for case, num_events, patience in plan:
+            connection = await connect(server.address)
+            await _read_some(connection, case, num_events, patience / 10)
+            connection.abort()
+
+    await asyncio.gather(*(leave() for _ in range(at_once)))
+
+
+async def _read_some(connection: Connection, case: Case, num: int, patience: float) -> None:
+    """Read so many events of a stream; with none, wait a moment for the request to be decoded."""
+    if not num:
+        await connection.send("POST", CHAT, case.body(MODEL))
+        await asyncio.sleep(patience)
+        return
+    seen = 0
+    async for _ in connection.events(CHAT, case.body(MODEL)):
+        seen += 1
+        if seen == num:
+            return
+
+
+async def _whole(server: Server, case: Case) -> list[object]:
+    async with await connect(server.address) as connection:
+        return [event async for event in connection.events(CHAT, case.body(MODEL))]
+
+
+async def soak(sizes: Sizes, at_once: int = 8) -> Result:
+    """Memory stays flat under steady load."""
+    cases = mixed_cases(64, sizes.seed)
+    result = Result()
+    async with serving() as server:
+        await _ask_all(server, cases, at_once)  # all strategies and lengths once
+        began = time.monotonic()
+        state = _Soak(server, cycle(cases), began + sizes.soak_seconds, sizes.soak_requests)
+        await asyncio.gather(state.watch(), *(state.keep_asking() for _ in range(at_once)))
+        seconds = time.monotonic() - began
+        totals = await server.idle()
+
+    samples = [(at - began, mib) for at, mib in state.samples]
+    settled = [sample for sample in samples if sample[0] >= min(WARM_UP, seconds / 3)]
+    slope, low, high = slope_with_interval(settled)
+    level = statistics.median(mib for _, mib in settled)
+    grows = low > 0 and slope * seconds > max(level / 100, LEAST_MIB / 4)
+    result.must(not grows, f"memory grows by {slope * 60:.2f} MiB a minute")
+    result.must(not state.faults, f"{len(state.faults)} bad answers: {state.faults[:3]}")
+    result.figures = {
+        "seconds": round(seconds, 1),
+        "clients": at_once,
+        "requests": state.num_answers,
+        "resident_mib_first": round(settled[0][1], 1),
+        "resident_mib_last": round(settled[-1][1], 1),
+        "resident_mib_median": round(level, 1),
+        "mib_per_minute": {"median": slope * 60, "low": low * 60, "high": high * 60},
+        "samples": [(round(at), round(mib, 1)) for at, mib in samples[:: len(samples) // 60 + 1]],
+        "metrics": totals,
+    }
+    return result
+
+
+class _Soak:
+    """A steady load, and what the server's memory does under it."""
+
+    def __init__(self, server: Server, cases: Iterator[Case], ends: float, least: int) -> None:
+        self.server = server
+        self.cases = cases
+        self.ends = ends
+        self.least = least
+        self.num_answers = 0
+        self.faults: list[str] = []
+        self.samples: list[tuple[float, float]] = []
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.ends and self.num_answers >= self.least
+
+    async def keep_asking(self) -> None:
+        while not self.is_over():
+            events = await _whole(self.server, next(self.cases))
+            self.num_answers += 1
+            if events[-1:] != [DONE]:
+                self.faults.append(str(events[-1:]))
+
+    async def watch(self) -> None:
+        while not self.is_over():
+            self.samples.append((time.monotonic(), self.server.resident_mib))
+            await asyncio.sleep(1.0 if self.ends - time.monotonic() > 30 else 0.1)
+
+
+def slope_with_interval(
+    samples: Sequence[tuple[float, float]], num_parts: int = 20
+) -> tuple[float, float, float]:
+    """Slope of a line through samples, and its 95 % interval.
+
+    Neighbouring samples are alike, so the line goes through the means of `num_parts` stretches of
+    time, which are taken as independent.
+    """
+    size = max(len(samples) // num_parts, 1)
+    parts = [samples[at : at + size] for at in range(0, len(samples) - size + 1, size)]
+    times = [statistics.fmean(at for at, _ in part) for part in parts]
+    values = [statistics.fmean(mib for _, mib in part) for part in parts]
+    slope, intercept = statistics.linear_regression(times, values)
+    rest = [value - intercept - slope * at for at, value in zip(times, values, strict=True)]
+    spread = statistics.fsum(error**2 for error in rest) / max(len(parts) - 2, 1)
+    middle = statistics.fmean(times)
+    error = (spread / statistics.fsum((at - middle) ** 2 for at in times)) ** 0.5
+    margin = 2.1 * error  # Student's t for 18 degrees of freedom
+    return slope, slope - margin, slope + margin
