@@ -22,7 +22,7 @@ from serving.load import SHOWN
 from serving.row import Result, Sizes
 from serving.server import MODEL, Server, serving
 
-DEADLINE = 10.0
+DEADLINE = 2.0
 """Seconds that the server gives requests in progress once it is told to end."""
 MARGIN = 10.0
 """Seconds beside them until the process has gone, on a machine with other work."""

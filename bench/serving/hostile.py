@@ -217,10 +217,20 @@ def fault_of_refusal(answer: Answer) -> str:
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-def bad_bodies() -> Iterator[tuple[str, bytes]]:
-    """Bodies that are no request, by what they are."""
+def good_body(path: str) -> bytes:
+    """A request that would be answered."""
+    [case] = plain_cases(1, seed=1, max_new_tokens=8)
+    body = case.body(MODEL, stream=False)
+    if path == CHAT:
+        return body
+    fields = json.loads(body)
+    del fields["messages"]
+    return json.dumps(fields | {"prompt": case.prompt}).encode()
+
+
+def bad_bodies(good: bytes) -> Iterator[tuple[str, bytes]]:
+    """What a good body can be spoilt to, by what it is then."""
     digits = b"9" * 1_000_000
-    good = plain_cases(1, seed=1, max_new_tokens=8)[0].body(MODEL, stream=False)
     head = good[:-1]
     yield "invalid UTF-8", good.replace(b"How many", b"\xff\xfe\x80")
     yield "an overlong form", good.replace(b"How many", b"\xc0\xaf")
@@ -282,8 +292,8 @@ async def bad_bytes(sizes: Sizes) -> Result:
     result = Result()
     statuses = Counter[str]()
     async with serving(*SHORT) as server, neighbour(server.address) as beside:
-        for what, body in bad_bodies():
-            for path in (CHAT, COMPLETIONS):
+        for path in (CHAT, COMPLETIONS):
+            for what, body in bad_bodies(good_body(path)):
                 answer = await ask(server.address, "POST", path, body)
                 statuses[str(answer.status)] += 1
                 if wrong := fault_of_refusal(answer):

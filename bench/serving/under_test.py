@@ -13,7 +13,7 @@ import dmax_command
 
 def main() -> None:
     """Run the command."""
-    dmax_command.spin_briefly()  # before torch is loaded
+    dmax_command.spin_briefly(dmax_command.SPINS_BESIDE_OTHERS)  # before torch is loaded
 
     import torch
 
