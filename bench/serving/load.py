@@ -26,8 +26,9 @@ SHOWN = 10
 """Faults of one kind that are written down."""
 LEAST_MIB = 16.0
 """Growth of memory that tells nothing: what an allocator keeps differs by as much."""
-WARM_UP = 60.0
-"""Seconds of a soak after which memory is watched."""
+WARM_UP = 300.0
+"""Seconds of a soak after which memory is watched. Until then the allocator still takes pages for
+mixtures of requests that have not come together before."""
 
 
 async def mixed(sizes: Sizes) -> Result:
@@ -186,6 +187,7 @@ async def soak(sizes: Sizes, at_once: int = 8) -> Result:
         "seconds": round(seconds, 1),
         "clients": at_once,
         "requests": state.num_answers,
+        "resident_mib_begin": round(samples[0][1], 1),
         "resident_mib_first": round(settled[0][1], 1),
         "resident_mib_last": round(settled[-1][1], 1),
         "resident_mib_median": round(level, 1),
