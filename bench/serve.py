@@ -182,7 +182,7 @@ ROWS = {
         endings,
         _endings,
     ),
-    "soak": Row("10 minutes at steady load, after 5 to warm up", "flat memory", load.soak, _soak),
+    "soak": Row("10 minutes at steady load, after 10 to warm up", "flat memory", load.soak, _soak),
     "lm_eval": Row(
         "lm_eval, `local-chat-completions`",
         "the counts of `dmax eval`",

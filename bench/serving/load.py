@@ -26,7 +26,7 @@ SHOWN = 10
 """Faults of one kind that are written down."""
 LEAST_MIB = 16.0
 """Growth of memory that tells nothing: what an allocator keeps differs by as much."""
-WARM_UP = 300.0
+WARM_UP = 600.0
 """Seconds of a soak after which memory is watched. Until then the allocator still takes pages for
 mixtures of requests that have not come together before."""
 
@@ -177,7 +177,7 @@ async def soak(sizes: Sizes, at_once: int = 8) -> Result:
         totals = await server.idle()
 
     samples = [(at - began, mib) for at, mib in state.samples]
-    settled = [sample for sample in samples if sample[0] >= min(WARM_UP, seconds / 3)]
+    settled = [sample for sample in samples if sample[0] >= min(WARM_UP, seconds / 2)]
     slope, low, high = slope_with_interval(settled)
     level = statistics.median(mib for _, mib in settled)
     grows = low > 0 and slope * seconds > max(level / 100, LEAST_MIB / 4)

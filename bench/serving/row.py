@@ -19,7 +19,7 @@ class Sizes:
         bodies: that hypothesis makes.
         keys: wrong ones.
         broken: requests in flight beside those that break.
-        soak_seconds: at steady load, the first third to warm up; 0: as long as `soak_requests`
+        soak_seconds: at steady load, the first half to warm up; 0: as long as `soak_requests`
             take.
         soak_requests: at the least.
         problems: that lm_eval asks.
@@ -36,7 +36,7 @@ class Sizes:
     bodies: int = 1000
     keys: int = 1000
     broken: int = 48
-    soak_seconds: float = 900.0
+    soak_seconds: float = 1200.0
     soak_requests: int = 0
     problems: int = 128
     rounds: int = 7
