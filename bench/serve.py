@@ -182,7 +182,12 @@ ROWS = {
         endings,
         _endings,
     ),
-    "soak": Row("10 minutes at steady load, after 10 to warm up", "flat memory", load.soak, _soak),
+    "soak": Row(
+        "15 minutes of steady load, the second half watched",
+        "flat memory",
+        load.soak,
+        _soak,
+    ),
     "lm_eval": Row(
         "lm_eval, `local-chat-completions`",
         "the counts of `dmax eval`",

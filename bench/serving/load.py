@@ -26,7 +26,7 @@ SHOWN = 10
 """Faults of one kind that are written down."""
 LEAST_MIB = 16.0
 """Growth of memory that tells nothing: what an allocator keeps differs by as much."""
-WARM_UP = 600.0
+WARM_UP = 450.0
 """Seconds of a soak after which memory is watched. Until then the allocator still takes pages for
 mixtures of requests that have not come together before."""
 

@@ -36,7 +36,7 @@ class Sizes:
     bodies: int = 1000
     keys: int = 1000
     broken: int = 48
-    soak_seconds: float = 1200.0
+    soak_seconds: float = 900.0
     soak_requests: int = 0
     problems: int = 128
     rounds: int = 7
