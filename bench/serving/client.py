@@ -13,9 +13,9 @@ that a measurement could do without.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +23,16 @@ from typing import Any, Self
 DONE = "[DONE]"
 HANG = 120.0
 """Seconds without a byte after which a server counts as hung; far more than anything here takes."""
+
+
+@contextlib.asynccontextmanager
+async def in_time(what: str, seconds: float = HANG) -> AsyncIterator[None]:
+    """Raise a `TimeoutError` that says what took longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimeoutError(f"{what} took more than {seconds:g} s") from None
 
 
 class Broken(Exception):
@@ -136,7 +146,7 @@ class Connection:
         """
         try:
             self._writer.write(data)
-            async with asyncio.timeout(HANG):
+            async with in_time("sending"):
                 await self._writer.drain()
         except ConnectionError as error:
             raise Broken(f"the server stopped reading: {error}") from None
@@ -166,7 +176,7 @@ class Connection:
 
     async def _line(self) -> bytes:
         try:
-            async with asyncio.timeout(HANG):
+            async with in_time("the next line of an answer"):
                 line = await self._reader.readuntil(b"\r\n")
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise Broken(f"the connection ended early: {error}") from None
@@ -174,7 +184,7 @@ class Connection:
 
     async def _exactly(self, size: int) -> bytes:
         try:
-            async with asyncio.timeout(HANG):
+            async with in_time("the rest of a part of an answer"):
                 return await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise Broken(f"the connection ended early: {error}") from None
@@ -182,7 +192,7 @@ class Connection:
     async def close(self) -> None:
         """Close it, whatever is on its way."""
         self._writer.close()
-        with suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
 
     def abort(self) -> None:
@@ -211,7 +221,7 @@ class Refused(Exception):
 
 async def connect(address: Address) -> Connection:
     """A new connection."""
-    async with asyncio.timeout(HANG):
+    async with in_time("connecting"):
         reader, writer = await asyncio.open_connection("127.0.0.1", address.port, limit=2**20)
     return Connection(address, reader, writer)
 

@@ -19,7 +19,7 @@ from dmax.outputs import GenerationOutput
 from serving.cases import CHAT, Case, alone, faults_of_stream, mixed_cases, plain_cases
 from serving.client import DONE, Broken, Connection, Refused, connect
 from serving.row import Result, Sizes
-from serving.server import BENCH, MODEL, Server, serving, settles
+from serving.server import BENCH, MODEL, RUNNING, WAITING, Server, serving, settles
 
 IN_64_BITS = (str(BENCH / "serving" / "under_test.py"),)
 SHOWN = 10
@@ -120,8 +120,8 @@ async def disconnects(sizes: Sizes) -> Result:
         "resident_mib_after": round(after, 1),
         "open_files_before": num_files,
         "open_files_after": files_after,
-        "running_after": 0,
-        "waiting_after": 0,
+        "running_after": int(totals[RUNNING]),
+        "waiting_after": int(totals[WAITING]),
         "metrics": totals,
     }
     return result

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.client import Address, Answer, Broken, ask
+from serving.client import Address, Answer, Broken, ask, in_time
 
 MODEL = "tiny-dmax"
 STARTS = 300.0
@@ -87,7 +87,7 @@ class Server:
         Raises:
             TimeoutError: something is never given back.
         """
-        async with asyncio.timeout(60):
+        async with in_time("giving back all slots", 60):
             while True:
                 found = await self.metrics()
                 if not found[RUNNING] and not found[WAITING]:
