@@ -144,15 +144,14 @@ class Engine:
             try:
                 flags.append(self._step(blocks, batch, sequences))
                 stepped.extend(sequences)
-            except (
-                Exception
-            ):  # a strategy's, whoever wrote it; who takes the step alone shows whose
+            except Exception:  # a strategy's, whoever wrote it
                 for sequence in sequences:
-                    try:
-                        flags.append(self._step(blocks, self._batch([sequence]), [sequence]))
+                    result = self._step_alone(blocks, sequence)
+                    if isinstance(result, StreamEvent):
+                        events.append(result)
+                    else:
+                        flags.append(result)
                         stepped.append(sequence)
-                    except Exception as error:
-                        events.append(self._fail(sequence, error))
         if not flags:
             return events
         found = zip(*torch.cat(flags, dim=1).tolist(), strict=True)  # the only wait for the device
@@ -250,6 +249,13 @@ class Engine:
                 self.prefix_cache.store(runner.cache, slot, sequence.request.prompt_ids)
             sequence.count_forward()
         return flags
+
+    def _step_alone(self, blocks: OpenBlocks, sequence: Sequence) -> Tensor | StreamEvent:
+        """The flags of a step that a sequence takes by itself, or the event that it has failed."""
+        try:
+            return self._step(blocks, self._batch([sequence]), [sequence])
+        except Exception as error:  # of its own strategy
+            return self._fail(sequence, error)
 
     # --- who is in progress ---
 
