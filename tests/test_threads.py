@@ -257,8 +257,8 @@ def test_a_tokenizer_serves_many_threads(llm: LLM) -> None:
         other = encoded()
         for ids in in_threads(lambda _: [other.encode(text) for text in texts]):  # noqa: B023
             assert ids == expected
-        for read in in_threads(lambda _: [other._text(ids) for ids in expected]):  # noqa: B023
-            assert read == [llm._text(ids) for ids in expected]
+        for read in in_threads(lambda _: [other.decode(ids) for ids in expected]):  # noqa: B023
+            assert read == [llm.decode(ids) for ids in expected]
 
 
 # --- ends and errors ------------------------------------------------------------------------------

@@ -189,6 +189,12 @@ class LLM:
         """
         return encode_prompt(prompt, self.checkpoint, raw=raw)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones left out; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def request(self, index: int, prompt: Prompt, params: DecodingParams) -> Request:
         """A request for an engine; `index` is the caller's number for it.
 
@@ -249,14 +255,14 @@ class LLM:
         positions = zip(event.token_ids, event.masked, strict=True)
         before_eos = takewhile(lambda position: position[0] not in eos, positions)
         decoded = [token for token, is_masked in before_eos if not is_masked]
-        return replace(event, text=self._text(decoded))
+        return replace(event, text=self.decode(decoded))
 
     def output(self, request: Request, event: StreamEvent) -> GenerationOutput:
         """The output of a "finished" event with its text; raises the error of one that failed."""
         if event.error is not None:
             raise event.error
         assert event.output is not None, "only finished requests have an output"
-        text = self._text(event.output.token_ids)
+        text = self.decode(event.output.token_ids)
         return replace(event.output, text=before_stop(text, request.params.stop))
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
@@ -275,17 +281,12 @@ class LLM:
         """How many tokens to keep so that their text ends in a stop text; None without one."""
 
         def has_stop(num: int) -> bool:
-            text = self._text(token_ids[:num])
+            text = self.decode(token_ids[:num])
             return any(stop in text for stop in texts)
 
         if not has_stop(len(token_ids)):
             return None
         return next(num for num in range(1, len(token_ids) + 1) if has_stop(num))
-
-    def _text(self, token_ids: Sequence[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def _with_options(

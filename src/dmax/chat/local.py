@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import chain, takewhile
 from typing import Any
 
@@ -98,9 +97,7 @@ class LocalAnswer:
 
     def __iter__(self) -> Iterator[Part]:
         """Its parts; a block settles with its last frame."""
-        tokenizer = self._llm.tokenizer
-        assert tokenizer is not None, "a model without one does not get here"
-        deltas = Deltas(partial(tokenizer.decode, skip_special_tokens=True))
+        deltas = Deltas(self._llm.decode)
         for event in self._events():
             if event.kind == "finished":
                 output = self._llm.output(self._frames.request, event)

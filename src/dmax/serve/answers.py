@@ -66,7 +66,7 @@ class Choice:
         self._asked = asked
         self._model = model
         params = self.request.params
-        self._deltas = Deltas(model.text, params.stop)
+        self._deltas = Deltas(model.llm.decode, params.stop)
         self._probabilities = Probabilities()
         eos = model.llm.checkpoint.special_ids.eos_token_ids
         self._ends = () if params.ignore_eos else eos

@@ -163,11 +163,6 @@ class ServedModel:
             },
         }
 
-    def text(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special ones left out; empty without a tokenizer."""
-        tokenizer = self.llm.tokenizer
-        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True)) if tokenizer else ""
-
     def _token_text(self, token_id: int) -> str:
         """The text of one token, special or not; its number without a tokenizer."""
         tokenizer = self.llm.tokenizer

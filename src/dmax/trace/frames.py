@@ -151,17 +151,13 @@ class Frames:
 
     def _text(self, token: int) -> str:
         """The text of a token within a text, so with the space before its word."""
-        tokenizer = self._llm.tokenizer
-        if tokenizer is None:
+        if self._llm.tokenizer is None:
             return f"{token} "
         if token not in self._texts:
             # Some tokenizers drop the first space of a text: the token follows another.
             before = self.request.prompt_ids[-1]
-            alone, both = (
-                str(tokenizer.decode(ids, skip_special_tokens=True))
-                for ids in ([before], [before, token])
-            )
-            self._texts[token] = both.removeprefix(alone)
+            both = self._llm.decode([before, token])
+            self._texts[token] = both.removeprefix(self._llm.decode([before]))
         return self._texts[token]
 
 
