@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any
 
 from dmax.chat.responder import Outcome, Part, described
@@ -17,7 +17,7 @@ from dmax.hub import find_folder
 from dmax.llm import LLM
 from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.params import DecodingParams
-from dmax.serve.deltas import Deltas
+from dmax.serve.deltas import Deltas, settled_ids
 from dmax.trace.frames import Frame, Frames
 
 
@@ -98,6 +98,7 @@ class LocalAnswer:
     def __iter__(self) -> Iterator[Part]:
         """Its parts; a block settles with its last frame."""
         deltas = Deltas(self._llm.decode)
+        limit = self._frames.request.params.max_new_tokens
         for event in self._events():
             if event.kind == "finished":
                 output = self._llm.output(self._frames.request, event)
@@ -106,8 +107,10 @@ class LocalAnswer:
                 return
             frame = self._frames.frame(event)
             self._seen.append(frame)
-            is_final = event.kind == "committed"
-            yield Part(deltas.add(self._kept(event)) if is_final else "", frame)
+            settled = ""
+            if event.kind == "committed":
+                settled = deltas.add(settled_ids(event, limit, self.eos_token_ids))
+            yield Part(settled, frame)
 
     def trace(self) -> dict[str, Any]:
         """As `Answer.trace`."""
@@ -126,12 +129,6 @@ class LocalAnswer:
                 if event.error is not None:
                     raise event.error
                 yield event
-
-    def _kept(self, event: StreamEvent) -> list[int]:
-        """The tokens of a final block up to the end of the answer."""
-        room = self._frames.request.params.max_new_tokens - event.position
-        ids = event.token_ids[: max(room, 0)]
-        return list(takewhile(lambda token: token not in self.eos_token_ids, ids))
 
     def _finish(self, output: GenerationOutput) -> None:
         self._output = self._frames.output(output)

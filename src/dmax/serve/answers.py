@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from typing import Any
 from uuid import uuid4
 
 from dmax.engine.request import Request
 from dmax.outputs import Cost, FinishReason, GenerationOutput, StreamEvent, ratio
-from dmax.serve.deltas import Deltas
+from dmax.serve.deltas import Deltas, settled_ids
 from dmax.serve.errors import SLOW_READER, ApiError, cause_of
 from dmax.serve.log import Record
 from dmax.serve.logprobs import Probabilities, chat_form, completion_form
@@ -80,9 +79,7 @@ class Choice:
 
     def settle(self, event: StreamEvent) -> Piece:
         """What a "committed" event makes certain; `follow` has seen it."""
-        room = self.request.params.max_new_tokens - event.position
-        ids = event.token_ids[: max(room, 0)]
-        ids = tuple(takewhile(lambda token: token not in self._ends, ids))
+        ids = settled_ids(event, self.request.params.max_new_tokens, self._ends)
         text = self._deltas.add(ids)
         # After a stop text, which of the tokens count is known at the end.
         end = self._num_given if self._deltas.is_over else event.position + len(ids)

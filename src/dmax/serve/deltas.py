@@ -7,7 +7,10 @@ stop text. Both are held back until it is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
+
+from dmax.outputs import StreamEvent, before_stop
 
 UNFINISHED = "\ufffd"
 """What decoding writes for bytes that are no character, or not one yet."""
@@ -72,14 +75,26 @@ class Deltas:
         return new
 
 
+def settled_ids(event: StreamEvent, limit: int, ends: Collection[int]) -> tuple[int, ...]:
+    """The tokens of a settled block that belong to the completion.
+
+    Args:
+        event: of the block.
+        limit: tokens that the completion may have; its last block goes on behind them.
+        ends: ids that end a completion.
+    """
+    ids = event.token_ids[: max(limit - event.position, 0)]
+    return tuple(takewhile(lambda token: token not in ends, ids))
+
+
 def certain(text: str, stops: Sequence[str]) -> int:
     """How many characters of a text no stop text can take away, however it goes on.
 
     That is up to the first stop text, else up to an end that is the beginning of one.
     """
-    found = [text.find(stop) for stop in stops if stop in text]
-    if found:
-        return min(found)
+    end = len(before_stop(text, stops))
+    if end < len(text):
+        return end
     longest = max(map(len, stops), default=0)
     for start in range(max(len(text) - longest + 1, 0), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):
