@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +112,7 @@ def decoding_params(*, option: list[str] | None = None, **given: Any) -> Decodin
     return params
 
 
-def given_among(context: typer.Context, names: Sequence[str]) -> str | None:
+def given_among(context: typer.Context, names: Collection[str]) -> str | None:
     """The first of some options that the command line gives, as it is written there."""
     for parameter in context.command.params:
         name = parameter.name or ""

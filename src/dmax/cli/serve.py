@@ -205,18 +205,18 @@ def _start_other(context: typer.Context) -> None:
 
     given = context.params
     engine: str = given["engine"]
-    asked = {name for name in given if _is_asked(context, name)}
-    for parameter in context.command.params:
-        if parameter.name in asked - OF_ALL_ENGINES:
-            raise InputError(
-                f"{NAMES[engine]} has no `{parameter.opts[0]}`",
-                hint="its own options go after --, as in: dmax serve --engine "
-                f"{engine} --model NAME -- --tensor-parallel-size 2",
-            )
+    strange = options.given_among(context, given.keys() - OF_ALL_ENGINES)
+    if strange:
+        raise InputError(
+            f"{NAMES[engine]} has no `{strange}`",
+            hint="its own options go after --, as in: dmax serve --engine "
+            f"{engine} --model NAME -- --tensor-parallel-size 2",
+        )
     models = given["model"] or [MODELS[0]]
     if len(models) > 1:
         raise InputError(f"{NAMES[engine]} serves one model, and there are {len(models)}")
-    is_sized = "max_batch_size" in asked or engine == "sglang"  # which has 1 as its own default
+    is_asked = options.given_among(context, ("max_batch_size",)) is not None
+    is_sized = is_asked or engine == "sglang"  # which has 1 as its own default
     command_for(
         engine,
         models[0],
@@ -225,8 +225,3 @@ def _start_other(context: typer.Context) -> None:
         keys=read_keys(given["api_key_file"]),
         others=given["arguments"] or (),
     ).start()
-
-
-def _is_asked(context: typer.Context, name: str) -> bool:
-    source: Any = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
