@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
@@ -20,25 +19,10 @@ from prometheus_client.registry import Collector
 
 from dmax.outputs import ratio
 from dmax.serve.log import Record
+from dmax.serve.served import Load
 
 TPF_BUCKETS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-
-
-class Load(Protocol):
-    """How busy a model is."""
-
-    @property
-    def num_running(self) -> int:
-        """Requests that have a slot."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for one."""
-
-    @property
-    def num_slots(self) -> int:
-        """Requests that are decoded at once, at most."""
 
 
 def router(metrics: Metrics) -> APIRouter:
