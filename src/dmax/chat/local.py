@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.params import DecodingParams
 from dmax.serve.deltas import Deltas, settled_ids
 from dmax.trace.frames import Frame, Frames
+from dmax.trace.recording import run_record
 
 
 class LocalResponder:
@@ -115,8 +115,7 @@ class LocalAnswer:
     def trace(self) -> dict[str, Any]:
         """As `Answer.trace`."""
         header = self._frames.header(self._name, self._messages)
-        frames = [frame.as_record() for frame in self._seen]
-        return json.loads(json.dumps({**header, "frames": frames, "output": self._output}))
+        return run_record(header, self._seen, self._output)
 
     def close(self) -> None:
         """As `Answer.close`."""

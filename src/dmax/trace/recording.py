@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dmax.errors import translated
 from dmax.params import DecodingParams
 from dmax.trace.file import Trace
-from dmax.trace.frames import Frames
+from dmax.trace.frames import Frame, Frames
 
 if TYPE_CHECKING:
     from dmax.llm import LLM
@@ -49,9 +49,23 @@ def record(
             if event.kind == "finished":
                 output = frames.output(llm.output(request, event))
             else:
-                steps.append(frames.frame(event).as_record())
-    whole = header | {"frames": steps, "output": output}
-    return Trace.from_record(json.loads(json.dumps(whole)))  # plain lists, as a file gives them
+                steps.append(frames.frame(event))
+    return Trace.from_record(run_record(header, steps, output))
+
+
+def run_record(
+    header: Mapping[str, Any], frames: Iterable[Frame], output: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A whole run as a file would give it back, in plain lists.
+
+    Args:
+        header: from `Frames.header`.
+        frames: in order.
+        output: from `Frames.output`.
+    """
+    whole = {**header, "frames": [frame.as_record() for frame in frames], "output": output}
+    record: dict[str, Any] = json.loads(json.dumps(whole))
+    return record
 
 
 def _as_json(prompt: Any) -> str | list[dict[str, Any]] | None:
