@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dmax.errors import InputError, shorten
+from dmax.errors import InputError, TooLong, shorten
 from dmax.worker import Worker
 
 MAX_TEMPLATE = 100_000  # characters; published ones have up to 20,000
@@ -118,9 +118,9 @@ def _cannot_encode(error: Exception) -> InputError:
 
 
 def check_fits(size: int, what: str, room: int, name: str = "the text") -> None:
-    """Raise `InputError` unless `size` is at most `room`."""
+    """Raise `TooLong` unless `size` is at most `room`."""
     if size > room:
-        raise InputError(
+        raise TooLong(
             f"{name} has {size} {what}, there is room for {room}", hint="shorten the prompt"
         )
 

@@ -39,6 +39,10 @@ def one_line(error: InputError) -> str:
     return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
+class TooLong(InputError):
+    """Input that is longer than what there is room for."""
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Raise as `InputError` what a dependency or the system says about a user's input.

@@ -96,7 +96,7 @@ def _encode_text(prompt: Any, tokenizer: Any, context: int, name: str, raw: bool
         check_fits(len(prompt), "messages", context)
         return encode_chat(tokenizer, read_messages(prompt), context)
     except InputError as error:
-        raise InputError(f"{name}: {error.message}", error.hint) from error
+        raise type(error)(f"{name}: {error.message}", error.hint) from error
 
 
 def _read_ids(prompt: Any, context: int, name: str) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from dmax.decoding import get_strategy, strategy_class
 from dmax.decoding.strategy import Strategy
 from dmax.engine.request import Request as EngineRequest
-from dmax.errors import InputError, show
+from dmax.errors import InputError, TooLong, show
 from dmax.integrations.options import check_client, fresh_block
 from dmax.params import AUTO, DecodingParams
 from dmax.serve.bodies import (
@@ -142,8 +142,8 @@ def _encode(prompt: Any, name: str, model: ServedModel) -> tuple[int, ...]:
     try:
         prompt_ids = model.llm.encode(prompt, raw=True)
     except InputError as error:
-        is_too_long = "there is room for" in error.message
-        raise bad_request(error, name, CONTEXT_ERROR if is_too_long else None) from error
+        code = CONTEXT_ERROR if isinstance(error, TooLong) else None
+        raise bad_request(error, name, code) from error
     most = model.options.max_prompt_tokens
     if most is not None and len(prompt_ids) > most:
         message = f"the prompt has {len(prompt_ids)} tokens, and this server takes {most}"
