@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax.benchmark.measure import in_turns, spread
+from dmax_command import SPINS_BESIDE_OTHERS
 from serving.row import Result, Sizes
 from serving.server import serving
 
@@ -52,7 +53,7 @@ def _callers(kind: str, argument: str) -> Iterator[subprocess.Popen[str]]:
         [sys.executable, str(script), kind, argument],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"GOMP_SPINCOUNT": "100"},  # as `dmax serve` has it
+        env=os.environ | {"GOMP_SPINCOUNT": str(SPINS_BESIDE_OTHERS)},  # as `dmax serve` has it
         text=True,
     ) as process:
         yield process
