@@ -11,6 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dmax-")  # read once, too
@@ -53,6 +54,15 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def needed(heads: Path) -> dict[str, dict[str, str]]:
     """The options that a strategy cannot do without, by its name."""
     return defaultdict(dict, {file.stem: {"head": str(heads)} for file in heads.iterdir()})
+
+
+@pytest.fixture(scope="module", name="browser")
+def browser_fixture() -> Iterator[Any]:
+    """A headless Chromium."""
+    from browser import chromium  # which skips tests where there is nothing to drive it
+
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

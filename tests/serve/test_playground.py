@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, contrasts, needs_chromium, opened
+from browser import contrasts, needs_chromium, opened
 from openai import OpenAI
 from running import Running
 from serving import running
@@ -31,12 +31,6 @@ HOSTILE = (
 @pytest.fixture(scope="module")
 def address(server: Running) -> str:
     return f"{server.url}/"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import chromium, contrasts, needs_chromium, opened
+from browser import contrasts, needs_chromium, opened
 from running import Running
 
 pytestmark = needs_chromium
 WIDTHS = (360, 800, 1400)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, contrasts, needs_chromium, opened
+from browser import contrasts, needs_chromium, opened
 
 from dmax import LLM, DecodingParams
 from dmax.trace import Trace, record
@@ -41,12 +41,6 @@ COLOUR = """async (name) => {
 }"""
 
 Show = Callable[..., AbstractContextManager[Any]]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
