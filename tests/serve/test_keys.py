@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hmac
 import logging
 import os
@@ -51,6 +52,15 @@ def test_the_environment_has_keys_between_commas(tmp_path: Path) -> None:
     assert read_keys(None, {"DMAX_API_KEY": " one, two,,"}) == ("one", "two")
     assert read_keys(written(tmp_path, "one\n"), {"DMAX_API_KEY": "two"}) == ("one", "two")
     assert read_keys(None, {}) == ()
+
+
+def test_keys_are_found_in_another_environment_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `datasets` leaves it: a copy in the place of `os.environ`, where variables then go."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setenv("DMAX_API_KEY", "one")
+    assert read_keys(None) == ("one",)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "# only a comment\n", "\ufeff"])

@@ -44,10 +44,13 @@ class Keys:
         return any(matches)
 
 
-def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+def read_keys(
+    file: Path | None, environment: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
     """The keys of a file, one a line, and those of the variable `DMAX_API_KEY`, between commas.
 
-    Blank lines mean nothing, nor do lines that begin with `#`.
+    Blank lines mean nothing, nor do lines that begin with `#`. Without an `environment` it is that
+    of the process, as it is now: `datasets` puts another object in the place of `os.environ`.
 
     Raises:
         InputError: the file cannot be read, something is no key, or file or variable are given and
@@ -56,8 +59,9 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
     keys: list[str] = []
     if file is not None:
         keys += _checked(shorten(str(file)), _lines(file))
-    if VARIABLE in environment:
-        keys += _checked(VARIABLE, [(VARIABLE, text) for text in environment[VARIABLE].split(",")])
+    given = (os.environ if environment is None else environment).get(VARIABLE)
+    if given is not None:
+        keys += _checked(VARIABLE, [(VARIABLE, text) for text in given.split(",")])
     return tuple(dict.fromkeys(keys))
 
 
