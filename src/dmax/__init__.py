@@ -41,6 +41,10 @@ register_post_import_hook(
     "dmax.models.llada2_moe.configuration:register_configuration",
     "transformers.models.auto.configuration_auto",
 )
+register_post_import_hook(  # what Qwen3's own configuration needs is there only then
+    "dmax.models.sdar.configuration:register_configurations",
+    "transformers.models.auto.modeling_auto",
+)
 
 
 def __getattr__(name: str) -> Any:

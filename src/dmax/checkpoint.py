@@ -31,7 +31,7 @@ from dmax.checkpoint_files import (
 from dmax.decoding import strategies
 from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.files import check_new_folder, new_folder, read_object, writing
-from dmax.hub import find_folder, is_adapter, is_published_dmax
+from dmax.hub import find_folder, is_adapter, is_published_dmax, named_block_length
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
 from dmax.models import NATIVE, backbone
@@ -119,7 +119,7 @@ def load_checkpoint(
         *settings,
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
-        block_length=block_length,
+        block_length=_block_length(block_length, config, name_or_path, folder),
         adds_mask=add_mask_token,
     )
     decoding = named_decoding(config, name_or_path, folder)
@@ -281,6 +281,14 @@ def _is_replaceable(folder: Path) -> bool:
     is_checkpoint = (folder / "config.json").is_file()
     is_own = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
     return not entries or (is_checkpoint and is_own)
+
+
+def _block_length(
+    asked: int | None, config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
+) -> int | None:
+    """What is asked for, or else what the name says of files that are silent."""
+    is_silent = asked is None and getattr(config, "block_length", None) is None
+    return named_block_length(name_or_path, folder) if is_silent else asked
 
 
 def named_decoding(

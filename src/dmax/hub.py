@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from dmax.tiny import BUNDLED, bundled
 
 # Published by the authors of DMax as `Zigeng/…`. They are decoded with SPD, which no file says.
 PUBLISHED_DMAX = ("DMax-16B", "DMax-Math-16B", "DMax-Coder-16B")
+# An SDAR whose blocks are longer than 4 is published as `JetLM/SDAR-…-b32`; no file says so.
+SDAR_BLOCKS = re.compile(r"SDAR-.+-b(\d{1,4})")
 SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model"]
 PATTERNS = [*SETTINGS, "*.safetensors"]
 REACH_SECONDS = 1.5  # to open a connection, which takes a slow network a few tenths
@@ -127,6 +130,14 @@ def is_published_dmax(name_or_path: str | os.PathLike[str], folder: Path) -> boo
     """Whether this is the hub id of a published DMax model, or its folder has the name of one."""
     names = (os.fspath(name_or_path).removeprefix("Zigeng/"), folder.absolute().name)
     return any(name in PUBLISHED_DMAX for name in names)
+
+
+def named_block_length(name_or_path: str | os.PathLike[str], folder: Path) -> int | None:
+    """The block length in the name of a published SDAR or of its folder, if there is one."""
+    for name in (os.path.basename(os.fspath(name_or_path)), folder.absolute().name):
+        if found := SDAR_BLOCKS.fullmatch(name):
+            return int(found[1])
+    return None
 
 
 def _exists(path: Path) -> bool:

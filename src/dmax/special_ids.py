@@ -17,9 +17,9 @@ from dmax.params import MOST, check_number
 
 MASK_TOKEN = "<|mask|>"
 NO_MASK = -1
-# LLaDA-2.x configurations name no block length. Every published checkpoint of the family was
-# trained with this one.
-FAMILY_BLOCK_LENGTH = {"llada2_moe": 32}
+# What published checkpoints were trained with whose files name no block length: all of LLaDA-2.x,
+# and those of SDAR that do not name one themselves (`dmax.hub.named_block_length`).
+FAMILY_BLOCK_LENGTH = {"llada2_moe": 32, "sdar": 4, "sdar_moe": 4}
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,7 @@ class Keys:
         return any(matches)
 
 
-def read_keys(
-    file: Path | None, environment: Mapping[str, str] | None = None
-) -> tuple[str, ...]:
+def read_keys(file: Path | None, environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The keys of a file, one a line, and those of the variable `DMAX_API_KEY`, between commas.
 
     Blank lines mean nothing, nor do lines that begin with `#`. Without an `environment` it is that

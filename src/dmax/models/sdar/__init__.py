@@ -1,0 +1,1 @@
+"""SDAR: Qwen3's networks, dense and with experts, trained to decode blocks (arXiv 2510.06303)."""
