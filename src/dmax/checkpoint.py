@@ -34,10 +34,11 @@ from dmax.files import check_new_folder, new_folder, read_object, writing
 from dmax.hub import find_folder, is_adapter, is_published_dmax, named_block_length
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
-from dmax.models import NATIVE, backbone
+from dmax.models import NATIVE, LLaDA2MoeConfig, backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
 
+LLADA21_CONTEXT = 32_768  # positions; LLaDA-2.0 has half as many, and LLaDA-2.2 more
 # All that a checkpoint written by `save_checkpoint` can consist of, with a picture of its training.
 OWN_FILES = (
     *TOKENIZER_FILES,
@@ -297,8 +298,20 @@ def named_decoding(
     """The strategy that a model was trained for; None where nobody says."""
     named: str | None = getattr(config, "decoding_strategy", None)
     _check_decoding(named, folder)
-    is_dmax = named is None and is_published_dmax(name_or_path, folder)
-    return "spd" if is_dmax else named
+    if named is not None:
+        return named
+    if is_published_dmax(name_or_path, folder):
+        return "spd"
+    return "joint_threshold" if _is_llada21(config) else None
+
+
+def _is_llada21(config: PreTrainedConfig) -> bool:
+    """Whether a model is a LLaDA-2.1, which was trained to edit what it wrote.
+
+    Of the keys in its published configuration only the context differs from LLaDA-2.0's (16,384).
+    """
+    is_llada = config.model_type == LLaDA2MoeConfig.model_type
+    return is_llada and config.max_position_embeddings == LLADA21_CONTEXT
 
 
 def _check_decoding(name: object, place: object) -> None:
