@@ -17,7 +17,9 @@ from dmax.errors import InputError
 from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.training import objective_table
+from dmax.training.clean_stream import CleanBatch
 from dmax.training.config import DMaxConfig
+from dmax.training.objectives import OPUT, Loss
 
 pytest.importorskip("accelerate")
 
@@ -312,6 +314,27 @@ def test_checkpointing_is_turned_off_by_either_of_its_names(tmp_path: Path, name
     config = DMaxConfig(output_dir=str(tmp_path), **{name: False})
     assert config.gradient_checkpointing is False
     assert getattr(config, "activation_checkpointing", False) is False
+
+
+def test_an_objective_knows_how_much_of_the_training_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    loss = OPUT.loss
+
+    def note(self: OPUT, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
+        seen.append(clean.progress)
+        return loss(self, model, clean, generator)
+
+    monkeypatch.setattr(OPUT, "loss", note)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "one", "response": "two"}\n')
+    training = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    data = {"problems": 16, "seed": 1, "eval_file": str(held_out)}
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2}
+    run_recipe(load_recipe(write_recipe(tmp_path, training=training | evaluates, data=data)))
+    # Evaluations are all alike, so that their losses can be compared.
+    assert seen == [0, 0, 0.25, 0.25, 1, 0.5, 0.5, 0.75, 0.75, 1]
 
 
 def test_micro_batches_of_a_step_are_averaged(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def _make_trainer(
     device = start_device(rank()) if args.is_sharded else select_device("auto")
     built = build_checkpoint(recipe.model, device, attention=best_for_training(args.device))
     decoding = get_objective(args.objective, args.rollout).decoding
-    checkpoint = dataclasses.replace(built, decoding=decoding)
+    checkpoint = dataclasses.replace(built, decoding=decoding or built.decoding)
     encode = partial(encode_data, checkpoint=checkpoint, eos_labels=args.eos_labels, report=report)
     dataset = encode(recipe.data, conversations)
     eval_dataset = held_out_section and encode(held_out_section, held_out_conversations)

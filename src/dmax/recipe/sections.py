@@ -429,9 +429,10 @@ def _check_eval(recipe: Recipe) -> None:
         )
     with file.at("eval.decoding"):
         params = DecodingParams(**recipe.eval.decoding)
-        if params.strategy == AUTO:
+        if params.strategy == AUTO and objective.decoding is not None:
             params = replace(params, strategy=objective.decoding)
-        check_strategy(params)
+        if params.strategy != AUTO:
+            check_strategy(params)
 
 
 def _names(kind: Any) -> set[str]:

@@ -31,11 +31,13 @@ class CleanBatch:
         clean_ids: [B, L] int64, prompt, response and padding (EOS); L is a whole number of blocks.
         labels: [B, L] int64, the token to predict, or `IGNORE`.
         corruptible: [B, L] bool, where noise may fall: the response and its padding.
+        progress: the share of the training that is done.
     """
 
     clean_ids: Tensor
     labels: Tensor
     corruptible: Tensor
+    progress: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

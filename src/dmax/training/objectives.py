@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, noisy_positions, take
 from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
 from dmax.training.vocabulary import IGNORE, score
+
+if TYPE_CHECKING:
+    from dmax.training.data import Collator
 
 SEQUENCES = "sequences"
 AVERAGES = (SEQUENCES, "labels")
@@ -190,7 +193,9 @@ class Objective(ABC):
     special id of its name.
 
     Attributes:
-        decoding: the strategy that decodes a model trained so.
+        decoding: the strategy that decodes a model trained so; None: the one of the model before.
+        collator: makes batches of examples; None: as all others do.
+        batch: what a batch is.
         block_length: positions that are decoded together.
         mask_token_id: MASK.
         mask_ratio_low: the lowest share of response tokens that are masked.
@@ -198,7 +203,9 @@ class Objective(ABC):
         loss_average: "sequences" or "labels", as `mean` takes it.
     """
 
-    decoding: ClassVar[str]
+    decoding: ClassVar[str | None]
+    collator: ClassVar[type[Collator] | None] = None
+    batch: ClassVar[type[CleanBatch]] = CleanBatch
 
     block_length: int
     mask_token_id: int
@@ -245,14 +252,15 @@ class ObjectiveModule(nn.Module):
     def __init__(self, network: nn.Module, objective: Objective, *, compiled: bool = False) -> None:
         super().__init__()
         self.network = network
+        self._batch = objective.batch
         self._loss = torch.compile(objective.loss) if compiled else objective.loss
 
-    def forward(self, generator: torch.Generator, **clean: Tensor) -> dict[str, Tensor]:
+    def forward(self, generator: torch.Generator, **clean: Any) -> dict[str, Tensor]:
         """The loss of one batch.
 
         Args:
             generator: random source of the noise, on the device of the network.
-            clean: the fields of a `CleanBatch`.
+            clean: the fields of the objective's batch.
 
         Returns:
             `loss`, a scalar with gradient, and the parts to log, scalars without.
@@ -260,7 +268,7 @@ class ObjectiveModule(nn.Module):
         network: Any = self.network
         if hasattr(network, "get_base_model"):  # adapters of peft stand within its layers
             network = network.get_base_model()
-        loss = self._loss(network, CleanBatch(**clean), generator)
+        loss = self._loss(network, self._batch(**clean), generator)
         return {"loss": loss.total, **loss.parts}
 
 

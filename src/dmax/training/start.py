@@ -71,7 +71,8 @@ class Start(NamedTuple):
         """What makes batches of examples for this model."""
         block_length = self.special_ids.block_length
         eos_labels = block_length if args.eos_labels is None else args.eos_labels
-        return Collator(block_length, self.special_ids.eos_token_ids[0], eos_labels, args.pad_to)
+        make = args.objective_class.collator or Collator
+        return make(block_length, self.special_ids.eos_token_ids[0], eos_labels, args.pad_to)
 
     def examples(self, dataset: Any, args: DMaxConfig, name: str = "train_dataset") -> Any:
         """A data set as token ids that the model can learn from.

@@ -164,7 +164,8 @@ class DMaxTrainer(ParallelTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The objective's loss on one micro-batch of the collator's."""
-        parts: dict[str, Tensor] = model(self._generator(), **inputs)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        parts: dict[str, Tensor] = model(self._generator(), progress=progress, **inputs)
         loss = parts.pop("loss")
         self._parts.append(parts)
         self._tokens += inputs["clean_ids"].numel()
@@ -262,7 +263,7 @@ class DMaxTrainer(ParallelTrainer):
         """The loss of one held-out batch; there are no logits to hand on."""
         generator = self._noise(HELD_OUT, len(self._held_out))
         with self.accelerator.autocast():
-            parts = self.objective_module(generator, **self._prepare_inputs(inputs))
+            parts = self.objective_module(generator, progress=1.0, **self._prepare_inputs(inputs))
         loss = parts.pop("loss")
         # One value for each sequence, as Trainer does with the loss: the last batch has fewer.
         repeated = {name: part.repeat(self.args.eval_batch_size) for name, part in parts.items()}
