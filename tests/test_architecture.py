@@ -61,15 +61,16 @@ MAX_FILE = 450
 MAX_FUNCTION = 60
 LONGER = {  # file or file:function -> lines it may have, and why
     "dmax/models/llada2_moe/modeling.py": 480,  # one architecture, one file
+    "dmax/checkpoint.py:load_checkpoint": 70,  # thirteen arguments, with their lines
     # three launches that hand their tensors on
     "dmax/kernels/block_attention_triton.py:block_attention": 72,
 }
 # What a reader of the heart has before them (docs/architecture.md).
-MAX_TOKENS = 56_000
+MAX_TOKENS = 58_500
 MAX_TOKENS_PER_LINE = 9.5
 MAX_DEPTH = 10
 MAX_CLASSES = 31
-MAX_FILES_OF_A_PROMPT = 25  # without kernels
+MAX_FILES_OF_A_PROMPT = 26  # without kernels
 
 MODULES = {
     ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,7 +1,8 @@
 """Keys and values of what is already settled, for decoding block by block.
 
 Shapes: B sequences (slots), L new positions, T positions a slot can hold, G key/value heads, d head
-size. Newer releases of transformers pass further arguments to `update`, which have no use here.
+size, D hidden size. Newer releases of transformers pass further arguments to `update`, which have
+no use here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class BlockCache:
     final tokens. A forward writes its block in place behind the prefix; the next forward overwrites
     it, unless it was committed. Each layer has a tensor [slots, T, G, d] of its own; compiled code
     that writes into a part of one copies all of it.
+
+    Attributes:
+        ends: [slots, T / L, D], the last hidden state of every block, where a model whose reading
+            is shifted finds the first prediction of the next one; None for other models.
     """
 
     def __init__(
@@ -36,10 +41,17 @@ class BlockCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ends: tuple[int, int] | None = None,
     ) -> None:
-        """Raises `InputError` if the device has less memory than that takes."""
+        """`ends` is (L, D) where the ends of blocks are kept.
+
+        Raises:
+            InputError: the device has less memory than all that takes.
+        """
         shape = (num_slots, capacity, num_key_value_heads, head_dim)
-        needed = 2 * num_layers * math.prod(shape) * dtype.itemsize
+        self._block_length, hidden_size = ends or (capacity, 0)
+        ends_shape = (num_slots, capacity // self._block_length, hidden_size)
+        needed = (2 * num_layers * math.prod(shape) + math.prod(ends_shape)) * dtype.itemsize
         there = total_memory(device)
         if there is not None and needed > there:
             raise InputError(
@@ -49,6 +61,7 @@ class BlockCache:
             )
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.ends = torch.zeros(ends_shape, dtype=dtype, device=device) if ends else None
         self.lengths = [0] * num_slots
 
     @property
@@ -59,7 +72,9 @@ class BlockCache:
     @property
     def num_bytes(self) -> int:
         """Memory it holds, all of it from the start."""
-        return sum(store.nbytes for store in (*self.keys, *self.values))
+        stores = (*self.keys, *self.values)
+        ends = 0 if self.ends is None else self.ends.nbytes
+        return ends + sum(store.nbytes for store in stores)
 
     def write_at(self, slots: list[int], length: int) -> CacheWindow:
         """A window for one forward of `length` new positions after the prefix of each slot.
@@ -79,19 +94,57 @@ class BlockCache:
         in_order = slots == list(range(len(slots)))
         return CacheWindow(self, slot, start, start, length, span, in_order, is_block=False)
 
-    def read(self, slot: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values of positions start to end - 1, each [layers, n, G, d]."""
+    def read(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:
+        """Copies of what is kept of positions start to end - 1, which are whole blocks.
+
+        Returns:
+            Keys and values, each [layers, n, G, d], and the ends [1, n / L, D] if there are any.
+        """
         keys = torch.stack([store[slot, start:end] for store in self.keys])
         values = torch.stack([store[slot, start:end] for store in self.values])
-        return keys, values
+        if self.ends is None:
+            return keys, values
+        blocks = slice(start // self._block_length, end // self._block_length)
+        return keys, values, self.ends[None, slot, blocks].clone()
 
-    def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Append keys and values [layers, n, G, d] to a slot, and commit them."""
+    def write(self, slot: int, keys: Tensor, values: Tensor, ends: Tensor | None = None) -> None:
+        """Append what `read` returns to a slot, and commit it."""
         start = self.lengths[slot]
         end = start + keys.shape[1]
         self.lengths[slot] = end
         for store, new in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             store[slot, start:end] = new
+        if self.ends is not None and ends is not None:
+            self.ends[slot, start // self._block_length : end // self._block_length] = ends[0]
+
+    def keep_ends(self, hidden: Tensor, window: CacheWindow) -> None:
+        """Keep the last state of each block of a forward over whole blocks, [B, P, D]."""
+        assert self.ends is not None
+        length = self._block_length
+        blocks = window.positions[:, ::length] // length  # [B, P / L]
+        self.ends.index_put_((window.slots[:, None], blocks), hidden[:, length - 1 :: length])
+
+    def shifted(self, hidden: Tensor, slots: Tensor, starts: Tensor, bases: Tensor) -> Tensor:
+        """The hidden states of blocks, each in the place of the position after it.
+
+        All blocks leave their ends before any is read, as with keys and values: a block's first
+        state may be that of another row. What has nothing before it keeps its own.
+
+        Args:
+            hidden: [N, L, D] of N blocks.
+            slots: [N] int64, where their ends are kept.
+            starts: [N] int64, their places in the cache, as `CacheWindow` has them.
+            bases: [N] int64, the positions before them.
+
+        Returns:
+            [N, L, D]: at each position what predicts its token.
+        """
+        assert self.ends is not None
+        length = self._block_length
+        self.ends.index_put_((slots, starts // length), hidden[:, -1])
+        before = self.ends[slots, bases // length - 1]  # [N, D]
+        first = torch.where(bases[:, None] > 0, before, hidden[:, 0])
+        return torch.cat((first[:, None], hidden[:, :-1]), dim=1)
 
     def commit(self, slots: list[int], num: int) -> None:
         """Make the next `num` positions of these slots, which have been written, final."""
@@ -102,6 +155,8 @@ class BlockCache:
         """Forget a slot that may hold NaN, which no mask hides: zero times NaN is NaN."""
         for store in (*self.keys, *self.values):
             store[slot] = 0
+        if self.ends is not None:
+            self.ends[slot] = 0
         self.rollback(slot)
 
     def rollback(self, slot: int, length: int = 0) -> None:

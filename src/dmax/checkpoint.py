@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +37,17 @@ from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
 from dmax.models import NATIVE, LLaDA2MoeConfig, backbone
 from dmax.models.quantization import quantize_experts
-from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
+from dmax.special_ids import (
+    FAMILY_BLOCK_LENGTH,
+    SpecialIds,
+    find_mask_token_id,
+    reads_shifted,
+    resolve_special_ids,
+)
 
+logger = logging.getLogger(__name__)
+
+AUTOREGRESSIVE = "autoregressive"
 LLADA21_CONTEXT = 32_768  # positions; LLaDA-2.0 has half as many, and LLaDA-2.2 more
 # All that a checkpoint written by `save_checkpoint` can consist of, with a picture of its training.
 OWN_FILES = (
@@ -82,9 +92,11 @@ def load_checkpoint(
     mask_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
     block_length: int | None = None,
+    shift: bool | None = None,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
     add_mask_token: bool = False,
+    autoregressive: bool = False,
     quantization: Format | None = None,
 ) -> Checkpoint:
     """Read a bundled checkpoint, a local folder or a hub repository; no remote code is ever run.
@@ -99,9 +111,12 @@ def load_checkpoint(
         mask_token_id: overrides the checkpoint's.
         eos_token_id: overrides the checkpoint's; one id or several.
         block_length: overrides the checkpoint's.
+        shift: overrides the checkpoint's: whether a token is predicted by the position before it.
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
         add_mask_token: give an autoregressive model the mask token it lacks; takes a tokenizer.
+        autoregressive: take a checkpoint that names nothing of diffusion for what it is: blocks of
+            one token, each predicted by the position before it.
         quantization: of the experts, for decoding only: "int8", "fp8" or "int4".
 
     Raises:
@@ -116,19 +131,24 @@ def load_checkpoint(
     # All settings first: a wrong one should not cost the loading of the weights.
     check_size(base or folder, stored)
     _check_wishes(folder, config, tokenizer, add_mask_token, quantization)
+    decoding = named_decoding(config, name_or_path, folder)
+    said = (mask_token_id, block_length, shift, decoding)
+    is_plain = autoregressive and said == (None,) * 4 and _is_plain(folder, config, tokenizer)
+    if is_plain:
+        block_length, shift, decoding = 1, True, AUTOREGRESSIVE
     special_ids = resolve_special_ids(
         *settings,
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
         block_length=_block_length(block_length, config, name_or_path, folder),
-        adds_mask=add_mask_token,
+        adds_mask=add_mask_token or is_plain,
     )
-    decoding = named_decoding(config, name_or_path, folder)
+    _set_shift(stored, reads_shifted(config) if shift is None else shift)
     options = _chosen(attn_implementation, _best_experts(stored, device, experts_implementation))
     place = device if base is None and not lacks_mask else "cpu"  # where there is more to compute
     model = _load_model(base or folder, stored, dtype, place, options)
-    if lacks_mask:
-        special_ids = _add_mask(model, tokenizer, special_ids)
+    if lacks_mask or is_plain:
+        special_ids = _add_mask(model, None if is_plain else tokenizer, special_ids)
     if base is not None and model.device.type != "meta":
         merge_into(model, folder)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
@@ -321,6 +341,25 @@ def _check_decoding(name: object, place: object) -> None:
             f"{place} names the decoding strategy {show(name)}, which is unknown",
             hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
         )
+
+
+def _is_plain(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether nothing says that a checkpoint was trained to fill in masks; tells it in the log."""
+    named = (getattr(config, "block_length", None), find_mask_token_id(config, tokenizer))
+    is_plain = config.model_type not in FAMILY_BLOCK_LENGTH and named == (None, None)
+    if is_plain:
+        logger.warning(
+            "%s has no mask token: it writes one token a forward, as an autoregressive model "
+            "(`dmax convert` makes it a diffusion model)",
+            shorten(str(folder)),
+        )
+    return is_plain
+
+
+def _set_shift(config: Any, shift: bool) -> None:
+    """Have a configuration say where predictions are read, and its file no more than before."""
+    if shift != reads_shifted(config):
+        config.shift = shift
 
 
 def _settings_of_base(folder: Path) -> tuple[PreTrainedConfig, bool]:

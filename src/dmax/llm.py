@@ -39,7 +39,8 @@ class LLM:
             which are merged into the base that they name.
         dtype: "auto" (bfloat16 where the hardware has it), or a torch dtype or its name.
         device: "auto", "cpu", "cuda", …
-        mask_token_id, eos_token_id, block_length: override what the checkpoint says.
+        mask_token_id, eos_token_id, block_length, shift: override what the checkpoint says. One
+            that says nothing of diffusion is autoregressive, and writes one token a forward.
         attn_implementation, experts_implementation: as in transformers; None chooses.
         quantization: of the experts, "int8", "fp8" or "int4"; None leaves them as they are.
         options: fields of `dmax.params.EngineOptions`, such as `max_batch_size`.
@@ -58,6 +59,7 @@ class LLM:
         mask_token_id: int | None = None,
         eos_token_id: int | None = None,
         block_length: int | None = None,
+        shift: bool | None = None,
         *,
         attn_implementation: str | None = None,
         experts_implementation: str | None = None,
@@ -74,6 +76,8 @@ class LLM:
             mask_token_id=mask_token_id,
             eos_token_id=eos_token_id,
             block_length=block_length,
+            shift=shift,
+            autoregressive=True,
             attn_implementation=attn_implementation,
             experts_implementation=experts_implementation,
             quantization=quantization,

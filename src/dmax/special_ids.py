@@ -76,8 +76,7 @@ def resolve_special_ids(
     if mask is None:
         raise InputError(
             "the checkpoint names no mask token",
-            hint="pass `mask_token_id`; an autoregressive model gets one in training, "
-            "by `model.add_mask_token: true`",
+            hint="pass `mask_token_id`; an autoregressive model gets one by `dmax convert`",
         )
     if not adds_mask:
         mask = _checked_token("mask_token_id", mask, config)
@@ -104,6 +103,21 @@ def resolve_special_ids(
     context = getattr(config, "max_position_embeddings", None) or MOST
     check_number("block_length", length, low=1, high=context, whole=True)
     return SpecialIds(mask, tuple(dict.fromkeys(eos)), pad, int(length))
+
+
+def reads_shifted(config: PreTrainedConfig) -> bool:
+    """Whether a model predicts the token of a position at the position before it.
+
+    Autoregressive models do, and those that were made of one and kept its reading: the `shift` of
+    their configuration is true.
+
+    Raises:
+        InputError: `shift` is neither true nor false.
+    """
+    shift = getattr(config, "shift", False)
+    if not isinstance(shift, bool):
+        raise InputError(f"`shift` must be true or false, got {show(shift)}", hint="correct it")
+    return shift
 
 
 def find_mask_token_id(

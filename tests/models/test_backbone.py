@@ -288,7 +288,7 @@ def test_an_autoregressive_checkpoint_says_what_it_lacks(tmp_path: Path) -> None
     with pytest.raises(InputError, match="names no mask token") as error:
         load(folder)
     assert str(error.value.hint).startswith(
-        "pass `mask_token_id`; an autoregressive model gets one in training"
+        "pass `mask_token_id`; an autoregressive model gets one by `dmax convert`"
     )
     with pytest.raises(InputError, match="names no block length"):
         load(folder, mask_token_id=9)

@@ -27,28 +27,28 @@ class PrefixCache:
     def __init__(self, block_length: int, max_bytes: int) -> None:
         self.block_length = block_length
         self.max_bytes = max_bytes
-        # Keys and values [layers, L, G, d] of every block, the oldest first.
-        self._blocks: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        # What the cache keeps of every block (`BlockCache.read`), the oldest first.
+        self._blocks: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
 
     def restore(self, cache: BlockCache, slot: int, prompt_ids: tuple[int, ...]) -> None:
         """Commit the known blocks of a prompt to an empty slot."""
         known = self._use(self._digests(prompt_ids))
         if known:
-            keys, values = zip(*known, strict=True)
-            cache.write(slot, torch.cat(keys, dim=1), torch.cat(values, dim=1))
+            kept = [torch.cat(parts, dim=1) for parts in zip(*known, strict=True)]
+            cache.write(slot, *kept)
 
     def store(self, cache: BlockCache, slot: int, token_ids: tuple[int, ...]) -> None:
         """Keep the committed blocks of a slot that holds `token_ids`, as far as they fit."""
         digests = self._digests(token_ids[: cache.lengths[slot]])
         for index in range(len(self._use(digests)), len(digests)):
             start = index * self.block_length
-            keys, values = cache.read(slot, start, start + self.block_length)
-            most = self.max_bytes // (keys.nbytes + values.nbytes)
+            kept = cache.read(slot, start, start + self.block_length)
+            most = self.max_bytes // sum(part.nbytes for part in kept)
             if index >= most:
                 break
             if len(self._blocks) == most:
                 self._blocks.popitem(last=False)
-            self._blocks[digests[index]] = (keys, values)
+            self._blocks[digests[index]] = kept
         self._use(digests)
 
     def _digests(self, token_ids: tuple[int, ...]) -> list[bytes]:
@@ -60,7 +60,7 @@ class PrefixCache:
             digests.append(prefix.digest())
         return digests
 
-    def _use(self, digests: list[bytes]) -> list[tuple[Tensor, Tensor]]:
+    def _use(self, digests: list[bytes]) -> list[tuple[Tensor, ...]]:
         """The known blocks from the first one on, which are now the ones used last."""
         known = list(takewhile(self._blocks.__contains__, digests))
         for digest in reversed(known):

@@ -18,7 +18,7 @@ from dmax.confidence import Candidates
 from dmax.decoding.block import Output
 from dmax.engine.batch import Batch
 from dmax.kernels.lm_head import lm_head_top_k
-from dmax.special_ids import SpecialIds
+from dmax.special_ids import SpecialIds, reads_shifted
 
 
 class ModelRunner:
@@ -28,7 +28,7 @@ class ModelRunner:
         model: takes `inputs_embeds`, a bool mask, position ids and a cache; has `base_model` and
             input embeddings. If its `has_linear_head` is true, its logits are its last hidden
             states times the output embeddings. Then no logits are made where only the best tokens
-            are wanted.
+            are wanted. If its config says `shift`, a token is predicted by the position before it.
         special_ids: of the model; blocks begin at absolute multiples of its block length.
         num_slots: sequences that have a place in the cache.
         capacity: positions of a sequence, a multiple of the block length.
@@ -56,6 +56,7 @@ class ModelRunner:
         weight = embeddings.weight
         self.device = weight.device
         config = model.config
+        self.shift = reads_shifted(config)
         num_heads = config.num_attention_heads
         self.cache = BlockCache(
             num_layers=config.num_hidden_layers,
@@ -65,6 +66,7 @@ class ModelRunner:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             dtype=weight.dtype,
             device=weight.device,
+            ends=(self.block_length, weight.shape[1]) if self.shift else None,
         )
         self.compiled = compiled
         encode = ModelRunner._encode  # not bound to `self`: the cache goes with the last reference
@@ -79,12 +81,14 @@ class ModelRunner:
         window = self.cache.write_at(slots, tokens.shape[1])
         keys = torch.arange(window.span, device=self.device)
         visible = dense_mask(block_causal(self.block_length), window.positions, keys)
-        self.model.base_model(
+        outputs = self.model.base_model(
             inputs_embeds=self.embed(tokens),
             attention_mask=visible[:, None],  # [B, 1, P, span]
             position_ids=window.positions,
             past_key_values=window,
         )
+        if self.shift:
+            self.cache.keep_ends(outputs.last_hidden_state, window)
         self.cache.commit(slots, tokens.shape[1])
 
     @torch.no_grad()
@@ -114,13 +118,13 @@ class ModelRunner:
         lm_head = self._lm_head
         if lm_head is None:
             inputs = self._inputs(embeds, where, keys, batch.in_order)
-            return self._output_of_model(inputs, num_open, hidden_states)
+            return self._output_of_model(inputs, where, num_open, hidden_states)
         if self.compiled:
             _mark_dynamic(embeds, 0)
             _mark_dynamic(where, 1)
             _mark_dynamic(keys, 0)
         hidden = self._run(self, embeds, where, keys, batch.in_order and not self.compiled)
-        opened = hidden[-num_open:]  # [R, L, D]
+        opened = self._readings(hidden, where)[-num_open:]  # [R, L, D]
 
         def best(k: int) -> Candidates:
             found = lm_head_top_k(opened.flatten(0, 1), lm_head, k, self.mask_token_id)
@@ -134,15 +138,23 @@ class ModelRunner:
         )
 
     def _output_of_model(
-        self, inputs: dict[str, Any], num_open: int, hidden_states: bool
+        self, inputs: dict[str, Any], where: Tensor, num_open: int, hidden_states: bool
     ) -> Output:
         """By a model that makes logits itself; it makes them of the last `num_open` rows only."""
         options = {"output_hidden_states": True} if hidden_states else {}
+
+        def opened(hidden: Tensor) -> Tensor:  # [R, L, D]
+            return self._readings(hidden, where)[-num_open:]
+
         head = self.model.get_output_embeddings()
-        with head.register_forward_pre_hook(lambda _, args: (args[0][-num_open:], *args[1:])):
+        with head.register_forward_pre_hook(lambda _, args: (opened(args[0]), *args[1:])):
             outputs = self.model(**inputs, **options)
-        last = outputs.hidden_states[-1][-num_open:] if hidden_states else None
+        last = opened(outputs.hidden_states[-1]) if hidden_states else None
         return Output(outputs.logits[-num_open:], self.mask_token_id, hidden_states=last)
+
+    def _readings(self, hidden: Tensor, where: Tensor) -> Tensor:
+        """The states [N, L, D] that predict the tokens of each position, from those that are."""
+        return self.cache.shifted(hidden, *where) if self.shift else hidden
 
     def _encode(self, embeds: Tensor, where: Tensor, keys: Tensor, in_order: bool) -> Tensor:
         """The layers as a function of tensors, [N, L, D] to [N, L, D]: this is compiled."""

@@ -123,15 +123,17 @@ def _unsuitable(model: Any) -> str | None:
 
 
 @torch.no_grad()
-def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Give a model that has none a mask token, `<|mask|>`, and its tokenizer too; returns its id.
 
     Its rows in the embedding and the output layer start as the means of all others, which are close
     to none of them. Spare rows of tables that are longer than the vocabulary are used before new
-    ones are made.
+    ones are made. Without a tokenizer, which alone knows the spare ones, the row is a new one.
     """
-    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask = int(tokenizer.mask_token_id)
+    mask = model.config.vocab_size
+    if tokenizer is not None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        mask = int(tokenizer.mask_token_id)
     if mask >= model.config.vocab_size:
         model.resize_token_embeddings(mask + 1, mean_resizing=False)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):

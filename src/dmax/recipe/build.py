@@ -39,6 +39,7 @@ def build_checkpoint(
             dtype=DTYPES.get(section.dtype, "auto"),
             device=device,
             block_length=section.block_length,
+            shift=section.shift,
             attn_implementation=attention,
             experts_implementation=section.experts_implementation,
             add_mask_token=section.add_mask_token,

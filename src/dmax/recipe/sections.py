@@ -74,6 +74,8 @@ class ModelSection:
             steps of a full training; or auto, which the files at `path` have.
         add_mask_token: makes an autoregressive checkpoint at `path` a block-diffusion model.
         block_length: of a checkpoint at `path` that names none, or another one.
+        shift: whether a token is predicted by the position before it, of a checkpoint at `path`
+            that does not say, or the other way; a converted autoregressive model begins so.
         keep_start: share of the weights at `path` in what is saved in the end. A mean of both ends
             of a run often beats either (WiSE-FT, arXiv 2109.01903).
         attn_implementation: of transformers' attention interface; None is `flex_attention` on a
@@ -86,6 +88,7 @@ class ModelSection:
     dtype: str = "float32"
     add_mask_token: bool = False
     block_length: int | None = None
+    shift: bool | None = None
     keep_start: float = 0.0
     attn_implementation: str | None = None
     experts_implementation: str | None = None
@@ -276,11 +279,12 @@ def _check_model(recipe: Recipe, *, elsewhere: bool) -> None:
     model = recipe.model
     if (model.path is None) == (model.config is None):
         raise file.wrong("model", "`model` needs exactly one of `path` and `config`")
-    if model.path is None and (model.add_mask_token or model.block_length):
+    of_a_path = (model.add_mask_token, model.block_length, model.shift)
+    if model.path is None and any(value not in (None, False) for value in of_a_path):
         raise file.wrong(
             "model",
-            "`add_mask_token` and `block_length` of `model` belong to a `path`",
-            hint="a new model's block length is a field of its `config`",
+            "`add_mask_token`, `block_length` and `shift` of `model` belong to a `path`",
+            hint="a new model's block length and shift are fields of its `config`",
         )
     _check_dtype(recipe)
     with file.at("model.block_length"):
@@ -344,7 +348,8 @@ def _check_config(
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         hint = did_you_mean(str(model_type), list(CONFIG_MAPPING))
         raise file.wrong("model.config.model_type", f"unknown model type {show(model_type)}", hint)
-    known = _names(CONFIG_MAPPING[model_type]) | {"model_type", "rope_theta", "block_length"}
+    own = {"model_type", "rope_theta", "block_length", "shift"}
+    known = _names(CONFIG_MAPPING[model_type]) | own
     file.check_keys("model.config", config, known)
     tokenizer = build_tokenizer()
     with file.trying("model.config", config):

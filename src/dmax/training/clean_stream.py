@@ -10,13 +10,14 @@ G key/value heads, d head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmax.attention import Mask, noisy_clean, training_mask
+from dmax.special_ids import reads_shifted
 from dmax.training.vocabulary import IGNORE, States
 
 Layers = dict[int, tuple[Tensor, Tensor]]
@@ -98,6 +99,8 @@ class CleanStream:
         self._block_length = block_length
         self._noisy = positions
         self._layers: Layers = {}
+        self._shift = reads_shifted(model.config)
+        self._clean: Tensor | None = None  # [B, L - block, D or V], where the reading is shifted
 
     def denoise(self, inputs_embeds: Tensor) -> States:
         """What the model makes of a noisy copy, given as embeddings [B, L', D].
@@ -113,14 +116,34 @@ class CleanStream:
         if records:
             context = self._model.get_input_embeddings()(self._clean_ids)  # [B, L, D]
             inputs_embeds = torch.cat((inputs_embeds, context), dim=1)
-        return States.of(
+        states = States.of(
             self._model,
-            length,
+            inputs_embeds.shape[1] if self._shift else length,
             inputs_embeds=inputs_embeds,
             attention_mask=self._mask(noisy, clean, records),
             position_ids=torch.cat((noisy, clean), dim=1) if records else noisy,
             past_key_values=ContextCache(self._layers, clean.shape[1], records),
         )
+        return self._shifted(states, noisy) if self._shift else states
+
+    def _shifted(self, states: States, noisy: Tensor) -> States:
+        """The states of a noisy copy, each in the place of the position after it.
+
+        What stands before a block is clean: blocks are denoised behind finished ones.
+        """
+        length = noisy.shape[1]
+        if self._clean is None:
+            self._clean = states.values[:, length:]
+        both = torch.cat((states.values[:, :length], self._clean), dim=1)
+        place = torch.arange(length, device=noisy.device)
+        last = self._clean.shape[1] - 1  # positions beyond the end of a sequence have no label
+        before = torch.where(
+            place % self._block_length > 0,
+            place - 1,
+            torch.where(noisy > 0, length + (noisy - 1).clamp(max=last), place),
+        )  # [1 or B, L'], into both
+        before = before.expand(len(both), -1)[..., None].expand(-1, -1, both.shape[2])
+        return replace(states, values=both.gather(1, before))
 
     def _mask(self, noisy: Tensor, clean: Tensor, records: bool) -> Mask:
         """Who sees whom: [noisy | clean] among themselves, or noisy ones [clean | noisy]."""

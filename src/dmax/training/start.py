@@ -35,7 +35,7 @@ ELSEWHERE = {
     "model_init": "pass a model or its name",
 }
 LOADING = set(inspect.signature(load_checkpoint).parameters) - {"name_or_path", "device"}
-LOADING -= {"quantization"}  # quantised weights do not learn
+LOADING -= {"quantization", "autoregressive"}  # neither learns to fill in masks
 
 
 def check_call(args: DMaxConfig | None, others: Mapping[str, Any]) -> DMaxConfig:
