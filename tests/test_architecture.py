@@ -26,7 +26,9 @@ LAYERS = {
     "dmax.kernels": 1,
     **dict.fromkeys(("dmax.models", "dmax.special_ids", "dmax.hub", "dmax.decoding"), 2),
     **dict.fromkeys(("dmax.chat_template", "dmax.chat_template_worker", "dmax.records"), 2),
-    **dict.fromkeys(("dmax.checkpoint", "dmax.checkpoint_files", "dmax.training"), 3),
+    **dict.fromkeys(
+        ("dmax.checkpoint", "dmax.checkpoint_files", "dmax.checkpoint_kind", "dmax.training"), 3
+    ),
     "dmax.adapters": 3,
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.prompts"), 4),
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,26 +28,28 @@ from dmax.checkpoint_files import (
     reading,
     write_for_earlier_releases,
 )
-from dmax.decoding import strategies
-from dmax.errors import InputError, did_you_mean, shorten, show
+from dmax.checkpoint_kind import (
+    AUTOREGRESSIVE,
+    block_length_of,
+    check_decoding,
+    is_silent,
+    named_decoding,
+    set_shift,
+)
+from dmax.errors import InputError, shorten, show
 from dmax.files import check_new_folder, new_folder, read_object, writing
-from dmax.hub import find_folder, is_adapter, is_published_dmax, named_block_length
+from dmax.hub import find_folder, is_adapter
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
-from dmax.models import NATIVE, LLaDA2MoeConfig, backbone
+from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import (
-    FAMILY_BLOCK_LENGTH,
     SpecialIds,
     find_mask_token_id,
     reads_shifted,
     resolve_special_ids,
 )
 
-logger = logging.getLogger(__name__)
-
-AUTOREGRESSIVE = "autoregressive"
-LLADA21_CONTEXT = 32_768  # positions; LLaDA-2.0 has half as many, and LLaDA-2.2 more
 # All that a checkpoint written by `save_checkpoint` can consist of, with a picture of its training.
 OWN_FILES = (
     *TOKENIZER_FILES,
@@ -133,17 +134,17 @@ def load_checkpoint(
     _check_wishes(folder, config, tokenizer, add_mask_token, quantization)
     decoding = named_decoding(config, name_or_path, folder)
     said = (mask_token_id, block_length, shift, decoding)
-    is_plain = autoregressive and said == (None,) * 4 and _is_plain(folder, config, tokenizer)
+    is_plain = autoregressive and said == (None,) * 4 and is_silent(folder, config, tokenizer)
     if is_plain:
         block_length, shift, decoding = 1, True, AUTOREGRESSIVE
     special_ids = resolve_special_ids(
         *settings,
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
-        block_length=_block_length(block_length, config, name_or_path, folder),
+        block_length=block_length_of(block_length, config, name_or_path, folder),
         adds_mask=add_mask_token or is_plain,
     )
-    _set_shift(stored, reads_shifted(config) if shift is None else shift)
+    set_shift(stored, reads_shifted(config) if shift is None else shift)
     options = _chosen(attn_implementation, _best_experts(stored, device, experts_implementation))
     place = device if base is None and not lacks_mask else "cpu"  # where there is more to compute
     model = _load_model(base or folder, stored, dtype, place, options)
@@ -219,7 +220,7 @@ def save_checkpoint(
             strategy is unknown.
     """
     folder = check_target(folder)
-    _check_decoding(decoding, "the checkpoint")
+    check_decoding(decoding, "the checkpoint")
     with writing(f"the checkpoint {folder}"), new_folder(folder) as partial:
         model.save_pretrained(partial)
         (partial / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody filled in
@@ -302,64 +303,6 @@ def _is_replaceable(folder: Path) -> bool:
     is_checkpoint = (folder / "config.json").is_file()
     is_own = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
     return not entries or (is_checkpoint and is_own)
-
-
-def _block_length(
-    asked: int | None, config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
-) -> int | None:
-    """What is asked for, or else what the name says of files that are silent."""
-    is_silent = asked is None and getattr(config, "block_length", None) is None
-    return named_block_length(name_or_path, folder) if is_silent else asked
-
-
-def named_decoding(
-    config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
-) -> str | None:
-    """The strategy that a model was trained for; None where nobody says."""
-    named: str | None = getattr(config, "decoding_strategy", None)
-    _check_decoding(named, folder)
-    if named is not None:
-        return named
-    if is_published_dmax(name_or_path, folder):
-        return "spd"
-    return "joint_threshold" if _is_llada21(config) else None
-
-
-def _is_llada21(config: PreTrainedConfig) -> bool:
-    """Whether a model is a LLaDA-2.1, which was trained to edit what it wrote.
-
-    Of the keys in its published configuration only the context differs from LLaDA-2.0's (16,384).
-    """
-    is_llada = config.model_type == LLaDA2MoeConfig.model_type
-    return is_llada and config.max_position_embeddings == LLADA21_CONTEXT
-
-
-def _check_decoding(name: object, place: object) -> None:
-    known = strategies()
-    if name is not None and name not in known:
-        raise InputError(
-            f"{place} names the decoding strategy {show(name)}, which is unknown",
-            hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
-        )
-
-
-def _is_plain(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether nothing says that a checkpoint was trained to fill in masks; tells it in the log."""
-    named = (getattr(config, "block_length", None), find_mask_token_id(config, tokenizer))
-    is_plain = config.model_type not in FAMILY_BLOCK_LENGTH and named == (None, None)
-    if is_plain:
-        logger.warning(
-            "%s has no mask token: it writes one token a forward, as an autoregressive model "
-            "(`dmax convert` makes it a diffusion model)",
-            shorten(str(folder)),
-        )
-    return is_plain
-
-
-def _set_shift(config: Any, shift: bool) -> None:
-    """Have a configuration say where predictions are read, and its file no more than before."""
-    if shift != reads_shifted(config):
-        config.shift = shift
 
 
 def _settings_of_base(folder: Path) -> tuple[PreTrainedConfig, bool]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dmax.checkpoint import named_decoding
+from dmax.checkpoint_kind import named_decoding
 from dmax.decoding import get_strategy
 from dmax.errors import InputError
 from dmax.hub import is_published_dmax

@@ -15,7 +15,7 @@ from vllm.config.diffusion import DiffusionConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from dmax.checkpoint import named_decoding
+from dmax.checkpoint_kind import named_decoding
 from dmax.decoding import FALLBACK
 from dmax.errors import InputError, one_line
 from dmax.integrations.options import check_request
