@@ -1,0 +1,280 @@
+"""When does on-policy noise matter? Own tokens against random ones, over steps and learning rates.
+
+    python bench/noise.py                           # all of it: a day of one core
+    python bench/noise.py --seeds 1 --minutes 10    # a part of it; every later call goes on
+    python bench/noise.py --page                    # only write the page from what is measured
+
+Another base and its data: `--recipe RECIPE --name NAME`, of a recipe that trains it with OPUT.
+
+The design, written before any result, stands in `noise_plan.py` and on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation_training import make_responses
+from noise_kinds import NOISES, look_at, token_kinds
+from noise_page import write_page
+from noise_plan import (
+    HELD_OUT,
+    LIMIT,
+    RATES,
+    RATIOS,
+    SCHEDULE,
+    SEEDS,
+    STEPS,
+    THRESHOLDS,
+    Run,
+    Stage,
+    base_label,
+    plan,
+)
+from transformers import set_seed
+
+from dmax.checkpoint import Checkpoint, load_checkpoint
+from dmax.environment import environment, weights_digest
+from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.files import read_record, write_atomically
+from dmax.llm import LLM
+from dmax.recipe.arguments import make_arguments
+from dmax.recipe.build import build_checkpoint, data_digest, encode_data, read_data
+from dmax.recipe.folder import RECORD, RunFolder
+from dmax.recipe.sections import Recipe, load_recipe
+from dmax.tasks import get_task
+from dmax.training.data import Collator
+from dmax.training.objectives import ObjectiveModule
+from dmax.training.trainer import DMaxTrainer
+
+RECIPE = Path("recipes/tiny_ablation.yaml")
+
+
+class Study:
+    """Trains and measures the stages, each kept as soon as it is known.
+
+    Args:
+        recipe: trains the base with OPUT; the study changes its schedule, rate, seed and objective.
+        runs: folder of the training runs.
+        output: folder of the records.
+        name: what the records are called.
+        task: what is decoded.
+        limit: how many problems.
+        held_out: how many examples at the end of the data are not learnt but looked at.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        runs: Path,
+        output: Path,
+        name: str,
+        *,
+        task: str = "word_problems",
+        limit: int = LIMIT,
+        held_out: int = HELD_OUT,
+    ) -> None:
+        self.recipe = recipe
+        self.runs = runs
+        self.points = output / f"{name}.json"
+        self.looks = output / f"{name}_tokens.json"
+        self.task = get_task(task)
+        self.limit = limit
+        self.held_out = held_out
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The model that all runs start from."""
+        return _load(self.recipe.model.path or "")
+
+    @cached_property
+    def examples(self) -> Any:
+        """The data as token ids, a `datasets.Dataset`."""
+        return encode_data(self.recipe.data, read_data(self.recipe.data), self.base)
+
+    def run(self, stages: Sequence[Stage], *, minutes: float = float("inf")) -> None:
+        """Train and measure what is missing, until the time is over; a begun stage is finished."""
+        end = time.monotonic() + 60 * minutes
+        self.look_at_base()
+        for run, steps in stages:
+            if self.is_measured(run, steps):
+                continue
+            if time.monotonic() > end:
+                break
+            checkpoint = self.train(run, steps)
+            self.look_at(run.label(steps), checkpoint)
+            self.decode(run, steps, checkpoint)
+
+    def is_measured(self, run: Run, steps: int) -> bool:
+        """Whether all points of a stage are in the record."""
+        points = _read(self.points).get("points", [])
+        held = {point["value"] for point in points if point["label"] == run.label(steps)}
+        return held >= set(THRESHOLDS)
+
+    def train(self, run: Run, steps: int) -> Path:
+        """Train a run up to so many steps, from where it stands; the folder of its checkpoint."""
+        training = self._training(run, steps)
+        folder = self.runs / run.name
+        record = RunFolder(folder, self._settings(run, training))
+        record.find_checkpoint(print)
+        last = record.last_checkpoint
+        if last is not None and _step_of(last) > steps:  # its points were lost
+            shutil.rmtree(folder)
+            return self.train(run, steps)
+        if last is not None and _step_of(last) == steps:
+            return last
+        print(f"training {run.label(steps)}", flush=True)
+        args = make_arguments(self.recipe.file, training, folder, None)
+        set_seed(args.seed)
+        start = build_checkpoint(self.recipe.model, torch.device("cpu"))
+        trainer = DMaxTrainer(
+            start.model,
+            args,
+            self.examples.select(range(len(self.examples) - self.held_out)),
+            special_ids=start.special_ids,
+            processing_class=start.tokenizer,
+            callbacks=[record],
+        )
+        _, kinds = token_kinds(start.tokenizer, start.model.config.vocab_size)
+        settings = vars(args) | asdict(start.special_ids) | {"kinds": kinds}
+        objective = NOISES[run.noise].objective.from_settings(settings)
+        trainer.objective_module = ObjectiveModule(trainer.model, objective)
+        record.begin()
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        return folder / f"checkpoint-{steps}"
+
+    def _training(self, run: Run, steps: int) -> dict[str, Any]:
+        """The recipe's training with what the study changes."""
+        name = "uniform" if run.noise in ("random", "same-kind") else "oput"
+        changes = {"learning_rate": run.rate, "seed": run.seed, "objective": name}
+        noise = NOISES[run.noise].settings
+        return self.recipe.training | SCHEDULE | changes | noise | {"max_steps": steps}
+
+    def _settings(self, run: Run, training: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the weights of a run depend on, whatever the number of its steps."""
+        return {
+            "noise": run.noise,
+            "model": asdict(self.recipe.model),
+            "weights": weights_digest(self.base.model),
+            "data": data_digest(self.recipe.data),
+            "held_out": self.held_out,
+            "training": {**training, "max_steps": None},
+        }
+
+    def decode(self, run: Run, steps: int, checkpoint: Path) -> None:
+        """Accuracy and TPF of a stage at all thresholds."""
+        run_sweep(
+            [Curve(run.label(steps), str(checkpoint), "spd", THRESHOLDS)],
+            self.task,
+            self.points,
+            limit=self.limit,
+            seed=7,
+            open_model=lambda path: LLM(path, max_batch_size=64, dtype="bfloat16"),
+            report=lambda line: print(line, flush=True),
+        )
+
+    def look_at_base(self) -> None:
+        """The noise of the base at several mask ratios."""
+        for ratio in RATIOS:
+            self.look_at(base_label(ratio), None, ratio)
+
+    def look_at(self, label: str, checkpoint: Path | None, ratio: float | None = None) -> None:
+        """What the wrong tokens of each noise are like for a model, and what it makes of them."""
+        record = _read(self.looks) or {"environment": environment(), "looks": {}, "seconds": {}}
+        if label in record["looks"]:
+            return
+        if checkpoint is not None:
+            run = checkpoint.parent
+            record["seconds"][run.name] = read_record(run / RECORD)["seconds"]
+        base = self.base
+        model = base.model if checkpoint is None else _load(checkpoint).model
+        ids = base.special_ids
+        collate = Collator(ids.block_length, ids.eos_token_ids[0], ids.block_length)
+        total = len(self.examples)
+        held_out = self.examples.select(range(total - self.held_out, total))
+        batches = [
+            collate(list(held_out.select(range(first, min(first + 32, self.held_out)))))
+            for first in range(0, self.held_out, 32)
+        ]
+        record["looks"][label] = look_at(
+            model,
+            base.model,
+            batches,
+            tokenizer=base.tokenizer,
+            special_ids=ids,
+            ratio=self.recipe.training["mask_ratio_high"] if ratio is None else ratio,
+        )
+        write_atomically(self.looks, json.dumps(record, indent=1) + "\n")
+
+
+def _load(name: str | Path) -> Checkpoint:
+    return load_checkpoint(name, dtype=torch.float32, device="cpu")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record, empty if it is not there yet."""
+    return dict(read_record(path)) if path.exists() else {}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="OPUT on the base")
+    parser.add_argument("--name", default="noise", help="of the records and of the page")
+    parser.add_argument("--task", default="word_problems", help="what is decoded")
+    parser.add_argument("--only", nargs="+", choices=NOISES, default=list(NOISES), help="noises")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
+    parser.add_argument("--limit", type=int, default=LIMIT, help="problems of a point")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="examples to look at")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no stage later")
+    parser.add_argument("--runs", type=Path, default=Path("runs/noise"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--toy", action="store_true", help="one step, one problem")
+    options = parser.parse_args()
+    if options.toy:
+        options.steps, options.seeds, options.rates = [1], [1], [8e-4]
+        options.limit, options.held_out = 1, 4
+    return options
+
+
+def main() -> None:
+    """Measure what is missing, write the page."""
+    options = parse()
+    recipe = load_recipe(options.recipe)
+    if options.toy:
+        recipe = replace(recipe, training=recipe.training | {"per_device_train_batch_size": 2})
+    study = Study(
+        recipe,
+        options.runs,
+        options.output,
+        options.name,
+        task=options.task,
+        limit=options.limit,
+        held_out=options.held_out,
+    )
+    stages = list(plan(options.only, options.rates, options.seeds, options.steps))
+    if not options.page:
+        responses = Path(recipe.data.file or "")
+        if options.recipe == RECIPE and not responses.is_file():
+            make_responses(responses)
+        study.run(stages, minutes=options.minutes)
+    write_page(study.points, study.looks, stages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,417 @@
+"""The page of `bench/noise.py`: what it found in one sentence, curves, and every point."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from noise_kinds import KIND_NAMES, NOISES, PAIR
+from noise_plan import DESIGN, RATIOS, THRESHOLDS, Run, Stage, base_label, stage_of
+from paper import Share, better, difference, gap
+
+from dmax.evaluation.plots import looks
+from dmax.evaluation.statistics import wilson_interval
+from dmax.files import read_record, write_atomically
+
+Record = dict[str, Any]
+OURS = "sampled"
+RECIPE_RATIO = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Own tokens against random ones after the same training, decoded alike.
+
+    Attributes:
+        rate: learning rate.
+        steps: of training.
+        threshold: of SPD.
+        seeds: those that both have, pooled.
+        own: `sampled`.
+        random: `random`.
+    """
+
+    rate: float
+    steps: int
+    threshold: float
+    seeds: tuple[int, ...]
+    own: Share
+    random: Share
+
+    @property
+    def verdict(self) -> str:
+        """Whether own tokens are better: "holds", "fails" or "within noise"."""
+        return better(self.own, self.random)
+
+    @property
+    def setting(self) -> str:
+        """The setting in words."""
+        return f"{self.steps:,} steps at {self.rate:g}, threshold {self.threshold:g}"
+
+    @property
+    def figures(self) -> str:
+        """Setting, counts and difference."""
+        return f"{self.setting}: {self.own} against {self.random}, {gap(self.own, self.random)}"
+
+
+class Points:
+    """The measured points, by what was trained and how it was decoded.
+
+    Args:
+        record: of a sweep.
+        asked: stages that the page lists, measured or not, beside those of the record.
+
+    Attributes:
+        rates: of all these stages, rising.
+        steps: likewise.
+        all_seeds: likewise.
+    """
+
+    def __init__(self, record: Record, asked: Sequence[Stage]) -> None:
+        self._by_place = {(p["label"], p["value"]): p for p in record["points"]}
+        stages = [*asked, *(stage_of(label) for label, _ in self._by_place)]
+        self.rates = sorted({run.rate for run, _ in stages})
+        self.steps = sorted({steps for _, steps in stages})
+        self.all_seeds = sorted({run.seed for run, _ in stages})
+
+    def at(self, noise: str, rate: float, steps: int, threshold: float, seed: int) -> Record | None:
+        """One point; None if it is not measured yet."""
+        return self._by_place.get((Run(noise, rate, seed).label(steps), threshold))
+
+    def seeds(self, noise: str, rate: float, steps: int, threshold: float) -> tuple[int, ...]:
+        """The seeds that are measured."""
+        place = (noise, rate, steps, threshold)
+        return tuple(seed for seed in self.all_seeds if self.at(*place, seed) is not None)
+
+    def pooled(
+        self, noise: str, rate: float, steps: int, threshold: float, seeds: Sequence[int]
+    ) -> Share:
+        """Several seeds together."""
+        found = [self.at(noise, rate, steps, threshold, seed) for seed in seeds]
+        points = [point for point in found if point is not None]
+        names = ("correct", "total", "generated_tokens", "num_forwards")
+        correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
+        return Share(correct, total, tokens / forwards)
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """All settings that both kinds of noise of `PAIR` are measured in, over common seeds."""
+        for rate in self.rates:
+            for steps in self.steps:
+                for threshold in THRESHOLDS:
+                    place = (rate, steps, threshold)
+                    own, random = (set(self.seeds(noise, *place)) for noise in PAIR)
+                    seeds = tuple(sorted(own & random))
+                    if seeds:
+                        shares = [self.pooled(noise, *place, seeds) for noise in PAIR]
+                        yield Comparison(*place, seeds, *shares)
+
+
+def sentence(comparisons: Sequence[Comparison]) -> str:
+    """When on-policy noise matters, with counts."""
+    if not comparisons:
+        return "Nothing is measured yet."
+    total = len(comparisons)
+    won = [each for each in comparisons if each.verdict == "holds"]
+    lost = [each for each in comparisons if each.verdict == "fails"]
+    by_rate = ", ".join(
+        f"{sum(each.rate == rate for each in won)} of "
+        f"{sum(each.rate == rate for each in comparisons)} at {rate:g}"
+        for rate in sorted({each.rate for each in comparisons})
+    )
+    parts = [
+        f"own tokens are better than random ones beyond chance in {len(won)} of {total} settings "
+        f"({by_rate}), and worse in {len(lost)}"
+    ]
+    if won:
+        parts.append(f"the most they gain is after {_largest(won).figures}")
+    if lost:
+        parts.append(f"the most they lose is after {_largest(lost).figures}")
+    claim = "matters in some settings" if won else "does not matter here"
+    return f"On-policy noise {claim}: {'; '.join(parts)}."
+
+
+def plausible(found: Record) -> str:
+    """Which share of wrong tokens the base finds plausible, at the mask ratio of the runs."""
+    look = found[base_label(RECIPE_RATIO)]
+    shares = [percent(look[noise]["plausible"], look[noise]["wrong"]) for noise in PAIR]
+    return (
+        f"The base finds {shares[0]} of its own wrong tokens plausible, {shares[1]} of random ones."
+    )
+
+
+def _largest(comparisons: Sequence[Comparison]) -> Comparison:
+    """The one with the largest difference, whoever gains."""
+    return max(comparisons, key=lambda each: abs(difference(each.own, each.random)[0]))
+
+
+# --- the curves -----------------------------------------------------------------------------------
+
+
+def draw(points: Points, path: Path) -> None:
+    """Accuracy over steps, a panel for each rate and threshold, a line for each kind of noise."""
+    figure = Figure(figsize=(10.5, 6.2), layout="constrained")
+    panels = figure.subplots(
+        len(THRESHOLDS), len(points.rates), sharex=True, sharey=True, squeeze=False
+    )
+    chosen = looks(list(NOISES), OURS)
+    for row, threshold in zip(panels, THRESHOLDS, strict=True):
+        for axes, rate in zip(row, points.rates, strict=True):
+            axes.set_title(f"rate {rate:g}, threshold {threshold:g}", fontsize=10)
+            for noise, look in chosen.items():
+                line = _line(points, noise, rate, threshold)
+                if not line:
+                    continue
+                steps = [number for number, _ in line]
+                bounds = [wilson_interval(share.correct, share.total) for _, share in line]
+                low, high = ([100 * bound[side] for bound in bounds] for side in (0, 1))
+                axes.vlines(steps, low, high, color=look.colour, alpha=0.25, linewidth=2)
+                axes.plot(
+                    steps,
+                    [100 * share.rate for _, share in line],
+                    label=NOISES[noise].title,
+                    color=look.colour,
+                    linewidth=look.width / 1.5,
+                    linestyle=(0, look.dashes) if look.dashes else "-",
+                    marker=look.marker,
+                    markersize=4,
+                    zorder=look.order,
+                )
+            axes.set_xscale("log")
+            axes.set_xticks(points.steps, [f"{number:,}" for number in points.steps], fontsize=8)
+            axes.minorticks_off()
+            axes.set_ylim(0, 100)
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("training steps", fontsize=10)
+    figure.supylabel("problems solved, %", fontsize=10)
+    handles = {
+        label: handle
+        for axes in panels.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    write_atomically(path, picture.getvalue())
+
+
+def _line(points: Points, noise: str, rate: float, threshold: float) -> list[tuple[int, Share]]:
+    """Steps and pooled shares of a kind of noise, where it is measured."""
+    line = []
+    for steps in points.steps:
+        seeds = points.seeds(noise, rate, steps, threshold)
+        if seeds:
+            line.append((steps, points.pooled(noise, rate, steps, threshold, seeds)))
+    return line
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def compared(comparisons: Sequence[Comparison]) -> str:
+    """Every comparison of `PAIR`."""
+    head = ("rate", "steps", "threshold", "seeds", "own, sampled", "random", "difference", "")
+    marks = {"holds": "**own is better**", "fails": "**random is better**", "within noise": ""}
+    rows = [
+        (
+            f"{each.rate:g}",
+            f"{each.steps:,}",
+            f"{each.threshold:g}",
+            ", ".join(map(str, each.seeds)),
+            str(each.own),
+            str(each.random),
+            gap(each.own, each.random),
+            marks[each.verdict],
+        )
+        for each in comparisons
+    ]
+    return table(head, rows)
+
+
+def every_point(points: Points) -> str:
+    """Counts and TPF of every kind of noise, over the seeds that it has."""
+    head = ("rate", "steps", "threshold", *(noise.title for noise in NOISES.values()))
+    rows = []
+    for rate in points.rates:
+        for steps in points.steps:
+            for threshold in THRESHOLDS:
+                cells = []
+                for noise in NOISES:
+                    seeds = points.seeds(noise, rate, steps, threshold)
+                    share = points.pooled(noise, rate, steps, threshold, seeds) if seeds else None
+                    cells.append(f"{share}" if share else "")
+                if any(cells):
+                    rows.append((f"{rate:g}", f"{steps:,}", f"{threshold:g}", *cells))
+    return table(head, rows)
+
+
+def missing(points: Points) -> str:
+    """How far every run is: its last measured step count, or nothing."""
+    head = ("noise", "rate", *(f"seed {seed}" for seed in points.all_seeds))
+    rows = []
+    for noise, described in NOISES.items():
+        for rate in points.rates:
+            cells = []
+            for seed in points.all_seeds:
+                done = [s for s in points.steps if points.at(noise, rate, s, THRESHOLDS[-1], seed)]
+                last = f"{max(done):,} steps" if done else "not yet"
+                cells.append("all" if len(done) == len(points.steps) else last)
+            rows.append((described.title, f"{rate:g}", *cells))
+    return table(head, rows)
+
+
+def percent(part: int, whole: int) -> str:
+    """A share with its counts."""
+    return f"{part:,}/{whole:,} ({100 * part / whole:.1f} %)" if whole else "none"
+
+
+def base_noise(found: Record) -> str:
+    """What the noise of the base is like at each mask ratio."""
+    head = ("mask ratio", "noise", "wrong", "of them plausible", "among the best 10", "same kind")
+    rows = [
+        (
+            f"{ratio:g}",
+            NOISES[noise].title,
+            percent(counts["wrong"], counts["positions"]),
+            percent(counts["plausible"], counts["wrong"]),
+            percent(counts["top"], counts["wrong"]),
+            percent(counts["same kind"], counts["wrong"]),
+        )
+        for ratio in RATIOS
+        for noise, counts in found.get(base_label(ratio), {}).items()
+    ]
+    return table(head, rows)
+
+
+def wrong_kinds(found: Record) -> str:
+    """The kinds of tokens that are wrong in the base's noise, at the mask ratio of the runs."""
+    head = ("noise", *(f"wrong among {kind}s" for kind in KIND_NAMES[:3]), "special tokens")
+    rows = [
+        (
+            NOISES[noise].title,
+            *(
+                percent(counts[f"{kind}, wrong"], counts[f"{kind}, positions"])
+                for kind in KIND_NAMES
+            ),
+        )
+        for noise, counts in found.get(base_label(RECIPE_RATIO), {}).items()
+    ]
+    return table(head, rows)
+
+
+def along_training(found: Record, points: Points) -> str:
+    """What trained models say in place of masks, and what they mend and break in one forward."""
+    head = (
+        *("trained with", "rate", "steps", "own argmax wrong", "of them plausible"),
+        *("mends of its own", "breaks of its own", "mends of random", "breaks beside random"),
+    )
+    rows = [("the base", "", "0", *_look(found[base_label(RECIPE_RATIO)]))] if found else []
+    for rate in points.rates:
+        for noise, described in NOISES.items():
+            for steps in points.steps:
+                look = found.get(Run(noise, rate, points.all_seeds[0]).label(steps))
+                if look:
+                    rows.append((described.title, f"{rate:g}", f"{steps:,}", *_look(look)))
+    return table(head, rows)
+
+
+def _look(look: Record) -> tuple[str, ...]:
+    own, random = look["argmax"], look["at-errors"]
+    return (
+        percent(own["wrong"], own["positions"]),
+        percent(own["plausible"], own["wrong"]),
+        percent(own["mended"], own["wrong"]),
+        percent(own["broken"], own["right"]),
+        percent(random["mended"], random["wrong"]),
+        percent(random["broken"], random["right"]),
+    )
+
+
+TEMPLATE = """# When on-policy noise matters
+
+{sentence}
+
+{plausible}
+
+{total} problems a point and seed, exact final answer, seeds pooled, intervals of 95 %. All seeds
+decode the same problems, so pooled intervals are somewhat too narrow. Machine: {machine};
+{hours:.1f} hours of training and decoding.
+`python bench/noise.py` wrote this page from [{name}.json]({name}.json) and
+[{name}_tokens.json]({name}_tokens.json).
+
+![Accuracy over training steps for each kind of noise]({name}.svg)
+
+## The design, written before any result
+
+{design}
+
+## Own tokens against random tokens
+
+{compared}
+
+## Where the noise differs
+
+What stands at masked positions of held-out examples when the base is trained:
+
+{base_noise}
+
+At the mask ratio of the runs, by the kind of the clean token:
+
+{wrong_kinds}
+
+What trained models (of the first seed) say in place of the masks at once, and what one more forward
+makes of it: wrong tokens mended and right ones broken, of their own tokens by argmax, and of their
+samples with random tokens where those are wrong:
+
+{along_training}
+
+## Every point
+
+{every_point}
+
+## What is measured
+
+How far each run is. `python bench/noise.py` goes on from here.
+
+{missing}
+"""
+
+
+def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> None:
+    """Write the page and its curves beside the records, with all stages that were asked for."""
+    record = read_record(points_file)
+    looked = read_record(looks_file)
+    found = looked["looks"]
+    points = Points(record, asked)
+    comparisons = list(points.comparisons())
+    machine = record["environment"]
+    decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
+    draw(points, points_file.with_suffix(".svg"))
+    page = TEMPLATE.format(
+        sentence=textwrap.fill(sentence(comparisons), width=100),
+        plausible=textwrap.fill(plausible(found), width=100),
+        hours=(sum(looked["seconds"].values()) + decoding) / 3600,
+        total=record["limit"],
+        machine=f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
+        name=points_file.stem,
+        design=DESIGN.strip(),
+        compared=compared(comparisons),
+        base_noise=base_noise(found),
+        wrong_kinds=wrong_kinds(found),
+        along_training=along_training(found, points),
+        every_point=every_point(points),
+        missing=missing(points),
+    )
+    write_atomically(points_file.with_suffix(".md"), page)

@@ -1,0 +1,164 @@
+"""bench/noise.py at toy length: its noise, its stages, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+pytest.importorskip("matplotlib")
+
+import noise  # noqa: E402
+import noise_kinds  # noqa: E402
+import noise_page  # noqa: E402
+import noise_plan  # noqa: E402
+from paper import Share  # noqa: E402
+
+from dmax.recipe.sections import load_recipe  # noqa: E402
+from dmax.tasks.word_problems import problems  # noqa: E402
+from dmax.tiny.tokenizer import build_tokenizer  # noqa: E402
+
+ROOT = Path(noise.__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The study's recipe, with few records."""
+    responses = tmp_path / "responses.jsonl"
+    lines = [
+        json.dumps({"prompt": problem.question, "response": problem.response})
+        for problem in problems(12, seed=3)
+    ]
+    responses.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = (ROOT / noise.RECIPE).read_text(encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("runs/tiny_responses.jsonl  ", f"{responses}  "), encoding="utf-8")
+    return path
+
+
+def test_a_toy_study_is_measured_once_and_written_as_a_page(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "results"
+    given = ["--toy", "--recipe", str(recipe), "--only", "sampled", "random"]
+    places = ["--runs", str(tmp_path / "runs"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["noise.py", *given, *places])
+    noise.main()
+    points = json.loads((output / "noise.json").read_text())["points"]
+    labels = {point["label"] for point in points}
+    assert labels == {f"{kind}, rate 0.0008, 1 steps, seed 1" for kind in noise_kinds.PAIR}
+    assert len(points) == len(labels) * len(noise_plan.THRESHOLDS)
+    looks = json.loads((output / "noise_tokens.json").read_text())["looks"]
+    assert looks.keys() == labels | {noise_plan.base_label(ratio) for ratio in noise_plan.RATIOS}
+    page = (output / "noise.md").read_text()
+    assert "own tokens are better than random ones beyond chance in" in " ".join(page.split())
+    assert "| random tokens | 0.0008 | all |" in page
+    assert (output / "noise.svg").read_text().startswith("<?xml")
+
+    capsys.readouterr()
+    noise.main()
+    assert "training" not in capsys.readouterr().out
+    assert (output / "noise.md").read_text() == page
+
+
+def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Path, tmp_path: Path) -> None:
+    read = load_recipe(recipe)
+    read = replace(read, training=read.training | {"per_device_train_batch_size": 2})
+    run = noise_plan.Run("at-errors", 8e-4, 1)
+
+    def weights(folder: str, stages: tuple[int, ...]) -> bytes:
+        study = noise.Study(read, tmp_path / folder, tmp_path, "noise", held_out=4)
+        for steps in stages:
+            checkpoint = study.train(run, steps)
+        assert checkpoint.name == f"checkpoint-{stages[-1]}"
+        return (checkpoint / "model.safetensors").read_bytes()
+
+    in_stages = weights("stages", (1, 3))
+    assert in_stages == weights("one", (3,))
+    assert in_stages != weights("one", (4,))
+
+
+def test_comparisons_are_complete_before_the_next_steps_begin() -> None:
+    stages = list(noise_plan.plan(noise_kinds.PAIR))
+    assert len(set(stages)) == len(stages) == 2 * 3 * 3 * 6
+    for first, second in zip(stages[::2], stages[1::2], strict=True):
+        assert {first[0].noise, second[0].noise} == set(noise_kinds.PAIR)
+        assert replace(first[0], noise="") == replace(second[0], noise="")
+        assert first[1] == second[1]
+    steps = [number for _, number in stages]
+    assert steps[:12:2] == [25, 50, 100, 200, 400, 25]
+    assert steps[-18:] == [1200] * 18
+
+
+def test_a_label_names_its_stage() -> None:
+    run = noise_plan.Run("same-kind", 8e-06, 3)
+    assert noise_plan.stage_of(run.label(1200)) == (run, 1200)
+
+
+def test_tokens_of_the_same_kind_are_numbers_for_numbers_and_eos_for_eos() -> None:
+    tokenizer = build_tokenizer()
+    names, kinds = noise_kinds.token_kinds(tokenizer, len(tokenizer))
+    number, eos, mask = tokenizer.encode(" 12")[0], tokenizer.eos_token_id, tokenizer.mask_token_id
+    assert names[kinds[number]] == "number, spaced"
+    ids = torch.tensor([[number] * 4000, [eos] * 4000, [mask] * 4000])
+    drawn = noise_kinds.same_kind_tokens(ids, kinds, torch.Generator().manual_seed(0))
+    assert set(drawn[0].tolist()) == set((kinds == kinds[number]).nonzero().flatten().tolist())
+    assert set(drawn[1:].flatten().tolist()) == {eos, mask}
+
+
+def test_random_tokens_at_errors_leave_what_is_right_and_draw_no_mask() -> None:
+    own = torch.tensor([[1, 2, 3] * 500])
+    clean = torch.tensor([[1, 5, 3] * 500])
+    generator = torch.Generator().manual_seed(0)
+    noisy = noise_kinds.at_errors(own, clean, 6, 4, generator)
+    assert (noisy[own == clean] == clean[own == clean]).all()
+    assert set(noisy[own != clean].tolist()) == {0, 1, 2, 3, 5}
+
+
+def test_wrong_tokens_are_counted_as_plausible_mended_and_broken() -> None:
+    probs = torch.full((1, 4, 100), 0.4 / 98)
+    probs[..., 0], probs[..., 1] = 0.588, 0.012
+    kinds = torch.zeros(100, dtype=torch.int64)
+    kinds[50:] = 1
+    noisy = torch.tensor([[0, 1, 60, 1]])
+    clean = torch.tensor([[0, 0, 0, 0]])
+    counted = torch.tensor([[True, True, True, False]])
+    found = noise_kinds.count_tokens(noisy, clean, counted, probs.log(), kinds)
+    assert found == {"positions": 3, "wrong": 2, "plausible": 1, "top": 2, "same kind": 1}
+    predicted = torch.tensor([[5, 0, 60, 0]])
+    mended = noise_kinds.count_mended(predicted, noisy, clean, counted)
+    assert mended == {"mended": 1, "right": 1, "broken": 1}
+
+
+def test_the_sentence_counts_settings_and_names_the_largest_differences() -> None:
+    def compared(rate: float, own: int, random: int) -> noise_page.Comparison:
+        shares = (Share(own, 200, 6.0), Share(random, 200, 5.0))
+        return noise_page.Comparison(rate, 25, 0.5, (1,), *shares)
+
+    assert noise_page.sentence([compared(8e-5, 100, 101)]).startswith(
+        "On-policy noise does not matter here: own tokens are better than random ones beyond "
+        "chance in 0 of 1 settings"
+    )
+    both = noise_page.sentence([compared(8e-5, 150, 100), compared(8e-4, 10, 100)])
+    assert "in 1 of 2 settings (1 of 1 at 8e-05, 0 of 1 at 0.0008), and worse in 1" in both
+    assert "they gain is after 25 steps at 8e-05, threshold 0.5: 150/200 (75.0 %)" in both
+    assert "they lose is after 25 steps at 0.0008, threshold 0.5: 10/200 (5.0 %)" in both
+
+
+@pytest.mark.skipif(not (RESULTS / "noise.json").is_file(), reason="nothing is measured yet")
+def test_the_committed_page_is_what_its_records_say(tmp_path: Path) -> None:
+    for name in ("noise.json", "noise_tokens.json"):
+        (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
+    stages = list(noise_plan.plan(list(noise_kinds.NOISES)))
+    noise_page.write_page(tmp_path / "noise.json", tmp_path / "noise_tokens.json", stages)
+    assert (tmp_path / "noise.md").read_text() == (RESULTS / "noise.md").read_text()
