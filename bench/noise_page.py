@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from noise_kinds import KIND_NAMES, NOISES, PAIR
 from noise_plan import DESIGN, RATIOS, THRESHOLDS, Run, Stage, base_label, stage_of
@@ -153,7 +154,7 @@ def _largest(comparisons: Sequence[Comparison]) -> Comparison:
 
 
 def draw(points: Points, path: Path) -> None:
-    """Accuracy over steps, a panel for each rate and threshold, a line for each kind of noise."""
+    """Accuracy over steps as an SVG, a panel for each rate and threshold, a line for each noise."""
     figure = Figure(figsize=(10.5, 6.2), layout="constrained")
     panels = figure.subplots(
         len(THRESHOLDS), len(points.rates), sharex=True, sharey=True, squeeze=False
@@ -197,7 +198,9 @@ def draw(points: Points, path: Path) -> None:
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None})
+    # With a salt and without a date, the same figures give the same file.
+    with rc_context({"svg.hashsalt": "dmax", "svg.fonttype": "none"}):
+        figure.savefig(picture, format="svg", metadata={"Date": None})
     write_atomically(path, picture.getvalue())
 
 
