@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from ablation_training import make_responses
-from noise_kinds import NOISES, look_at, token_kinds
+from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
 from noise_page import write_page
 from noise_plan import (
     HELD_OUT,
     LIMIT,
+    LOOKED_AT,
     RATES,
     RATIOS,
     SCHEDULE,
@@ -110,8 +111,10 @@ class Study:
             if time.monotonic() > end:
                 break
             checkpoint = self.train(run, steps)
-            self.look_at(run.label(steps), checkpoint)
+            if run.seed == SEEDS[0] and steps in LOOKED_AT:
+                self.look_at(run.label(steps), checkpoint)
             self.decode(run, steps, checkpoint)
+            self.keep_seconds(run, checkpoint)
 
     def is_measured(self, run: Run, steps: int) -> bool:
         """Whether all points of a stage are in the record."""
@@ -186,14 +189,20 @@ class Study:
         for ratio in RATIOS:
             self.look_at(base_label(ratio), None, ratio)
 
+    def keep_seconds(self, run: Run, checkpoint: Path) -> None:
+        """Write down how long a run has trained so far."""
+        record = self._looks()
+        record["seconds"][run.name] = read_record(checkpoint.parent / RECORD)["seconds"]
+        write_atomically(self.looks, json.dumps(record, indent=1) + "\n")
+
+    def _looks(self) -> dict[str, Any]:
+        return _read(self.looks) or {"environment": environment(), "looks": {}, "seconds": {}}
+
     def look_at(self, label: str, checkpoint: Path | None, ratio: float | None = None) -> None:
-        """What the wrong tokens of each noise are like for a model, and what it makes of them."""
-        record = _read(self.looks) or {"environment": environment(), "looks": {}, "seconds": {}}
+        """What the wrong tokens of the noise are like for a model, and what it makes of them."""
+        record = self._looks()
         if label in record["looks"]:
             return
-        if checkpoint is not None:
-            run = checkpoint.parent
-            record["seconds"][run.name] = read_record(run / RECORD)["seconds"]
         base = self.base
         model = base.model if checkpoint is None else _load(checkpoint).model
         ids = base.special_ids
@@ -211,6 +220,7 @@ class Study:
             tokenizer=base.tokenizer,
             special_ids=ids,
             ratio=self.recipe.training["mask_ratio_high"] if ratio is None else ratio,
+            noises=tuple(NOISES) if checkpoint is None else OF_TRAINED,
         )
         write_atomically(self.looks, json.dumps(record, indent=1) + "\n")
 
@@ -273,7 +283,8 @@ def main() -> None:
         if options.recipe == RECIPE and not responses.is_file():
             make_responses(responses)
         study.run(stages, minutes=options.minutes)
-    write_page(study.points, study.looks, stages)
+    if study.points.exists():
+        write_page(study.points, study.looks, stages)
 
 
 if __name__ == "__main__":

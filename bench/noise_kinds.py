@@ -150,6 +150,7 @@ NOISES = {
     "same-kind": Noise("random tokens of the same kind", SameKind),
     "at-errors": Noise("random tokens where its own are wrong", AtErrors, {"rollout": "sample"}),
 }
+OF_TRAINED = ("argmax", "at-errors")  # what trained models are shown, to see what they mend
 PAIR = ("sampled", "random")  # what is compared first
 
 

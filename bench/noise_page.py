@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from noise_kinds import KIND_NAMES, NOISES, PAIR
-from noise_plan import DESIGN, RATIOS, THRESHOLDS, Run, Stage, base_label, stage_of
+from noise_plan import DESIGN, RATIOS, SEEDS, THRESHOLDS, Run, Stage, base_label, stage_of
 from paper import Share, better, difference, gap
 
 from dmax.evaluation.plots import looks
@@ -324,7 +324,7 @@ def along_training(found: Record, points: Points) -> str:
     for rate in points.rates:
         for noise, described in NOISES.items():
             for steps in points.steps:
-                look = found.get(Run(noise, rate, points.all_seeds[0]).label(steps))
+                look = found.get(Run(noise, rate, SEEDS[0]).label(steps))
                 if look:
                     rows.append((described.title, f"{rate:g}", f"{steps:,}", *_look(look)))
     return table(head, rows)
@@ -374,7 +374,7 @@ At the mask ratio of the runs, by the kind of the clean token:
 
 {wrong_kinds}
 
-What trained models (of the first seed) say in place of the masks at once, and what one more forward
+What trained models (of seed 1) say in place of the masks at once, and what one more forward
 makes of it: wrong tokens mended and right ones broken, of their own tokens by argmax, and of their
 samples with random tokens where those are wrong:
 

@@ -49,6 +49,7 @@ THRESHOLDS = (0.0, 0.5)
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 LIMIT = 200
 HELD_OUT = 128
+LOOKED_AT = (100, 400, 1200)  # steps after which the first seed's models are looked at
 LONG = 400  # steps; longer runs come after all others
 SCHEDULE = {
     "lr_scheduler_type": "constant_with_warmup",

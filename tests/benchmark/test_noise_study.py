@@ -53,6 +53,8 @@ def test_a_toy_study_is_measured_once_and_written_as_a_page(
     given = ["--toy", "--recipe", str(recipe), "--only", "sampled", "random"]
     places = ["--runs", str(tmp_path / "runs"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["noise.py", *given, *places])
+    monkeypatch.setattr(noise, "LOOKED_AT", (1,))
+    run = noise_plan.Run("random", 8e-4, 1)
     noise.main()
     points = json.loads((output / "noise.json").read_text())["points"]
     labels = {point["label"] for point in points}
@@ -60,6 +62,7 @@ def test_a_toy_study_is_measured_once_and_written_as_a_page(
     assert len(points) == len(labels) * len(noise_plan.THRESHOLDS)
     looks = json.loads((output / "noise_tokens.json").read_text())["looks"]
     assert looks.keys() == labels | {noise_plan.base_label(ratio) for ratio in noise_plan.RATIOS}
+    assert looks[run.label(1)].keys() == set(noise_kinds.OF_TRAINED)
     page = (output / "noise.md").read_text()
     assert "own tokens are better than random ones beyond chance in" in " ".join(page.split())
     assert "| random tokens | 0.0008 | all |" in page
