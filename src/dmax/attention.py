@@ -33,14 +33,22 @@ def noisy_clean(block_length: int, length: int) -> Predicate:
     A noisy block sees itself and the clean blocks strictly before it. A clean block sees the clean
     blocks up to itself. Clean positions never see noisy ones. So their keys and values do not
     depend on the noise, and can be computed once (D7 in docs/paper.md).
+
+    Noisy blocks may stand in buffers, like several open blocks in decoding. The p-th block after
+    the first of its buffer has indices p lengths lower. It sees the noisy blocks of its buffer up
+    to itself, and the clean blocks before the buffer.
     """
 
     def visible(query: Tensor, key: Tensor) -> Tensor:
         query_block = query % length // block_length
         key_block = key % length // block_length
-        query_is_clean = query >= length
-        key_is_clean = key >= length
-        noisy_sees = torch.where(key_is_clean, key_block < query_block, key_block == query_block)
+        query_copy = query // length  # 1 is clean, 0 noisy, and -p noisy in place p of a buffer
+        key_copy = key // length
+        query_is_clean = query_copy == 1
+        key_is_clean = key_copy == 1
+        start = query_block + query_copy  # the first block of the buffer
+        is_in_buffer = (key_block + key_copy == start) & (key_block <= query_block)
+        noisy_sees = torch.where(key_is_clean, key_block < start, is_in_buffer)
         clean_sees = key_is_clean & (key_block <= query_block)
         return torch.where(query_is_clean, clean_sees, noisy_sees)
 

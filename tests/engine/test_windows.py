@@ -16,6 +16,7 @@ from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.outputs import Cost
 from dmax.params import DecodingParams
+from dmax.training.clean_stream import CleanStream
 
 Golden = tuple[str, Any, dict[str, Any]]
 PROMPT = (1,) * L  # one block, prefilled
@@ -215,6 +216,35 @@ def test_an_open_block_sees_the_open_ones_before_it(golden: Golden) -> None:
         assert_as_without_cache(golden, pairs)
         engine.step()
     assert (most_open, most_pending > 0) == (3, True)
+
+
+@torch.inference_mode()
+def test_training_on_multi_block_states_shows_what_decoding_shows(golden: Golden) -> None:
+    """The blends of two open blocks, as `mbd` feeds them, in the noisy stream of training."""
+    _, checkpoint, _ = golden
+    model = checkpoint.model
+    length = checkpoint.special_ids.block_length
+    settings = {"threshold": 0.0, "options": {"opens_at": 0.0, "forces_at": 0.0}}
+    engine = started(golden, random_prompts(length + 3), strategy="mbd", **settings)
+    compared = 0
+    while engine.is_busy():
+        pairs = next_forward(engine)
+        ((blocks, batch, _),) = engine.batches()
+        if len(pairs) == 2:
+            tokens = pairs[1][0]  # of the whole sequence, up to the end of the second block
+            positions = torch.arange(len(tokens) - 2 * length, len(tokens))[None]
+            places = torch.arange(2).repeat_interleave(length)[None]
+            stream = CleanStream(model, tokens[None], length, positions, places)
+            fed = blocks.inputs(batch.rows[-2:], 1).view(1, 2 * length, -1)
+            found = stream.denoise(fed).logits()[0]
+            mask = torch.tensor([checkpoint.special_ids.mask_token_id])
+            expected = torch.cat([logits for _, logits in pairs])
+            torch.testing.assert_close(
+                found.index_fill(-1, mask, 0.0), expected, atol=2e-5, rtol=1e-4
+            )
+            compared += 1
+        engine.step()
+    assert compared > 0
 
 
 def test_logits_are_made_of_open_rows_only(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,13 +44,15 @@ def materialized(mask: BlockMask) -> Tensor:
     return predicate & tiles[:, : sizes[0], : sizes[1]]
 
 
+@pytest.mark.parametrize("buffer", [1, 2], ids=["one open block", "two"])
 @pytest.mark.parametrize("rows", [slice(None), slice(1)], ids=["three rows", "one row"])
-def test_masks_from_the_predicate_are_the_dense_ones(rows: slice) -> None:
+def test_masks_from_the_predicate_are_the_dense_ones(rows: slice, buffer: int) -> None:
     """Those of the first forward over [noisy | clean], and of later ones over [clean | noisy]."""
     noisy = noisy_positions(ragged(), BLOCK)[rows]
     clean = torch.arange(7 * BLOCK).expand(len(noisy), -1)
     offset = 8 * BLOCK + noisy.shape[1]
     visible = noisy_clean(BLOCK, offset)
+    noisy = noisy - offset * (torch.arange(noisy.shape[1]) // BLOCK % buffer)
     first = torch.cat((noisy, offset + clean), dim=1)
     later = torch.cat((offset + clean, noisy), dim=1)
     for queries, keys in ((first, first), (noisy, later)):

@@ -40,7 +40,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_objectives_of_ours_and_their_rollouts() -> None:
-    assert tuple(objective_table()) == ("mdlm", "uniform", "oput", "dparallel", "d2f")
+    ours = ("mdlm", "uniform", "oput", "dparallel", "d2f", "mbd_oput")
+    assert tuple(objective_table()) == ours
     assert get_objective("mdlm") is MDLM
     assert get_objective("oput") is get_objective("oput", "sample") is OPUT
     assert get_objective("oput", "soft") is get_objective("oput", "spd") is SoftOPUT
@@ -55,6 +56,7 @@ def test_each_objectives_a_decoding_that_exists() -> None:
         "oput": "spd",
         "dparallel": "dparallel",
         "d2f": "d2f",
+        "mbd_oput": "mbd",
     }
     assert set(decodings.values()) <= set(dmax.strategies())
 
@@ -65,7 +67,7 @@ def test_each_objectives_a_decoding_that_exists() -> None:
         (
             "opud",
             "argmax",
-            "`objective` must be one of mdlm, uniform, oput, dparallel, d2f, got 'opud'",
+            "`objective` must be one of mdlm, uniform, oput, dparallel, d2f, mbd_oput, got 'opud'",
             "did you mean `oput`?",
         ),
         (
@@ -166,7 +168,7 @@ def test_noise_falls_on_responses_only_and_repeats_with_the_seed(
 ) -> None:
     objective = get_objective(name).from_settings(SETTINGS)
     found = streams(objective, clean)
-    assert len(found) == (2 if name in ("uniform", "oput") else 1)
+    assert len(found) == (2 if name in ("uniform", "oput", "mbd_oput") else 1)
     for ids, again in zip(found, streams(objective, clean), strict=True):
         assert torch.equal(ids, again)
     for ids in found:

@@ -84,15 +84,19 @@ def losses(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("rollout", ["soft", "sample"])
+@pytest.mark.parametrize(
+    "noise",
+    [{"rollout": "soft"}, {"rollout": "sample"}, {"objective": "mbd_oput"}],
+    ids=["soft", "sample", "mbd_oput"],
+)
 def test_a_killed_run_resumes_on_the_same_losses(
-    tmp_path: Path, rollout: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, noise: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
     broken = tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    run_recipe(load_recipe(write_recipe(whole, training={"rollout": rollout})))
+    run_recipe(load_recipe(write_recipe(whole, training=noise)))
 
     class KilledError(Exception):
         pass
@@ -109,7 +113,7 @@ def test_a_killed_run_resumes_on_the_same_losses(
     with monkeypatch.context() as patch:
         patch.setattr(DMaxTrainer, "compute_loss", dies_in_step_five)
         with pytest.raises(KilledError):
-            run_recipe(load_recipe(write_recipe(broken, training={"rollout": rollout})))
+            run_recipe(load_recipe(write_recipe(broken, training=noise)))
     run_recipe(load_recipe(broken / "recipe.yaml"))
     assert losses(broken) == losses(whole)
     assert len(losses(whole)) == 6

@@ -18,6 +18,7 @@ _OBJECTIVES = {
     "oput": "dmax.training.objectives:OPUT",
     "dparallel": "dmax.baselines.objectives:DParallel",
     "d2f": "dmax.baselines.objectives:D2F",
+    "mbd_oput": "dmax.baselines.multi_block:MultiBlockOPUT",
 }
 _ROLLOUTS = {  # of `oput`, and which objective rolls out so
     "argmax": "dmax.training.objectives:OPUT",

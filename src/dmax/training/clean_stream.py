@@ -51,12 +51,15 @@ class Batch:
         labels: [B, L'] int64, the clean token where there is a loss, else `IGNORE`.
         positions: [B, L'] int64, where the noisy copies stand, whole blocks in a row; None: they
             are the last L' positions.
+        places: [B, L'] int64, how many noisy blocks before its own each position sees in place of
+            clean ones, as decoding several open blocks shows them; None: none.
     """
 
     clean_ids: Tensor
     noisy_ids: Tensor
     labels: Tensor
     positions: Tensor | None = None
+    places: Tensor | None = None
 
 
 def noisy_positions(clean: CleanBatch, block_length: int) -> Tensor:
@@ -89,15 +92,22 @@ class CleanStream:
         clean_ids: [B, L] int64; L is a whole number of blocks.
         block_length: positions that are decoded together.
         positions: of the noisy streams, as `Batch` has them.
+        places: the same.
     """
 
     def __init__(
-        self, model: Any, clean_ids: Tensor, block_length: int, positions: Tensor | None = None
+        self,
+        model: Any,
+        clean_ids: Tensor,
+        block_length: int,
+        positions: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> None:
         self._model = model
         self._clean_ids = clean_ids[:, :-block_length]  # nobody sees the last block
         self._block_length = block_length
         self._noisy = positions
+        self._places = places
         self._layers: Layers = {}
         self._shift = reads_shifted(model.config)
         self._clean: Tensor | None = None  # [B, L - block, D or V], where the reading is shifted
@@ -149,6 +159,9 @@ class CleanStream:
         """Who sees whom: [noisy | clean] among themselves, or noisy ones [clean | noisy]."""
         offset = clean.shape[1] + self._block_length + noisy.shape[1]  # above all positions
         visible = noisy_clean(self._block_length, offset)
+        if self._places is not None:
+            noisy = noisy - offset * self._places
+            clean = clean.expand(len(noisy), -1)
         implementation = self._model.config._attn_implementation
         if records:
             both = torch.cat((noisy, offset + clean), dim=1)

@@ -80,7 +80,7 @@ def oput_loss(
     """
     embed = model.get_input_embeddings()
     is_masked = batch.noisy_ids == mask_token_id
-    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions)
+    clean = CleanStream(model, batch.clean_ids, block_length, batch.positions, batch.places)
 
     # 1. The masked stream x^(m), and what it says in place of the masks.
     masked = score(
