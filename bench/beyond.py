@@ -1,0 +1,129 @@
+"""What came after DMax, in miniature: objectives that go on from the bundled models.
+
+    python bench/beyond.py                        # train what is missing, measure, write the page
+    python bench/beyond.py --only mmd --seeds 2   # one objective, one seed
+    python bench/beyond.py --no-training          # measure what lies under runs/, write the page
+
+Every run is trained from its recipe and decoded by SPD and by MBD at five thresholds, 500 unseen
+problems each. All goes on where it was interrupted: finished models are not trained again, and
+points of the record are not measured again. What is not there yet is listed as not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from beyond_page import write_page
+from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
+
+from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.files import read_record, write_atomically
+from dmax.llm import LLM
+from dmax.recipe.run import run_recipe
+from dmax.recipe.sections import Recipe, load_recipe
+from dmax.tasks import get_task
+
+TOY: dict[str, Any] = {
+    "max_steps": 2,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+
+
+def recipe_of(run: Run, seed: int, root: Path, toy: bool) -> Recipe:
+    """The recipe of a run; what it names under `runs/` lies under `root`."""
+    recipe = load_recipe(run.path, run.overrides | {"seed": seed} | (TOY if toy else {}))
+    data = replace(recipe.data, file=str(moved(recipe.data.file or "", root)))
+    return replace(recipe, data=data, output_dir=root / run.folder(seed))
+
+
+def moved(path: str, root: Path) -> Path:
+    """A path under `runs/`, under `root` instead."""
+    return root / Path(path).relative_to("runs")
+
+
+def data_command(recipe: Path, root: Path, toy: bool) -> list[str]:
+    """The command that stands beside a recipe's data and makes it, as arguments of Python."""
+    (line,) = re.findall(r"# dmax (distill .*--output \S+)", recipe.read_text(encoding="utf-8"))
+    words = shlex.split(line)
+    place = words.index("--output") + 1
+    words[place] = str(moved(words[place], root))
+    if toy:
+        words[words.index("--num") + 1] = "8"
+    return ["-m", "dmax", *words]
+
+
+def train(run: Run, seed: int, root: Path, toy: bool) -> None:
+    """Train a run unless that is done; its data is made first if it is not there."""
+    recipe = recipe_of(run, seed, root, toy)
+    if not Path(recipe.data.file or "").exists():
+        subprocess.run([sys.executable, *data_command(run.path, root, toy)], check=True)
+    print(f"training {recipe.output_dir.name}", flush=True)
+    run_recipe(recipe, report=print)
+
+
+def measure(curves: Sequence[Curve], root: Path, output: Path, limit: int) -> None:
+    """Decode what the record does not have yet; each point is written as soon as it is there."""
+    bundled = {BASE.start, DMAX.start}
+    run_sweep(
+        curves,
+        get_task("word_problems"),
+        output,
+        limit=limit,
+        seed=7,
+        open_model=lambda name: LLM(
+            name if name in bundled else str(root / name), max_batch_size=64, dtype="bfloat16"
+        ),
+        report=lambda line: print(line, flush=True),
+    )
+
+
+def note_training(run: Run, seed: int, folder: Path, output: Path) -> None:
+    """Keep beside the points what a checkpoint says of its training."""
+    said = json.loads((folder / "dmax.json").read_text(encoding="utf-8"))
+    record = read_record(output)
+    trained = {name: said[name] for name in ("recipe", "steps", "seconds", "environment")}
+    record.setdefault("training", {})[f"{run.name}-{seed}"] = trained
+    write_atomically(output, json.dumps(record, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train and measure what is missing; write the page and its plots."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [run.name for run in TRAINED]
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="objectives")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
+    parser.add_argument("--limit", type=int, default=500, help="problems for a point")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="of data and checkpoints")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--no-training", action="store_true", help="measure what is there")
+    parser.add_argument("--toy", action="store_true", help="two steps a run: does all fit?")
+    options = parser.parse_args(arguments)
+    root = options.runs
+    output = options.output / "beyond.json"
+
+    for run in (BASE, DMAX):
+        measure([run.curve(name) for name in run.decodings], root, output, options.limit)
+    for run, seed in chosen(options.only, options.seeds):
+        if run.path.is_file() and not options.no_training:
+            train(run, seed, root, options.toy)
+        folder = root / run.folder(seed)
+        if (folder / "config.json").is_file():
+            measure([run.curve(name, seed) for name in run.decodings], root, output, options.limit)
+            note_training(run, seed, folder, output)
+    write_page(read_record(output), options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""bench/beyond.py at toy length, and its criterion on curves that are worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import beyond
+import pytest
+from beyond_page import (
+    EARLY,
+    LEFT,
+    NOISE,
+    RIGHT,
+    SHORT,
+    Found,
+    answer,
+    mean_interval,
+    missing,
+    tpf_at,
+    verdict,
+    write_page,
+)
+from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run
+
+from dmax.evaluation.statistics import wilson_interval
+from dmax.recipe.sections import load_recipe
+
+OPUT, MMD = TRAINED[:2]
+ACCURACY = (480, 480, 480, 470, 440)  # of 500 problems, from careful to bold
+
+
+def points(
+    run: Run, decoding: str, tpfs: Sequence[float], seed: int | None = None
+) -> list[dict[str, Any]]:
+    """A curve with the accuracies of `ACCURACY`, at these TPF."""
+    curve = run.curve(decoding, seed)
+    return [
+        {
+            "label": curve.label,
+            "model": curve.model,
+            "strategy": decoding,
+            "made_for": "spd",
+            "knob": "threshold",
+            "value": value,
+            "correct": correct,
+            "total": 500,
+            "accuracy": correct / 500,
+            "interval": wilson_interval(correct, 500),
+            "tpf": tpf,
+            "generated_tokens": 1000 * tpf,
+            "num_forwards": 1000,
+        }
+        for value, correct, tpf in zip(curve.values, ACCURACY, tpfs, strict=True)
+    ]
+
+
+def record_of(*curves: list[dict[str, Any]]) -> dict[str, Any]:
+    """A record with the references, and these curves."""
+    bundled = [
+        points(DMAX, "spd", (4, 5, 6, 7, 8)),
+        points(DMAX, "mbd", (4, 5, 6, 7, 8)),
+        points(BASE, "threshold", (1, 2, 3, 4, 5)),
+    ]
+    return {
+        "limit": 500,
+        "seed": 7,
+        "environment": {"cpu": "a CPU", "threads": 1, "torch": "2"},
+        "points": [point for curve in (*bundled, *curves) for point in curve],
+    }
+
+
+def shifted(run: Run, seed: int, by: float) -> list[dict[str, Any]]:
+    return points(run, "spd", [tpf + by for tpf in (4, 5, 6, 7, 8)], seed)
+
+
+# --- the criterion --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        (0.95, 5.0),  # a point of the curve
+        (0.92, 5.6),  # between the last two
+        (0.85, 6.0),  # nothing is said beyond the last
+        (0.97, None),
+    ],
+)
+def test_the_tpf_at_an_accuracy(level: float, expected: float | None) -> None:
+    curve = [{"tpf": t, "accuracy": a} for t, a in ((6.0, 0.9), (3.0, 0.96), (5.0, 0.95))]
+    assert tpf_at(curve, level) == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_curve_that_dips_counts_where_it_is_as_accurate_last() -> None:
+    curve = [{"tpf": t, "accuracy": a} for t, a in ((1, 0.9), (2, 0.8), (3, 0.9), (5, 0.7))]
+    assert tpf_at(curve, 0.85) == pytest.approx(3.5)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])  # deviation 1, 4.303 / sqrt(3) = 2.484
+    assert (mean, low, high) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
+    mean, low, high = mean_interval([1.0, 3.0])  # deviation sqrt(2), 12.706 / sqrt(2) times it
+    assert (mean, high - mean) == pytest.approx((2.0, 12.706), abs=1e-3)
+
+
+def test_the_level_is_the_lower_end_of_the_references_interval() -> None:
+    found = Found(record_of())
+    assert found.level("spd") == found.level("mbd") == wilson_interval(480, 500)[0]
+    assert found.level("threshold") == wilson_interval(480, 500)[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "control", "expected"),
+    [
+        ((2.0, 2.1, 1.9), (0.0, 0.1, 0.0), RIGHT),
+        ((2.0, 2.1, 1.9), (2.0, 1.9, 2.1), NOISE),  # above its start, but OPUT does as much
+        ((0.1, -0.1, 0.0), (-1.0, -1.1, -1.0), NOISE),  # OPUT loses, and this does not gain
+        ((-1.0, -1.1, -0.9), (0.0, 0.0, 0.1), LEFT),
+        ((0.0, 3.0, -2.0), (0.0, 0.0, 0.0), NOISE),
+        ((2.0,), (0.0,), EARLY),
+        ((2.0, 2.1, 1.9), (0.0,), EARLY),  # one seed of the control is there
+    ],
+)
+def test_verdicts(ours: Sequence[float], control: Sequence[float], expected: str) -> None:
+    curves = [shifted(MMD, seed, by) for seed, by in zip(SEEDS, ours, strict=False)]
+    curves += [shifted(OPUT, seed, by) for seed, by in zip(SEEDS, control, strict=False)]
+    found = Found(record_of(*curves))
+    assert verdict(found, MMD, "spd") == expected
+    assert answer(found).startswith(f"**{expected.capitalize()}:** MMD by SPD.")
+    assert ("Shipped as `tiny-dmax`" in answer(found)) == (expected == RIGHT)
+
+
+def test_a_curve_that_is_never_as_accurate_has_no_figure() -> None:
+    wrong = [
+        point | {"accuracy": 0.5, "correct": 250}
+        for seed in SEEDS
+        for point in shifted(MMD, seed, 9.0)
+    ]
+    curves = [shifted(OPUT, seed, 0.0) for seed in SEEDS]
+    assert verdict(Found(record_of(wrong, *curves)), MMD, "spd") == SHORT
+
+
+# --- what is missing ------------------------------------------------------------------------------
+
+
+def test_what_is_not_measured_is_listed_with_its_command() -> None:
+    both = [points(MMD, decoding, (4, 5, 6, 7, 8), 2) for decoding in ("spd", "mbd")]
+    half = shifted(MMD, 3, 0.0)[:-1]  # a curve that was interrupted
+    listed = missing(Found(record_of(*both, half))).splitlines()
+    assert "- MMD: `python bench/beyond.py --only mmd --seeds 1 3`" in listed
+    assert "- OPUT goes on: `python bench/beyond.py --only oput --seeds 1 2 3`" in listed
+
+
+def test_every_run_has_its_recipe_or_is_left_out() -> None:
+    """Recipes go on from the model that the page says, at the length of their control."""
+    present = [run for run in TRAINED if run.path.is_file()]
+    assert OPUT in present
+    for run in present:
+        assert load_recipe(run.path).model.path == run.start
+
+
+def test_the_page_of_what_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_page(record_of(*(shifted(MMD, seed, 1.0) for seed in SEEDS)), tmp_path)
+    text = (tmp_path / "beyond.md").read_text()
+    assert "| MMD | SPD | 0.5 | 480, 480, 480 | 1440/1500 (96.0 %) |" in text
+    assert (tmp_path / "beyond-mbd.svg").is_file()
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_trains_measures_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("accelerate")
+    arguments = ["--toy", "--limit", "2", "--only", "mbd", "--seeds", "1"]
+    arguments += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    beyond.main(arguments)
+    record = json.loads((tmp_path / "beyond.json").read_text())
+    assert record["training"]["mbd-1"]["steps"] == 2
+    labels = [point["label"] for point in record["points"]]
+    assert len(labels) == 5 + 2 * 5 + 2 * 5
+    assert labels.count("two-block OPUT, MBD, seed 1") == 5
+    assert "training mbd-1" in capsys.readouterr().out
+
+    del record["points"][-1]
+    (tmp_path / "beyond.json").write_text(json.dumps(record))
+    beyond.main([*arguments, "--no-training"])
+    assert capsys.readouterr().out.count("TPF") == 1  # the point that was gone
+    again = json.loads((tmp_path / "beyond.json").read_text())
+    assert [point["label"] for point in again["points"]] == labels
+    assert again["training"] == record["training"]
