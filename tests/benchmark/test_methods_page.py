@@ -1,0 +1,41 @@
+"""bench/methods.py: what its page says of the methods that were trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import methods
+import pytest
+
+RESULTS = Path(methods.__file__).parents[1] / "docs" / "results"
+
+
+def point(label: str, correct: int, tpf: float) -> dict[str, Any]:
+    value = 0.9 if label.startswith("D2F") else 0.5
+    return {"label": label, "value": value, "correct": correct, "total": 200, "tpf": tpf}
+
+
+@pytest.mark.parametrize(
+    ("correct", "words"),
+    [
+        (190, "is more accurate than without"),
+        (160, "is as accurate as without, within noise,"),
+        (90, "is less accurate than without"),
+    ],
+)
+def test_what_training_bought_is_computed(correct: int, words: str) -> None:
+    before = point("D2F's window, untrained", 160, 2.0)
+    said = methods.bought([before, point("D2F, trained", correct, 3.0)]).splitlines()
+    assert words in said[0]
+    assert f"{correct}/200" in said[0] and "1.5 times as many tokens a forward" in said[0]
+    assert said[1].endswith("not trained and measured yet.")
+
+
+def test_the_page_has_every_point_and_the_control() -> None:
+    record = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+    text = methods.page(record, RESULTS / "training.json")
+    assert text == (RESULTS / "methods.md").read_text(encoding="utf-8")
+    assert text.count("\n| ") == len(record["points"]) + 1
+    assert "/600" in text
