@@ -218,11 +218,15 @@ def test_an_open_block_sees_the_open_ones_before_it(golden: Golden) -> None:
     assert (most_open, most_pending > 0) == (3, True)
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @torch.inference_mode()
-def test_training_on_multi_block_states_shows_what_decoding_shows(golden: Golden) -> None:
+def test_training_on_multi_block_states_shows_what_decoding_shows(
+    golden: Golden, shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The blends of two open blocks, as `mbd` feeds them, in the noisy stream of training."""
     _, checkpoint, _ = golden
     model = checkpoint.model
+    monkeypatch.setattr(model.config, "shift", shift, raising=False)
     length = checkpoint.special_ids.block_length
     settings = {"threshold": 0.0, "options": {"opens_at": 0.0, "forces_at": 0.0}}
     engine = started(golden, random_prompts(length + 3), strategy="mbd", **settings)

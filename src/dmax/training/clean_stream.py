@@ -139,19 +139,19 @@ class CleanStream:
     def _shifted(self, states: States, noisy: Tensor) -> States:
         """The states of a noisy copy, each in the place of the position after it.
 
-        What stands before a block is clean: blocks are denoised behind finished ones.
+        What stands before a block is clean, where it is not a noisy block that this one sees.
         """
         length = noisy.shape[1]
         if self._clean is None:
             self._clean = states.values[:, length:]
         both = torch.cat((states.values[:, :length], self._clean), dim=1)
-        place = torch.arange(length, device=noisy.device)
+        index = torch.arange(length, device=noisy.device)
+        follows_noisy = index % self._block_length > 0
+        if self._places is not None:
+            follows_noisy = follows_noisy | (self._places > 0)
         last = self._clean.shape[1] - 1  # positions beyond the end of a sequence have no label
-        before = torch.where(
-            place % self._block_length > 0,
-            place - 1,
-            torch.where(noisy > 0, length + (noisy - 1).clamp(max=last), place),
-        )  # [1 or B, L'], into both
+        clean_before = torch.where(noisy > 0, length + (noisy - 1).clamp(max=last), index)
+        before = torch.where(follows_noisy, index - 1, clean_before)  # [1 or B, L'], into both
         before = before.expand(len(both), -1)[..., None].expand(-1, -1, both.shape[2])
         return replace(states, values=both.gather(1, before))
 
