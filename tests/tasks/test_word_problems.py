@@ -15,6 +15,8 @@ from dmax.tasks import get_task, task_names
 from dmax.tasks import word_problem_patterns as patterns
 from dmax.tasks.word_problems import (
     Numbers,
+    ShortWordProblems,
+    Split,
     apply_step,
     extract_answer,
     generate,
@@ -252,6 +254,25 @@ def test_the_task_scores_references_right_and_others_wrong() -> None:
         assert task.score(example.reference, example)
         assert not task.score(f"#### {int(example.answer) + 1}", example)
         assert not task.score("", example)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_short_problems_have_two_steps_and_small_numbers(split: Split) -> None:
+    drawn = list(ShortWordProblems.problems(200, 0, split))
+    assert len({problem.question for problem in drawn}) == 200
+    for problem in drawn:
+        assert problem.num_steps == 2
+        assert split_of(problem.start, problem.steps) == split
+        numbers = map(int, re.findall(r"\d+", problem.question + problem.response))
+        assert max(numbers) <= 20
+
+
+def test_the_short_task_has_the_test_problems_of_its_seed() -> None:
+    task = get_task("short_word_problems")
+    drawn = list(ShortWordProblems.problems(5, 7, "test"))
+    assert [example.prompt for example in task.examples(5, 7)] == [p.question for p in drawn]
+    for problem, example in zip(drawn, task.examples(5, 7), strict=True):
+        assert task.score(problem.response, example)
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:

@@ -24,6 +24,7 @@ _TASKS = {
     "mbpp": "dmax.tasks.python_code:Mbpp",
     "mbpp_plus": "dmax.tasks.python_code:MbppPlus",
     "minerva_algebra": "dmax.tasks.maths:MinervaAlgebra",
+    "short_word_problems": "dmax.tasks.word_problems:ShortWordProblems",
     "word_problems": "dmax.tasks.word_problems:WordProblems",
 }
 

@@ -272,13 +272,23 @@ class WordProblems:
 
     name = "word_problems"
     max_new_tokens = 256
+    steps = (4, 8)
+    numbers = Numbers()
 
     def examples(self, limit: int, seed: int) -> list[Example]:
         """The first `limit` test problems of a seed."""
         return [
             Example(problem.question, str(problem.answer), problem.response)
-            for problem in problems(limit, seed=seed, split="test")
+            for problem in self.problems(limit, seed, "test")
         ]
+
+    @classmethod
+    def problems(cls, num: int, seed: int, split: Split) -> Iterator[WordProblem]:
+        """The first `num` problems of a seed, as long and with such numbers as the task has."""
+        low, high = cls.steps
+        return problems(
+            num, seed=seed, split=split, min_steps=low, max_steps=high, numbers=cls.numbers
+        )
 
     def extract(self, text: str) -> str | None:
         """The number of the closing line; None without such a line."""
@@ -288,3 +298,12 @@ class WordProblems:
     def score(self, text: str, example: Example) -> bool:
         """Whether the text ends with the right answer."""
         return score(text, example.answer)
+
+
+class ShortWordProblems(WordProblems):
+    """The task `short_word_problems`: two steps, and no number above 20."""
+
+    name = "short_word_problems"
+    max_new_tokens = 80
+    steps = (2, 2)
+    numbers = Numbers(largest=20, largest_operand=6)
