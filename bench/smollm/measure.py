@@ -1,0 +1,88 @@
+"""Decode the models of all stages, and ask the autoregressive original about what they wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dmax.environment import weights_digest
+from dmax.evaluation.results import ResultFiles
+from dmax.evaluation.run import evaluate
+from dmax.evaluation.sweep import Curve
+from dmax.llm import LLM
+from dmax.tasks import Task
+from smollm.likelihood import CrossEntropy, cross_entropy
+
+Point = dict[str, Any]
+SEED = 7  # of the decoded problems
+BATCH_SIZE = 32
+AUTOREGRESSIVE = "autoregressive"
+STOPPED = "stop"
+
+
+def slug(curve: Curve, value: float) -> str:
+    """The file name of a point."""
+    name = curve.label.replace(", ", "-").replace(" ", "-")
+    return name if curve.strategy == AUTOREGRESSIVE else f"{name}-{value:g}"
+
+
+def decode(curve: Curve, value: float, task: Task, folder: Path, limit: int) -> Point:
+    """One model at one threshold, from the files in `folder` if they are of the same weights.
+
+    An interrupted evaluation goes on where it stopped.
+    """
+    path = folder / f"{slug(curve, value)}.json"
+    llm = open_model(curve)
+    if path.exists():
+        held: Point = json.loads(path.read_text())
+        if held["weights"] == weights_digest(llm.model) and held["limit"] == limit:
+            return held
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ResultFiles(path, overwrite=True)
+    summary, samples = evaluate(
+        llm,
+        task,
+        curve.params(value, task.max_new_tokens),
+        limit=limit,
+        seed=SEED,
+        model_name=curve.model,
+        journal=files,
+    )
+    files.finish(summary, samples)
+    return dict(json.loads(path.read_text()))
+
+
+def open_model(curve: Curve) -> LLM:
+    """A model as its curve decodes it: an autoregressive one in blocks of one token."""
+    if curve.strategy == AUTOREGRESSIVE:
+        return LLM(curve.model, block_length=1, shift=True, max_batch_size=BATCH_SIZE)
+    return LLM(curve.model, max_batch_size=BATCH_SIZE)
+
+
+def judge(path: Path, judge: Path) -> CrossEntropy:
+    """What the autoregressive model in a folder says of the answers of an evaluation.
+
+    Args:
+        path: of the summary of the evaluation.
+        judge: folder of the model.
+    """
+    samples = path.with_name(f"{path.stem}.samples.jsonl").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    model = AutoModelForCausalLM.from_pretrained(judge, dtype=torch.float32).eval()
+    texts = [written(tokenizer, json.loads(line)) for line in samples.splitlines()]
+    return cross_entropy(model, texts)
+
+
+def written(tokenizer: Any, sample: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """The ids of a prompt and of its answer, with an EOS if the answer ends by itself."""
+    chat = [{"role": "user", "content": sample["prompt"]}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    answer = list(tokenizer(sample["output"], add_special_tokens=False)["input_ids"])
+    if sample["finish_reason"] == STOPPED:
+        answer.append(tokenizer.eos_token_id)
+    return list(prompt["input_ids"]), answer

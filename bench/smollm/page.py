@@ -1,0 +1,123 @@
+"""docs/results/pretrained.md: what the stages of bench/pretrained.py have given so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmax.evaluation.sweep import Curve
+from dmax.files import write_atomically
+from smollm.measure import AUTOREGRESSIVE, slug
+
+Record = Mapping[str, Any]
+INTRODUCTION = """\
+# A real pretrained model
+
+SmolLM2-135M-Instruct (Llama architecture, 30 layers, Apache-2.0) is a language model that was
+trained on two trillion tokens of text. Here it becomes a block-diffusion model, and then DMax, on
+one thread of a CPU. The task is `short_word_problems`: two or three dependent steps with numbers up
+to 20, each worked out in a sentence, so that a later token needs the earlier ones.
+
+- **The whole network is trained**, all 30 layers. Only its vocabulary is cut, from 49,152 tokens
+  to the {vocabulary} that the task needs, and every number is one token, whose row starts as a mix
+  of the rows of its digits.
+- **The original learns the task first** (stage `ar`), as the autoregressive model that it is, since
+  the new tokens mean nothing to it. The base model starts from there. It keeps the original's
+  reading: a token is predicted at the position before it (`shift: true`). Blocks have 16 tokens.
+- **Base, DMax and both controls** are the recipes `recipes/pretrained_*.yaml`. DMax and the
+  controls start from the base and learn the base's own answers.
+- **The judge** is a measure that needs no answers: the cross-entropy that the autoregressive
+  original, after stage `ar`, gives to what a model wrote. Tokens that were decided together and do
+  not fit cost it nats.
+
+`make pretrained` (`python bench/pretrained.py`) makes all of it, goes on where it stopped, and
+writes this page.
+"""
+GPU = """\
+## With a GPU
+
+The same with the whole vocabulary, blocks of 32 and more tokens. **This has never been run.**
+
+```sh
+dmax convert HuggingFaceTB/SmolLM2-135M-Instruct -o runs/smollm2 --shift --block-length 32
+dmax train recipes/pretrained_gpu.yaml
+```
+"""
+NOT_YET = "not measured yet"
+
+
+def write_page(record: Record, curves: Sequence[Curve], path: Path) -> None:
+    """Write the page of a record; points that are missing are named."""
+    parts = [
+        INTRODUCTION.format(vocabulary=record["vocabulary"]),
+        "## Results\n\n" + "\n".join(results(record, curves)),
+        "## Stages\n\n" + "\n".join(stages(record)),
+        "## Learning curves\n\n" + "\n".join(learning(record)),
+        *record.get("notes", ()),
+        GPU,
+    ]
+    write_atomically(path, "\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
+    """The table of points, in the order of the curves, and what it was measured with."""
+    machine = record["environment"]
+    yield (
+        f"{record['limit']} unseen problems, seed {record['seed']}, greedy; {machine['cpu']}, "
+        f"{machine['threads']} thread(s), torch {machine['torch']}, float32.\n"
+    )
+    yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
+    yield "|---|---|---|---|---|---|"
+    for curve in curves:
+        for value in curve.values:
+            name = f"| {curve.label} | {'–' if curve.strategy == AUTOREGRESSIVE else value} "
+            yield name + figures(record["points"].get(slug(curve, value)))
+    missing = [
+        Path(curve.model).name.removeprefix("pretrained-")
+        for curve in curves
+        if any(slug(curve, value) not in record["points"] for value in curve.values)
+    ]
+    if missing:
+        command = " ".join(dict.fromkeys(missing))
+        yield f"\nWhat is missing is measured by `python bench/pretrained.py {command} measure`."
+
+
+def figures(point: Record | None) -> str:
+    """The cells of a point behind its name."""
+    if point is None:
+        return f"| {NOT_YET} | | | |"
+    low, high = (100 * end for end in point["interval"])
+    count = f"{point['correct']}/{point['total']}"
+    return (
+        f"| {count} | {low:.1f} to {high:.1f} | {point['tpf']:.2f} | {point['cross_entropy']:.3f} |"
+    )
+
+
+def stages(record: Record) -> Iterator[str]:
+    """What each stage has taken."""
+    yield "| stage | steps | sequences | tokens | hours | held-out loss, first and last |"
+    yield "|---|---|---|---|---|---|"
+    for name, stage in record["stages"].items():
+        if not stage["steps"]:
+            yield f"| {name} | not run yet | | | | |"
+            continue
+        losses = [entry["eval_loss"] for entry in stage["log"] if "eval_loss" in entry]
+        ends = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else ""
+        steps = f"{stage['steps']}{'' if stage['is_done'] else ', not finished'}"
+        hours = f"{stage['seconds'] / 3600:.1f}" if stage["seconds"] else ""
+        size = f"{stage['sequences']:,} | {stage['tokens']:,}"
+        yield f"| {name} | {steps} | {size} | {hours} | {ends} |"
+
+
+def learning(record: Record) -> Iterator[str]:
+    """Held-out losses over the steps of each stage."""
+    yield "Loss on 64 held-out problems after so many steps; each stage has its own objective.\n"
+    for name, stage in record["stages"].items():
+        points = [
+            f"{entry['step']}: {entry['eval_loss']:.3f}"
+            for entry in stage["log"]
+            if "eval_loss" in entry
+        ]
+        if points:
+            yield f"- **{name}**: {', '.join(points)}"
