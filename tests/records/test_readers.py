@@ -187,7 +187,7 @@ def test_one_file_may_hold_several_shapes(tmp_path: Path) -> None:
     records = ({"prompt": "q", "response": "r"}, {"question": "q", "answer": "r"})
     lines = [*map(json.dumps, records), "", json.dumps({"messages": [QUESTION, ANSWER]})]
     path.write_text("\n".join(lines) + "\n\n")
-    assert read(path) == [([QUESTION], "r", f"{path}:{line}") for line in (1, 2, 4)]
+    assert read(path) == [Conversation([QUESTION], "r", f"{path}:{line}") for line in (1, 2, 4)]
 
 
 def test_text_parts_are_learnt_as_their_text(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ OF_THE_MODEL = (
     "ray ray_address replicas gpus_per_replica engine"
 ).split()
 OF_THE_SERVER = "endpoint_model concurrency timeout".split()
+ELSEWHERE = "endpoint ray ray_address".split()
+"""Who answers in the place of a model in this process."""
 
 
 def _option(help: str, panel: str, *names: str, **bounds: Any) -> Any:
@@ -44,6 +46,9 @@ Output = Annotated[
 ]
 ShardSize = Annotated[
     int | None, _option("make it a folder of files with so many responses each", FILES, min=1)
+]
+Trajectories = Annotated[
+    bool, _option("also record every step of the decoding, which CForce learns from", FILES)
 ]
 Num = Annotated[
     int | None,
@@ -94,6 +99,7 @@ def distill(
     seed: Seed = 1,
     part: PartOf = "0/1",
     shard_size: ShardSize = None,
+    trajectories: Trajectories = False,
     strategy: options.StrategyName = "threshold",
     threshold: options.Threshold = 0.95,
     max_new_tokens: options.MaxNewTokens = options.DECODING.max_new_tokens,
@@ -160,6 +166,13 @@ def _check_who_answers(context: typer.Context, endpoint: str | None) -> None:
     Raises:
         InputError: one does.
     """
+    elsewhere = options.given_among(context, ELSEWHERE)
+    if elsewhere and context.params["trajectories"]:
+        raise InputError(
+            f"`--trajectories` does not go with {elsewhere}: only a model in this process tells "
+            "how it decodes",
+            hint="leave one of them out; --part divides the prompts among processes",
+        )
     strange = options.given_among(context, OF_THE_MODEL if endpoint else OF_THE_SERVER)
     if strange and endpoint:
         raise InputError(
@@ -212,7 +225,7 @@ def _engine(given: Mapping[str, Any]) -> Callable[[], AbstractContextManager[Ans
             max_batch_size=given["batch_size"],
             compile_model=given["compile_model"],
         )
-        return nullcontext(ModelAnswerer(llm, params))
+        return nullcontext(ModelAnswerer(llm, params, records=given["trajectories"]))
 
     return load
 

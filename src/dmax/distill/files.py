@@ -348,6 +348,8 @@ def _line(entry: Entry) -> str:
         record |= {name: count for name, count in counts.items() if count is not None}
     if entry.reason is not None:
         record["reason"] = entry.reason
+    elif not isinstance(answer, Refusal) and answer.trajectory is not None:
+        record["trajectory"] = answer.trajectory
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from dmax import __version__
@@ -21,6 +21,7 @@ from dmax.distill.responses import (
     num_characters,
     response,
 )
+from dmax.distill.trajectories import Recorder
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.environment import weights_digest
@@ -36,11 +37,14 @@ class ModelAnswerer:
     Args:
         llm: the model.
         params: how to decode.
+        records: whether a response comes with its trajectory, at the price of a copy of every open
+            block after every step. No token depends on it.
     """
 
-    def __init__(self, llm: LLM, params: DecodingParams) -> None:
+    def __init__(self, llm: LLM, params: DecodingParams, *, records: bool = False) -> None:
         self._llm = llm
         self._params = params
+        self._records = records
 
     def settings(self) -> dict[str, Any]:
         """All that a response depends on, as JSON has it, but for the last bits of a number.
@@ -58,6 +62,7 @@ class ModelAnswerer:
             "special_ids": asdict(llm.checkpoint.special_ids),
             "params": asdict(resolved),
             "decoding": repr(get_strategy(resolved)),  # with the digest of a head
+            **({"trajectories": True} if self._records else {}),
         }
         return dict(json.loads(json.dumps(settings)))
 
@@ -72,7 +77,7 @@ class ModelAnswerer:
         batch_size = min(self._llm.options.max_batch_size, len(indices))
         engine = self._llm.engine(self._params.block_length, max_batch_size=batch_size)
         waiting = _longest_first(prompts, indices)
-        running: dict[int, Request] = {}
+        running: dict[int, tuple[Request, Recorder | None]] = {}
         while waiting or running:
             while waiting and len(running) < batch_size:
                 index = waiting.popleft()
@@ -80,24 +85,37 @@ class ModelAnswerer:
                     running[index] = self._submit(engine, index, prompts[index])
                 except InputError as error:
                     yield [(index, Refusal(error))]
-            finished = [
-                (event.index, self._answer(running.pop(event.index), event))
-                for event in (engine.step() if running else ())
-                if event.kind == "finished"
-            ]
+            finished: list[tuple[int, Answer]] = []
+            for event in engine.step() if running else ():
+                request, recorder = running[event.index]
+                if event.kind == "finished":
+                    finished.append((event.index, self._answer(request, event, recorder)))
+                    del running[event.index]
+                elif recorder is not None:
+                    recorder.see(event)
             if finished:
                 yield finished
 
-    def _submit(self, engine: Engine, index: int, prompt: Prompt) -> Request:
+    def _submit(
+        self, engine: Engine, index: int, prompt: Prompt
+    ) -> tuple[Request, Recorder | None]:
         request = self._llm.request(index, as_chat(prompt), self._params)
+        recorder = None
+        if self._records:
+            block_length = (
+                self._params.block_length or self._llm.checkpoint.special_ids.block_length
+            )
+            recorder = Recorder(len(request.prompt_ids), block_length)
+            request = replace(request, provisional=True)
         engine.add(request)
-        return request
+        return request, recorder
 
-    def _answer(self, request: Request, event: StreamEvent) -> Answer:
+    def _answer(self, request: Request, event: StreamEvent, recorder: Recorder | None) -> Answer:
         try:
-            return response(self._llm.output(request, event))
+            answer = response(self._llm.output(request, event))
         except InputError as error:  # such as logits that are NaN
             return Refusal(error)
+        return answer if recorder is None else replace(answer, trajectory=recorder.trajectory())
 
 
 def _longest_first(prompts: Prompts, indices: Sequence[int]) -> deque[int]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from dmax.errors import InputError
 from dmax.outputs import GenerationOutput
 from dmax.records.readers import Chat
+from dmax.records.trajectories import Trajectory
 
 Prompt = str | Chat
 """A text, which is one user message, or a chat whose last message is to be answered."""
@@ -25,12 +26,14 @@ class Response:
         tokens: how many were generated, EOS not counted; None if the server does not say.
         is_finished: whether the model ended it by itself.
         forwards: denoising forwards that it took; None if the server does not say.
+        trajectory: how it was decoded; None if nobody asked.
     """
 
     text: str
     tokens: int | None
     is_finished: bool
     forwards: int | None = None
+    trajectory: Trajectory | None = None
 
 
 @dataclass(frozen=True, slots=True)

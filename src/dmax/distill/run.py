@@ -52,9 +52,9 @@ def distill(
     """Answer every prompt that the files do not answer yet, and write the responses down.
 
     A line is `{"index", "prompt", "response", "tokens", "forwards"}`, or has `messages` where the
-    prompt is a chat: records that training reads. `index` is the number of the prompt. Lines come
-    in the order in which responses are finished. What is dropped stands apart, so that a resumed
-    run does not decode it again.
+    prompt is a chat: records that training reads. `index` is the number of the prompt. Where it was
+    asked for, a `trajectory` follows. Lines come in the order in which responses are finished. What
+    is dropped stands apart, so that a resumed run does not decode it again.
 
     Args:
         answerer: a model or a server.

@@ -34,12 +34,14 @@ class Encoded(TypedDict):
         response_ids: of what is learnt: the response and the ending of its turn, without EOS.
         is_cut: whether the ids were cut, so that no EOS is learnt after them; False if missing.
         where: where the example comes from, for errors.
+        trajectory: how the response was decoded, JSON; None or missing where nobody says.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     is_cut: NotRequired[bool]
     where: NotRequired[str]
+    trajectory: NotRequired[str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,7 @@ def _encode(
     prompts = encode_texts(tokenizer, [text or "" for text in texts])
     responses = encode_texts(tokenizer, [each.response for each in conversations])
     examples = [
-        _example(prompt_ids, [*response_ids, *rules.ending], each.where, rules)
+        _example(prompt_ids, [*response_ids, *rules.ending], each, rules)
         for text, prompt_ids, response_ids, each in zip(
             texts, prompts, responses, conversations, strict=True
         )
@@ -216,20 +218,19 @@ def _encode(
 
 def _prompt_text(tokenizer: Any, conversation: Conversation, rules: Rules) -> str | None:
     """The text of a prompt up to where the assistant answers; None if it is far too long."""
-    messages, _, where = conversation
-    size = sum(len(message["content"]) for message in messages)
+    size = sum(len(message["content"]) for message in conversation.messages)
     room = rules.max_length * MAX_TOKEN
     if size > room and rules.too_long != "error":
         return None
     try:
         check_fits(size, "characters", room)
-        return render_chat(tokenizer, messages, limit=2 * room)
+        return render_chat(tokenizer, conversation.messages, limit=2 * room)
     except InputError as error:
-        raise InputError(f"{where}: {error.message}", error.hint) from None
+        raise InputError(f"{conversation.where}: {error.message}", error.hint) from None
 
 
 def _example(
-    prompt_ids: list[int], response_ids: list[int], where: str, rules: Rules
+    prompt_ids: list[int], response_ids: list[int], conversation: Conversation, rules: Rules
 ) -> dict[str, Any] | None:
     """An example as the rules want it; None if it is left out."""
     room = rules.max_length - len(prompt_ids)
@@ -237,8 +238,8 @@ def _example(
     is_cut = len(learnt) > room
     if is_cut and rules.too_long == "error":
         raise InputError(
-            f"{where}: {len(prompt_ids)} prompt and {len(response_ids)} response tokens leave no "
-            f"room for {rules.eos_labels} EOS in `max_length` {rules.max_length}",
+            f"{conversation.where}: {len(prompt_ids)} prompt and {len(response_ids)} response "
+            f"tokens leave no room for {rules.eos_labels} EOS in `max_length` {rules.max_length}",
             hint="raise `max_length` up to the model's context, or choose another `too_long` than "
             "`error`: `truncate` or `skip`",
         )
@@ -248,7 +249,8 @@ def _example(
         "prompt_ids": prompt_ids,
         "response_ids": learnt[:room] if is_cut else response_ids,
         "is_cut": is_cut,
-        "where": where,
+        "where": conversation.where,
+        "trajectory": conversation.trajectory,
     }
 
 
@@ -273,4 +275,4 @@ def _features() -> Any:
 
     ids = List(Value("int32"))
     kinds = {"prompt_ids": ids, "response_ids": ids, "is_cut": Value("bool")}
-    return Features(kinds | {"where": Value("string")})
+    return Features(kinds | {"where": Value("string"), "trajectory": Value("string")})

@@ -6,6 +6,7 @@ takes it; where several would, the caller names one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ class Conversation(NamedTuple):
         messages: of the prompt.
         response: what is to be learnt.
         where: file and line, or where else it comes from, for errors.
+        trajectory: how the response was decoded, JSON that only some objectives read; None where
+            the record does not say.
     """
 
     messages: Chat
     response: str
     where: str
+    trajectory: str | None = None
 
 
 class Prompt(NamedTuple):
@@ -137,7 +141,9 @@ def read_conversation(record: Any, where: str, reader: Reader | None = None) -> 
         *prompt, answer = messages
         if not answer["content"].strip():
             raise InputError("a record without a response")
-    return Conversation(prompt, answer["content"], where)
+    followed = columns.get("trajectory")
+    trajectory = None if followed is None else json.dumps(followed, default=str)
+    return Conversation(prompt, answer["content"], where, trajectory)
 
 
 def read_prompt(record: Any, where: str, reader: Reader | None = None) -> Prompt:

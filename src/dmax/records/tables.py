@@ -11,7 +11,7 @@ from dmax import extras
 from dmax.errors import InputError
 from dmax.records.readers import Conversation, Reader, read_conversation
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same records are to become something else: older caches are passed over then."""
 COLUMNS = Conversation._fields
 """Columns of a table of conversations."""
@@ -184,4 +184,5 @@ def _features() -> Any:
 
     message = {"role": Value("string"), "content": Value("string")}
     text = Value("string")
-    return Features({"messages": List(message), "response": text, "where": text})
+    texts = {"response": text, "where": text, "trajectory": text}
+    return Features({"messages": List(message), **texts})
