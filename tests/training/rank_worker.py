@@ -114,6 +114,7 @@ def train(folder: Path, family: str, *, checkpointing: bool, **settings: Any) ->
         gradient_checkpointing=checkpointing,
         learning_rate=0.01,
         warmup_steps=0,
+        block_warmup=[[2, 1]],
         max_grad_norm=0.5,
         router_bias_speed=0.01,
         logging_steps=1,

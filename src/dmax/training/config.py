@@ -20,6 +20,7 @@ from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
 from dmax.records.encoding import check_too_long
 from dmax.training import get_objective
+from dmax.training.block_warmup import check_stages
 from dmax.training.objectives import AVERAGES, SEQUENCES
 from dmax.training.ranks import num_ranks
 from dmax.training.sharding import Sharding
@@ -61,6 +62,8 @@ class DMaxConfig(TrainingArguments):
         rollout_temperature: of the sampling rollout.
         mask_ratio_low: lowest share of response tokens that are masked.
         mask_ratio_high: highest share; if it equals the lowest, the share is fixed.
+        block_warmup: block lengths to begin with, and how many steps each lasts, as
+            [[1, 200], [4, 200]]; the model's own follows.
         loss_average: "sequences" is the mean over each sequence's labels, then over sequences,
             micro-batches and processes, as in the published code; "labels" is the mean over all
             labels of a micro-batch.
@@ -92,6 +95,7 @@ class DMaxConfig(TrainingArguments):
     rollout_temperature: float = 1.0
     mask_ratio_low: float = 0.75
     mask_ratio_high: float = 0.75
+    block_warmup: list[list[int]] | None = None
     loss_average: str = SEQUENCES
     certainty_weight: float = 2.0
     certainty_temperature: float = 0.5
@@ -144,6 +148,7 @@ class DMaxConfig(TrainingArguments):
             self._shard(self.sharding)
         self.objective_class = get_objective(self.objective, self.rollout)
         check_too_long(self.too_long)
+        check_stages(self.block_warmup or [])
         if self.loss_average not in AVERAGES:
             raise InputError(
                 f"`loss_average` must be one of {', '.join(AVERAGES)}, got {self.loss_average!r}",

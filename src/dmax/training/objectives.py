@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -252,14 +252,17 @@ class ObjectiveModule(nn.Module):
     def __init__(self, network: nn.Module, objective: Objective, *, compiled: bool = False) -> None:
         super().__init__()
         self.network = network
-        self._batch = objective.batch
-        self._loss = torch.compile(objective.loss) if compiled else objective.loss
+        self.objective = objective
+        self._loss = torch.compile(_loss) if compiled else _loss
 
-    def forward(self, generator: torch.Generator, **clean: Any) -> dict[str, Tensor]:
+    def forward(
+        self, generator: torch.Generator, block_length: int | None = None, **clean: Any
+    ) -> dict[str, Tensor]:
         """The loss of one batch.
 
         Args:
             generator: random source of the noise, on the device of the network.
+            block_length: in place of the objective's.
             clean: the fields of the objective's batch.
 
         Returns:
@@ -268,8 +271,15 @@ class ObjectiveModule(nn.Module):
         network: Any = self.network
         if hasattr(network, "get_base_model"):  # adapters of peft stand within its layers
             network = network.get_base_model()
-        loss = self._loss(network, self._batch(**clean), generator)
+        objective = self.objective
+        if block_length not in (None, objective.block_length):
+            objective = replace(objective, block_length=block_length)
+        loss = self._loss(objective, network, objective.batch(**clean), generator)
         return {"loss": loss.total, **loss.parts}
+
+
+def _loss(objective: Objective, *arguments: Any) -> Loss:
+    return objective.loss(*arguments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dmax.errors import InputError
 from dmax.files import writing
 from dmax.special_ids import SpecialIds
 from dmax.training.balancing import RouterBalancing
+from dmax.training.block_warmup import block_length_at, check_stages
 from dmax.training.config import DMaxConfig
 from dmax.training.data import LengthSampler, num_ids
 from dmax.training.embedding import without_gradient
@@ -80,6 +81,7 @@ class DMaxTrainer(ParallelTrainer):
             special_ids=special_ids,
             peft_config=peft_config,
         )
+        check_stages(args.block_warmup or [], begun.special_ids.block_length)
         if train_dataset is not None:
             train_dataset = begun.examples(train_dataset, args)
         self._has_held_out = eval_dataset is not None
@@ -165,7 +167,12 @@ class DMaxTrainer(ParallelTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The objective's loss on one micro-batch of the collator's."""
         progress = self.state.global_step / max(1, self.state.max_steps)
-        parts: dict[str, Tensor] = model(self._generator(), progress=progress, **inputs)
+        stages = self.args.block_warmup or []
+        own = self.special_ids.block_length
+        block_length = block_length_at(self.state.global_step, stages, own)
+        parts: dict[str, Tensor] = model(
+            self._generator(), block_length, progress=progress, **inputs
+        )
         loss = parts.pop("loss")
         self._parts.append(parts)
         self._tokens += inputs["clean_ids"].numel()
