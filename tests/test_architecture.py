@@ -29,7 +29,7 @@ LAYERS = {
     **dict.fromkeys(
         ("dmax.checkpoint", "dmax.checkpoint_files", "dmax.checkpoint_kind", "dmax.training"), 3
     ),
-    "dmax.adapters": 3,
+    **dict.fromkeys(("dmax.adapters", "dmax.convert"), 3),
     **dict.fromkeys(("dmax.engine", "dmax.llm", "dmax.prompts"), 4),
     **dict.fromkeys(("dmax.baselines", "dmax.tasks", "dmax.evaluation"), 5),
     **dict.fromkeys(("dmax.completers", "dmax.trace"), 5),

@@ -63,6 +63,7 @@ COMMANDS = {
         "--top-k --option --block-length --temperature --seed --stop --ignore-eos --dtype "
         "--quantization --device --json"
     ),
+    "convert": "model --output -o --block-length --shift --no-shift --json",
     "train": "recipe --max-steps --fresh --dry-run --gpus --gpu --memory --price --examples --json",
     "distill": (
         "--output -o --model -m --num --prompts --reader --column --config --split --task --data "

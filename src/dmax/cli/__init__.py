@@ -17,6 +17,7 @@ from dmax import extras
 from dmax.cli import options
 from dmax.cli.boundary import DEBUG, Commands, keeping, run
 from dmax.cli.chat import chat
+from dmax.cli.convert import convert
 from dmax.cli.distill import distill
 from dmax.cli.evaluate import evaluate
 from dmax.cli.reproduce import reproduce
@@ -147,6 +148,9 @@ app.command()(chat)
 
 
 app.command()(trace)
+
+
+app.command()(convert)
 
 
 app.command()(train)

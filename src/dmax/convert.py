@@ -1,0 +1,87 @@
+"""An autoregressive checkpoint of transformers, made ready to learn block diffusion."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import PreTrainedConfig
+
+from dmax.checkpoint import Checkpoint, check_target, load_checkpoint, save_checkpoint
+from dmax.checkpoint_files import read_settings
+from dmax.errors import InputError, shorten
+from dmax.hub import find_folder, is_adapter
+from dmax.special_ids import FAMILY_BLOCK_LENGTH, find_mask_token_id
+
+BLOCK_LENGTH = 32
+"""That of LLaDA-2.x and of DMax."""
+
+
+def convert_checkpoint(
+    name_or_path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    block_length: int = BLOCK_LENGTH,
+    shift: bool = False,
+) -> Checkpoint:
+    """Give an autoregressive checkpoint what a block-diffusion model has, and write it.
+
+    It gets a mask token (`dmax.models.backbone.add_mask_token`), unless its tokenizer has one, and
+    a configuration that names it, the block length and where predictions are read. All other
+    weights are written as they were. It decodes well only after training.
+
+    Args:
+        name_or_path: a folder or a hub id.
+        output: created, or replaced if it is empty or holds nothing but a checkpoint.
+        block_length: positions that are decoded together.
+        shift: whether the prediction for a position is read one position before it, where an
+            autoregressive model has it, or at the position itself.
+
+    Returns:
+        The checkpoint as it was written.
+
+    Raises:
+        InputError: the model decodes blocks already, holds adapters, has no tokenizer or cannot be
+            used; the block length does not fit its context; or the output cannot be written.
+    """
+    folder = find_folder(name_or_path)
+    target = check_target(output)
+    shown = shorten(str(name_or_path))
+    if target.exists() and target.samefile(folder):
+        raise InputError(
+            f"{shown} would be replaced by what is made of it", hint="choose another output folder"
+        )
+    if is_adapter(folder):
+        raise InputError(
+            f"{shown} holds adapters, not a whole model",
+            hint="merge them into their base first, `dmax.checkpoint.merge_adapters`",
+        )
+    config, tokenizer, _ = read_settings(folder)
+    _check_autoregressive(shown, config)
+    if tokenizer is None:
+        raise InputError(f"{shown} has no tokenizer, which must know the mask token")
+    loaded = load_checkpoint(
+        name_or_path,
+        dtype="auto",
+        device="cpu",
+        block_length=block_length,
+        add_mask_token=find_mask_token_id(config, tokenizer) is None,
+    )
+    loaded.model.config.shift = shift
+    origin = {"converted_from": os.fspath(name_or_path)}
+    save_checkpoint(loaded.model, loaded.tokenizer, target, loaded.special_ids, extra=origin)
+    return loaded
+
+
+def _check_autoregressive(shown: str, config: PreTrainedConfig) -> None:
+    """Raise `InputError` for a model that decodes blocks already."""
+    named = [
+        name
+        for name in ("mask_token_id", "block_length", "decoding_strategy")
+        if getattr(config, name, None) is not None
+    ]
+    if config.model_type in FAMILY_BLOCK_LENGTH or named:
+        reason = f"names `{named[0]}`" if named else f"is of the type {config.model_type}"
+        raise InputError(
+            f"{shown} is a diffusion model already: its config.json {reason}",
+            hint="train it as it is, `model.path` of a recipe",
+        )

@@ -1,0 +1,225 @@
+"""From an autoregressive checkpoint to one that can learn to decode blocks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import Dmax, dmax_fixture  # noqa: F401  (fixture)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from dmax import LLM, DecodingParams, tiny
+from dmax.checkpoint import load_checkpoint
+from dmax.convert import convert_checkpoint
+from dmax.errors import InputError
+
+WORDS = ["<unk>", "<eos>", *(f"w{number}" for number in range(38))]  # 40 tokens
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+}
+
+
+def write(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+    """An autoregressive checkpoint with a tokenizer of 40 words."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{"vocab_size": 40, **SIZES, **changes})
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return record
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab_size", [40, 64])
+def test_all_weights_but_the_mask_row_are_as_they_were(
+    kind: str, tied: bool, vocab_size: int, tmp_path: Path
+) -> None:
+    changes = {"tie_word_embeddings": tied, "vocab_size": vocab_size}
+    source = write(tmp_path / "source", kind, **changes)
+    convert_checkpoint(source, tmp_path / "made", block_length=16)
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "made" / "model.safetensors")
+    assert before.keys() == after.keys() and (HEAD in after) is not tied
+    for name, weight in after.items():
+        assert weight.dtype == torch.bfloat16
+        if name not in (EMBEDDING, HEAD):
+            assert torch.equal(weight, before[name])
+            continue
+        assert len(weight) == max(vocab_size, 41)  # a spare row is taken before one is made
+        kept = torch.arange(len(before[name])) != 40
+        assert torch.equal(weight[: len(before[name])][kept], before[name][kept])
+        torch.testing.assert_close(weight[40], before[name][:40].float().mean(0).bfloat16())
+
+
+def test_the_files_name_what_decoding_asks_for(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    made = convert_checkpoint(source, tmp_path / "made", block_length=16, shift=True)
+    assert (made.special_ids.mask_token_id, made.special_ids.block_length) == (40, 16)
+    record = config(tmp_path / "made")
+    changed = {"mask_token_id": 40, "block_length": 16, "shift": True, "vocab_size": 41}
+    assert record.items() >= changed.items()
+    same = config(source).keys() - changed.keys() - {"transformers_version"}
+    assert {name: record[name] for name in same} == {name: config(source)[name] for name in same}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", 40)
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    read = load_checkpoint(tmp_path / "made", dtype="auto", device="cpu")
+    assert read.special_ids == made.special_ids and read.decoding is None
+    convert_checkpoint(source, tmp_path / "at", shift=False)
+    assert config(tmp_path / "at").items() >= {"shift": False, "block_length": 32}.items()
+
+
+def test_the_result_decodes_blocks(tmp_path: Path) -> None:
+    convert_checkpoint(write(tmp_path / "source"), tmp_path / "made", block_length=8)
+    params = DecodingParams(max_new_tokens=16, ignore_eos=True)
+    [output] = LLM(tmp_path / "made").generate([[2, 3, 4]], params)
+    assert len(output.token_ids) == 16 and 40 not in output.token_ids
+
+
+def test_a_mask_token_of_the_tokenizer_stays(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"mask_token": "w7"})
+    tokenizer.save_pretrained(source)
+    convert_checkpoint(source, tmp_path / "made")
+    assert config(tmp_path / "made")["mask_token_id"] == WORDS.index("w7")
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "made" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_an_earlier_result_is_replaced(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    for block_length in (8, 16):
+        convert_checkpoint(source, tmp_path / "made", block_length=block_length)
+    assert config(tmp_path / "made")["block_length"] == 16
+    origin = json.loads((tmp_path / "made" / "dmax.json").read_text())
+    assert origin == {"converted_from": str(source)}
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def refused(source: Path | str, target: Path, *parts: str, **options: Any) -> None:
+    existed = target.exists()
+    with pytest.raises(InputError) as error:
+        convert_checkpoint(source, target, **options)
+    for part in parts:
+        assert part in f"{error.value.message} {error.value.hint}"
+    assert target.exists() is existed
+
+
+@pytest.mark.parametrize("name", [*tiny.BUNDLED])
+def test_a_llada2_decodes_blocks_already(name: str, tmp_path: Path) -> None:
+    refused(name, tmp_path / "made", "diffusion model already", "mask_token_id")
+
+
+def test_a_published_family_decodes_blocks_already(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "sdar")
+    refused(source, tmp_path / "made", "diffusion model already", "of the type sdar")
+
+
+def test_what_was_converted_is_not_converted_again(tmp_path: Path) -> None:
+    convert_checkpoint(write(tmp_path / "source"), tmp_path / "made")
+    refused(tmp_path / "made", tmp_path / "again", "diffusion model already", "model.path")
+
+
+def test_a_model_without_a_tokenizer_cannot_know_the_mask(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    for file in source.glob("token*"):
+        file.unlink()
+    refused(source, tmp_path / "made", "no tokenizer")
+
+
+@pytest.mark.parametrize("block_length", [0, -1, 65, 2**40, 1.5, True, "8"])
+def test_a_block_length_fits_into_the_context(block_length: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    refused(source, tmp_path / "made", "block_length", block_length=block_length)
+
+
+def test_other_folders_stay_as_they_are(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    refused(source, mine, "exists and is not a checkpoint")
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    refused(source, source, "would be replaced")
+    (tmp_path / "link").symlink_to(source)
+    refused(source, tmp_path / "link", "would be replaced")
+    assert before == {file.name: file.read_bytes() for file in source.iterdir()}
+
+
+def test_adapters_are_no_whole_model(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny-base"}')
+    refused(folder, tmp_path / "made", "adapters", "merge")
+
+
+def test_a_network_that_cannot_see_ahead_is_refused(tmp_path: Path) -> None:
+    changes = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+    source = write(tmp_path / "source", "qwen3", **changes)
+    refused(source, tmp_path / "made", "cannot be a block-diffusion backbone", "sliding_window")
+
+
+def test_a_name_that_leads_nowhere_and_damaged_weights(tmp_path: Path) -> None:
+    refused("nobody/nothing", tmp_path / "made", "nor reachable on the hub")
+    source = write(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    refused(source, tmp_path / "made", "lacks 1 weights")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_is_next(tmp_path: Path, dmax: Dmax) -> None:
+    source, made = write(tmp_path / "source"), tmp_path / "made"
+    result = dmax("convert", source, "-o", made, "--block-length", 8, "--shift")
+    assert (result.code, result.out) == (0, f"{made}\n")
+    assert "mask token 40, blocks of 8; a prediction is read one position before" in result.err
+    assert "dmax train recipes/convert_1_warmup.yaml" in result.err
+    assert f"`model.path: {made}`" in result.err
+    assert config(made).items() >= {"block_length": 8, "shift": True}.items()
+    shutil.rmtree(made)
+    result = dmax("convert", source, "-o", made, "--json")
+    expected = {"checkpoint": str(made), "mask_token_id": 40, "block_length": 32, "shift": False}
+    assert json.loads(result.out) == expected
+
+
+def test_the_command_refuses_in_one_sentence(tmp_path: Path, dmax: Dmax) -> None:
+    result = dmax("convert", "tiny-dmax", "-o", tmp_path / "made")
+    assert (result.code, result.out) == (2, "")
+    assert "tiny-dmax is a diffusion model already" in result.err
+    assert not (tmp_path / "made").exists()
