@@ -110,7 +110,8 @@ def test_its_model_and_data_exist_or_can_be_made(path: Path) -> None:
         assert not model.config.keys() - known.keys() - {"block_length"}
     else:
         made = {str(load_recipe(other).output_dir) for other in RECIPES}
-        assert model.path in {*BUNDLED, *made, *HUB_MODELS, *CONVERTED}
+        converted = re.findall(r"dmax convert \S+ -o (\S+)", path.read_text(encoding="utf-8"))
+        assert model.path in {*BUNDLED, *made, *HUB_MODELS, *CONVERTED, *converted}
     assert data.hub in {None, *HUB_DATA}
     if data.file is not None:  # the command that writes it stands beside it
         text = path.read_text(encoding="utf-8")
