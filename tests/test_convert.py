@@ -105,6 +105,23 @@ def test_the_result_decodes_blocks(tmp_path: Path) -> None:
     assert len(output.token_ids) == 16 and 40 not in output.token_ids
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_shifted_result_still_writes_what_the_original_does(kind: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", kind, initializer_range=0.3)
+    convert_checkpoint(source, tmp_path / "made", shift=True)
+    params = DecodingParams(strategy="autoregressive", block_length=1, max_new_tokens=24)
+    llm = LLM(str(tmp_path / "made"), dtype="float32")
+    prompts = [[2, 3, 4], [5], list(range(6, 30))]
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+        ids = torch.tensor([prompt])
+        written = original.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+        )
+        expected = written[0, len(prompt) :].tolist()
+        assert list(output.token_ids) == [token for token in expected if token != 1]
+
+
 def test_a_mask_token_of_the_tokenizer_stays(tmp_path: Path) -> None:
     source = write(tmp_path / "source")
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -17,7 +17,7 @@ from dmax.checkpoint import load_checkpoint
 from dmax.decoding import FALLBACK, get_strategy
 from dmax.environment import environment
 from dmax.errors import InputError, first_line
-from dmax.integrations.options import PREFIX, SHARED, check_runs_here
+from dmax.integrations.options import PREFIX, SHARED, check_reading, check_runs_here
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.outputs import Cost, FinishReason, GenerationOutput, before_stop
 from dmax.params import AUTO, DecodingParams
@@ -39,7 +39,7 @@ class EngineCompleter:
         name: the folder of the model.
 
     Raises:
-        InputError: as `load_checkpoint`, or the model has another architecture.
+        InputError: as `load_checkpoint`, or the model has another architecture or `shift`.
     """
 
     engine: ClassVar[str]
@@ -52,6 +52,7 @@ class EngineCompleter:
                 f"{model} has the architecture {name}, and dmax serves LLaDA-2.x in {self.engine}",
                 hint="decode it with `dmax.LLM`",
             )
+        check_reading(self.checkpoint.model.config, self.engine)
         self.name = self.checkpoint.path
 
     def resolve(self, params: DecodingParams) -> DecodingParams:

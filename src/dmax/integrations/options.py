@@ -21,6 +21,7 @@ from dmax.decoding.block import View
 from dmax.decoding.strategy import Strategy
 from dmax.errors import InputError, did_you_mean, shorten, show
 from dmax.params import AUTO, DecodingParams
+from dmax.special_ids import reads_shifted
 from dmax.tiny import BUNDLED, bundled_head
 
 # A child of vLLM's own, since servers show no others; elsewhere it is one like any other.
@@ -134,6 +135,21 @@ def check_runs_here(strategy: Strategy, engine: str) -> None:
         raise InputError(
             f"strategy `{strategy.name}` needs {needs}",
             hint="decode it with `dmax.LLM`, or choose another `dmax_strategy`",
+        )
+
+
+def check_reading(config: Any, engine: str) -> None:
+    """Raise `InputError` for a model whose predictions are read one position earlier (`shift`).
+
+    Args:
+        config: of the model.
+        engine: as in `check_runs_here`.
+    """
+    if reads_shifted(config):
+        raise InputError(
+            "`shift` in config.json is true: a token is predicted by the position before it, and "
+            f"{engine} reads predictions at their own positions",
+            hint="decode it with `dmax.LLM` or `dmax serve`",
         )
 
 

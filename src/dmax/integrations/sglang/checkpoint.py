@@ -17,7 +17,7 @@ from dmax.checkpoint_kind import named_decoding
 from dmax.decoding import get_strategy
 from dmax.errors import InputError
 from dmax.hub import is_published_dmax
-from dmax.integrations.options import PREFIX, check_runs_here, server_params
+from dmax.integrations.options import PREFIX, check_reading, check_runs_here, server_params
 from dmax.params import DecodingParams
 from dmax.special_ids import find_mask_token_id, resolve_special_ids
 
@@ -60,7 +60,8 @@ def read_checkpoint(config: Any, server_args: Any) -> Any:
         `decoding` for our algorithm.
 
     Raises:
-        InputError: the files contradict each other, or the YAML file asks for what there is not.
+        InputError: the files contradict each other or say `shift`, or the YAML file asks for what
+            there is not.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import resolving_view
@@ -70,6 +71,7 @@ def read_checkpoint(config: Any, server_args: Any) -> Any:
     model = model_config_of(server_args)
     if ARCHITECTURE not in (model.hf_config.architectures or ()):
         return config
+    check_reading(model.hf_config, ENGINE)
     settings = resolving_view(server_args)
     options = config.algorithm_config
     lacks_mask = getattr(model.hf_config, "mask_token_id", None) is None

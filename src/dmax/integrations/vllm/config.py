@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from dmax.checkpoint_kind import named_decoding
 from dmax.decoding import FALLBACK
 from dmax.errors import InputError, one_line
-from dmax.integrations.options import check_request
+from dmax.integrations.options import check_reading, check_request
 from dmax.integrations.options import server_params as options_of_server
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
@@ -65,6 +65,7 @@ class BlockDiffusionConfig(VerifyAndUpdateConfig):
     @staticmethod
     def _fit(vllm_config: Any) -> None:
         model = vllm_config.model_config
+        check_reading(model.hf_config, ENGINE)
         length = special_ids(model.hf_config).block_length
         model.max_model_len -= model.max_model_len % length
         _check(vllm_config, length)
