@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dmax.confidence import candidates
+from dmax.errors import InputError
 from dmax.records.encoding import Encoded
-from dmax.special_ids import SpecialIds
+from dmax.special_ids import SpecialIds, reads_shifted
 from dmax.training.clean_stream import CleanStream
 from dmax.training.data import Collator
 from dmax.training.noise import mask_ratios
@@ -77,7 +78,17 @@ class Blocks:
         return self._blocks(self._stream.denoise(embeds).logits())
 
     def hidden_states(self, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, L, V], and the hidden states [N, L, D] that the model makes them from."""
+        """Logits [N, L, V], and the hidden states [N, L, D] that the model makes them from.
+
+        Raises:
+            InputError: the model's reading is shifted within a forward that makes its logits.
+        """
+        if reads_shifted(self.model.config) and not getattr(self.model, "has_linear_head", False):
+            raise InputError(
+                f"{type(self.model).__name__} with `shift` does not show the hidden states that a "
+                "head learns from",
+                hint="train a head of the kind learn2pd",
+            )
         with _inputs_of(self.model.get_output_embeddings()) as inputs:
             logits = self.denoise(masked)
         return logits, self._blocks(inputs[0])

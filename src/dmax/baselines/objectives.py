@@ -5,7 +5,7 @@ Shapes: B sequences of L positions, L' of them in the noisy copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmax.attention import block_causal, training_mask
+from dmax.special_ids import reads_shifted
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
 from dmax.training.noise import mask_tokens
 from dmax.training.objectives import SEQUENCES, Loss, Objective, mean
@@ -102,7 +103,8 @@ def d2f_loss(
         L = Σ_i w_i CE_i / Σ_i w_i over masked positions, w_i = 1 / ratio of its block
 
     There is one stream, and it is block-causal: a block sees the noisy blocks before it as they
-    are, which is what a window of open blocks shows the model. Targets are the tokens of the data,
+    are, which is what a window of open blocks shows the model. Where the reading is shifted, so is
+    the state before a block. Targets are the tokens of the data,
     best the model's own responses. The source has a bidirectional teacher's distribution instead.
 
     Args:
@@ -125,10 +127,17 @@ def d2f_loss(
         ),
         position_ids=position,
     )
+    if reads_shifted(model.config):
+        states = replace(states, values=before(states.values))
     counted = (batch.noisy_ids == mask_token_id) & (batch.labels != IGNORE)
     labels = batch.labels.masked_fill(~counted, IGNORE)
     weights = counted / ratios.to(labels.device).clamp(min=1e-3)
     return mean(score(states, labels).losses, labels, "masked", average, weights)
+
+
+def before(states: Tensor) -> Tensor:
+    """The states [B, L, D] one position earlier; the first position keeps its own."""
+    return torch.cat((states[:, :1], states[:, :-1]), dim=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
     """
     section = recipe.model
     config, tokenizer, generation_config = _settings(section)
+    if section.shift is not None:
+        config.shift = section.shift
     special_ids = resolve_special_ids(
         config,
         tokenizer,
