@@ -156,7 +156,7 @@ def responses() -> None:
     """
     check_base(measure.decode(CAREFUL, CAREFUL.values[0], TASK(), EVALUATIONS, LIMIT))
     params = DecodingParams("threshold", 0.95, max_new_tokens=TASK.max_new_tokens)
-    answerer = ModelAnswerer(LLM(str(BASE), max_batch_size=64), params)
+    answerer = ModelAnswerer(LLM(str(BASE), measure.DTYPE, max_batch_size=64), params)
     questions = [problem.question for problem in drawn(NUM_RESPONSES, seed=3)]
     print(distill(answerer, questions, ResponseFiles(RESPONSES)))
 
@@ -248,7 +248,7 @@ def num_lines(path: Path) -> int:
 
 def measure_all() -> None:
     """Decode and judge what is there; record and page are written after every point."""
-    record = read_record(RECORD) if RECORD.exists() else {"points": {}}
+    record = read_record(RECORD) if RECORD.exists() else {}
     record |= {
         "environment": environment(),
         "task": TASK.name,
@@ -257,12 +257,16 @@ def measure_all() -> None:
         "vocabulary": AutoConfig.from_pretrained(ORIGINAL).vocab_size,
         "stages": {name: summary(name) for name in TRAINED},
     }
+    judge = measure.Judge(AR)
+    if record.get("judge") != judge.weights:
+        said = judge.references(TASK(), LIMIT).per_token
+        record |= {"judge": judge.weights, "references": said, "points": {}}
     for curve in CURVES:
         for value in curve.values if (Path(curve.model) / "config.json").is_file() else ():
             name = measure.slug(curve, value)
             point = measure.decode(curve, value, TASK(), EVALUATIONS, LIMIT)
             if record["points"].get(name, {}).get("weights") != point["weights"]:
-                said = measure.judge(EVALUATIONS / f"{name}.json", AR)
+                said = judge.evaluation(EVALUATIONS / f"{name}.json")
                 record["points"][name] = {
                     **{key: point[key] for key in KEPT},
                     "label": curve.label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from smollm.likelihood import CrossEntropy, cross_entropy
 Point = dict[str, Any]
 SEED = 7  # of the decoded problems
 BATCH_SIZE = 32
+DTYPE = "bfloat16"  # in which models decode, and the judge reads
 AUTOREGRESSIVE = "autoregressive"
 STOPPED = "stop"
 
@@ -60,22 +61,40 @@ def decode(curve: Curve, value: float, task: Task, folder: Path, limit: int) -> 
 def open_model(curve: Curve) -> LLM:
     """A model as its curve decodes it: an autoregressive one in blocks of one token."""
     if curve.strategy == AUTOREGRESSIVE:
-        return LLM(curve.model, block_length=1, shift=True, max_batch_size=BATCH_SIZE)
-    return LLM(curve.model, max_batch_size=BATCH_SIZE)
+        return LLM(curve.model, DTYPE, block_length=1, shift=True, max_batch_size=BATCH_SIZE)
+    return LLM(curve.model, DTYPE, max_batch_size=BATCH_SIZE)
 
 
-def judge(path: Path, judge: Path) -> CrossEntropy:
-    """What the autoregressive model in a folder says of the answers of an evaluation.
+class Judge:
+    """An autoregressive model that says how likely it finds what was written.
 
     Args:
-        path: of the summary of the evaluation.
-        judge: folder of the model.
+        folder: of the model.
+
+    Attributes:
+        weights: digest of its weights.
     """
-    samples = path.with_name(f"{path.stem}.samples.jsonl").read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(judge)
-    model = AutoModelForCausalLM.from_pretrained(judge, dtype=torch.float32).eval()
-    texts = [written(tokenizer, json.loads(line)) for line in samples.splitlines()]
-    return cross_entropy(model, texts)
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE))
+        self._model.eval()
+        self.weights = weights_digest(self._model)
+
+    def evaluation(self, path: Path) -> CrossEntropy:
+        """What it says of the answers of an evaluation, whose summary is in the file."""
+        lines = path.with_name(f"{path.stem}.samples.jsonl").read_text(encoding="utf-8")
+        return self._of([json.loads(line) for line in lines.splitlines()])
+
+    def references(self, task: Task, limit: int) -> CrossEntropy:
+        """What it says of the solutions that the task itself has for the same problems."""
+        return self._of(
+            {"prompt": each.prompt, "output": each.reference, "finish_reason": STOPPED}
+            for each in task.examples(limit, SEED)
+        )
+
+    def _of(self, samples: Iterable[Mapping[str, Any]]) -> CrossEntropy:
+        return cross_entropy(self._model, [written(self._tokenizer, each) for each in samples])
 
 
 def written(tokenizer: Any, sample: Mapping[str, Any]) -> tuple[list[int], list[int]]:

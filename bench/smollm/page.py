@@ -65,7 +65,8 @@ def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
     machine = record["environment"]
     yield (
         f"{record['limit']} unseen problems, seed {record['seed']}, greedy; {machine['cpu']}, "
-        f"{machine['threads']} thread(s), torch {machine['torch']}, float32.\n"
+        f"{machine['threads']} thread(s), torch {machine['torch']}, bfloat16. The judge gives "
+        f"{record['references']:.3f} nats a token to the solutions that the task has itself.\n"
     )
     yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
     yield "|---|---|---|---|---|---|"
