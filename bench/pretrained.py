@@ -84,7 +84,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CAUSAL: dict[str, Any] = {  # how the autoregressive original learns the task
-    "max_steps": 400,
+    "max_steps": 240,
     "per_device_train_batch_size": 8,
     "learning_rate": 4e-4,
     "lr_scheduler_type": "constant_with_warmup",

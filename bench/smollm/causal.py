@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from dmax.checkpoint import Checkpoint
@@ -74,5 +75,10 @@ def train_causal(
         eval_dataset=encode(held_out, checkpoint),
     )
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
+    if last is not None:
+        state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+        if state.global_step >= trainer.args.max_steps:  # Trainer would take one step more
+            trainer._load_from_checkpoint(last)
+            return state.log_history
     trainer.train(resume_from_checkpoint=last)
     return trainer.state.log_history

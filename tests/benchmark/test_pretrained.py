@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -242,6 +243,12 @@ def test_the_whole_pipeline_runs_at_toy_length_and_goes_on_where_it_stopped(
     pretrained.main()
     assert weights.stat().st_mtime_ns == before
     assert ":" not in capsys.readouterr().out  # no stage and no point was made again
+
+    learnt = Path("runs/pretrained-ar/model.safetensors").read_bytes()
+    shutil.rmtree("runs/pretrained-ar")  # as if it had stopped behind its last checkpoint
+    monkeypatch.setattr(sys, "argv", ["bench/pretrained.py", "ar"])
+    pretrained.main()
+    assert Path("runs/pretrained-ar/model.safetensors").read_bytes() == learnt
 
 
 def test_a_page_names_what_is_missing_and_how_to_measure_it() -> None:
