@@ -56,11 +56,11 @@ RESPONSES = RUNS / "pretrained_responses.jsonl"
 EVALUATIONS = RUNS / "pretrained-eval"
 RECORD = Path(__file__).parents[1] / "docs" / "results" / "pretrained.json"
 
-CAREFUL = Curve("base, threshold", str(BASE), "threshold", (0.95,))
+CAREFUL = Curve("base, threshold", str(BASE), "threshold", (0.95, 0.7, 0.5, 0.3, 0.1))
 CURVES = (
+    Curve("original, where the base starts", str(AR), "autoregressive", (1,)),
+    Curve("original, as long as the base", str(AR_LONGER), "autoregressive", (1,)),
     CAREFUL,
-    Curve("autoregressive original", str(AR_LONGER), "autoregressive", (1,)),
-    Curve("base, threshold", str(BASE), "threshold", (0.7, 0.5, 0.3, 0.1)),
     Curve("base, SPD", str(BASE), "spd", (0.5,)),
     Curve("DMax, SPD", str(RUNS / "pretrained-oput"), "spd", (0.95, 0.5, 0.1)),
     Curve("masks only, SPD", str(RUNS / "pretrained-masks"), "spd", (0.95, 0.5, 0.1)),

@@ -255,6 +255,7 @@ def test_a_page_names_what_is_missing_and_how_to_measure_it() -> None:
     stages = {name: {"steps": 0, "log": []} for name in pretrained.TRAINED}
     environment = {"cpu": "a CPU", "threads": 1, "torch": "2"}
     record = {"points": {}, "stages": stages, "limit": 2, "seed": 7, "environment": environment}
+    record |= {"references": 0.4}
     table = "\n".join(results(record, pretrained.CURVES))
     assert table.count("not measured yet") == sum(len(curve.values) for curve in pretrained.CURVES)
-    assert "`python bench/pretrained.py base ar-longer oput masks random measure`" in table
+    assert "`python bench/pretrained.py ar ar-longer base oput masks random measure`" in table
