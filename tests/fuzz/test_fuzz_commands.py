@@ -130,6 +130,23 @@ GROUPS: tuple[tuple[int, list[Case]], ...] = (
             Case(("train", "a pipe")),
             Case(("train",)),
             Case(("train", b"\xff.yaml")),
+        )
+        + cases(
+            "convert",
+            "nobody/nothing -o new",
+            "other.json -o new",
+            "empty -o new",
+            "/dev/zero -o new",
+            "tiny-base -o new",
+            "tiny-base -o empty/../other.json",
+            "tiny-base -o /dev/full",
+            "tiny-base -o /proc/nothing/a",
+            "tiny-base -o new --block-length nan",
+            "tiny-base",
+            Case(("convert",)),
+            Case(("convert", "", "-o", "new")),
+            Case(("convert", "a pipe", "-o", "new")),
+            Case(("convert", b"\xff", "-o", "new")),
         ),
     ),
     (
