@@ -70,6 +70,12 @@ def test_a_recipe_names_the_line_of_a_wrong_warmup(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_a_loss_whose_block_length_changes_is_not_compiled(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, training={"block_warmup": [[1, 1]], "compile_objective": True})
+    with pytest.raises(InputError, match="`compile_objective` does not go with `block_warmup`"):
+        load_recipe(path)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int]]:
     """Block length and number of positions of every forward of an objective."""

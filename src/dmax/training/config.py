@@ -149,6 +149,8 @@ class DMaxConfig(TrainingArguments):
         self.objective_class = get_objective(self.objective, self.rollout)
         check_too_long(self.too_long)
         check_stages(self.block_warmup or [])
+        if self.block_warmup and self.compile_objective:  # a length that changes is compiled wrong
+            raise InputError("`compile_objective` does not go with `block_warmup`")
         if self.loss_average not in AVERAGES:
             raise InputError(
                 f"`loss_average` must be one of {', '.join(AVERAGES)}, got {self.loss_average!r}",
