@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="end with 1 if a row does not hold")
     parser.add_argument("--seed", type=int, default=FULL.seed, help="of all draws")
     parser.add_argument("--soak-seconds", type=float, help="how long the soak takes")
+    parser.add_argument("--soak-dtype", help="of the weights meanwhile")
     parser.add_argument("--output", type=Path, help="JSON file; rows not measured stay in it")
     parser.add_argument("--markdown", type=Path, help="print the table of this record, and end")
     given = parser.parse_args()
@@ -288,6 +289,8 @@ def main() -> None:
     sizes = replace(QUICK if given.quick else FULL, seed=given.seed)
     if given.soak_seconds is not None:
         sizes = replace(sizes, soak_seconds=given.soak_seconds)
+    if given.soak_dtype is not None:
+        sizes = replace(sizes, soak_dtype=given.soak_dtype)
     record: dict[str, Any] = {"benchmark": "serve", "rows": {}}
     if given.output and given.output.is_file():
         record = json.loads(given.output.read_text("utf-8"))

@@ -29,6 +29,7 @@ from dmax.errors import InputError, show
 from dmax.serve.errors import ApiError
 from dmax.serve.guard import protect
 from dmax.serve.log import Journal, Record, as_json, as_text, fields_of
+from dmax.serve.memory import give_back_freed_memory
 from dmax.serve.metrics import Metrics
 from dmax.serve.protocol import BoundedProtocol
 from dmax.serve.settings import ServerOptions
@@ -150,14 +151,15 @@ class Server(uvicorn.Server):
         """Begin to serve, and to load."""
         await super().startup(sockets)
         threading.Thread(target=self._load, name="dmax loader", daemon=True).start()
+        self._trimming = asyncio.create_task(give_back_freed_memory())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and wait for those in progress."""
         ending = asyncio.create_task(self._end_requests())
         idle = asyncio.create_task(self._close_idle())
         await super().shutdown(sockets)
-        ending.cancel()
-        idle.cancel()
+        for task in (ending, idle, self._trimming):
+            task.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
