@@ -219,6 +219,14 @@ class Objective(ABC):
         names = [field.name for field in fields(cls)]
         return cls(**{name: settings[name] for name in names if name in settings})
 
+    def start(self, network: Any, device: torch.device) -> Self:
+        """The objective of a run, with what it keeps of the network as training begins.
+
+        A run that is resumed asks for it before it loads the weights of a checkpoint. `network` may
+        have adapters, or no weights yet on ranks above 0 (`dmax.training.sharding`).
+        """
+        return self
+
     @abstractmethod
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Draw noise, the same for the same state of the generator, and return the loss."""

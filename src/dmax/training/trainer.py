@@ -107,7 +107,7 @@ class DMaxTrainer(ParallelTrainer):
         self._begun = begun
         objective = args.objective_class.from_settings(vars(args) | asdict(begun.special_ids))
         self.objective_module = ObjectiveModule(
-            self.model, objective, compiled=args.compile_objective
+            self.model, objective.start(self.model, args.device), compiled=args.compile_objective
         )
         # The row of the input table that gets no gradient.
         self._still_row = None if args.train_eos_embedding else begun.special_ids.eos_token_ids[0]

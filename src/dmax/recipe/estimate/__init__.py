@@ -187,7 +187,9 @@ def _beside(
 
 def _of_step(counted: StepCount) -> list[Part]:
     recomputed = "computed anew in chunks" if not counted.logits else "kept for backward"
+    objective = Part("objective", counted.kept, "exact", "its copy of the model's first layers")
     return [
+        *([objective] if counted.kept else []),
         Part("activations", counted.activations, "counted", "kept for backward"),
         Part("logits", counted.logits, "counted", recomputed),
         Part("working", counted.working, "counted", "what comes on top at the peak of a step"),

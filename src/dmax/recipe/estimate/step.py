@@ -46,6 +46,7 @@ class StepCount:
             of logits, a gradient that has just been made.
         flops: floating-point operations of all matrix products, those computed anew included.
         layer_calls: how often a forward runs through the layers.
+        kept: bytes of what the objective keeps beside the model from step to step.
     """
 
     activations: int
@@ -53,6 +54,7 @@ class StepCount:
     working: int
     flops: int
     layer_calls: int
+    kept: int
 
 
 def count_step(
@@ -79,12 +81,15 @@ def count_step(
         nonlocal calls
         calls += 1
 
-    hook = decoder_layers(model)[0].register_forward_hook(count_call)
     tape = _Tape(model)
+    with tape:
+        begun = objective.start(model, torch.device("cpu"))
+    kept = tape.bytes
+    hook = decoder_layers(model)[0].register_forward_hook(count_call)  # not of what is kept
     try:
         with tape:
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                loss = ObjectiveModule(model, objective)(torch.Generator(), **clean)["loss"]
+                loss = ObjectiveModule(model, begun)(torch.Generator(), **clean)["loss"]
             layer_calls = calls
             waiting, logits = tape.bytes, tape.logit_bytes
             _drop_weight_gradients(loss)
@@ -97,11 +102,12 @@ def count_step(
     finally:
         hook.remove()
     return StepCount(
-        activations=waiting - logits,
+        activations=waiting - logits - kept,
         logits=logits,
         working=tape.peak - waiting,
         flops=tape.flops,
         layer_calls=layer_calls,
+        kept=kept,
     )
 
 
