@@ -38,7 +38,7 @@ def size(picture: Path) -> tuple[int, int]:
 
 
 def test_a_panel_has_the_values_that_were_logged() -> None:
-    loss, rollout, _, accuracy, tpf = PANELS
+    loss, rollout, *_, accuracy, tpf = PANELS
     assert curves_of(HISTORY, loss) == {
         "mean": [(2, 3.0), (4, 2.0)],
         "masked": [(2, 2.0), (4, 1.0)],
@@ -52,6 +52,13 @@ def test_a_panel_has_the_values_that_were_logged() -> None:
 def test_every_part_of_a_loss_is_drawn_whatever_a_plugin_calls_it() -> None:
     line = {"step": 1, "loss": 1.0, "loss_random": 2.0, "loss_of_mine": 3.0}
     assert curves_of([line], PANELS[0]).keys() == {"mean", "random", "of_mine"}
+
+
+def test_a_loss_of_either_sign_is_drawn(tmp_path: Path) -> None:
+    """That of a policy gradient; a label far outside its panel would leave no room for it."""
+    history = [{"step": step, "loss": -3e-7, "reward_masked": 0.5} for step in (1, 2)]
+    draw_history(history, tmp_path / "one.png", "one")
+    assert size(tmp_path / "one.png")[0] > 1000
 
 
 def test_a_running_mean_keeps_both_ends_and_flattens_what_lies_between() -> None:

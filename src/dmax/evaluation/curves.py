@@ -52,6 +52,7 @@ PANELS = (
         {"rollout_error": "", "eval_rollout_error": "held-out"},
         scale=100,
     ),
+    Panel("reward of samples", {"reward_*": ""}),
     Panel("entropy of right predictions, nats", {"entropy_right": ""}),
     Panel("held-out problems solved, %", {"eval_accuracy": ""}, scale=100, highest=100),
     Panel("held-out tokens per forward (TPF)", {"eval_tpf": ""}),
@@ -137,7 +138,8 @@ def _draw_panel(axes: Any, panel: Panel, curves: Mapping[str, Curve], last: int)
         _draw_curve(axes, curve, index)
     axes.set_xlim(0, last)
     values = [value for curve in curves.values() for _, value in curve]
-    axes.set_ylim(0, 1.05 * max(*values, panel.highest or 0, 1e-9))
+    lowest = min(*values, 0)  # a policy gradient's loss has either sign
+    axes.set_ylim(1.05 * lowest, 1.05 * max(*values, panel.highest or 0, 1e-9))
     _label_ends(axes, curves, last)
 
 
