@@ -19,11 +19,15 @@ from dmax.tiny import BUNDLED
 from dmax.training.config import DMaxConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.y*ml"))
-HUB_MODELS = {"inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.1-mini"}
+HUB_MODELS = {"inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.1-mini", "Zigeng/DMax-Math-16B"}
 # Made by bench/pretrained.py and by `dmax convert`.
 CONVERTED = {"runs/pretrained-ar", "runs/smollm2"}
 HUB_DATA = {f"Zigeng/DMax-LLaDA-2.0-Mini-{kind}-Trajectories" for kind in ("Math", "Code")}
-PAPER = [path for path in RECIPES if path.stem.endswith(("_math", "_code"))]
+PAPER = [
+    path
+    for path in RECIPES
+    if path.stem.endswith(("_math", "_code")) and "objective: oput" in path.read_text()
+]
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 

@@ -68,7 +68,8 @@ def real_parts(recipe: Recipe) -> tuple[nn.Module, Any, dict[str, Tensor], Any]:
     objective = args.objective_class.from_settings(vars(args) | asdict(ids))
     shape = ModelShape(model, ids, checkpoint.tokenizer)
     clean = largest_batch(read_examples(recipe.data, args, shape), recipe.data, args, shape)
-    return model, ObjectiveModule(model, objective), clean, args
+    module = ObjectiveModule(model, objective.start(model, torch.device("cpu")))
+    return model, module, clean, args
 
 
 def part(found: Estimate, name: str) -> int:
@@ -204,8 +205,9 @@ def allocated_bytes(module: nn.Module, clean: dict[str, Tensor]) -> tuple[int, i
         (MOE, {"experts": "grouped_mm"}),
         (DENSE, {}),
         (DENSE, {"objective": "mdlm"}),
+        (MOE, {"objective": "mmd", "mmd_groups": 2}),
     ],
-    ids=["llada2_moe, eager", "llada2_moe, grouped_mm", "llama", "llama, mdlm"],
+    ids=["llada2_moe, eager", "llada2_moe, grouped_mm", "llama", "llama, mdlm", "mmd"],
 )
 def test_activations_are_what_autograd_saves(
     tmp_path: Path, config: dict[str, Any], choices: dict[str, Any], sequences: int, positions: int
@@ -253,6 +255,17 @@ def test_logits_are_apart_where_they_wait_for_backward(tmp_path: Path) -> None:
     once = found.batch["labelled"] * vocab_size * 4  # in float32
     assert part(found, "logits") >= 2 * once  # of both streams
     assert part(found, "logits") % (vocab_size * 4) == 0
+
+
+def test_what_an_objective_keeps_of_the_model_is_apart(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, MOE, pad_to=64, objective="mmd", mmd_groups=2, mmd_layer=0)
+    model, *_ = real_parts(recipe)
+    layer = model.base_model.layers[0]
+    weights = [*layer.parameters(), *model.get_input_embeddings().parameters()]
+    buffers = [*layer.buffers(), *model.base_model.rotary_emb.buffers()]
+    found = estimate(recipe, ONE)
+    assert part(found, "objective") == sum(value.nbytes for value in (*weights, *buffers))
+    assert "objective" not in {each.name for each in estimate(recipe_of(tmp_path, MOE), ONE).memory}
 
 
 # --- estimated ------------------------------------------------------------------------------------

@@ -399,6 +399,7 @@ def with_callback(callback: TrainerCallback, *args: Any, **kwargs: Any) -> DMaxT
         ("d2f", "d2f"),
         ("dparallel", "dparallel"),
         ("mbd_oput", "mbd"),
+        ("mmd", "spd"),
     ],
 )
 def test_a_trained_model_names_the_decoding_that_its_objective_is_for(

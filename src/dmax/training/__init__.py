@@ -19,6 +19,7 @@ _OBJECTIVES = {
     "dparallel": "dmax.baselines.objectives:DParallel",
     "d2f": "dmax.baselines.objectives:D2F",
     "mbd_oput": "dmax.baselines.multi_block:MultiBlockOPUT",
+    "mmd": "dmax.baselines.mmd:MMD",
 }
 _ROLLOUTS = {  # of `oput`, and which objective rolls out so
     "argmax": "dmax.training.objectives:OPUT",

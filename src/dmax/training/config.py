@@ -31,14 +31,16 @@ _LOWEST = {
     "local_rank": -1,  # of no process group
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "pad_to"), 1),
+    **dict.fromkeys(("mmd_groups", "mmd_samples"), 1),
     **dict.fromkeys(("max_length", "dataset_num_proc"), 1),
 }
 _ABOVE_ZERO = (
     *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
-    *("rollout_temperature", "certainty_temperature"),
+    *("rollout_temperature", "certainty_temperature", "mmd_bandwidth"),
 )
 _HIGHEST = {
     **dict.fromkeys(("mask_ratio_low", "mask_ratio_high"), 1),
+    **dict.fromkeys(("mmd_groups", "mmd_samples"), 64),  # each sample is a forward
     "pad_to": 2**20,
     "dataloader_num_workers": 64,  # processes, each a copy of this one
 }
@@ -57,7 +59,7 @@ class DMaxConfig(TrainingArguments):
     sequences in one process. On N GPUs, set `gradient_accumulation_steps` to 8 / N.
 
     Attributes:
-        objective: mdlm, uniform, oput, dparallel, d2f, or that of a plugin.
+        objective: mdlm, uniform, oput, dparallel, d2f, mbd_oput, mmd, or that of a plugin.
         rollout: of oput: argmax, sample, soft or spd.
         rollout_temperature: of the sampling rollout.
         mask_ratio_low: lowest share of response tokens that are masked.
@@ -69,6 +71,10 @@ class DMaxConfig(TrainingArguments):
             labels of a micro-batch.
         certainty_weight: of dparallel's entropy of right predictions.
         certainty_temperature: of the softmax in that entropy.
+        mmd_groups: of mmd's samples.
+        mmd_samples: of a group.
+        mmd_bandwidth: sigma of mmd's kernel; the log has `median_bandwidth` to choose it by.
+        mmd_layer: the last layer of mmd's features, counted from 0; None: half-way up.
         eos_labels: how many trailing EOS are labelled; None: one block of them.
         train_eos_embedding: whether the row of EOS in the input table learns. In the published
             class it gets no gradient, because EOS is also its `padding_idx`.
@@ -99,6 +105,10 @@ class DMaxConfig(TrainingArguments):
     loss_average: str = SEQUENCES
     certainty_weight: float = 2.0
     certainty_temperature: float = 0.5
+    mmd_groups: int = 8
+    mmd_samples: int = 2
+    mmd_bandwidth: float = 10.0
+    mmd_layer: int | None = None
     eos_labels: int | None = None
     train_eos_embedding: bool = False
     pad_to: int | None = None

@@ -1,0 +1,74 @@
+"""The early layers of a model as they were before training: features that do not learn."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dmax.errors import InputError
+
+
+@torch.no_grad()
+def frozen_features(
+    model: Any, layer: int, device: torch.device, dtype: torch.dtype | None = None
+) -> Any:
+    """A copy of a model up to one of its layers, which gives the residual stream behind it.
+
+    It stands in a `CleanStream` as a model does. Its states are [B, L, D] features, before the last
+    norm and any output layer; a model that reads predictions shifted by one has them at the
+    position itself, as they are to tell what a token there means. It is in evaluation mode and has
+    no gradient. What of the model learns is copied. The rest is shared with it: under adapters that
+    is the base, and the copy has adapters of its own.
+
+    All processes have to call it together: they copy the weights of rank 0, which alone has some
+    before a model is sharded.
+
+    Args:
+        model: a block-diffusion model, or one with adapters of `peft`.
+        layer: the last one that is copied, counted from 0.
+        device: where the copy lies.
+        dtype: of its weights; buffers keep theirs, rotary frequencies among them. None: as they
+            are.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = network.base_model.layers
+    if layer >= len(layers):
+        raise InputError(f"layer {layer} is not one of the model's {len(layers)}, counted from 0")
+    kept = nn.ModuleList((network.get_input_embeddings(), *layers[: layer + 1]))
+    left_out = (*layers[layer + 1 :], network.base_model.norm, network.get_output_embeddings())
+    known: dict[int, Any] = {id(module): module for module in left_out}
+    known |= {id(weight): _still(weight, dtype) for weight in kept.parameters()}
+    known |= {id(buffer): buffer.clone() for buffer in network.buffers()}
+    frozen = deepcopy(network, known)
+
+    frozen.base_model.layers = frozen.base_model.layers[: layer + 1]
+    frozen.base_model.norm = nn.Identity()
+    frozen.set_output_embeddings(nn.Identity())
+    frozen.has_linear_head = True  # so its states are hidden ones
+    frozen.config.shift = False
+    _place(frozen, device)
+    return frozen.eval().requires_grad_(False)
+
+
+def _still(weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    """A weight that does not learn: a copy of one that does, or the same."""
+    if not weight.requires_grad:
+        return weight
+    return nn.Parameter(weight.to(dtype or weight.dtype, copy=True), requires_grad=False)
+
+
+def _place(network: nn.Module, device: torch.device) -> None:
+    """Bring a network to a device, on every rank as it is on rank 0."""
+    if any(weight.is_meta for weight in network.parameters()):
+        network.to_empty(device=device)
+    for value in (*network.parameters(), *network.buffers()):
+        value.data = value.data.to(device)
+        if dist.is_initialized():
+            dist.broadcast(value.data, src=0)
