@@ -38,8 +38,8 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
 
     The same object is returned. From then on `forward` takes what `LLaDA2MoeModelLM.forward` takes:
     a bool or additive mask [B, 1, L, T + L], or None for "everything visible", and any cache as
-    `past_key_values`. Its logits are read as predictions of the token *at* each position. A
-    checkpoint that was trained to predict the next one has to learn that first.
+    `past_key_values`. Its logits are read as predictions of the token *at* each position, or of the
+    next one if its configuration says `shift`.
 
     Raises:
         InputError: an architecture that would not obey the mask, or an attention implementation
