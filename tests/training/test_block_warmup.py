@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_every_objective_warms_up(
     assert Counter(length for length, _ in seen) == {1: 4, 2: 2, 4: 2, 8: 2}  # two a step
     assert all(positions % 8 == 0 for _, positions in seen)
     assert json.loads((folder / "config.json").read_text())["block_length"] == 8
-    assert all(line["loss"] > 0 for line in losses(tmp_path))
+    assert all(math.isfinite(line["loss"]) for line in losses(tmp_path))
 
 
 def test_a_stage_is_a_training_with_its_block_length(tmp_path: Path) -> None:
