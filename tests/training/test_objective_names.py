@@ -35,12 +35,20 @@ SETTINGS: dict[str, Any] = {
     "rollout_temperature": 1.0,
     "certainty_weight": 2.0,
     "certainty_temperature": 0.5,
+    "cad_weight": "confidence",
+    "cad_temperature": 1.0,
+    "cad_floor": 1e-6,
+    "reveal_weight": 1.0,
+    "edited_loss": "cad",
+    "stage_width_first": None,
+    "stage_width_last": None,
+    "stage_draw": "states",
     "learning_rate": 1.0,  # a training argument that is none of theirs
 }
 
 
 def test_objectives_of_ours_and_their_rollouts() -> None:
-    ours = ("mdlm", "uniform", "oput", "dparallel", "d2f", "mbd_oput", "mmd")
+    ours = ("mdlm", "uniform", "oput", "dparallel", "d2f", "mbd_oput", "mmd", "cforce")
     assert tuple(objective_table()) == ours
     assert get_objective("mdlm") is MDLM
     assert get_objective("oput") is get_objective("oput", "sample") is OPUT
@@ -50,6 +58,7 @@ def test_objectives_of_ours_and_their_rollouts() -> None:
 
 def test_each_objectives_a_decoding_that_exists() -> None:
     decodings = {name: get_objective(name).decoding for name in objective_table()}
+    assert decodings.pop("cforce") is None  # that of the model it begins with
     assert decodings == {
         "mdlm": "threshold",
         "uniform": "spd",
@@ -69,7 +78,7 @@ def test_each_objectives_a_decoding_that_exists() -> None:
             "opud",
             "argmax",
             "`objective` must be one of mdlm, uniform, oput, dparallel, d2f, mbd_oput, mmd, "
-            "got 'opud'",
+            "cforce, got 'opud'",
             "did you mean `oput`?",
         ),
         (
@@ -164,7 +173,8 @@ def copied(clean: CleanBatch, values: Tensor, name: str) -> Tensor:
     return values if name == "d2f" else take(values, noisy_positions(clean, BLOCK))
 
 
-@pytest.mark.parametrize("name", objective_table().keys() - {"mmd"})  # which needs layers
+# The others need layers or trajectories.
+@pytest.mark.parametrize("name", sorted(objective_table().keys() - {"mmd", "cforce"}))
 def test_noise_falls_on_responses_only_and_repeats_with_the_seed(
     name: str, clean: CleanBatch
 ) -> None:

@@ -20,6 +20,7 @@ _OBJECTIVES = {
     "d2f": "dmax.baselines.objectives:D2F",
     "mbd_oput": "dmax.baselines.multi_block:MultiBlockOPUT",
     "mmd": "dmax.baselines.mmd:MMD",
+    "cforce": "dmax.baselines.cforce:CForce",
 }
 _ROLLOUTS = {  # of `oput`, and which objective rolls out so
     "argmax": "dmax.training.objectives:OPUT",

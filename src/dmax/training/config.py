@@ -59,7 +59,7 @@ class DMaxConfig(TrainingArguments):
     sequences in one process. On N GPUs, set `gradient_accumulation_steps` to 8 / N.
 
     Attributes:
-        objective: mdlm, uniform, oput, dparallel, d2f, mbd_oput, mmd, or that of a plugin.
+        objective: mdlm, uniform, oput, dparallel, d2f, mbd_oput, mmd, cforce, or that of a plugin.
         rollout: of oput: argmax, sample, soft or spd.
         rollout_temperature: of the sampling rollout.
         mask_ratio_low: lowest share of response tokens that are masked.
@@ -75,6 +75,15 @@ class DMaxConfig(TrainingArguments):
         mmd_samples: of a group.
         mmd_bandwidth: sigma of mmd's kernel; the log has `median_bandwidth` to choose it by.
         mmd_layer: the last layer of mmd's features, counted from 0; None: half-way up.
+        cad_weight: of cforce's divergence: confidence, doubt, forward, half or jsd.
+        cad_temperature: of the confidence in it.
+        cad_floor: lowest probability of its target where it is reverse; 0: none.
+        reveal_weight: of cforce's newly shown tokens.
+        edited_loss: what edited tokens teach in cforce: cad, ce or both.
+        stage_width_first: newly shown tokens from one stage of cforce to the next when training
+            begins; None: an eighth of a block.
+        stage_width_last: the same when it ends; None: half a block.
+        stage_draw: what cforce's stages are drawn from: states or cuts.
         eos_labels: how many trailing EOS are labelled; None: one block of them.
         train_eos_embedding: whether the row of EOS in the input table learns. In the published
             class it gets no gradient, because EOS is also its `padding_idx`.
@@ -109,6 +118,14 @@ class DMaxConfig(TrainingArguments):
     mmd_samples: int = 2
     mmd_bandwidth: float = 10.0
     mmd_layer: int | None = None
+    cad_weight: str = "confidence"
+    cad_temperature: float = 1.0
+    cad_floor: float = 1e-6
+    reveal_weight: float = 1.0
+    edited_loss: str = "cad"
+    stage_width_first: int | None = None
+    stage_width_last: int | None = None
+    stage_draw: str = "states"
     eos_labels: int | None = None
     train_eos_embedding: bool = False
     pad_to: int | None = None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from dmax.records.encoding import Encoded, encode_dataset
 from dmax.records.readers import Conversation, get_reader
 from dmax.records.sources import read_conversations
+from dmax.records.trajectories import Trajectory
 from dmax.tasks.word_problems import Numbers
 from dmax.training.data import Collator
-from dmax.training.vocabulary import IGNORE
 
 if TYPE_CHECKING:
     from dmax.recipe.estimate.shape import ModelShape
@@ -71,27 +71,38 @@ def _max_length(data: DataSection, shape: ModelShape) -> int:
 def largest_batch(
     examples: Sequence[Encoded] | None, data: DataSection, args: DMaxConfig, shape: ModelShape
 ) -> dict[str, Tensor]:
-    """The fields of the largest `CleanBatch`.
+    """The fields of the objective's largest batch.
 
     Without examples all of its sequences are as long as the recipe admits, and all but the first
     block of each is response.
     """
     ids = shape.special_ids
     num_sequences = args.per_device_train_batch_size
+    eos_labels = ids.block_length if args.eos_labels is None else args.eos_labels
+    make = args.objective_class.collator or Collator
+    collate = make(ids.block_length, ids.eos_token_ids[0], eos_labels, args.pad_to)
     if examples is not None:
-        eos_labels = ids.block_length if args.eos_labels is None else args.eos_labels
-        collate = Collator(ids.block_length, ids.eos_token_ids[0], eos_labels, args.pad_to)
         return collate(sorted(examples, key=_length, reverse=True)[:num_sequences])
     positions = args.pad_to or _max_length(data, shape)
     length = -(-positions // ids.block_length) * ids.block_length
-    clean_ids = torch.zeros(num_sequences, length, dtype=torch.int64)
-    prompt = min(ids.block_length, length - ids.block_length)
-    is_response = torch.arange(length).expand_as(clean_ids) >= prompt
-    return {
-        "clean_ids": clean_ids,
-        "labels": clean_ids.masked_fill(~is_response, IGNORE),
-        "corruptible": is_response,
-    }
+    return collate([_longest(length, ids.block_length)] * num_sequences)
+
+
+def _longest(length: int, block_length: int) -> Encoded:
+    """An example of so many ids, without EOS, that was decoded a token a step."""
+    num_prompt = min(block_length, length - block_length)
+    num_response = length - num_prompt
+    trajectory = Trajectory(
+        prompt_tokens=num_prompt,
+        block_length=block_length,
+        writes=[[1 + place % block_length, 0] for place in range(num_prompt, length)],
+    )
+    return Encoded(
+        prompt_ids=[0] * num_prompt,
+        response_ids=[0] * num_response,
+        is_cut=True,
+        trajectory=json.dumps(trajectory),
+    )
 
 
 def _length(example: Encoded) -> int:
