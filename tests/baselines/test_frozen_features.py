@@ -95,7 +95,7 @@ def test_features_stand_at_their_own_position_where_predictions_do_not(model: An
 
 
 def test_a_layer_that_is_not_there_is_named(model: Any) -> None:
-    with pytest.raises(InputError, match="layer 2 is not one of the model's 2, counted from 0"):
+    with pytest.raises(InputError, match="the model has 2 layers, counted from 0, and none is 2"):
         frozen_features(model, 2, CPU)
 
 

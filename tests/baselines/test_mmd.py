@@ -259,6 +259,26 @@ def test_samples_like_the_reference_give_its_kernel_with_itself() -> None:
     assert itself[0] == pytest.approx(plain_kernel(reference[0, 1:3], reference[0, 1:3], 0.7))
 
 
+def test_the_squared_mmd_of_samples_like_the_reference_is_zero(batch: Batch) -> None:
+    """Where the model is sure of the clean tokens; and it is not where it is sure of others."""
+    model = small_network("llama", "eager", vocab_size=VOCAB, eos=EOS, head_dim=8)
+    features = mmd.block_features(extractor_of(model, 1), batch, BLOCK)
+    scored = batch.labels != IGNORE
+
+    def parts_for(tokens: Tensor) -> dict[str, Tensor]:
+        logits = 100.0 * F.one_hot(tokens, VOCAB)
+        view = View(batch.noisy_ids, logits_as_states(logits), scored)
+        return view_loss("any", view, labels=batch.labels, features=features, **OPTIONS).parts
+
+    right = parts_for(batch.clean_ids)
+    assert right["mmd_any"] == pytest.approx(0.0, abs=1e-6)
+    wrong = parts_for((batch.clean_ids + 1) % EOS)
+    assert wrong["mmd_any"] > 0.01
+    assert right["reward_any"] + right["mmd_any"] == pytest.approx(
+        float(wrong["reward_any"] + wrong["mmd_any"]), abs=1e-6
+    )  # of the reference with itself
+
+
 def test_no_other_kernel_reaches_a_reward_as_high_as_the_reference() -> None:
     """2 κ(z, ref) - κ(z, z) is largest for z = ref: it is κ(ref, ref) minus a squared distance."""
     reference = torch.randn(1, 4, 5, generator=seeded())

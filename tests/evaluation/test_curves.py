@@ -56,7 +56,7 @@ def test_every_part_of_a_loss_is_drawn_whatever_a_plugin_calls_it() -> None:
 
 def test_a_loss_of_either_sign_is_drawn(tmp_path: Path) -> None:
     """That of a policy gradient; a label far outside its panel would leave no room for it."""
-    history = [{"step": step, "loss": -3e-7, "reward_masked": 0.5} for step in (1, 2)]
+    history = [{"step": step, "loss": -3e-7, "mmd_masked": 0.5} for step in (1, 2)]
     draw_history(history, tmp_path / "one.png", "one")
     assert size(tmp_path / "one.png")[0] > 1000
 

@@ -78,7 +78,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
         {
             key: value
             for key, value in line.items()
-            if key.startswith(("loss", "rollout", "step", "entropy", "reward", "median"))
+            if key.startswith(("loss", "rollout", "step", "entropy", "reward", "mmd", "median"))
         }
         for line in state["log_history"]
     ]
@@ -135,7 +135,7 @@ def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> N
         # The others may rise with what is right at first.
         assert last["loss_masked"] < first["loss_masked"]
     expected = {
-        "mmd": {"reward_masked", "reward_predicted", "median_bandwidth", "rollout_error"},
+        "mmd": {"reward_masked", "mmd_masked", "mmd_predicted", "median_bandwidth"},
         "mdlm": {"loss_masked"},
         "d2f": {"loss_masked"},
         "dparallel": {"loss_masked", "entropy_right"},

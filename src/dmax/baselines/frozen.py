@@ -40,7 +40,10 @@ def frozen_features(
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = network.base_model.layers
     if layer >= len(layers):
-        raise InputError(f"layer {layer} is not one of the model's {len(layers)}, counted from 0")
+        raise InputError(
+            f"the model has {len(layers)} layers, counted from 0, and none is {layer}",
+            hint="lower `mmd_layer`",
+        )
     kept = nn.ModuleList((network.get_input_embeddings(), *layers[: layer + 1]))
     left_out = (*layers[layer + 1 :], network.base_model.norm, network.get_output_embeddings())
     known: dict[int, Any] = {id(module): module for module in left_out}

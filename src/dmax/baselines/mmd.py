@@ -79,9 +79,9 @@ def mmd_loss(
         average: as `mean` takes it, over the blocks that are sampled in.
 
     Returns:
-        The loss. Its value is about 0 and says little; `reward_masked` and `reward_predicted`
-        should rise. The other parts are the `median_bandwidth` of the predicted view, and the
-        `rollout_error` of what stands in place of the masks.
+        The loss. Its value is about 0 and says little; `mmd_masked` and `mmd_predicted`, the
+        squared MMD, should fall towards 0. The other parts are rewards, the `median_bandwidth` of
+        the predicted view, and the `rollout_error` of what stands in place of the masks.
     """
     embed = model.get_input_embeddings()
     is_masked = batch.noisy_ids == mask_token_id
@@ -145,6 +145,7 @@ def view_loss(
         ).unflatten(0, groups)  # [G, M, N, W, D]
         weights = scored.view(-1, block_length).to(reference.dtype)  # [N, W]
         reward = rewards(sampled, reference, weights, bandwidth)  # [G, N]
+        highest = similarity(reference, reference, weights=weights, bandwidth=bandwidth)  # [N]
 
     log_probs = log_likelihoods(states, tokens, scored, mask_token_id)  # [B, L', C]
     of_blocks = log_probs.view(len(weights), block_length, *groups).sum(dim=(1, 3))  # [N, G]
@@ -153,8 +154,10 @@ def view_loss(
     loss = mean(
         losses.view(len(ids), -1), labels, name, average, weights=is_sampled.view(len(ids), -1)
     )
+    count = is_sampled.sum().clamp(min=1)
     parts = {
-        f"reward_{name}": reward.mean(dim=0).sum() / is_sampled.sum().clamp(min=1),
+        f"reward_{name}": reward.mean(dim=0).sum() / count,
+        f"mmd_{name}": (highest - reward.mean(dim=0)).sum() / count,
         "median_bandwidth": median_bandwidth(sampled[0, 0], reference, weights),
     }
     return Loss(loss.total, loss.parts | parts, loss.per_sequence)

@@ -52,7 +52,7 @@ PANELS = (
         {"rollout_error": "", "eval_rollout_error": "held-out"},
         scale=100,
     ),
-    Panel("reward of samples", {"reward_*": ""}),
+    Panel("squared MMD of samples", {"mmd_*": ""}),
     Panel("entropy of right predictions, nats", {"entropy_right": ""}),
     Panel("held-out problems solved, %", {"eval_accuracy": ""}, scale=100, highest=100),
     Panel("held-out tokens per forward (TPF)", {"eval_tpf": ""}),
