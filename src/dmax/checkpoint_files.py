@@ -243,9 +243,11 @@ def write_for_earlier_releases(file: Path) -> None:
     """Rewrite a tokenizer_config.json so that transformers 4.57 reads it too.
 
     It does not know the class `TokenizersBackend`, and takes a list of further special tokens by
-    another name. Later releases know the names of both.
+    another name. Later releases know the names of both. Code that a tokenizer came with is not
+    saved, so no release shall look for it.
     """
     record = read_object(file, MAX_SETTINGS)
+    record.pop("auto_map", None)
     if record.get("tokenizer_class") == "TokenizersBackend":
         record["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(record.get("extra_special_tokens"), list):

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -20,6 +23,7 @@ from transformers import (
 from dmax import LLM, DecodingParams, DMaxConfig, DMaxTrainer
 from dmax.attention import block_causal, dense_mask
 from dmax.checkpoint import load_checkpoint, save_checkpoint
+from dmax.special_ids import SpecialIds
 
 # config.json of JetLM/SDAR-4B-Chat, its sizes made small. Others of the family also name
 # `block_size` and `mask_token_id`.
@@ -192,6 +196,28 @@ def test_what_is_saved_is_an_sdar_again(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     again = load_checkpoint(tmp_path / "saved", dtype="auto", device="cpu")
     assert again.special_ids == read.special_ids
+
+
+def test_tokenizer_and_network_come_without_their_code(tmp_path: Path) -> None:
+    folder = write(tmp_path / "SDAR", "sdar")
+    words = {"a": 0, "<|endoftext|>": 151643, "<|im_end|>": 151645, "<|MASK|>": 151669}
+    backend = Tokenizer(WordLevel(words, unk_token="a"))
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "mask_token": "<|MASK|>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    code = {"AutoTokenizer": ["tokenization_qwen2.Qwen2Tokenizer", None]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code}))
+    for name in ("tokenization_qwen2.py", "modeling_sdar.py", "configuration_sdar.py"):
+        (folder / name).write_text("raise AssertionError('code of a checkpoint ran')\n")
+    ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+
+    read = load_checkpoint(folder, dtype="auto", device="cpu")
+    assert read.special_ids == SpecialIds(151669, (151645, 151643), 151643, 4)
+    assert read.tokenizer is not None and read.tokenizer.mask_token_id == 151669
+    save_checkpoint(read.model, read.tokenizer, tmp_path / "saved", read.special_ids)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / "saved" / name).read_text())
 
 
 @each_kind
