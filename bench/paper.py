@@ -648,7 +648,7 @@ each of {seeds} seeds. Machine: {machine}. The retrained models come from
 `python bench/ablation_training.py`
 ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `python bench/paper.py` wrote
 this page from the records in this folder. `make results` runs both, and
-[every decoding method](methods.md).
+[every decoding method](methods.md). [What came after DMax](beyond.md) has a page of its own.
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)
 

@@ -172,19 +172,38 @@ def test_the_page_of_what_is_there(tmp_path: Path) -> None:
 # --- all of it ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs of this module lie, with the data that they share."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.slow
-def test_it_trains_measures_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "run", [run for run in TRAINED if run.path.is_file()], ids=lambda run: run.name
+)
+def test_every_recipe_trains_at_toy_length(run: Run, root: Path) -> None:
+    pytest.importorskip("accelerate")
+    beyond.train(run, 1, root, toy=True)
+    said = json.loads((root / run.folder(1) / "dmax.json").read_text())
+    assert (said["recipe"], said["steps"]) == (run.path.name, 2)
+
+
+@pytest.mark.slow
+def test_it_trains_measures_and_goes_on(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("accelerate")
-    arguments = ["--toy", "--limit", "2", "--only", "mbd", "--seeds", "1"]
-    arguments += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    arguments = ["--toy", "--limit", "2", "--only", "mbd", "--seeds", "2"]
+    arguments += ["--runs", str(root), "--output", str(tmp_path)]
     beyond.main(arguments)
     record = json.loads((tmp_path / "beyond.json").read_text())
-    assert record["training"]["mbd-1"]["steps"] == 2
+    assert record["training"]["mbd-2"]["steps"] == 2
     labels = [point["label"] for point in record["points"]]
     assert len(labels) == 5 + 2 * 5 + 2 * 5
-    assert labels.count("two-block OPUT, MBD, seed 1") == 5
-    assert "training mbd-1" in capsys.readouterr().out
+    assert labels.count("two-block OPUT, MBD, seed 2") == 5
+    assert "training mbd-2" in capsys.readouterr().out
 
     del record["points"][-1]
     (tmp_path / "beyond.json").write_text(json.dumps(record))
