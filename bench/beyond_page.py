@@ -124,7 +124,7 @@ def start_of(run: Run, decoding: str) -> Run:
 
 
 def control_of(run: Run) -> Run | None:
-    """The run that spends the same steps on OPUT."""
+    """The run that goes on with OPUT from the same model."""
     return next((other for other in TRAINED if other.name == run.control), None)
 
 
@@ -276,7 +276,10 @@ def gap(values: Sequence[float] | None) -> str:
 
 def training(found: Found) -> str:
     """What every run took."""
-    rows = ["| run | recipe | from | steps | minutes, each seed |", "|---|---|---|---|---|"]
+    rows = [
+        "| run | recipe | from | steps | sequences a step | minutes, each seed |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in TRAINED:
         done = [found.trained.get(f"{run.name}-{seed}") for seed in SEEDS]
         present = [said for said in done if said]
@@ -284,7 +287,10 @@ def training(found: Found) -> str:
             minutes = ", ".join(f"{said['seconds'] / 60:.0f}" for said in present)
             recipe = f"[{run.recipe}](../../recipes/{run.recipe}.yaml)"
             steps = present[0]["steps"]
-            rows.append(f"| {run.label} | {recipe} | `{run.start}` | {steps} | {minutes} |")
+            size = present[0]["batch_size"]
+            rows.append(
+                f"| {run.label} | {recipe} | `{run.start}` | {steps} | {size} | {minutes} |"
+            )
     return "\n".join(rows)
 
 
@@ -336,10 +342,10 @@ bfloat16.
 the answers, the lower end of the 95 % interval of `tiny-dmax` by SPD at 0.5; by threshold for
 {level_base} %, that of `tiny-base` at 0.95. Its figure is the largest TPF at which it has them, on
 straight lines between its points. *To the right* means that this TPF is above that of the control,
-which spends as many steps on OPUT, and above that of the model it is compared with as a start
-(`tiny-dmax`, or `tiny-base` by threshold), each with a 95 % interval over three seeds (Student's)
-that leaves out zero. *Within noise* means that one of the two does not. The seeds differ in order
-and noise of training and share the start and the problems.
+which goes on with OPUT from the same model, and above that of the model it is compared with as a
+start (`tiny-dmax`, or `tiny-base` by threshold), each with a 95 % interval over three seeds
+(Student's) that leaves out zero. *Within noise* means that one of the two does not. The seeds
+differ in order and noise of training and share the start and the problems.
 
 ![Accuracy against TPF by SPD](beyond-spd.svg)
 
@@ -351,7 +357,8 @@ and noise of training and share the start and the problems.
 
 ## What the runs took
 
-Wall time, with whatever else the machine was doing.
+Wall time, with whatever else the machine was doing. CForce learns from trajectories of the model it
+begins from, all others from the 5,000 answers of `tiny-base` that made `tiny-dmax`.
 
 {training}
 

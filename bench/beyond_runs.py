@@ -28,7 +28,7 @@ class Run:
         label: in tables and plots.
         start: the model it goes on from, or is.
         recipe: name of its recipe; None: the model itself.
-        control: name of the run that spends as many steps on OPUT; None: it is one.
+        control: name of the run that goes on with OPUT from the same model; None: it is one.
         overrides: of the recipe's `training`.
         decodings: names of `DECODINGS`.
     """
