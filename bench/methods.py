@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from beyond_page import tpf_at
 from paper import Results, Share, better, gap
 
 from dmax.evaluation.plots import draw
@@ -77,10 +78,13 @@ def _compared(points: list[Point], untrained: str, trained: str, threshold: floa
         "fails": "is less accurate than without",
         "within noise": "is as accurate as without, within noise,",
     }[better(after, before)]
+    reach = tpf_at([p for p in points if p["label"] == untrained], after.rate)
+    as_far = "never as accurate" if reach is None else f"as accurate up to TPF {reach:.2f}"
     return (
         f"at a threshold of {threshold:g}, the rule with its training {verdict} "
         f"({after} against {before}: {gap(after, before)}), "
-        f"and writes {after.tpf / before.tpf:.1f} times as many tokens a forward."
+        f"and writes {after.tpf / before.tpf:.1f} times as many tokens a forward; "
+        f"without training it is {as_far}."
     )
 
 

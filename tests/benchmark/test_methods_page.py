@@ -12,23 +12,26 @@ import pytest
 RESULTS = Path(methods.__file__).parents[1] / "docs" / "results"
 
 
-def point(label: str, correct: int, tpf: float) -> dict[str, Any]:
-    value = 0.9 if label.startswith("D2F") else 0.5
-    return {"label": label, "value": value, "correct": correct, "total": 200, "tpf": tpf}
+def point(label: str, value: float, correct: int, tpf: float) -> dict[str, Any]:
+    counts = {"correct": correct, "total": 200, "accuracy": correct / 200}
+    return {"label": label, "value": value, "tpf": tpf, **counts}
 
 
 @pytest.mark.parametrize(
-    ("correct", "words"),
+    ("correct", "words", "reach"),
     [
-        (190, "is more accurate than without"),
-        (160, "is as accurate as without, within noise,"),
-        (90, "is less accurate than without"),
+        (190, "is more accurate than without", "never as accurate."),
+        (160, "is as accurate as without, within noise,", "as accurate up to TPF 2.00."),
+        (90, "is less accurate than without", "as accurate up to TPF 2.70."),
     ],
 )
-def test_what_training_bought_is_computed(correct: int, words: str) -> None:
-    before = point("D2F's window, untrained", 160, 2.0)
-    said = methods.bought([before, point("D2F, trained", correct, 3.0)]).splitlines()
-    assert words in said[0]
+def test_what_training_bought_is_computed(correct: int, words: str, reach: str) -> None:
+    before = [
+        point("D2F's window, untrained", value, right, tpf)
+        for value, right, tpf in ((0.9, 160, 2.0), (0.7, 60, 3.0))
+    ]
+    said = methods.bought([*before, point("D2F, trained", 0.9, correct, 3.0)]).splitlines()
+    assert words in said[0] and said[0].endswith(reach)
     assert f"{correct}/200" in said[0] and "1.5 times as many tokens a forward" in said[0]
     assert said[1].endswith("not trained and measured yet.")
 
