@@ -192,7 +192,7 @@ def page(found: Found) -> str:
         training=training(found),
         missing=missing(found),
         points=points_table(found),
-        machine=f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}",
+        machine=f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
     )
 
 
@@ -291,7 +291,7 @@ def training(found: Found) -> str:
             rows.append(
                 f"| {run.label} | {recipe} | `{run.start}` | {steps} | {size} | {minutes} |"
             )
-    return "\n".join(rows)
+    return "\n".join(rows) if len(rows) > 2 else "Nothing has been trained yet."
 
 
 def missing(found: Found) -> str:
@@ -335,8 +335,8 @@ TEMPLATE = """# What came after DMax, in miniature
 
 The question is whether an objective that goes on from a finished model moves its curve of accuracy
 over TPF to the right. Written by `python bench/beyond.py` from [beyond.json](beyond.json):
-{problems} unseen word problems (seed 7) for every point, exact final answer. Machine: {machine},
-bfloat16.
+{problems} unseen word problems (seed 7) for every point, exact final answer.
+Machine: {machine}, bfloat16.
 
 **How it is judged**, written down before anything was measured. A curve is asked for {level} % of
 the answers, the lower end of the 95 % interval of `tiny-dmax` by SPD at 0.5; by threshold for

@@ -19,11 +19,12 @@ from beyond_page import (
     answer,
     mean_interval,
     missing,
+    page,
     tpf_at,
     verdict,
     write_page,
 )
-from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run
+from beyond_runs import BASE, DMAX, RECIPES, SEEDS, TRAINED, Run
 
 from dmax.evaluation.statistics import wilson_interval
 from dmax.recipe.sections import load_recipe
@@ -167,6 +168,12 @@ def test_the_page_of_what_is_there(tmp_path: Path) -> None:
     text = (tmp_path / "beyond.md").read_text()
     assert "| MMD | SPD | 0.5 | 480, 480, 480 | 1440/1500 (96.0 %) |" in text
     assert (tmp_path / "beyond-mbd.svg").is_file()
+
+
+def test_the_published_page_is_that_of_the_published_record() -> None:
+    results = RECIPES.parent / "docs" / "results"
+    found = Found(json.loads((results / "beyond.json").read_text(encoding="utf-8")))
+    assert page(found) == (results / "beyond.md").read_text(encoding="utf-8")
 
 
 # --- all of it ------------------------------------------------------------------------------------
