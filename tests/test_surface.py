@@ -67,8 +67,8 @@ COMMANDS = {
     "train": "recipe --max-steps --fresh --dry-run --gpus --gpu --memory --price --examples --json",
     "distill": (
         "--output -o --model -m --num --prompts --reader --column --config --split --task --data "
-        "--seed --part --shard-size --strategy --threshold --max-new-tokens --option "
-        "--block-length --batch-size --dtype --quantization --compile --device --ray "
+        "--seed --part --shard-size --trajectories --strategy --threshold --max-new-tokens "
+        "--option --block-length --batch-size --dtype --quantization --compile --device --ray "
         "--ray-address --replicas --gpus-per-replica --engine --min-length --max-length "
         "--max-repetition --filter-score --endpoint --endpoint-model --concurrency --timeout --json"
     ),

@@ -96,7 +96,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int]]:
     return seen
 
 
-@pytest.mark.parametrize("objective", objective_table())
+@pytest.mark.parametrize("objective", sorted(objective_table().keys() - {"cforce"}))
 def test_every_objective_warms_up(
     objective: str, tmp_path: Path, seen: list[tuple[int | None, int]]
 ) -> None:

@@ -48,7 +48,8 @@ ShardSize = Annotated[
     int | None, _option("make it a folder of files with so many responses each", FILES, min=1)
 ]
 Trajectories = Annotated[
-    bool, _option("also record every step of the decoding, which CForce learns from", FILES)
+    bool,
+    _option("also record every step of the decoding, for CForce", FILES, "--trajectories"),
 ]
 Num = Annotated[
     int | None,
