@@ -33,6 +33,7 @@ from dmax.distill.model import ModelAnswerer
 from dmax.distill.run import distill
 from dmax.environment import environment
 from dmax.errors import InputError
+from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve
 from dmax.files import read_record, write_atomically
 from dmax.llm import LLM
@@ -57,18 +58,20 @@ EVALUATIONS = RUNS / "pretrained-eval"
 RECORD = Path(__file__).parents[1] / "docs" / "results" / "pretrained.json"
 
 CAREFUL = Curve("base, threshold", str(BASE), "threshold", (0.95, 0.7, 0.5, 0.3, 0.1))
+DMAX = "DMax, SPD"
 CURVES = (
     Curve("original, where the base starts", str(AR), "autoregressive", (1,)),
     Curve("original, as long as the base", str(AR_LONGER), "autoregressive", (1,)),
     CAREFUL,
     Curve("base, SPD", str(BASE), "spd", (0.5,)),
-    Curve("DMax, SPD", str(RUNS / "pretrained-oput"), "spd", (0.95, 0.5, 0.1)),
+    Curve(DMAX, str(RUNS / "pretrained-oput"), "spd", (0.95, 0.5, 0.1)),
     Curve("masks only, SPD", str(RUNS / "pretrained-masks"), "spd", (0.95, 0.5, 0.1)),
     Curve("masks only, threshold", str(RUNS / "pretrained-masks"), "threshold", (0.95, 0.3)),
     Curve("random tokens, SPD", str(RUNS / "pretrained-random"), "spd", (0.95, 0.5, 0.1)),
 )
 LIMIT = 200  # problems of a point
-KEPT = ("weights", "correct", "total", "interval", "tpf", "seconds")  # of an evaluation
+# What is kept of an evaluation.
+KEPT = ("weights", "accuracy", "correct", "total", "interval", "tpf", "seconds")
 
 TASK = ShortWordProblems
 BLOCK_LENGTH = 16
@@ -270,6 +273,7 @@ def measure_all() -> None:
                 record["points"][name] = {
                     **{key: point[key] for key in KEPT},
                     "label": curve.label,
+                    "strategy": curve.strategy,
                     "value": value,
                     "cross_entropy": said.per_token,
                 }
@@ -277,6 +281,11 @@ def measure_all() -> None:
             write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
     write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
     write_page(record, CURVES, RECORD.with_suffix(".md"))
+    if record["points"]:
+        labels = [point["label"] for point in record["points"].values()]
+        ours = DMAX if DMAX in labels else None
+        points = list(record["points"].values())
+        draw({"points": points}, RECORD.with_suffix(".svg"), ours=ours)
 
 
 def summary(name: str) -> dict[str, Any]:
