@@ -77,7 +77,7 @@ TASK = ShortWordProblems
 BLOCK_LENGTH = 16
 NUM_PROBLEMS = 20_000
 NUM_HELD_OUT = 64
-NUM_RESPONSES = 1_000
+NUM_RESPONSES = 480
 ENOUGH = 0.5  # of the task that the base has to solve, before anything is built on it
 # The published template without its system prompt of 30 tokens.
 CHAT_TEMPLATE = (
@@ -250,7 +250,7 @@ def num_lines(path: Path) -> int:
 
 
 def measure_all() -> None:
-    """Decode and judge what is there; record and page are written after every point."""
+    """Decode and judge what is there; record, page and plot are written after every point."""
     record = read_record(RECORD) if RECORD.exists() else {}
     record |= {
         "environment": environment(),
@@ -278,14 +278,16 @@ def measure_all() -> None:
                     "cross_entropy": said.per_token,
                 }
                 print(name, json.dumps(record["points"][name]), flush=True)
-            write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
+            publish(record)
+
+
+def publish(record: Mapping[str, Any]) -> None:
+    """Write a record, its page and its plot."""
     write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
     write_page(record, CURVES, RECORD.with_suffix(".md"))
-    if record["points"]:
-        labels = [point["label"] for point in record["points"].values()]
-        ours = DMAX if DMAX in labels else None
-        points = list(record["points"].values())
-        draw({"points": points}, RECORD.with_suffix(".svg"), ours=ours)
+    points = list(record["points"].values())
+    is_there = any(point["label"] == DMAX for point in points)
+    draw({"points": points}, RECORD.with_suffix(".svg"), ours=DMAX if is_there else None)
 
 
 def summary(name: str) -> dict[str, Any]:
