@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ INTRODUCTION = """\
 
 SmolLM2-135M-Instruct (Llama architecture, 30 layers, Apache-2.0) is a language model that was
 trained on two trillion tokens of text. Here it becomes a block-diffusion model, and then DMax, on
-one thread of a CPU. The task is `short_word_problems`: two or three dependent steps with numbers up
-to 20, each worked out in a sentence, so that a later token needs the earlier ones.
+one thread of a CPU. The task is `short_word_problems`: two steps with numbers up to 20, each worked
+out in a sentence. The second step needs the first one's result, and every sentence is put together
+from several choices, so tokens that are decided together have to fit.
+
+{headline}
 
 - **The whole network is trained**, all 30 layers. Only its vocabulary is cut, from 49,152 tokens
   to the {vocabulary} that the task needs, and every number is one token, whose row starts as a mix
@@ -60,7 +64,7 @@ NOT_YET = "not measured yet"
 def write_page(record: Record, curves: Sequence[Curve], path: Path) -> None:
     """Write the page of a record; points that are missing are named."""
     parts = [
-        INTRODUCTION.format(vocabulary=record["vocabulary"]),
+        INTRODUCTION.format(vocabulary=record["vocabulary"], headline=headline(record, curves)),
         "## Results\n\n" + "\n".join(results(record, curves)),
         f"![Accuracy against TPF]({path.stem}.svg)" if record["points"] else "",
         "## Stages\n\n" + "\n".join(stages(record)),
@@ -71,14 +75,35 @@ def write_page(record: Record, curves: Sequence[Curve], path: Path) -> None:
     write_atomically(path, "\n\n".join(part.strip() for part in parts) + "\n")
 
 
+def headline(record: Record, curves: Sequence[Curve]) -> str:
+    """What was found, in a sentence for each model that is measured, and what is still to come."""
+    measured = [
+        (curve, [record["points"][slug(curve, value)] for value in curve.values])
+        for curve in curves
+        if all(slug(curve, value) in record["points"] for value in curve.values)
+    ]
+    found = [f"{curve.label}: {' to '.join(ends(points))}" for curve, points in measured]
+    names = {curve.label for curve, _ in measured}
+    missing = list(dict.fromkeys(curve.label for curve in curves if curve.label not in names))
+    sentences = [f"**So far:** {'; '.join(found) or 'nothing is measured'}."]
+    if missing:
+        sentences.append(f"**Still to come:** {'; '.join(missing)}.")
+    return "\n".join(line for text in sentences for line in textwrap.wrap(text, 100))
+
+
+def ends(points: Sequence[Record]) -> list[str]:
+    """The first and the last point of a curve, in words."""
+    chosen = points if len(points) == 1 else (points[0], points[-1])
+    return [f"{point['correct']}/{point['total']} at TPF {point['tpf']:.2f}" for point in chosen]
+
+
 def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
     """The table of points, in the order of the curves, and what it was measured with."""
     machine = record["environment"]
-    yield (
-        f"{record['limit']} unseen problems, seed {record['seed']}, greedy; {machine['cpu']}, "
-        f"{machine['threads']} thread(s), torch {machine['torch']}, bfloat16. The judge gives "
-        f"{record['references']:.3f} nats a token to the solutions that the task has itself.\n"
-    )
+    yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy, bfloat16. Machine:"
+    yield f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}. The judge"
+    yield f"gives {record['references']:.3f} nats a token to the solutions that the task itself has:"
+    yield "their wording is drawn, and not the likeliest.\n"
     yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
     yield "|---|---|---|---|---|---|"
     for curve in curves:
