@@ -101,9 +101,9 @@ def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
     """The table of points, in the order of the curves, and what it was measured with."""
     machine = record["environment"]
     yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy, bfloat16. Machine:"
-    yield f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}. The judge"
-    yield f"gives {record['references']:.3f} nats a token to the solutions that the task itself has:"
-    yield "their wording is drawn, and not the likeliest.\n"
+    yield f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}."
+    yield f"The judge gives {record['references']:.3f} nats a token to the task's own solutions,"
+    yield "whose wording is drawn and not the likeliest.\n"
     yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
     yield "|---|---|---|---|---|---|"
     for curve in curves:
@@ -126,9 +126,8 @@ def figures(point: Record | None) -> str:
         return f"| {NOT_YET} | | | |"
     low, high = (100 * end for end in point["interval"])
     count = f"{point['correct']}/{point['total']}"
-    return (
-        f"| {count} | {low:.1f} to {high:.1f} | {point['tpf']:.2f} | {point['cross_entropy']:.3f} |"
-    )
+    said = f"{point['cross_entropy']:.3f}" if "cross_entropy" in point else ""
+    return f"| {count} | {low:.1f} to {high:.1f} | {point['tpf']:.2f} | {said} |"
 
 
 def stages(record: Record) -> Iterator[str]:
