@@ -206,8 +206,9 @@ def allocated_bytes(module: nn.Module, clean: dict[str, Tensor]) -> tuple[int, i
         (DENSE, {}),
         (DENSE, {"objective": "mdlm"}),
         (MOE, {"objective": "mmd", "mmd_groups": 2}),
+        (MOE, {"objective": "cforce"}),
     ],
-    ids=["llada2_moe, eager", "llada2_moe, grouped_mm", "llama", "llama, mdlm", "mmd"],
+    ids=["llada2_moe, eager", "llada2_moe, grouped_mm", "llama", "llama, mdlm", "mmd", "cforce"],
 )
 def test_activations_are_what_autograd_saves(
     tmp_path: Path, config: dict[str, Any], choices: dict[str, Any], sequences: int, positions: int
@@ -386,6 +387,19 @@ def test_a_shared_model_gathers_layers_and_holds_gradients_until_they_are_done(
     assert offloaded.peak == found.peak - sum(
         part(found, name) for name in ("weights", "gradients", "optimiser")
     )
+
+
+def test_a_forward_without_gradient_gathers_layers_and_keeps_no_gradients(tmp_path: Path) -> None:
+    training = {"pad_to": 16, "objective": "cforce"}
+    path = write_recipe(
+        tmp_path, model={"config": DENSE}, training=training, data=ELSEWHERE, fsdp={}
+    )
+    found = estimate(load_recipe(path), Cluster(GPUS["h100"], 4))
+    model, *_ = real_parts(recipe_of(tmp_path, DENSE))
+    layers = sum(weight.nbytes for weight in model.model.layers.parameters())
+    others = sum(weight.nbytes for weight in model.parameters()) - layers
+    assert part(found, "unreduced") == others + layers / 2 * 2  # one layer, and as it travels
+    assert found.run.traffic.gathered == pytest.approx(3 / 4 * (3 * layers + others))
 
 
 def test_the_papers_model_is_counted_without_its_files(dmax: Dmax, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
         settings=plan.in_words(args, shape.model),
         memory=[
             *_state(state, args, plan),
-            *_beside(recipe, args, state, plan, shape.model, counted.layer_calls),
+            *_beside(recipe, args, state, plan, shape.model, counted.backward_calls),
             *_of_step(counted),
         ],
         run=_run(
@@ -165,10 +165,12 @@ def _beside(
         which = "two layers at a time" if frees else "all layers"
         gathered = gathered_bytes(layers, others, frees_layers=frees)
         waiting = unreduced_bytes(layers, others, calls)
-        whose = "of all layers, until each has run backward" if calls > 1 else "of one layer"
+        whose = (
+            f"all layers, until each has run backward {calls} times" if calls > 1 else "one layer"
+        )
         parts += [
             Part("gathered", gathered, "estimate", f"weights of {which}, and of no layer"),
-            Part("unreduced", waiting, "estimate", f"whole gradients {whose} {calls} times"),
+            Part("unreduced", waiting, "estimate", f"whole gradients of {whose}"),
         ]
         return parts
     if plan.num_gpus > 1:
@@ -202,9 +204,8 @@ def _traffic(
     if plan.shares is None:  # once a step, whatever the number of micro-batches
         return replicated_traffic(plan.num_gpus, state.gradients)
     layers, others = units(model, plan.shares, plan.compute)
-    once = sharded_traffic(
-        plan.num_gpus, layers, others, counted.layer_calls, frees_layers=plan.frees_layers
-    )
+    calls = counted.layer_calls + counted.backward_calls
+    once = sharded_traffic(plan.num_gpus, layers, others, calls, frees_layers=plan.frees_layers)
     micro_batches = args.gradient_accumulation_steps
     return Traffic(once.gathered * micro_batches, once.reduced * micro_batches)
 

@@ -160,11 +160,11 @@ def sharded_traffic(
         num_gpus: that share the weights.
         layers: of the model.
         others: what is in no layer, and runs once.
-        calls: how often a forward runs through the layers.
+        calls: how often forward and backward run through the layers.
         frees_layers: whether they are freed after their forward.
     """
     passing = (num_gpus - 1) / num_gpus
-    times = 2 * calls if frees_layers else 1
+    times = calls if frees_layers else 1
     return Traffic(
         gathered=passing * (times * sum(layer.weights for layer in layers) + others.weights),
         reduced=passing * (sum(layer.reduced for layer in layers) + others.reduced),

@@ -46,6 +46,7 @@ class StepCount:
             of logits, a gradient that has just been made.
         flops: floating-point operations of all matrix products, those computed anew included.
         layer_calls: how often a forward runs through the layers.
+        backward_calls: how often a backward does: a forward without gradient has none.
         kept: bytes of what the objective keeps beside the model from step to step.
     """
 
@@ -54,6 +55,7 @@ class StepCount:
     working: int
     flops: int
     layer_calls: int
+    backward_calls: int
     kept: int
 
 
@@ -75,11 +77,10 @@ def count_step(
     Raises:
         InputError: the objective asks for numbers of the model's, and there are none.
     """
-    calls = 0
+    calls: list[bool] = []  # whether each has a gradient
 
     def count_call(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
+        calls.append(torch.is_grad_enabled())
 
     tape = _Tape(model)
     with tape:
@@ -90,7 +91,7 @@ def count_step(
         with tape:
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = ObjectiveModule(model, begun)(torch.Generator(), **clean)["loss"]
-            layer_calls = calls
+            layer_calls, backward_calls = len(calls), sum(calls)
             waiting, logits = tape.bytes, tape.logit_bytes
             _drop_weight_gradients(loss)
             loss.backward()
@@ -107,6 +108,7 @@ def count_step(
         working=tape.peak - waiting,
         flops=tape.flops,
         layer_calls=layer_calls,
+        backward_calls=backward_calls,
         kept=kept,
     )
 
