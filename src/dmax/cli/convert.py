@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from dmax.cli import options
-from dmax.cli.terminal import console, doing, print_json
+from dmax.cli.terminal import doing, print_json, say
 
 RECIPE = "recipes/convert_1_warmup.yaml"
 
@@ -49,6 +50,6 @@ def convert(
         return
     place = "one position before its place" if shift else "at its place"
     made_of = f"mask token {ids.mask_token_id}, blocks of {ids.block_length}"
-    console.print(f"{made_of}; a prediction is read {place}", highlight=False)
-    console.print(f"next: dmax train {RECIPE}, with `model.path: {output}`", highlight=False)
+    say(f"{made_of}; a prediction is read {place}")
+    say(Text(f"next: dmax train {RECIPE}, with `model.path: {output}`"))
     sys.stdout.write(f"{output}\n")
