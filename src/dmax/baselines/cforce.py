@@ -46,7 +46,8 @@ class Divergence(NamedTuple):
 
     Attributes:
         weight: the share w of the reverse direction: "confidence" c, "doubt" 1 - c, "forward" 0,
-            "half" 1/2. "jsd" is the Jensen-Shannon divergence instead, should that one collapse.
+            "half" 1/2. "jsd" is the Jensen-Shannon divergence in place of both, in case the reverse
+            direction collapses to one mode.
         temperature: of the confidence.
         floor: lowest probability of the target in KL(p ‖ t), which would grow beyond all bounds; 0:
             none.
