@@ -20,13 +20,13 @@ from dmax.evaluation.statistics import wilson_interval
 from dmax.files import read_record, write_atomically
 
 Record = dict[str, Any]
-OURS = "sampled"
+OURS, RANDOM = PAIR
 RECIPE_RATIO = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Own tokens against random ones after the same training, decoded alike.
+    """Own tokens against others after the same training, decoded alike.
 
     Attributes:
         rate: learning rate.
@@ -34,7 +34,7 @@ class Comparison:
         threshold: of SPD.
         seeds: those that both have, pooled.
         own: `sampled`.
-        random: `random`.
+        other: `random`, or another kind of noise.
     """
 
     rate: float
@@ -42,12 +42,12 @@ class Comparison:
     threshold: float
     seeds: tuple[int, ...]
     own: Share
-    random: Share
+    other: Share
 
     @property
     def verdict(self) -> str:
         """Whether own tokens are better: "holds", "fails" or "within noise"."""
-        return better(self.own, self.random)
+        return better(self.own, self.other)
 
     @property
     def setting(self) -> str:
@@ -57,7 +57,7 @@ class Comparison:
     @property
     def figures(self) -> str:
         """Setting, counts and difference."""
-        return f"{self.setting}: {self.own} against {self.random}, {gap(self.own, self.random)}"
+        return f"{self.setting}: {self.own} against {self.other}, {gap(self.own, self.other)}"
 
 
 class Points:
@@ -99,16 +99,17 @@ class Points:
         correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
         return Share(correct, total, tokens / forwards)
 
-    def comparisons(self) -> Iterator[Comparison]:
-        """All settings that both kinds of noise of `PAIR` are measured in, over common seeds."""
+    def comparisons(self, other: str) -> Iterator[Comparison]:
+        """Own tokens against another kind of noise in all settings that both are measured in."""
         for rate in self.rates:
             for steps in self.steps:
                 for threshold in THRESHOLDS:
                     place = (rate, steps, threshold)
-                    own, random = (set(self.seeds(noise, *place)) for noise in PAIR)
-                    seeds = tuple(sorted(own & random))
+                    both = (OURS, other)
+                    ours, theirs = (set(self.seeds(noise, *place)) for noise in both)
+                    seeds = tuple(sorted(ours & theirs))
                     if seeds:
-                        shares = [self.pooled(noise, *place, seeds) for noise in PAIR]
+                        shares = [self.pooled(noise, *place, seeds) for noise in both]
                         yield Comparison(*place, seeds, *shares)
 
 
@@ -145,9 +146,52 @@ def plausible(found: Record) -> str:
     )
 
 
+def reasons(points: Points, found: Record) -> list[str]:
+    """What was found of the reasons (a), (b) and (d) of the design; (c) is in the curves."""
+    base = found[base_label(RECIPE_RATIO)]
+    mended = [f"before training {_mended(base)}"]
+    for rate in points.rates:
+        for steps in points.steps:
+            stages = [Run(noise, rate, SEEDS[0]).label(steps) for noise in PAIR]
+            if all(stage in found for stage in stages):
+                ours, theirs = (_mended(found[stage]) for stage in stages)
+                mended.append(
+                    f"after {steps:,} steps at {rate:g} {ours} with own tokens and {theirs} with "
+                    "random ones"
+                )
+    errors = ", ".join(
+        f"{percent(look['wrong'], look['positions'])} at a mask ratio of {ratio:g}"
+        for ratio in RATIOS
+        for look in [found[base_label(ratio)][OURS]]
+    )
+    return [
+        f"(a) Of its own errors and of random tokens in their place, one forward mends: "
+        f"{'; '.join(mended)}.",
+        f"(b) Own tokens against random ones at the same positions: {_tally(points, 'at-errors')}. "
+        f"Against random tokens of the same kind: {_tally(points, 'same-kind')}.",
+        f"(d) Of masked positions the base's samples are wrong at {errors}.",
+    ]
+
+
+def _mended(look: Record) -> str:
+    own, random = look["argmax"], look["at-errors"]
+    return (
+        f"{percent(own['mended'], own['wrong'])} and {percent(random['mended'], random['wrong'])}"
+    )
+
+
+def _tally(points: Points, other: str) -> str:
+    """How often own tokens are better than another kind of noise, and worse."""
+    verdicts = [each.verdict for each in points.comparisons(other)]
+    if not verdicts:
+        return "not measured yet"
+    won, lost = (verdicts.count(verdict) for verdict in ("holds", "fails"))
+    return f"better in {won} of {len(verdicts)} settings, worse in {lost}"
+
+
 def _largest(comparisons: Sequence[Comparison]) -> Comparison:
     """The one with the largest difference, whoever gains."""
-    return max(comparisons, key=lambda each: abs(difference(each.own, each.random)[0]))
+    return max(comparisons, key=lambda each: abs(difference(each.own, each.other)[0]))
 
 
 # --- the curves -----------------------------------------------------------------------------------
@@ -234,8 +278,8 @@ def compared(comparisons: Sequence[Comparison]) -> str:
             f"{each.threshold:g}",
             ", ".join(map(str, each.seeds)),
             str(each.own),
-            str(each.random),
-            gap(each.own, each.random),
+            str(each.other),
+            gap(each.own, each.other),
             marks[each.verdict],
         )
         for each in comparisons
@@ -360,6 +404,10 @@ decode the same problems, so pooled intervals are somewhat too narrow. Machine: 
 
 {design}
 
+## What came of the reasons
+
+{reasons}
+
 ## Own tokens against random tokens
 
 {compared}
@@ -398,7 +446,7 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
     looked = read_record(looks_file)
     found = looked["looks"]
     points = Points(record, asked)
-    comparisons = list(points.comparisons())
+    comparisons = list(points.comparisons(RANDOM))
     machine = record["environment"]
     decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
     draw(points, points_file.with_suffix(".svg"))
@@ -410,6 +458,10 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
         machine=f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
         name=points_file.stem,
         design=DESIGN.strip(),
+        reasons="\n".join(
+            textwrap.fill(f"- {reason}", width=100, subsequent_indent="  ")
+            for reason in reasons(points, found)
+        ),
         compared=compared(comparisons),
         base_noise=base_noise(found),
         wrong_kinds=wrong_kinds(found),
