@@ -52,7 +52,7 @@ class Comparison:
     @property
     def setting(self) -> str:
         """The setting in words."""
-        return f"{self.steps:,} steps at {self.rate:g}, threshold {self.threshold:g}"
+        return f"{self.steps:,} steps at {scientific(self.rate)}, threshold {self.threshold:g}"
 
     @property
     def figures(self) -> str:
@@ -113,28 +113,43 @@ class Points:
                         yield Comparison(*place, seeds, *shares)
 
 
-def sentence(comparisons: Sequence[Comparison]) -> str:
-    """When on-policy noise matters, with counts."""
+def scientific(rate: float) -> str:
+    """A learning rate as 8e-4."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
+    """When on-policy noise matters, with counts, of so many settings that are to be compared."""
     if not comparisons:
         return "Nothing is measured yet."
     total = len(comparisons)
+    settings = f"{total} settings"
+    if total < planned:
+        settings = f"the {total} settings measured so far ({planned} are planned)"
     won = [each for each in comparisons if each.verdict == "holds"]
     lost = [each for each in comparisons if each.verdict == "fails"]
-    by_rate = ", ".join(
-        f"{sum(each.rate == rate for each in won)} of "
-        f"{sum(each.rate == rate for each in comparisons)} at {rate:g}"
-        for rate in sorted({each.rate for each in comparisons})
-    )
     parts = [
-        f"own tokens are better than random ones beyond chance in {len(won)} of {total} settings "
-        f"({by_rate}), and worse in {len(lost)}"
+        f"own tokens are better than random ones beyond chance in {len(won)} of {settings} "
+        f"and worse in {len(lost)}"
     ]
     if won:
         parts.append(f"the most they gain is after {_largest(won).figures}")
     if lost:
         parts.append(f"the most they lose is after {_largest(lost).figures}")
-    claim = "matters in some settings" if won else "does not matter here"
+    claim = f"matters {_places(won)}" if won else "does not matter here"
     return f"On-policy noise {claim}: {'; '.join(parts)}."
+
+
+def _places(comparisons: Sequence[Comparison]) -> str:
+    """The steps of every rate that is among them, as "after 25, 50 steps at a rate of 8e-4"."""
+    steps: dict[float, list[str]] = {}
+    for each in comparisons:
+        steps.setdefault(each.rate, []).append(f"{each.steps:,}")
+    return " and ".join(
+        f"after {', '.join(dict.fromkeys(numbers))} steps at a rate of {scientific(rate)}"
+        for rate, numbers in steps.items()
+    )
 
 
 def plausible(found: Record) -> str:
@@ -156,8 +171,8 @@ def reasons(points: Points, found: Record) -> list[str]:
             if all(stage in found for stage in stages):
                 ours, theirs = (_mended(found[stage]) for stage in stages)
                 mended.append(
-                    f"after {steps:,} steps at {rate:g} {ours} with own tokens and {theirs} with "
-                    "random ones"
+                    f"after {steps:,} steps at {scientific(rate)} {ours} with own tokens and "
+                    f"{theirs} with random ones"
                 )
     errors = ", ".join(
         f"{percent(look['wrong'], look['positions'])} at a mask ratio of {ratio:g}"
@@ -206,7 +221,7 @@ def draw(points: Points, path: Path) -> None:
     chosen = looks(list(NOISES), OURS)
     for row, threshold in zip(panels, THRESHOLDS, strict=True):
         for axes, rate in zip(row, points.rates, strict=True):
-            axes.set_title(f"rate {rate:g}, threshold {threshold:g}", fontsize=10)
+            axes.set_title(f"rate {scientific(rate)}, threshold {threshold:g}", fontsize=10)
             for noise, look in chosen.items():
                 line = _line(points, noise, rate, threshold)
                 if not line:
@@ -273,7 +288,7 @@ def compared(comparisons: Sequence[Comparison]) -> str:
     marks = {"holds": "**own is better**", "fails": "**random is better**", "within noise": ""}
     rows = [
         (
-            f"{each.rate:g}",
+            scientific(each.rate),
             f"{each.steps:,}",
             f"{each.threshold:g}",
             ", ".join(map(str, each.seeds)),
@@ -300,7 +315,7 @@ def every_point(points: Points) -> str:
                     share = points.pooled(noise, rate, steps, threshold, seeds) if seeds else None
                     cells.append(f"{share}" if share else "")
                 if any(cells):
-                    rows.append((f"{rate:g}", f"{steps:,}", f"{threshold:g}", *cells))
+                    rows.append((scientific(rate), f"{steps:,}", f"{threshold:g}", *cells))
     return table(head, rows)
 
 
@@ -315,7 +330,7 @@ def missing(points: Points) -> str:
                 done = [s for s in points.steps if points.at(noise, rate, s, THRESHOLDS[-1], seed)]
                 last = f"{max(done):,} steps" if done else "not yet"
                 cells.append("all" if len(done) == len(points.steps) else last)
-            rows.append((described.title, f"{rate:g}", *cells))
+            rows.append((described.title, scientific(rate), *cells))
     return table(head, rows)
 
 
@@ -370,7 +385,7 @@ def along_training(found: Record, points: Points) -> str:
             for steps in points.steps:
                 look = found.get(Run(noise, rate, SEEDS[0]).label(steps))
                 if look:
-                    rows.append((described.title, f"{rate:g}", f"{steps:,}", *_look(look)))
+                    rows.append((described.title, scientific(rate), f"{steps:,}", *_look(look)))
     return table(head, rows)
 
 
@@ -393,10 +408,9 @@ TEMPLATE = """# When on-policy noise matters
 {plausible}
 
 {total} problems a point and seed, exact final answer, seeds pooled, intervals of 95 %. All seeds
-decode the same problems, so pooled intervals are somewhat too narrow. Machine: {machine};
-{hours:.1f} hours of training and decoding.
-`python bench/noise.py` wrote this page from [{name}.json]({name}.json) and
-[{name}_tokens.json]({name}_tokens.json).
+decode the same problems, so pooled intervals are somewhat too narrow. Machine: {machine}.
+Training and decoding took {hours:.1f} hours. `python bench/noise.py` wrote this page from
+[{name}.json]({name}.json) and [{name}_tokens.json]({name}_tokens.json).
 
 ![Accuracy over training steps for each kind of noise]({name}.svg)
 
@@ -447,11 +461,12 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
     found = looked["looks"]
     points = Points(record, asked)
     comparisons = list(points.comparisons(RANDOM))
+    planned = len(points.rates) * len(points.steps) * len(THRESHOLDS)
     machine = record["environment"]
     decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
     draw(points, points_file.with_suffix(".svg"))
     page = TEMPLATE.format(
-        sentence=textwrap.fill(sentence(comparisons), width=100),
+        sentence=textwrap.fill(sentence(comparisons, planned), width=100),
         plausible=textwrap.fill(plausible(found), width=100),
         hours=(sum(looked["seconds"].values()) + decoding) / 3600,
         total=record["limit"],

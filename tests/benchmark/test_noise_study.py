@@ -65,7 +65,7 @@ def test_a_toy_study_is_measured_once_and_written_as_a_page(
     assert looks[run.label(1)].keys() == set(noise_kinds.OF_TRAINED)
     page = (output / "noise.md").read_text()
     assert "own tokens are better than random ones beyond chance in" in " ".join(page.split())
-    assert "| random tokens | 0.0008 | all |" in page
+    assert "| random tokens | 8e-4 | all |" in page
     assert (output / "noise.svg").read_text().startswith("<?xml")
 
     capsys.readouterr()
@@ -148,14 +148,16 @@ def test_the_sentence_counts_settings_and_names_the_largest_differences() -> Non
         shares = (Share(own, 200, 6.0), Share(random, 200, 5.0))
         return noise_page.Comparison(rate, 25, 0.5, (1,), *shares)
 
-    assert noise_page.sentence([compared(8e-5, 100, 101)]).startswith(
+    none = noise_page.sentence([compared(8e-5, 100, 101)], planned=1)
+    assert none.startswith(
         "On-policy noise does not matter here: own tokens are better than random ones beyond "
-        "chance in 0 of 1 settings"
+        "chance in 0 of 1 settings and worse in 0."
     )
-    both = noise_page.sentence([compared(8e-5, 150, 100), compared(8e-4, 10, 100)])
-    assert "in 1 of 2 settings (1 of 1 at 8e-05, 0 of 1 at 0.0008), and worse in 1" in both
-    assert "they gain is after 25 steps at 8e-05, threshold 0.5: 150/200 (75.0 %)" in both
-    assert "they lose is after 25 steps at 0.0008, threshold 0.5: 10/200 (5.0 %)" in both
+    both = noise_page.sentence([compared(8e-5, 150, 100), compared(8e-4, 10, 100)], planned=36)
+    assert both.startswith("On-policy noise matters after 25 steps at a rate of 8e-5: ")
+    assert "in 1 of the 2 settings measured so far (36 are planned) and worse in 1" in both
+    assert "they gain is after 25 steps at 8e-5, threshold 0.5: 150/200 (75.0 %)" in both
+    assert "they lose is after 25 steps at 8e-4, threshold 0.5: 10/200 (5.0 %)" in both
 
 
 @pytest.mark.skipif(not (RESULTS / "noise.json").is_file(), reason="nothing is measured yet")
