@@ -124,3 +124,12 @@ def test_a_release_that_the_plugin_does_not_know_is_not_started(engines: Path) -
 def test_a_program_that_is_gone_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError):
         Command(("/no/such/program",)).start()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_model_whose_predictions_stand_one_earlier_is_refused(
+    engine: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "shift": true}')
+    with pytest.raises(InputError, match="a token is predicted by the position before it"):
+        command_for(engine, str(tmp_path), **PLAIN)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dmax import extras
 from dmax.errors import InputError
+from dmax.files import read_object
 from dmax.integrations.sglang import SUPPORTED
 from dmax.integrations.versions import complaint as other_release
 from dmax.integrations.vllm import versions as vllm_versions
@@ -22,6 +23,7 @@ from dmax.tiny import bundled
 
 NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 """The engines, and how they write their names."""
+MAX_SETTINGS = 16 * 2**20  # bytes of a config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,11 @@ def command_for(
 
     Raises:
         InputError: the engine is not installed, or of a release that the plugin does not go with,
-            or it cannot have the keys.
+            it cannot have the keys, or the model's predictions stand where it does not read them.
     """
     folder = bundled(model)
     path = str(folder or model)
+    _check_reading(path, engine)
     renamed = ("--served-model-name", model) if folder else ()
     shared = ("--host", host, "--port", str(port), "--dtype", dtype, *renamed)
     if engine == "vllm":
@@ -84,6 +87,17 @@ def command_for(
     limits += _given("--context-length", max_length)
     _check_no_keys(keys)
     return Command((*_sglang(), "--model-path", path, *shared, *limits, *others))
+
+
+def _check_reading(path: str, engine: str) -> None:
+    """Of a folder only: an engine downloads by itself, and the plugin looks again."""
+    file = Path(path) / "config.json"
+    if file.is_file() and read_object(file, MAX_SETTINGS).get("shift") is True:
+        raise InputError(
+            f"`shift` in {file} is true: a token is predicted by the position before it, and "
+            f"{NAMES[engine]} reads predictions at their own positions",
+            hint="leave out `--engine`",
+        )
 
 
 def _given(option: str, value: int | None) -> tuple[str, ...]:
