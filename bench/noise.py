@@ -158,7 +158,7 @@ class Study:
         """The recipe's training with what the study changes."""
         name = "uniform" if run.noise in ("random", "same-kind") else "oput"
         changes = {"learning_rate": run.rate, "seed": run.seed, "objective": name}
-        noise = NOISES[run.noise].settings
+        noise = dict(NOISES[run.noise].settings)
         return self.recipe.training | SCHEDULE | changes | noise | {"max_steps": steps}
 
     def _settings(self, run: Run, training: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmax.special_ids import SpecialIds
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, take
+from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, noisy_positions, take
 from dmax.training.noise import mask_tokens, random_tokens
 from dmax.training.objectives import OPUT, Loss, Objective, Uniform, uniform_loss
 from dmax.training.rollout import roll_out
@@ -91,7 +91,7 @@ class SameKind(Uniform):
         mask = self.mask_token_id
         drawn = mask_tokens(ids, clean.corruptible, ratios, mask, generator) == mask
         random_ids = torch.where(drawn, same_kind_tokens(ids, self.kinds, generator), ids)
-        noisy = take(random_ids, batch.positions)
+        noisy = take(random_ids, noisy_positions(clean, self.block_length))
         return uniform_loss(
             model, batch, noisy, block_length=self.block_length, average=self.loss_average
         )
@@ -112,9 +112,8 @@ class AtErrors(OPUT):
             own_logits(model, batch, self.block_length), mask, self.rollout_temperature, generator
         )
         own = torch.where(batch.noisy_ids == mask, own, batch.noisy_ids)
-        noisy = at_errors(
-            own, take(clean.clean_ids, batch.positions), model.config.vocab_size, mask, generator
-        )
+        clean_ids = take(clean.clean_ids, noisy_positions(clean, self.block_length))
+        noisy = at_errors(own, clean_ids, model.config.vocab_size, mask, generator)
         return uniform_loss(
             model, batch, noisy, block_length=self.block_length, average=self.loss_average
         )
@@ -258,7 +257,7 @@ def count_mended(
 def look_at(
     model: Any,
     judge: Any,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     *,
     tokenizer: Any,
     special_ids: SpecialIds,
@@ -289,7 +288,7 @@ def look_at(
     for inputs in batches:
         clean = CleanBatch(**inputs)
         batch, _ = drawing.masked(clean, generator)
-        clean_ids = take(clean.clean_ids, batch.positions)
+        clean_ids = take(clean.clean_ids, noisy_positions(clean, length))
         is_masked = batch.noisy_ids == mask
         counted = is_masked & (batch.labels != IGNORE)
         judge_logits = own_logits(judge, batch, length)

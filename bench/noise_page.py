@@ -52,7 +52,9 @@ class Comparison:
     @property
     def setting(self) -> str:
         """The setting in words."""
-        return f"{self.steps:,} steps at {scientific(self.rate)}, threshold {self.threshold:g}"
+        seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
+        where = f"{self.steps:,} steps at {scientific(self.rate)}, threshold {self.threshold:g}"
+        return f"{where}, {seeds}"
 
     @property
     def figures(self) -> str:

@@ -156,8 +156,8 @@ def test_the_sentence_counts_settings_and_names_the_largest_differences() -> Non
     both = noise_page.sentence([compared(8e-5, 150, 100), compared(8e-4, 10, 100)], planned=36)
     assert both.startswith("On-policy noise matters after 25 steps at a rate of 8e-5: ")
     assert "in 1 of the 2 settings measured so far (36 are planned) and worse in 1" in both
-    assert "they gain is after 25 steps at 8e-5, threshold 0.5: 150/200 (75.0 %)" in both
-    assert "they lose is after 25 steps at 8e-4, threshold 0.5: 10/200 (5.0 %)" in both
+    assert "they gain is after 25 steps at 8e-5, threshold 0.5, seed 1: 150/200 (75.0 %)" in both
+    assert "they lose is after 25 steps at 8e-4, threshold 0.5, seed 1: 10/200 (5.0 %)" in both
 
 
 @pytest.mark.skipif(not (RESULTS / "noise.json").is_file(), reason="nothing is measured yet")
