@@ -11,7 +11,7 @@ are sampled. The published code shows one view in a step. Here a step has both, 
 and halves the sum of their losses, which is the same in expectation (a guess).
 
 Shapes: B sequences of L' positions in K blocks of W, N = B * K; G groups of M samples, C = G * M of
-them; V vocabulary, D hidden size.
+them; R scored rows, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dmax.baselines.frozen import frozen_features
+from dmax.baselines.rows import in_chunks
 from dmax.errors import InputError
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
 from dmax.training.objectives import SEQUENCES, Loss, Objective, halves, mean, rollout_error
@@ -172,9 +172,13 @@ def fill_masks(states: States, ids: Tensor, is_masked: Tensor, *, chunk: int = C
 
     As in the published code of this method, the best one may be MASK.
     """
-    rows = states.values[is_masked].split(rows_of(states, chunk))
-    best = [states.head(part).argmax(dim=-1) for part in rows]
-    return ids.masked_scatter(is_masked, torch.cat(best))
+    rows = states.values[is_masked]  # [R, D or V]
+
+    def best(part: slice) -> tuple[Tensor]:
+        return (states.head(rows[part]).argmax(dim=-1),)
+
+    (filled,) = in_chunks(best, len(rows), states.vocab_size, chunk)
+    return ids.masked_scatter(is_masked, filled)
 
 
 @torch.no_grad()
@@ -191,17 +195,18 @@ def sample(
 
     One uniform number decides a token, whichever rows are sampled together.
     """
-    values = states.values[scored]
-    draws = draw(torch.Size((len(values), count)), generator, values.device)
-    size = rows_of(states, chunk)
-    dtype = torch.float32 if values.device.type == "mps" else torch.float64
-    sampled = []
-    for rows, levels in zip(values.split(size), draws.split(size), strict=True):
-        probs = log_softmax_without(states.head(rows), mask_token_id).to(dtype).exp()
-        mass = probs.cumsum(dim=-1)  # [rows, V]
-        sampled.append(torch.searchsorted(mass, levels.to(dtype) * mass[:, -1:], right=True))
+    rows = states.values[scored]  # [R, D or V]
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    draws = draw(torch.Size((len(rows), count)), generator, rows.device).to(dtype)
+
+    def drawn(part: slice) -> tuple[Tensor]:
+        log_probs = log_softmax_without(states.head(rows[part]), mask_token_id)
+        mass = log_probs.to(dtype).exp().cumsum(dim=-1)  # [r, V]
+        return (torch.searchsorted(mass, draws[part] * mass[:, -1:], right=True),)
+
+    (sampled,) = in_chunks(drawn, len(rows), states.vocab_size, chunk)
     empty = scored.new_zeros((*scored.shape, count), dtype=torch.int64)
-    return empty.masked_scatter(scored[..., None], torch.cat(sampled))
+    return empty.masked_scatter(scored[..., None], sampled)
 
 
 def log_likelihoods(
@@ -211,18 +216,14 @@ def log_likelihoods(
 
     The logits of all positions are never there at a time. Backward computes each chunk anew.
     """
+    rows = states.values[scored]  # [R, D or V]
+    chosen = tokens[scored]  # [R, C]
 
-    def of_rows(rows: Tensor, chosen: Tensor) -> Tensor:
-        return log_softmax_without(states.head(rows), mask_token_id).gather(-1, chosen)
+    def of_rows(part: slice) -> tuple[Tensor]:
+        log_probs = log_softmax_without(states.head(rows[part]), mask_token_id)
+        return (log_probs.gather(-1, chosen[part]),)
 
-    size = rows_of(states, chunk)
-    parts = list(
-        zip(states.values[scored].split(size), tokens[scored].split(size), strict=True)
-    )  # [rows, D or V] and [rows, C]
-    if len(parts) > 1 and torch.is_grad_enabled():
-        found = torch.cat([checkpoint(of_rows, *part, use_reentrant=False) for part in parts])
-    else:
-        found = torch.cat([of_rows(*part) for part in parts])
+    (found,) = in_chunks(of_rows, len(rows), states.vocab_size, chunk)
     return found.new_zeros(tokens.shape).masked_scatter(scored[..., None], found)
 
 
@@ -234,11 +235,6 @@ def log_softmax_without(logits: Tensor, mask_token_id: int) -> Tensor:
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     mask = torch.tensor([mask_token_id], device=logits.device)
     return exact.index_fill(-1, mask, -torch.inf).log_softmax(dim=-1)
-
-
-def rows_of(states: States, chunk: int) -> int:
-    """How many rows have that many logits."""
-    return max(1, chunk // states.vocab_size)
 
 
 # --- what the frozen model says of it ------------------------------------------------------------
