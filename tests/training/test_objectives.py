@@ -473,6 +473,21 @@ def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch
     assert_same_gradients(gradients(model, loss.total), gradients(model, expected))
 
 
+def test_certainty_loss_has_a_gradient_where_a_model_is_quite_sure(
+    model: LLaDA2MoeModelLM, batch: Batch
+) -> None:
+    """Probabilities that round to 0, as those of `tiny-base` do at a temperature of 0.5."""
+    settings = {"weight": 1.0, "temperature": 0.5}
+    with torch.no_grad():
+        model.lm_head.weight *= 1000
+        probs = (masked_logits(model, batch) / 0.5).softmax(dim=-1)
+        assert (probs == 0).any()
+    loss = certainty_loss(model, batch, **settings, **OPTIONS)
+    found = gradients(model, loss.total)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert loss.parts["entropy_right"].isfinite()
+
+
 def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:

@@ -54,8 +54,9 @@ def certainty_loss(
     loss = mean(losses, labels, "masked", average)
 
     is_right = (logits.argmax(dim=-1) == labels) & (labels != IGNORE)
-    probs = (logits / temperature).softmax(dim=-1)
-    entropy = torch.special.entr(probs).sum(dim=-1)  # [B, L']
+    # Of logarithms, which are finite where a probability rounds to 0: `entr` has no gradient there.
+    log_probs = (logits / temperature).log_softmax(dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)  # [B, L']
     certainty = mean(entropy, labels, "right", average, weights=is_right.float()).total
     parts = loss.parts | {"entropy_right": certainty.detach()}
     return Loss(loss.total + weight * certainty, parts, loss.per_sequence)
