@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 DESIGN = """
@@ -49,7 +49,7 @@ THRESHOLDS = (0.0, 0.5)
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 LIMIT = 200
 HELD_OUT = 128
-LOOKED_AT = (100, 400, 1200)  # steps after which the first seed's models are looked at
+LOOKED_AT = (25, 100, 400, 1200)  # steps after which the first seed's models are looked at
 LONG = 400  # steps; longer runs come after all others
 SCHEDULE = {
     "lr_scheduler_type": "constant_with_warmup",
@@ -107,6 +107,12 @@ def plan(
                 for number in sorted(steps):
                     if (number > LONG) == is_long:
                         yield from ((Run(noise, rate, seed), number) for noise in noises)
+
+
+def looked_at(found: Container[str], noise: str, rate: float, steps: int) -> str | None:
+    """The label of the first seed whose model was looked at after so many steps, if any."""
+    labels = [Run(noise, rate, seed).label(steps) for seed in SEEDS]
+    return next((label for label in labels if label in found), None)
 
 
 def base_label(ratio: float) -> str:
