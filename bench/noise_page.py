@@ -192,20 +192,21 @@ def recognition(points: Points, found: Record) -> str:
             if len(looks) < len(PAIR):
                 continue
             changes.append(
-                f"after {steps:,} steps at {scientific(rate)} {_changed(looks[0])} with own tokens, "
-                f"{_changed(looks[1])} with random ones"
+                f"after {steps:,} steps at {scientific(rate)} {_changed(looks[0])} with own "
+                f"tokens, {_changed(looks[1])} with random ones"
             )
             mended = [Share(look["mended"], look["wrong"], 0) for look in looks]
             kept = [Share(look["right"] - look["broken"], look["right"], 0) for look in looks]
             mending.append(better(*mended))
             keeping.append(better(*kept))
+    more, fewer = mending.count("holds"), mending.count("fails")
+    better_kept, worse_kept = keeping.count("holds"), keeping.count("fails")
     return (
-        f"The untrained base mends {percent(random['mended'], random['wrong'])} of random tokens in "
-        "the place of its errors. Of its own wrong tokens one forward mends, and of its right ones "
-        f"it breaks: {'; '.join(changes)}. Beyond chance, training on own tokens mends more than on "
-        f"random ones in {mending.count('holds')} of {len(mending)} looks and fewer in "
-        f"{mending.count('fails')}; it breaks fewer in {keeping.count('holds')} and more in "
-        f"{keeping.count('fails')}."
+        f"The untrained base mends {percent(random['mended'], random['wrong'])} of random tokens "
+        "in the place of its errors. Of its own wrong tokens one forward mends, and of its right "
+        f"ones it breaks: {'; '.join(changes)}. Beyond chance, training on own tokens mends more "
+        f"than on random ones in {more} of {len(mending)} looks and fewer in {fewer}; it breaks "
+        f"fewer in {better_kept} and more in {worse_kept}."
     )
 
 
