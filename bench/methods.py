@@ -64,15 +64,19 @@ TRAINED = {
 def bought(points: list[Point]) -> str:
     """What the training of each recipe bought, a sentence each, at the rule's default threshold."""
     return "\n".join(
-        f"- [{recipe}](../../recipes/{recipe}.yaml): {_compared(points, *curves)}"
+        f"- [{recipe}](../../recipes/{recipe}.yaml): "
+        + (
+            _compared(points, *curves)
+            or f"not measured yet; `dmax train recipes/{recipe}.yaml`, then this script."
+        )
         for recipe, curves in TRAINED.items()
     )
 
 
-def _compared(points: list[Point], untrained: str, trained: str, threshold: float) -> str:
+def _compared(points: list[Point], untrained: str, trained: str, threshold: float) -> str | None:
     before, after = (_at(points, label, threshold) for label in (untrained, trained))
     if before is None or after is None:
-        return "not trained and measured yet."
+        return None
     verdict = {
         "holds": "is more accurate than without",
         "fails": "is less accurate than without",

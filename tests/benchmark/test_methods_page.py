@@ -33,7 +33,7 @@ def test_what_training_bought_is_computed(correct: int, words: str, reach: str) 
     said = methods.bought([*before, point("D2F, trained", 0.9, correct, 3.0)]).splitlines()
     assert words in said[0] and said[0].endswith(reach)
     assert f"{correct}/200" in said[0] and "1.5 times as many tokens a forward" in said[0]
-    assert said[1].endswith("not trained and measured yet.")
+    assert "not measured yet; `dmax train recipes/tiny_dparallel.yaml`" in said[1]
 
 
 def test_the_page_has_every_point_and_the_control() -> None:
