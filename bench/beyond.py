@@ -64,11 +64,24 @@ def data_command(recipe: Path, root: Path, toy: bool) -> list[str]:
     return ["-m", "dmax", *words]
 
 
+def make_data(run: Run, root: Path, toy: bool) -> None:
+    """Make a run's data, or go on with it where that was interrupted."""
+    command = data_command(run.path, root, toy)
+    output = Path(command[command.index("--output") + 1])
+    answered = sum(map(num_lines, (output, output.with_suffix(".dropped.jsonl"))))
+    if answered < int(command[command.index("--num") + 1]):
+        subprocess.run([sys.executable, *command], check=True)
+
+
+def num_lines(path: Path) -> int:
+    """Lines of a file; 0 if it is not there."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def train(run: Run, seed: int, root: Path, toy: bool) -> None:
-    """Train a run unless that is done; its data is made first if it is not there."""
+    """Train a run unless that is done; its data is made first."""
+    make_data(run, root, toy)
     recipe = recipe_of(run, seed, root, toy)
-    if not Path(recipe.data.file or "").exists():
-        subprocess.run([sys.executable, *data_command(run.path, root, toy)], check=True)
     print(f"training {recipe.output_dir.name}", flush=True)
     run_recipe(recipe, report=print)
 

@@ -176,6 +176,23 @@ def test_the_published_page_is_that_of_the_published_record() -> None:
     assert page(found) == (results / "beyond.md").read_text(encoding="utf-8")
 
 
+def test_data_is_made_once_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TRAINED[0]
+    data = tmp_path / "tiny_responses.jsonl"
+    commands = list[list[str]]()
+    monkeypatch.setattr(beyond.subprocess, "run", lambda command, check: commands.append(command))
+    beyond.make_data(run, tmp_path, toy=True)
+    data.write_text("{}\n" * 6)  # of 8
+    beyond.make_data(run, tmp_path, toy=True)
+    assert len(commands) == 2
+    assert commands[0][1:4] == ["-m", "dmax", "distill"] and str(data) in commands[0]
+    data.with_suffix(".dropped.jsonl").write_text("{}\n" * 2)
+    beyond.make_data(run, tmp_path, toy=True)
+    assert len(commands) == 2
+
+
 # --- all of it ------------------------------------------------------------------------------------
 
 
