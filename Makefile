@@ -41,10 +41,14 @@ package: .venv/.setup-stamp ## build sdist and wheel, and run the wheel's demo i
 	@$(PY) tools/try_wheel.py dist/*.whl
 
 results: export GOMP_SPINCOUNT ?= 2000# as the dmax command sets it
-results: .venv/.setup-stamp ## train and measure everything under docs/results again; hours, goes on where it stopped
+results: .venv/.setup-stamp ## train and measure everything under docs/results again; more than a day, goes on where it stopped
 	@$(PY) bench/ablation_training.py
 	@$(PY) bench/paper.py
+	@$(BIN)/dmax train recipes/tiny_d2f.yaml
+	@$(BIN)/dmax train recipes/tiny_dparallel.yaml
 	@$(PY) bench/methods.py
+	@$(PY) bench/noise.py
+	@$(PY) bench/beyond.py
 
 pretrained: export OMP_NUM_THREADS ?= 1
 pretrained: .venv/.setup-stamp ## make DMax of SmolLM2-135M-Instruct and measure it; hours, goes on where it stopped
