@@ -263,6 +263,7 @@ def draw(points: Points, path: Path) -> None:
                 )
             axes.set_xscale("log")
             axes.set_xticks(points.steps, [f"{number:,}" for number in points.steps], fontsize=8)
+            axes.set_xlim(0.9 * points.steps[0], 1.1 * points.steps[-1])
             axes.minorticks_off()
             axes.set_ylim(0, 100)
             axes.grid(alpha=0.25, linewidth=0.6)
