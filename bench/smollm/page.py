@@ -44,7 +44,8 @@ FAILED = """\
 
 - **SPD without OPUT does not collapse** on this base, as it does in the paper and on the bundled
   model: at threshold 0.5 it solves as many as DMax, and OPUT buys tokens per forward, 2.5 in place
-  of 1.9. Whether masks alone would buy them too is what the first control is for.
+  of 1.9. **Masks alone buy more**: as many steps of them on the same answers solve as many at TPF
+  3.1. Only the judge prefers what DMax wrote (0.644 against 0.898 nats).
 - **The last stages are short.** DMax has had two epochs of 320 answers. At thresholds 0.5 and 0.3
   it drops signs, such as the line break before `#### N`, and the strict score counts that as wrong:
   12 of 33 wrong answers at 0.5 and 43 of 62 at 0.3 end with the right number.
