@@ -648,9 +648,9 @@ each of {seeds} seeds. Machine: {machine}. The retrained models come from
 `python bench/ablation_training.py`
 ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `python bench/paper.py` wrote
 this page from the records in this folder. `make results` runs both, and
-[every decoding method](methods.md). Pages of their own have [a real pretrained model](pretrained.md),
-[what came after DMax](beyond.md), and [when on-policy noise matters](noise.md), which looks into claim
-23.
+[every decoding method](methods.md). Pages of their own have [a real pretrained
+model](pretrained.md), [what came after DMax](beyond.md), and
+[when on-policy noise matters](noise.md), which looks into claim 23.
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)
 
