@@ -50,7 +50,7 @@ def encode_lists(file: Path, tokenizer: Any, ids: SpecialIds) -> Any:
     """Token ids in lists, record by record, as `dmax train` had them until tables came."""
     ending = ending_ids(tokenizer, ids.eos_token_ids)
     examples = []
-    for messages, response, where in read_conversations(file):
+    for messages, response, where, _ in read_conversations(file):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
         learnt = [*tokenizer.encode(response, add_special_tokens=False), *ending]

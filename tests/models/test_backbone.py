@@ -484,15 +484,3 @@ def test_the_page_about_backbones_runs_as_written() -> None:
     namespace: dict[str, Any] = {}
     for program in programs:
         exec(program, namespace)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-def test_the_recipe_on_the_page_about_backbones_is_one(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text(encoding="utf-8")
-    recipes = re.findall(r"^```yaml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    for number, recipe in enumerate(recipes):
-        path = tmp_path / f"{number}.yaml"
-        # It is for a GPU; whether its arguments fit is checked for the machine at hand.
-        path.write_text(recipe.replace("training:\n", "training:\n  use_cpu: true\n"))
-        load_recipe(path)
-    assert len(recipes) == 1
