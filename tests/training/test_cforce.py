@@ -27,7 +27,6 @@ from dmax.baselines.cforce import (
     learners,
     log_probs,
 )
-from dmax.baselines.rows import in_chunks
 from dmax.baselines.stages import FollowedBatch, Stages, TrajectoryCollator, adjacent_stages
 from dmax.distill.files import ResponseFiles
 from dmax.distill.model import ModelAnswerer
@@ -41,7 +40,7 @@ from dmax.tasks.word_problems import problems
 from dmax.tiny import bundled
 from dmax.training.config import DMaxConfig
 from dmax.training.objectives import Loss, ObjectiveModule
-from dmax.training.vocabulary import IGNORE
+from dmax.training.vocabulary import IGNORE, in_chunks
 
 BLOCK = 4
 VOCAB = 48

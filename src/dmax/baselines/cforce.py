@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dmax.baselines.rows import in_chunks
 from dmax.baselines.stages import (
     DRAWS,
     FollowedBatch,
@@ -28,7 +27,7 @@ from dmax.errors import InputError, did_you_mean, show
 from dmax.params import MOST, check_number
 from dmax.training.clean_stream import CleanBatch, CleanStream, noisy_positions, take
 from dmax.training.objectives import SEQUENCES, Loss, Objective, mean
-from dmax.training.vocabulary import CHUNK, IGNORE, States
+from dmax.training.vocabulary import CHUNK, IGNORE, States, in_chunks
 
 JSD = "jsd"
 WEIGHTS = ("confidence", "doubt", "forward", "half", JSD)

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from dmax.baselines.frozen import frozen_features
-from dmax.baselines.rows import in_chunks
 from dmax.errors import InputError
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
 from dmax.training.objectives import SEQUENCES, Loss, Objective, halves, mean, rollout_error
 from dmax.training.rollout import draw
-from dmax.training.vocabulary import CHUNK, IGNORE, States
+from dmax.training.vocabulary import CHUNK, IGNORE, States, in_chunks
 
 Features = Callable[[Tensor], Tensor]
 """Of token ids [B, L'], blocks [N, W, D] float32."""

@@ -114,16 +114,38 @@ def score(
         # Last, so that backward, which computes no more anew than it needs, leaves it out.
         return losses, *pick(logits.detach(), mask_token_id, temperature, drawn)
 
-    size = max(1, chunk // states.vocab_size)
-    parts = [slice(start, start + size) for start in range(0, max(1, len(rows)), size)]
-    if len(parts) > 1 and torch.is_grad_enabled():
-        scored = [checkpoint(score_rows, part, use_reentrant=False) for part in parts]
-    else:
-        scored = [score_rows(part) for part in parts]
-    losses, *predicted = (torch.cat(of_parts) for of_parts in zip(*scored, strict=True))
+    losses, *predicted = in_chunks(score_rows, len(rows), states.vocab_size, chunk)
     everywhere = losses.new_zeros(labels.shape).masked_scatter(chosen, losses)
     if not predicted:
         return Scores(everywhere, labels, torch.zeros_like(everywhere))
     tokens = labels.masked_scatter(chosen, predicted[0])
     confidence = torch.zeros_like(everywhere).masked_scatter(chosen, predicted[1])
     return Scores(everywhere, tokens, confidence)
+
+
+def in_chunks(
+    function: Callable[[slice], tuple[Tensor, ...]],
+    num_rows: int,
+    vocab_size: int,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, ...]:
+    """What a function makes of all rows, without the logits of all rows at once.
+
+    Where there are several chunks, backward computes each of them anew.
+
+    Args:
+        function: takes which rows of N, and returns tensors [n, …] of them.
+        num_rows: N.
+        vocab_size: logits of a row.
+        chunk: how many logits there may be at once.
+
+    Returns:
+        The same tensors [N, …].
+    """
+    size = max(1, chunk // vocab_size)
+    parts = [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
+    if len(parts) > 1 and torch.is_grad_enabled():
+        done = [checkpoint(function, part, use_reentrant=False) for part in parts]
+    else:
+        done = [function(part) for part in parts]
+    return tuple(torch.cat(tensors) for tensors in zip(*done, strict=True))
