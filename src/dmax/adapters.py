@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dmax import extras
-from dmax.checkpoint_files import MAX_SETTINGS, reading
+from dmax.checkpoint_files import reading
 from dmax.errors import InputError, did_you_mean, shorten, show
-from dmax.files import read_object
+from dmax.files import MAX_SETTINGS, read_object
 from dmax.hub import find_folder, is_adapter
 from dmax.models.llada2_moe.files import read_header
 from dmax.tiny import bundled

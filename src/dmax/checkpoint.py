@@ -20,7 +20,6 @@ from transformers import (
 
 from dmax.adapters import find_base, merge_into
 from dmax.checkpoint_files import (
-    MAX_SETTINGS,
     SETTINGS_FILES,
     TOKENIZER_FILES,
     check_size,
@@ -37,7 +36,7 @@ from dmax.checkpoint_kind import (
     set_shift,
 )
 from dmax.errors import InputError, shorten, show
-from dmax.files import check_new_folder, new_folder, read_object, writing
+from dmax.files import MAX_SETTINGS, check_new_folder, new_folder, read_object, writing
 from dmax.hub import find_folder, is_adapter
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from dmax.errors import InputError, did_you_mean, first_line, shorten, show
-from dmax.files import read_object
+from dmax.files import MAX_SETTINGS, read_object
 from dmax.models.llada2_moe.files import StoredTensor, check_dtype, read_headers
 from dmax.params import MOST
 
@@ -46,7 +46,6 @@ SETTINGS_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-MAX_SETTINGS = 16 * 2**20  # bytes of a file of settings; published ones have up to 2 MiB
 MAX_TOKENIZER = 256 * 2**20
 SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 # Keys of a configuration that name code, or files or repositories to take something from. The

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from dmax.errors import InputError, shorten
 
 LEAST_SPACE = 2**20  # bytes free on a disk that is worth beginning to write on
+MAX_SETTINGS = 16 * 2**20  # bytes of a file of settings; published ones have up to 2 MiB
 LARGEST_RECORD = 2**24  # bytes that tell whose a file is
 
 TO_UTF8 = "convert it, for example with iconv -t UTF-8"

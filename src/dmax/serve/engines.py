@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dmax import extras
 from dmax.errors import InputError
-from dmax.files import read_object
+from dmax.files import MAX_SETTINGS, read_object
 from dmax.integrations.sglang import SUPPORTED
 from dmax.integrations.versions import complaint as other_release
 from dmax.integrations.vllm import versions as vllm_versions
@@ -23,7 +23,6 @@ from dmax.tiny import bundled
 
 NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 """The engines, and how they write their names."""
-MAX_SETTINGS = 16 * 2**20  # bytes of a config.json
 
 
 @dataclass(frozen=True, slots=True)
