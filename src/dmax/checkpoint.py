@@ -42,12 +42,7 @@ from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
 from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
-from dmax.special_ids import (
-    SpecialIds,
-    find_mask_token_id,
-    reads_shifted,
-    resolve_special_ids,
-)
+from dmax.special_ids import SpecialIds, find_mask_token_id, reads_shifted, resolve_special_ids
 
 # All that a checkpoint written by `save_checkpoint` can consist of, with a picture of its training.
 OWN_FILES = (

@@ -24,13 +24,7 @@ from dmax.errors import InputError
 from dmax.special_ids import MASK_TOKEN
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # those that take any mask
-LINEAR_HEADS = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "sdar",
-    "sdar_moe",
-)  # logits are a product and nothing else
+LINEAR_HEADS = ("llama", "qwen2", "qwen3", "sdar", "sdar_moe")  # logits are a product, no more
 
 
 def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:

@@ -67,13 +67,6 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     special_ids: SpecialIds
 
-    def collator(self, args: DMaxConfig) -> Collator:
-        """What makes batches of examples for this model."""
-        block_length = self.special_ids.block_length
-        eos_labels = block_length if args.eos_labels is None else args.eos_labels
-        make = args.objective_class.collator or Collator
-        return make(block_length, self.special_ids.eos_token_ids[0], eos_labels, args.pad_to)
-
     def examples(self, dataset: Any, args: DMaxConfig, name: str = "train_dataset") -> Any:
         """A data set as token ids that the model can learn from.
 
@@ -98,8 +91,16 @@ class Start(NamedTuple):
         )
         mask = self.special_ids.mask_token_id
         examples = check_examples(encoded, self.model.config.vocab_size, mask)
-        self.collator(args).check(examples)
+        make_collator(self.special_ids, args).check(examples)
         return examples
+
+
+def make_collator(special_ids: SpecialIds, args: DMaxConfig) -> Collator:
+    """What makes batches of examples, as the objective takes them."""
+    block_length = special_ids.block_length
+    eos_labels = block_length if args.eos_labels is None else args.eos_labels
+    make = args.objective_class.collator or Collator
+    return make(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
 
 
 def start(

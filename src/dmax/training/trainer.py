@@ -25,7 +25,7 @@ from dmax.training.finite import first_not_finite, weights
 from dmax.training.objectives import ObjectiveModule
 from dmax.training.parallel import ParallelTrainer
 from dmax.training.ranks import first_found, mean_over_ranks
-from dmax.training.start import check_call, start
+from dmax.training.start import check_call, make_collator, start
 
 HELD_OUT = -1  # the number of no step: noise of evaluations
 EvalHook = Callable[[nn.Module], dict[str, float]]
@@ -94,7 +94,7 @@ class DMaxTrainer(ParallelTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=begun.collator(args),
+            data_collator=make_collator(begun.special_ids, args),
             processing_class=begun.tokenizer,
             **kwargs,
         )

@@ -14,7 +14,7 @@ from dmax.records.readers import Conversation, get_reader
 from dmax.records.sources import read_conversations
 from dmax.records.trajectories import Trajectory
 from dmax.tasks.word_problems import Numbers
-from dmax.training.data import Collator
+from dmax.training.start import make_collator
 
 if TYPE_CHECKING:
     from dmax.recipe.estimate.shape import ModelShape
@@ -78,9 +78,7 @@ def largest_batch(
     """
     ids = shape.special_ids
     num_sequences = args.per_device_train_batch_size
-    eos_labels = ids.block_length if args.eos_labels is None else args.eos_labels
-    make = args.objective_class.collator or Collator
-    collate = make(ids.block_length, ids.eos_token_ids[0], eos_labels, args.pad_to)
+    collate = make_collator(ids, args)
     if examples is not None:
         return collate(sorted(examples, key=_length, reverse=True)[:num_sequences])
     positions = args.pad_to or _max_length(data, shape)
