@@ -3,6 +3,7 @@
     python bench/beyond.py                        # train what is missing, measure, write the page
     python bench/beyond.py --only mmd --seeds 2   # one objective, one seed
     python bench/beyond.py --no-training          # measure what lies under runs/, write the page
+    python bench/beyond.py --gpu --jobs 16        # train on a GPU, 16 runs side by side
 
 Every run is trained from its recipe and decoded by SPD and by MBD at five thresholds, 500 unseen
 problems each. All goes on where it was interrupted: finished models are not trained again, and
@@ -22,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import side_by_side
 from beyond_page import write_page
 from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
 
@@ -32,6 +34,7 @@ from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import Recipe, load_recipe
 from dmax.tasks import get_task
 
+Pair = tuple[Path, Path]
 TOY: dict[str, Any] = {
     "max_steps": 2,
     "warmup_steps": 0,
@@ -41,9 +44,11 @@ TOY: dict[str, Any] = {
 }
 
 
-def recipe_of(run: Run, seed: int, root: Path, toy: bool) -> Recipe:
-    """The recipe of a run; what it names under `runs/` lies under `root`."""
-    recipe = load_recipe(run.path, run.overrides | {"seed": seed} | (TOY if toy else {}))
+def recipe_of(run: Run, seed: int, options: argparse.Namespace) -> Recipe:
+    """The recipe of a run; what it names under `runs/` lies under `options.runs`."""
+    root = options.runs
+    changes = {"seed": seed, "use_cpu": not options.gpu} | (TOY if options.toy else {})
+    recipe = load_recipe(run.path, run.overrides | changes)
     data = replace(recipe.data, file=str(moved(recipe.data.file or "", root)))
     return replace(recipe, data=data, output_dir=root / run.folder(seed))
 
@@ -78,12 +83,39 @@ def num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def train(run: Run, seed: int, root: Path, toy: bool) -> None:
-    """Train a run unless that is done; its data is made first."""
-    make_data(run, root, toy)
-    recipe = recipe_of(run, seed, root, toy)
+def train(run: Run, seed: int, options: argparse.Namespace) -> None:
+    """Train a run unless that is done; its data is there."""
+    recipe = recipe_of(run, seed, options)
     print(f"training {recipe.output_dir.name}", flush=True)
     run_recipe(recipe, report=print)
+
+
+def do(run: Run, seed: int, options: argparse.Namespace, output: Path) -> None:
+    """Train a run and measure it, as far as that is not done."""
+    if run.path.is_file() and not options.no_training:
+        train(run, seed, options)
+    folder = options.runs / run.folder(seed)
+    if (folder / "config.json").is_file():
+        curves = [run.curve(name, seed) for name in run.decodings]
+        measure(curves, options.runs, output, options.limit)
+        note_training(run, seed, folder, output)
+
+
+def do_bundled(options: argparse.Namespace, output: Path) -> None:
+    """Measure the models that the runs begin from."""
+    for run in (BASE, DMAX):
+        measure([run.curve(name) for name in run.decodings], options.runs, output, options.limit)
+
+
+def do_part(run: Run | None, seed: int, options: argparse.Namespace, whole: Path) -> list[Pair]:
+    """A run, or the bundled models, with a record beside the `whole` one."""
+    part = options.runs / "beyond" / (f"{run.name}-{seed}.json" if run else "bundled.json")
+    side_by_side.begin(part, whole)
+    if run:
+        do(run, seed, options, part)
+    else:
+        do_bundled(options, part)
+    return [(part, whole)]
 
 
 def measure(curves: Sequence[Curve], root: Path, output: Path, limit: int) -> None:
@@ -123,19 +155,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--no-training", action="store_true", help="measure what is there")
     parser.add_argument("--toy", action="store_true", help="two steps a run: does all fit?")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     options = parser.parse_args(arguments)
-    root = options.runs
     output = options.output / "beyond.json"
 
-    for run in (BASE, DMAX):
-        measure([run.curve(name) for name in run.decodings], root, output, options.limit)
-    for run, seed in chosen(options.only, options.seeds):
-        if run.path.is_file() and not options.no_training:
-            train(run, seed, root, options.toy)
-        folder = root / run.folder(seed)
-        if (folder / "config.json").is_file():
-            measure([run.curve(name, seed) for name in run.decodings], root, output, options.limit)
-            note_training(run, seed, folder, output)
+    runs = list(chosen(options.only, options.seeds))
+    if not options.no_training:
+        for run in dict.fromkeys(run for run, _ in runs):
+            make_data(run, options.runs, options.toy)
+    if options.jobs > 1:
+        work = [(do_part, (run, seed, options, output)) for run, seed in [(None, 0), *runs]]
+        side_by_side.do(work, options.jobs)
+    else:
+        do_bundled(options, output)
+        for run, seed in runs:
+            do(run, seed, options, output)
     write_page(read_record(output), options.output)
 
 

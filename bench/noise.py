@@ -3,6 +3,7 @@
     python bench/noise.py                           # all of it: a day of one core
     python bench/noise.py --seeds 1 --minutes 10    # a part of it; every later call goes on
     python bench/noise.py --page                    # only write the page from what is measured
+    python bench/noise.py --gpu --jobs 16           # train on a GPU, 16 runs side by side
 
 Another base and its data: `--recipe RECIPE --name NAME`, of a recipe that trains it with OPUT.
 
@@ -21,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import side_by_side
 import torch
 from ablation_training import make_responses
 from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
@@ -255,6 +257,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--toy", action="store_true", help="one step, one problem")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     options = parser.parse_args()
     if options.toy:
         options.steps, options.seeds, options.rates = [1], [1], [8e-4]
@@ -262,27 +266,55 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    """Measure what is missing, write the page."""
-    options = parse()
+def study_of(options: argparse.Namespace, output: Path) -> Study:
+    """The study that the command line asks for, with its records in a folder."""
     recipe = load_recipe(options.recipe)
+    changes = {"use_cpu": not options.gpu}
     if options.toy:
-        recipe = replace(recipe, training=recipe.training | {"per_device_train_batch_size": 2})
-    study = Study(
-        recipe,
+        changes["per_device_train_batch_size"] = 2
+    return Study(
+        replace(recipe, training=recipe.training | changes),
         options.runs,
-        options.output,
+        output,
         options.name,
         task=options.task,
         limit=options.limit,
         held_out=options.held_out,
     )
+
+
+def do_part(
+    stages: Sequence[Stage], options: argparse.Namespace, end: float
+) -> list[tuple[Path, Path]]:
+    """The stages of one run that begin before `end`, with records beside its checkpoints."""
+    run, _ = stages[0]
+    whole = study_of(options, options.output)
+    part = study_of(options, options.runs / f"{run.name}-records")
+    pairs = [(part.points, whole.points), (part.looks, whole.looks)]
+    for pair in pairs:
+        side_by_side.begin(*pair)
+    part.run(stages, minutes=(end - time.time()) / 60)
+    return pairs
+
+
+def main() -> None:
+    """Measure what is missing, write the page."""
+    options = parse()
+    study = study_of(options, options.output)
     stages = list(plan(options.only, options.rates, options.seeds, options.steps))
     if not options.page:
-        responses = Path(recipe.data.file or "")
+        responses = Path(study.recipe.data.file or "")
         if options.recipe == RECIPE and not responses.is_file():
             make_responses(responses)
-        study.run(stages, minutes=options.minutes)
+        if options.jobs > 1:
+            study.look_at_base()
+            runs = dict.fromkeys(run for run, _ in stages)
+            by_run = [[stage for stage in stages if stage[0] == run] for run in runs]
+            end = time.time() + 60 * options.minutes
+            work = [(do_part, (own, options, end)) for own in by_run]
+            side_by_side.do(work, options.jobs)
+        else:
+            study.run(stages, minutes=options.minutes)
     if study.points.exists():
         write_page(study.points, study.looks, stages)
 

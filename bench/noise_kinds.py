@@ -57,6 +57,7 @@ def same_kind_tokens(ids: Tensor, kinds: Tensor, generator: torch.Generator) -> 
     Returns:
         [B, L'] int64.
     """
+    kinds = kinds.to(ids.device)
     by_kind = kinds.argsort(stable=True)  # [V], the tokens of kind 0, of kind 1, …
     counts = kinds.bincount()
     first = counts.cumsum(dim=0) - counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,7 +209,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_every_recipe_trains_at_toy_length(run: Run, root: Path) -> None:
     pytest.importorskip("accelerate")
-    beyond.train(run, 1, root, toy=True)
+    beyond.make_data(run, root, toy=True)
+    beyond.train(run, 1, argparse.Namespace(runs=root, toy=True, gpu=False))
     said = json.loads((root / run.folder(1) / "dmax.json").read_text())
     assert (said["recipe"], said["steps"]) == (run.path.name, 2)
 
@@ -233,6 +235,18 @@ def test_it_trains_measures_and_goes_on(
     (tmp_path / "beyond.json").write_text(json.dumps(record))
     beyond.main([*arguments, "--no-training"])
     assert capsys.readouterr().out.count("TPF") == 1  # the point that was gone
+
     again = json.loads((tmp_path / "beyond.json").read_text())
     assert [point["label"] for point in again["points"]] == labels
     assert again["training"] == record["training"]
+
+    beside = tmp_path / "beside"
+    beyond.main([*arguments, "--no-training", "--jobs", "2", "--output", str(beside)])
+    by_jobs = json.loads((beside / "beyond.json").read_text())
+    assert tpfs(by_jobs) == tpfs(again)
+    assert by_jobs["training"] == again["training"]
+
+
+def tpfs(record: dict[str, Any]) -> dict[tuple[str, float], float]:
+    """The TPF of every point."""
+    return {(point["label"], point["value"]): point["tpf"] for point in record["points"]}

@@ -1,0 +1,75 @@
+"""Runs side by side: each has a process and a record of its own, which are put together later."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from dmax.files import read_record, write_atomically
+
+Work = tuple[Callable[..., Iterable[tuple[Path, Path]]], tuple[Any, ...]]
+"""A function and its arguments; it gives pairs of a record of its own and the record of all."""
+
+
+def do(work: Iterable[Work], num_jobs: int) -> None:
+    """Do all the work, `num_jobs` pieces at a time, and put the records together as they come.
+
+    Every piece has a fresh process of one thread. If one fails, the others are still finished, and
+    what it had measured is kept in its own record.
+
+    Raises:
+        Exception: what the first piece that failed has raised.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    failed: list[Exception] = []
+    with ProcessPoolExecutor(num_jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(function, *arguments) for function, arguments in work]
+        for task in as_completed(tasks):
+            try:
+                for part, whole in task.result():
+                    put_together(part, whole)
+            except Exception as error:  # whatever ended one run ends no other
+                print(f"error: {error!r}", flush=True)
+                failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+def begin(part: Path, whole: Path) -> None:
+    """Begin a part with what is measured already, unless it has begun."""
+    if whole.exists() and not part.exists():
+        write_atomically(part, whole.read_text(encoding="utf-8"))
+
+
+def put_together(part: Path, whole: Path) -> None:
+    """Add to a record what a part of it has and it has not."""
+    if part.exists():
+        held = dict(read_record(whole)) if whole.exists() else {}
+        record = merged(held, read_record(part))
+        write_atomically(whole, json.dumps(record, indent=1) + "\n")
+
+
+def merged(held: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Both records as one; what is in both is the new one's."""
+    record = dict(held)
+    for name, value in new.items():
+        if name == "points":
+            record[name] = _points(held.get(name, []), value)
+        elif isinstance(value, Mapping) and name != "environment":
+            record[name] = {**held.get(name, {}), **value}
+        else:
+            record[name] = value
+    return record
+
+
+def _points(held: list[Any], new: list[Any]) -> list[Any]:
+    """The points held with the new ones in the place of those of the same label and value."""
+    points = {(point["label"], point["value"]): point for point in held}
+    points.update({(point["label"], point["value"]): point for point in new})
+    return list(points.values())

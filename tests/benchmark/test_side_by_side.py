@@ -1,0 +1,65 @@
+"""bench/side_by_side.py: runs in processes of their own, and their records together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from side_by_side import begin, do, merged
+
+from dmax.files import read_record
+
+
+def measure(name: str, whole: Path) -> list[tuple[Path, Path]]:
+    """One point more, in a record beside the whole one; `bad` fails."""
+    part = whole.with_name(f"{name}.json")
+    begin(part, whole)
+    if name == "bad":
+        raise ValueError("no such run")
+    record = dict(read_record(part))
+    record["points"].append({"label": name, "value": 0.5})
+    part.write_text(json.dumps(record))
+    return [(part, whole)]
+
+
+def test_every_run_adds_to_the_record(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps({"seed": 7, "points": [{"label": "first", "value": 0.0}]}))
+    do([(measure, (name, whole)) for name in "ab"], 2)
+    labels = sorted(point["label"] for point in read_record(whole)["points"])
+    assert labels == ["a", "b", "first"]
+    assert read_record(tmp_path / "a.json")["seed"] == 7
+
+
+def test_a_run_that_fails_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "whole.json"
+    whole.write_text(json.dumps({"points": []}))
+    with pytest.raises(ValueError, match="no such run"):
+        do([(measure, (name, whole)) for name in ("bad", "a")], 1)
+    assert [point["label"] for point in read_record(whole)["points"]] == ["a"]
+    assert "no such run" in capfd.readouterr().out
+
+
+def test_what_is_in_both_records_is_the_new_ones() -> None:
+    held = {
+        "seed": 7,
+        "points": [{"label": "a", "value": 0.5, "tpf": 1}, {"label": "b", "value": 0.5, "tpf": 2}],
+        "training": {"a": 1},
+        "environment": {"cpu": "old", "threads": 1},
+    }
+    new = {
+        "points": [{"label": "a", "value": 0.5, "tpf": 3}, {"label": "a", "value": 0.9, "tpf": 4}],
+        "training": {"b": 2},
+        "environment": {"gpu": "new"},
+    }
+    assert merged(held, new) == {
+        "seed": 7,
+        "points": [
+            {"label": "a", "value": 0.5, "tpf": 3},
+            {"label": "b", "value": 0.5, "tpf": 2},
+            {"label": "a", "value": 0.9, "tpf": 4},
+        ],
+        "training": {"a": 1, "b": 2},
+        "environment": {"gpu": "new"},
+    }
