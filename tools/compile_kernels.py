@@ -2,26 +2,26 @@
 
     python tools/compile_kernels.py 90                # compute capability 9.0: H100, H200
     python tools/compile_kernels.py 80 "32 tokens"    # only what has that in its name
+    PYTHONPATH=.triton python tools/compile_kernels.py 90    # with the Triton in that folder
 
 The wrappers of `dmax.kernels` are called as they are, with tensors that have no data; a driver that
 names the GPU stands in for the real one, and launches end after the compiler. Sizes are those of
-LLaDA-2.0-mini.
+LLaDA-2.0-mini. A line has what a program takes of the GPU, and what the loops do that read weights
+or keys and values (`machine_code.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import triton
+from machine_code import resources, streaming_loops
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -142,34 +142,16 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def facts(name: str, kernel: Any) -> dict[str, Any]:
-    """Of a compiled kernel: shared memory, registers, bytes spilled, and what its assembly does."""
-    ptx: str = kernel.asm["ptx"]
-    tensor_cores = ""
-    if "wgmma.mma_async" in ptx:
-        tensor_cores = "wgmma"
-    elif "mma.sync" in ptx:
-        tensor_cores = "mma"
+    """Of a compiled kernel: shared memory, registers, bytes spilled, and what its loops do."""
+    cubin: bytes = kernel.asm["cubin"]
+    is_streaming = "cp.async" in kernel.asm["ptx"]
     return {
         "kernel": name,
+        "triton": triton.__version__,
         "shared": kernel.metadata.shared,
-        **resources(kernel.asm["cubin"]),
-        "tensor_cores": tensor_cores,
-        "async_copies": sorted(
-            {int(size, 16) for size in re.findall(r"cp\.async\.c[ag].*\], (0x\w+)", ptx)}
-        ),
+        **resources(cubin),
+        "loops": list(streaming_loops(cubin)) if is_streaming else [],
     }
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes it keeps outside of them."""
-    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
 
 
 def main() -> None:
@@ -200,11 +182,13 @@ def main() -> None:
         return kernel
 
     JITFunction.run = compile_only
-    for case, call in chosen:
-        call()
-        for name, kernel in compiled:
-            print(json.dumps({"case": case} | facts(name, kernel)), flush=True)
-        compiled.clear()
+    with TemporaryDirectory() as folder:  # code in a cache may come from sources that have changed
+        triton.knobs.cache.dir = folder
+        for case, call in chosen:
+            call()
+            for name, kernel in compiled:
+                print(json.dumps({"case": case} | facts(name, kernel)), flush=True)
+            compiled.clear()
 
 
 if __name__ == "__main__":

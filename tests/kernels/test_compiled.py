@@ -12,66 +12,112 @@ from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools"
+PINNED = ROOT / ".triton"  # the Triton of GPU machines, where `make test-triton` puts it
 SHARED = 227 * 1024  # bytes that a program can have at most
-REGISTERS = 255  # that a thread can have at most, and has if it spills
+REGISTERS = 254  # that a thread may have; with 255 it spills
+BANDWIDTH = 3.35  # TB/s of an H100's memory, by its data sheet
+MARGIN = 1.5  # of a loop's ceiling over it, so that reading decides, not arithmetic
+# Formats whose inner loops are not bound by memory, and why.
+SLOW = {
+    "int8": "activations fill shared memory in narrow tiles",
+    "fp8": "each number is converted alone",
+    "int4": "unpacking takes more instructions than the loads hide",
+}
+
+Compiled = list[dict[str, Any]]
 
 
-def output(cache: Path, tool: str, *arguments: str) -> list[str]:
+def output(tool: str, *arguments: str, triton: Path | None = None) -> list[str]:
     """What a program prints that has Triton's compiler, not its interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if triton is not None:
+        paths = (str(triton), environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [sys.executable, str(TOOLS / tool), *arguments]
-    environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    lines = output(tmp_path_factory.mktemp("triton"), "compile_kernels.py", "90")
-    return [json.loads(line) for line in lines]
+@pytest.fixture(scope="module", params=["installed", "pinned"])
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    """What the compiler of each Triton makes for an H100."""
+    triton = PINNED if request.param == "pinned" else None
+    if triton is not None and not triton.is_dir():
+        pytest.skip("`make test-triton` puts the Triton of GPU machines beside the installed one")
+    return [json.loads(line) for line in output("compile_kernels.py", "90", triton=triton)]
 
 
-def test_every_kernel_fits_an_h100(compiled: list[dict[str, Any]]) -> None:
+def loops(compiled: Compiled, form: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Loops that read weights, or keys and values, of kernels whose case begins with `form`."""
+    return [
+        (f"{each['case']}: {each['kernel']}", loop)
+        for each in compiled
+        if each["case"].startswith(form)
+        for loop in each["loops"]
+    ]
+
+
+def test_every_kernel_fits_an_h100(compiled: Compiled) -> None:
     assert {each["kernel"] for each in compiled} == {
         "_route_kernel", "_gate_up_kernel", "_down_kernel", "_tile_kernel", "_blend_kernel",
         "_select_kernel", "_prepare_kernel", "_attend_kernel", "_merge_kernel", "_norm_kernel",
     }  # fmt: skip
     assert [each for each in compiled if each["shared"] > SHARED] == []
-    assert [each for each in compiled if each["registers"] >= REGISTERS] == []
+    assert [each for each in compiled if each["registers"] > REGISTERS] == []
     assert [each for each in compiled if each["spilled"]] == []
 
 
-def test_products_run_on_tensor_cores_and_weights_come_in_wide_copies(
-    compiled: list[dict[str, Any]],
-) -> None:
-    names = ("_gate_up_kernel", "_down_kernel", "_tile_kernel", "_attend_kernel")
-    products = [each for each in compiled if each["kernel"] in names]
-    assert [each for each in products if not each["tensor_cores"]] == []
-    for each in products:
-        # Half a group of int4 weights is 64 bytes a row; the rest comes in lines of 16 bytes.
-        sizes = [8, 16] if each["case"].startswith("int4") else [16]
-        assert each["async_copies"] == sizes, each
+def test_every_kernel_that_reads_much_has_a_loop_that_streams(compiled: Compiled) -> None:
+    names = {"_gate_up_kernel", "_down_kernel", "_tile_kernel", "_attend_kernel"}
+    assert {each["kernel"] for each in compiled if each["loops"]} == names
+    assert [each for each in compiled if each["kernel"] in names and not each["loops"]] == []
 
 
-def test_experts_compile_for_an_a100(tmp_path: Path) -> None:
-    lines = output(tmp_path, "compile_kernels.py", "80", "experts, 32 tokens")
+def test_loops_run_on_tensor_cores_and_keep_to_registers(compiled: Compiled) -> None:
+    assert [name for name, loop in loops(compiled) if not loop["tensor"]] == []
+    assert [name for name, loop in loops(compiled) if loop["local"]] == []
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "fp8", "int4", "head", "attention"])
+def test_loops_are_bound_by_memory(compiled: Compiled, form: str) -> None:
+    """Few tokens: a block, or two. With more tokens, products take longer than reading."""
+    few = [(name, loop) for name, loop in loops(compiled, form) if " 512 tokens" not in name]
+    assert few
+    slow = {
+        name: loop["ceilings"]
+        for name, loop in few
+        if min(loop["ceilings"].values()) < MARGIN * BANDWIDTH
+    }
+    converting = [name for name, loop in loops(compiled, form) if loop["conversions"]]
+    narrow = [name for name, loop in loops(compiled, form) if loop["copies"] != [16]]
+    if form in SLOW and (slow or converting or narrow):
+        pytest.xfail(SLOW[form])
+    assert slow == {}
+    assert converting == []
+    assert narrow == []
+    assert form not in SLOW, "it is fast now: take it out of SLOW"
+
+
+def test_experts_compile_for_an_a100() -> None:
+    lines = output("compile_kernels.py", "80", "experts, 32 tokens")
     compiled = [json.loads(line) for line in lines]
     names = {each["kernel"] for each in compiled}
     assert names == {"_route_kernel", "_gate_up_kernel", "_down_kernel"}
     formats = {each["case"].partition(" ")[0] for each in compiled}
     assert formats == {"bf16", "int8", "int4"}  # later cards have fp8
     products = [each for each in compiled if each["kernel"] != "_route_kernel"]
-    assert [each for each in products if each["tensor_cores"] != "mma"] == []
-    assert [each for each in products if not each["async_copies"]] == []
+    assert [each for each in products if not each["loops"]] == []
+    assert [name for name, loop in loops(products) if not loop["tensor"]] == []
 
 
-def test_a_step_has_few_kernels(tmp_path: Path) -> None:
+def test_a_step_has_few_kernels() -> None:
     """A kernel takes a GPU a microsecond or two; a step has three milliseconds to read weights."""
     pattern = re.compile(r"(with\w*) Triton (\d+) kernels, (\d+) of each layer")
-    told = [pattern.match(line) for line in output(tmp_path, "count_kernels.py")]
+    told = [pattern.match(line) for line in output("count_kernels.py")]
     found = {match[1]: (int(match[2]), int(match[3])) for match in told if match}
     in_all, of_each_layer = found["without"]
     assert in_all > 1000 and of_each_layer > 50
