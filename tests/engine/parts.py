@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.engine.engine import Engine
+from dmax.engine.graphs import Replay
 from dmax.engine.request import Request
 from dmax.outputs import GenerationOutput, StreamEvent
 from dmax.params import DecodingParams, EngineOptions
@@ -75,6 +76,20 @@ def scripted(
     torch.manual_seed(0)
     model = ScriptedModel(table, react).eval()
     return Engine(model, SpecialIds(MASK, (EOS,), EOS, L), EngineOptions(**options), clock=clock)
+
+
+def recorder(captured: list[Replay]) -> Callable[[Replay], Replay]:
+    """In place of `CudaCapture`: what only repeats the step.
+
+    Batches are filled up, spans rounded and inputs fixed as on a GPU.
+    """
+
+    def record(run: Replay) -> Replay:
+        run()  # as the warm-up does
+        captured.append(run)
+        return run
+
+    return record
 
 
 def engine_of(checkpoint: Checkpoint, **options: Any) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,17 +17,15 @@ from parts import (
     drain,
     engine_of,
     random_prompts,
+    recorder,
     request,
     results,
     run,
     scripted,
 )
-from torch import Tensor
 
 from dmax.cache import BlockCache
-from dmax.engine.batch import Batch
 from dmax.engine.engine import Engine
-from dmax.engine.graphs import GraphedSteps, Replay
 from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
 from dmax.engine.scheduler import SHORT_PROMPT
@@ -334,133 +332,3 @@ def test_the_prefix_cache_drops_the_oldest_leaves() -> None:
     too_small = PrefixCache(2, block - 1)
     too_small.store(store, 0, (1, 2))
     assert not too_small._blocks
-
-
-# --- captured steps -------------------------------------------------------------------------------
-
-
-def recorder(captured: list[Replay]) -> Callable[[Replay], Replay]:
-    """What only repeats the step.
-
-    Batches are filled up, spans rounded and inputs fixed as on a GPU.
-    """
-
-    def record(run: Replay) -> Replay:
-        run()  # as the warm-up does
-        captured.append(run)
-        return run
-
-    return record
-
-
-def test_captured_steps_decode_the_same(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, checkpoint, _ = golden
-    captured = list[Replay]()
-    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
-    prompts = random_prompts(3, 17, 16, 40, 1)
-    for strategy, threshold in (("threshold", 0.9), ("threshold", 0.3), ("d2f", 0.9)):
-        params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=48)
-        requests = [Request(index, ids, params) for index, ids in enumerate(prompts)]
-        eager = run(engine_of(checkpoint), *requests)
-        assert run(engine_of(checkpoint, cuda_graphs=True), *requests) == eager
-        few = engine_of(checkpoint, cuda_graphs=True, max_batch_size=3)
-        assert run(few, *requests[::-1]) == eager
-    assert captured
-
-
-@pytest.mark.parametrize("strategy", ["spd", "lopa", "credit", "iter_smooth"])
-def test_steps_are_captured_with_what_is_remembered_and_fed_back(
-    strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captured = list[Replay]()
-    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
-    table = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
-    settings = {"strategy": strategy, "threshold": 0.3, "max_new_tokens": 3 * L}
-    requests = [request((1,) * n, n, **settings) for n in (1, 9, 20)]
-    eager = run(scripted(table, react=3.0), *requests)
-    assert run(scripted(table, react=3.0, cuda_graphs=True), *requests) == eager
-    assert captured
-
-
-def test_groups_of_one_round_do_not_touch_each_others_flags(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    outputs = list[Tensor]()
-
-    def record(run: Replay) -> Replay:
-        """Graphs share a pool: each may write where any other has put its output."""
-        own = run().clone()
-        outputs.append(own)
-
-        def replay() -> Tensor:
-            flags = run()
-            for other in outputs:
-                other.fill_(True)
-            return own.copy_(flags)
-
-        return replay
-
-    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: record)
-    table = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
-    settings = [{"strategy": name, "threshold": 0.3} for name in ("spd", "threshold")]
-    for first, second in (settings, settings[::-1]):
-        requests = [
-            request((1,) * 9, n, max_new_tokens=4 * L, **(second if n % 2 else first))
-            for n in range(4)
-        ]
-        eager = run(scripted(table, react=3.0), *requests)
-        engine = scripted(table, react=3.0, cuda_graphs=True)
-        for _ in range(3):
-            assert run(engine, *requests) == eager
-    assert len(outputs) > 2
-
-
-def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tried = list[Replay]()
-
-    def refuse(run: Replay) -> Replay:
-        tried.append(run)
-        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
-
-    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: refuse)
-    table = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
-    requests = [request((1,) * n, n, max_new_tokens=3 * L) for n in (1, 9, 20)]
-    eager = run(scripted(table, react=3.0), *requests)
-    engine = scripted(table, react=3.0, cuda_graphs=True)
-    assert run(engine, *requests) == eager
-    assert run(engine, *requests) == eager
-    shapes = len(tried)  # each came twice
-    assert run(engine, *requests) == eager
-    assert len(tried) == shapes > 1
-    assert caplog.messages == [
-        "steps run without a CUDA graph, which is slower: "
-        "operation not permitted when stream is capturing"
-    ]
-
-
-@torch.inference_mode()
-def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = scripted(confident([1] * 160, 0.6), max_batch_size=4, max_length=160)
-    for index in range(3):
-        engine.add(request((1,), index, max_new_tokens=2 * L))
-    engine.step()
-    ((blocks, _, _),) = engine.batches()
-    captured = list[Replay]()
-    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
-    steps = GraphedSteps(engine.runner)
-
-    def flags_of(num_rows: int) -> Tensor:
-        rows = [(slot, 0, 0, slot, -1) for slot in range(num_rows)]
-        return steps(blocks, Batch.of(rows, [], L))
-
-    for num_rows in (3, 3, 3, 4, 2, 2):
-        assert flags_of(num_rows).shape == (6, num_rows)
-    # Three rows filled up to four, and two. Four in order, read without a copy, came once.
-    assert len(captured) == 2
-    steps.forget(blocks)
-    flags_of(2)
-    assert len(captured) == 2  # the first time again
-    flags_of(2)
-    assert len(captured) == 3

@@ -1,0 +1,361 @@
+"""Captured steps: what is captured, when, on which stream, and what a capture must not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from parts import L, confident, engine_of, random_prompts, recorder, request, run, scripted
+from torch import Tensor
+
+from dmax.decoding.threshold import ThresholdDecoding
+from dmax.engine.batch import Batch
+from dmax.engine.graphs import CudaCapture, GraphedSteps, Replay
+from dmax.engine.request import Request
+from dmax.engine.runner import ModelRunner
+from dmax.params import DecodingParams
+
+Golden = tuple[str, Any, dict[str, Any]]
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+
+
+def random_table() -> Tensor:
+    return torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_captured_steps_decode_the_same(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint, _ = golden
+    captured = list[Replay]()
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
+    prompts = random_prompts(3, 17, 16, 40, 1)
+    for strategy, threshold in (("threshold", 0.9), ("threshold", 0.3), ("d2f", 0.9)):
+        params = DecodingParams(strategy=strategy, threshold=threshold, max_new_tokens=48)
+        requests = [Request(index, ids, params) for index, ids in enumerate(prompts)]
+        eager = run(engine_of(checkpoint), *requests)
+        assert run(engine_of(checkpoint, cuda_graphs=True), *requests) == eager
+        few = engine_of(checkpoint, cuda_graphs=True, max_batch_size=3)
+        assert run(few, *requests[::-1]) == eager
+    assert captured
+
+
+@pytest.mark.parametrize("strategy", ["spd", "lopa", "credit", "iter_smooth"])
+def test_steps_are_captured_with_what_is_remembered_and_fed_back(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = list[Replay]()
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
+    settings = {"strategy": strategy, "threshold": 0.3, "max_new_tokens": 3 * L}
+    requests = [request((1,) * n, n, **settings) for n in (1, 9, 20)]
+    eager = run(scripted(random_table(), react=3.0), *requests)
+    assert run(scripted(random_table(), react=3.0, cuda_graphs=True), *requests) == eager
+    assert captured
+
+
+# --- the memory that graphs share -----------------------------------------------------------------
+
+
+class PoisoningRecorder:
+    """The worst that graphs of one pool may do to each other.
+
+    A pool is safe only for graphs that run in the order of their capture. So each of them may keep
+    its intermediate results where a graph captured later has put its output.
+    """
+
+    def __init__(self, poison: bool) -> None:
+        self.poison = poison
+        self.outputs: list[Tensor] = []  # in the order of capture
+        self.num_overwritten = 0
+
+    def __call__(self, run: Replay) -> Replay:
+        own = run().clone()
+        number = len(self.outputs)
+        self.outputs.append(own)
+
+        def replay() -> Tensor:
+            flags = run()
+            for later in self.outputs[number + 1 :]:
+                later.fill_(self.poison)
+                self.num_overwritten += 1
+            return own.copy_(flags)
+
+        return replay
+
+
+@pytest.mark.parametrize("poison", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("spd", "threshold"), ("threshold", "spd"), ("lopa", "spd"), ("spd", "lopa")],
+)
+def test_groups_of_one_round_do_not_touch_each_others_flags(
+    first: str, second: str, poison: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = PoisoningRecorder(poison)
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder)
+    requests = [
+        request(
+            (1,) * 9, n, max_new_tokens=4 * L, threshold=0.3, strategy=second if n % 2 else first
+        )
+        for n in range(4)
+    ]
+    eager = run(scripted(random_table(), react=3.0), *requests)
+    engine = scripted(random_table(), react=3.0, cuda_graphs=True)
+    for order in (requests, requests, requests[::-1], requests):  # the groups too run in that order
+        assert run(engine, *order) == eager
+    assert recorder.num_overwritten > 0
+
+
+# --- captures -------------------------------------------------------------------------------------
+
+
+class FakeCuda:
+    """`torch.cuda` as captures use it: streams, and graphs that only say what they are given.
+
+    Attributes:
+        streams: made so far, besides the one that is current at the start.
+        captures: options of each capture.
+        ends: what the end of a capture raises; None: it ends well.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = self.main = FakeStream("main")
+        self.streams: list[FakeStream] = []
+        self.captures: list[dict[str, Any]] = []
+        self.ends: RuntimeError | None = None
+        for name, replacement in {
+            "graph_pool_handle": object,
+            "Stream": self.new_stream,
+            "current_stream": lambda: self.current,
+            "stream": self.stream,
+            "CUDAGraph": FakeGraph,
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+
+    def new_stream(self) -> FakeStream:
+        self.streams.append(FakeStream(f"side {len(self.streams)}"))
+        return self.streams[-1]
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before = self.current
+        self.current = stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: FakeGraph, **options: Any) -> Iterator[None]:
+        self.captures.append(options)
+        before = self.current
+        self.current = options["stream"]
+        try:
+            yield
+        finally:
+            if self.ends is not None:
+                raise self.ends  # as PyTorch does: it has not left the stream
+            self.current = before
+
+
+class FakeStream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waits_for: list[str] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waits_for.append(other.name)
+
+
+class FakeGraph:
+    num_replays = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+
+
+def test_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    capture = CudaCapture()
+    ran_on = []
+    flags = torch.zeros(6, 1, dtype=torch.bool)
+
+    def step() -> Tensor:
+        ran_on.append(cuda.current)
+        return flags
+
+    replays = [capture(step) for _ in range(3)]
+    (side,) = cuda.streams
+    assert ran_on == [side] * 6  # each to warm up, and in its capture
+    assert [options["stream"] for options in cuda.captures] == [side] * 3
+    assert len({id(options["pool"]) for options in cuda.captures}) == 1
+    # What other threads do meanwhile, such as copies, breaks no capture.
+    assert {options["capture_error_mode"] for options in cuda.captures} == {"thread_local"}
+    assert (side.waits_for, cuda.main.waits_for) == (["main"] * 3, ["side 0"] * 3)
+    assert all(replay() is flags for replay in replays)
+    assert len(ran_on) == 6  # a replay runs nothing
+
+
+def test_a_failed_capture_leaves_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    capture = CudaCapture()
+    cuda.ends = RuntimeError("operation failed due to a previous error during capture")
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        capture(lambda: torch.zeros(6, 1, dtype=torch.bool))
+    assert cuda.current is cuda.main
+
+
+def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = list[Replay]()
+
+    def refuse(run: Replay) -> Replay:
+        tried.append(run)
+        reason = "out of memory" if len(tried) == 2 else "not permitted when stream is capturing"
+        raise RuntimeError(f"{reason}\nand much more")
+
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: refuse)
+    requests = [request((1,) * n, n, max_new_tokens=3 * L) for n in (1, 9, 20)]
+    eager = run(scripted(random_table(), react=3.0), *requests)
+    engine = scripted(random_table(), react=3.0, cuda_graphs=True)
+    assert run(engine, *requests) == eager
+    assert run(engine, *requests) == eager
+    shapes = len(tried)  # each came twice
+    assert run(engine, *requests) == eager
+    assert len(tried) == shapes >= 2
+    told = "a step runs without a CUDA graph, which is slower: "
+    assert caplog.messages == [
+        told + "not permitted when stream is capturing",
+        told + "out of memory",
+    ]
+
+
+@torch.inference_mode()
+def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = scripted(confident([1] * 160, 0.6), max_batch_size=4, max_length=160)
+    for index in range(3):
+        engine.add(request((1,), index, max_new_tokens=2 * L))
+    engine.step()
+    ((blocks, _, _),) = engine.batches()
+    captured = list[Replay]()
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
+    steps = GraphedSteps(engine.runner)
+
+    def flags_of(num_rows: int) -> Tensor:
+        rows = [(slot, 0, 0, slot, -1) for slot in range(num_rows)]
+        return steps(blocks, Batch.of(rows, [], L))
+
+    for num_rows in (3, 3, 3, 4, 2, 2):
+        assert flags_of(num_rows).shape == (6, num_rows)
+    # Three rows filled up to four, and two. Four in order, read without a copy, came once.
+    assert len(captured) == 2
+    steps.forget(blocks)
+    flags_of(2)
+    assert len(captured) == 2  # the first time again
+    flags_of(2)
+    assert len(captured) == 3
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+class FakeDevice:
+    """`torch.cuda.device`: makes a device the current one."""
+
+    current = torch.device("cuda", 0)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.before = FakeDevice.current
+        FakeDevice.current = self.device
+
+    def __exit__(self, *_: object) -> None:
+        FakeDevice.current = self.before
+
+
+def test_everything_runs_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, and graphs are captured there."""
+    seen: dict[str, set[torch.device]] = {"forward": set(), "prefill": set(), "capture": set()}
+
+    def new_capture() -> Any:
+        seen["capture"].add(FakeDevice.current)
+        return recorder([])
+
+    def watch(name: str, function: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen[name].add(FakeDevice.current)
+            return function(*args, **kwargs)
+
+        return watched
+
+    monkeypatch.setattr(torch.cuda, "device", FakeDevice)
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", new_capture)
+    for name in ("forward", "prefill"):
+        function = getattr(ModelRunner, name)
+        monkeypatch.setattr(ModelRunner, name, watch(name, function))
+    requests = [request((1,) * n, n) for n in (1, 6 * L)]
+    eager = run(scripted(random_table()), *requests)
+    for kept in seen.values():
+        kept.clear()
+    second = torch.device("cuda", 1)
+    engine = scripted(random_table())
+    engine._device = second
+    for _ in range(2):
+        assert run(engine, *requests) == eager
+    assert seen == dict.fromkeys(seen, {second})
+    assert FakeDevice.current == torch.device("cuda", 0)  # the caller's, as before
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@on_a_gpu
+def test_a_gpu_decodes_two_kinds_of_requests_at_once(golden: Golden) -> None:
+    _, checkpoint, _ = golden
+    checkpoint.model.to("cuda")
+    try:
+        prompts = random_prompts(3, 17, 16, 40)
+        requests = [
+            Request(index, ids, DecodingParams(("threshold", "spd")[index % 2], max_new_tokens=48))
+            for index, ids in enumerate(prompts)
+        ]
+        eager = run(engine_of(checkpoint, cuda_graphs=False), *requests)
+        engine = engine_of(checkpoint, cuda_graphs=True)
+        for order in (requests, requests, requests[::-1], requests):
+            assert run(engine, *order) == eager
+    finally:
+        checkpoint.model.to("cpu")
+
+
+@on_a_gpu
+def test_a_gpu_goes_on_after_a_failed_capture(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, checkpoint, _ = golden
+    checkpoint.model.to("cuda")
+    try:
+        ids = random_prompts(17)[0]
+        waiting = Request(0, ids, DecodingParams("threshold", max_new_tokens=48))
+        plain = Request(1, ids, DecodingParams("spd", max_new_tokens=48))
+        eager = run(engine_of(checkpoint, cuda_graphs=False), waiting, plain)
+        step = ThresholdDecoding.step
+
+        def step_that_waits(self: Any, view: Any, *args: Any) -> Any:
+            view.masked.sum().item()
+            return step(self, view, *args)
+
+        monkeypatch.setattr(ThresholdDecoding, "step", step_that_waits)
+        engine = engine_of(checkpoint, cuda_graphs=True)
+        stream = torch.cuda.current_stream()
+        for _ in range(3):
+            assert run(engine, waiting, plain) == eager
+        assert torch.cuda.current_stream() == stream
+        assert [message for message in caplog.messages if "without a CUDA graph" in message]
+    finally:
+        checkpoint.model.to("cpu")
