@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,9 @@ from typing import Literal, get_args
 import torch
 
 from dmax.errors import InputError, did_you_mean
+
+# Products and sums round once, as the kernels were tested; Triton 3.10 rounds twice unless told.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 Implementation = Literal["triton", "torch"]
 IMPLEMENTATIONS = get_args(Implementation)
