@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,9 +32,10 @@ def changed(parser: argparse.ArgumentParser, options: Options, given: dict[str, 
         parser.error(str(error))
 
 
-def result_path(theme: str, device: torch.device) -> Path:
-    """bench/results/THEME_HARDWARE_DATE.json."""
+def result_path(theme: str, device: torch.device, parts: Sequence[str] = ()) -> Path:
+    """bench/results/THEME_HARDWARE_DATE.json; where only parts are measured, they stand in it."""
     record = environment(device)
     hardware = record.get("gpu") or f"{record['cpu']} {record['cores']} cores"
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return Path("bench/results") / f"{theme}_{slug}_{record['date'][:10]}.json"
+    name = "_".join((theme, slug, *parts, record["date"][:10]))
+    return Path("bench/results") / f"{name}.json"

@@ -316,7 +316,7 @@ def main() -> None:
         parser.error(str(error))
     options = changed(parser, SCALES[scale], given)
     if output is None and scale != "tiny":
-        output = result_path("gpu", device)
+        output = result_path("gpu", device, given.get("only", ()))
     record = record_tables(
         "gpu", device, asdict(options), tables(options, device), console=console(), output=output
     )

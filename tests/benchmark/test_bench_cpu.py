@@ -233,6 +233,9 @@ def test_results_are_named_after_the_hardware() -> None:
     path = command_line.result_path("cpu", CPU)
     assert path.parent == Path("bench/results")
     assert path.name.startswith("cpu_") and path.suffix == ".json" and " " not in path.name
+    date = path.stem.rpartition("_")[2]
+    parts = command_line.result_path("cpu", CPU, ("steps", "contexts"))
+    assert parts.stem == f"{path.stem.removesuffix(date)}steps_contexts_{date}"
 
 
 def test_bad_options_end_with_one_sentence(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import gpu as bench
@@ -71,6 +72,24 @@ def test_a_part_can_be_measured_alone() -> None:
     options = replace(bench.SMALL, batch_sizes=(1,), steps=2, only=("batches",))
     names = [table.name for table in bench.tables(options, CPU)]
     assert names == ["machine", "batches"]
+
+
+def test_a_run_that_is_killed_leaves_what_it_had_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "by_context", killed)
+    options = replace(bench.SMALL, batch_sizes=(1,), steps=2, only=("batches", "contexts"))
+    output = tmp_path / "gpu.json"
+    tables = bench.tables(options, CPU)
+    console = Console(file=io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        record_tables("gpu", CPU, asdict(options), tables, console=console, output=output)
+    record = json.loads(output.read_text())
+    assert list(record["notes"]) == ["machine", "batches"]
+    assert [row["batch"] for row in record["batches"]] == [1]
 
 
 def test_everything_runs_on_a_small_model() -> None:
