@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,13 @@ import torch
 
 import dmax
 from dmax import environment as module
-from dmax.environment import environment, select_device, select_dtype
+from dmax.environment import (
+    environment,
+    on_device,
+    select_device,
+    select_dtype,
+    sum_in_float32,
+)
 from dmax.errors import InputError, did_you_mean
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -71,6 +78,29 @@ def test_a_device_this_machine_lacks_is_said_to_be_missing() -> None:
     for device in ("cuda:99", "meta"):
         with pytest.raises(InputError, match=f"device '{device}' is not available on this machine"):
             select_device(device)
+
+
+def test_a_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = list[torch.device]()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(chosen.append(device)))
+    with on_device(torch.device("cuda", 1)), on_device(CPU):
+        assert chosen == [torch.device("cuda", 1)]
+
+
+def test_a_gpu_sums_products_of_16_bits_in_float32() -> None:
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        sum_in_float32(CPU)
+        assert all(getattr(matmul, name) for name in names)
+        sum_in_float32(CUDA)
+        assert not any(getattr(matmul, name) for name in names)
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
 
 
 @pytest.mark.parametrize(

@@ -614,6 +614,15 @@ def test_nan_logits_are_the_error_of_the_call_and_the_model_stays_usable(folder:
     assert broken.generate(TEXTS[0], PARAMS) == whole
 
 
+def test_a_model_on_a_gpu_sums_its_products_in_float32(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = list[torch.device]()
+    monkeypatch.setattr("dmax.llm.sum_in_float32", devices.append)
+    LLM.from_checkpoint(llm.checkpoint)
+    assert devices == [llm.model.device]
+
+
 def test_graphs_are_refused_where_nothing_captures_them(llm: LLM) -> None:
     with pytest.raises(InputError, match="`cuda_graphs` takes a CUDA device, .* on cpu"):
         LLM.from_checkpoint(llm.checkpoint, cuda_graphs=True)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
         message = f"device {str(device)!r} is not available on this machine: {reason}"
         raise InputError(message, "auto takes the best device there is") from None
     return chosen
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one for a while: Triton launches there, and graphs are captured there.
+
+    Operations of PyTorch go where their tensors are, with this or without.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def sum_in_float32(device: torch.device) -> None:
+    """Have a GPU sum products of 16 bits in float32, also where it splits the sum into parts.
+
+    Where PyTorch lets it, cuBLAS adds the parts in bfloat16. It splits by the number of rows, so a
+    result would depend on its neighbours in more than its last bits. This is for all of the
+    process.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -17,7 +17,7 @@ from dmax.decoding import FALLBACK
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.engine.thread import Call, EngineThread, Events
-from dmax.environment import lacks_compiler, select_device, select_dtype
+from dmax.environment import lacks_compiler, select_device, select_dtype, sum_in_float32
 from dmax.errors import InputError, did_you_mean, shorten, show, translated
 from dmax.kernels.quant import Format
 from dmax.outputs import GenerationOutput, Load, StreamEvent, before_stop
@@ -102,6 +102,7 @@ class LLM:
                 f"`cuda_graphs` takes a CUDA device, and the model is on {checkpoint.model.device}",
                 hint="leave it out: steps are captured where that is possible",
             )
+        sum_in_float32(checkpoint.model.device)
         checkpoint.model.eval()
         self.checkpoint = checkpoint
         self.model = checkpoint.model

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dmax.benchmark import cpu, gpu
 from dmax.benchmark.report import Row, Table, show
-from dmax.environment import environment, select_device
+from dmax.environment import environment, on_device, select_device
 from dmax.errors import InputError
 from dmax.files import check_ours, check_writable, write_atomically
 
@@ -73,12 +73,13 @@ def record_tables(
     }
     console.print(headline(record["environment"]), highlight=False)
     console.print("measuring ...", highlight=False)
-    for table in tables:
-        show(table, console, hardware(record["environment"]))
-        record[table.name] = list(table.rows)
-        record["notes"][table.name] = table.note
-        if output is not None:
-            write_atomically(output, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    with on_device(device):
+        for table in tables:
+            show(table, console, hardware(record["environment"]))
+            record[table.name] = list(table.rows)
+            record["notes"][table.name] = table.note
+            if output is not None:
+                write_atomically(output, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return record
 
 

@@ -28,6 +28,7 @@ from dmax.engine.runner import ModelRunner
 from dmax.engine.scheduler import Scheduler
 from dmax.engine.sequence import Sequence, finished, own_generator
 from dmax.engine.step import step
+from dmax.environment import on_device
 from dmax.outputs import Cost, Load, StreamEvent
 from dmax.params import EngineOptions
 from dmax.special_ids import SpecialIds
@@ -71,6 +72,7 @@ class Engine:
         self.special_ids = special_ids
         self.block_length = special_ids.block_length
         self.options = options
+        self._device = model.get_input_embeddings().weight.device
         num_bytes = options.prefix_cache_mib * 2**20
         self.prefix_cache = PrefixCache(self.block_length, num_bytes) if num_bytes else None
         self._scheduler = Scheduler(
@@ -133,7 +135,8 @@ class Engine:
         A request that cannot go on ends with a "finished" event that carries its error; the others
         are not concerned.
         """
-        with _TURNS.setdefault(self.model, threading.Lock()), torch.inference_mode():
+        turn = _TURNS.setdefault(self.model, threading.Lock())
+        with turn, torch.inference_mode(), on_device(self._device):
             return self._take_step()
 
     def _take_step(self) -> list[StreamEvent]:
@@ -204,9 +207,10 @@ class Engine:
     @torch.inference_mode()
     def prepare(self) -> list[StreamEvent]:
         """End what must end, admit what fits, encode a bounded number of prompt tokens."""
-        events = [*self._end_early(), *self._admit()]
-        self._prefill()
-        return events
+        with on_device(self._device):
+            events = [*self._end_early(), *self._admit()]
+            self._prefill()
+            return events
 
     def batches(self) -> Iterator[tuple[OpenBlocks, Batch, list[Sequence]]]:
         """The forwards of the next step, on the host: sequences decoded alike share one.
@@ -391,7 +395,7 @@ class Engine:
         capacity = max(capacity, scheduler.capacity)
         use_graphs = self.options.cuda_graphs
         if use_graphs is None:
-            use_graphs = self.model.get_input_embeddings().weight.is_cuda
+            use_graphs = self._device.type == "cuda"
         runner = ModelRunner(
             self.model,
             self.special_ids,
@@ -407,5 +411,6 @@ class Engine:
         for blocks in used:
             blocks.grow(num_slots + use_graphs)
         self._runner = runner
-        self._graphs = GraphedSteps(runner) if use_graphs else None
+        with on_device(self._device):
+            self._graphs = GraphedSteps(runner) if use_graphs else None
         scheduler.plan(num_slots, capacity)
