@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,17 +122,43 @@ def test_what_stands_after_a_row_is_never_read(request: pytest.FixtureRequest) -
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("processors", [1, 8, 24])  # one share, two, up to four of six
 def test_keys_may_go_in_any_number_of_shares(
-    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, processors: int
 ) -> None:
     from dmax.kernels import block_attention_triton
 
     made = model()
-    rows = CASES["sequences in different states"]
-    in_many, _ = run(made, rows, kernels)
-    monkeypatch.setattr(block_attention_triton, "PROGRAMS", 1)  # all keys of a row in one program
-    in_one, _ = run(made, rows, kernels)
-    torch.testing.assert_close(in_one, in_many, rtol=1e-4, atol=1e-5)
+    rows = [(0, 0, 0), (2, 304, 304)]
+    expected, _ = run(made, rows, torch.device("cpu"))
+    monkeypatch.setattr(block_attention_triton, "multiprocessors", lambda _: processors)
+    monkeypatch.setattr(block_attention_triton, "SHARES", 2)  # merged at a time
+    actual, _ = run(made, rows, kernels)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shares_fill_a_gpu_once_and_are_no_larger_than_what_they_sum_up() -> None:
+    from dmax.kernels.block_attention_triton import keys_of_a_share, max_shares
+
+    h100, heads, length, size = 132, 4, 32, 128
+    for num_rows in range(1, 70):
+        programs = num_rows * heads
+        assert programs * max_shares(programs, h100) <= max(programs, h100)
+    for share in (1, 4, 16):  # query heads for each key head
+        for itemsize in (2, 4):
+            least = keys_of_a_share(length * share, size, itemsize)
+            results = length * share * (size + 2) * 4
+            assert results <= least * 2 * size * itemsize < results + 64 * 2 * size * itemsize
+
+
+def test_one_request_compiles_each_kernel_once() -> None:
+    """From 32 to 16,384 positions: there were 94 variants of one kernel, and 63 of another."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("variants.py")), "32", "16352"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    variants = json.loads(told.stdout)
+    assert variants == {"_prepare_kernel": 1, "_attend_kernel": 1, "_merge_kernel": 1}
 
 
 def test_which_heads_the_kernels_take(kernels: torch.device) -> None:

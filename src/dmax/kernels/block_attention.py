@@ -54,5 +54,5 @@ def block_attention(
     """
     return triton_kernels("block_attention").block_attention(
         heads, norms, eps, rotary, window.cache.keys[layer], window.cache.values[layer],
-        window.slots, window.starts, window.bases, window.span, scaling,
+        window.slots, window.starts, window.bases, scaling,
     )  # fmt: skip

@@ -9,14 +9,17 @@ Here three kernels do it all:
    keys.
 3. `_merge_kernel` puts the shares together.
 
-Grids depend only on shapes; how far the cache is read is a number on the device. Everything is
-computed in float32, with products of 16-bit numbers.
+Grids depend only on shapes and the GPU. How far a row reads the cache, and in how many shares, is
+found on the device from the row's own base, so no kernel is compiled anew as a sequence grows, and
+programs without a share end at once. Everything is computed in float32, with products of 16-bit
+numbers.
 
 Shapes: R rows (blocks) of L positions, H query heads, G key/value heads, d head size.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,12 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 256  # to be run at once, about two for each multiprocessor of a large GPU
 KEYS = 64  # read by a program in a step
 QUERIES = 128  # held by a program at most
+SHARES = 16  # merged at a time
+PLACES = ("slots", "starts", "bases")  # views into one tensor, whose alignment varies with the rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACES)
 def _prepare_kernel(  # type: ignore[no-untyped-def]
     heads, query_weight, key_weight, cos, sin, slots, starts, query, keys, values,
     length, capacity, eps,
@@ -66,22 +70,31 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _attend_kernel(  # type: ignore[no-untyped-def]
-    query, keys, values, slots, starts, bases, out, peak, mass, scaling, capacity, length,
-    SHARE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Attend to every SPLITS-th tile of a row's keys: `out` [SPLITS, R, L, H, d], not yet divided.
+def _num_shares(base, length, most, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Shares of the keys of a row: at most `most`, each of LEAST keys or more, at least one."""
+    return tl.minimum(most, tl.maximum((base + length) // LEAST, 1)).to(tl.int32)
 
-    The queries of a row that share keys are in TILES tiles.
+
+@triton.jit(do_not_specialize=PLACES)
+def _attend_kernel(  # type: ignore[no-untyped-def]
+    query, keys, values, slots, starts, bases, out, parts, peak, mass, scaling, capacity, length,
+    SHARE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LEAST: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attend to a share of a row's keys; of n shares, each has every n-th tile of them.
+
+    A single one is stored in `out` [R, L, H, d]; several, not yet divided, are in `parts` [shares,
+    R, L, H, d]. The queries of a row that share keys are in TILES tiles.
     """
     row = tl.program_id(0)
     kv_head = tl.program_id(1) // TILES
     split = tl.program_id(2)
-    slot = tl.load(slots + row)
-    start = tl.load(starts + row)
-    base = tl.load(bases + row)
+    base = tl.load(bases + row).to(tl.int32)
+    shares = _num_shares(base, length, tl.num_programs(2), LEAST)
+    if split >= shares:
+        return
+    start = tl.load(starts + row).to(tl.int32)
+    store = tl.load(slots + row) * capacity * (G * D) + kv_head * D
     column = tl.arange(0, BLOCK_D)
     inside = column < D
     # The SHARE heads of a position, then those of the next.
@@ -90,22 +103,22 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     position_at = (row * length + each // SHARE).to(tl.int64)
     head = position_at * (G * SHARE) + kv_head * SHARE + each % SHARE
     q_at = query + head[:, None] * D + column[None, :]
-    q = tl.load(q_at, mask=is_query[:, None] & inside[None, :], other=0.0)
+    is_output = is_query[:, None] & inside[None, :]
+    q = tl.load(q_at, mask=is_output, other=0.0)
 
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     mixed = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    store = slot * capacity
     # Tiles of the positions before the block come first, then those of the block itself.
     num_before = tl.cdiv(base, BLOCK_S)
-    for tile in range(split, num_before + tl.cdiv(length, BLOCK_S), SPLITS):
+    for tile in range(split, num_before + tl.cdiv(length, BLOCK_S), shares):
         is_own = tile >= num_before
         first = tl.where(is_own, start + (tile - num_before) * BLOCK_S, tile * BLOCK_S)
         position = first + tl.arange(0, BLOCK_S)
         seen = position < tl.where(is_own, start + length, base)
-        at = ((store + position) * G + kv_head) * D
-        k_at = keys + at[None, :] + column[:, None]
-        v_at = values + at[:, None] + column[None, :]
+        at = position * (G * D)
+        k_at = keys + store + (at[None, :] + column[:, None])
+        v_at = values + store + (at[:, None] + column[None, :])
         k = tl.load(k_at, mask=seen[None, :] & inside[:, None], other=0.0)
         v = tl.load(v_at, mask=seen[:, None] & inside[None, :], other=0.0)
         score = tl.dot(q, k, input_precision="tf32x3") * (scaling * 1.4426950408889634)  # to base 2
@@ -116,32 +129,46 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         total = total * fade + tl.sum(share, axis=1)
         mixed = tl.dot(share.to(v.dtype), v, mixed * fade[:, None], input_precision="tf32x3")
         highest = higher
-    at = (split * tl.num_programs(0) * length * (G * SHARE)).to(tl.int64) + head
-    out_at = out + at[:, None] * D + column[None, :]
-    tl.store(out_at, mixed, mask=is_query[:, None] & inside[None, :])
-    tl.store(peak + at, highest, mask=is_query)
-    tl.store(mass + at, total, mask=is_query)
+    if shares == 1:
+        tl.store(out + head[:, None] * D + column[None, :], mixed / total[:, None], mask=is_output)
+    else:
+        at = (split * tl.num_programs(0) * length * (G * SHARE)).to(tl.int64) + head
+        tl.store(parts + at[:, None] * D + column[None, :], mixed, mask=is_output)
+        tl.store(peak + at, highest, mask=is_query)
+        tl.store(mass + at, total, mask=is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("bases", "most"))
 def _merge_kernel(  # type: ignore[no-untyped-def]
-    parts, peak, mass, out, num_heads,
-    D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    parts, peak, mass, bases, out, length, most,
+    H: tl.constexpr, D: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the shares of one head at one position; there are `num_heads` of these in all."""
+    """Merge the shares of one head at one position, BLOCK at a time, where there are several."""
     at = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, BLOCK_SPLITS)
+    shares = _num_shares(tl.load(bases + at // (length * H)), length, most, LEAST)
+    if shares == 1:
+        return
     column = tl.arange(0, BLOCK_D)
     inside = column < D
-    part = split.to(tl.int64) * num_heads + at
-    is_part = split < SPLITS
-    highest = tl.load(peak + part, mask=is_part, other=float("-inf"))
-    weight = tl.exp2(highest - tl.max(highest, axis=0))
-    total = tl.sum(weight * tl.load(mass + part, mask=is_part, other=0.0), axis=0)
-    mixed_at = parts + part[:, None] * D + column[None, :]
-    mixed = tl.load(mixed_at, mask=is_part[:, None] & inside[None, :], other=0.0)
-    result = tl.sum(weight[:, None] * mixed, axis=0) / total
-    tl.store(out + at * D + column, result.to(out.dtype.element_ty), mask=inside)
+    highest = float("-inf")
+    total = 0.0
+    mixed = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, shares, BLOCK):
+        split = first + tl.arange(0, BLOCK)
+        part = split.to(tl.int64) * tl.num_programs(0) + at
+        is_part = split < shares
+        peaks = tl.load(peak + part, mask=is_part, other=float("-inf"))
+        masses = tl.load(mass + part, mask=is_part, other=0.0)
+        mixed_at = parts + part[:, None] * D + column[None, :]
+        mixes = tl.load(mixed_at, mask=is_part[:, None] & inside[None, :], other=0.0)
+        higher = tl.maximum(highest, tl.max(peaks, axis=0))
+        weight = tl.exp2(peaks - higher)
+        fade = tl.exp2(highest - higher)
+        total = total * fade + tl.sum(weight * masses, axis=0)
+        mixed = mixed * fade + tl.sum(weight[:, None] * mixes, axis=0)
+        highest = higher
+    tl.store(out + at * D + column, (mixed / total).to(out.dtype.element_ty), mask=inside)
 
 
 def block_attention(
@@ -154,7 +181,6 @@ def block_attention(
     slots: Tensor,
     starts: Tensor,
     bases: Tensor,
-    span: int,
     scaling: float,
 ) -> Tensor:
     """`dmax.kernels.block_attention.block_attention` on the device of `heads`.
@@ -169,13 +195,12 @@ def block_attention(
         slots: [R] int64, the slot of each row.
         starts: [R] int64, where each row is written.
         bases: [R] int64, how many positions each row sees besides itself.
-        span: positions of the cache that are read at most.
         scaling: what scores are multiplied with.
     """
     slots = slots.contiguous()
     starts = starts.contiguous()
     query = _prepare(heads.contiguous(), norms, eps, rotary, keys, values, slots, starts)
-    return _attend(query, keys, values, slots, starts, bases.contiguous(), span, scaling)
+    return _attend(query, keys, values, slots, starts, bases.contiguous(), scaling)
 
 
 def _prepare(
@@ -211,7 +236,6 @@ def _attend(
     slots: Tensor,
     starts: Tensor,
     bases: Tensor,
-    span: int,
     scaling: float,
 ) -> Tensor:
     """Attend in shares of the keys, and put these together: [R, L, H d]."""
@@ -222,34 +246,53 @@ def _attend(
     num_queries = length * num_heads // num_shared
     block_q = min(QUERIES, max(16, triton.next_power_of_2(num_queries)))
     tiles = triton.cdiv(num_queries, block_q)
-    splits = num_splits(num_rows * num_shared * tiles, span)
-    shares = (splits, num_rows, length, num_heads)
-    parts = query.new_empty(*shares, size, dtype=torch.float32)
-    peak = query.new_empty(shares, dtype=torch.float32)
-    mass = query.new_empty(shares, dtype=torch.float32)
+    most = max_shares(num_rows * num_shared * tiles, multiprocessors(query.device))
+    least = keys_of_a_share(num_queries, size, keys.itemsize)
+    out = query.new_empty(num_rows, length, num_heads * size)
+    places = (most, num_rows, length, num_heads) if most > 1 else (0,)
+    parts = query.new_empty(*places, size, dtype=torch.float32)
+    peak = query.new_empty(places, dtype=torch.float32)
+    mass = query.new_empty(places, dtype=torch.float32)
     attend: Any = _attend_kernel
-    attend[num_rows, num_shared * tiles, splits](
-        query, keys, values, slots, starts, bases, parts, peak, mass, scaling, capacity, length,
-        SHARE=num_heads // num_shared, G=num_shared, D=size, SPLITS=splits, TILES=tiles,
+    attend[num_rows, num_shared * tiles, most](
+        query, keys, values, slots, starts, bases, out, parts, peak, mass,
+        scaling, capacity, length,
+        SHARE=num_heads // num_shared, G=num_shared, D=size, LEAST=least, TILES=tiles,
         BLOCK_Q=block_q, BLOCK_S=KEYS, BLOCK_D=max(16, exact_d),
         num_warps=8 if block_q >= 128 else 4, num_stages=2,
     )  # fmt: skip
-    out = query.new_empty(num_rows, length, num_heads * size)
-    num_outputs = num_rows * length * num_heads
-    merge: Any = _merge_kernel
-    merge[(num_outputs,)](
-        parts, peak, mass, out, num_outputs,
-        D=size, SPLITS=splits, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_D=exact_d,
-        num_warps=1,
-    )  # fmt: skip
+    if most > 1:
+        merge: Any = _merge_kernel
+        merge[(num_rows * length * num_heads,)](
+            parts, peak, mass, bases, out, length, most,
+            H=num_heads, D=size, LEAST=least, BLOCK=SHARES, BLOCK_D=exact_d, num_warps=1,
+        )  # fmt: skip
     return out
 
 
-def num_splits(num_programs: int, span: int) -> int:
-    """How many shares the keys are divided into: the whole GPU has work, and no share is empty.
+def max_shares(num_programs: int, num_processors: int) -> int:
+    """How many shares the keys are divided into at most: all programs run at the same time.
 
     With more programs there are fewer shares, which are summed in another order. So other rows
     change the last bits of a result, as they do in PyTorch's own products on a GPU.
     """
-    tiles = span // KEYS + 1
-    return max(1, min(tiles, PROGRAMS // num_programs))
+    return max(1, num_processors // num_programs)
+
+
+def keys_of_a_share(num_queries: int, size: int, itemsize: int) -> int:
+    """So many keys that they and their values take no fewer bytes than the share's results.
+
+    Args:
+        num_queries: that share keys, each with `size` sums, a maximum and a total in float32.
+        size: of a head.
+        itemsize: bytes of a number in the cache.
+    """
+    return max(KEYS, triton.cdiv(num_queries * (size + 2) * 4, 2 * size * itemsize))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where there is none, as many as an H100 has."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
