@@ -311,6 +311,21 @@ def test_distill_json_and_going_on(dmax: Dmax, folder: Path, tmp_path: Path) -> 
         assert len(list(read_conversations(output))) == record["kept"]
 
 
+def test_paths_are_no_texts_in_any_release_of_typer(folder: Path, tmp_path: Path) -> None:
+    """Before 0.25 the context of a command holds paths as they were typed."""
+    command: Any = get_command(cli.app)
+    output = tmp_path / "responses.jsonl"
+    words = ["--model", str(folder), "--num", "1", "--output", str(output)]
+    with command.commands["distill"].make_context("distill", words) as context:
+        context.params = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in context.params.items()
+        }
+        assert context.params["output"] == str(output)
+        cli.distill(context, output, model=str(folder), num=1)
+    assert output.is_file()
+
+
 def test_distill_says_what_was_dropped_and_how_fast_it_was(
     dmax: Dmax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,9 @@ def distill(
     Example: dmax distill --model tiny-base --num 20000 --output runs/tiny_responses.jsonl
     """
     _check_who_answers(context, endpoint)
-    _write(_run(context.params), output, as_json=as_json)
+    # Paths by themselves: in older releases of typer the context holds them as texts.
+    given = context.params | {"output": output, "data": data}
+    _write(_run(given), output, as_json=as_json)
 
 
 def _run(given: Mapping[str, Any]) -> Report:

@@ -55,7 +55,8 @@ def evaluate(
 
     Example: dmax eval --model tiny-dmax --strategy spd --threshold 0.5 --limit 200 --seed 7
     """
-    summary = _run(context.params)
+    # Paths by themselves: in older releases of typer the context holds them as texts.
+    summary = _run(context.params | {"output": output, "data": data})
     if as_json:
         print_json(as_record(summary))
     else:

@@ -140,7 +140,8 @@ def serve(
             f"`dmax serve` takes options only, got {show(arguments[0])}",
             hint=f"--model {arguments[0]}",
         )
-    _serve(context.params)
+    # Paths by themselves: in older releases of typer the context holds them as texts.
+    _serve(context.params | {"api_key_file": api_key_file, "log_file": log_file})
 
 
 def _serve(given: Mapping[str, Any]) -> None:
