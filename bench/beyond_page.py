@@ -20,6 +20,7 @@ from typing import Any
 
 from beyond_runs import BASE, DECODINGS, DMAX, SEEDS, TRAINED, Run
 
+from dmax.benchmark.run import hardware
 from dmax.evaluation.plots import draw
 from dmax.evaluation.statistics import Point, wilson_interval
 from dmax.files import write_atomically
@@ -192,7 +193,7 @@ def page(found: Found) -> str:
         training=training(found),
         missing=missing(found),
         points=points_table(found),
-        machine=f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
+        machine=f"{hardware(machine)}, torch {machine['torch']}",
     )
 
 

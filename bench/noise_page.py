@@ -15,6 +15,7 @@ from noise_kinds import KIND_NAMES, NOISES, PAIR
 from noise_plan import DESIGN, RATIOS, THRESHOLDS, Run, Stage, base_label, looked_at, stage_of
 from paper import Share, better, difference, gap
 
+from dmax.benchmark.run import hardware
 from dmax.evaluation.plots import looks as looks_of
 from dmax.evaluation.statistics import wilson_interval
 from dmax.files import read_record, write_atomically
@@ -493,7 +494,7 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
         plausible=textwrap.fill(plausible(found), width=100),
         hours=(sum(looked["seconds"].values()) + decoding) / 3600,
         total=record["limit"],
-        machine=f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}",
+        machine=f"{hardware(machine)}, torch {machine['torch']}",
         name=points_file.stem,
         design=DESIGN.strip(),
         reasons="\n".join(
