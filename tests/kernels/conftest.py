@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from packaging.version import Version
 
-from dmax.kernels import using
+from dmax.kernels import has_triton, using
+
+if TYPE_CHECKING:
+    from sanitizer import Watch
 
 
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
     """The GPU, or the CPU for the interpreter."""
-    triton = pytest.importorskip("triton", reason="triton is not installed")
+    pytest.importorskip("triton", reason="triton is not installed")
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if Version(triton.__version__) < Version("3.7"):
+    if not is_interpreted():
         pytest.skip("Triton's interpreter before 3.7 cannot count loops with NumPy 2.4")
     return torch.device("cpu")
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter here."""
+    if torch.cuda.is_available() or not has_triton():
+        return False
+    return Version(version("triton")) >= Version("3.7")
 
 
 @pytest.fixture
@@ -27,3 +39,15 @@ def kernels(triton_device: torch.device) -> Iterator[torch.device]:
     """The device where Triton's kernels run, and from now on do so."""
     with using("triton"):
         yield triton_device
+
+
+@pytest.fixture(autouse=True)
+def watched() -> Iterator[Watch | None]:
+    """The sanitizer, which checks whatever the interpreter runs; None on a GPU."""
+    if not is_interpreted():
+        yield None
+        return
+    from sanitizer import watch  # which imports triton
+
+    with watch() as seen:
+        yield seen
