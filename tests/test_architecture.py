@@ -68,7 +68,7 @@ LONGER = {  # file or file:function -> lines it may have, and why
     "dmax/kernels/block_attention_triton.py:block_attention": 72,
 }
 # What a reader of the heart has before them (docs/architecture.md).
-MAX_TOKENS = 57_900
+MAX_TOKENS = 58_000
 MAX_TOKENS_PER_LINE = 9.5
 MAX_DEPTH = 10
 MAX_CLASSES = 31

@@ -76,7 +76,7 @@ def weight(rows: int, columns: int, form: str) -> moe_triton.Stored:
     if form == "bf16":
         return new(EXPERTS, rows, columns), None, 0
     if form == "int4":
-        packed = new(EXPERTS, rows, columns // 2, dtype=torch.uint8)
+        packed = new(EXPERTS, rows, columns // 4, dtype=torch.int16)
         return packed, new(EXPERTS, rows, columns // 128), 128
     values = new(EXPERTS, rows, columns, dtype=torch.int8 if form == "int8" else FP8)
     return values, new(EXPERTS, rows, 1, dtype=torch.float32), 0

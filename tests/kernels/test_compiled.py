@@ -19,12 +19,6 @@ SHARED = 227 * 1024  # bytes that a program can have at most
 REGISTERS = 254  # that a thread may have; with 255 it spills
 BANDWIDTH = 3.35  # TB/s of an H100's memory, by its data sheet
 MARGIN = 1.5  # of a loop's ceiling over it, so that reading decides, not arithmetic
-# Formats whose inner loops are not bound by memory, and why.
-SLOW = {
-    "int8": "activations fill shared memory in narrow tiles",
-    "fp8": "each number is converted alone",
-    "int4": "unpacking takes more instructions than the loads hide",
-}
 
 Compiled = list[dict[str, Any]]
 
@@ -94,12 +88,9 @@ def test_loops_are_bound_by_memory(compiled: Compiled, form: str) -> None:
     }
     converting = [name for name, loop in loops(compiled, form) if loop["conversions"]]
     narrow = [name for name, loop in loops(compiled, form) if loop["copies"] != [16]]
-    if form in SLOW and (slow or converting or narrow):
-        pytest.xfail(SLOW[form])
     assert slow == {}
     assert converting == []
     assert narrow == []
-    assert form not in SLOW, "it is fast now: take it out of SLOW"
 
 
 def test_experts_compile_for_an_a100() -> None:

@@ -276,7 +276,7 @@ def test_tiles_need_not_divide_the_sizes(
     arguments = on(triton_device, *inputs, *weights)
     tokens, index, weights, gate_up, down = arguments
     actual = moe_triton.fused_moe(
-        tokens, index, weights, stored(gate_up), stored(down), moe_triton.Tile(*tile)
+        tokens, index, weights, stored(gate_up), stored(down), (moe_triton.Tile(*tile),) * 2
     )
     assert relative_error(actual, routed(*arguments, F.silu)) <= 1e-6
 
@@ -289,8 +289,8 @@ def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch
     )
 
     def run(tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        tile = moe_triton.Tile(16, 32, 64)
-        return moe_triton.fused_moe(tokens, index, weights, stored(gate_up), stored(down), tile)
+        tiles = moe_triton.Tile(16, 32, 64), moe_triton.Tile(16, 64, 32)
+        return moe_triton.fused_moe(tokens, index, weights, stored(gate_up), stored(down), tiles)
 
     together = run(tokens, index, weights)
     assert torch.equal(together, run(tokens, index, weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -46,13 +47,13 @@ def test_fp8_by_hand() -> None:
 
 
 def test_int4_by_hand() -> None:
-    # -4 becomes -8, so the scale is 0.5 and these are -8, 6, 2 and 5.
+    # -4 becomes -8, so the scale is 0.5 and these are -8, 6, 2, 5 and -1.
     row = torch.zeros(32)
-    row[[0, 1, 16, 17]] = torch.tensor([-4.0, 3.0, 1.0, 2.5])
+    row[[0, 1, 8, 17, 24]] = torch.tensor([-4.0, 3.0, 1.0, 2.5, -0.5])
     stored = quantize(row.repeat(1, 1, 3), "int4")  # 96 columns make three groups of 32
     assert stored.scale.tolist() == [[[0.5, 0.5, 0.5]]]
-    # Low halves hold columns 0 to 15 of a group, high halves 16 to 31, each with 8 added.
-    assert stored.values[0, 0, :3].tolist() == [0 | 10 << 4, 14 | 13 << 4, 8 | 8 << 4]
+    # Two bytes hold columns 0, 8, 16 and 24 of a group, the next two 1, 9, 17 and 25, all 8 higher.
+    assert stored.values[0, 0, :4].tolist() == [0 | 10 << 4, 8 | 7 << 4, 14 | 8 << 4, 13 | 8 << 4]
     assert stored.shape == (1, 1, 96)
     assert torch.equal(stored[0], row.repeat(1, 3))
 
@@ -93,6 +94,76 @@ def test_zero_and_tiny_rows_stay_finite(form: Format) -> None:
 def test_what_cannot_be_quantised(weight: Tensor, form: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         quantize(weight, form)
+
+
+# ---- conversion in PTX ------------------------------------------------------------------------
+
+
+def emulated(ptx: str, words: Tensor) -> list[Tensor]:
+    """The outputs of lines of PTX, [N] int64 words of 32 bits each, for their one input [N]."""
+    registers: dict[str, Tensor] = {}
+    names = sorted(set(re.findall(r"\$\d", ptx)))
+    registers[names[-1]] = words
+
+    def value(operand: str) -> Tensor:
+        if operand in registers:
+            return registers[operand]
+        return torch.full_like(words, int(operand, 0))
+
+    def bfloat16(word: Tensor) -> Tensor:
+        halves = torch.stack((word & 0xFFFF, word >> 16), dim=-1).to(torch.uint16)
+        return halves.view(torch.bfloat16)
+
+    for line in re.findall(r"^(\w[^;]*);", ptx, re.MULTILINE):
+        operation, _, operands = line.partition(" ")
+        target, *given = operands.split(", ")
+        sources = [value(operand) for operand in given]
+        if operation == "mov.b32":
+            (found,) = sources
+        elif operation == "and.b32":
+            found = sources[0] & sources[1]
+        elif operation == "shr.b32":
+            found = sources[0] >> sources[1]
+        elif operation == "lop3.b32":
+            assert given[3] == "0xea"  # the truth table of this formula
+            found = sources[0] & sources[1] | sources[2]
+        elif operation == "prmt.b32":
+            both = torch.cat(
+                [source[:, None] >> torch.arange(0, 32, 8) for source in sources[:2]], 1
+            )
+            selected = (int(given[2], 0) >> torch.arange(0, 16, 4)) & 7
+            found = ((both[:, selected] & 255) << torch.arange(0, 32, 8)).sum(dim=1)
+        else:
+            assert operation == "fma.rn.bf16x2"
+            factor, other, offset = (bfloat16(source).double() for source in sources)
+            exact = (factor * other + offset).to(torch.bfloat16)
+            low, high = exact.view(torch.uint16).long().unbind(-1)
+            found = low | high << 16
+        registers[target] = found
+    return [bfloat16(registers[name]) for name in names[:-1]]
+
+
+def test_every_fp8_code_is_exact(triton_device: torch.device) -> None:
+    from dmax.kernels import moe_triton
+
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[codes & 127 != 127]  # the two NaN, which `quantize` never makes
+    four = torch.stack([codes.roll(shift) for shift in range(4)], dim=-1)  # [254, 4]
+    words = (four.long() << torch.arange(0, 32, 8)).sum(dim=-1)
+    found = torch.cat(emulated(moe_triton.FP8_TO_BF16.value, words), dim=-1)
+    expected = four.view(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))  # zero has a sign
+
+
+def test_every_int4_code_is_exact(triton_device: torch.device) -> None:
+    from dmax.kernels import moe_triton
+
+    numbers = torch.arange(2**16)
+    words = numbers | numbers.flip(0) << 16
+    quarters = emulated(moe_triton.INT4_TO_BF16.value, words)
+    for quarter, found in enumerate(quarters):
+        both = torch.stack((numbers, numbers.flip(0)), dim=-1)
+        assert torch.equal(found.long(), (both >> 4 * quarter & 15) - 8)
 
 
 # ---- kernels ------------------------------------------------------------------------------------

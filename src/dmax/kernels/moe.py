@@ -127,8 +127,9 @@ def stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, int
     """A weight as the kernels take it: numbers, scales, and the columns of an int4 group or 0."""
     if isinstance(weight, Tensor):
         return weight.contiguous(), None, 0
-    group = weight.group_size if weight.is_packed else 0
-    return weight.values, weight.scale, group
+    if weight.is_packed:
+        return weight.values.view(torch.int16), weight.scale, weight.group_size
+    return weight.values, weight.scale, 0
 
 
 def dense(

@@ -56,34 +56,119 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts + expert, found)
 
 
+# Triton converts numbers of four and eight bits one by one, which takes longer than reading them.
+# These lines of PTX convert two at a time; the interpreter, which has no PTX, takes the plain way.
+HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
+
+# Four e4m3 codes become bfloat16: exponent and fraction move to where bfloat16 has its own, and a
+# factor of 2¹²⁰ makes up for the biases. It is exact, for subnormal codes too.
+FP8_TO_BF16 = tl.constexpr("""{
+.reg .b32 code, sign, factor, zero;
+mov.b32 factor, 0x7b807b80;
+mov.b32 zero, 0x80008000;
+prmt.b32 code, $2, 0, 0x1404;
+and.b32 sign, code, 0x80008000;
+shr.b32 code, code, 4;
+lop3.b32 code, code, 0x07f007f0, sign, 0xea;
+fma.rn.bf16x2 $0, code, factor, zero;
+prmt.b32 code, $2, 0, 0x3424;
+and.b32 sign, code, 0x80008000;
+shr.b32 code, code, 4;
+lop3.b32 code, code, 0x07f007f0, sign, 0xea;
+fma.rn.bf16x2 $1, code, factor, zero;
+}""")
+
+# The four codes of each of two int4 words become bfloat16. Below 0x430, four bits are the last ones
+# of the number 128 + code, and the code is 8 more than what it stands for.
+INT4_TO_BF16 = tl.constexpr("""{
+.reg .b32 code, above, one, offset;
+mov.b32 above, 0x43004300;
+mov.b32 one, 0x3f803f80;
+mov.b32 offset, 0xc308c308;
+lop3.b32 code, $4, 0x000f000f, above, 0xea;
+fma.rn.bf16x2 $0, code, one, offset;
+shr.b32 code, $4, 4;
+lop3.b32 code, code, 0x000f000f, above, 0xea;
+fma.rn.bf16x2 $1, code, one, offset;
+shr.b32 code, $4, 8;
+lop3.b32 code, code, 0x000f000f, above, 0xea;
+fma.rn.bf16x2 $2, code, one, offset;
+shr.b32 code, $4, 12;
+lop3.b32 code, code, 0x000f000f, above, 0xea;
+fma.rn.bf16x2 $3, code, one, offset;
+}""")
+
+
+@triton.jit
+def _numbers(stored, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weights as numbers of the dtype of the tokens."""
+    if HAS_PTX and stored.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        codes = [stored.to(tl.uint8, bitcast=True)]
+        return tl.inline_asm_elementwise(FP8_TO_BF16, "=&r,=&r,r", codes, tl.bfloat16, True, 4)
+    return stored.to(dtype)
+
+
+@triton.jit
+def _quarters(words, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words of four int4 codes as numbers, for each quarter of the group."""
+    if HAS_PTX and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            INT4_TO_BF16, "=&r,=&r,=&r,=&r,r", [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
+        )  # fmt: skip
+    wide = words.to(tl.int32)
+    first = ((wide & 15) - 8).to(dtype)
+    second = ((wide >> 4 & 15) - 8).to(dtype)
+    third = ((wide >> 8 & 15) - 8).to(dtype)
+    fourth = ((wide >> 12 & 15) - 8).to(dtype)
+    return first, second, third, fourth
+
+
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
-    left, left_row, weight, scale, row, depth,
+    left, left_row, exists, weight, scale, row, depth,
     SCALED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIVIDES: tl.constexpr,
 ):  # fmt: skip
     """left[left_row] · weight[row]ᵀ, [BLOCK_M, BLOCK_N] float32, for weights as they are stored."""
+    dtype: tl.constexpr = left.dtype.element_ty
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     left_at = left + left_row.to(tl.int64)[:, None] * depth
+    exists = exists[:, None]  # other rows are zero: fetching some would cost as much as the weights
     if GROUP == 0:  # each number has its own storage, and a row has at most one scale
         column = tl.arange(0, BLOCK_K)
-        weight_at = weight + row.to(tl.int64)[None, :] * depth
+        weight_at = weight + row.to(tl.int64)[None, :] * depth + column[:, None]
         for start in range(0, depth, BLOCK_K):
-            inside = start + column < depth
-            a = tl.load(left_at + (start + column)[None, :], mask=inside[None, :], other=0.0)
-            b = tl.load(weight_at + (start + column)[:, None], mask=inside[:, None], other=0.0)
-            total = tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")
+            inside = (start + column < depth) | DIVIDES
+            mask = exists & inside[None, :]
+            a = tl.load(left_at + (start + column)[None, :], mask, other=0.0)
+            mask = inside[:, None]
+            b = tl.load(weight_at + start, mask, other=0.0, eviction_policy="evict_first")
+            total = tl.dot(a, _numbers(b, dtype), total, input_precision="tf32x3")
         if SCALED:
             total *= tl.load(scale + row)[None, :]
-    else:  # a byte holds two numbers, one of each half of a group; a group has a scale
-        column = tl.arange(0, GROUP // 2)
-        weight_at = weight + row.to(tl.int64)[None, :] * (depth // 2)
+    else:  # a word holds four numbers, one of each quarter of a group; a group has a scale
+        quarter: tl.constexpr = GROUP // 4
+        block: tl.constexpr = quarter if quarter > 16 else 16  # the shortest product there is
+        column = tl.arange(0, block)
+        inside = column < quarter
+        weight_at = weight + row.to(tl.int64)[None, :] * (depth // GROUP * quarter)
+        weight_at += column[:, None]
         for group in range(0, depth // GROUP):
-            packed = tl.load(weight_at + (group * (GROUP // 2) + column)[:, None]).to(tl.int32)
-            low = tl.load(left_at + (group * GROUP + column)[None, :])
-            high = tl.load(left_at + (group * GROUP + GROUP // 2 + column)[None, :])
-            part = tl.dot(low, ((packed & 15) - 8).to(low.dtype), input_precision="tf32x3")
-            part = tl.dot(high, ((packed >> 4) - 8).to(low.dtype), part, input_precision="tf32x3")
+            start = group * quarter
+            mask = inside[:, None]
+            words = tl.load(weight_at + start, mask, other=0, eviction_policy="evict_first")
+            first, second, third, fourth = _quarters(words, dtype)
+            a_at = left_at + (group * GROUP + column)[None, :]
+            mask = exists & inside[None, :]
+            a = tl.load(a_at, mask, other=0.0)
+            part = tl.dot(a, first, input_precision="tf32x3")
+            a = tl.load(a_at + quarter, mask, other=0.0)
+            part = tl.dot(a, second, part, input_precision="tf32x3")
+            a = tl.load(a_at + 2 * quarter, mask, other=0.0)
+            part = tl.dot(a, third, part, input_precision="tf32x3")
+            a = tl.load(a_at + 3 * quarter, mask, other=0.0)
+            part = tl.dot(a, fourth, part, input_precision="tf32x3")
             total += part * tl.load(scale + row * (depth // GROUP) + group).to(tl.float32)[None, :]
     return total
 
@@ -92,7 +177,7 @@ def _product(  # type: ignore[no-untyped-def]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     tokens, weight, scale, pairs, counts, inner, num_pairs, hidden, width,
     K: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIVIDES: tl.constexpr,
 ):  # fmt: skip
     """`inner` [N * K, I]: SiLU(gate) · up of every pair."""
     expert = tl.program_id(1).to(tl.int64)
@@ -105,8 +190,8 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         slot = first + tl.arange(0, BLOCK_M)
         pair = tl.load(pairs + expert * num_pairs + slot, mask=slot < count, other=0)
         products = _product(
-            tokens, pair // K, weight, scale, expert * 2 * width + row, hidden,
-            SCALED, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
+            tokens, pair // K, slot < count, weight, scale, expert * 2 * width + row, hidden,
+            SCALED, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K, DIVIDES,
         )  # fmt: skip
         gate, up = tl.split(tl.reshape(products, (BLOCK_M, BLOCK_N, 2)))
         inside = (slot < count)[:, None] & (column < width)[None, :]
@@ -119,7 +204,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 def _down_kernel(  # type: ignore[no-untyped-def]
     inner, weight, scale, routing, pairs, counts, out, num_pairs, hidden, width,
     SCALED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIVIDES: tl.constexpr,
 ):  # fmt: skip
     """`out` [N * K, D]: the down projection of every pair, times its weight from the router."""
     expert = tl.program_id(1).to(tl.int64)
@@ -130,7 +215,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         slot = first + tl.arange(0, BLOCK_M)
         pair = tl.load(pairs + expert * num_pairs + slot, mask=slot < count, other=0)
         total = _product(
-            inner, pair, weight, scale, row, width, SCALED, GROUP, BLOCK_M, BLOCK_N, BLOCK_K
+            inner, pair, slot < count, weight, scale, row, width,
+            SCALED, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DIVIDES,
         )  # fmt: skip
         total *= tl.load(routing + pair).to(tl.float32)[:, None]
         inside = (slot < count)[:, None] & (column < hidden)[None, :]
@@ -144,9 +230,9 @@ def fused_moe(
     weights: Tensor,
     gate_up: Stored,
     down: Stored,
-    tile: Tile | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
-    """`dmax.kernels.moe.fused_moe` on the device of `tokens`; `tile` is for tuning."""
+    """`dmax.kernels.moe.fused_moe` on the device of `tokens`; `tiles` are for tuning."""
     up_weight, up_scale, up_group = gate_up
     down_weight, down_scale, down_group = down
     num_tokens, hidden = tokens.shape
@@ -156,7 +242,8 @@ def fused_moe(
     tokens = tokens.contiguous()
     index = index.contiguous()
     weights = weights.contiguous()
-    tile = tile or default_tile(num_pairs, num_experts, tokens.dtype, up_weight.dtype)
+    tiles = tiles or default_tiles(num_pairs, num_experts, tokens.dtype, up_weight.dtype)
+    up_tile, down_tile = tiles
 
     def new(*shape: int, dtype: torch.dtype = tokens.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=tokens.device)
@@ -165,39 +252,54 @@ def fused_moe(
     counts = new(num_experts, dtype=torch.int32)
     inner = new(num_pairs, width)
     out = new(num_pairs, hidden)
-    sizes = {"BLOCK_M": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
-    launch = sizes | {"num_warps": tile.warps, "num_stages": tile.stages}
     route: Any = _route_kernel
     gate_up_kernel: Any = _gate_up_kernel
     down_kernel: Any = _down_kernel
     route[(num_experts,)](
         index, pairs, counts, num_pairs, BLOCK=min(1024, triton.next_power_of_2(num_pairs))
     )
-    gate_up_kernel[triton.cdiv(width, tile.columns), num_experts](
+    gate_up_kernel[triton.cdiv(width, up_tile.columns), num_experts](
         tokens, up_weight, up_scale, pairs, counts, inner, num_pairs, hidden, width,
-        K=index.shape[1], SCALED=up_scale is not None, GROUP=up_group, **launch,
+        K=index.shape[1], SCALED=up_scale is not None, GROUP=up_group, **launch(up_tile, hidden),
     )  # fmt: skip
-    down_kernel[triton.cdiv(hidden, tile.columns), num_experts](
+    down_kernel[triton.cdiv(hidden, down_tile.columns), num_experts](
         inner, down_weight, down_scale, weights, pairs, counts, out, num_pairs, hidden, width,
-        SCALED=down_scale is not None, GROUP=down_group, **launch,
+        SCALED=down_scale is not None, GROUP=down_group, **launch(down_tile, width),
     )  # fmt: skip
     return out.view(num_tokens, -1, hidden).sum(dim=1)
 
 
-def default_tile(
-    num_pairs: int, num_experts: int, tokens: torch.dtype, weight: torch.dtype
-) -> Tile:
-    """Steps of 256 bytes along the product, and larger tiles as experts get more tokens.
+def launch(tile: Tile, depth: int) -> dict[str, Any]:
+    """A tile as arguments of a kernel that multiplies along `depth`."""
+    return {
+        "BLOCK_M": tile.tokens,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "DIVIDES": depth % tile.depth == 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
-    These are the sizes that published tuning for H100 cards settles on, for kernels of this shape
-    (E 256, D 2048, I 512). Float32 products take three times the registers, so they keep the
-    smallest tile.
+
+def default_tiles(
+    num_pairs: int, num_experts: int, tokens: torch.dtype, weight: torch.dtype
+) -> tuple[Tile, Tile]:
+    """Tiles of the gate and up projections, and of the down projection, by pairs per expert.
+
+    What decides is that enough copies are on their way (140 KiB or more on each multiprocessor of
+    an H100, E 256, D 2048, I 512), and that no conversion takes longer than reading. A tile of
+    fewer warps loads the tokens for more weights. Float32 products take three times the registers,
+    so they keep the smallest tile.
     """
-    depth = 256 // weight.itemsize
     if tokens == torch.float32:
-        return Tile(16, 32, 64)
-    if num_pairs < 2 * num_experts:
-        return Tile(16, 32, depth)
-    if num_pairs < 16 * num_experts:
-        return Tile(16, 64, depth)
-    return Tile(64, 64, 64)
+        return Tile(16, 32, 64), Tile(16, 32, 64)
+    is_packed = weight == torch.int16
+    if num_pairs <= 8 * num_experts:
+        if weight.itemsize == 2 and not is_packed:
+            return Tile(16, 32, 128), Tile(16, 64, 128)
+        return Tile(16, 32, 128, warps=2, stages=4), Tile(16, 64, 128, warps=2, stages=4)
+    if num_pairs <= 16 * num_experts or is_packed:
+        if weight.itemsize == 2 and not is_packed:
+            return Tile(32, 32, 128), Tile(32, 64, 64, stages=4)
+        return Tile(32, 64, 128, stages=4), Tile(32, 64, 128, stages=4)
+    return Tile(64, 64, 64), Tile(64, 64, 64)

@@ -37,8 +37,7 @@ class QuantizedWeight:
 
     Attributes:
         values: [E, R, C] int8 or float8_e4m3fn. For int4 [E, R, C / 2] uint8: with 8 added to each
-            number, the low four bits of a group's bytes hold its first half, and the high four bits
-            its second half.
+            number, every two bytes hold one of each quarter of a group, from the lowest bits up.
         scale: [E, R, G], one for each of G groups of columns; only int4 has more than one group.
     """
 
@@ -66,8 +65,9 @@ class QuantizedWeight:
         values = self.values[expert]
         scale = self.scale[expert]
         if self.is_packed:
-            halves = values.unflatten(-1, (-1, self.group_size // 2))  # [R, G, group / 2]
-            values = (torch.cat((halves & 15, halves >> 4), dim=-1).to(torch.int8) - 8).flatten(1)
+            words = values.unflatten(-1, (scale.shape[-1], -1, 2))  # [R, G, group / 4, 2]
+            codes = torch.stack((words & 15, words >> 4), dim=-1).flatten(-2)  # the last: quarters
+            values = codes.to(torch.int8).transpose(-1, -2).flatten(1) - 8
         grouped = values.float().unflatten(-1, (scale.shape[-1], -1))  # [R, G, group]
         return (grouped * scale[..., None].float()).flatten(1)
 
@@ -121,5 +121,6 @@ def _quantize_matrix(matrix: Tensor, form: Format, group: int) -> tuple[Tensor, 
     whole = scaled.round().to(torch.int8)
     if form == "int8":
         return whole.flatten(1), scale[..., 0]
-    low, high = (whole + 8).to(torch.uint8).chunk(2, dim=-1)
+    codes = (whole + 8).to(torch.uint8).unflatten(-1, (4, -1)).transpose(-1, -2)
+    low, high = codes.unflatten(-1, (2, 2)).unbind(-1)  # [R, G, group / 4, 2]
     return (low | (high << 4)).flatten(1), scale[..., 0]
