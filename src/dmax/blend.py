@@ -29,33 +29,50 @@ class SoftTokens:
         ids: [B, L, k] int64, candidate tokens; the first is the position's own token.
         probs: [B, L, k] float32, their probabilities; the rest belongs to the mask token.
         renormalize: restore the length of the mixture (equation 10); off only for ablations.
+        masked: [B, L] bool, positions that take their hard token in any case; None: there are none.
     """
 
     where: Tensor
     ids: Tensor
     probs: Tensor
     renormalize: bool = True
+    masked: Tensor | None = None
 
 
 def embed_tokens(
-    embed: Embed, tokens: Tensor, soft: SoftTokens | None, mask_token_id: int
+    embed: Embed,
+    tokens: Tensor,
+    soft: SoftTokens | None,
+    mask_token_id: int,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Input embeddings [B, L, D]: hard for `tokens` [B, L], and blended where `soft` says so.
 
     On a GPU one kernel does it all, from a plain table and without gradients. It differs only in
     the order of float32 sums. Shapes are static and nothing waits for the device.
+
+    Args:
+        embed: from ids to embeddings.
+        tokens: [B, L] int64.
+        soft: with the same leading dimension; None: every token is hard.
+        mask_token_id: MASK.
+        rows: [N] int64, the sequences that are wanted, in this order; None: all.
     """
+    table = _plain_table(embed)
+    if soft is not None and table is not None and can_fuse(table, soft.probs):
+        return triton_kernels("blend").embed_soft(table, tokens, soft, mask_token_id, rows)
+    every = slice(None) if rows is None else rows
+    tokens = tokens[every]
     if soft is None:
         return embed(tokens)
-    table = _plain_table(embed)
-    if table is not None and can_fuse(table, soft.probs):
-        return triton_kernels("blend").embed_soft(
-            table, tokens, soft.where, soft.ids, soft.probs, mask_token_id, soft.renormalize
-        )
-    where = soft.where[..., None]
-    ids = torch.where(where, soft.ids, tokens[..., None])
+    where = soft.where[every]
+    if soft.masked is not None:
+        where = where & ~soft.masked[every]
+    where = where[..., None]
+    ids = torch.where(where, soft.ids[every], tokens[..., None])
+    probs = soft.probs[every]
     mask_embed = embed(tokens.new_full((1,), mask_token_id))[0]
-    return blend(embed(ids), mask_embed, soft.probs, where=where, renormalize=soft.renormalize)
+    return blend(embed(ids), mask_embed, probs, where=where, renormalize=soft.renormalize)
 
 
 def blend(

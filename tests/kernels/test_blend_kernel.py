@@ -36,8 +36,9 @@ def plain(table: Tensor, tokens: Tensor, soft: SoftTokens | None) -> Tensor:
 def fused(table: Tensor, tokens: Tensor, soft: SoftTokens, device: torch.device) -> Tensor:
     from dmax.kernels import blend_triton
 
-    tensors = (each.to(device) for each in (table, tokens, soft.where, soft.ids, soft.probs))
-    return blend_triton.embed_soft(*tensors, MASK, soft.renormalize).cpu()
+    on_device = (each.to(device) for each in (soft.where, soft.ids, soft.probs))
+    soft = SoftTokens(*on_device, renormalize=soft.renormalize)
+    return blend_triton.embed_soft(table.to(device), tokens.to(device), soft, MASK).cpu()
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -70,6 +71,31 @@ def test_the_kernel_by_hand(triton_device: torch.device) -> None:
     result = fused(table, tokens, soft, triton_device)
     torch.testing.assert_close(result[0, :, :2], torch.tensor([[5.6, 4.2], [8.0, 0.0], [0.0, 6.0]]))
     assert not result[0, :, 2:].any()
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0, 2]])
+def test_rows_are_read_where_they_are(triton_device: torch.device, rows: list[int]) -> None:
+    """As open blocks are: active positions are blended, unless they are masked."""
+    from dmax.kernels import blend_triton
+
+    table = torch.randn(V, D)
+    tokens = torch.randint(MASK, (4, 5))
+    ids = torch.randint(MASK, (4, 5, 2))
+    probs = torch.rand(4, 5, 2) / 2
+    active = torch.rand(4, 5) < 0.8
+    masked = torch.rand(4, 5) < 0.3
+    every = SoftTokens(active, ids, probs, masked=masked)
+    wanted = torch.tensor(rows)
+    where = (active & ~masked)[wanted]
+    expected = plain(table, tokens[wanted], SoftTokens(where, ids[wanted], probs[wanted]))
+    embed = partial(F.embedding, weight=table)
+    assert torch.equal(embed_tokens(embed, tokens, every, MASK, wanted), expected)
+
+    on_device = [each.to(triton_device) for each in (table, tokens, wanted)]
+    there = [each.to(triton_device) for each in (active, ids, probs, masked)]
+    soft = SoftTokens(*there[:3], masked=there[3])
+    result = blend_triton.embed_soft(*on_device[:2], soft, MASK, on_device[2]).cpu()
+    torch.testing.assert_close(result, expected)
 
 
 def test_descriptors_may_be_views(triton_device: torch.device) -> None:

@@ -118,16 +118,17 @@ class OpenBlocks:
         if num_branches > 1:
             branches = self.strategy.branches(self.view(rows), self.state_of(rows))
             return self.embed(branches.flatten(0, 1))
-        tokens = self.tokens[rows]
-        if not self.feedback:
-            return self.embed(tokens)
-        feedback = _of_rows(self.feedback, rows)
-        if "embeds" in feedback:
+        if "embeds" in self.feedback:
             is_first = (self.step[rows] == 0)[:, None, None]
-            return torch.where(is_first, self.embed(tokens), feedback["embeds"])
-        decoded = self.active[rows] & ~self.masked[rows]
-        soft = SoftTokens(decoded, **feedback, renormalize=self.strategy.renormalize)
-        return embed_tokens(self.embed, tokens, soft, self.mask_token_id)
+            hard = self.embed(self.tokens[rows])
+            return torch.where(is_first, hard, self.feedback["embeds"][rows])
+        soft = None
+        if self.feedback:
+            renormalize = self.strategy.renormalize
+            soft = SoftTokens(
+                self.active, **self.feedback, renormalize=renormalize, masked=self.masked
+            )
+        return embed_tokens(self.embed, self.tokens, soft, self.mask_token_id, rows)
 
     def candidates(self, row: int) -> list[tuple[tuple[int, float], ...]]:
         """What the next input of each position blends, if that is more than one token."""
