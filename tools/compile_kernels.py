@@ -27,16 +27,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dmax.confidence import LARGEST
+from dmax.blend import SoftTokens
+from dmax.confidence import LARGEST, Candidates
+from dmax.decoding import get_strategy
+from dmax.engine.blocks import OpenBlocks
 from dmax.kernels import (
     blend_triton,
     block_attention_triton,
+    decide_triton,
     lm_head_triton,
     moe_triton,
     norm_triton,
     router_triton,
 )
 from dmax.kernels.quant import FP8
+from dmax.params import DecodingParams
+from dmax.special_ids import SpecialIds
 
 VOCABULARY = 157_184
 HIDDEN = 2048
@@ -94,13 +100,30 @@ def lm_head(num_tokens: int, k: int) -> None:
     lm_head_triton.top_k_of_tiles(hidden, new(VOCABULARY, HIDDEN), k, MASK, LARGEST)
 
 
+def open_blocks(k: int) -> OpenBlocks:
+    """Two blocks that SPD decodes with k candidates, after their first step."""
+    strategy = get_strategy(DecodingParams("spd", top_k=k))
+    special_ids = SpecialIds(MASK, (0,), 0, 32)
+    blocks = OpenBlocks(strategy, 2, special_ids, new, torch.device("meta"))
+    blocks.feedback["ids"] = new(2, 32, k, dtype=torch.int64)
+    blocks.feedback["probs"] = new(2, 32, k, dtype=torch.float32)
+    return blocks
+
+
 def blend(k: int) -> None:
-    table = new(VOCABULARY, HIDDEN)
-    tokens = new(1, 32, dtype=torch.int64)
-    where = new(1, 32, dtype=torch.bool)
+    blocks = open_blocks(k)
+    soft = SoftTokens(blocks.active, **blocks.feedback, masked=blocks.masked)
+    rows = new(1, dtype=torch.int64)
+    blend_triton.embed_soft(new(VOCABULARY, HIDDEN), blocks.tokens, soft, MASK, rows)
+
+
+def decide(k: int, options: dict[str, bool]) -> None:
+    strategy: Any = get_strategy(DecodingParams("spd", top_k=k, options=options))
     ids = new(1, 32, k, dtype=torch.int64)
     probs = new(1, 32, k, dtype=torch.float32)
-    blend_triton.embed_soft(table, tokens, where, ids, probs, MASK, True)
+    predicted = Candidates(ids, probs, new(1, 32, dtype=torch.bool))
+    rows = new(1, dtype=torch.int64)
+    decide_triton.decide(open_blocks(k), rows, predicted, **strategy.fused()[1])
 
 
 def attention(num_rows: int, num_heads: int = 16) -> None:
@@ -134,6 +157,8 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"head, {num_tokens} tokens, top {k}", partial(lm_head, num_tokens, k)
     for k in (1, 4):
         yield f"blend of {k}", partial(blend, k)
+        yield f"decision, top {k}", partial(decide, k, {})
+    yield "decision for any position", partial(decide, 1, {"prefix_only": False})
     for num_rows in (1, 64):
         yield f"attention, {num_rows} rows", partial(attention, num_rows)
     yield "attention of 32 heads", partial(attention, 1, 32)  # LLaDA-2.0-flash

@@ -79,6 +79,13 @@ class SoftParallelDecoding(Strategy):
         )
         return decision, state
 
+    def fused(self) -> tuple[int, dict[str, bool]] | None:
+        """`step` has a kernel whatever the settings are."""
+        if type(self) is not SoftParallelDecoding:  # what derives from it steps in its own way
+            return None
+        names = ("prefix_only", "soft_inputs", "stop_on_confidence", "stop_on_consistency")
+        return self.top_k, {name: getattr(self, name) for name in names}
+
 
 def prefix(
     masked: Tensor, confidence: Tensor, threshold: Number, must_progress: Tensor | None = None

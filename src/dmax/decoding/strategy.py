@@ -74,6 +74,13 @@ class Strategy(ABC):
         branches yet.
         """
 
+    def fused(self) -> tuple[int, dict[str, bool]] | None:
+        """Candidates and switches of `dmax.kernels.decide`, if it does what `step` does.
+
+        None, as here, for every other strategy.
+        """
+        return None
+
     def __post_init__(self) -> None:
         """Check the settings; raises `InputError` naming the one that is wrong."""
         check_fields(self)

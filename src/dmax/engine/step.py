@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmax.decoding.block import Output, apply
+from dmax.kernels.decide import decide_in_place, fits_kernel
 
 if TYPE_CHECKING:
     from dmax.engine.batch import Batch
@@ -60,6 +61,14 @@ def decide(
         [6, B] bool: the block is done, it was forced, it was capped, it is invalid (all as in
         `Advance`), its logits held a NaN, the next block may open.
     """
+    fused = blocks.strategy.fused()
+    if fused is not None and noise is None:
+        top_k, switches = fused
+        predicted = output.top(top_k)
+        is_first = switches["soft_inputs"] and not blocks.feedback  # which `store` makes then
+        if fits_kernel(predicted) and not is_first:
+            return decide_in_place(blocks, rows, predicted, **switches)
+
     view = blocks.view(rows, before, noise)
     strategy = blocks.strategy_of(rows)
     decision, state = strategy.step(view, output, blocks.state_of(rows))
