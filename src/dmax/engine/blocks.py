@@ -1,13 +1,19 @@
 """The open blocks of all sequences that are decoded by the same strategy, as tensors.
 
 S slots, W open blocks that a slot may have, B blocks of a step, L block length, V vocabulary.
+
+What a step changes of a block lies side by side in one row of bytes. So one write opens any number
+of blocks, and one copy shows the host what became of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dmax.blend import Embed, SoftTokens, embed_tokens
@@ -22,6 +28,17 @@ class OpenBlocks:
 
     Settings that are numbers have a value for every row, so that sequences which differ only in
     them share a forward.
+
+    Attributes:
+        record: [rows, bytes] uint8, whose columns are the tensors below.
+        tokens: [rows, L] int64.
+        masked, active, written: [rows, L] bool, as in `View` and `Advance`.
+        confidence: [rows, L] float32, of the tokens proposed last.
+        step, max_steps: [rows] int64, as in `View`.
+        flags: [rows, 6] bool, what `dmax.engine.step.decide` found last.
+        ignores_eos: [rows] bool.
+        numbers: [rows, 1] float32 by name, the settings.
+        state, feedback: what strategies remember and feed back; made when they first do.
 
     Args:
         strategy: what decodes them; its numbers are those of no sequence in particular.
@@ -43,22 +60,20 @@ class OpenBlocks:
         self.mask_token_id = special_ids.mask_token_id
         self.block_length = special_ids.block_length
         self.embed = embed
+        self.state: State = {}
+        self.feedback: State = {}
+        self._layout = _layout(self.block_length)
+        # A block of which no token is known, as it opens.
+        self._fresh = np.zeros(1, self._layout)
+        self._fresh["tokens"] = self.mask_token_id
+        self._fresh["masked"] = self._fresh["active"] = True
         num_rows = num_slots * strategy.blocks
-        shape = (num_rows, self.block_length)
         with device:
             self._eos_token_ids = torch.tensor(special_ids.eos_token_ids)
-            self.tokens = torch.zeros(shape, dtype=torch.long)
-            self.masked = torch.zeros(shape, dtype=torch.bool)
-            self.active = torch.zeros(shape, dtype=torch.bool)
-            self.written = torch.zeros(shape, dtype=torch.bool)
-            self.confidence = torch.zeros(shape)
-            self.step = torch.zeros(num_rows, dtype=torch.long)
             self.max_steps = torch.zeros(num_rows, dtype=torch.long)
             self.ignores_eos = torch.zeros(num_rows, dtype=torch.bool)
             self.numbers = {name: torch.zeros(num_rows, 1) for name in strategy.numbers()}
-        # What strategies remember and feed back; made when they first do.
-        self.state: State = {}
-        self.feedback: State = {}
+            self._take(torch.zeros(num_rows, self._layout.itemsize, dtype=torch.uint8))
 
     def rows_of(self, slot: int) -> range:
         """The rows of a slot."""
@@ -68,16 +83,23 @@ class OpenBlocks:
     def grow(self, num_slots: int) -> None:
         """Have rows for this many slots, no fewer than before; what is open stays as it is."""
         num_rows = num_slots * self.strategy.blocks
-        self.tokens = _with_rows(self.tokens, num_rows)
-        self.masked = _with_rows(self.masked, num_rows)
-        self.active = _with_rows(self.active, num_rows)
-        self.written = _with_rows(self.written, num_rows)
-        self.confidence = _with_rows(self.confidence, num_rows)
-        self.step = _with_rows(self.step, num_rows)
+        self._take(_with_rows(self.record, num_rows))
         self.max_steps = _with_rows(self.max_steps, num_rows)
         self.ignores_eos = _with_rows(self.ignores_eos, num_rows)
         for kept in (self.numbers, self.state, self.feedback):
             kept.update({name: _with_rows(values, num_rows) for name, values in kept.items()})
+
+    def _take(self, record: Tensor) -> None:
+        """Have these rows, and a name for each of their fields."""
+        fields = _columns(record, self._layout)
+        self.record = record
+        self.tokens = fields["tokens"]
+        self.masked = fields["masked"]
+        self.active = fields["active"]
+        self.written = fields["written"]
+        self.confidence = fields["confidence"]
+        self.step = fields["step"][:, 0]
+        self.flags = fields["flags"]
 
     def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
         """Give the rows of a slot the settings of the request that has it now."""
@@ -92,19 +114,23 @@ class OpenBlocks:
         self.ignores_eos[rows] = params.ignore_eos
 
     def open(self, row: int | Tensor, known: Sequence[int] = ()) -> None:
-        """Open blocks in one row, or in each of [B] rows of the device, without a wait for it.
+        """Open one block, or blocks that begin alike in [B] rows; see `open_all`."""
+        self.open_all(torch.as_tensor(row).view(-1), [known])
+
+    def open_all(self, rows: Tensor, known: Sequence[Sequence[int]]) -> None:
+        """Open blocks in rows [B] of any device, by one write and without a wait.
 
         They begin with `known` tokens, the end of the prompt; then they are masked.
         """
-        device = self.tokens.device
-        rows = torch.as_tensor(row, device=device).view(-1)
-        self.tokens[rows] = self.mask_token_id
-        self.tokens[rows, : len(known)] = torch.tensor(known, dtype=torch.long, device=device)
-        self.masked[rows] = True
-        self.masked[rows, : len(known)] = False
-        self.active[rows] = self.masked[rows]
-        self.step[rows] = 0
-        self.confidence[rows] = 0
+        fresh = self._fresh.repeat(len(known))
+        for record, tokens in zip(fresh, known, strict=True):
+            record["tokens"][: len(tokens)] = tokens
+            record["masked"][: len(tokens)] = False
+            record["active"][: len(tokens)] = False
+        device = self.record.device
+        rows = rows.to(device, non_blocking=True)
+        new = torch.from_numpy(fresh.view(np.uint8)).view(len(known), -1)
+        self.record[rows] = new.to(device, non_blocking=True)
         self._keep(self.state, rows, self.strategy.open(self.view(rows)))
 
     # --- before a forward ---
@@ -129,14 +155,6 @@ class OpenBlocks:
                 self.active, **self.feedback, renormalize=renormalize, masked=self.masked
             )
         return embed_tokens(self.embed, self.tokens, soft, self.mask_token_id, rows)
-
-    def candidates(self, row: int) -> list[tuple[tuple[int, float], ...]]:
-        """What the next input of each position blends, if that is more than one token."""
-        ids = self.feedback.get("ids")  # [rows, L, k]
-        if ids is None or ids.shape[-1] == 1:
-            return []
-        positions = zip(ids[row].tolist(), self.feedback["probs"][row].tolist(), strict=True)
-        return [tuple(zip(*each, strict=True)) for each in positions]
 
     # --- after a forward ---
 
@@ -187,6 +205,23 @@ class OpenBlocks:
             ids, probs, _ = decision.soft
             self._keep(self.feedback, rows, {"ids": ids, "probs": probs})
 
+    def _blends(self) -> list[Tensor]:
+        """Ids and probabilities [rows, L, k] that are fed back, if they are of several tokens."""
+        ids = self.feedback.get("ids")
+        return [] if ids is None or ids.shape[-1] == 1 else [ids, self.feedback["probs"]]
+
+    def shown(self) -> Tensor:
+        """[rows, bytes] uint8, all that events tell of these blocks."""
+        blends = [each.flatten(1).view(torch.uint8) for each in self._blends()]
+        return torch.cat((self.record, *blends), dim=1)
+
+    def records(self, shown: NDArray[np.uint8]) -> NDArray[Any]:
+        """What `shown` gave, on the host: [rows] of the fields, and `ids` and `probs` of blends."""
+        kinds = (("ids", np.int64), ("probs", np.float32))
+        blends = zip(kinds, self._blends(), strict=False)
+        more = [(*kind, each.shape[1:]) for kind, each in blends]
+        return shown.view(np.dtype([*self._layout.descr, *more]))
+
     def may_open_next(self, rows: Tensor) -> Tensor:
         """[B] bool, enough of the block is settled and it holds no EOS: the next one may open."""
         if self.strategy.blocks == 1:
@@ -211,6 +246,40 @@ class OpenBlocks:
             if name not in kept:
                 kept[name] = value.new_zeros((len(self.tokens), *value.shape[1:]))
             kept[name][rows] = value.to(kept[name].dtype)
+
+
+def read(all_blocks: Collection[OpenBlocks]) -> Iterator[NDArray[Any]]:
+    """The records of open blocks as they stand: the only wait for the device in a step."""
+    shown = [blocks.shown().flatten() for blocks in all_blocks]
+    on_host = torch.cat(shown).cpu().split([len(each) for each in shown])
+    for blocks, each in zip(all_blocks, on_host, strict=True):
+        yield blocks.records(each.numpy())
+
+
+def _layout(block_length: int) -> np.dtype[Any]:
+    """The fields of an open block, side by side."""
+    positions = (block_length,)
+    return np.dtype(
+        [
+            ("tokens", np.int64, positions),
+            ("step", np.int64),
+            ("confidence", np.float32, positions),
+            ("masked", np.bool_, positions),
+            ("active", np.bool_, positions),
+            ("written", np.bool_, positions),
+            ("flags", np.bool_, (6,)),
+        ],
+        align=True,
+    )
+
+
+def _columns(record: Tensor, layout: np.dtype[Any]) -> State:
+    """The fields of rows [N, bytes] by name, [N, n] each."""
+    found = {}
+    for name, (field, start, *_) in (layout.fields or {}).items():
+        dtype = torch.from_numpy(np.zeros(0, field.base)).dtype
+        found[name] = record[:, start : start + field.itemsize].view(dtype)
+    return found
 
 
 def _with_rows(values: Tensor, num_rows: int) -> Tensor:

@@ -11,22 +11,22 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice
+from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from dmax.decoding.strategy import Strategy
 from dmax.engine.batch import Batch
-from dmax.engine.blocks import OpenBlocks
+from dmax.engine.blocks import OpenBlocks, read
 from dmax.engine.graphs import GraphedSteps
 from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner
 from dmax.engine.scheduler import Scheduler
-from dmax.engine.sequence import Sequence, finished, own_generator
+from dmax.engine.sequence import Sequence, finished, open_last, own_generator
 from dmax.engine.step import step
 from dmax.environment import on_device
 from dmax.outputs import Cost, Load, StreamEvent
@@ -141,33 +141,62 @@ class Engine:
 
     def _take_step(self) -> list[StreamEvent]:
         events = self.prepare()
-        stepped = []
-        flags = []
+        stepped: list[Sequence] = []
         for blocks, batch, sequences in self.batches():
+            act = partial(self._step, blocks, batch, sequences)
+            events.extend(self._together(act, sequences))
+            stepped.extend(sequences)
+        return [*events, *self._settle(self._in_progress(stepped))]
+
+    def _together(
+        self, act: Callable[[list[Sequence]], None], sequences: list[Sequence]
+    ) -> Iterator[StreamEvent]:
+        """Do something for all of these sequences, or for each alone if their strategy raises.
+
+        Returns:
+            The last events of those for which it raises alone.
+        """
+        try:
+            act(sequences)
+        except Exception as error:  # whoever wrote the strategy
+            if len(sequences) == 1:
+                yield self._fail(sequences[0], error)
+            else:
+                for each in sequences:
+                    yield from self._together(act, [each])
+
+    def _settle(self, sequences: list[Sequence]) -> Iterator[StreamEvent]:
+        """Report what a step made of sequences, and open their next blocks."""
+        if not sequences:
+            return
+        used = list(dict.fromkeys(sequence.blocks for sequence in sequences))
+        records = dict(zip(used, read(used), strict=True))
+        events: dict[int, list[StreamEvent]] = {}  # by request
+        for sequence in sequences:
+            own = events.setdefault(sequence.request.index, [])
             try:
-                flags.append(self._step(blocks, batch, sequences))
-                stepped.extend(sequences)
-            except Exception:  # a strategy's, whoever wrote it
-                for sequence in sequences:
-                    result = self._step_alone(blocks, sequence)
-                    if isinstance(result, StreamEvent):
-                        events.append(result)
-                    else:
-                        flags.append(result)
-                        stepped.append(sequence)
-        if not flags:
-            return events
-        found = zip(*torch.cat(flags, dim=1).tolist(), strict=True)  # the only wait for the device
-        for sequence in stepped:
-            own = list(islice(found, len(sequence.rows)))
-            try:
-                for event in sequence.settle(own):
-                    events.append(event)
+                for event in sequence.settle(records[sequence.blocks]):
+                    own.append(event)
                     if event.kind == "finished":
                         self._release(sequence)
-            except Exception as error:  # as above
-                events.append(self._fail(sequence, error))
-        return events
+            except Exception as error:  # as in `_together`
+                own.append(self._fail(sequence, error))
+        for failure in self._open_next(self._in_progress(sequences)):
+            events[failure.index].append(failure)
+        yield from chain.from_iterable(events.values())
+
+    def _open_next(self, sequences: list[Sequence]) -> Iterator[StreamEvent]:
+        """Open the blocks that are due; the last events of requests whose strategy raises."""
+        due: dict[OpenBlocks, list[Sequence]] = {}
+        for sequence in sequences:
+            if sequence.takes_row():
+                due.setdefault(sequence.blocks, []).append(sequence)
+        for opening in due.values():
+            yield from self._together(open_last, opening)
+
+    def _in_progress(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those that have not ended."""
+        return [sequence for sequence in sequences if sequence.slot in self._sequences]
 
     def run(self, requests: Iterable[Request]) -> Iterator[StreamEvent]:
         """Decode the requests; events of different requests interleave.
@@ -234,32 +263,32 @@ class Engine:
         pending = [block for each in sequences for block in each.pending]
         return Batch.of(rows, pending, self.block_length, sequences[0].num_branches)
 
-    def _step(self, blocks: OpenBlocks, batch: Batch, sequences: list[Sequence]) -> Tensor:
-        """Take the step of sequences that share a forward, and count it."""
+    def _step(
+        self,
+        blocks: OpenBlocks,
+        batch: Batch,
+        sharing: list[Sequence],
+        sequences: list[Sequence],
+    ) -> None:
+        """Take the step of all that share a batch, or of one of them alone, and count it."""
         runner = self.runner
+        if len(sequences) < len(sharing):
+            batch = self._batch(sequences)
         noise = None
         if any(sequence.generator is not None for sequence in sequences):
             vocab_size = self.model.config.vocab_size
             noise = torch.cat([each.gumbel_noise(vocab_size) for each in sequences])
             noise = noise.to(runner.device)
         if self._graphs is not None and noise is None:
-            flags = self._graphs(blocks, batch)
+            self._graphs(blocks, batch)
         else:
-            flags = step(runner, blocks, batch.to(runner.device), noise)
+            step(runner, blocks, batch.to(runner.device), noise)
         for sequence in sequences:
             slot = sequence.slot
             runner.cache.commit([slot], len(sequence.pending) * self.block_length)
             if self.prefix_cache is not None and not sequence.cost.num_forwards:
                 self.prefix_cache.store(runner.cache, slot, sequence.request.prompt_ids)
             sequence.count_forward()
-        return flags
-
-    def _step_alone(self, blocks: OpenBlocks, sequence: Sequence) -> Tensor | StreamEvent:
-        """The flags of a step that a sequence takes by itself, or the event that it has failed."""
-        try:
-            return self._step(blocks, self._batch([sequence]), [sequence])
-        except Exception as error:  # of its own strategy
-            return self._fail(sequence, error)
 
     # --- who is in progress ---
 
@@ -278,12 +307,11 @@ class Engine:
 
     def _admit(self) -> Iterator[StreamEvent]:
         """Give free slots to waiting requests; report those that cannot start."""
-        for slot, request in self._scheduler.admit():
-            sequence = self._start(slot, request)
-            try:
-                sequence.open_next(may_open=True)
-            except Exception as error:  # a strategy's
-                yield self._fail(sequence, error)
+        while started := [self._start(*admitted) for admitted in self._scheduler.admit()]:
+            failures = {event.index: event for event in self._open_next(started)}
+            for index in (sequence.request.index for sequence in started):
+                if index in failures:  # its slot is free for another
+                    yield failures[index]
 
     def _start(self, slot: int, request: Request) -> Sequence:
         """Give a slot to a request, and restore what is known of its prompt."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dmax.engine.batch import Row
@@ -31,6 +32,7 @@ class Sequence:
         eos_token_ids: what ends it; none if the request ignores them.
         generator: its own random source; None decodes greedily.
         rows: rows of `blocks` that hold its open blocks, in order.
+        may_open: the last open block allows the next one to open.
         num_branches: branches of the open block that the next forward evaluates.
         pending: tokens of finished blocks whose keys and values the next forward writes. Before
             the first step these are blocks of the prompt.
@@ -46,6 +48,7 @@ class Sequence:
     eos_token_ids: Collection[int]
     generator: torch.Generator | None
     rows: list[int] = field(default_factory=list)
+    may_open: bool = False
     num_branches: int = 1
     pending: list[tuple[int, ...]] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
@@ -98,11 +101,11 @@ class Sequence:
 
     # --- what becomes of it after the forward ---
 
-    def settle(self, flags: Iterable[tuple[bool, ...]]) -> Iterator[StreamEvent]:
-        """Report the open blocks, close those that are done, open the next one.
+    def settle(self, records: NDArray[Any]) -> Iterator[StreamEvent]:
+        """Report the open blocks, close those that are done.
 
         Args:
-            flags: six for each open block, see `dmax.engine.step.decide`.
+            records: of all rows of `blocks`, see `dmax.engine.blocks.read`.
 
         Returns:
             Events; the last one is "finished" if the request is over.
@@ -110,7 +113,8 @@ class Sequence:
         Raises:
             InputError: the logits held a NaN, or the strategy proposed MASK.
         """
-        done, forced, capped, invalid, broken, may_open_next = zip(*flags, strict=True)
+        flags = records["flags"][self.rows]  # [open blocks, 6]
+        done, forced, capped, invalid, broken, may_open_next = flags.T.tolist()
         if any(broken):
             raise InputError(
                 f"the model gave NaN logits for prompt {self.request.number}",
@@ -128,22 +132,30 @@ class Sequence:
             if not is_done:
                 break
             self.cost += Cost(num_capped=int(is_capped))
-            yield self._close(is_forced, is_capped)
+            yield self._close(records, is_forced, is_capped)
             if self.start >= self.end or self._stop() is not None:
                 yield self.finish()
                 return
         if self.request.provisional:
             for row, is_forced in zip(self.rows, forced[-len(self.rows) :], strict=False):
-                yield self._event("provisional", row, is_forced)
-        self.open_next(may_open_next[-1])
+                yield self._event("provisional", records, row, is_forced)
+        self.may_open = may_open_next[-1]
 
-    def open_next(self, may_open: bool) -> None:
-        """Open the next block if none is open, or if the last one allows for it."""
-        start = self.start + len(self.rows) * self.blocks.block_length
+    def takes_row(self) -> bool:
+        """Take a row for the next block if none is open, or if the last one allows for it."""
         free = [row for row in self.blocks.rows_of(self.slot) if row not in self.rows]
-        if not self.rows or (may_open and free and start < self.end):
-            self.blocks.open(free[0], self.request.prompt_ids[start:])
-            self.rows.append(free[0])
+        if self.rows and not (self.may_open and free and self._start_of_next() < self.end):
+            return False
+        self.rows.append(free[0])
+        return True
+
+    def known(self) -> tuple[int, ...]:
+        """What is known of the last open block before its first step: the end of the prompt."""
+        return self.request.prompt_ids[self._start_of_next() - self.blocks.block_length :]
+
+    def _start_of_next(self) -> int:
+        """First position after the open blocks."""
+        return self.start + len(self.rows) * self.blocks.block_length
 
     def finish(self, early: FinishReason = "length") -> StreamEvent:
         """The completion: cut at the first EOS (A14 in docs/paper.md), stop text, or limit."""
@@ -162,9 +174,9 @@ class Sequence:
         found = self.request.find_stop(ids[:stop])
         return stop if found is None else found
 
-    def _close(self, forced: bool, capped: bool) -> StreamEvent:
+    def _close(self, records: NDArray[Any], forced: bool, capped: bool) -> StreamEvent:
         """Turn the first open block into a finished one."""
-        event = self._event("committed", self.rows[0], forced, capped)
+        event = self._event("committed", records, self.rows[0], forced, capped)
         self.rows.pop(0)
         known = self.request.prompt_ids[self.start :]  # the end of the prompt, in its first block
         self.pending.append((*known, *event.token_ids))
@@ -175,30 +187,45 @@ class Sequence:
     def _event(
         self,
         kind: Literal["provisional", "committed"],
+        records: NDArray[Any],
         row: int,
         forced: bool,
         capped: bool = False,
     ) -> StreamEvent:
         """The open block in `row` as it stands."""
-        blocks = self.blocks
+        block = records[row]
         start = self.start + self.rows.index(row) * self.blocks.block_length
         num_prompt = len(self.request.prompt_ids)
         first = max(num_prompt - start, 0)
         return StreamEvent(
             kind=kind,
             text="",
-            token_ids=tuple(blocks.tokens[row, first:].tolist()),
-            masked=tuple(blocks.masked[row, first:].tolist()),
-            confidence=tuple(blocks.confidence[row, first:].tolist()),
+            token_ids=tuple(block["tokens"][first:].tolist()),
+            masked=tuple(block["masked"][first:].tolist()),
+            confidence=tuple(block["confidence"][first:].tolist()),
             position=start + first - num_prompt,
-            step=int(blocks.step[row]),
+            step=block["step"].item(),
             num_forwards=self.cost.num_forwards,
-            written=tuple(blocks.written[row, first:].tolist()),
-            candidates=tuple(blocks.candidates(row)[first:]),
+            written=tuple(block["written"][first:].tolist()),
+            candidates=tuple(_candidates(block)[first:]),
             forced=forced,
             capped=capped,
             index=self.request.index,
         )
+
+
+def _candidates(record: Any) -> list[tuple[tuple[int, float], ...]]:
+    """What the next input of each position blends, if that is more than one token."""
+    if "ids" not in record.dtype.names:
+        return []
+    positions = zip(record["ids"].tolist(), record["probs"].tolist(), strict=True)
+    return [tuple(zip(*each, strict=True)) for each in positions]
+
+
+def open_last(sequences: list[Sequence]) -> None:
+    """Open the last blocks of sequences that are decoded alike."""
+    rows = torch.tensor([each.rows[-1] for each in sequences])
+    sequences[0].blocks.open_all(rows, [each.known() for each in sequences])
 
 
 def finished(

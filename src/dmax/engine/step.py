@@ -77,6 +77,8 @@ def decide(
 
     broken = output.broken.view(len(rows), -1).any(dim=1)
     may_open_next = blocks.may_open_next(rows)
-    return torch.stack(
+    flags = torch.stack(
         (advance.done, advance.forced, advance.capped, advance.invalid, broken, may_open_next)
     )
+    blocks.flags[rows] = flags.T
+    return flags
