@@ -29,7 +29,7 @@ from dmax.tasks.word_problems import problems
 
 MASK = 9
 EOS = 8
-STORED = ("tokens", "masked", "active", "written", "confidence", "step")
+STORED = ("tokens", "masked", "active", "written", "confidence", "step", "flags")
 NAN = float("nan")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 @triton.jit(do_not_specialize=("rows",))  # a view, whose alignment varies
 def _blend_kernel(  # type: ignore[no-untyped-def]
     table, tokens, where, masked, ids, probs, rows, out, size, mask_token_id,
+    token_stride, where_stride, masked_stride,
     L: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The input of one position."""
@@ -24,12 +25,13 @@ def _blend_kernel(  # type: ignore[no-untyped-def]
     out_at = (row * L + tl.program_id(0)) * size
     if rows is not None:
         row = tl.load(rows + row)
-    position = row * L + tl.program_id(0)
+    place = tl.program_id(0)
+    position = row * L + place
     column = tl.arange(0, BLOCK_D)
     inside = column < size
-    is_soft = tl.load(where + position)
+    is_soft = tl.load(where + row * where_stride + place)
     if masked is not None:
-        is_soft = is_soft & ~tl.load(masked + position)
+        is_soft = is_soft & ~tl.load(masked + row * masked_stride + place)
     if is_soft:
         mixed = tl.zeros((BLOCK_D,), tl.float32)
         target = 0.0
@@ -49,7 +51,7 @@ def _blend_kernel(  # type: ignore[no-untyped-def]
             mixed *= target / (tl.sqrt(tl.sum(mixed * mixed)) + 1e-6)
         tl.store(out + out_at + column, mixed.to(out.dtype.element_ty), mask=inside)
     else:
-        token_at = table + tl.load(tokens + position) * size + column
+        token_at = table + tl.load(tokens + row * token_stride + place) * size + column
         tl.store(out + out_at + column, tl.load(token_at, mask=inside), mask=inside)
 
 
@@ -69,14 +71,23 @@ def embed_soft(
     num_rows, length = tokens.shape
     if rows is not None:
         num_rows = len(rows)
-    masked = None if soft.masked is None else soft.masked.contiguous()
+    tokens = _side_by_side(tokens)
+    where = _side_by_side(soft.where)
+    masked = None if soft.masked is None else _side_by_side(soft.masked)
+    masked_stride = 0 if masked is None else masked.stride(0)
     out = torch.empty(num_rows, length, size, dtype=table.dtype, device=table.device)
     block_d = triton.next_power_of_2(size)
     kernel: Any = _blend_kernel
     kernel[length, num_rows](
-        table.contiguous(), tokens.contiguous(), soft.where.contiguous(), masked,
+        table.contiguous(), tokens, where, masked,
         soft.ids.contiguous(), soft.probs.contiguous(), rows, out, size, mask_token_id,
+        tokens.stride(0), where.stride(0), masked_stride,
         L=length, K=soft.ids.shape[-1], RENORMALIZE=soft.renormalize, BLOCK_D=block_d,
         num_warps=8 if block_d > 2048 else 4,
     )  # fmt: skip
     return out
+
+
+def _side_by_side(values: Tensor) -> Tensor:
+    """[B, L] with the positions of a row next to each other, whatever lies between rows."""
+    return values if values.stride(1) == 1 else values.contiguous()

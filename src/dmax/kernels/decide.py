@@ -25,6 +25,8 @@ MAX_BLOCK_LENGTH = 128  # one warp has a whole block in its registers
 class Blocks(Protocol):
     """What `dmax.engine.blocks.OpenBlocks` knows of S rows; read and written where it is.
 
+    All but the settings and the feedback are views of one tensor of bytes.
+
     Attributes:
         tokens: [S, L] int64.
         masked: [S, L] bool.
@@ -32,6 +34,7 @@ class Blocks(Protocol):
         written: [S, L] bool.
         confidence: [S, L] float32.
         step: [S] int64.
+        flags: [S, 6] bool, those of the last step; only written.
         max_steps: [S] int64, only read.
         numbers: [S, 1] float32 each, only read: `threshold` and `stop_confidence`.
         feedback: `ids` [S, L, k] int64 and `probs` [S, L, k] float32, if there are soft inputs.
@@ -44,6 +47,7 @@ class Blocks(Protocol):
     written: Tensor
     confidence: Tensor
     step: Tensor
+    flags: Tensor
     max_steps: Tensor
     numbers: dict[str, Tensor]
     feedback: dict[str, Tensor]

@@ -13,11 +13,15 @@ from torch import Tensor
 @triton.jit(do_not_specialize=("rows", "num_blocks"))
 def _decide_kernel(  # type: ignore[no-untyped-def]
     tokens, masked, active, written, confidence, step, max_steps, threshold, stop_confidence,
-    fed_ids, fed_probs, rows, ids, probs, broken, flags, num_blocks, mask_token_id,
+    kept_flags, fed_ids, fed_probs, rows, ids, probs, broken, flags, num_blocks, mask_token_id,
+    long_stride, float_stride, byte_stride,
     L: tl.constexpr, K: tl.constexpr, PREFIX_ONLY: tl.constexpr,
     STOP_ON_CONFIDENCE: tl.constexpr, STOP_ON_CONSISTENCY: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """One block: its row of `tokens` and of what goes with them is read and written in place."""
+    """One block: its row of `tokens` and of what goes with them is read and written in place.
+
+    These lie side by side in the bytes of a row, so they share strides as far as their types do.
+    """
     block = tl.program_id(0)
     row = tl.load(rows + block)
 
@@ -29,16 +33,18 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
 
     position = tl.arange(0, BLOCK_L)
     inside = position < L  # the rest is read as zeros, neither masked nor active
-    at = row * L + position
+    token_at = row * long_stride + position
+    byte_at = row * byte_stride + position
+    fed_at = (row * L + position) * K
     predicted_at = (block.to(tl.int64) * L + position) * K
 
-    old_tokens = tl.load(tokens + at, mask=inside, other=0)
-    is_masked = tl.load(masked + at, mask=inside, other=0)
-    is_active = tl.load(active + at, mask=inside, other=0)
+    old_tokens = tl.load(tokens + token_at, mask=inside, other=0)
+    is_masked = tl.load(masked + byte_at, mask=inside, other=0)
+    is_active = tl.load(active + byte_at, mask=inside, other=0)
     is_decoded = is_active & ~is_masked
     new_tokens = tl.load(ids + predicted_at, mask=inside, other=0)
     sureness = tl.load(probs + predicted_at, mask=inside, other=0.0)
-    num_steps = tl.load(step + row)
+    num_steps = tl.load(step + row * long_stride)
     is_last = num_steps >= tl.load(max_steps + row) - 1
 
     # Promote masked positions and revise those decoded earlier. At the cap no mask is left.
@@ -48,17 +54,17 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
     if is_last:
         stays_masked = tl.zeros_like(is_undecided)
     is_written = (is_masked | is_decoded) & ~stays_masked
-    tl.store(tokens + at, tl.where(is_written, new_tokens, old_tokens), mask=inside)
-    tl.store(masked + at, stays_masked, mask=inside)
-    tl.store(written + at, is_written, mask=inside)
-    tl.store(confidence + at, sureness, mask=inside)
-    tl.store(step + row, num_steps + 1)
+    tl.store(tokens + token_at, tl.where(is_written, new_tokens, old_tokens), mask=inside)
+    tl.store(masked + byte_at, stays_masked, mask=inside)
+    tl.store(written + byte_at, is_written, mask=inside)
+    tl.store(confidence + row * float_stride + position, sureness, mask=inside)
+    tl.store(step + row * long_stride, num_steps + 1)
 
     # Feed back what was decoded as blends; the masks say which positions these are.
     if fed_ids is not None:
         for rank in tl.static_range(K):
-            _copy(ids + predicted_at + rank, fed_ids + at * K + rank, inside)
-            _copy(probs + predicted_at + rank, fed_probs + at * K + rank, inside)
+            _copy(ids + predicted_at + rank, fed_ids + fed_at + rank, inside)
+            _copy(probs + predicted_at + rank, fed_probs + fed_at + rank, inside)
 
     # Converged? A promotion counts as a change, so no mask may have been left before.
     has_changed = is_decoded & (new_tokens != old_tokens)
@@ -70,12 +76,20 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
 
     is_mask_token = is_written & (new_tokens == mask_token_id)
     is_broken = tl.load(broken + block * L + position, mask=inside, other=0)
-    tl.store(flag, converged | is_last)
-    tl.store(flag + num_blocks, False)  # forced: where a mask was, one has been promoted
-    tl.store(flag + 2 * num_blocks, is_last & ~converged)
-    tl.store(flag + 3 * num_blocks, _count(is_mask_token) > 0)
-    tl.store(flag + 4 * num_blocks, _count(is_broken) > 0)
-    tl.store(flag + 5 * num_blocks, False)  # one block is open, so no next one may open early
+    kept = kept_flags + row * byte_stride
+    _tell(flag, kept, converged | is_last)
+    _tell(flag + num_blocks, kept + 1, False)  # forced: where a mask was, one has been promoted
+    _tell(flag + 2 * num_blocks, kept + 2, is_last & ~converged)
+    _tell(flag + 3 * num_blocks, kept + 3, _count(is_mask_token) > 0)
+    _tell(flag + 4 * num_blocks, kept + 4, _count(is_broken) > 0)
+    _tell(flag + 5 * num_blocks, kept + 5, False)  # one block is open: no next one may open early
+
+
+@triton.jit
+def _tell(flag, kept, value):  # type: ignore[no-untyped-def]
+    """A flag of a block, for who called and for who reads the row later."""
+    tl.store(flag, value)
+    tl.store(kept, value)
 
 
 @triton.jit
@@ -142,8 +156,10 @@ def decide(
     kernel[(num_blocks,)](
         blocks.tokens, blocks.masked, blocks.active, blocks.written, blocks.confidence,
         blocks.step, blocks.max_steps, blocks.numbers["threshold"],
-        blocks.numbers["stop_confidence"], *fed_back, rows, ids, predicted.probs.contiguous(),
-        predicted.broken.contiguous(), flags, num_blocks, blocks.mask_token_id,
+        blocks.numbers["stop_confidence"], blocks.flags, *fed_back, rows, ids,
+        predicted.probs.contiguous(), predicted.broken.contiguous(), flags, num_blocks,
+        blocks.mask_token_id, blocks.tokens.stride(0), blocks.confidence.stride(0),
+        blocks.masked.stride(0),
         L=length, K=k, PREFIX_ONLY=prefix_only, STOP_ON_CONFIDENCE=stop_on_confidence,
         STOP_ON_CONSISTENCY=stop_on_consistency, BLOCK_L=triton.next_power_of_2(length),
         num_warps=1,
