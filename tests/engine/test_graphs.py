@@ -8,14 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from parts import L, confident, engine_of, random_prompts, recorder, request, run, scripted
+from parts import (
+    L,
+    confident,
+    dense_decoder,
+    engine_of,
+    random_prompts,
+    recorder,
+    request,
+    run,
+    scripted,
+)
 from torch import Tensor
 
+from dmax.decoding import get_strategy
 from dmax.decoding.threshold import ThresholdDecoding
 from dmax.engine.batch import Batch
-from dmax.engine.graphs import CudaCapture, GraphedSteps, Replay
+from dmax.engine.graphs import SPAN, CudaCapture, GraphedSteps, Replay
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner
+from dmax.engine.warm_up import warm_up
+from dmax.kernels import using
 from dmax.params import DecodingParams
 
 Golden = tuple[str, Any, dict[str, Any]]
@@ -258,6 +271,78 @@ def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(captured) == 2  # the first time again
     flags_of(2)
     assert len(captured) == 3
+
+
+# --- before the first request ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["spd", "threshold", "mbd"])
+def test_a_warm_engine_captures_nothing_more(
+    strategy: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    captured = list[Replay]()
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
+    engine = scripted(random_table(), react=3.0, cuda_graphs=True, max_batch_size=3)
+    params = DecodingParams(strategy)
+    with caplog.at_level("INFO", "dmax.engine"):
+        warm_up(engine, params)
+    num_open = 4 * get_strategy(params).blocks  # three are filled up to four
+    num_sizes = num_open.bit_length()
+    # With no block pending, the rows may also lie in order, and then are read without a copy.
+    expected = num_sizes * (num_sizes + 2)
+    assert len(captured) == expected
+    assert caplog.messages[-1].startswith(f"captured {num_sizes * (num_sizes + 1)} of ")
+    requests = [
+        request((1,) * length, n, strategy=strategy, threshold=0.3, temperature=temperature)
+        for n, (length, temperature) in enumerate([(3 * L, 0.0), (9, 0.0), (1, 0.5), (6 * L, 0.0)])
+    ]
+    for several in ([requests[0]], [requests[1]], requests[1:]):
+        run(engine, *several)
+    assert len(captured) == expected
+    warm_up(engine, params)
+    assert len(captured) == expected
+
+
+def test_a_warm_up_plans_for_what_will_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder([]))
+    for given, planned in (({}, 64), ({"max_length": 3 * L + 1}, 4 * L), ({"max_length": L}, L)):
+        engine = scripted(random_table(), cuda_graphs=True, max_batch_size=2, **given)
+        warm_up(engine, DecodingParams("spd"))
+        cache = engine.runner.cache
+        assert (cache.capacity, len(cache.lengths)) == (planned, 2 + 1)
+    engine = scripted(random_table(), max_batch_size=2)  # on a CPU
+    warm_up(engine, DecodingParams("spd"))
+    assert engine.model.num_calls > 0 and not engine.is_busy()
+
+
+@pytest.mark.parametrize(("in_place", "num_graphs"), [(False, 2 * 4), (True, 2)])
+def test_the_graphs_of_a_long_request(
+    in_place: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with a pending block and without, of each span unless attention reads in place."""
+    captured = list[Replay]()
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
+    monkeypatch.setattr(ModelRunner, "reads_in_place", in_place)
+    length = 4 * SPAN
+    tokens = torch.arange(length) % 8 + 1
+    engine = scripted(confident(tokens.tolist(), 0.6), cuda_graphs=True)
+    long = request((1,) * (6 * L), max_new_tokens=length - 6 * L, ignore_eos=True)
+    assert run(engine, long)[0].token_ids == tuple(tokens[6 * L :].tolist())
+    assert len(captured) == num_graphs
+
+
+def test_attention_reads_in_place_where_our_kernels_run(golden: Golden) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    _, checkpoint, _ = golden
+    runner = ModelRunner(checkpoint.model, checkpoint.special_ids, num_slots=1, capacity=128)
+    dense = dense_decoder(vocab_size=40)
+    other = ModelRunner(dense.model, dense.special_ids, num_slots=1, capacity=128)
+    assert not runner.reads_in_place
+    with torch.inference_mode(), using("triton"):
+        assert runner.reads_in_place
+        with torch.autocast("cpu", torch.bfloat16):  # heads of another dtype than the cache
+            assert not runner.reads_in_place
+        assert not other.reads_in_place
 
 
 # --- the device -----------------------------------------------------------------------------------

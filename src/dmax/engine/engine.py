@@ -25,7 +25,7 @@ from dmax.engine.graphs import GraphedSteps
 from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner
-from dmax.engine.scheduler import Scheduler
+from dmax.engine.scheduler import SHORT_PROMPT, Scheduler
 from dmax.engine.sequence import Sequence, finished, open_last, own_generator
 from dmax.engine.step import step
 from dmax.environment import on_device
@@ -219,6 +219,20 @@ class Engine:
                 self._release(sequence)
             for request in list(self._scheduler.waiting):
                 self._scheduler.drop(request)
+
+    def capture(self, strategy: Strategy, capacity: int) -> None:
+        """Plan for so many positions, and capture the steps of a strategy for all numbers of rows.
+
+        Nothing may be in progress. Where steps are not captured, only memory is planned.
+        """
+        batch_size = self.options.max_batch_size
+        self._plan(batch_size, capacity)
+        if self._graphs is not None:
+            turn = _TURNS.setdefault(self.model, threading.Lock())
+            with turn, torch.inference_mode(), on_device(self._device):
+                num_open = batch_size * strategy.blocks
+                blocks = self._blocks_for(strategy)
+                self._graphs.warm_up(blocks, num_open, max(num_open, SHORT_PROMPT))
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raises `InputError` for a request that can never fit."""

@@ -3,7 +3,8 @@
 A graph replays fixed addresses and shapes. What varies between steps of one shape (slots,
 positions, finished tokens) comes in through the two tensors of a batch; all else lives in tensors
 that the engine never moves. Batches are filled up to the next of a few sizes with rows of a slot
-that no request uses, and the span of the cache is rounded up, so that a few graphs are enough.
+that no request uses, so that a few graphs are enough. Where attention reads the cache in place,
+a graph serves every length of the context; elsewhere the span of the cache is rounded up.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class GraphedSteps:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
+        self._spare_slot = len(runner.cache.lengths) - 1
         self._capture = CudaCapture()
         # By open blocks and shape; None: the shape came once.
         self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay] | None] = {}
@@ -103,6 +105,28 @@ class GraphedSteps:
         # A copy: the graph of the next group may write where this one has put its flags.
         return replay()[:, :num_blocks].clone()
 
+    def warm_up(self, blocks: OpenBlocks, num_open: int, num_pending: int) -> None:
+        """Capture the steps of up to so many open and pending blocks, each in one row.
+
+        Where attention does not read the cache in place, these are steps of the shortest span.
+        """
+        length = blocks.block_length
+        for row in blocks.rows_of(self._spare_slot):
+            blocks.open(row, (0,) * length)  # with nothing left to decode
+        sizes = {
+            (_power_of_two(opened), _power_of_two(pending))
+            for opened in range(1, num_open + 1)
+            for pending in range(num_pending + 1)
+        }
+        for number, (opened, pending) in enumerate(sorted(sizes, reverse=True), 1):
+            where = self._idle(blocks, pending + opened)
+            tokens = torch.zeros(pending, length, dtype=torch.long)
+            for in_order in {False, not pending}:  # a sequence with a pending block has two rows
+                for _ in range(2):
+                    self(blocks, Batch(where, tokens, 1, length, in_order))
+            if number % 10 == 0 or number == len(sizes):
+                logger.info("captured %d of %d steps", number, len(sizes))
+
     def _recorded(self, run: Replay) -> Replay:
         """The step as a graph, or as it is if no graph can hold it."""
         try:
@@ -119,23 +143,26 @@ class GraphedSteps:
         self._captured = {key: kept for key, kept in self._captured.items() if key[0] is not blocks}
 
     def _filled(self, blocks: OpenBlocks, batch: Batch) -> Batch:
-        """Pending and open blocks filled up to powers of two, the span rounded up."""
+        """Pending and open blocks filled up to powers of two, the span rounded up or all of it."""
         num_blocks = len(batch.rows)
         more_pending = _power_of_two(batch.num_pending) - batch.num_pending
         more_open = (_power_of_two(num_blocks) - num_blocks) * batch.num_branches
         pending, opened = batch.where.tensor_split((batch.num_pending,), dim=1)
         rows = (pending, self._idle(blocks, more_pending), opened, self._idle(blocks, more_open))
+        capacity = self.runner.cache.capacity
+        is_in_place = self.runner.reads_in_place
+        has_more = bool(more_pending or more_open)
         return replace(
             batch,
             where=torch.cat(rows, dim=1),
             pending=F.pad(batch.pending, (0, 0, 0, more_pending)),
-            span=min(-(-batch.span // SPAN) * SPAN, self.runner.cache.capacity),
-            in_order=batch.in_order and not more_pending and not more_open,
+            span=capacity if is_in_place else min(-(-batch.span // SPAN) * SPAN, capacity),
+            in_order=batch.in_order and not has_more and not is_in_place,
         )
 
     def _idle(self, blocks: OpenBlocks, num: int) -> Tensor:
         """[5, num] rows of the spare slot, which has nothing in the cache."""
-        slot = len(self.runner.cache.lengths) - 1
+        slot = self._spare_slot
         row = blocks.rows_of(slot).start
         return torch.tensor((slot, 0, 0, row, -1))[:, None].repeat(1, num)
 

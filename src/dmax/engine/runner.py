@@ -17,6 +17,7 @@ from dmax.cache import BlockCache, CacheWindow
 from dmax.confidence import Candidates
 from dmax.decoding.block import Output
 from dmax.engine.batch import Batch
+from dmax.kernels import autocast_dtype, can_fuse
 from dmax.kernels.lm_head import lm_head_top_k
 from dmax.special_ids import SpecialIds, reads_shifted
 
@@ -74,6 +75,16 @@ class ModelRunner:
         if compiled:  # another runner, for more or longer sequences, uses the same code
             for layer in (*self.cache.keys, *self.cache.values):
                 _mark_dynamic(layer, 0, 1)
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether attention finds each row's part of the cache by itself, whatever the span is."""
+        store = self.cache.keys[0]
+        return (
+            getattr(self.model, "attends_in_place", False)
+            and can_fuse(store)
+            and autocast_dtype(store) in (None, store.dtype)
+        )
 
     @torch.no_grad()
     def prefill(self, slots: list[int], tokens: Tensor) -> None:

@@ -310,6 +310,7 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
     has_linear_head = True  # logits are hidden states times `lm_head.weight` and nothing else
+    attends_in_place = True  # `block_attention` finds a row's keys and values in the cache
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
