@@ -19,6 +19,7 @@ import torch
 from dmax import LLM, DecodingParams, GenerationOutput, InputError, StreamEvent
 from dmax.checkpoint import load_checkpoint, save_checkpoint
 from dmax.engine.engine import Engine
+from dmax.engine.warm_up import warm_up
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.outputs import Load
 from dmax.special_ids import SpecialIds
@@ -621,6 +622,31 @@ def test_a_model_on_a_gpu_sums_its_products_in_float32(
     monkeypatch.setattr("dmax.llm.sum_in_float32", devices.append)
     LLM.from_checkpoint(llm.checkpoint)
     assert devices == [llm.model.device]
+
+
+def test_a_model_gets_ready_when_it_is_loaded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[Engine, DecodingParams]]()
+
+    def watched(engine: Engine, params: DecodingParams) -> None:
+        asked.append((engine, params))
+        warm_up(engine, params)
+
+    monkeypatch.setattr("dmax.llm.warm_up", watched)
+    warm = LLM.from_checkpoint(llm.checkpoint, warm_up=True)
+    ((engine, params),) = asked
+    assert params.strategy == llm.resolve(DecodingParams()).strategy
+    planned = engine.runner
+    assert warm.generate(TEXTS, PARAMS) == llm.generate(TEXTS, PARAMS)
+    assert engine.runner is planned  # the same engine, in the memory that it had
+    warm.close()
+
+
+def test_what_a_model_cannot_get_ready_for_is_an_error_when_it_is_loaded(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmax.cache.total_memory", lambda device: 2**10)
+    with pytest.raises(InputError, match="keys and values of 16 sequences of .* positions take"):
+        LLM.from_checkpoint(llm.checkpoint, warm_up=True)
 
 
 def test_graphs_are_refused_where_nothing_captures_them(llm: LLM) -> None:

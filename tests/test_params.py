@@ -189,6 +189,7 @@ def test_stop_texts_are_few_and_short(stop: Any) -> None:
         ("prefill_tokens", "512", "a whole number of at least 1"),
         ("cuda_graphs", "yes", "true, false or None"),
         ("compile_model", "no", "true or false"),  # a string would count as true
+        ("warm_up", "no", "true or false"),
     ],
 )
 def test_bad_options_of_the_engine_are_named(name: str, value: Any, allowed: str) -> None:
@@ -205,4 +206,5 @@ def test_an_engine_without_a_plan_is_the_default() -> None:
         "prefix_cache_mib": 0,
         "cuda_graphs": None,
         "compile_model": False,
+        "warm_up": False,
     }

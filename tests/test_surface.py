@@ -78,7 +78,8 @@ COMMANDS = {
     ),
     "serve": (
         "arguments --model -m --host --port --dtype --quantization --device --compile --max-length "
-        "--engine --api-key-file --allowed-host --cors-origin --max-batch-size --max-queue "
+        "--warm-up --no-warm-up --engine --api-key-file --allowed-host --cors-origin "
+        "--max-batch-size --max-queue "
         "--max-prompt-tokens --max-new-tokens --max-total-tokens --max-choices --max-body-bytes "
         "--max-json-depth --max-connections --max-buffered-bytes --max-seconds --header-seconds "
         "--body-seconds --shutdown-timeout --log-json --log-file"

@@ -17,6 +17,7 @@ from dmax.decoding import FALLBACK
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
 from dmax.engine.thread import Call, EngineThread, Events
+from dmax.engine.warm_up import warm_up
 from dmax.environment import lacks_compiler, select_device, select_dtype, sum_in_float32
 from dmax.errors import InputError, did_you_mean, shorten, show, translated
 from dmax.kernels.quant import Format
@@ -114,6 +115,10 @@ class LLM:
             checkpoint.model.device,
         )
         self._has_told = False
+        if options.warm_up:
+            engine = self.engine()
+            warm_up(engine, self.resolve(DecodingParams()))
+            self._thread.adopt(engine)
 
     @translated()
     def generate(

@@ -197,6 +197,10 @@ class EngineOptions:
         compile_model: have `torch.compile` fuse the small operations of a forward. The first two
             forwards take half a minute longer, which long jobs earn back (docs/performance.md). On
             a CPU it takes a C++ compiler.
+        warm_up: have a model get ready when it is loaded: steps of its own strategy are captured
+            for all numbers of rows up to `max_batch_size`, and a first request is decoded. On a GPU
+            that takes some ten seconds, which the first requests would wait otherwise. Say
+            `max_length`, too: a request of more positions than 4,096 would have it done anew.
 
     Raises:
         InputError: a value out of range or of the wrong type.
@@ -208,6 +212,7 @@ class EngineOptions:
     prefix_cache_mib: int = whole(0, high=2**24)
     cuda_graphs: bool | None = None
     compile_model: bool = False
+    warm_up: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -67,6 +67,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 CompileModel = Annotated[
     bool, typer.Option("--compile", help="compile the model; pays in long runs")
 ]
+WarmUp = Annotated[
+    bool,
+    typer.Option("--warm-up/--no-warm-up", help="capture and compile before the first request"),
+]
 Quantization = Annotated[str | None, typer.Option(help="of the experts: int8, fp8 or int4")]
 SummaryFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="JSON file for the summary")

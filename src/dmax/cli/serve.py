@@ -103,6 +103,7 @@ def serve(
     device: options.Device = "auto",
     compile_model: options.CompileModel = False,
     max_length: MaxLength = None,
+    warm_up: options.WarmUp = True,
     engine: EngineName = "dmax",
     api_key_file: KeyFile = None,
     allowed_host: AllowedHosts = None,
@@ -154,6 +155,7 @@ def _serve(given: Mapping[str, Any]) -> None:
     from dmax.serve.metrics import Metrics, router
     from dmax.serve.run import bind, leave, run, url_of
 
+    logging.getLogger("dmax.engine").setLevel(logging.INFO)  # how a warm-up goes on
     settings = _settings(given, read_keys(given["api_key_file"]))
     with bind(given["host"], given["port"]) as listener:
         if not (settings.api_keys or is_loopback(given["host"])):
@@ -185,7 +187,7 @@ def _model(name: str, given: Mapping[str, Any], settings: ServerOptions) -> Serv
     from dmax.llm import LLM
     from dmax.serve.served import ServedModel
 
-    chosen = "dtype device quantization compile_model max_length max_batch_size".split()
+    chosen = "dtype device quantization compile_model max_length max_batch_size warm_up".split()
     return ServedModel(name, partial(LLM, name, **{key: given[key] for key in chosen}), settings)
 
 

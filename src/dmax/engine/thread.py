@@ -204,6 +204,11 @@ class EngineThread:
     def __del__(self) -> None:
         self._inbox.put(lambda thread: thread._end())  # wakes it: it finds that nobody is left
 
+    def adopt(self, engine: Engine) -> None:
+        """Decode with an idle engine what is asked for as its maker would; before anything is."""
+        autocast = ThreadSettings.of_this_thread(self._device).autocast
+        self._engines[engine.block_length, autocast] = engine
+
     # --- what callers use ---
 
     def submit(self, requests: Sequence[Request], events: Events | None = None) -> Call:
