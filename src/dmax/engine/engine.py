@@ -7,14 +7,11 @@ block ends after at most its cap on steps; a request with broken logits ends wit
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,7 +21,7 @@ from dmax.engine.blocks import OpenBlocks, read
 from dmax.engine.graphs import GraphedSteps
 from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
-from dmax.engine.runner import ModelRunner
+from dmax.engine.runner import ModelRunner, in_turn
 from dmax.engine.scheduler import SHORT_PROMPT, Scheduler
 from dmax.engine.sequence import Sequence, finished, open_last, own_generator
 from dmax.engine.step import step
@@ -35,12 +32,6 @@ from dmax.special_ids import SpecialIds
 
 MAX_IDLE = 8
 """Open blocks of this many strategies are kept when no request uses them."""
-
-_TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
-"""By model: whose step it is. A fork begins without those that were held in its parent."""
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_TURNS.clear)
 
 
 class Engine:
@@ -135,8 +126,7 @@ class Engine:
         A request that cannot go on ends with a "finished" event that carries its error; the others
         are not concerned.
         """
-        turn = _TURNS.setdefault(self.model, threading.Lock())
-        with turn, torch.inference_mode(), on_device(self._device):
+        with in_turn(self.model, self._device):
             return self._take_step()
 
     def _take_step(self) -> list[StreamEvent]:
@@ -228,9 +218,8 @@ class Engine:
         batch_size = self.options.max_batch_size
         self._plan(batch_size, capacity)
         if self._graphs is not None:
-            turn = _TURNS.setdefault(self.model, threading.Lock())
-            with turn, torch.inference_mode(), on_device(self._device):
-                num_open = batch_size * strategy.blocks
+            num_open = batch_size * strategy.blocks
+            with in_turn(self.model, self._device):
                 blocks = self._blocks_for(strategy)
                 self._graphs.warm_up(blocks, num_open, max(num_open, SHORT_PROMPT))
 

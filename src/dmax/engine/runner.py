@@ -5,7 +5,12 @@ R rows of blocks, L block length, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +22,24 @@ from dmax.cache import BlockCache, CacheWindow
 from dmax.confidence import Candidates
 from dmax.decoding.block import Output
 from dmax.engine.batch import Batch
+from dmax.environment import on_device
 from dmax.kernels import autocast_dtype, can_fuse
 from dmax.kernels.lm_head import lm_head_top_k
 from dmax.special_ids import SpecialIds, reads_shifted
+
+_TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+"""By model: whose turn it is. A fork begins without those that were held in its parent."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TURNS.clear)
+
+
+@contextmanager
+def in_turn(model: Any, device: torch.device) -> Iterator[None]:
+    """Have a model for oneself, on its device; engines in different threads take turns."""
+    turn = _TURNS.setdefault(model, threading.Lock())
+    with turn, torch.inference_mode(), on_device(device):
+        yield
 
 
 class ModelRunner:
