@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from dmax.benchmark.shapes import BLOCK_LENGTH
 from dmax.checkpoint import Checkpoint
 from dmax.environment import select_device
 from dmax.errors import InputError
+from dmax.kernels import has_triton, triton_kernels
 from dmax.params import check_number
 
 PUBLISHED = 1338.0
@@ -121,6 +122,7 @@ class Variant:
         cuda_graphs: whether steps are captured.
         compiled: whether forwards are compiled.
         routing: of the blocks of a forward.
+        early: whether our kernels start before the ones they follow have ended.
     """
 
     label: str
@@ -129,10 +131,12 @@ class Variant:
     cuda_graphs: bool = True
     compiled: bool = False
     routing: Literal["replayed", "uniform"] = "replayed"
+    early: bool = False
 
 
 VARIANTS = (
     Variant("engine"),
+    Variant("kernels that start early", early=True),
     Variant("engine, uniform routing", routing="uniform"),
     Variant("compiled", compiled=True),
     Variant("without CUDA graphs", cuda_graphs=False),
@@ -188,7 +192,7 @@ def variant_row(
     route(checkpoint, variant.routing, num_blocks, options.distinct)
     model.set_experts_implementation(variant.experts)
     model.has_linear_head = variant.fused_head
-    with nullcontext() if variant.experts == "fused_moe" else without_kernels():
+    with kernels_of(variant):
         row = step_row(
             checkpoint,
             variant.label,
@@ -200,6 +204,16 @@ def variant_row(
     model.has_linear_head = True
     model.set_experts_implementation("fused_moe")
     return row
+
+
+def kernels_of(variant: Variant) -> AbstractContextManager[None]:
+    """Within it the kernels are those of the variant."""
+    if variant.experts != "fused_moe":
+        return without_kernels()
+    if variant.early and has_triton():
+        early: AbstractContextManager[None] = triton_kernels("pdl").overlapping(True)
+        return early
+    return nullcontext()
 
 
 def route(checkpoint: Checkpoint, routing: str, num_blocks: int, distinct: float) -> None:

@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import resources, streaming_loops
+from machine_code import (
+    accesses_before_wait,
+    disassemble,
+    read_code,
+    resources,
+    streaming_loops,
+)
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -169,13 +175,15 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
 def facts(name: str, kernel: Any) -> dict[str, Any]:
     """Of a compiled kernel: shared memory, registers, bytes spilled, and what its loops do."""
     cubin: bytes = kernel.asm["cubin"]
+    code = read_code(disassemble(cubin))
     is_streaming = "cp.async" in kernel.asm["ptx"]
     return {
         "kernel": name,
         "triton": triton.__version__,
         "shared": kernel.metadata.shared,
         **resources(cubin),
-        "loops": list(streaming_loops(cubin)) if is_streaming else [],
+        "before_wait": accesses_before_wait(code),
+        "loops": list(streaming_loops(code)) if is_streaming else [],
     }
 
 

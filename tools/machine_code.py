@@ -40,6 +40,8 @@ CONVERSIONS = {"F2F", "F2I", "I2F"}  # one number at a time
 XU = {"BREV", "FLO", "FRND", "MUFU", "POPC"} | CONVERSIONS
 MEMORY = set("ATOM ATOMG ATOMS LD LDG LDGSTS LDL LDS LDSM RED SHFL ST STG STL STS STSM".split())
 LOCAL = {"LDL", "STL"}
+GLOBAL = set("ATOM ATOMG LD LDG LDGSTS RED ST STG".split())
+WAIT = "ACQBULK"  # until earlier kernels have written everything (`griddepcontrol.wait`)
 TENSOR = {"HGMMA", "HMMA", "IGMMA", "IMMA", "QGMMA"}
 # Names of the pointers to what a kernel streams; all else it loads is small or is read again.
 STREAMED = re.compile(r"tl\.load\(\s*(weight|k_at|v_at)")
@@ -122,6 +124,17 @@ def read_code(text: str) -> Code:
             code.append((before, Instruction(found[2], suffixes, target, file, line)))
             before = None
     return code
+
+
+def accesses_before_wait(code: Code) -> list[str] | None:
+    """Instructions that touch global memory before earlier kernels are waited for.
+
+    None for a kernel that does not wait: it is not started before they have ended.
+    """
+    names = [each.name for _, each in code]
+    if WAIT not in names:
+        return None
+    return [name for name in names[: names.index(WAIT)] if name in GLOBAL]
 
 
 def innermost_loops(code: Code) -> list[list[Instruction]]:
@@ -214,8 +227,8 @@ def of_loop(loop: Sequence[Instruction]) -> dict[str, Any]:
     }
 
 
-def streaming_loops(cubin: bytes) -> Iterator[dict[str, Any]]:
+def streaming_loops(code: Code) -> Iterator[dict[str, Any]]:
     """The innermost loops that copy weights, or keys and values, to shared memory."""
-    for loop in innermost_loops(read_code(disassemble(cubin))):
+    for loop in innermost_loops(code):
         if streamed_bytes(loop):
             yield of_loop(loop)

@@ -29,6 +29,7 @@ def output(tool: str, *arguments: str, triton: Path | None = None) -> list[str]:
     """What a program prints that has Triton's compiler, not its interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["DMAX_PDL"] = "1"  # which adds two instructions to each kernel
     if triton is not None:
         paths = (str(triton), environment.get("PYTHONPATH", ""))
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -74,6 +75,13 @@ def test_every_kernel_that_reads_much_has_a_loop_that_streams(compiled: Compiled
     assert [each for each in compiled if each["kernel"] in names and not each["loops"]] == []
 
 
+def test_kernels_that_start_early_touch_nothing_before_they_may(compiled: Compiled) -> None:
+    """Programmatic dependent launch; some part of every kernel reads what one before it wrote."""
+    early = {each["kernel"] for each in compiled if each["before_wait"] is not None}
+    assert early == {"_norm_kernel", "_blend_kernel", "_decide_kernel"}
+    assert [each for each in compiled if each["before_wait"]] == []
+
+
 def test_loops_run_on_tensor_cores_and_keep_to_registers(compiled: Compiled) -> None:
     assert [name for name, loop in loops(compiled) if not loop["tensor"]] == []
     assert [name for name, loop in loops(compiled) if loop["local"]] == []
@@ -106,6 +114,7 @@ def test_experts_compile_for_an_a100() -> None:
     products = [each for each in compiled if each["kernel"] != "_route_kernel"]
     assert [each for each in products if not each["loops"]] == []
     assert [name for name, loop in loops(products) if not loop["tensor"]] == []
+    assert [each for each in compiled if each["before_wait"] is not None] == []
 
 
 def test_a_step_has_few_kernels() -> None:

@@ -79,3 +79,17 @@ def test_what_a_loop_does(loop: list[machine_code.Instruction]) -> None:
     assert (told["conversions"], told["local"], told["tensor"]) == (1, 0, 2)
     assert told["copies"] == [8, 16]
     assert told["ceilings"]["shared"] == round(768 / 14 * 132 * 1.755e9 / 1e12, 2)
+
+
+def test_what_is_touched_before_the_wait() -> None:
+    listing = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E R2, desc[UR4][R2.64] ;
+        /*0020*/                   LDS R3, [R4] ;
+        /*0030*/                   ACQBULK ;
+        /*0040*/                   STG.E desc[UR4][R2.64], R5 ;
+        /*0050*/                   EXIT ;
+    """
+    assert machine_code.accesses_before_wait(machine_code.read_code(listing)) == ["LDG"]
+    without = machine_code.read_code(listing.replace("ACQBULK", "NOP"))
+    assert machine_code.accesses_before_wait(without) is None

@@ -1,7 +1,7 @@
 """Kernels for the hardware at hand, each with a twin in plain PyTorch.
 
 `name.py` holds the function to call and its twin. `name_triton.py` holds the Triton kernels: these
-files are the only ones that import triton, and they import nothing else of dmax.
+files are the only ones that import triton, and they import nothing of dmax but each other.
 """
 
 from __future__ import annotations

@@ -13,14 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax.kernels.pdl_triton import begin, launch_options
+
 
 @triton.jit(do_not_specialize=("rows",))  # a view, whose alignment varies
 def _blend_kernel(  # type: ignore[no-untyped-def]
     table, tokens, where, masked, ids, probs, rows, out, size, mask_token_id,
     token_stride, where_stride, masked_stride,
     L: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The input of one position."""
+    begin(PDL)
     row = tl.program_id(1).to(tl.int64)
     out_at = (row * L + tl.program_id(0)) * size
     if rows is not None:
@@ -83,7 +87,7 @@ def embed_soft(
         soft.ids.contiguous(), soft.probs.contiguous(), rows, out, size, mask_token_id,
         tokens.stride(0), where.stride(0), masked_stride,
         L=length, K=soft.ids.shape[-1], RENORMALIZE=soft.renormalize, BLOCK_D=block_d,
-        num_warps=8 if block_d > 2048 else 4,
+        num_warps=8 if block_d > 2048 else 4, **launch_options(table.device),
     )  # fmt: skip
     return out
 

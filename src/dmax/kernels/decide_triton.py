@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax.kernels.pdl_triton import begin, launch_options
+
 
 @triton.jit(do_not_specialize=("rows", "num_blocks"))
 def _decide_kernel(  # type: ignore[no-untyped-def]
@@ -17,11 +19,13 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
     long_stride, float_stride, byte_stride,
     L: tl.constexpr, K: tl.constexpr, PREFIX_ONLY: tl.constexpr,
     STOP_ON_CONFIDENCE: tl.constexpr, STOP_ON_CONSISTENCY: tl.constexpr, BLOCK_L: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: its row of `tokens` and of what goes with them is read and written in place.
 
     These lie side by side in the bytes of a row, so they share strides as far as their types do.
     """
+    begin(PDL)
     block = tl.program_id(0)
     row = tl.load(rows + block)
 
@@ -67,13 +71,11 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
             _copy(probs + predicted_at + rank, fed_probs + fed_at + rank, inside)
 
     # Converged? A promotion counts as a change, so no mask may have been left before.
-    has_changed = is_decoded & (new_tokens != old_tokens)
-    is_consistent = _count(is_masked | has_changed) == 0
-    is_settled = ~is_undecided & (sureness >= tl.load(stop_confidence + row))
-    is_confident = _count(is_active & ~is_settled) == 0
-    is_done = (is_consistent & STOP_ON_CONSISTENCY) | (is_confident & STOP_ON_CONFIDENCE)
+    has_changed = is_masked | (is_decoded & (new_tokens != old_tokens))
+    is_unsure = is_undecided | ~(sureness >= tl.load(stop_confidence + row))
+    is_done = (_count(has_changed) == 0) & STOP_ON_CONSISTENCY
+    is_done = is_done | ((_count(is_active & is_unsure) == 0) & STOP_ON_CONFIDENCE)
     converged = ((_count(is_undecided) == 0) & is_done) | (_count(is_active) == 0)
-
     is_mask_token = is_written & (new_tokens == mask_token_id)
     is_broken = tl.load(broken + block * L + position, mask=inside, other=0)
     kept = kept_flags + row * byte_stride
@@ -162,6 +164,6 @@ def decide(
         blocks.masked.stride(0),
         L=length, K=k, PREFIX_ONLY=prefix_only, STOP_ON_CONFIDENCE=stop_on_confidence,
         STOP_ON_CONSISTENCY=stop_on_consistency, BLOCK_L=triton.next_power_of_2(length),
-        num_warps=1,
+        num_warps=1, **launch_options(rows.device),
     )  # fmt: skip
     return flags

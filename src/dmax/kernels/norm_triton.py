@@ -9,12 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax.kernels.pdl_triton import begin, launch_options
+
 
 @triton.jit
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    x, more, weight, total, normed, size, eps, ADDS: tl.constexpr, BLOCK_D: tl.constexpr
+    x, more, weight, total, normed, size, eps,
+    ADDS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The norm of one position's `x`, or of `x + more`."""
+    begin(PDL)
     column = tl.arange(0, BLOCK_D)
     inside = column < size
     at = tl.program_id(0).to(tl.int64) * size + column
@@ -46,5 +50,6 @@ def add_rms_norm(
     kernel[(x.numel() // size,)](
         x, more, weight.contiguous(), total, normed, size, eps,
         ADDS=more is not None, BLOCK_D=block, num_warps=min(max(block // 512, 1), 8),
+        **launch_options(x.device),
     )  # fmt: skip
     return total, normed
