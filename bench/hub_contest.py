@@ -1,4 +1,4 @@
-"""The engine against the loop of the published checkpoints: same models, same decisions."""
+"""The engine against the published loops, without and with a cache: same models and decisions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import cached_loop
 import hub_loop
 
 from dmax.benchmark.cpu import SPD, TASK, Pass, TokenIds, encode, solve
@@ -17,10 +18,15 @@ from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.tasks.word_problems import problems
 
+LOOPS: dict[str, Callable[..., tuple[TokenIds, int]]] = {
+    "hub": hub_loop.generate,
+    "cached": cached_loop.generate,
+}
 TOGETHER = 16  # sequences in flight, beside one
 NOTE = (
     "Tokens/s. Hub loop: one sequence, no cache; the whole prefix, and logits of all its "
-    "positions, anew in every step (hub_loop.py). Engine: batch 1, as it is and compiled; "
+    "positions, anew in every step (hub_loop.py). Cached loop: one sequence, with the keys and "
+    "values of what is final (cached_loop.py). Engine: batch 1, as it is and compiled; "
     f"together: up to {TOGETHER} sequences. Last row: three solved problems before each."
 )
 
@@ -84,24 +90,25 @@ def hub_table(rounds: Sequence[Contest], dtype: str, repeats: int, compiles: boo
         for name, options in variants.items():
             llm = LLM.from_checkpoint(contest.llm.checkpoint, **options)
             runs[number, name] = partial(solve, llm, contest.params, contest.prompts)
-        runs[number, "hub"] = partial(solve_by_hub_loop, contest)
+        for name, loop in LOOPS.items():
+            runs[number, name] = partial(solve_by_loop, contest, loop)
     passes = in_turns(runs, repeats)
 
     rows = []
     for number, contest in enumerate(rounds):
-        done = {name: passes[number, name] for name in (*variants, "hub")}
+        done = {name: passes[number, name] for name in (*variants, *LOOPS)}
         rows.append(contest_row(contest, done))
     return Table(
         "hub_loop", f"engine and hub loop, {dtype}", rows, [shown(row) for row in rows], NOTE
     )
 
 
-def solve_by_hub_loop(contest: Contest) -> Pass:
-    """Decode all prompts without a cache."""
+def solve_by_loop(contest: Contest, loop: Callable[..., tuple[TokenIds, int]]) -> Pass:
+    """Decode all prompts by one of the loops."""
     threshold = contest.params.threshold
     assert threshold is not None, "the loop has no default for it"
     decode = partial(
-        hub_loop.generate,
+        loop,
         contest.llm.checkpoint,
         threshold=threshold,
         soft=contest.params.strategy == "spd",
@@ -115,29 +122,36 @@ def solve_by_hub_loop(contest: Contest) -> Pass:
 
 
 def contest_row(contest: Contest, passes: Mapping[str, Sequence[Pass]]) -> Row:
-    """What the passes of a contest amount to; `passes` by "hub" and variants of the engine."""
-    hub = passes["hub"]
+    """What the passes of a contest amount to; `passes` by loops and variants of the engine."""
     engine = passes["engine"]
     total = len(contest.prompts)
-    pairs = zip(engine[0].completions, hub[0].completions, strict=True)
-    equal = sum(one == other for one, other in pairs)
+    equal = {name: num_equal(engine[0], passes[name][0]) for name in LOOPS}
     row: Row = {
         "method": contest.params.strategy,
         "model": contest.name,
         "threshold": contest.params.threshold,
         "prompt_tokens": sum(map(len, contest.prompts)) / total,
         "shots": contest.shots,
-        "equal": equal,
+        "equal": equal["hub"],
         "total": total,
-        "equal_completions": f"{equal}/{total}",
+        "equal_completions": f"{equal['hub']}/{total}",
+        "cached_equal_completions": f"{equal['cached']}/{total}",
         "engine_forwards": engine[0].forwards,
-        "hub_forwards": hub[0].forwards,
+        "hub_forwards": passes["hub"][0].forwards,
+        "cached_forwards": passes["cached"][0].forwards,
     }
     for name, done in passes.items():
         row[name] = spread([each.tokens_per_second for each in done])
-        if name != "hub":
-            row[f"{name}_ratio"] = faster(done, hub)
+        if name not in LOOPS:
+            row[f"{name}_ratio"] = faster(done, passes["hub"])
+            row[f"{name}_cached_ratio"] = faster(done, passes["cached"])
     return row
+
+
+def num_equal(one: Pass, other: Pass) -> int:
+    """How many completions are the same."""
+    pairs = zip(one.completions, other.completions, strict=True)
+    return sum(ours == theirs for ours, theirs in pairs)
 
 
 def faster(one: Sequence[Pass], other: Sequence[Pass]) -> Spread:
@@ -152,10 +166,12 @@ def shown(row: Row) -> dict[str, str]:
         "method": row["method"],
         "model": row["model"],
         "prompt tokens": figure(row["prompt_tokens"], ".0f"),
-        "equal completions": row["equal_completions"],
+        "equal completions": f"{row['equal_completions']}, {row['cached_equal_completions']}",
         "hub loop, tokens/s": figure(row["hub"], ".0f"),
+        "cached loop": figure(row["cached"], ".0f"),
         "engine": figure(row["engine"], ".0f"),
         "ratio": figure(row["engine_ratio"], ".2f"),
+        "to the cached": figure(row["engine_cached_ratio"], ".2f"),
         "compiled": figure(row.get("compiled"), ".0f"),
         "its ratio": figure(row.get("compiled_ratio"), ".2f"),
         "together": figure(row.get("together"), ".0f"),

@@ -12,7 +12,7 @@ P positions up to the end of the open block, L block length, D hidden size, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from dmax.attention import block_causal, dense_mask
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.checkpoint import Checkpoint
+
+Predict = Callable[[Checkpoint, Tensor, SoftTokens | None], tuple[Tensor, Tensor]]
+"""How `decode_block` runs the model; see `predict_anew`."""
 
 
 @torch.no_grad()
@@ -32,12 +35,23 @@ def generate(
     soft: bool,
     max_new_tokens: int,
     stop_confidence: float = 0.9,
+    predict: Predict | None = None,
 ) -> tuple[tuple[int, ...], int]:
     """Decode greedily: with `soft` by SPD (arXiv 2604.08302), else by threshold (LLaDA-2.0).
+
+    Args:
+        checkpoint: the model.
+        prompt_ids: the prompt.
+        threshold: confidence from which a masked position is decoded.
+        soft: decode by SPD.
+        max_new_tokens: where the completion ends at the latest.
+        stop_confidence: of SPD.
+        predict: what runs the model; None: without a cache.
 
     Returns:
         The completion, cut at the first EOS and at the limit, and the number of forwards.
     """
+    predict = predict or predict_anew
     length = checkpoint.special_ids.block_length
     ends = set(checkpoint.special_ids.eos_token_ids)
     prompt = len(prompt_ids)
@@ -49,7 +63,9 @@ def generate(
     for block in range(prompt // length, num_blocks):
         end = (block + 1) * length
         active = torch.arange(end - length, end) >= prompt  # the prompt's tail is never written
-        forwards += decode_block(checkpoint, tokens[:end], active, threshold, soft, stop_confidence)
+        forwards += decode_block(
+            checkpoint, predict, tokens[:end], active, threshold, soft, stop_confidence
+        )
         if ends & set(tokens[prompt:end].tolist()):
             break
 
@@ -60,6 +76,7 @@ def generate(
 
 def decode_block(
     checkpoint: Checkpoint,
+    predict: Predict,
     tokens: Tensor,
     active: Tensor,
     threshold: float,
@@ -89,12 +106,10 @@ def decode_block(
     return len(active)
 
 
-def predict(
+def predict_anew(
     checkpoint: Checkpoint, tokens: Tensor, feed: SoftTokens | None
 ) -> tuple[Tensor, Tensor]:
-    """Run the model; of each position of the open block the best token and its probability, [L].
-
-    MASK is never the best token, but it keeps its share of the probability.
+    """Run the model over everything; what `best_tokens` makes of the open block.
 
     Args:
         checkpoint: the model.
@@ -114,11 +129,16 @@ def predict(
         attention_mask=visible[None, None],
         position_ids=positions[None],
     )
-    logits = output.logits[0, -length:].float()  # [L, V]
+    return best_tokens(output.logits[0, -length:], checkpoint.special_ids.mask_token_id)
 
-    without_mask = logits.index_fill(
-        -1, torch.tensor([checkpoint.special_ids.mask_token_id]), -torch.inf
-    )
+
+def best_tokens(logits: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Of each position of a block [L, V] the best token and its probability, [L].
+
+    MASK is never the best token, but it keeps its share of the probability.
+    """
+    logits = logits.float()
+    without_mask = logits.index_fill(-1, torch.tensor([mask_token_id]), -torch.inf)
     best = without_mask.argmax(dim=-1)
     confidence = logits.softmax(dim=-1).gather(-1, best[:, None])[:, 0]
     return best, confidence

@@ -1,4 +1,7 @@
-"""Where the time of the denoising loop goes on a CPU: the model's layers, its head, the rest."""
+"""Where the time of the denoising loop goes on a CPU: the model's layers, its head, the rest.
+
+And how much of it the matrix products of its forwards would take alone.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmax.kernels.lm_head import lm_head_top_k
 from dmax.llm import LLM
@@ -46,6 +51,48 @@ class LoopTimes:
     def picking_share(self) -> float:
         """Share of the steps' time that picked the best tokens; a part of the overhead."""
         return self.picking / self.steps
+
+
+aten = torch.ops.aten
+PRODUCTS = (aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm)
+
+
+class Products(TorchDispatchMode):
+    """Notes the matrix products that are computed; attention's own two are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        call = partial(function, *args, **(kwargs or {}))
+        if function.overloadpacket in PRODUCTS:
+            self.calls.append(call)
+        return call()
+
+
+@torch.inference_mode()
+def product_seconds(
+    llm: LLM, params: DecodingParams, prompts: Sequence[tuple[int, ...]]
+) -> tuple[float, int]:
+    """Seconds of the matrix products of all forwards of the prompts, and their number.
+
+    Each step is taken once, while its products are noted, and then its products run again alone.
+    """
+    engine = llm.engine(max_length=max(map(len, prompts)) + params.max_new_tokens)
+    for index, prompt in enumerate(prompts):
+        engine.add(llm.request(index, prompt, params))
+    total = 0.0
+    num_products = 0
+    while engine.is_busy():
+        with Products() as products:
+            engine.step()
+        for call in products.calls:
+            total += seconds(call)
+        num_products += len(products.calls)
+    return total, num_products
 
 
 @torch.inference_mode()

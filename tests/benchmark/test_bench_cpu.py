@@ -20,15 +20,17 @@ import hub_contest
 import memory
 import pytest
 import torch
-from overhead import LoopTimes, loop_times
+from overhead import LoopTimes, loop_times, product_seconds
 from ratios import ratio
 from rich.console import Console
+from torch import nn
 
 from dmax.benchmark.cpu import SPD, TASK, encode
 from dmax.benchmark.measure import spread
 from dmax.benchmark.run import record_tables
 from dmax.errors import InputError
 from dmax.llm import LLM
+from dmax.params import DecodingParams
 from dmax.tasks.word_problems import WordProblems
 
 CPU = torch.device("cpu")
@@ -61,7 +63,9 @@ def test_a_record_holds_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert [row["equal_completions"] for row in record["hub_loop"]] == ["1/1", "1/1", "1/1"]
     for row in record["hub_loop"]:
-        assert row["engine_forwards"] == row["hub_forwards"]
+        assert row["engine_forwards"] == row["hub_forwards"] == row["cached_forwards"]
+        assert row["cached_equal_completions"] == "1/1"
+        assert row["engine_cached_ratio"]["median"] > 0
         assert "compiled" not in row and "together" not in row  # not asked for; too few
 
     one, two = record["batching"]
@@ -107,11 +111,12 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
                 "engine_ratio": {"median": 2.9},
                 "compiled_ratio": {"median": 3.1},
                 "together_ratio": {"median": 3.0},
+                **{f"{name}_cached_ratio": ten for name in ("engine", "compiled", "together")},
             }
         ],
         "batches": [
-            {**batch, "batch": 1, "loop_overhead": {"median": 0.1}},
-            {**batch, "batch": 16, "loop_overhead": {"median": 0.1}},
+            {**batch, "batch": 1, "loop_overhead": {"median": 0.08}, "products_share": 0.5},
+            {**batch, "batch": 16, "loop_overhead": {"median": 0.08}, "products_share": 0.6},
         ],
         "dense": [{"dtype": "float32", "ratio": 1.6, "compiled_ratio": 1.5}],
     }
@@ -139,10 +144,47 @@ def test_ratios_and_targets() -> None:
     assert rows["engine, 16 at once, / hub loop, spd"]["met"] is True
     assert rows["loop overhead, batch 1, float32"]["met"] is True
     assert rows["loop overhead, batch 16, float32"]["met"] is False
+    assert rows["products' share of a step, batch 16, float32"]["value"] == 0.6
+    assert rows["engine / cached loop, spd"] == {
+        "name": "engine / cached loop, spd",
+        "value": 10.0,
+        "target": None,
+        "met": None,
+    }
     assert rows["batch 16 / batch 1, float32"]["value"] == 1.0
     assert rows["135M forward / its products, float32"]["met"] is False
     assert rows["135M forward, compiled, / its products, float32"]["met"] is True
     assert ratio("a", 0.11, "<= 0.1")["met"] is False
+
+
+def test_a_part_is_measured_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WordProblems, "max_new_tokens", 32)
+    options = replace(TINY, only=("batches",), memory=False)
+    *tables, ratios = bench.tables(options)
+    assert [table.name for table in tables] == ["batching"]
+    assert all("peak_mib" not in row for row in tables[0].rows)
+    names = [row["name"] for row in ratios.rows]
+    assert names == [
+        "loop overhead, batch 1, float32",
+        "products' share of a step, batch 1, float32",
+    ]
+
+
+def test_the_products_of_a_step_are_those_of_its_layers_experts_and_head(llm: LLM) -> None:
+    params = DecodingParams("spd", 0.5, max_new_tokens=16)
+    prompt = llm.encode("2 + 2 = ?")[:16]  # a block with its answer
+    calls = list[str]()
+    layers = [each for each in llm.model.base_model.modules() if isinstance(each, nn.Linear)]
+    hooks = [each.register_forward_hook(lambda *_: calls.append("linear")) for each in layers]
+    seconds, num_products = product_seconds(llm, params, [prompt])
+    for hook in hooks:
+        hook.remove()
+    num_forwards = llm.generate([prompt], params)[0].num_forwards
+    assert seconds > 0
+    # The head, and of every layer with experts at least their two products.
+    config = llm.model.config
+    num_sparse = config.num_hidden_layers - config.first_k_dense_replace
+    assert num_products >= len(calls) + num_forwards * (1 + 2 * num_sparse)
 
 
 def test_options_that_make_no_table() -> None:

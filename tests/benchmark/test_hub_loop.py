@@ -1,10 +1,14 @@
-"""The readable loop under bench/ decides as the engine does."""
+"""The readable loops under bench/ decide as the engine does."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import cached_loop
 import hub_loop
 import pytest
 import torch
+from torch import Tensor
 
 from dmax.llm import LLM
 from dmax.params import DecodingParams
@@ -22,15 +26,46 @@ def test_the_hub_loop_decides_as_the_engine_does(
     examples = get_task("word_problems").examples(2, 11)
     outputs = llm.generate([each.prompt for each in examples], DecodingParams(strategy, threshold))
     for output in outputs:
-        completion, forwards = hub_loop.generate(
-            llm.checkpoint,
-            output.prompt_token_ids,
-            threshold=threshold,
-            soft=strategy == "spd",
-            max_new_tokens=256,
-        )
-        assert completion == output.token_ids
-        assert forwards == output.num_forwards
+        for loop in (hub_loop, cached_loop):
+            completion, forwards = loop.generate(
+                llm.checkpoint,
+                output.prompt_token_ids,
+                threshold=threshold,
+                soft=strategy == "spd",
+                max_new_tokens=256,
+            )
+            assert completion == output.token_ids
+            assert forwards == output.num_forwards
+
+
+@pytest.mark.parametrize("num_prompt", [3, 32, None])
+def test_the_cached_loop_computes_what_is_not_final(
+    num_prompt: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt's whole blocks once, then a block, or two after one has become final."""
+    llm = LLM("tiny-dmax", dtype=torch.float32, device="cpu")
+    prompt = llm.encode(get_task("word_problems").examples(1, 11)[0].prompt)[:num_prompt]
+    num_final = len(prompt) // 32 * 32
+    seen = list[tuple[int, int]]()
+    forward = cached_loop.CachedModel._forward
+
+    def watched(self: cached_loop.CachedModel, checkpoint: Any, embeds: Tensor) -> Tensor:
+        seen.append((self.num_final, embeds.shape[1]))
+        return forward(self, checkpoint, embeds)
+
+    monkeypatch.setattr(cached_loop.CachedModel, "_forward", watched)
+    _, forwards = cached_loop.generate(
+        llm.checkpoint, prompt, threshold=0.5, soft=True, max_new_tokens=64
+    )
+    num_prefill = int(num_final > 0)
+    assert len(seen) == forwards + num_prefill
+    assert seen[:num_prefill] == [(0, num_final)][:num_prefill]
+    starts, sizes = zip(*seen[num_prefill:], strict=True)
+    assert (starts[0], sizes[0]) == (num_final, 32)
+    assert sorted(starts) == list(starts)
+    assert set(sizes) <= {32, 64}
+    if num_prompt is None:  # the answer takes several blocks
+        assert sizes.count(64) == len(set(starts)) - 1 > 0
 
 
 def test_the_hub_loop_ends_at_the_limit() -> None:
