@@ -137,7 +137,7 @@ def attention(num_rows: int, num_heads: int = 16) -> None:
     numbers = new(num_rows, dtype=torch.int64)
     heads = new(num_rows, 32, num_heads + 2 * KEY_VALUE_HEADS, HEAD_SIZE)
     norm = new(HEAD_SIZE)
-    turn = new(num_rows, 32, 1, HEAD_SIZE // 2)
+    turn = new(1, 4096, 1, HEAD_SIZE // 2)
     block_attention_triton.block_attention(
         heads, (norm, norm), 1e-6, (turn, turn), store, store,
         numbers, numbers, numbers, HEAD_SIZE**-0.5,

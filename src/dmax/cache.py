@@ -29,7 +29,11 @@ class BlockCache:
     Attributes:
         ends: [slots, T / L, D], the last hidden state of every block, where a model whose reading
             is shifted finds the first prediction of the next one; None for other models.
+        rotary: what a model keeps here of the rotations at all positions, as CUDA graphs of steps
+            over this cache read it where it is.
     """
+
+    rotary: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -76,23 +80,36 @@ class BlockCache:
         ends = 0 if self.ends is None else self.ends.nbytes
         return ends + sum(store.nbytes for store in stores)
 
-    def write_at(self, slots: list[int], length: int) -> CacheWindow:
+    def write_at(
+        self, slots: list[int], length: int, block_length: int | None = None
+    ) -> CacheWindow:
         """A window for one forward of `length` new positions after the prefix of each slot.
+
+        Args:
+            slots: one for each row, or for each length / L neighbouring rows.
+            length: a multiple of L where there is one.
+            block_length: L; each block of L positions is a row of its own, and the window is in
+                place. None: the positions of a slot are one row.
 
         Raises:
             ValueError: the new positions would not fit.
         """
-        starts = [self.lengths[slot] for slot in slots]
-        span = max(starts) + length
-        if span > self.capacity:
+        most = max(self.lengths[slot] for slot in slots)
+        if most + length > self.capacity:
             raise ValueError(
-                f"{max(starts)} committed and {length} new positions exceed the capacity "
-                f"{self.capacity}"
+                f"{most} committed and {length} new positions exceed the capacity {self.capacity}"
             )
-        places = torch.tensor((slots, starts)).to(self.keys[0].device)  # one transfer, not two
-        slot, start = places
+        each = block_length or length
+        places = [
+            (slot, self.lengths[slot] + offset)
+            for slot in slots
+            for offset in range(0, length, each)
+        ]
+        columns = tuple(zip(*places, strict=True))
+        slot, start = torch.tensor(columns).to(self.keys[0].device)  # one transfer, not two
         in_order = slots == list(range(len(slots)))
-        return CacheWindow(self, slot, start, start, length, span, in_order, is_block=False)
+        in_place = block_length is not None
+        return CacheWindow(self, slot, start, start, each, most + length, in_order, in_place)
 
     def read(self, slot: int, start: int, end: int) -> tuple[Tensor, ...]:
         """Copies of what is kept of positions start to end - 1, which are whole blocks.
@@ -176,9 +193,9 @@ class CacheWindow:
         length: new positions L.
         span: positions that are read, at least the highest start + L.
         in_order: the slots are 0..B-1, the common case, and are read without a copy.
-        is_block: each row is one block that sees all of its base and of itself, so attention may
-            do without the mask. Otherwise only the mask says what a row sees.
-        positions: [B, L] int64, where the rows stand in their slots.
+        in_place: each row is one block that sees all of its base and of itself, and attention reads
+            it where it lies (`dmax.kernels.block_attention`): neither mask, `span` nor `in_order`
+            matter. Otherwise only the mask says what a row sees.
     """
 
     cache: BlockCache
@@ -188,12 +205,16 @@ class CacheWindow:
     length: int
     span: int
     in_order: bool
-    is_block: bool
+    in_place: bool
+    _positions: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        """Spell out the positions, once for all layers."""
-        offsets = torch.arange(self.length, device=self.starts.device)
-        self.positions = self.starts[:, None] + offsets
+    @property
+    def positions(self) -> Tensor:
+        """[B, L] int64, where the rows stand in their slots; spelt out once for all layers."""
+        if self._positions is None:
+            offsets = torch.arange(self.length, device=self.starts.device)
+            self._positions = self.starts[:, None] + offsets
+        return self._positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the window at most; callers pass `positions`, as rows differ."""

@@ -57,8 +57,16 @@ class ScriptedModel(nn.Module):
     def base_model(self, inputs_embeds: Tensor, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=inputs_embeds)
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> SimpleNamespace:
         self.num_calls += 1
+        if position_ids is None:  # of rows that are in place
+            position_ids = past_key_values.bases[:, None] + torch.arange(L)
         logits = self.table[position_ids]
         if self.react:
             fed = inputs_embeds.sum(-1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,18 +13,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmax.cache import CacheWindow
 from dmax.checkpoint import new_checkpoint
 from dmax.engine.batch import Batch
 from dmax.engine.runner import ModelRunner
-from dmax.kernels import block_attention, can_fuse, using
-from dmax.kernels.block_attention import can_attend
+from dmax.kernels import can_fuse, using
 from dmax.models import LLaDA2MoeConfig
 from dmax.special_ids import SpecialIds
 
 L, SLOTS, CAPACITY, VOCABULARY = 8, 3, 320, 40
 IDS = SpecialIds(VOCABULARY - 1, (0,), 0, L)
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 Place = tuple[int, int, int]
 """Slot, where it is written in the cache, and where it stands in its sequence."""
 AFTER_A_PREFIX: list[Place] = [(1, 136, 136)]
@@ -83,7 +87,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> tor
         with using("triton"):
             return can_fuse(*tensors)
 
-    monkeypatch.setattr(block_attention, "can_fuse", can_fuse_here)
+    monkeypatch.setattr("dmax.engine.runner.can_fuse", can_fuse_here)
     return triton_device
 
 
@@ -105,6 +109,7 @@ def test_kernels_equal_the_model_without_them(case: str, request: pytest.Fixture
         {"num_attention_heads": 18, "num_key_value_heads": 1},  # more queries than a program holds
         {"head_dim": 24},
         {"partial_rotary_factor": 1.0},
+        {"rope_parameters": YARN},  # which scales cosine and sine, too
     ],
     ids=str,
 )
@@ -137,6 +142,91 @@ def test_keys_may_go_in_any_number_of_shares(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+class Made(TorchDispatchMode):
+    """What operations make: their names with the shapes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = dict[str, set[tuple[int, ...]]]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            name = function.overloadpacket.__name__
+            self.shapes.setdefault(name, set()).add(tuple(result.shape))
+        return result
+
+
+def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels of attention do nothing."""
+    from dmax.kernels import block_attention_triton
+
+    class Launch:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: None
+
+    for name in ("_prepare_kernel", "_attend_kernel", "_merge_kernel"):
+        monkeypatch.setattr(block_attention_triton, name, Launch())
+
+
+def test_a_step_in_place_makes_neither_mask_nor_rotations(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_launches(monkeypatch)
+    runner = ModelRunner(model().to(kernels), IDS, SLOTS, CAPACITY)
+    batch = Batch.of([(1, 136, 136, 0, -1)], [], L).to(kernels)
+    embeds = torch.zeros(1, L, 32, device=kernels)
+    runner.forward(batch, embeds)  # the first step computes the rotations of all positions
+    with Made() as made:
+        runner.forward(batch, embeds)
+    assert not made.shapes.keys() & {"cos", "sin", "ge", "lt", "bitwise_or", "where"}
+    shapes = set().union(*made.shapes.values())
+    assert [shape for shape in shapes if batch.span in shape or CAPACITY in shape] == []
+
+
+def prefill(
+    made: Any, device: torch.device, lengths: list[int], prompts: Tensor
+) -> tuple[Tensor, ...]:
+    """Keys and values of all layers after prompts in slots 1, 0, … that hold `lengths` already."""
+    runner = ModelRunner(made.to(device), IDS, SLOTS, CAPACITY)
+    generator, slots = torch.Generator().manual_seed(1), list(range(len(prompts)))[::-1]
+    stores = (*runner.cache.keys, *runner.cache.values)
+    for store in stores:
+        store.copy_(torch.randn(store.shape, generator=generator))
+    for slot, length in zip(slots, lengths, strict=True):
+        runner.cache.commit([slot], length)
+    for chunk in prompts.split(2 * L, dim=1):
+        runner.prefill(slots, chunk.to(device))
+    return tuple(store.cpu() for store in stores)
+
+
+@pytest.mark.parametrize("lengths", [[136], [200, 0]], ids=str)
+def test_prompts_in_place_equal_those_under_a_mask(
+    lengths: list[int], request: pytest.FixtureRequest
+) -> None:
+    made = model()
+    prompts = torch.randint(VOCABULARY - 1, (len(lengths), 3 * L))
+    expected = prefill(made, torch.device("cpu"), lengths, prompts)
+    actual = prefill(made, request.getfixturevalue("kernels"), lengths, prompts)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_prompts_make_nothing_as_large_as_a_mask(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_launches(monkeypatch)
+    start, size = 15_872, 512
+    runner = ModelRunner(model().to(kernels), IDS, 1, start + size)
+    runner.cache.commit([0], start)
+    tokens = torch.zeros(1, size, dtype=torch.long, device=kernels)
+    with Made() as made:
+        runner.prefill([0], tokens)
+    largest = max(math.prod(shape) for shapes in made.shapes.values() for shape in shapes)
+    assert largest < size * (start + size) / 10
+
+
 def test_shares_fill_a_gpu_once_and_are_no_larger_than_what_they_sum_up() -> None:
     from dmax.kernels.block_attention_triton import keys_of_a_share, max_shares
 
@@ -161,18 +251,10 @@ def test_one_request_compiles_each_kernel_once() -> None:
     assert variants == {"_prepare_kernel": 1, "_attend_kernel": 1, "_merge_kernel": 1}
 
 
-def test_which_heads_the_kernels_take(kernels: torch.device) -> None:
-    runner = ModelRunner(model(), IDS, SLOTS, CAPACITY)
-    ((slot, start, base),) = torch.tensor(AFTER_A_PREFIX)[..., None]
-    window = CacheWindow(runner.cache, slot, start, base, L, 144, in_order=False, is_block=True)
-    heads, norms = torch.randn(1, L, 8, 16), (torch.ones(16), torch.ones(16))
-    assert can_attend(heads, norms, window)
-    assert not can_attend(heads, norms, None)
-    unloaded = (norms[0].to("meta"), norms[1])
-    assert not can_attend(heads, unloaded, window)
-    assert not can_attend(heads.half(), norms, window)  # the cache is float32
-    assert not can_attend(heads.clone().requires_grad_(), norms, window)
-    chunk = runner.cache.write_at([0], L)  # of a prompt, with a mask of its own
-    assert not can_attend(heads, norms, chunk)
-    chunk.is_block = True
-    assert can_attend(heads, norms, chunk)
+def test_weights_that_are_elsewhere_are_left_to_the_twin(kernels: torch.device) -> None:
+    made = model().to(kernels)
+    assert ModelRunner(made, IDS, SLOTS, CAPACITY).reads_in_place
+    norm = made.model.layers[1].attention.key_layernorm
+    for elsewhere in (torch.float64, "meta"):  # of another dtype, or offloaded
+        norm.to(elsewhere)
+        assert not ModelRunner(made, IDS, SLOTS, CAPACITY).reads_in_place

@@ -37,10 +37,10 @@ def attend(cache: BlockCache, starts: list[int]) -> None:
     # As in `Batch.where`: one tensor, so that the rows decide how its parts are aligned.
     slots, start, base = torch.tensor(([0] * num_rows, starts, starts))
     span = max(starts) + LENGTH
-    window = CacheWindow(cache, slots, start, base, LENGTH, span, in_order=False, is_block=True)
+    window = CacheWindow(cache, slots, start, base, LENGTH, span, in_order=False, in_place=True)
     heads = torch.zeros(num_rows, LENGTH, HEADS + 2 * KEY_VALUE_HEADS, HEAD_SIZE, dtype=BF16)
     norm = torch.ones(HEAD_SIZE, dtype=BF16)
-    turn = torch.ones(num_rows, LENGTH, 1, HEAD_SIZE // 2, dtype=BF16)
+    turn = torch.ones(1, cache.capacity, 1, HEAD_SIZE // 2, dtype=BF16)
     block_attention(heads, (norm, norm), 1e-6, (turn, turn), window, 0, HEAD_SIZE**-0.5)
 
 

@@ -89,6 +89,8 @@ class ModelRunner:
             device=weight.device,
             ends=(self.block_length, weight.shape[1]) if self.shift else None,
         )
+        base = model.base_model
+        self._fits_in_place = hasattr(base, "fits_in_place") and base.fits_in_place(self.cache)
         self.compiled = compiled
         encode = ModelRunner._encode  # not bound to `self`: the cache goes with the last reference
         self._run = torch.compile(encode) if compiled else encode
@@ -98,26 +100,31 @@ class ModelRunner:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether attention finds each row's part of the cache by itself, whatever the span is."""
+        """Whether attention reads each row's keys and values where they lie in the cache.
+
+        Then there is no mask, and nothing depends on the span of a batch or the order of its slots.
+        """
         store = self.cache.keys[0]
         return (
-            getattr(self.model, "attends_in_place", False)
-            and can_fuse(store)
-            and autocast_dtype(store) in (None, store.dtype)
+            self._fits_in_place and can_fuse(store) and autocast_dtype(store) in (None, store.dtype)
         )
 
     @torch.no_grad()
     def prefill(self, slots: list[int], tokens: Tensor) -> None:
-        """Encode and commit the next tokens [B, P] of each slot's prompt, whole blocks of it."""
-        window = self.cache.write_at(slots, tokens.shape[1])
-        keys = torch.arange(window.span, device=self.device)
-        visible = dense_mask(block_causal(self.block_length), window.positions, keys)
-        outputs = self.model.base_model(
-            inputs_embeds=self.embed(tokens),
-            attention_mask=visible[:, None],  # [B, 1, P, span]
-            position_ids=window.positions,
-            past_key_values=window,
-        )
+        """Encode and commit the next tokens [B, P] of each slot's prompt, whole blocks of it.
+
+        Where attention reads the cache in place, each block is a row. Otherwise there is a mask.
+        """
+        block_length = self.block_length if self.reads_in_place else None
+        window = self.cache.write_at(slots, tokens.shape[1], block_length)
+        inputs: dict[str, Any] = {"past_key_values": window}
+        if not window.in_place:
+            keys = torch.arange(window.span, device=self.device)
+            visible = dense_mask(block_causal(self.block_length), window.positions, keys)
+            inputs["attention_mask"] = visible[:, None]  # [B, 1, P, span]
+            inputs["position_ids"] = window.positions
+        embeds = self.embed(tokens.reshape(-1, window.length))
+        outputs = self.model.base_model(inputs_embeds=embeds, **inputs)
         if self.shift:
             self.cache.keep_ends(outputs.last_hidden_state, window)
         self.cache.commit(slots, tokens.shape[1])
@@ -145,7 +152,7 @@ class ModelRunner:
         if batch.num_pending:
             embeds = torch.cat((self.embed(batch.pending), embeds))
         where = batch.where[:3]  # slots, starts and positions of the rows
-        keys = torch.arange(batch.span, device=self.device)
+        keys = None if self.reads_in_place else torch.arange(batch.span, device=self.device)
         lm_head = self._lm_head
         if lm_head is None:
             inputs = self._inputs(embeds, where, keys, batch.in_order)
@@ -153,7 +160,8 @@ class ModelRunner:
         if self.compiled:
             _mark_dynamic(embeds, 0)
             _mark_dynamic(where, 1)
-            _mark_dynamic(keys, 0)
+            if keys is not None:
+                _mark_dynamic(keys, 0)
         hidden = self._run(self, embeds, where, keys, batch.in_order and not self.compiled)
         opened = self._readings(hidden, where)[-num_open:]  # [R, L, D]
 
@@ -187,21 +195,26 @@ class ModelRunner:
         """The states [N, L, D] that predict the tokens of each position, from those that are."""
         return self.cache.shifted(hidden, *where) if self.shift else hidden
 
-    def _encode(self, embeds: Tensor, where: Tensor, keys: Tensor, in_order: bool) -> Tensor:
+    def _encode(self, embeds: Tensor, where: Tensor, keys: Tensor | None, in_order: bool) -> Tensor:
         """The layers as a function of tensors, [N, L, D] to [N, L, D]: this is compiled."""
         outputs = self.model.base_model(**self._inputs(embeds, where, keys, in_order))
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
     def _inputs(
-        self, embeds: Tensor, where: Tensor, keys: Tensor, in_order: bool
+        self, embeds: Tensor, where: Tensor, keys: Tensor | None, in_order: bool
     ) -> dict[str, Any]:
-        """The model's arguments for inputs [N, L, D] and the positions that are read."""
+        """The model's arguments for inputs [N, L, D].
+
+        `keys` are the positions [span] that are read; None: each row's own, in place.
+        """
         slots, starts, bases = where
         length = self.block_length
-        window = CacheWindow(
-            self.cache, slots, starts, bases, length, len(keys), in_order, is_block=True
-        )
+        span = self.cache.capacity if keys is None else len(keys)
+        in_place = keys is None
+        window = CacheWindow(self.cache, slots, starts, bases, length, span, in_order, in_place)
+        if keys is None:
+            return {"inputs_embeds": embeds, "past_key_values": window}
         first = starts[:, None]
         base = bases[:, None]
         is_itself = (keys >= first) & (keys < first + length)

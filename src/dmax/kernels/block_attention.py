@@ -10,22 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmax.cache import CacheWindow
-from dmax.kernels import can_fuse, triton_kernels
-
-
-def can_attend(heads: Tensor, norms: tuple[Tensor, Tensor], cache: object) -> bool:
-    """Whether `block_attention` takes these arguments.
-
-    Only the kind of cache, dtypes and devices decide. Three cases are left to the twin: forwards
-    whose rows are no whole blocks, weights that are elsewhere (offloaded), and gradients.
-    """
-    return (
-        isinstance(cache, CacheWindow)
-        and cache.is_block
-        and can_fuse(heads)
-        and heads.dtype == cache.cache.keys[0].dtype
-        and all(weight.device == heads.device for weight in norms)
-    )
+from dmax.kernels import triton_kernels
 
 
 def block_attention(
@@ -40,11 +25,12 @@ def block_attention(
     """Norm and rotate queries and keys, write keys and values into the cache, and attend.
 
     Args:
-        heads: [R, L, H + 2 G, d], queries, keys and values of R rows (see `can_attend`).
+        heads: [R, L, H + 2 G, d], queries, keys and values of R rows.
         norms: weights [d] of the norms of queries and keys.
         eps: of the norms.
-        rotary: cosine, and sine with its sign, each [R, L, 1, rotary dimensions].
-        window: of rows that are blocks: each sees the positions before its base, and itself.
+        rotary: cosine, and sine with its sign, of all positions T: each [1, T, 1, rotary
+            dimensions], contiguous.
+        window: one that is in place.
         layer: the layer whose keys and values are used.
         scaling: what scores are multiplied with.
 

@@ -35,7 +35,7 @@ PLACES = ("slots", "starts", "bases")  # views into one tensor, whose alignment 
 
 @triton.jit(do_not_specialize=PLACES)
 def _prepare_kernel(  # type: ignore[no-untyped-def]
-    heads, query_weight, key_weight, cos, sin, slots, starts, query, keys, values,
+    heads, query_weight, key_weight, cos, sin, slots, starts, bases, query, keys, values,
     length, capacity, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +60,9 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
         other = tl.load(source + partner, mask=rotates, other=0.0).to(tl.float32)
         wide *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         other *= tl.load(weight + partner, mask=rotates, other=0.0).to(tl.float32)
-        c = tl.load(cos + at * ROTARY + column, mask=rotates, other=1.0).to(tl.float32)
-        s = tl.load(sin + at * ROTARY + column, mask=rotates, other=0.0).to(tl.float32)
+        angle = (tl.load(bases + at // length) + at % length) * ROTARY + column
+        c = tl.load(cos + angle, mask=rotates, other=1.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=rotates, other=0.0).to(tl.float32)
         turned = (scale * (wide * c + other * s)).to(x.dtype)
         if head < H:
             tl.store(query + (at.to(tl.int64) * H + head) * D + column, turned, mask=inside)
@@ -197,10 +198,9 @@ def block_attention(
         bases: [R] int64, how many positions each row sees besides itself.
         scaling: what scores are multiplied with.
     """
-    slots = slots.contiguous()
-    starts = starts.contiguous()
-    query = _prepare(heads.contiguous(), norms, eps, rotary, keys, values, slots, starts)
-    return _attend(query, keys, values, slots, starts, bases.contiguous(), scaling)
+    places = slots.contiguous(), starts.contiguous(), bases.contiguous()
+    query = _prepare(heads.contiguous(), norms, eps, rotary, keys, values, *places)
+    return _attend(query, keys, values, *places, scaling)
 
 
 def _prepare(
@@ -212,17 +212,18 @@ def _prepare(
     values: Tensor,
     slots: Tensor,
     starts: Tensor,
+    bases: Tensor,
 ) -> Tensor:
     """Write keys and values into the cache; returns the queries [R, L, H, d] to attend with."""
     num_rows, length, _, size = heads.shape
     capacity = keys.shape[1]
     num_shared = keys.shape[2]
     num_heads = heads.shape[2] - 2 * num_shared
-    cos, sin = (each.contiguous() for each in rotary)
+    cos, sin = rotary
     query = heads.new_empty(num_rows, length, num_heads, size)
     prepare: Any = _prepare_kernel
     prepare[num_rows * length, num_heads + 2 * num_shared](
-        heads, *norms, cos, sin, slots, starts, query, keys, values, length, capacity, eps,
+        heads, *norms, cos, sin, slots, starts, bases, query, keys, values, length, capacity, eps,
         H=num_heads, G=num_shared, D=size, ROTARY=cos.shape[-1],
         BLOCK_D=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip

@@ -28,7 +28,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 )
 
 from dmax.attention import ATTENTION_FUNCTIONS, Mask, prepare_mask
-from dmax.kernels.block_attention import block_attention, can_attend
+from dmax.cache import BlockCache, CacheWindow
+from dmax.kernels.block_attention import block_attention
 from dmax.kernels.moe import EXPERTS_FUNCTIONS
 from dmax.kernels.norm import add_and_norm, rms_norm
 from dmax.kernels.router import router_logits, select_experts
@@ -105,8 +106,8 @@ class LLaDA2MoeAttention(nn.Module):
     ) -> Tensor:
         """From hidden states [B, L, D] to [B, L, D], with keys and values through `cache`."""
         heads = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
-        norms = self.query_layernorm.weight, self.key_layernorm.weight
-        if can_attend(heads, norms, cache):
+        if isinstance(cache, CacheWindow) and cache.in_place:
+            norms = self.query_layernorm.weight, self.key_layernorm.weight
             eps = self.query_layernorm.eps
             inputs = heads, norms, eps, rotary, cache, self.layer_idx, self.scaling
             return self.dense(block_attention(*inputs))
@@ -274,6 +275,24 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.rotary_emb = LLaDA2MoeRotaryEmbedding(config)
         self.post_init()
 
+    def fits_in_place(self, cache: BlockCache) -> bool:
+        """Whether `forward` takes a `CacheWindow` in place over this cache, if kernels run there.
+
+        Not if weights are elsewhere (offloaded) or of another dtype.
+        """
+        store = cache.keys[0]
+        norms = [module for module in self.modules() if isinstance(module, LLaDA2MoeRMSNorm)]
+        kinds = {(norm.weight.dtype, norm.weight.device) for norm in norms}
+        return kinds == {(store.dtype, store.device)}
+
+    def _rotary_table(self, cache: BlockCache) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of all positions of a cache, as of `rotary_emb`, computed once."""
+        if cache.rotary is None:
+            store = cache.keys[0]
+            positions = torch.arange(cache.capacity, device=store.device)
+            cache.rotary = self.rotary_emb(positions[None], store.dtype)
+        return cache.rotary
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -288,11 +307,14 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
-            end = start + hidden_states.shape[1]
-            position_ids = torch.arange(start, end, device=hidden_states.device)[None]
-        rotary = self.rotary_emb(position_ids, hidden_states.dtype)
+        if isinstance(past_key_values, CacheWindow) and past_key_values.in_place:
+            rotary = self._rotary_table(past_key_values.cache)
+        else:
+            if position_ids is None:
+                start = 0 if past_key_values is None else past_key_values.get_seq_length()
+                end = start + hidden_states.shape[1]
+                position_ids = torch.arange(start, end, device=hidden_states.device)[None]
+            rotary = self.rotary_emb(position_ids, hidden_states.dtype)
         mask = prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
         for layer in self.layers:
             # `cache`, not `past_key_values`: that one transformers drops under gradient
@@ -310,7 +332,6 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
     has_linear_head = True  # logits are hidden states times `lm_head.weight` and nothing else
-    attends_in_place = True  # `block_attention` finds a row's keys and values in the cache
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__(config)
@@ -342,7 +363,9 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
             attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L]
                 (1 = visible), a flex_attention `BlockMask`, or None for "everything visible".
             position_ids: [B, L] int64; without them, positions count on from the cache.
-            past_key_values: any transformers `Cache`, or a window or view of `dmax.cache`.
+            past_key_values: any transformers `Cache`, or a window or view of `dmax.cache`. One
+                that is in place (see `fits_in_place`) says itself what its rows see, and where
+                they stand.
             inputs_embeds: [B, L, D], which may be mixtures of embeddings (`dmax.blend`).
             labels: [B, L] int64, -100 where no loss is wanted; `loss` is the mean cross-entropy.
             logits_to_keep: number of last positions to compute logits for (0: all), or a slice.
