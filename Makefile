@@ -8,7 +8,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-engines lint format typecheck package results pretrained setup clean
+.PHONY: help demo test test-engines test-triton lint format typecheck package results pretrained setup clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -23,6 +23,10 @@ test: lint typecheck ## style, types and all tests
 test-engines: .venv/.setup-stamp ## the same tokens inside vLLM, SGLang and Ray; 5.5 GB the first time (ENGINES=vllm)
 	@$(PY) tools/engine_environments.py $(ENGINES)
 	@$(PY) tools/run_engine_tests.py $(ENGINES)
+
+test-triton: .venv/.setup-stamp ## what the Triton of GPU machines makes of the kernels, beside the installed one
+	@test -d .triton/triton || $(PY) -m pip install -qq --target .triton --no-deps triton==3.6.0
+	@$(PY) -m pytest -q tests/kernels/test_compiled.py
 
 lint: .venv/.setup-stamp ## style only
 	@$(PY) -m ruff check .
@@ -57,8 +61,8 @@ pretrained: .venv/.setup-stamp ## make DMax of SmolLM2-135M-Instruct and measure
 
 setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
 
-clean: ## remove .venv, .engines, caches and build products
-	rm -rf .venv .engines .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+clean: ## remove .venv, .engines, .triton, caches and build products
+	rm -rf .venv .engines .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.core-stamp: pyproject.toml tools/install_torch.py
