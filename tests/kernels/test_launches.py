@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dmax.kernels  # noqa: F401  (the options are set before Triton is imported)
 
@@ -22,3 +24,25 @@ def test_products_and_sums_round_once_with_every_release_of_triton() -> None:
         options = CUDABackend(GPUTarget("cuda", 90, 32)).parse_options({"arch": "sm90"})
     is_off = os.environ["TRITON_DEFAULT_FP_FUSION"] == "0"  # whoever runs this may say so
     assert options.enable_fp_fusion is not is_off
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "overlaps"), [("cuda", 90, True), ("cuda", 80, False), ("hip", 942, False)]
+)
+def test_kernels_start_early_where_the_gpu_can_and_somebody_wants_it(
+    backend: str, arch: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dmax.kernels import pdl_triton
+
+    target = SimpleNamespace(backend=backend, arch=arch)
+    active = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(pdl_triton, "driver", SimpleNamespace(active=active))
+    gpu = torch.device("cuda")
+    off = {"PDL": False}
+    with pdl_triton.overlapping(False):
+        with pdl_triton.overlapping(True):
+            wanted = pdl_triton.launch_options(gpu)
+            assert wanted == ({"PDL": True, "launch_pdl": True} if overlaps else off)
+            assert pdl_triton.launch_options(torch.device("cpu")) == off  # the interpreter
+        assert pdl_triton.launch_options(gpu) == off
