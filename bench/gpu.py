@@ -2,29 +2,34 @@
 
     python bench/gpu.py
     python bench/gpu.py --only steps                 # a part: a GPU may be lent for minutes only
+    python bench/gpu.py --only bandwidth nodes kernels engine    # the first of these minutes
     python bench/gpu.py --device cpu --scale tiny    # only shows that everything runs
 
 Beside the steps that `dmax bench` measures there are single forwards, steps without our kernels and
-graphs, batch sizes and contexts. Weights are random and drawn on the device. The last line on
-stdout is the JSON record, which also goes to bench/results/ unless the scale is tiny.
+graphs, batch sizes, contexts, and every kernel alone. Weights are random and drawn on the device.
+The last line on stdout is the JSON record, which also goes to bench/results/ unless the scale is
+tiny.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from alone import kernel_table, node_table
 from command_line import changed, given_options, result_path
 from forwards import forward_table, uniform, without_kernels
+from predicted import beside, predictions
 from ratios import ratio, ratio_table
 
 from dmax.benchmark.gpu import (
+    PREFILL_TOKENS,
     GpuOptions,
     build,
     machine,
@@ -47,8 +52,14 @@ from dmax.params import check_number
 PUBLISHED = 1338.0
 """Tokens per second at batch 1 that the paper reports, on two H200 (arXiv 2604.08302)."""
 TPF = range(1, 9)
-PARTS = ("forwards", "steps", "batches", "contexts", "quantised")
-"""Tables that can be left out; the others say what the machine is, and what the steps amount to."""
+PARTS = (
+    "bandwidth", "nodes", "kernels", "engine",
+    "forwards", "steps", "batches", "contexts", "quantised",
+)  # fmt: skip
+"""Tables that can be left out; the others say what the machine is, and what the steps amount to.
+`engine` is the first row of `steps`."""
+WITHOUT_MODEL = {"bandwidth", "nodes"}
+STEPS = ("engine", "steps", "batches", "contexts", "quantised")
 TARGETS = {"H100": (1395, 2200), "H200": (1800, 2900)}
 """Tokens per second at TPF 6 that were aimed at, in bfloat16 and with 8-bit experts."""
 SMALL_SHAPE = {
@@ -149,38 +160,105 @@ VARIANTS = (
 
 
 def tables(options: Options, device: torch.device) -> Iterator[Table]:
-    """The tables, each measured when it is asked for.
+    """The tables, each measured when it is asked for. One that fails becomes a row with its error.
 
     Raises:
         InputError: the GPU has no room for the model.
     """
-    checkpoint = build(options, device)
     bandwidth = copy_bandwidth(device, options.copy_bytes)
-    yield machine(checkpoint, bandwidth)
-    if "forwards" in options.only:
-        yield forward_table(
-            checkpoint, options.distinct, options.context, options.forwards, bandwidth
-        )
-    at_batch_1: list[Row] = []
-    if "steps" in options.only:
-        variants = [variant_row(checkpoint, variant, options, bandwidth) for variant in VARIANTS]
-        title = f"denoising steps, batch 1, {options.context} positions"
-        yield step_table("steps", title, variants)
-        at_batch_1 += variants
-    if "batches" in options.only:
-        yield by_batch(checkpoint, options, bandwidth)
-    if "contexts" in options.only:
-        yield by_context(checkpoint, options, bandwidth)
+    if "bandwidth" in options.only:
+        yield bandwidth_table(bandwidth)
+    if "nodes" in options.only:
+        yield attempt("nodes", lambda: node_table(device))
+    if set(options.only) <= WITHOUT_MODEL:
+        return
 
-    del checkpoint  # makes room for the quantised ones
+    checkpoint = build(options, device)
+    yield machine(checkpoint, bandwidth)
+    parts = parts_of_model(checkpoint, options, bandwidth)
+    rows: dict[str, Sequence[Row]] = {}
+    for name, part in parts.items():
+        if name in options.only and not (name == "engine" and "steps" in options.only):
+            table = attempt(name, part)
+            rows[name] = table.rows
+            yield table
+
+    del checkpoint, parts  # makes room for the quantised ones
     if "quantised" in options.only:
-        quantised = quantised_rows(options, device, bandwidth)
-        title = f"quantised experts, batch 1, {options.context} positions"
-        yield step_table("quantised", title, quantised)
-        at_batch_1 += quantised
-    if at_batch_1:
+        table = attempt("quantised", lambda: by_format(options, device, bandwidth))
+        rows["quantised"] = table.rows
+        yield table
+    if compared := beside(of_default(rows), predicted_rows(device, options)):
+        yield compared
+    at_batch_1 = [row for name in ("steps", "quantised") for row in rows.get(name, ())]
+    if any("step_ms" in row for row in at_batch_1):
         yield speeds(at_batch_1)
         yield ratios(at_batch_1, targets(device, options))
+
+
+def parts_of_model(
+    checkpoint: Checkpoint, options: Options, bandwidth: Spread
+) -> dict[str, Callable[[], Table]]:
+    """What measures the tables of the model as it is, by name and in their order."""
+    return {
+        "kernels": lambda: kernel_table(checkpoint, options.context, PREFILL_TOKENS),
+        "engine": lambda: by_variant("engine", VARIANTS[:1], checkpoint, options, bandwidth),
+        "forwards": lambda: forward_table(
+            checkpoint, options.distinct, options.context, options.forwards, bandwidth
+        ),
+        "steps": lambda: by_variant("steps", VARIANTS, checkpoint, options, bandwidth),
+        "batches": lambda: by_batch(checkpoint, options, bandwidth),
+        "contexts": lambda: by_context(checkpoint, options, bandwidth),
+    }
+
+
+def attempt(name: str, part: Callable[[], Table]) -> Table:
+    """The table of a part, or one with the error that ended it."""
+    try:
+        return part()
+    except Exception as error:  # whatever it is: a rented GPU should not be left with one part less
+        row = {"case": name, "error": f"{type(error).__name__}: {error}"}
+        return Table(name, name, [row], [{"part": name, "problem": row["error"]}])
+
+
+def of_default(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """The steps of the engine as `LLM` makes it on a GPU, of all tables by name."""
+    others = {variant.label for variant in VARIANTS[1:]}
+    steps = [row for name in STEPS for row in rows.get(name, ())]
+    return [row for row in steps if "step_ms" in row and row["case"] not in others]
+
+
+def bandwidth_table(bandwidth: Spread) -> Table:
+    """A copy within the memory of the device, bytes read and bytes written."""
+    row = {"gb_per_second": {name: value / 1e9 for name, value in bandwidth.items()}}
+    cells = {"copy, GB/s": figure(row["gb_per_second"], ".1f")}
+    return Table("bandwidth", "copy", [row], [cells], "Bytes read and bytes written.")
+
+
+def by_variant(
+    name: str,
+    variants: Sequence[Variant],
+    checkpoint: Checkpoint,
+    options: Options,
+    bandwidth: Spread,
+) -> Table:
+    """Steps at batch 1, in one way or several."""
+    rows = [variant_row(checkpoint, variant, options, bandwidth) for variant in variants]
+    return step_table(name, f"denoising steps, batch 1, {options.context} positions", rows)
+
+
+def by_format(options: Options, device: torch.device, bandwidth: Spread) -> Table:
+    """Steps with quantised experts."""
+    rows = quantised_rows(options, device, bandwidth)
+    title = f"quantised experts, batch 1, {options.context} positions"
+    return step_table("quantised", title, rows)
+
+
+def predicted_rows(device: torch.device, options: Options) -> list[Row]:
+    """What was predicted of this GPU; nothing but for the full size."""
+    if device.type != "cuda" or options.changes:
+        return []
+    return predictions(torch.cuda.get_device_name(device))
 
 
 def variant_row(

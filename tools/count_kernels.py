@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.jit import JITFunction
 
 from dmax.benchmark.shapes import llada2_mini
 from dmax.checkpoint import Checkpoint
@@ -159,6 +158,8 @@ def num_bytes(tensor: Tensor) -> int:
 @contextmanager
 def counting(fused: bool) -> Iterator[Count]:
     """Count within, with Triton's kernels or without."""
+    from triton.runtime.jit import JITFunction
+
     count = Count()
     with ExitStack() as stack:
         for name in ("rms_norm", "scaled_dot_product_attention"):

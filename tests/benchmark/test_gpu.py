@@ -10,10 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import alone
 import gpu as bench
 import pytest
 import torch
+from count_kernels import Node
 from forwards import uniform
+from predict_step import MEASURED
+from predicted import beside, predictions
 from rich.console import Console
 
 from dmax.benchmark import gpu
@@ -34,7 +38,9 @@ from dmax.models.quantization import quantize_experts
 
 CPU = torch.device("cpu")
 MINI = LLaDA2MoeConfig()
-SECTIONS = "machine forwards steps batches contexts quantised speeds ratios".split()
+SECTIONS = """
+    bandwidth nodes machine kernels forwards steps batches contexts quantised speeds ratios
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,75 @@ def test_a_run_that_is_killed_leaves_what_it_had_measured(
     record = json.loads(output.read_text())
     assert list(record["notes"]) == ["machine", "batches"]
     assert [row["batch"] for row in record["batches"]] == [1]
+
+
+def test_the_first_parts_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "build", None)
+    options = replace(bench.SMALL, only=("bandwidth", "nodes"))
+    bandwidth, nodes = bench.tables(options, CPU)
+    assert bandwidth.rows[0]["gb_per_second"]["median"] > 0
+    assert [row["case"] for row in nodes.rows] == ["operation of PyTorch"]
+    assert 0 < nodes.rows[0]["us"]["low"] <= nodes.rows[0]["us"]["median"]
+
+
+def test_a_part_that_fails_leaves_the_others_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(bench, "kernel_table", fail)
+    monkeypatch.setattr(bench, "by_variant", fail)
+    options = replace(bench.SMALL, batch_sizes=(1,), steps=2, only=("kernels", "engine", "batches"))
+    machine, kernels, engine, batches = bench.tables(options, CPU)
+    assert kernels.rows == [{"case": "kernels", "error": "ValueError: no such kernel"}]
+    assert engine.rows == [{"case": "engine", "error": "ValueError: no such kernel"}]
+    assert batches.rows[0]["step_ms"]["median"] > 0
+
+
+def test_every_kernel_of_a_step_is_measured_alone(small: Checkpoint) -> None:
+    prescribe(small.model, replayed(small.model.config, 8.7, 2, 32))
+    table = alone.kernel_table(small, 128, 64)
+    rows = {row["case"]: row for row in table.rows}
+    assert not [row for row in table.rows if "error" in row]
+    # Three layers: an embedding, products of attention (2 each), of a dense layer (3) and of two
+    # layers of experts (router and shared: 4 each), and the head.
+    assert rows["embedding"]["nodes"] == 2  # MASK's, too
+    products = sum(row["nodes"] for name, row in rows.items() if name.startswith("mm"))
+    assert products == 3 * 2 + 3 + 2 * 4 + 1
+    assert rows["_scaled_dot_product_flash_attention_for_cpu"]["nodes"] == 3
+    for row in table.rows:
+        assert row["ratio"] == row["us"]["median"] / row["predicted_us"]
+
+
+def test_a_node_that_cannot_be_captured_becomes_a_row() -> None:
+    def wait() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    row = alone.kernel_row("wait", [wait], [Node("wait")], 128, MEASURED, CPU)
+    assert row["error"].startswith("operation not permitted")
+
+
+def test_steps_beside_their_prediction(tmp_path: Path) -> None:
+    cases = (("H100", "bf16", 4.0), ("H100", "int8", 2.0), ("H200", "bf16", 5.0))
+    shape = {"batch": 1, "context": 1024, "first_step_ms": 6.0}
+    rows = [{"gpu": gpu, "experts": form, "step_ms": ms, **shape} for gpu, form, ms in cases]
+    record = tmp_path / "prediction.json"
+    record.write_text(json.dumps({"rows": rows}))
+    predicted = predictions("NVIDIA H100 80GB HBM3", record)
+    assert [row["experts"] for row in predicted] == ["bf16", "int8"]
+    assert predictions("NVIDIA H100 80GB HBM3", tmp_path / "none.json") == []
+
+    engine = _steps("engine", 5.0, context=1024, first_step_ms={"median": 9.0})
+    int8 = engine | {"case": "int8 experts", "format": "int8"}
+    other = engine | {"context": 4096}
+    failed = {"case": "engine", "batch": 1, "context": 1024, "error": "out of memory"}
+    table = beside([engine, int8, other, failed], predicted)
+    assert table is not None
+    told = [(row["case"], row["what"], row["ratio"]) for row in table.rows]
+    assert told == [
+        ("engine", "step_ms", 1.25), ("engine", "first_step_ms", 1.5),
+        ("int8 experts", "step_ms", 2.5), ("int8 experts", "first_step_ms", 1.5),
+    ]  # fmt: skip
+    assert beside([other], predicted) is None
 
 
 def test_everything_runs_on_a_small_model() -> None:
@@ -174,7 +249,7 @@ def test_targets_belong_to_a_gpu_and_the_full_size(monkeypatch: pytest.MonkeyPat
     assert bench.ratios([{"case": "engine", "error": "out of memory"}], aims).rows == []
 
 
-def _steps(case: str, ms: float, **more: float) -> dict[str, Any]:
+def _steps(case: str, ms: float, **more: Any) -> dict[str, Any]:
     return {"case": case, "batch": 1, "step_ms": {"median": ms}, **more}
 
 
