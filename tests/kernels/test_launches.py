@@ -46,3 +46,33 @@ def test_kernels_start_early_where_the_gpu_can_and_somebody_wants_it(
             assert wanted == ({"PDL": True, "launch_pdl": True} if overlaps else off)
             assert pdl_triton.launch_options(torch.device("cpu")) == off  # the interpreter
         assert pdl_triton.launch_options(gpu) == off
+
+
+def test_a_chain_of_kernels_that_start_early_reads_what_the_ones_before_wrote(
+    kernels: torch.device,
+) -> None:
+    """Each writes where the one after the next has to read; on a GPU in a CUDA graph as well."""
+    from dmax.kernels import norm_triton, pdl_triton
+
+    first = torch.randn(16, 64, device=kernels)
+    weight = torch.rand(64, device=kernels) + 0.5
+
+    def chain() -> torch.Tensor:
+        total = first
+        normed = first
+        for _ in range(40 if kernels.type == "cuda" else 4):
+            total, normed = norm_triton.add_rms_norm(total, normed, weight, 1e-6)
+        return normed
+
+    with pdl_triton.overlapping(False):
+        expected = chain()
+    with pdl_triton.overlapping(True):
+        assert torch.equal(chain(), expected)
+        if kernels.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = chain()
+            for _ in range(10):
+                result.zero_()
+                graph.replay()
+                assert torch.equal(result, expected)
