@@ -9,6 +9,7 @@ from torch import Tensor
 
 Row = tuple[int, int, int, int, int]
 """Slot, start, position, row and row before of a block; see `Batch.where`."""
+COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +20,29 @@ class Batch:
     rows as it has branches: they stand side by side in the cache, at one position of the sequence.
 
     Attributes:
-        where: [5, P + R] int64. Every row has a slot of the cache, the position of the cache where
-            its keys and values go, the position of its block in the sequence, the row of
-            `OpenBlocks` that holds it (-1: pending), and the row there of the open block before it
-            (-1: there is none).
-        pending: [P, L] int64, the tokens of the pending blocks.
+        numbers: int64, `where` and `pending` side by side, which go to a device in one copy.
+        block_length: L.
+        num_pending: P.
+        num_rows: P + R, with R = B * num_branches.
         num_branches: branches of every open block, 1 without.
         span: positions of the cache that are read.
         in_order: the slots are 0, 1, 2, …, each with one row, so that the cache is read in place.
     """
 
-    where: Tensor
-    pending: Tensor
+    numbers: Tensor
+    block_length: int
+    num_pending: int
+    num_rows: int
     num_branches: int
     span: int
     in_order: bool
+
+    @classmethod
+    def zeros(cls, block_length: int, num_pending: int, num_rows: int, num_branches: int) -> Batch:
+        """A batch on the host whose numbers are all 0."""
+        size = COLUMNS * _width(num_rows) + num_pending * block_length
+        numbers = torch.zeros(size, dtype=torch.long)
+        return cls(numbers, block_length, num_pending, num_rows, num_branches, 0, in_order=False)
 
     @classmethod
     def of(
@@ -51,25 +60,47 @@ class Batch:
             block_length: L.
             num_branches: of every open block.
         """
+        batch = cls.zeros(block_length, len(pending), len(rows), num_branches)
         columns = list(zip(*rows, strict=True))
+        batch.where.numpy()[:] = columns
+        if pending:
+            batch.pending.numpy()[:] = pending
         slots, starts, *_ = columns
-        return cls(
-            where=torch.tensor(columns),
-            pending=torch.tensor(pending, dtype=torch.long).view(-1, block_length),
-            num_branches=num_branches,
-            span=max(starts) + block_length,
-            in_order=slots == tuple(range(len(slots))),
-        )
+        span = max(starts) + block_length
+        return replace(batch, span=span, in_order=slots == tuple(range(len(slots))))
+
+    def filled(self, spare: Row) -> Batch:
+        """Pending and open blocks filled up to powers of two with a row that nobody uses."""
+        num_open = self.num_rows - self.num_pending
+        num_pending = power_of_two(self.num_pending)
+        num_rows = num_pending + power_of_two(num_open // self.num_branches) * self.num_branches
+        if num_rows == self.num_rows:
+            return self
+        filled = Batch.zeros(self.block_length, num_pending, num_rows, self.num_branches)
+        where = filled.where.numpy()
+        own = self.where.numpy()
+        where.T[:] = spare
+        where[:, : self.num_pending] = own[:, : self.num_pending]
+        where[:, num_pending : num_pending + num_open] = own[:, self.num_pending :]
+        filled.pending[: self.num_pending] = self.pending
+        return replace(filled, span=self.span)
 
     @property
-    def num_pending(self) -> int:
-        """P."""
-        return len(self.pending)
+    def where(self) -> Tensor:
+        """[5, P + R] int64, where each row stands.
+
+        A slot of the cache, the position of the cache where keys and values go, the position of the
+        block in its sequence, the row of `OpenBlocks` that holds it (-1: pending), and the row
+        there of the open block before it (-1: there is none). Each of the five begins at a multiple
+        of 16 bytes: kernels would have code of their own for others.
+        """
+        return self.numbers.as_strided((COLUMNS, self.num_rows), (_width(self.num_rows), 1))
 
     @property
-    def num_rows(self) -> int:
-        """P + R, with R = B * num_branches."""
-        return self.where.shape[1]
+    def pending(self) -> Tensor:
+        """[P, L] int64, the tokens of the pending blocks."""
+        tokens = self.numbers[COLUMNS * _width(self.num_rows) :]
+        return tokens.view(self.num_pending, self.block_length)
 
     @property
     def rows(self) -> Tensor:
@@ -83,4 +114,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return replace(self, where=self.where.to(device), pending=self.pending.to(device))
+        return replace(self, numbers=self.numbers.to(device))
+
+
+def _width(num_rows: int) -> int:
+    """Numbers from one column of `where` to the next."""
+    return num_rows + num_rows % 2
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two; 0 stays 0."""
+    return 1 << (number - 1).bit_length() if number else 0

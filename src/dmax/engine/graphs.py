@@ -1,8 +1,8 @@
 """Steps as CUDA graphs: one launch for the some 500 kernels of a forward and its decision.
 
 A graph replays fixed addresses and shapes. What varies between steps of one shape (slots,
-positions, finished tokens) comes in through the two tensors of a batch; all else lives in tensors
-that the engine never moves. Batches are filled up to the next of a few sizes with rows of a slot
+positions, finished tokens) comes in through the numbers of a batch; all else lives in tensors that
+the engine never moves. Batches are filled up to the next of a few sizes with rows of a slot
 that no request uses, so that a few graphs are enough. Where attention reads the cache in place,
 a graph serves every length of the context; elsewhere the span of the cache is rounded up.
 """
@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.engine.batch import Batch
+from dmax.engine.batch import Batch, Row, power_of_two
 from dmax.engine.blocks import OpenBlocks
 from dmax.engine.runner import ModelRunner
 from dmax.engine.step import step
@@ -84,7 +83,7 @@ class GraphedSteps:
 
     def __call__(self, blocks: OpenBlocks, batch: Batch) -> Tensor:
         """`step` for a batch on the host."""
-        num_blocks = len(batch.rows)
+        num_blocks = (batch.num_rows - batch.num_pending) // batch.num_branches
         batch = self._filled(blocks, batch)
         shape = (batch.num_pending, batch.num_rows, batch.num_branches, batch.span, batch.in_order)
         key = (blocks, shape)
@@ -94,14 +93,14 @@ class GraphedSteps:
         captured = self._captured[key]
         if captured is None:
             # Warming up runs the step once more, on spare rows, so that no request notices.
-            where = self._idle(blocks, batch.num_rows)
-            idle = replace(batch, where=where, pending=torch.zeros_like(batch.pending))
+            idle = replace(batch, numbers=torch.zeros_like(batch.numbers))
+            idle.where.numpy().T[:] = self._spare_row(blocks)
             static = idle.to(self.runner.device)
             captured = (static, self._recorded(lambda: step(self.runner, blocks, static)))
             self._captured[key] = captured
         static, replay = captured
-        static.where.copy_(batch.where, non_blocking=True)
-        static.pending.copy_(batch.pending, non_blocking=True)
+        # What is not pinned has left its place when this returns, and may be written again.
+        static.numbers.copy_(batch.numbers, non_blocking=True)
         # A copy: the graph of the next group may write where this one has put its flags.
         return replay()[:, :num_blocks].clone()
 
@@ -110,20 +109,20 @@ class GraphedSteps:
 
         Where attention does not read the cache in place, these are steps of the shortest span.
         """
-        length = blocks.block_length
+        known = (0,) * blocks.block_length
         for row in blocks.rows_of(self._spare_slot):
-            blocks.open(row, (0,) * length)  # with nothing left to decode
+            blocks.open(row, known)  # with nothing left to decode
         sizes = {
-            (_power_of_two(opened), _power_of_two(pending))
+            (power_of_two(opened), power_of_two(pending))
             for opened in range(1, num_open + 1)
             for pending in range(num_pending + 1)
         }
         for number, (opened, pending) in enumerate(sorted(sizes, reverse=True), 1):
-            where = self._idle(blocks, pending + opened)
-            tokens = torch.zeros(pending, length, dtype=torch.long)
+            rows = [self._spare_row(blocks)] * (pending + opened)
+            batch = Batch.of(rows, [known] * pending, blocks.block_length)
             for in_order in {False, not pending}:  # a sequence with a pending block has two rows
                 for _ in range(2):
-                    self(blocks, Batch(where, tokens, 1, length, in_order))
+                    self(blocks, replace(batch, in_order=in_order))
             if number % 10 == 0 or number == len(sizes):
                 logger.info("captured %d of %d steps", number, len(sizes))
 
@@ -143,30 +142,13 @@ class GraphedSteps:
         self._captured = {key: kept for key, kept in self._captured.items() if key[0] is not blocks}
 
     def _filled(self, blocks: OpenBlocks, batch: Batch) -> Batch:
-        """Pending and open blocks filled up to powers of two, the span rounded up or all of it."""
-        num_blocks = len(batch.rows)
-        more_pending = _power_of_two(batch.num_pending) - batch.num_pending
-        more_open = (_power_of_two(num_blocks) - num_blocks) * batch.num_branches
-        pending, opened = batch.where.tensor_split((batch.num_pending,), dim=1)
-        rows = (pending, self._idle(blocks, more_pending), opened, self._idle(blocks, more_open))
+        """The batch filled up to powers of two, its span rounded up or all that there is."""
+        batch = batch.filled(self._spare_row(blocks))
         capacity = self.runner.cache.capacity
-        is_in_place = self.runner.reads_in_place
-        has_more = bool(more_pending or more_open)
-        return replace(
-            batch,
-            where=torch.cat(rows, dim=1),
-            pending=F.pad(batch.pending, (0, 0, 0, more_pending)),
-            span=capacity if is_in_place else min(-(-batch.span // SPAN) * SPAN, capacity),
-            in_order=batch.in_order and not has_more and not is_in_place,
-        )
+        if self.runner.reads_in_place:
+            return replace(batch, span=capacity, in_order=False)
+        return replace(batch, span=min(-(-batch.span // SPAN) * SPAN, capacity))
 
-    def _idle(self, blocks: OpenBlocks, num: int) -> Tensor:
-        """[5, num] rows of the spare slot, which has nothing in the cache."""
-        slot = self._spare_slot
-        row = blocks.rows_of(slot).start
-        return torch.tensor((slot, 0, 0, row, -1))[:, None].repeat(1, num)
-
-
-def _power_of_two(number: int) -> int:
-    """The next power of two; 0 stays 0."""
-    return 1 << (number - 1).bit_length() if number else 0
+    def _spare_row(self, blocks: OpenBlocks) -> Row:
+        """A row of the slot that no request uses, which has nothing in the cache."""
+        return (self._spare_slot, 0, 0, blocks.rows_of(self._spare_slot).start, -1)
