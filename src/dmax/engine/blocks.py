@@ -131,7 +131,8 @@ class OpenBlocks:
         rows = rows.to(device, non_blocking=True)
         new = torch.from_numpy(fresh.view(np.uint8)).view(len(known), -1)
         self.record[rows] = new.to(device, non_blocking=True)
-        self._keep(self.state, rows, self.strategy.open(self.view(rows)))
+        if type(self.strategy).open is not Strategy.open:  # most have nothing to remember
+            self._keep(self.state, rows, self.strategy.open(self.view(rows)))
 
     # --- before a forward ---
 
@@ -217,9 +218,11 @@ class OpenBlocks:
 
     def records(self, shown: NDArray[np.uint8]) -> NDArray[Any]:
         """What `shown` gave, on the host: [rows] of the fields, and `ids` and `probs` of blends."""
+        blends = self._blends()
+        if not blends:
+            return shown.view(self._layout)
         kinds = (("ids", np.int64), ("probs", np.float32))
-        blends = zip(kinds, self._blends(), strict=False)
-        more = [(*kind, each.shape[1:]) for kind, each in blends]
+        more = [(*kind, each.shape[1:]) for kind, each in zip(kinds, blends, strict=True)]
         return shown.view(np.dtype([*self._layout.descr, *more]))
 
     def may_open_next(self, rows: Tensor) -> Tensor:

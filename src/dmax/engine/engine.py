@@ -160,12 +160,15 @@ class Engine:
         if not sequences:
             return
         used = list(dict.fromkeys(sequence.blocks for sequence in sequences))
-        records = dict(zip(used, read(used), strict=True))
+        found = {
+            blocks: (records["flags"].tolist(), records)
+            for blocks, records in zip(used, read(used), strict=True)
+        }
         events: dict[int, list[StreamEvent]] = {}  # by request
         for sequence in sequences:
             own = events.setdefault(sequence.request.index, [])
             try:
-                for event in sequence.settle(records[sequence.blocks]):
+                for event in sequence.settle(*found[sequence.blocks]):
                     own.append(event)
                     if event.kind == "finished":
                         self._release(sequence)
@@ -289,7 +292,7 @@ class Engine:
         for sequence in sequences:
             slot = sequence.slot
             runner.cache.commit([slot], len(sequence.pending) * self.block_length)
-            if self.prefix_cache is not None and not sequence.cost.num_forwards:
+            if self.prefix_cache is not None and not sequence.num_forwards:
                 self.prefix_cache.store(runner.cache, slot, sequence.request.prompt_ids)
             sequence.count_forward()
 
@@ -392,10 +395,11 @@ class Engine:
 
     def _unfilled(self) -> dict[int, int]:
         """By slot in order of admission, prompt tokens that are neither encoded nor pending."""
+        lengths = self._runner.cache.lengths if self._runner else []
         return {
             slot: left
             for slot, sequence in self._sequences.items()
-            if (left := sequence.first - self.runner.cache.lengths[slot])
+            if (left := sequence.first - lengths[slot])
         }
 
     def _encode(self, slots: list[int], size: int) -> None:

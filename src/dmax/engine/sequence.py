@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,9 @@ class Sequence:
         pending: tokens of finished blocks whose keys and values the next forward writes. Before
             the first step these are blocks of the prompt.
         generated: token ids of the finished blocks, the prompt left out.
-        cost: of the request so far.
+        num_forwards: denoising forwards so far.
+        num_positions: that these had.
+        cost: of the request so far, besides these two.
     """
 
     request: Request
@@ -52,6 +53,8 @@ class Sequence:
     num_branches: int = 1
     pending: list[tuple[int, ...]] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
+    num_forwards: int = 0
+    num_positions: int = 0
     cost: Cost = field(default_factory=Cost)
     _noise: Tensor | None = None  # of the next forward, once it is drawn
 
@@ -64,26 +67,33 @@ class Sequence:
 
     def forward_rows(self) -> list[Row]:
         """Rows of the pending blocks, then of the open blocks and their branches."""
+        slot = self.slot
         length = self.blocks.block_length
-        rows = [-1] * len(self.pending) + self.rows
-        return [
-            (self.slot, base + branch * length, base, row, before)
-            for base, row, before in zip(count(self.first, length), rows, [-1, *rows], strict=False)
-            for branch in range(1 if row < 0 else self.num_branches)
-        ]
+        base = self.first
+        found: list[Row] = []
+        for _ in self.pending:
+            found.append((slot, base, base, -1, -1))
+            base += length
+        before = -1
+        for row in self.rows:
+            for branch in range(self.num_branches):
+                found.append((slot, base + branch * length, base, row, before))
+            base += length
+            before = row
+        return found
 
     def count_forward(self) -> None:
         """Count the forward over these rows, after which nothing is pending any more.
 
         Positions of the prompt are not counted.
         """
-        num_prompt = 0 if self.cost.num_forwards else len(self.pending)
-        num_blocks = len(self.pending) - num_prompt + len(self.rows) * self.num_branches
-        self.cost += Cost(
-            num_forwards=1,
-            num_prefill_forwards=int(num_prompt > 0),
-            num_positions=num_blocks * self.blocks.block_length,
-        )
+        num_blocks = len(self.rows) * self.num_branches
+        if self.num_forwards:
+            num_blocks += len(self.pending)
+        elif self.pending:
+            self.cost += Cost(num_prefill_forwards=1)
+        self.num_forwards += 1
+        self.num_positions += num_blocks * self.blocks.block_length
         self.pending = []
         self._noise = None
 
@@ -101,10 +111,11 @@ class Sequence:
 
     # --- what becomes of it after the forward ---
 
-    def settle(self, records: NDArray[Any]) -> Iterator[StreamEvent]:
+    def settle(self, flags: list[list[bool]], records: NDArray[Any]) -> Iterator[StreamEvent]:
         """Report the open blocks, close those that are done.
 
         Args:
+            flags: of all rows of `blocks`, six for each, see `dmax.engine.step.decide`.
             records: of all rows of `blocks`, see `dmax.engine.blocks.read`.
 
         Returns:
@@ -113,8 +124,8 @@ class Sequence:
         Raises:
             InputError: the logits held a NaN, or the strategy proposed MASK.
         """
-        flags = records["flags"][self.rows]  # [open blocks, 6]
-        done, forced, capped, invalid, broken, may_open_next = flags.T.tolist()
+        own = [flags[row] for row in self.rows]
+        done, forced, capped, invalid, broken, may_open_next = zip(*own, strict=True)
         if any(broken):
             raise InputError(
                 f"the model gave NaN logits for prompt {self.request.number}",
@@ -126,12 +137,14 @@ class Sequence:
                 f"strategy `{strategy.name}` proposed the mask token for prompt "
                 f"{self.request.number}"
             )
-        self.cost += Cost(num_forced=sum(forced))
+        if any(forced):
+            self.cost += Cost(num_forced=sum(forced))
         self.num_branches = 1 if done[0] else strategy.num_branches
         for is_done, is_forced, is_capped in zip(done, forced, capped, strict=True):
             if not is_done:
                 break
-            self.cost += Cost(num_capped=int(is_capped))
+            if is_capped:
+                self.cost += Cost(num_capped=1)
             yield self._close(records, is_forced, is_capped)
             if self.start >= self.end or self._stop() is not None:
                 yield self.finish()
@@ -143,11 +156,11 @@ class Sequence:
 
     def takes_row(self) -> bool:
         """Take a row for the next block if none is open, or if the last one allows for it."""
-        free = [row for row in self.blocks.rows_of(self.slot) if row not in self.rows]
-        if self.rows and not (self.may_open and free and self._start_of_next() < self.end):
+        if self.rows and not (self.may_open and self._start_of_next() < self.end):
             return False
-        self.rows.append(free[0])
-        return True
+        free = [row for row in self.blocks.rows_of(self.slot) if row not in self.rows]
+        self.rows.extend(free[:1])
+        return bool(free)
 
     def known(self) -> tuple[int, ...]:
         """What is known of the last open block before its first step: the end of the prompt."""
@@ -161,14 +174,17 @@ class Sequence:
         """The completion: cut at the first EOS (A14 in docs/paper.md), stop text, or limit."""
         limit = self.request.params.max_new_tokens
         stop = self._stop()
+        cost = self.cost + Cost(self.num_forwards, num_positions=self.num_positions)
         if stop is None or stop > limit:
-            return finished(self.request, self.generated[:limit], early, self.cost)
-        return finished(self.request, self.generated[:stop], "stop", self.cost)
+            return finished(self.request, self.generated[:limit], early, cost)
+        return finished(self.request, self.generated[:stop], "stop", cost)
 
     def _stop(self) -> int | None:
         """How many tokens stand before the first EOS, or end in a stop text; None without them."""
         ids = self.generated
-        stop = next((at for at, token in enumerate(ids) if token in self.eos_token_ids), None)
+        start = max(len(ids) - self.blocks.block_length, 0)  # no block before the last one ended it
+        last = enumerate(ids[start:], start)
+        stop = next((at for at, token in last if token in self.eos_token_ids), None)
         if self.request.find_stop is None:
             return stop
         found = self.request.find_stop(ids[:stop])
@@ -205,7 +221,7 @@ class Sequence:
             confidence=tuple(block["confidence"][first:].tolist()),
             position=start + first - num_prompt,
             step=block["step"].item(),
-            num_forwards=self.cost.num_forwards,
+            num_forwards=self.num_forwards,
             written=tuple(block["written"][first:].tolist()),
             candidates=tuple(_candidates(block)[first:]),
             forced=forced,
