@@ -221,8 +221,10 @@ class OpenBlocks:
         blends = self._blends()
         if not blends:
             return shown.view(self._layout)
-        kinds = (("ids", np.int64), ("probs", np.float32))
-        more = [(*kind, each.shape[1:]) for kind, each in zip(kinds, blends, strict=True)]
+        more = [
+            (name, str(blend.dtype).removeprefix("torch."), blend.shape[1:])
+            for name, blend in zip(("ids", "probs"), blends, strict=True)
+        ]
         return shown.view(np.dtype([*self._layout.descr, *more]))
 
     def may_open_next(self, rows: Tensor) -> Tensor:
