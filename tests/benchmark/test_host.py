@@ -1,0 +1,71 @@
+"""Host time of a step: how much Python there is around a replay, counted and not timed."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import host
+import pytest
+
+from dmax.checkpoint import Checkpoint
+from dmax.engine.engine import Engine
+from dmax.llm import LLM
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return LLM("tiny-dmax", dtype="float32", device="cpu").checkpoint
+
+
+@pytest.mark.parametrize(("batch_size", "most_calls"), [(1, 220), (16, 640)])
+def test_a_step_takes_little_of_the_host(
+    batch_size: int, most_calls: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of functions, in Python or not; one takes a tenth of a microsecond or more."""
+    counts = list[int]()
+    take_step = Engine.step
+
+    def counted(engine: Engine) -> Any:
+        num_calls = 0
+
+        def count(frame: FrameType, event: str, argument: Any) -> None:
+            nonlocal num_calls
+            num_calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            return take_step(engine)
+        finally:
+            sys.setprofile(None)
+            counts.append(num_calls)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    host.host_times(checkpoint, batch_size, 8, finishes=False)
+    assert counts[-1] == counts[-2] <= most_calls
+
+
+def test_blocks_finish_as_they_are_told_to(checkpoint: Checkpoint) -> None:
+    finished = list[int]()
+    take_step = Engine.step
+
+    def watched(engine: Engine) -> Any:
+        events = take_step(engine)
+        finished.append(sum(event.kind == "committed" for event in events))
+        return events
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", watched)
+        times = host.host_times(checkpoint, 4, 10, finishes=True)
+    assert len(times) == 10
+    assert sum(finished[-10:]) == 4 * 10 / host.STEPS_OF_A_BLOCK
+
+
+def test_the_table(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "LLM", lambda *_, **__: SimpleNamespace(checkpoint=checkpoint))
+    (table,) = host.tables(host.Options(batch_sizes=(1,), steps=5))
+    (row,) = table.rows
+    assert row["batch"] == 1 and row["aim_us"] == 60
+    assert 0 < row["running_us"]["median"] and 0 < row["finishing_us"]["median"]
+    assert [cells["batch"] for cells in table.cells] == ["1"]
