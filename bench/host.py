@@ -2,10 +2,10 @@
 
     python bench/host.py
 
-Steps are "captured" by a stub that replays nothing, on a CPU, so that no kernel is launched or waited
-for. What is measured is the time of the thread in `Engine.step`, in two cases: no block finishes, and
-every block finishes in its fifth step, at batch sizes above one not all at once. The calls that a GPU
-takes besides (a copy to it, a launch and a copy back) are not in it.
+A stub that replays nothing "captures" the steps, on a CPU, so that no kernel is launched or waited
+for. What is measured is the time of the thread in `Engine.step`, in two cases: no block finishes,
+and every block finishes in its fifth step, several blocks not all at once. What a GPU takes besides
+(a copy to it, a launch and a copy back) is not in it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def host_times(
 
 
 def decide(blocks: OpenBlocks, number: int | None) -> None:
-    """What the graph of a step would leave behind: which blocks are done, None of them or a fifth."""
+    """Leave behind what the graph of a step would: no block is done, or a fifth of them are."""
     done = torch.zeros(len(blocks.flags), dtype=torch.bool)
     if number is not None:
         done = (torch.arange(len(done)) + number) % STEPS_OF_A_BLOCK == 0
