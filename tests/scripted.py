@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmax.confidence import GumbelNoise
 from dmax.decoding import get_strategy
 from dmax.decoding.block import Advance, Decision, Output, View, apply
 from dmax.decoding.strategy import Strategy
@@ -60,6 +61,18 @@ def opened(
         mask_token_id=MASK,
         embed=embed,
         **options,
+    )
+
+
+def noise_of(temperatures: Sequence[float], length: int = 1, first_seed: int = 0) -> GumbelNoise:
+    """The noise of blocks at their first step, with seeds of their own."""
+    zeros = torch.zeros(len(temperatures), dtype=torch.long)
+    return GumbelNoise(
+        seeds=torch.arange(len(zeros)) + first_seed,
+        temperatures=torch.tensor(temperatures),
+        starts=zeros,
+        steps=zeros,
+        block_length=length,
     )
 
 

@@ -34,7 +34,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dmax.blend import SoftTokens
-from dmax.confidence import LARGEST, Candidates
+from dmax.confidence import LARGEST, Candidates, GumbelNoise
 from dmax.decoding import get_strategy
 from dmax.engine.blocks import OpenBlocks
 from dmax.kernels import (
@@ -103,7 +103,18 @@ def experts(num_tokens: int, form: str) -> None:
 
 def lm_head(num_tokens: int, k: int) -> None:
     hidden = new(num_tokens, HIDDEN)
-    lm_head_triton.top_k_of_tiles(hidden, new(VOCABULARY, HIDDEN), k, MASK, LARGEST)
+    noise = noise_of(num_tokens // 32)
+    tiles = lm_head_triton.top_k_of_tiles(hidden, new(VOCABULARY, HIDDEN), k, MASK, LARGEST, noise)
+    lm_head_triton.merge(tiles)
+
+
+def noise_of(num_blocks: int) -> GumbelNoise:
+    seeds = new(num_blocks, dtype=torch.int64)
+    return GumbelNoise(seeds, new(num_blocks, dtype=torch.float32), seeds, seeds, 32)
+
+
+def noise() -> None:
+    lm_head_triton.add_noise(new(32, VOCABULARY, dtype=torch.float32), noise_of(1))
 
 
 def open_blocks(k: int) -> OpenBlocks:
@@ -168,6 +179,7 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
     for num_rows in (1, 64):
         yield f"attention, {num_rows} rows", partial(attention, num_rows)
     yield "attention of 32 heads", partial(attention, 1, 32)  # LLaDA-2.0-flash
+    yield "noise", noise
     yield "router", partial(router, 32)
     yield "norm", partial(norm, 32)
 

@@ -9,22 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import MASK, V, logits_of, opened, rows
+from scripted import MASK, V, logits_of, noise_of, opened, rows
 from torch import Tensor
 
-from dmax.confidence import Candidates
+from dmax.confidence import Candidates, GumbelNoise
 from dmax.decoding.block import Advance, Decision, Output, View, apply, leftmost, predict
 
 INF = float("inf")
 
 
-def prediction(logits: Tensor, top_k: int = 1, noise: Tensor | None = None) -> Candidates:
+def prediction(logits: Tensor, top_k: int = 1, noise: GumbelNoise | None = None) -> Candidates:
     view = opened((), logits.shape[1], len(logits), noise=noise)
     return predict(view, Output(logits, MASK), top_k)
-
-
-def gumbel(*shape: int) -> Tensor:
-    return -torch.empty(shape).exponential_().log()
 
 
 # --- Output ---------------------------------------------------------------------------------------
@@ -75,7 +71,7 @@ def test_logits_are_made_only_when_somebody_asks_for_them() -> None:
         return logits
 
     best = Output(logits, MASK).top(1)
-    output = Output(make, MASK, candidates=lambda k: best)
+    output = Output(make, MASK, candidates=lambda k, noise: best)
     assert torch.equal(output.top(1).tokens, torch.tensor([[3, 5]]))
     assert not output.broken.any()
     assert calls == []
@@ -126,18 +122,17 @@ def test_more_candidates_than_tokens_are_all_tokens_but_mask_once(
     top_k: int, temperature: float
 ) -> None:
     """A token counted twice would give more than all of the probability to the blend."""
-    noise = temperature * gumbel(2, 3, V) if temperature else None
+    noise = noise_of([temperature] * 2, 3) if temperature else None
     result = prediction(torch.randn(2, 3, V), top_k, noise)
     assert torch.equal(result.ids.sort(dim=-1).values, torch.arange(V - 1).expand(2, 3, -1))
     assert (result.probs.sum(dim=-1) <= 1 + 1e-6).all()
 
 
 def test_sampling_follows_the_softmax_and_reports_unscaled_confidence() -> None:
-    torch.manual_seed(1)
     draws = 20_000
     temperature = 2.0
     logits = torch.tensor([2.0, 1.0, 0.0, -INF, -INF, -INF, -INF, 5.0]).expand(1, draws, V)
-    result = prediction(logits, noise=temperature * gumbel(1, draws, V))
+    result = prediction(logits, noise=noise_of([temperature], draws))
     expected = (torch.tensor([2.0, 1.0, 0.0]) / temperature).softmax(0)
     measured = result.tokens.flatten().bincount(minlength=V)[:3] / draws
     torch.testing.assert_close(measured, expected, atol=0.015, rtol=0)
@@ -148,14 +143,12 @@ def test_sampling_follows_the_softmax_and_reports_unscaled_confidence() -> None:
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-3])
 def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
     logits = torch.tensor([[[5.0, 10.0, *[0.0] * (V - 2)]]])
-    assert prediction(logits, noise=temperature * gumbel(1, 1, V)).tokens.tolist() == [[1]]
+    assert prediction(logits, noise=noise_of([temperature])).tokens.tolist() == [[1]]
 
 
 def test_greedy_rows_beside_sampled_ones_are_what_they_are_alone() -> None:
     logits = torch.randn(4, 5, V)
-    noise = gumbel(4, 5, V)
-    noise[::2] = 0.0
-    together = prediction(logits, top_k=3, noise=noise)
+    together = prediction(logits, top_k=3, noise=noise_of([0.0, 1.0] * 2, 5))
     alone = prediction(logits, top_k=3)
     assert not torch.equal(together.ids, alone.ids)
     for name in Candidates._fields:
@@ -163,7 +156,7 @@ def test_greedy_rows_beside_sampled_ones_are_what_they_are_alone() -> None:
 
 
 def test_sampling_from_nothing_but_minus_infinity_spares_mask() -> None:
-    view = replace(opened((), 1), noise=torch.zeros(1, 1, V), mask_token_id=0)
+    view = replace(opened((), 1), noise=noise_of([1.0]), mask_token_id=0)
     assert predict(view, Output(torch.full((1, 1, V), -INF), 0)).tokens.item() != 0
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import EOS, MASK, Step, V, after, embed, logits_of, opened, play
+from scripted import EOS, MASK, Step, V, after, embed, logits_of, noise_of, opened, play
 from torch import Tensor
 
 from dmax.decoding import get_strategy, strategies
@@ -218,12 +218,11 @@ def test_rows_are_bit_for_bit_what_they_are_alone(
     needed: Needed, script: Tensor, drawn: DecodingParams | Hostile, temperature: float
 ) -> None:
     strategy = ready(drawn, needed)
-    generator = torch.Generator().manual_seed(7)
-    noise = temperature * -torch.empty(3, L, V).exponential_(generator=generator).log()
 
     def three_steps(rows: slice) -> tuple[Decision, Advance]:
-        own = noise[rows] if temperature else None
-        view = opened([1], L, batch=rows.stop - rows.start, noise=own)
+        num_rows = rows.stop - rows.start
+        own = noise_of([temperature] * num_rows, L, rows.start) if temperature else None
+        view = opened([1], L, batch=num_rows, noise=own)
         state = strategy.open(view)
         for n in range(3):
             output = Output(script[n, rows], MASK, hidden_states=embed(view.tokens))

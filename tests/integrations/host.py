@@ -97,7 +97,7 @@ class Host:
     ) -> Guest:
         guest = Guest(list(prompt), len(prompt), params, Forwards(self.length))
         self.guests[slot] = guest
-        self._seat(slot, guest, is_new=True)
+        self.progress.add(slot, guest.tokens)
         self.progress.admit(slot, get_strategy(params), params, logprobs)
         return guest
 
@@ -107,7 +107,7 @@ class Host:
         self.progress.remove(slot)
         guest.computed = 0
         guest.is_read = False
-        self._seat(slot, guest, is_new=guest.num_prompt == len(guest.tokens))
+        self.progress.add(slot, guest.tokens)
         self.progress.admit(slot, get_strategy(guest.params), guest.params)
 
     def run(self) -> None:
@@ -141,9 +141,6 @@ class Host:
             emitted = group.advance(logits)
             for index, slot in enumerate(group.slots):
                 self._take(slot, emitted, index, int(group.widths[index]))
-
-    def _seat(self, slot: int, guest: Guest, *, is_new: bool) -> None:
-        self.progress.add(slot, f"guest {slot}", guest.tokens, is_new=is_new)
 
     def _width(self, guest: Guest) -> int:
         if not guest.is_read:

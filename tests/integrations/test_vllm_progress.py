@@ -202,7 +202,7 @@ def test_numbers_of_requests_share_their_open_blocks(engine: Engine) -> None:
         params = DecodingParams(strategy="spd", threshold=threshold, temperature=slot % 2)
         slots.admit(slot, get_strategy(params), params)
     groups = list(slots.groups([3, 1, 0, 2]))
-    assert [indices for _, indices in groups] == [[0, 1], [2, 3]], "samples apart from the greedy"
+    assert [indices for _, indices in groups] == [[0, 1, 2, 3]], "samples beside the greedy"
     assert all(blocks is slots.blocks(0) for blocks, _ in groups)
     assert slots.blocks(0).numbers["threshold"][:4, 0].tolist() == pytest.approx(
         [0.1, 0.5, 0.5, 0.9]

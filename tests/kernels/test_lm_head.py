@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dmax.confidence import LARGEST, Candidates, take_best
+from dmax.confidence import LARGEST, Candidates, GumbelNoise, take_best
 from dmax.decoding.block import Output, View, predict
 from dmax.errors import InputError
 from dmax.kernels import lm_head
 from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch, merge_tiles
 
 INF = float("inf")
-Head = Callable[[Tensor, Tensor, int, int], Candidates]
+Head = Callable[..., Candidates]
 
 # Inputs that overflow on purpose make NumPy, which interprets the kernel, warn.
 overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -62,7 +63,14 @@ def reference(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Can
 def assert_equal(actual: Candidates, expected: Candidates, tolerance: float = 0.0) -> None:
     assert torch.equal(actual.broken, expected.broken)
     assert torch.equal(actual.ids, expected.ids)
-    torch.testing.assert_close(actual.probs, expected.probs, rtol=tolerance, atol=tolerance / 100)
+    bounds = {"rtol": tolerance, "atol": tolerance / 100, "equal_nan": True}
+    torch.testing.assert_close(actual.probs, expected.probs, **bounds)
+
+
+def on(device: torch.device, noise: GumbelNoise) -> GumbelNoise:
+    """The same noise on a device."""
+    names = ("seeds", "temperatures", "starts", "steps")
+    return replace(noise, **{name: getattr(noise, name).to(device) for name in names})
 
 
 @pytest.fixture
@@ -70,12 +78,18 @@ def triton_head(triton_device: torch.device) -> Head:
     """The Triton path in tiles so small that every test has several, on the device it runs on."""
     from dmax.kernels import lm_head_triton
 
-    def run(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+    def run(
+        hidden: Tensor, weight: Tensor, k: int, mask_token_id: int, noise: GumbelNoise | None = None
+    ) -> Candidates:
         tile = lm_head_triton.Tile(vocabulary=16, size=16, warps=4, stages=2)
         hidden = hidden.to(triton_device)
         weight = weight.to(triton_device)
-        best = lm_head_triton.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST, tile)
-        return Candidates(*(tensor.cpu() for tensor in merge_tiles(*best)))
+        best = lm_head_triton.top_k_of_tiles(
+            hidden, weight, k, mask_token_id, LARGEST, noise and on(triton_device, noise), tile
+        )
+        merged = Candidates(*(tensor.cpu() for tensor in lm_head_triton.merge(best)))
+        assert_equal(merged, Candidates(*map(Tensor.cpu, merge_tiles(*best))), tolerance=1e-6)
+        return merged
 
     return run
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dmax.confidence import Candidates, take_best
+from dmax.confidence import Candidates, GumbelNoise, choose
 from dmax.decoding.block import Decision, Output, State, View, predict
 from dmax.decoding.selection import above
 from dmax.decoding.strategy import Number, Strategy, number
@@ -76,8 +76,8 @@ def _raise(output: Output, ids: Tensor, credits: Tensor, alpha: Number) -> Outpu
     probs = output.probs.scatter_add(-1, ids, gained) / (1 + gained.sum(dim=-1, keepdim=True))
     logits = output.logits.scatter_add(-1, ids, alpha * credits.log1p())  # MASK stays at -inf
 
-    def best(k: int) -> Candidates:
-        chosen = take_best(logits.clone(), min(k, logits.shape[-1] - 1))[1]
+    def best(k: int, noise: GumbelNoise | None) -> Candidates:
+        chosen = choose(logits.clone(), k, noise)
         broken = torch.zeros_like(chosen[..., 0], dtype=torch.bool)
         return Candidates(chosen, probs.gather(-1, chosen), broken)
 

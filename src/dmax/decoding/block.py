@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmax.blend import Embed
-from dmax.confidence import LARGEST, Candidates, candidates, precision, take_best
+from dmax.confidence import LARGEST, Candidates, GumbelNoise, candidates, precision
 
 State = dict[str, Tensor]
 """What a strategy remembers of blocks; every tensor has a leading dimension B."""
@@ -34,7 +34,7 @@ class View:
         max_steps: [B] int64, forwards that it may take.
         mask_token_id: MASK.
         embed: from token ids to embeddings, for strategies that mix embeddings of their own.
-        noise: [B, L, V] Gumbel noise times the temperature, 0 in greedy rows; None: all are greedy.
+        noise: what tokens are drawn with, where blocks have a temperature; None: all are greedy.
         must_progress: [B] bool; False for a block that may wait for the one before it. None: all
             must.
     """
@@ -46,7 +46,7 @@ class View:
     max_steps: Tensor
     mask_token_id: int
     embed: Embed | None = None
-    noise: Tensor | None = None
+    noise: GumbelNoise | None = None
     must_progress: Tensor | None = None
 
     @property
@@ -65,24 +65,28 @@ class Output:
         source: logits [B, L, V] of the model, any float dtype, never written to; or a function that
             makes them when they are wanted.
         mask_token_id: MASK.
-        candidates: gives the k best tokens without logits (a fused head), if there is such a thing.
+        candidates: gives the k best tokens under the noise without logits (a fused head), if there
+            is such a thing.
         hidden_states: [B, L, D] of the last layer, where the engine provides them.
     """
 
     source: Tensor | Callable[[], Tensor]
     mask_token_id: int
-    candidates: Callable[[int], Candidates] | None = None
+    candidates: Callable[[int, GumbelNoise | None], Candidates] | None = None
     hidden_states: Tensor | None = None
-    _best: dict[int, Candidates] = field(default_factory=dict, init=False)
+    _best: dict[tuple[int, GumbelNoise | None], Candidates] = field(
+        default_factory=dict, init=False
+    )
 
-    def top(self, k: int) -> Candidates:
+    def top(self, k: int, noise: GumbelNoise | None = None) -> Candidates:
         """The k most probable tokens of every position, [B, L, k]; see `dmax.confidence`."""
-        if k not in self._best:
+        if (k, noise) not in self._best:
             if self.candidates is None:
-                self._best[k] = candidates(self.raw, k, self.mask_token_id)
+                found = candidates(self.raw, k, self.mask_token_id, noise)
             else:
-                self._best[k] = self.candidates(k)
-        return self._best[k]
+                found = self.candidates(k, noise)
+            self._best[k, noise] = found
+        return self._best[k, noise]
 
     @property
     def broken(self) -> Tensor:
@@ -167,9 +171,8 @@ def predict(view: View, output: Output, top_k: int = 1) -> Candidates:
     """The token of every position and its probability, followed by the next best tokens.
 
     Greedy rows take the most probable token; ties go to the lowest id. With a temperature T > 0
-    the token is a sample of softmax(logits / T), drawn as argmax(logits + T * Gumbel noise), which
-    no small T overflows. Its confidence is always that of softmax(logits), MASK included, so that
-    thresholds mean the same at every temperature.
+    the token is a sample of softmax(logits / T). Its confidence is that of softmax(logits) at every
+    temperature (see `dmax.confidence`).
 
     Args:
         view: the blocks.
@@ -179,14 +182,7 @@ def predict(view: View, output: Output, top_k: int = 1) -> Candidates:
     Returns:
         [B, L, k] candidates, the chosen token first.
     """
-    if view.noise is None:
-        return output.top(top_k)
-    ids = (output.logits + view.noise).argmax(dim=-1, keepdim=True)  # [B, L, 1]
-    num_others = min(top_k, output.logits.shape[-1] - 1) - 1
-    if num_others > 0:
-        others = output.logits.scatter(-1, ids, float("-inf"))
-        ids = torch.cat((ids, take_best(others, num_others)[1]), dim=-1)  # [B, L, k]
-    return Candidates(ids, output.probs.gather(-1, ids), output.top(1).broken)
+    return output.top(top_k, view.noise)
 
 
 def leftmost(positions: Tensor) -> Tensor:

@@ -108,6 +108,11 @@ class Batch:
         return self.where[3, self.num_pending :: self.num_branches]
 
     @property
+    def starts(self) -> Tensor:
+        """[B] int64, the positions in their sequences of the open blocks."""
+        return self.where[2, self.num_pending :: self.num_branches]
+
+    @property
     def before(self) -> Tensor:
         """[B] int64, the rows there of the open blocks before them; -1 where there is none."""
         return self.where[4, self.num_pending :: self.num_branches]

@@ -8,6 +8,7 @@ of blocks, and one copy shows the host what became of them.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmax.blend import Embed, SoftTokens, embed_tokens
+from dmax.confidence import GumbelNoise
 from dmax.decoding.block import Advance, Decision, State, View
 from dmax.decoding.strategy import Strategy
 from dmax.params import DecodingParams
@@ -72,6 +74,8 @@ class OpenBlocks:
             self._eos_token_ids = torch.tensor(special_ids.eos_token_ids)
             self.max_steps = torch.zeros(num_rows, dtype=torch.long)
             self.ignores_eos = torch.zeros(num_rows, dtype=torch.bool)
+            self.seeds = torch.zeros(num_rows, dtype=torch.long)
+            self.temperatures = torch.zeros(num_rows)
             self.numbers = {name: torch.zeros(num_rows, 1) for name in strategy.numbers()}
             self._take(torch.zeros(num_rows, self._layout.itemsize, dtype=torch.uint8))
 
@@ -86,6 +90,8 @@ class OpenBlocks:
         self._take(_with_rows(self.record, num_rows))
         self.max_steps = _with_rows(self.max_steps, num_rows)
         self.ignores_eos = _with_rows(self.ignores_eos, num_rows)
+        self.seeds = _with_rows(self.seeds, num_rows)
+        self.temperatures = _with_rows(self.temperatures, num_rows)
         for kept in (self.numbers, self.state, self.feedback):
             kept.update({name: _with_rows(values, num_rows) for name, values in kept.items()})
 
@@ -112,6 +118,8 @@ class OpenBlocks:
         most_steps = torch.iinfo(self.max_steps.dtype).max
         self.max_steps[rows] = min(params.max_steps_per_block or steps, most_steps)
         self.ignores_eos[rows] = params.ignore_eos
+        self.seeds[rows] = secrets.randbits(63) if params.seed is None else params.seed
+        self.temperatures[rows] = params.temperature
 
     def open(self, row: int | Tensor, known: Sequence[int] = ()) -> None:
         """Open one block, or blocks that begin alike in [B] rows; see `open_all`."""
@@ -159,13 +167,15 @@ class OpenBlocks:
 
     # --- after a forward ---
 
-    def view(self, rows: Tensor, before: Tensor | None = None, noise: Tensor | None = None) -> View:
+    def view(
+        self, rows: Tensor, before: Tensor | None = None, noise: GumbelNoise | None = None
+    ) -> View:
         """What the strategy may read of the blocks in `rows` [B].
 
         Args:
             rows: [B] int64.
             before: [B] int64, rows of the open blocks before them, -1 where there is none.
-            noise: [B, L, V] Gumbel noise times the temperature; None: all are greedy.
+            noise: what tokens are drawn with; None: all rows are greedy.
         """
         must_progress = None
         if before is not None and self.strategy.blocks > 1:
@@ -182,6 +192,19 @@ class OpenBlocks:
             noise=noise,
             must_progress=must_progress,
         )
+
+    def noise(self, rows: Tensor, starts: Tensor) -> GumbelNoise | None:
+        """The noise of the next step of rows [B]; None if it is known that all are greedy.
+
+        Args:
+            rows: [B] int64.
+            starts: [B] int64, where the blocks begin in their sequences.
+        """
+        temperatures = self.temperatures[rows]
+        if temperatures.device.type == "cpu" and not temperatures.any():
+            return None
+        steps = self.step[rows]
+        return GumbelNoise(self.seeds[rows], temperatures, starts, steps, self.block_length)
 
     def strategy_of(self, rows: Tensor) -> Strategy:
         """The strategy with the numbers [B, 1] of these rows."""

@@ -23,7 +23,7 @@ from dmax.engine.prefix_cache import PrefixCache
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner, in_turn
 from dmax.engine.scheduler import SHORT_PROMPT, Scheduler
-from dmax.engine.sequence import Sequence, finished, open_last, own_generator
+from dmax.engine.sequence import Sequence, finished, open_last
 from dmax.engine.step import step
 from dmax.environment import on_device
 from dmax.outputs import Cost, Load, StreamEvent
@@ -280,15 +280,10 @@ class Engine:
         runner = self.runner
         if len(sequences) < len(sharing):
             batch = self._batch(sequences)
-        noise = None
-        if any(sequence.generator is not None for sequence in sequences):
-            vocab_size = self.model.config.vocab_size
-            noise = torch.cat([each.gumbel_noise(vocab_size) for each in sequences])
-            noise = noise.to(runner.device)
-        if self._graphs is not None and noise is None:
-            self._graphs(blocks, batch)
+        if self._graphs is None:
+            step(runner, blocks, batch.to(runner.device))
         else:
-            step(runner, blocks, batch.to(runner.device), noise)
+            self._graphs(blocks, batch)
         for sequence in sequences:
             slot = sequence.slot
             runner.cache.commit([slot], len(sequence.pending) * self.block_length)
@@ -330,7 +325,6 @@ class Engine:
             start=len(request.prompt_ids) // self.block_length * self.block_length,
             end=self._scheduler.end(request),
             eos_token_ids=() if request.params.ignore_eos else self.special_ids.eos_token_ids,
-            generator=own_generator(request.params),
         )
         self._sequences[slot] = sequence
         cache = self.runner.cache

@@ -19,7 +19,7 @@ from torch import Tensor
 from dmax.attention import block_causal, dense_mask
 from dmax.blend import Embed
 from dmax.cache import BlockCache, CacheWindow
-from dmax.confidence import Candidates
+from dmax.confidence import Candidates, GumbelNoise
 from dmax.decoding.block import Output
 from dmax.engine.batch import Batch
 from dmax.environment import on_device
@@ -165,8 +165,8 @@ class ModelRunner:
         hidden = self._run(self, embeds, where, keys, batch.in_order and not self.compiled)
         opened = self._readings(hidden, where)[-num_open:]  # [R, L, D]
 
-        def best(k: int) -> Candidates:
-            found = lm_head_top_k(opened.flatten(0, 1), lm_head, k, self.mask_token_id)
+        def best(k: int, noise: GumbelNoise | None) -> Candidates:
+            found = lm_head_top_k(opened.flatten(0, 1), lm_head, k, self.mask_token_id, noise)
             return found.view(*opened.shape[:2])
 
         return Output(

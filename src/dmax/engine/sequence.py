@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dmax.engine.batch import Row
 from dmax.engine.blocks import OpenBlocks
 from dmax.engine.request import Request
 from dmax.errors import InputError
 from dmax.outputs import Cost, FinishReason, GenerationOutput, StreamEvent
-from dmax.params import DecodingParams
 
 
 @dataclass(slots=True)
@@ -29,7 +27,6 @@ class Sequence:
         start: first position of its first open block.
         end: first position after the last block there can be.
         eos_token_ids: what ends it; none if the request ignores them.
-        generator: its own random source; None decodes greedily.
         rows: rows of `blocks` that hold its open blocks, in order.
         may_open: the last open block allows the next one to open.
         num_branches: branches of the open block that the next forward evaluates.
@@ -47,7 +44,6 @@ class Sequence:
     start: int
     end: int
     eos_token_ids: Collection[int]
-    generator: torch.Generator | None
     rows: list[int] = field(default_factory=list)
     may_open: bool = False
     num_branches: int = 1
@@ -56,7 +52,6 @@ class Sequence:
     num_forwards: int = 0
     num_positions: int = 0
     cost: Cost = field(default_factory=Cost)
-    _noise: Tensor | None = None  # of the next forward, once it is drawn
 
     # --- what the next forward reads (the columns of `Batch.where`) ---
 
@@ -95,19 +90,6 @@ class Sequence:
         self.num_forwards += 1
         self.num_positions += num_blocks * self.blocks.block_length
         self.pending = []
-        self._noise = None
-
-    def gumbel_noise(self, vocab_size: int) -> Tensor:
-        """Gumbel noise times the temperature for the open blocks, [B, L, V] float32 on the host.
-
-        It is drawn once for a forward, however often that is tried.
-        """
-        shape = (len(self.rows), self.blocks.block_length, vocab_size)
-        if self.generator is None:
-            return torch.zeros(shape)
-        if self._noise is None:
-            self._noise = gumbel_noise(self.request.params.temperature, self.generator, shape)
-        return self._noise
 
     # --- what becomes of it after the forward ---
 
@@ -251,20 +233,3 @@ def finished(
     ids = tuple(token_ids)
     output = GenerationOutput("", ids, request.prompt_ids, reason, cost)
     return StreamEvent("finished", "", ids, output=output, index=request.index)
-
-
-def gumbel_noise(
-    temperature: float, generator: torch.Generator, shape: tuple[int, int, int]
-) -> Tensor:
-    """Gumbel noise times the temperature, float32 on the host."""
-    exponential = torch.empty(shape).exponential_(generator=generator)
-    return temperature * -exponential.log()
-
-
-def own_generator(params: DecodingParams) -> torch.Generator | None:
-    """A random source per request: a sampled completion does not depend on its neighbours."""
-    if params.temperature == 0:
-        return None
-    generator = torch.Generator()
-    seed = generator.seed() if params.seed is None else params.seed
-    return generator.manual_seed(seed)

@@ -22,23 +22,20 @@ if TYPE_CHECKING:
     from dmax.engine.runner import ModelRunner
 
 
-def step(
-    runner: ModelRunner, blocks: OpenBlocks, batch: Batch, noise: Tensor | None = None
-) -> Tensor:
+def step(runner: ModelRunner, blocks: OpenBlocks, batch: Batch) -> Tensor:
     """One forward over a batch, and what becomes of its open blocks.
 
     Args:
         runner: the model and its cache.
         blocks: the open blocks.
         batch: which of them, and where; on the device.
-        noise: [B, L, V] Gumbel noise times the temperature; None: all rows are greedy.
 
     Returns:
         As `decide`.
     """
     embeds = blocks.inputs(batch.rows, batch.num_branches)  # [R, L, D]
     output = runner.forward(batch, embeds, blocks.strategy.needs_hidden_states)
-    return decide(blocks, batch.rows, output, batch.before, noise)
+    return decide(blocks, batch.rows, output, batch.before, batch.starts)
 
 
 def decide(
@@ -46,7 +43,7 @@ def decide(
     rows: Tensor,
     output: Output,
     before: Tensor | None = None,
-    noise: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """What becomes of the blocks in `rows` after a forward over them.
 
@@ -55,16 +52,18 @@ def decide(
         rows: [B] int64, rows of `blocks`.
         output: what the model says of them; with branches of all B * num_branches.
         before: [B] int64, rows of the open blocks before them, -1 where there is none.
-        noise: as in `step`.
+        starts: [B] int64, where the blocks begin in their sequences; None: nothing is drawn, all
+            rows are greedy.
 
     Returns:
         [6, B] bool: the block is done, it was forced, it was capped, it is invalid (all as in
         `Advance`), its logits held a NaN, the next block may open.
     """
+    noise = None if starts is None else blocks.noise(rows, starts)
     fused = blocks.strategy.fused()
-    if fused is not None and noise is None:
+    if fused is not None:
         top_k, switches = fused
-        predicted = output.top(top_k)
+        predicted = output.top(top_k, noise)
         is_first = switches["soft_inputs"] and not blocks.feedback  # which `store` makes then
         if fits_kernel(predicted) and not is_first:
             return decide_in_place(blocks, rows, predicted, **switches)

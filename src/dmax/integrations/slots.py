@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from dmax.blend import Embed
 from dmax.decoding.block import Output
 from dmax.decoding.strategy import Strategy
 from dmax.engine.blocks import OpenBlocks
-from dmax.engine.sequence import gumbel_noise, own_generator
 from dmax.engine.step import decide
 from dmax.errors import InputError
 from dmax.params import DecodingParams
@@ -30,23 +28,6 @@ MAX_IDLE = 8
 """Open blocks of this many strategies are kept when no slot uses them."""
 MOST_LOGITS = 2**28
 """Logits that are decided about at once: a strategy may hold several float32 copies of them."""
-
-
-@dataclass(slots=True)
-class Tenant:
-    """Who has a slot.
-
-    Attributes:
-        blocks: what it is decoded in.
-        params: how.
-        generator: where its noise comes from; None: it is decoded greedily.
-        source: the state of the generator before the first step of the open block.
-    """
-
-    blocks: OpenBlocks
-    params: DecodingParams
-    generator: torch.Generator | None
-    source: Tensor | None = None
 
 
 class Slots:
@@ -70,77 +51,55 @@ class Slots:
         self.embed = embed
         self.device = device
         self._blocks: dict[Strategy, OpenBlocks] = {}  # the ones used last come last
-        self._tenants: dict[int, Tenant] = {}
+        self._tenants: dict[int, OpenBlocks] = {}  # by slot, what its request is decoded in
 
     # --- who is here ---
 
-    def admit(
-        self,
-        slot: int,
-        strategy: Strategy,
-        params: DecodingParams,
-        source: Tensor | None = None,
-    ) -> None:
+    def admit(self, slot: int, strategy: Strategy, params: DecodingParams) -> None:
         """Give a slot to a request; its block is still to be opened.
 
         Args:
             slot: in [0, num_slots).
             strategy: what `params` names, with one open block.
             params: temperature, seed, and cap on steps are read here.
-            source: what `release` returned of a request that goes on; None for a new one.
         """
         self.release(slot)
         blocks = self._blocks_for(strategy)
         blocks.admit(slot, strategy, params)
-        generator = own_generator(params)
-        if generator is not None and source is not None:
-            generator.set_state(source)
-        self._tenants[slot] = Tenant(blocks, params, generator)
+        self._tenants[slot] = blocks
 
-    def release(self, slot: int) -> Tensor | None:
-        """Free a slot, if anyone has it.
-
-        Returns:
-            Where its noise goes on if its open block is decoded again; None if it draws none.
-        """
-        tenant = self._tenants.pop(slot, None)
-        if tenant is None or tenant.generator is None:
-            return None
-        has_begun = int(tenant.blocks.step[slot]) > 0
-        return tenant.source if has_begun else tenant.generator.get_state()
+    def release(self, slot: int) -> None:
+        """Free a slot, if anyone has it."""
+        self._tenants.pop(slot, None)
 
     def __contains__(self, slot: object) -> bool:
         return slot in self._tenants
 
     def open(self, slot: int, known: Sequence[int] = ()) -> None:
         """Open the block that a prompt ends in; it begins with `known`, the end of the prompt."""
-        self._tenants[slot].blocks.open(slot, known)
+        self._tenants[slot].open(slot, known)
 
     def blocks(self, slot: int) -> OpenBlocks:
         """The open blocks that a slot's is among; the slot is its row."""
-        return self._tenants[slot].blocks
+        return self._tenants[slot]
 
     def groups(self, slots: Sequence[int]) -> Iterator[tuple[OpenBlocks, list[int]]]:
-        """The slots by what decodes them: open blocks, and indices into `slots`.
-
-        Slots whose requests draw samples are apart from the greedy ones, whose noise would be zero.
-        """
-        groups: dict[tuple[OpenBlocks, bool], list[int]] = {}
+        """The slots by what decodes them: open blocks, and indices into `slots`."""
+        groups: dict[OpenBlocks, list[int]] = {}
         for index, slot in enumerate(slots):
-            tenant = self._tenants[slot]
-            groups.setdefault((tenant.blocks, tenant.generator is not None), []).append(index)
-        for (blocks, _), indices in groups.items():
-            yield blocks, indices
+            groups.setdefault(self._tenants[slot], []).append(index)
+        yield from groups.items()
 
     # --- after a forward ---
 
-    def decide(self, slots: Sequence[int], rows: Tensor, logits: Tensor) -> Tensor:
+    def decide(self, slots: Sequence[int], rows: Tensor, logits: Tensor, starts: Tensor) -> Tensor:
         """What becomes of open blocks after a forward over them.
 
         Args:
             slots: B slots of one group.
             rows: [B] int64 on the device, the slots again, or `spare` for those to leave alone.
             logits: [B, L, V], any float dtype.
+            starts: [B] int64, where the blocks begin in their sequences.
 
         Returns:
             As `dmax.engine.step.decide`. Blocks of a strategy that does not go with the model are
@@ -152,35 +111,13 @@ class Slots:
         flags = []
         for start in range(0, len(slots), at_once):
             part = slice(start, start + at_once)
-            noise = self._noise(blocks, slots[part], rows[part], (1, length, vocab_size))
             output = Output(logits[part], self.special_ids.mask_token_id)
             try:
-                flags.append(decide(blocks, rows[part], output, noise=noise))
+                flags.append(decide(blocks, rows[part], output, starts=starts[part]))
             except InputError as error:
                 logger.error("strategy `%s` ends its requests: %s", blocks.strategy.name, error)
                 flags.append(_all_invalid(rows[part]))
         return torch.cat(flags, dim=1)
-
-    def _noise(
-        self, blocks: OpenBlocks, slots: Sequence[int], rows: Tensor, shape: tuple[int, int, int]
-    ) -> Tensor | None:
-        """[B, L, V], the same numbers as in our own engine; None if the slots are greedy.
-
-        Nothing is drawn for spare rows: a draw belongs to a forward. To know them, the host waits.
-        """
-        tenants = [self._tenants[slot] for slot in slots]
-        if all(tenant.generator is None for tenant in tenants):
-            return None
-        where = torch.stack((rows, blocks.step[rows]), dim=1).tolist()
-        noise = []
-        for tenant, (row, step) in zip(tenants, where, strict=True):
-            if tenant.generator is None or row == self.spare:
-                noise.append(torch.zeros(shape))
-                continue
-            if step == 0:
-                tenant.source = tenant.generator.get_state()
-            noise.append(gumbel_noise(tenant.params.temperature, tenant.generator, shape))
-        return torch.cat(noise).to(self.device)
 
     def _blocks_for(self, strategy: Strategy) -> OpenBlocks:
         """Where blocks of this strategy are open, whatever numbers it is set to."""
@@ -190,7 +127,7 @@ class Slots:
             blocks = OpenBlocks(shared, self.spare + 1, self.special_ids, self.embed, self.device)
             blocks.open(self.spare)
         self._blocks[shared] = blocks
-        used = {tenant.blocks for tenant in self._tenants.values()}
+        used = set(self._tenants.values())
         idle = [key for key, kept in self._blocks.items() if kept not in used]
         for key in idle[: -MAX_IDLE - 1]:  # the last one is about to be used
             del self._blocks[key]

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.confidence import LARGEST, Candidates, candidates, concatenate, take_best
+from dmax.confidence import (
+    LARGEST,
+    Candidates,
+    GumbelNoise,
+    candidates,
+    concatenate,
+)
 from dmax.errors import InputError
 from dmax.kernels import can_fuse, triton_kernels
 
@@ -22,7 +28,13 @@ CHUNK_BYTES = 64 * 2**20  # float32 logits that the twin holds at once
 
 
 @torch.no_grad()
-def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+def lm_head_top_k(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    mask_token_id: int,
+    noise: GumbelNoise | None = None,
+) -> Candidates:
     """The k best tokens of logits = hidden · weightᵀ, under the rules of `dmax.confidence`.
 
     Logits are rounded to the dtype of the weights before they are compared, as a model that returns
@@ -38,6 +50,7 @@ def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) ->
         weight: [V, D] of the head, in the dtype of `hidden`.
         k: candidates that are wanted; at most V - 1 are given.
         mask_token_id: MASK.
+        noise: of the N positions; with it the first candidate is drawn.
 
     Raises:
         InputError: k below 1.
@@ -48,37 +61,53 @@ def lm_head_top_k(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) ->
     k = min(k, weight.shape[0] - 1)
     if k <= MAX_FUSED_CANDIDATES and can_fuse(weight):
         kernels = triton_kernels("lm_head")
-        return merge_tiles(*kernels.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST))
-    return lm_head_top_k_torch(hidden, weight, k, mask_token_id)
+        tiles = kernels.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST, noise)
+        return Candidates(*kernels.merge(tiles))
+    return lm_head_top_k_torch(hidden, weight, k, mask_token_id, noise)
 
 
-def lm_head_top_k_torch(hidden: Tensor, weight: Tensor, k: int, mask_token_id: int) -> Candidates:
+def lm_head_top_k_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    mask_token_id: int,
+    noise: GumbelNoise | None = None,
+) -> Candidates:
     """The twin of the kernel, for any device; k is at most V - 1."""
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     parts = []
     for chunk in hidden.split(rows):
         logits = F.linear(chunk, weight)
-        parts.append(candidates(logits, k, mask_token_id))
+        parts.append(candidates(logits, k, mask_token_id, noise))
+        noise = noise and noise.behind(rows)
     return concatenate(parts)
 
 
-def merge_tiles(best: Tensor, ids: Tensor, peak: Tensor, mass: Tensor) -> Candidates:
-    """The best tokens of the whole vocabulary from those of its T tiles.
+def merge_tiles(best: Tensor, ids: Tensor, score: Tensor, peak: Tensor, mass: Tensor) -> Candidates:
+    """The twin of the merging kernel: the candidates of the whole vocabulary from its T tiles.
 
-    Tiles stand in the order of the vocabulary, and equal logits within a tile in the order of their
-    ids. So the first of equal candidates is the one with the lowest id.
+    Tiles stand in the order of the vocabulary. Of equal scores the first has the lowest id.
 
     Args:
-        best: [T, k, N] the highest logits of each tile, in descending order.
-        ids: [T, k, N] int32, their tokens.
-        peak: [T, N] the highest logit of each tile, MASK's included.
-        mass: [T, N] the sum of exp(logit - peak) over each tile.
+        best: [N, T, k] logits of each tile; the first is that of the drawn token, if there is
+            noise, and the others descend.
+        ids: [N, T, k] int32, their tokens.
+        score: [N, T] the first logit with its noise.
+        peak: [N, T] the highest logit of each tile, MASK's included.
+        mass: [N, T] the sum of exp(logit - peak) over each tile.
     """
-    highest = peak.amax(dim=0)  # [N]
-    scale = (peak - highest).exp()
-    total = (mass * scale).sum(dim=0)  # [N]
-    k = best.shape[1]
-    logits, index = take_best(best.flatten(0, 1).T, k)  # [N, k]
-    tokens = ids.flatten(0, 1).T.gather(-1, index)
-    probs = (logits - highest[:, None]).exp() / total[:, None]
-    return Candidates(tokens.long(), probs, total.isnan())
+    position = torch.arange(len(best), device=best.device)
+    tile = score.argmax(dim=-1)
+    logits = [best[position, tile, 0]]
+    tokens = [ids[position, tile, 0]]
+    others = best.flatten(1).clone()  # [N, T k]
+    ids = ids.flatten(1)
+    for _ in range(best.shape[2] - 1):
+        others.masked_fill_(ids == tokens[-1][:, None], float("-inf"))
+        logits.append(others.amax(dim=-1))
+        is_best = others == logits[-1][:, None]
+        tokens.append(ids.masked_fill(~is_best, torch.iinfo(ids.dtype).max).amin(dim=-1))
+    highest = peak.amax(dim=-1, keepdim=True)  # [N, 1]
+    total = (mass * (peak - highest).exp()).sum(dim=-1, keepdim=True)
+    probs = (torch.stack(logits, dim=-1) - highest).exp() / total
+    return Candidates(torch.stack(tokens, dim=-1).long(), probs, total[:, 0].isnan())

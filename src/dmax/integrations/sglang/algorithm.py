@@ -145,11 +145,12 @@ class DMax(DllmAlgorithm):
 
         tokens = forward_batch.input_ids.view(len(states), self.block_size)
         logits = full_logits.view(*tokens.shape, -1)
+        starts = forward_batch.positions.view(tokens.shape)[:, 0].long()
         decided = []
         flags = []
         for members, slots in self._groups(states, requests):
             rows = torch.tensor(slots, device=tokens.device)
-            flags.append(self._slots.decide(slots, rows, logits[members]))
+            flags.append(self._slots.decide(slots, rows, logits[members], starts[members]))
             tokens[members] = self._slots.blocks(slots[0]).tokens[rows].to(tokens.dtype)
             decided += members
         if not decided:

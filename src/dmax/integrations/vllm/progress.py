@@ -9,7 +9,7 @@ L block length, D hidden size, V vocabulary. Every forward takes one or two bloc
 
 A block leaves as soon as it has converged. Whether its commit is outstanding is known on the device
 only, in `uncommitted`: vLLM may have planned the next forward before it knows. So nothing here
-waits for the device, unless a request draws samples.
+waits for the device.
 
 This module imports no vLLM.
 """
@@ -33,9 +33,6 @@ from dmax.integrations.vllm.logprobs import Logprobs
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds
 
-MOST_SOURCES = 1024
-"""Requests that were preempted or have finished, whose source of noise is kept; each has 5 kB."""
-
 
 class Progress:
     """Requests by slot. Tensors have a row more than there are slots, for what means nothing.
@@ -50,6 +47,7 @@ class Progress:
         slots: the open blocks.
         final: [slots + 1, L] int64, the last final block of each request.
         uncommitted: [slots + 1] bool, clean keys and values of `final` are still to be written.
+        starts: [slots + 1] int64, where the open block begins in its sequence.
         num_known: [slots + 1] int64, tokens of the prompt that the open block begins with.
         logprobs: log-probabilities of tokens, for those who ask.
     """
@@ -64,27 +62,22 @@ class Progress:
         with device:
             self.final = torch.zeros(num_slots + 1, self.block_length, dtype=torch.long)
             self.uncommitted = torch.zeros(num_slots + 1, dtype=torch.bool)
+            self.starts = torch.zeros(num_slots + 1, dtype=torch.long)
             self.num_known = torch.zeros(num_slots + 1, dtype=torch.long)
         self.logprobs = Logprobs(special_ids, num_slots, device)
-        self._names: dict[int, str] = {}
         self._tails: dict[int, Sequence[int]] = {}
-        self._sources: dict[str, Tensor] = {}  # of requests that may come back, the last one last
 
-    def add(self, slot: int, name: str, token_ids: Sequence[int], *, is_new: bool) -> None:
+    def add(self, slot: int, token_ids: Sequence[int]) -> None:
         """A request has a slot; its tokens are still to be read.
 
         Args:
             slot: its slot.
-            name: its name.
             token_ids: its prompt; of a preempted request also what has left.
-            is_new: nothing of it has left.
         """
-        self._names[slot] = name
         start = len(token_ids) // self.block_length * self.block_length
         self._tails[slot] = tuple(token_ids[start:])
+        self.starts[slot] = start
         self.uncommitted[slot] = False
-        if is_new:
-            self._sources.pop(name, None)
 
     def admit(
         self,
@@ -102,18 +95,13 @@ class Progress:
             num_logprobs: most probable tokens to report beside each token; None: none, nor its own
                 log-probability.
         """
-        source = self._sources.pop(self._names[slot], None)
-        self.slots.admit(slot, strategy, params, source)
+        self.slots.admit(slot, strategy, params)
         self.logprobs.admit(slot, num_logprobs)
 
     def remove(self, slot: int) -> None:
         """A request is finished or preempted; vLLM does not say which."""
-        source = self.slots.release(slot)
-        if source is not None:
-            self._sources[self._names[slot]] = source
-            for name in list(self._sources)[:-MOST_SOURCES]:
-                del self._sources[name]
-        del self._names[slot], self._tails[slot]
+        self.slots.release(slot)
+        del self._tails[slot]
 
     def open_first(self, slot: int) -> int:
         """Open the block that a prompt ends in.
@@ -228,7 +216,8 @@ class Decoding:
         is_commit = self._is_commit()
         targets = torch.where(is_commit, progress.slots.spare, self.rows)
         own_logits = logits[self._positions(self._last(self.logit_starts))]  # [N, L, V]
-        flags = progress.slots.decide(self.slots, targets, own_logits)
+        starts = progress.starts[self.rows]
+        flags = progress.slots.decide(self.slots, targets, own_logits, starts)
         progress.logprobs.keep(self.slots, targets, self.blocks, own_logits)
         done, _, _, invalid, broken, _ = flags & ~is_commit
         is_broken = invalid | broken
@@ -252,6 +241,7 @@ class Decoding:
         progress.uncommitted[self.rows] = done
         progress.final[self.rows] = torch.where(done[:, None], tokens, progress.final[self.rows])
         progress.num_known[self.rows] = num_known.masked_fill(done, 0)
+        progress.starts[self.rows] = starts + length * done
         self.blocks.open(torch.where(done, self.rows, progress.slots.spare))
         return emitted
 

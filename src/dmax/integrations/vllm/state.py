@@ -47,11 +47,8 @@ class BlockDiffusionState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request, new or preempted before, has a slot now."""
-        name = new_req_data.req_id
-        token_ids = new_req_data.prefill_token_ids
-        self._slot_of[name] = req_index
-        is_new = len(token_ids) == new_req_data.prompt_len
-        self.progress.add(req_index, name, token_ids, is_new=is_new)
+        self._slot_of[new_req_data.req_id] = req_index
+        self.progress.add(req_index, new_req_data.prefill_token_ids)
 
     def remove_request(self, req_id: str) -> None:
         """A request is finished or preempted; vLLM also asks for unknown ones."""
