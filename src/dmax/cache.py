@@ -171,9 +171,9 @@ class BlockCache:
     def clear(self, slot: int) -> None:
         """Forget a slot that may hold NaN, which no mask hides: zero times NaN is NaN."""
         for store in (*self.keys, *self.values):
-            store[slot] = 0
+            store[slot].zero_()
         if self.ends is not None:
-            self.ends[slot] = 0
+            self.ends[slot].zero_()
         self.rollback(slot)
 
     def rollback(self, slot: int, length: int = 0) -> None:

@@ -98,7 +98,7 @@ class Output:
     def logits(self) -> Tensor:
         """[B, L, V] float32, MASK's at -inf, the others finite."""
         logits = self._finite.clone()
-        logits[..., self.mask_token_id] = float("-inf")
+        logits[..., self.mask_token_id].fill_(float("-inf"))
         return logits
 
     @cached_property
