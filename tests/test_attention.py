@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dmax.attention import (
     ATTENTION_FUNCTIONS,
     Predicate,
+    Staircase,
     best_for_training,
     block_causal,
     dense_mask,
@@ -178,6 +179,21 @@ def test_sdpa_equals_that_of_transformers(dtype: torch.dtype, masked: bool) -> N
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     for expected, actual in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=2e-2)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_a_staircase_equals_the_end_of_a_dense_mask(num_blocks: int) -> None:
+    torch.manual_seed(0)
+    length, before = 4, 8
+    size = before + num_blocks * length
+    query = torch.randn(BATCH, HEADS, num_blocks * length, SIZE)
+    key, value = torch.randn(2, BATCH, GROUPS, size, SIZE)
+    visible = square(block_causal(length), size)[None, None, before:]
+    expected, _ = sdpa_attention_forward(Layer(), query, key, value, visible, scaling=0.3)
+    stairs = Staircase(length)
+    assert prepare_mask(stairs, torch.float32, "sdpa") is stairs
+    actual, _ = sdpa_attention_forward(Layer(), query, key, value, stairs, scaling=0.3)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_other_devices_use_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

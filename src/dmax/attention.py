@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +20,21 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
-Mask = Tensor | BlockMask | None
 FLEX = "flex_attention"
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """Whole blocks of queries at the end of the keys see what is before them, and themselves.
+
+    This is `block_causal` for the last part of a prompt, without a tensor of all pairs. "sdpa" of
+    our own models takes it for a mask.
+    """
+
+    block_length: int
+
+
+Mask = Tensor | BlockMask | Staircase | None
 
 
 def block_causal(block_length: int) -> Predicate:
@@ -129,7 +144,7 @@ def prepare_mask(mask: Mask, dtype: torch.dtype, implementation: str | None) -> 
 
     Args:
         mask: bool (True = visible) or additive [B or 1, 1, L, S], padding [B, S] (1 = visible), a
-            `BlockMask`, or None. The last two stay as they are.
+            `BlockMask`, a `Staircase`, or None. The last three stay as they are.
         dtype: of the scores.
         implementation: "sdpa", "eager" or "flex_attention".
 
@@ -160,7 +175,7 @@ def sdpa_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Staircase | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -174,7 +189,8 @@ def sdpa_attention_forward(
         query: [B, H, L, d].
         key: [B, G, S, d]; H is a multiple of G.
         value: [B, G, S, d].
-        attention_mask: bool or additive [B, 1, L, S], or None for "everything visible".
+        attention_mask: bool or additive [B, 1, L, S], a `Staircase`, or None for "everything
+            visible".
         scaling: what the scores are multiplied with.
         dropout: probability that a weight is dropped.
         kwargs: for transformers' function.
@@ -182,14 +198,19 @@ def sdpa_attention_forward(
     Returns:
         The heads' outputs [B, L, H, d], and None for the weights.
     """
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    if isinstance(attention_mask, Staircase):
+        length = attention_mask.block_length
+        first = key.shape[2] - query.shape[2] + length
+        ends = range(first, key.shape[2] + 1, length)
+        blocks = zip(query.split(length, dim=2), ends, strict=True)
+        outputs = [attend(block, key[:, :, :end], value[:, :, :end]) for block, end in blocks]
+        return torch.cat(outputs, dim=2).transpose(1, 2), None
     if query.device.type != "cpu":
         inputs = module, query, key, value, attention_mask
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(*inputs, scaling=scaling, dropout=dropout, **kwargs)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2), None
+    return attend(query, key, value, attention_mask, dropout_p=dropout).transpose(1, 2), None
 
 
 ATTENTION_FUNCTIONS = AttentionInterface()  # other models keep transformers' own functions

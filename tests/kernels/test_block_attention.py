@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import Made
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmax.checkpoint import new_checkpoint
 from dmax.engine.batch import Batch
@@ -142,23 +141,6 @@ def test_keys_may_go_in_any_number_of_shares(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-class Made(TorchDispatchMode):
-    """What operations make: their names with the shapes of their results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes = dict[str, set[tuple[int, ...]]]()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            name = function.overloadpacket.__name__
-            self.shapes.setdefault(name, set()).add(tuple(result.shape))
-        return result
-
-
 def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels of attention do nothing."""
     from dmax.kernels import block_attention_triton
@@ -223,8 +205,7 @@ def test_long_prompts_make_nothing_as_large_as_a_mask(
     tokens = torch.zeros(1, size, dtype=torch.long, device=kernels)
     with Made() as made:
         runner.prefill([0], tokens)
-    largest = max(math.prod(shape) for shapes in made.shapes.values() for shape in shapes)
-    assert largest < size * (start + size) / 10
+    assert made.largest < size * (start + size) / 10
 
 
 def test_shares_fill_a_gpu_once_and_are_no_larger_than_what_they_sum_up() -> None:

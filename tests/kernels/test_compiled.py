@@ -127,3 +127,11 @@ def test_a_step_has_few_kernels() -> None:
     assert in_all > 1000 and of_each_layer > 50
     in_all, of_each_layer = found["with"]
     assert in_all <= MAX_KERNELS and of_each_layer <= MAX_KERNELS_PER_LAYER
+
+
+def test_a_prompt_takes_no_more_memory_when_it_is_longer() -> None:
+    """A mask of 16,384 positions for 512 of them, and repeated keys, took 141 MiB beside the 23."""
+    rows = [line.strip("| ").split(" | ") for line in output("count_prefill_bytes.py")[2:]]
+    mask, blocks, kernels = zip(*(map(int, row[1:]) for row in rows), strict=True)
+    assert mask[-1] > 6 * mask[0]
+    assert max(*blocks, *kernels) <= mask[0]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.attention import block_causal, dense_mask
+from dmax.attention import Mask, Staircase, block_causal, dense_mask
 from dmax.blend import Embed
 from dmax.cache import BlockCache, CacheWindow
 from dmax.confidence import Candidates, GumbelNoise
@@ -113,21 +113,29 @@ class ModelRunner:
     def prefill(self, slots: list[int], tokens: Tensor) -> None:
         """Encode and commit the next tokens [B, P] of each slot's prompt, whole blocks of it.
 
-        Where attention reads the cache in place, each block is a row. Otherwise there is a mask.
+        Where attention reads the cache in place, each block is a row. Elsewhere there is a mask,
+        which is only spelt out for rows of different lengths and for models that need it.
         """
         block_length = self.block_length if self.reads_in_place else None
         window = self.cache.write_at(slots, tokens.shape[1], block_length)
         inputs: dict[str, Any] = {"past_key_values": window}
         if not window.in_place:
-            keys = torch.arange(window.span, device=self.device)
-            visible = dense_mask(block_causal(self.block_length), window.positions, keys)
-            inputs["attention_mask"] = visible[:, None]  # [B, 1, P, span]
+            inputs["attention_mask"] = self._prompt_mask(slots, window)
             inputs["position_ids"] = window.positions
         embeds = self.embed(tokens.reshape(-1, window.length))
         outputs = self.model.base_model(inputs_embeds=embeds, **inputs)
         if self.shift:
             self.cache.keep_ends(outputs.last_hidden_state, window)
         self.cache.commit(slots, tokens.shape[1])
+
+    def _prompt_mask(self, slots: list[int], window: CacheWindow) -> Mask:
+        """Who sees whom among the next positions of prompts and those before them."""
+        is_even = len({self.cache.lengths[slot] for slot in slots}) == 1
+        if is_even and getattr(self.model.base_model, "takes_staircase", False):
+            return Staircase(self.block_length)
+        keys = torch.arange(window.span, device=self.device)
+        visible = dense_mask(block_causal(self.block_length), window.positions, keys)
+        return visible[:, None]  # [B, 1, P, span]
 
     @torch.no_grad()
     def forward(self, batch: Batch, embeds: Tensor, hidden_states: bool = False) -> Output:

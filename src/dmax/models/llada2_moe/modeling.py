@@ -275,6 +275,11 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.rotary_emb = LLaDA2MoeRotaryEmbedding(config)
         self.post_init()
 
+    @property
+    def takes_staircase(self) -> bool:
+        """Whether `forward` takes a `Staircase` for a mask."""
+        return self.config._attn_implementation == "sdpa"
+
     def fits_in_place(self, cache: BlockCache) -> bool:
         """Whether `forward` takes a `CacheWindow` in place over this cache, if kernels run there.
 
@@ -361,7 +366,8 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         Args:
             input_ids: [B, L] int64 token ids; exactly one of these and `inputs_embeds` is given.
             attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L]
-                (1 = visible), a flex_attention `BlockMask`, or None for "everything visible".
+                (1 = visible), a flex_attention `BlockMask`, a `Staircase` with
+                "sdpa", or None for "everything visible".
             position_ids: [B, L] int64; without them, positions count on from the cache.
             past_key_values: any transformers `Cache`, or a window or view of `dmax.cache`. One
                 that is in place (see `fits_in_place`) says itself what its rows see, and where
