@@ -66,6 +66,7 @@ LONGER = {  # file or file:function -> lines it may have, and why
     "dmax/checkpoint.py:load_checkpoint": 70,  # thirteen arguments, with their lines
     # three launches that hand their tensors on
     "dmax/kernels/block_attention_triton.py:block_attention": 72,
+    "dmax/kernels/block_attention_triton.py:_attend_kernel": 61,  # one loop over keys
     # a step of SPD from what was to its flags, in the order of the paper
     "dmax/kernels/decide_triton.py:_decide_kernel": 72,
 }

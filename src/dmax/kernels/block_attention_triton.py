@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax.kernels.pdl_triton import begin, launch_options
+
 KEYS = 64  # read by a program in a step
 QUERIES = 128  # held by a program at most
 SHARES = 16  # merged at a time
@@ -38,8 +40,10 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
     heads, query_weight, key_weight, cos, sin, slots, starts, bases, query, keys, values,
     length, capacity, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Bring one head at one position of `heads` into `query` [R, L, H, d] or into the cache."""
+    begin(PDL)
     at = tl.program_id(0)
     head = tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
@@ -79,7 +83,7 @@ def _num_shares(base, length, most, LEAST: tl.constexpr):  # type: ignore[no-unt
 @triton.jit(do_not_specialize=PLACES)
 def _attend_kernel(  # type: ignore[no-untyped-def]
     query, keys, values, slots, starts, bases, out, parts, peak, mass, scaling, capacity, length,
-    SHARE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LEAST: tl.constexpr,
+    SHARE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr,
     TILES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Attend to a share of a row's keys; of n shares, each has every n-th tile of them.
@@ -87,6 +91,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     A single one is stored in `out` [R, L, H, d]; several, not yet divided, are in `parts` [shares,
     R, L, H, d]. The queries of a row that share keys are in TILES tiles.
     """
+    begin(PDL)
     row = tl.program_id(0)
     kv_head = tl.program_id(1) // TILES
     split = tl.program_id(2)
@@ -143,9 +148,10 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 def _merge_kernel(  # type: ignore[no-untyped-def]
     parts, peak, mass, bases, out, length, most,
     H: tl.constexpr, D: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the shares of one head at one position, BLOCK at a time, where there are several."""
+    begin(PDL)
     at = tl.program_id(0).to(tl.int64)
     shares = _num_shares(tl.load(bases + at // (length * H)), length, most, LEAST)
     if shares == 1:
@@ -225,7 +231,7 @@ def _prepare(
     prepare[num_rows * length, num_heads + 2 * num_shared](
         heads, *norms, cos, sin, slots, starts, bases, query, keys, values, length, capacity, eps,
         H=num_heads, G=num_shared, D=size, ROTARY=cos.shape[-1],
-        BLOCK_D=triton.next_power_of_2(size), num_warps=1,
+        BLOCK_D=triton.next_power_of_2(size), num_warps=1, **launch_options(heads.device),
     )  # fmt: skip
     return query
 
@@ -260,13 +266,14 @@ def _attend(
         scaling, capacity, length,
         SHARE=num_heads // num_shared, G=num_shared, D=size, LEAST=least, TILES=tiles,
         BLOCK_Q=block_q, BLOCK_S=KEYS, BLOCK_D=max(16, exact_d),
-        num_warps=8 if block_q >= 128 else 4, num_stages=2,
+        num_warps=8 if block_q >= 128 else 4, num_stages=2, **launch_options(query.device),
     )  # fmt: skip
     if most > 1:
         merge: Any = _merge_kernel
         merge[(num_rows * length * num_heads,)](
             parts, peak, mass, bases, out, length, most,
             H=num_heads, D=size, LEAST=least, BLOCK=SHARES, BLOCK_D=exact_d, num_warps=1,
+            **launch_options(query.device),
         )  # fmt: skip
     return out
 
