@@ -81,7 +81,7 @@ def test_kernels_that_start_early_touch_nothing_before_they_may(compiled: Compil
     early = {each["kernel"] for each in compiled if each["before_wait"] is not None}
     assert early == {
         "_norm_kernel", "_blend_kernel", "_decide_kernel", "_prepare_kernel", "_attend_kernel",
-        "_merge_kernel",
+        "_merge_kernel", "_tile_kernel", "_merge_tiles_kernel",
     }  # fmt: skip
     assert [each for each in compiled if each["before_wait"]] == []
 

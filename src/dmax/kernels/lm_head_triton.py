@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax.kernels.pdl_triton import begin, launch_options
+
 MAX_POSITIONS = 64  # of a tile; with twice as many, noise and candidates take all registers
 
 
@@ -75,10 +77,11 @@ def _gumbel(  # type: ignore[no-untyped-def]
 def _tile_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, best, ids, score, peak, mass,
     seeds, temperatures, starts, steps, first, length, num_tokens, vocabulary, size, mask_token_id,
-    NOISY: tl.constexpr, K: tl.constexpr, LARGEST: tl.constexpr,
+    NOISY: tl.constexpr, K: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile: `best` and `ids` [N, T, K], `score`, `peak` and `mass` [N, T]."""
+    begin(PDL)
     # Positions vary fastest, so that programs side by side share weights in the L2 cache.
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
@@ -148,9 +151,10 @@ def _is_at(index, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _merge_tiles_kernel(  # type: ignore[no-untyped-def]
     best, ids, score, peak, mass, tokens, probs, broken, num_tiles,
-    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One position: `tokens` and `probs` [N, K], `broken` [N]."""
+    begin(PDL)
     position = tl.program_id(0)
     tile = tl.arange(0, BLOCK_T)
     at = position * num_tiles + tile
@@ -215,7 +219,7 @@ def top_k_of_tiles(
         num_tokens, vocabulary, size, mask_token_id,
         NOISY=noise is not None, K=k, LARGEST=largest,
         BLOCK_V=tile.vocabulary, BLOCK_N=block_n, BLOCK_D=tile.size,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(hidden.device),
     )  # fmt: skip
     return tiles
 
@@ -233,6 +237,7 @@ def merge(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
         BLOCK_T=triton.next_power_of_2(num_tiles),
         BLOCK_C=triton.next_power_of_2(num_tiles * k),
         num_warps=4 if k < 4 else 8,
+        **launch_options(tokens.device),
     )  # fmt: skip
     return tokens, probs, broken
 
