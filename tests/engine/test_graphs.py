@@ -121,6 +121,22 @@ def test_groups_of_one_round_do_not_touch_each_others_flags(
     assert recorder.num_overwritten > 0
 
 
+@torch.inference_mode()
+def test_the_flags_of_a_step_outlive_the_steps_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = PoisoningRecorder(poison=True)
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder)
+    engine = scripted(random_table(), max_batch_size=3, max_length=64)  # the third is the spare one
+    for index, strategy in enumerate(("spd", "threshold")):
+        engine.add(request((1,) * 9, index, strategy=strategy, max_steps_per_block=8))
+    engine.step()
+    steps = GraphedSteps(engine.runner)
+    groups = [(blocks, batch) for blocks, batch, _ in engine.batches()]
+    for order in (groups, groups, groups, groups[::-1], groups):
+        flags = [steps(*group) for group in order]
+        assert all(map(torch.equal, flags, [blocks.flags[batch.rows].T for blocks, batch in order]))
+    assert recorder.num_overwritten > 0
+
+
 # --- captures -------------------------------------------------------------------------------------
 
 
