@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from packaging.version import Version
+from interpreted import is_interpreted
 
-from dmax.kernels import has_triton, using
+from dmax.kernels import using
 
 if TYPE_CHECKING:
     from sanitizer import Watch
@@ -25,13 +24,6 @@ def triton_device() -> torch.device:
     if not is_interpreted():
         pytest.skip("Triton's interpreter before 3.7 cannot count loops with NumPy 2.4")
     return torch.device("cpu")
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter here."""
-    if torch.cuda.is_available() or not has_triton():
-        return False
-    return Version(version("triton")) >= Version("3.7")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import is_interpreted
+from interpreted import is_interpreted
 from torch import Tensor, nn
 
 from dmax.kernels import using

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import is_interpreted
+from interpreted import is_interpreted
 
 if not is_interpreted():
     pytest.skip("kernels are not interpreted here", allow_module_level=True)
