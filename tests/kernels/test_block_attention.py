@@ -141,6 +141,66 @@ def test_keys_may_go_in_any_number_of_shares(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def exactly(
+    heads: Tensor, norms: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor],
+    keys: Tensor, values: Tensor, places: list[Place],
+) -> Tensor:  # fmt: skip
+    """What `block_attention` computes, in float64 and written down from the formulas."""
+    num_rows, length, _, size = heads.shape
+    shared = keys.shape[2]
+    num_heads = heads.shape[2] - 2 * shared
+    x = heads.double()
+    query, key, new_values = x.split((num_heads, shared, shared), dim=2)
+
+    def turned(x: Tensor, weight: Tensor, base: int) -> Tensor:  # [L, heads, d]
+        normal = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        cos, sin = (each[0, base : base + length].double() for each in rotary)  # [L, 1, turning]
+        half = cos.shape[-1] // 2
+        first, second, rest = normal.split((half, half, size - 2 * half), dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        return torch.cat((torch.cat((first, second), dim=-1) * cos + swapped * sin, rest), dim=-1)
+
+    keys, values = keys.double(), values.double()
+    for row, (slot, start, base) in enumerate(places):
+        keys[slot, start : start + length] = turned(key[row], norms[1], base)
+        values[slot, start : start + length] = new_values[row]
+    outputs = []
+    for row, (slot, start, base) in enumerate(places):
+        seen = [*range(base), *range(start, start + length)]
+        q = turned(query[row], norms[0], base).unflatten(1, (shared, -1))  # [L, G, share, d]
+        scores = torch.einsum("lgsd,kgd->lgsk", q, keys[slot, seen]) * size**-0.5
+        mixed = torch.einsum("lgsk,kgd->lgsd", scores.softmax(-1), values[slot, seen])
+        outputs.append(mixed.reshape(length, num_heads * size))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_kernels_compute_the_formulas(
+    triton_device: torch.device, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Over 1,536 positions, in 24 shares; a branch of another sequence; and a first block."""
+    from dmax.kernels import block_attention_triton
+
+    torch.manual_seed(0)
+    places = [(0, 1536, 1536), (1, 88, 72), (2, 0, 0)]
+    keys, values = torch.randn(2, 3, 1600, 1, 16).to(dtype)
+    heads = torch.randn(3, L, 2 + 2, 16).to(dtype)
+    norms = (torch.rand(16).to(dtype), torch.rand(16).to(dtype))
+    angles = torch.arange(1600.0)[None, :, None, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+    turn = torch.tensor([-1.0, -1.0, 1.0, 1.0]) * angles.sin()
+    rotary = (angles.cos().to(dtype), turn.to(dtype))
+    expected = exactly(heads, norms, rotary, keys, values, places)
+    here = [each.to(triton_device) for each in (heads, *norms, *rotary, keys, values)]
+    slots, starts, bases = torch.tensor(places, device=triton_device).T
+    actual = block_attention_triton.block_attention(
+        here[0], (here[1], here[2]), 1e-6, (here[3], here[4]), here[5], here[6],
+        slots, starts, bases, 16**-0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(actual.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+
+
 def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels of attention do nothing."""
     from dmax.kernels import block_attention_triton
