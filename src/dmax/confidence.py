@@ -115,6 +115,8 @@ class Candidates(NamedTuple):
 
 def concatenate(parts: list[Candidates]) -> Candidates:
     """The candidates of several groups of positions, one group after the other."""
+    if len(parts) == 1:
+        return parts[0]
     return Candidates(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 

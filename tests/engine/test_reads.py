@@ -227,3 +227,17 @@ def test_more_slots_leave_what_is_open_as_it_is() -> None:
         assert torch.equal(now[:2], values)
     blocks.open(1)  # still with the settings of its request
     assert blocks.numbers["threshold"][1].item() == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blends_are_read_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    ids = torch.randint(10, (3, L, 2))
+    probs = torch.rand(3, L, 2, dtype=dtype)
+    several = blocks_of(3, top_k=2)
+    several.feedback = {"ids": ids, "probs": probs}
+    plain = blocks_of(5)
+    plain.open(4, (7,))
+    first, second = read([several, plain])
+    assert first["ids"].tolist() == ids.tolist()
+    assert first["probs"].tolist() == probs.tolist()
+    assert second["tokens"][4].tolist() == [7] + [11] * (L - 1)

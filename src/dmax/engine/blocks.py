@@ -237,7 +237,7 @@ class OpenBlocks:
     def shown(self) -> Tensor:
         """[rows, bytes] uint8, all that events tell of these blocks."""
         blends = [each.flatten(1).view(torch.uint8) for each in self._blends()]
-        return torch.cat((self.record, *blends), dim=1)
+        return torch.cat((self.record, *blends), dim=1) if blends else self.record
 
     def records(self, shown: NDArray[np.uint8]) -> NDArray[Any]:
         """What `shown` gave, on the host: [rows] of the fields, and `ids` and `probs` of blends."""
@@ -279,9 +279,11 @@ class OpenBlocks:
 def read(all_blocks: Collection[OpenBlocks]) -> Iterator[NDArray[Any]]:
     """The records of open blocks as they stand: the only wait for the device in a step."""
     shown = [blocks.shown().flatten() for blocks in all_blocks]
-    on_host = torch.cat(shown).cpu().split([len(each) for each in shown])
-    for blocks, each in zip(all_blocks, on_host, strict=True):
-        yield blocks.records(each.numpy())
+    on_host = torch.cat(shown).cpu().numpy()
+    start = 0
+    for blocks, each in zip(all_blocks, shown, strict=True):
+        yield blocks.records(on_host[start : start + len(each)])
+        start += len(each)
 
 
 def _layout(block_length: int) -> np.dtype[Any]:
