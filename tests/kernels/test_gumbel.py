@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmax.confidence import Candidates, GumbelNoise, candidates, gumbel, philox
-from dmax.kernels.lm_head import lm_head_top_k
+from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch
 
 V = 11
 MASK = 4
@@ -40,15 +40,23 @@ def from_logits(logits: Tensor, k: int, noise: GumbelNoise) -> Candidates:
 
 
 def from_hidden_states(logits: Tensor, k: int, noise: GumbelNoise) -> Candidates:
-    return lm_head_top_k(logits, torch.eye(logits.shape[-1]), k, MASK, noise)
+    return lm_head_top_k(logits, torch.eye(logits.shape[-1], device=logits.device), k, MASK, noise)
 
 
 @pytest.fixture(params=["logits", "hidden states", "triton, logits", "triton, hidden states"])
 def head(request: pytest.FixtureRequest) -> Head:
-    """Every way to a drawn token."""
+    """Every way to a drawn token, on the device that it takes."""
+    device = torch.device("cpu")
     if "triton" in request.param:
-        request.getfixturevalue("kernels")
-    return from_logits if request.param.endswith("logits") else from_hidden_states
+        device = request.getfixturevalue("kernels")
+    draw = from_logits if request.param.endswith("logits") else from_hidden_states
+
+    def run(logits: Tensor, k: int, noise: GumbelNoise) -> Candidates:
+        names = ("seeds", "temperatures", "starts", "steps")
+        there = replace(noise, **{name: getattr(noise, name).to(device) for name in names})
+        return Candidates(*(each.cpu() for each in draw(logits.to(device), k, there)))
+
+    return run
 
 
 # --- the bits and their distribution --------------------------------------------------------------
@@ -173,3 +181,27 @@ def test_every_path_draws_the_same_tokens(head: Head, k: int) -> None:
     found = head(logits, k, noise)
     assert torch.equal(found.ids, expected.ids)
     torch.testing.assert_close(found.probs, expected.probs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to capture a graph on")
+def test_a_cuda_graph_draws_with_what_its_tensors_hold_then() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randint(-8, 8, (4 * L, 512), generator=generator) / 4).bfloat16().cuda()
+    weight = torch.eye(512, dtype=torch.bfloat16, device="cuda")
+    noise = noise_of(4, temperature=0.0)
+    names = ("seeds", "temperatures", "starts", "steps")
+    noise = replace(noise, **{name: getattr(noise, name).cuda() for name in names})
+    lm_head_top_k(logits, weight, 2, MASK, noise)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = lm_head_top_k(logits, weight, 2, MASK, noise)
+    graph.replay()
+    assert torch.equal(found.ids, candidates(logits, 2, MASK).ids)
+    noise.temperatures.copy_(torch.tensor([0.0, 0.7, 1.5, 3.0]))
+    for seed in range(3):
+        noise.seeds.fill_(seed)
+        noise.steps.add_(1)
+        graph.replay()
+        expected = lm_head_top_k_torch(logits, weight, 2, MASK, noise)
+        assert torch.equal(found.ids, expected.ids)
