@@ -175,7 +175,7 @@ def exactly(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
 )
 def test_kernels_compute_the_formulas(
     triton_device: torch.device, dtype: torch.dtype, tolerance: float
@@ -202,7 +202,7 @@ def test_kernels_compute_the_formulas(
 
 
 def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let kernels of attention do nothing."""
+    """Let kernels of attention do nothing; for models on a CPU, as what they give is anything."""
     from dmax.kernels import block_attention_triton
 
     class Launch:
@@ -213,13 +213,12 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(block_attention_triton, name, Launch())
 
 
-def test_a_step_in_place_makes_neither_mask_nor_rotations(
-    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_a_step_in_place_makes_neither_mask_nor_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
     without_launches(monkeypatch)
-    runner = ModelRunner(model().to(kernels), IDS, SLOTS, CAPACITY)
-    batch = Batch.of([(1, 136, 136, 0, -1)], [], L).to(kernels)
-    embeds = torch.zeros(1, L, 32, device=kernels)
+    runner = ModelRunner(model(), IDS, SLOTS, CAPACITY)
+    batch = Batch.of([(1, 136, 136, 0, -1)], [], L)
+    embeds = torch.zeros(1, L, 32)
     runner.forward(batch, embeds)  # the first step computes the rotations of all positions
     with Made() as made:
         runner.forward(batch, embeds)
@@ -255,14 +254,13 @@ def test_prompts_in_place_equal_those_under_a_mask(
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_long_prompts_make_nothing_as_large_as_a_mask(
-    kernels: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_long_prompts_make_nothing_as_large_as_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     without_launches(monkeypatch)
     start, size = 15_872, 512
-    runner = ModelRunner(model().to(kernels), IDS, 1, start + size)
+    runner = ModelRunner(model(), IDS, 1, start + size)
     runner.cache.commit([0], start)
-    tokens = torch.zeros(1, size, dtype=torch.long, device=kernels)
+    tokens = torch.zeros(1, size, dtype=torch.long)
     with Made() as made:
         runner.prefill([0], tokens)
     assert made.largest < size * (start + size) / 10
