@@ -33,7 +33,7 @@ from dmax.engine.blocks import OpenBlocks
 from dmax.engine.runner import ModelRunner
 from dmax.engine.step import step
 from dmax.kernels import using
-from dmax.kernels.quant import FP8, GROUP_SIZES, Format, QuantizedWeight
+from dmax.kernels.quant import Format, QuantizedWeight, quantize
 from dmax.models import quantization
 from dmax.params import DecodingParams
 
@@ -64,6 +64,9 @@ class Node:
         experts: bytes of the stacked weights of all experts, of which it reads some.
         num_experts: in that stack.
         cache: bytes of keys and values that it reads, for each position of a sequence.
+        share: bytes of the results of a share of the keys.
+        most_shares: that the keys of a row are divided into.
+        keys_of_share: that a share has at least.
         activations: bytes of everything else that it reads and writes.
         is_early: its launch overlaps with the end of the node before it.
     """
@@ -74,6 +77,9 @@ class Node:
     experts: int = 0
     num_experts: int = 0
     cache: int = 0
+    share: int = 0
+    most_shares: int = 1
+    keys_of_share: int = 1
     activations: int = 0
     is_early: bool = False
 
@@ -138,13 +144,17 @@ def node_of_launch(name: str, given: Mapping[str, Any]) -> Node:
     for parameter, value in given.items():
         if not isinstance(value, Tensor):
             continue
-        if "weight" in parameter or "scale" in parameter:
+        if any(word in parameter for word in ("weight", "scale", "shared")):
             is_stack = value.dim() == 3
             sizes["experts" if is_stack else "weights"] += num_bytes(value)
             num_experts = len(value) if is_stack else num_experts
         elif parameter in ("keys", "values"):  # [slots, positions, heads, size], one is read
             reads = name == "_attend_kernel"
             sizes["cache"] += num_bytes(value[0, 0]) if reads else 0
+        elif parameter in ("parts", "peak", "mass") and "LEAST" in given:  # [shares, ...]
+            sizes["share"] += num_bytes(value[:1])
+            sizes["most_shares"] = len(value)
+            sizes["keys_of_share"] = given["LEAST"]
         elif parameter != "table":  # of which a few rows are read
             sizes["activations"] += num_bytes(value)
     is_early = bool(given.get("launch_pdl"))
@@ -235,13 +245,11 @@ def quantize_without_numbers(model: Any, form: Format) -> None:
     """What `quantize_experts` does to a model's shapes."""
 
     def shaped(weight: Tensor, form: Format) -> QuantizedWeight:
-        *stack, columns = weight.shape
-        if form == "int4":
-            packed = weight.new_empty(*stack, columns // 2, dtype=torch.uint8)
-            return QuantizedWeight(packed, weight.new_empty(*stack, columns // GROUP_SIZES[0]))
-        dtype = torch.int8 if form == "int8" else FP8
-        scale = weight.new_empty(*stack, 1, dtype=torch.float32)
-        return QuantizedWeight(weight.new_empty(weight.shape, dtype=dtype), scale)
+        one = quantize(torch.ones(1, 1, weight.shape[-1]), form)
+        parts = one.values, one.scale
+        return QuantizedWeight(
+            *(part.to(DEVICE).expand(*weight.shape[:2], -1).contiguous() for part in parts)
+        )
 
     with patch.object(quantization, "quantize", shaped):
         quantization.quantize_experts(model, form)

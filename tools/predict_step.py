@@ -1,7 +1,7 @@
 """Predicts the time of a denoising step of LLaDA-2.0-mini on an H100 or H200, with none there.
 
     python tools/predict_step.py            # tables, and bench/results/prediction.json
-    python tools/predict_step.py --check    # only how the constants reproduce what is known
+    python tools/predict_step.py --check    # whether these are of today's code
 
 The nodes of a step come from `count_kernels.py`, so they follow the code. Each takes the time to
 start it and to read its bytes. `PLANNED` has what starts and bytes cost by a review of commit
@@ -96,6 +96,13 @@ PLANNED = Constants(
 MEASURED = replace(PLANNED, copy=3.02, rates={"_tile_kernel": 2.75})
 GPUS = {"H100": 3.02, "H200": 4.3}
 """TB/s of a copy: measured, and as others measured it."""
+EIGHT_BITS = ("int8", "fp8")
+AIMS = {
+    ("H100", "bf16"): ("4.15", "1,395"),
+    ("H200", "bf16"): ("–", "1,800"),
+    **{("H100", form): ("2.73", "2,200") for form in EIGHT_BITS},
+    **{("H200", form): ("–", "2,900") for form in EIGHT_BITS},
+}
 EXPERT_KERNELS = ("_gate_up_kernel", "_down_kernel")
 ARITHMETIC = ("issue", "alu", "fma")
 # Commit ac8ffd2 at batch 1 and 1,024 positions: nodes of a layer, then all others.
@@ -160,12 +167,15 @@ class Load:
         return EXPERTS * (1 - (1 - DISTINCT / EXPERTS) ** self.rows)
 
 
-def microseconds(node: Node, load: Load, constants: Constants) -> float:
-    """The time that a node takes in the step's graph."""
+def start_of(node: Node, constants: Constants) -> float:
+    """Microseconds from the end of the node before to this one's first bytes."""
     other = constants.kernel if node.name.endswith("_kernel") else constants.operation
     start = constants.starts.get(node.name, other)
-    if node.is_early:
-        start -= constants.early
+    return start - constants.early if node.is_early else start
+
+
+def microseconds(node: Node, load: Load, constants: Constants) -> float:
+    """The time that a node takes in the step's graph."""
     rate = constants.rates.get(node.name, constants.copy)
     tokens = load.rows * LENGTH
     shared = node.num_experts - EXPERTS  # of the stack, read whatever is chosen
@@ -176,13 +186,39 @@ def microseconds(node: Node, load: Load, constants: Constants) -> float:
     time = max(read / rate, node.weights * tokens / constants.products) / 1e6
     if node.experts and load.form in constants.ceilings:
         time += of_experts / constants.ceilings[load.form] / 1e6
-    return start + time + node.activations / constants.cache / 1e6
+    shares = min(node.most_shares, max(load.context // node.keys_of_share, 1))
+    in_cache = node.activations + node.share * shares
+    return start_of(node, constants) + time + in_cache / constants.cache / 1e6
 
 
 def step_ms(nodes: Mapping[Node, int], load: Load, constants: Constants) -> float:
     """Milliseconds of a step."""
     times = (number * microseconds(node, load, constants) for node, number in nodes.items())
     return (sum(times) + constants.host) / 1e3
+
+
+def launched_early(nodes: Mapping[Node, int]) -> Counter[Node]:
+    """The nodes if every Triton kernel starts before the one in front of it has ended."""
+    return Counter(
+        {
+            replace(node, is_early=node.name.endswith("_kernel")): number
+            for node, number in nodes.items()
+        }
+    )
+
+
+def by_cause(nodes: Mapping[Node, int], load: Load, constants: Constants) -> dict[str, float]:
+    """Milliseconds of a step by what takes them."""
+    ms = step_ms(nodes, load, constants)
+    arithmetic = ms - step_ms(nodes, load, replace(constants, ceilings={}))
+    starts = sum(number * start_of(node, constants) for node, number in nodes.items()) / 1e3
+    host = constants.host / 1e3
+    return {
+        "reading": ms - arithmetic - starts - host,
+        "arithmetic of the experts": arithmetic,
+        "starts": starts,
+        "host": host,
+    }
 
 
 def by_name(nodes: Mapping[Node, int], load: Load, constants: Constants) -> dict[str, Part]:
@@ -220,7 +256,7 @@ def ceilings() -> dict[str, float]:
     for line in done.stdout.splitlines():
         told = json.loads(line)
         if told["kernel"] in EXPERT_KERNELS:
-            rate = min(told["loops"][0]["ceilings"][pipe] for pipe in ARITHMETIC)
+            rate = min(loop["ceilings"][pipe] for loop in told["loops"] for pipe in ARITHMETIC)
             share = 2 / 3 if told["kernel"] == EXPERT_KERNELS[0] else 1 / 3
             times[told["case"].partition(" ")[0]] += share / rate  # type: ignore[assignment]
     return {form: round(1 / time, 2) for form, time in times.items()}
@@ -246,6 +282,8 @@ def rows_of(setting: Setting, known: Mapping[str, float]) -> list[dict[str, Any]
         ms = step_ms(nodes, load, constants)
         first_ms = step_ms(first_nodes, first_load, constants)
         parts = by_name(nodes, load, constants)
+        early_ms = step_ms(launched_early(nodes), load, constants)
+        early_first_ms = step_ms(launched_early(first_nodes), first_load, constants)
         found.append(
             {
                 "gpu": gpu,
@@ -256,6 +294,14 @@ def rows_of(setting: Setting, known: Mapping[str, float]) -> list[dict[str, Any]
                 "step_ms": round(ms, 3),
                 "first_step_ms": round(first_ms, 3),
                 "tokens_per_second": round(speed(ms, first_ms, setting.batch)),
+                "early": {
+                    "step_ms": round(early_ms, 3),
+                    "tokens_per_second": round(speed(early_ms, early_first_ms, setting.batch)),
+                },
+                "causes": {
+                    cause: round(each, 3)
+                    for cause, each in by_cause(nodes, load, constants).items()
+                },
                 "parts": {name: [part.nodes, round(part.ms, 3)] for name, part in parts.items()},
             }
         )
@@ -306,8 +352,10 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, float]) -> str:
             f"{row['kernels']} | {row['step_ms']:.2f} | {row['first_step_ms']:.2f} | "
             f"{row['tokens_per_second']:,} |"
         )
-    for row in rows:
-        if row["batch"] == 1 and row["context"] == CONTEXTS[0] and row["gpu"] == "H100":
+    at_batch_1 = [row for row in rows if row["batch"] == 1 and row["context"] == CONTEXTS[0]]
+    lines += ["", "## Aims", "", *aims(at_batch_1)]
+    for row in at_batch_1:
+        if row["gpu"] == "H100":
             lines += ["", f"## H100, {row['experts']}, batch 1, {row['context']:,} positions", ""]
             lines += ["| kernel | nodes | ms |", "|---|---|---|"]
             lines += [
@@ -316,6 +364,28 @@ def page(rows: Sequence[Mapping[str, Any]], known: Mapping[str, float]) -> str:
     ceiling = ", ".join(f"{form} {rate}" for form, rate in known.items())
     lines += ["", f"Ceilings of the experts' arithmetic, TB/s: {ceiling}."]
     return "\n".join(lines) + "\n"
+
+
+def aims(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What was aimed at, at batch 1 and 1,024 positions, and where the time goes."""
+    yield "Early: if every Triton kernel starts before the one in front of it has ended, which is"
+    yield "an estimate. What takes the time of a step, in ms: reading bytes, the arithmetic of the"
+    yield "experts' loops that reading does not hide, starts of nodes, the host."
+    yield ""
+    yield (
+        "| GPU | experts | ms | early | aim | tokens/s | early | aim | "
+        "reading | arithmetic | starts | host |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        ms, tokens = AIMS.get((row["gpu"], row["experts"]), ("–", "–"))
+        causes = " | ".join(f"{each:.2f}" for each in row["causes"].values())
+        early = row["early"]
+        yield (
+            f"| {row['gpu']} | {row['experts']} | {row['step_ms']:.2f} | {early['step_ms']:.2f} | "
+            f"{ms} | {row['tokens_per_second']:,} | {early['tokens_per_second']:,} | {tokens} | "
+            f"{causes} |"
+        )
 
 
 def reproduced() -> Iterator[str]:
@@ -327,13 +397,24 @@ def reproduced() -> Iterator[str]:
         yield f"the same, {form}, by today's: {reviewed(form, constants):.2f} ms, measured {ms}"
 
 
+def is_recorded() -> bool:
+    """Whether the record has what today's code gives, at batch 1 in bfloat16."""
+    told = json.loads(RECORD.read_text(encoding="utf-8"))
+    rows = rows_of(Setting(), told["constants"]["ceilings"])
+    return all(json.loads(json.dumps(row)) in told["rows"] for row in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="predict nothing new")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the record with the code; write nothing"
+    )
     if parser.parse_args().check:
         print("\n".join(reproduced()))
+        if not is_recorded():
+            parser.error(f"{RECORD.name} is of other code; run python tools/predict_step.py")
         return
     known = ceilings()
     rows = [row for setting in settings() for row in rows_of(setting, known)]
