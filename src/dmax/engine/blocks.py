@@ -201,7 +201,7 @@ class OpenBlocks:
             starts: [B] int64, where the blocks begin in their sequences.
         """
         temperatures = self.temperatures[rows]
-        if temperatures.device.type == "cpu" and not temperatures.any():
+        if temperatures.device.type in ("cpu", "mps") and not temperatures.any():
             return None
         steps = self.step[rows]
         return GumbelNoise(self.seeds[rows], temperatures, starts, steps, self.block_length)
