@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor
 from dmax.decoding import get_strategy
 from dmax.decoding.threshold import ThresholdDecoding
 from dmax.engine.batch import Batch
+from dmax.engine.engine import MAX_IDLE
 from dmax.engine.graphs import SPAN, CudaCapture, GraphedSteps, Replay
 from dmax.engine.request import Request
 from dmax.engine.runner import ModelRunner
@@ -244,8 +248,9 @@ def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
 
     def refuse(run: Replay) -> Replay:
         tried.append(run)
-        reason = "out of memory" if len(tried) == 2 else "not permitted when stream is capturing"
-        raise RuntimeError(f"{reason}\nand much more")
+        if len(tried) == 1:
+            raise RuntimeError("not permitted when stream is capturing\nand much more")
+        raise RuntimeError(f"out of memory. Tried to allocate {len(tried)} MiB.")
 
     monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: refuse)
     requests = [request((1,) * n, n, max_new_tokens=3 * L) for n in (1, 9, 20)]
@@ -256,11 +261,43 @@ def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
     shapes = len(tried)  # each came twice
     assert run(engine, *requests) == eager
     assert len(tried) == shapes >= 2
+    run(engine, replace(requests[0], params=replace(requests[0].params, top_k=2)))
+    run(engine, replace(requests[0], params=replace(requests[0].params, top_k=2)))
+    assert len(tried) > shapes
     told = "a step runs without a CUDA graph, which is slower: "
     assert caplog.messages == [
         told + "not permitted when stream is capturing",
-        told + "out of memory",
+        told + "out of memory. Tried to allocate 2 MiB.",
     ]
+
+
+def test_settings_of_clients_keep_a_bounded_number_of_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive = WeakSet[Replay]()
+
+    def record(run: Replay) -> Replay:
+        run()
+
+        def replay() -> Tensor:
+            return run()
+
+        alive.add(replay)
+        return replay
+
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: record)
+    engine = scripted(random_table(), cuda_graphs=True)
+
+    def graphs_of(top_ks: range) -> int:
+        for top_k in top_ks:
+            for threshold in (0.3, 0.4, 0.5):  # numbers may differ within a graph
+                run(engine, request((1,) * 9, top_k=top_k, threshold=threshold, ignore_eos=True))
+        gc.collect()
+        return len(alive)
+
+    of_one = graphs_of(range(1, 2))
+    assert of_one > 0
+    assert graphs_of(range(2, 3 * MAX_IDLE)) <= of_one * (MAX_IDLE + 1)
 
 
 @torch.inference_mode()

@@ -132,8 +132,9 @@ class GraphedSteps:
             return self._capture(run)
         except RuntimeError as error:  # an operation that waits for the host, or no memory left
             reason = str(error).partition("\n")[0]
-            if reason not in self._told:
-                self._told.add(reason)
+            first = reason.partition(". ")[0]  # without the sizes of what did not fit
+            if first not in self._told:
+                self._told.add(first)
                 logger.warning("a step runs without a CUDA graph, which is slower: %s", reason)
             return run
 
