@@ -24,6 +24,7 @@ from parts import (
 )
 from torch import Tensor
 
+from dmax.checkpoint import Checkpoint
 from dmax.decoding import get_strategy
 from dmax.decoding.threshold import ThresholdDecoding
 from dmax.engine.batch import Batch
@@ -150,14 +151,14 @@ class FakeCuda:
     Attributes:
         streams: made so far, besides the one that is current at the start.
         captures: options of each capture.
-        ends: what the end of a capture raises; None: it ends well.
+        is_capturing: whether a capture goes on.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = self.main = FakeStream("main")
         self.streams: list[FakeStream] = []
         self.captures: list[dict[str, Any]] = []
-        self.ends: RuntimeError | None = None
+        self.is_capturing = False
         for name, replacement in {
             "graph_pool_handle": object,
             "Stream": self.new_stream,
@@ -186,12 +187,15 @@ class FakeCuda:
         self.captures.append(options)
         before = self.current
         self.current = options["stream"]
+        self.is_capturing = True
         try:
             yield
+        except RuntimeError:
+            # As PyTorch does: it has not left the stream.
+            raise RuntimeError("failed due to a previous error during capture")  # noqa: B904
         finally:
-            if self.ends is not None:
-                raise self.ends  # as PyTorch does: it has not left the stream
-            self.current = before
+            self.is_capturing = False
+        self.current = before
 
 
 class FakeStream:
@@ -232,13 +236,34 @@ def test_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPatch)
     assert len(ran_on) == 6  # a replay runs nothing
 
 
-def test_a_failed_capture_leaves_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_capture_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cuda = FakeCuda(monkeypatch)
-    capture = CudaCapture()
-    cuda.ends = RuntimeError("operation failed due to a previous error during capture")
-    with pytest.raises(RuntimeError, match="previous error during capture"):
-        capture(lambda: torch.zeros(6, 1, dtype=torch.bool))
+    step = ThresholdDecoding.step
+
+    def step_that_waits(self: Any, view: Any, *args: Any) -> Any:
+        if cuda.is_capturing:
+            raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+        return step(self, view, *args)
+
+    requests = [
+        request((1,) * 9, index, strategy=strategy, max_new_tokens=4 * L)
+        for index, strategy in enumerate(("threshold", "spd"))
+    ]
+    eager = run(scripted(random_table()), requests[0])
+    monkeypatch.setattr(ThresholdDecoding, "step", step_that_waits)
+    engine = scripted(random_table(), cuda_graphs=True, max_length=64)
+    for _ in range(3):
+        assert run(engine, requests[0]) == eager
     assert cuda.current is cuda.main
+    num_failed = len(cuda.captures)
+    engine.capture(requests[1].strategy, 64)
+    # A pool that a failed capture recorded to takes no other.
+    pools = [id(options["pool"]) for options in cuda.captures]
+    assert len(set(pools)) == num_failed + 1 and len(pools) > num_failed + 1
+    (message,) = caplog.messages
+    assert message.endswith("slower: operation not permitted when stream is capturing")
 
 
 def test_a_step_that_no_graph_can_hold_runs_eagerly_for_good(
@@ -453,11 +478,25 @@ def test_everything_runs_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPa
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
-@on_a_gpu
-def test_a_gpu_decodes_two_kinds_of_requests_at_once(golden: Golden) -> None:
-    _, checkpoint, _ = golden
-    checkpoint.model.to("cuda")
+@contextmanager
+def on_gpu(checkpoint: Checkpoint) -> Iterator[None]:
+    """A model on the GPU for a while, with the experts that it would have there."""
+    model: Any = checkpoint.model
+    model.to("cuda")
+    model.set_experts_implementation("fused_moe")
     try:
+        yield
+    finally:
+        model.to("cpu")
+        model.set_experts_implementation("dense_mm")
+
+
+@on_a_gpu
+def test_a_gpu_decodes_two_kinds_of_requests_at_once(
+    golden: Golden, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, checkpoint, _ = golden
+    with on_gpu(checkpoint):
         prompts = random_prompts(3, 17, 16, 40)
         requests = [
             Request(index, ids, DecodingParams(("threshold", "spd")[index % 2], max_new_tokens=48))
@@ -467,8 +506,7 @@ def test_a_gpu_decodes_two_kinds_of_requests_at_once(golden: Golden) -> None:
         engine = engine_of(checkpoint, cuda_graphs=True)
         for order in (requests, requests, requests[::-1], requests):
             assert run(engine, *order) == eager
-    finally:
-        checkpoint.model.to("cpu")
+        assert caplog.messages == []  # every step was captured
 
 
 @on_a_gpu
@@ -476,8 +514,7 @@ def test_a_gpu_goes_on_after_a_failed_capture(
     golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, checkpoint, _ = golden
-    checkpoint.model.to("cuda")
-    try:
+    with on_gpu(checkpoint):
         ids = random_prompts(17)[0]
         waiting = Request(0, ids, DecodingParams("threshold", max_new_tokens=48))
         plain = Request(1, ids, DecodingParams("spd", max_new_tokens=48))
@@ -494,6 +531,5 @@ def test_a_gpu_goes_on_after_a_failed_capture(
         for _ in range(3):
             assert run(engine, waiting, plain) == eager
         assert torch.cuda.current_stream() == stream
-        assert [message for message in caplog.messages if "without a CUDA graph" in message]
-    finally:
-        checkpoint.model.to("cpu")
+        (message,) = caplog.messages  # "spd" is captured
+        assert "without a CUDA graph" in message and "captur" in message

@@ -40,6 +40,7 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Replay) -> Replay:
         """What replays `run` and returns the same tensor every time."""
@@ -52,8 +53,15 @@ class CudaCapture:
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.stream(current), capture:  # one that fails does not leave its stream itself
-            flags = run()
+        try:
+            # One that fails does not leave its stream.
+            with torch.cuda.stream(current), capture:
+                flags = run()
+        except RuntimeError:
+            # For PyTorch it goes on: its pool takes no other, and the allocator asks its graph.
+            self._failed.append(graph)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
 
         def replay() -> Tensor:
             graph.replay()
@@ -131,7 +139,8 @@ class GraphedSteps:
         try:
             return self._capture(run)
         except RuntimeError as error:  # an operation that waits for the host, or no memory left
-            reason = str(error).partition("\n")[0]
+            # The end of a capture raises, too, if what was captured did.
+            reason = str(error.__context__ or error).partition("\n")[0]
             first = reason.partition(". ")[0]  # without the sizes of what did not fit
             if first not in self._told:
                 self._told.add(first)
