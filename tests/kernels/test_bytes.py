@@ -90,7 +90,7 @@ def test_weights_are_read_once_and_little_else(
 
 def test_a_layer_of_the_real_size(watched: Watch) -> None:
     """E 256, D 2,048, I 512 and 32 tokens against float64; the index arithmetic is the real one."""
-    used = torch.tensor([0, 1, 31, 64, 95, 192, 223, 224, 254, 255])  # in four groups
+    used = torch.tensor([0, 1, 31, 64, 95, 223, 254, 255])  # in four groups
     block = block_of(used, hidden=2048, inner=512, num_experts=256)
     tokens = torch.randn(32, 2048, generator=torch.Generator().manual_seed(1)).to(BF16)
     found = run(block, tokens)[0]
@@ -109,12 +109,10 @@ def test_a_layer_of_the_real_size(watched: Watch) -> None:
     assert error <= 1e-2  # of bfloat16, which has eight bits
 
 
-@pytest.mark.parametrize("positions", [64, 1024])
-def test_partial_sums_are_no_larger_than_what_they_summarise(
-    watched: Watch, positions: int
-) -> None:
+def test_partial_sums_are_no_larger_than_what_they_summarise(watched: Watch) -> None:
     from dmax.kernels import block_attention_triton
 
+    positions = 1024
     heads = torch.randn(1, 32, 24, 128).to(BF16)
     norm = torch.ones(128, dtype=BF16)
     turn = torch.ones(positions, 64, dtype=BF16)
@@ -129,4 +127,4 @@ def test_partial_sums_are_no_larger_than_what_they_summarise(
     read = arguments["keys"].read + arguments["values"].read
     partial = sum(arguments[name].stored for name in ("parts", "peak", "mass"))
     assert read == 2 * keys.numel() * 2
-    assert partial <= read
+    assert 0 < partial <= read
