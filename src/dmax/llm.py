@@ -44,7 +44,8 @@ class LLM:
             that says nothing of diffusion is autoregressive, and writes one token a forward.
         attn_implementation, experts_implementation: as in transformers; None chooses.
         quantization: of the experts, "int8", "fp8" or "int4"; None leaves them as they are.
-        options: fields of `dmax.params.EngineOptions`, such as `max_batch_size`.
+        options: fields of `dmax.params.EngineOptions`, such as `max_batch_size`, or `warm_up`, with
+            which nothing is captured or compiled any more once it is loaded.
 
     Raises:
         InputError: an unknown model or option, a damaged checkpoint, ids that it does not define,

@@ -65,6 +65,12 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU is asked whether all rows are greedy; a GPU, which would be waited for, is not."""
+    monkeypatch.setattr(OpenBlocks, "noise", lambda *_: None)
+
+
 def steps_of(num_rows: int, **params: Any) -> list[tuple[list[str], list[str]]]:
     """Reads and launches of the steps of requests that are alike, after they have all begun."""
     params = {"max_new_tokens": 4 * L, **params}
