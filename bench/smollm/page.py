@@ -94,7 +94,8 @@ def headline(record: Record, curves: Sequence[Curve]) -> str:
     found = [f"{curve.label}: {' to '.join(ends(points))}" for curve, points in measured]
     names = {curve.label for curve, _ in measured}
     missing = list(dict.fromkeys(curve.label for curve in curves if curve.label not in names))
-    sentences = [f"**So far:** {'; '.join(found) or 'nothing is measured'}."]
+    begin = "So far" if missing else "In short"
+    sentences = [f"**{begin}:** {'; '.join(found) or 'nothing is measured'}."]
     if missing:
         sentences.append(f"**Still to come:** {'; '.join(missing)}.")
     return "\n".join(line for text in sentences for line in textwrap.wrap(text, 100))
