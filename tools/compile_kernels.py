@@ -96,9 +96,11 @@ def weight(rows: int, columns: int, form: str) -> moe_triton.Stored:
 
 def experts(num_tokens: int, form: str) -> None:
     index = new(num_tokens, CHOSEN, dtype=torch.int64)
+    routing = router_triton.route(index, new(num_tokens, CHOSEN), EXPERTS, CHOSEN + 1)
     gate_up = weight(2 * INNER, HIDDEN, form)
     down = weight(HIDDEN, INNER, form)
-    moe_triton.fused_moe(new(num_tokens, HIDDEN), index, new(num_tokens, CHOSEN), gate_up, down)
+    shared = new(INNER, HIDDEN), new(INNER, HIDDEN), new(HIDDEN, INNER)
+    moe_triton.expert_terms(new(num_tokens, HIDDEN), routing, gate_up, down, shared, True)
 
 
 def lm_head(num_tokens: int, k: int) -> None:
@@ -157,12 +159,15 @@ def attention(num_rows: int, num_heads: int = 16) -> None:
 
 def router(num_tokens: int) -> None:
     bias = new(EXPERTS, dtype=torch.float32)
-    logits = new(num_tokens, EXPERTS, dtype=torch.float32)
-    router_triton.select_experts(logits, bias, CHOSEN, 8, 4, scaling=2.5)
+    idle = new(num_tokens // 32, dtype=torch.bool)
+    settings = {"top_k": CHOSEN, "num_groups": 8, "num_kept_groups": 4, "scaling": 2.5}
+    tokens = new(num_tokens, HIDDEN)
+    router_triton.route_tokens(tokens, new(EXPERTS, HIDDEN), bias, idle, CHOSEN + 1, **settings)
 
 
 def norm(num_tokens: int) -> None:
-    norm_triton.add_rms_norm(new(num_tokens, HIDDEN), new(num_tokens, HIDDEN), new(HIDDEN), 1e-6)
+    terms = new(num_tokens, CHOSEN + 1, HIDDEN)
+    norm_triton.add_rms_norm(new(num_tokens, HIDDEN), terms, new(HIDDEN), 1e-6)
 
 
 def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -180,7 +185,8 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"attention, {num_rows} rows", partial(attention, num_rows)
     yield "attention of 32 heads", partial(attention, 1, 32)  # LLaDA-2.0-flash
     yield "noise", noise
-    yield "router", partial(router, 32)
+    for num_tokens in (32, 64, 512):
+        yield f"router, {num_tokens} tokens", partial(router, num_tokens)
     yield "norm", partial(norm, 32)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class BlockCache:
             is shifted finds the first prediction of the next one; None for other models.
         rotary: what a model keeps here of the rotations at all positions, as CUDA graphs of steps
             over this cache read it where it is.
+        spare_slot: of rows that only fill a batch up; None where there are none.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -67,6 +69,7 @@ class BlockCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.ends = torch.zeros(ends_shape, dtype=dtype, device=device) if ends else None
         self.lengths = [0] * num_slots
+        self.spare_slot: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -215,6 +218,12 @@ class CacheWindow:
             offsets = torch.arange(self.length, device=self.starts.device)
             self._positions = self.starts[:, None] + offsets
         return self._positions
+
+    @cached_property
+    def idle(self) -> Tensor | None:
+        """[B] bool, rows that only fill the batch up; None if there cannot be any."""
+        spare = self.cache.spare_slot
+        return None if spare is None or len(self.slots) == 1 else self.slots == spare
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the window at most; callers pass `positions`, as rows differ."""

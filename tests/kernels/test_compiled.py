@@ -18,8 +18,8 @@ PINNED = ROOT / ".triton"  # the Triton of GPU machines, where `make test-triton
 SHARED = 227 * 1024  # bytes that a program can have at most
 REGISTERS = 254  # that a thread may have; with 255 it spills
 BANDWIDTH = 3.35  # TB/s of an H100's memory, by its data sheet
-MAX_KERNELS = 496  # of a step; a divided product is two
-MAX_KERNELS_PER_LAYER = 25
+MAX_KERNELS = 230  # of a step; a divided product is two
+MAX_KERNELS_PER_LAYER = 11
 MARGIN = 1.5  # of a loop's ceiling over it, so that reading decides, not arithmetic
 
 Compiled = list[dict[str, Any]]
@@ -63,7 +63,7 @@ def test_every_kernel_fits_an_h100(compiled: Compiled) -> None:
     assert {each["kernel"] for each in compiled} == {
         "_route_kernel", "_gate_up_kernel", "_down_kernel", "_tile_kernel", "_blend_kernel",
         "_select_kernel", "_prepare_kernel", "_attend_kernel", "_merge_kernel", "_norm_kernel",
-        "_decide_kernel", "_merge_tiles_kernel", "_add_noise_kernel",
+        "_decide_kernel", "_merge_tiles_kernel", "_add_noise_kernel", "_logits_kernel",
     }  # fmt: skip
     assert [each for each in compiled if each["shared"] > SHARED] == []
     assert [each for each in compiled if each["registers"] > REGISTERS] == []
@@ -71,7 +71,9 @@ def test_every_kernel_fits_an_h100(compiled: Compiled) -> None:
 
 
 def test_every_kernel_that_reads_much_has_a_loop_that_streams(compiled: Compiled) -> None:
-    names = {"_gate_up_kernel", "_down_kernel", "_tile_kernel", "_attend_kernel"}
+    names = {
+        "_gate_up_kernel", "_down_kernel", "_tile_kernel", "_attend_kernel", "_logits_kernel",
+    }  # fmt: skip
     assert {each["kernel"] for each in compiled if each["loops"]} == names
     assert [each for each in compiled if each["kernel"] in names and not each["loops"]] == []
 
@@ -81,7 +83,8 @@ def test_kernels_that_start_early_touch_nothing_before_they_may(compiled: Compil
     early = {each["kernel"] for each in compiled if each["before_wait"] is not None}
     assert early == {
         "_norm_kernel", "_blend_kernel", "_decide_kernel", "_prepare_kernel", "_attend_kernel",
-        "_merge_kernel", "_tile_kernel", "_merge_tiles_kernel",
+        "_merge_kernel", "_tile_kernel", "_merge_tiles_kernel", "_logits_kernel", "_select_kernel",
+        "_route_kernel", "_gate_up_kernel", "_down_kernel",
     }  # fmt: skip
     assert [each for each in compiled if each["before_wait"]] == []
 

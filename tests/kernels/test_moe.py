@@ -207,12 +207,12 @@ def test_the_implementation_follows_from_device_and_installation(
 
 @pytest.mark.parametrize(
     ("num_tokens", "requires_grad", "is_fused"),
-    [(1, False, True), (64, False, True), (65, False, False), (1, True, False)],
+    [(1, False, True), (512, False, True), (513, False, False), (1, True, False)],
 )
 def test_shapes_and_gradients_decide_for_the_kernel(
     num_tokens: int, requires_grad: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight experts take 16 pairs each: 64 tokens of two."""
+    """Eight experts take 128 pairs each: 512 tokens of two."""
     calls: list[Any] = []
     monkeypatch.setattr(moe, "can_fuse", lambda *tensors: not wants_gradient(*tensors))
     monkeypatch.setattr(moe, "fused_moe", lambda tokens, *rest: calls.append(rest) or tokens)
@@ -224,17 +224,22 @@ def test_shapes_and_gradients_decide_for_the_kernel(
 # ---- Triton -------------------------------------------------------------------------------------
 
 
-def test_every_expert_lists_its_pairs_in_order(triton_device: torch.device) -> None:
-    from dmax.kernels import moe_triton
+def listed(routing: Any) -> dict[int, list[int]]:
+    """The pairs of every expert that has some."""
+    active = routing.active.item()
+    experts = routing.experts[:active].tolist()
+    assert sorted({*experts}) == sorted(experts)
+    counts = {expert: int(routing.counts[expert]) for expert in experts}
+    pairs = {expert: routing.pairs[expert, :count] for expert, count in counts.items()}
+    return {expert: sorted(found.tolist()) for expert, found in pairs.items() if len(found)}
 
-    index = torch.tensor([[0, 2], [2, 1], [0, 2]], device=triton_device)  # pairs 0 to 5
-    pairs = torch.full((4, 6), -1, dtype=torch.int32)
-    counts = torch.full((4,), -1, dtype=torch.int32)
-    pairs, counts = on(triton_device, pairs, counts)
-    moe_triton._route_kernel[(4,)](index, pairs, counts, 6, BLOCK=4)  # expert 2's go over two steps
-    assert counts.tolist() == [2, 1, 3, 0]
-    listed = [row[:count] for row, count in zip(pairs.tolist(), counts.tolist(), strict=True)]
-    assert listed == [[0, 4], [3], [1, 2, 5], []]
+
+def test_every_expert_lists_its_pairs_in_order(triton_device: torch.device) -> None:
+    from dmax.kernels import router_triton
+
+    index = torch.tensor([[0, 2], [2, 1], [-1, -1], [0, 2]], device=triton_device)
+    routing = router_triton.route(index, torch.rand(4, 2), 4, 3)  # each token has pairs 3n, 3n + 1
+    assert listed(routing) == {0: [0, 9], 1: [4], 2: [1, 3, 10]}
 
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 40])
@@ -269,20 +274,21 @@ def test_kernels_take_any_routing(triton_device: torch.device, routing: str) -> 
 def test_tiles_need_not_divide_the_sizes(
     triton_device: torch.device, tile: tuple[int, int, int]
 ) -> None:
-    from dmax.kernels import moe_triton
+    from dmax.kernels import moe_triton, router_triton
 
     inputs = make_inputs(21, EXPERTS, hidden=72, top_k=3)
     weights = make_weights(torch.float32, hidden=72, width=40)
     arguments = on(triton_device, *inputs, *weights)
     tokens, index, weights, gate_up, down = arguments
-    actual = moe_triton.fused_moe(
-        tokens, index, weights, stored(gate_up), stored(down), (moe_triton.Tile(*tile),) * 2
-    )
+    routing = router_triton.route(index, weights, EXPERTS, 3)
+    weights = stored(gate_up), stored(down), None, True
+    actual = moe_triton.expert_terms(tokens, routing, *weights, (moe_triton.Tile(*tile),) * 2)
+    actual = actual.sum(dim=1)
     assert relative_error(actual, routed(*arguments, F.silu)) <= 1e-6
 
 
 def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch.device) -> None:
-    from dmax.kernels import moe_triton
+    from dmax.kernels import moe_triton, router_triton
 
     tokens, index, weights, gate_up, down = on(
         triton_device, *make_inputs(40, EXPERTS, torch.float16), *make_weights(torch.float16)
@@ -290,7 +296,9 @@ def test_a_token_does_not_depend_on_the_others_of_its_batch(triton_device: torch
 
     def run(tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tiles = moe_triton.Tile(16, 32, 64), moe_triton.Tile(16, 64, 32)
-        return moe_triton.fused_moe(tokens, index, weights, stored(gate_up), stored(down), tiles)
+        routing = router_triton.route(index, weights, EXPERTS, TOP_K)
+        weights = stored(gate_up), stored(down), None, True
+        return moe_triton.expert_terms(tokens, routing, *weights, tiles)
 
     together = run(tokens, index, weights)
     assert torch.equal(together, run(tokens, index, weights))

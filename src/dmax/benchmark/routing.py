@@ -23,12 +23,14 @@ class PrescribedRouter(nn.Module):
         table: [tokens, K] int64 experts.
     """
 
+    router: Any
     table: Tensor
 
     def __init__(self, router: nn.Module, table: Tensor) -> None:
         super().__init__()
         self.router = router
         self.register_buffer("table", table, persistent=False)
+        self._lists: dict[int, dict[str, Tensor]] = {}  # by the number of tokens
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, D] to expert indices [N, K] int64 and their weights [N, K]."""
@@ -36,6 +38,31 @@ class PrescribedRouter(nn.Module):
         if len(tokens) <= len(self.table):
             chosen = self.table[: len(tokens)]
         return chosen, weights
+
+    def route(self, tokens: Tensor, idle: Tensor | None, num_terms: int) -> Any:
+        """The same as lists of every expert's tokens, those of the table made once."""
+        routing = self.router.route(tokens, idle, num_terms)
+        if len(tokens) > len(self.table):
+            return routing
+        if len(tokens) not in self._lists:
+            chosen = self.table[: len(tokens)]
+            self._lists[len(tokens)] = list_pairs(chosen, len(self.router.weight), num_terms)
+        return routing._replace(**self._lists[len(tokens)])
+
+
+def list_pairs(chosen: Tensor, num_experts: int, num_terms: int) -> dict[str, Tensor]:
+    """A choice of experts [N, K] as the fields of a `router_triton.Routing`."""
+    num_tokens, top_k = chosen.shape
+    chosen_on_host = chosen.cpu()
+    pairs = torch.zeros(num_experts, num_tokens * top_k, dtype=torch.long)
+    counts = chosen_on_host.flatten().bincount(minlength=num_experts)
+    experts = counts.nonzero()[:, 0]
+    for expert in experts:
+        token, rank = (chosen_on_host == expert).nonzero().unbind(dim=1)
+        pairs[expert, : len(token)] = token * num_terms + rank
+    active = torch.tensor([len(experts)])
+    lists = {"pairs": pairs, "experts": experts, "counts": counts, "active": active}
+    return {name: numbers.int().to(chosen.device) for name, numbers in lists.items()}
 
 
 def prescribe(model: Any, tables: Sequence[Tensor]) -> None:

@@ -84,6 +84,7 @@ class GraphedSteps:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self._spare_slot = len(runner.cache.lengths) - 1
+        runner.cache.spare_slot = self._spare_slot
         self._capture = CudaCapture()
         # By open blocks and shape; None: the shape came once.
         self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay] | None] = {}

@@ -26,7 +26,7 @@ Activation = Callable[[Tensor], Tensor]
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 GROUPED_MULTIPLE = 8  # rows of torch's grouped product are whole multiples of 16 bytes
-MAX_FUSED_PAIRS_PER_EXPERT = 16  # for more pairs, large matrix products are faster
+MAX_FUSED_PAIRS_PER_EXPERT = 128  # for more pairs, large matrix products are faster
 
 
 def dense_mm_experts_forward(
@@ -59,14 +59,22 @@ def fused_moe_experts_forward(
     gate_up = experts.gate_up_proj
     down = experts.down_proj
     if (
-        can_fuse(hidden_states, top_k_weights, gate_up, down)
-        and hidden_states.dtype == gate_up.dtype
-        and top_k_index.numel() <= MAX_FUSED_PAIRS_PER_EXPERT * gate_up.shape[0]
+        can_fuse(hidden_states, top_k_weights)
+        and fits_kernels(hidden_states, top_k_index.numel(), gate_up, down)
         and isinstance(experts.act_fn, SILU)
         and not getattr(experts, "_is_expert_parallel", False)
     ):
         return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def fits_kernels(tokens: Tensor, num_pairs: int, *weights: Tensor) -> bool:
+    """Whether `expert_terms` takes tokens [N, D] with so many pairs, and weights [E, ...] first."""
+    return (
+        can_fuse(tokens, *weights)
+        and all(each.dtype == tokens.dtype and each.device == tokens.device for each in weights)
+        and num_pairs <= MAX_FUSED_PAIRS_PER_EXPERT * len(weights[0])
+    )
 
 
 def grouped_mm_experts_forward(
@@ -119,8 +127,35 @@ def fused_moe(
         gate_up: [E, 2I, D] in the dtype of `tokens`, or quantised.
         down: [E, D, I] likewise.
     """
+    num_experts = gate_up.shape[0]
+    routing = triton_kernels("router").route(index, weights, num_experts, index.shape[1])
+    return expert_terms(tokens, routing, gate_up, down).sum(dim=1)
+
+
+def expert_terms(
+    tokens: Tensor,
+    routing: Any,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    is_whole: bool = True,
+) -> Tensor:
+    """The outputs of each token's experts, weighted and still to be summed, [N, T, D].
+
+    Args:
+        tokens: [N, D], as in `fused_moe`.
+        routing: what `route_tokens` gives for T terms: one for each of the K experts, and one more
+            with `shared`.
+        gate_up: as in `fused_moe`.
+        down: as in `fused_moe`.
+        shared: gate and up [I, D] and down [D, I] of an expert that every token has.
+        is_whole: every token has K experts; otherwise the terms that some lack are zero.
+    """
     kernels = triton_kernels("moe")
-    return kernels.fused_moe(tokens, index, weights, stored(gate_up), stored(down))
+    terms: Tensor = kernels.expert_terms(
+        tokens, routing, stored(gate_up), stored(down), shared, is_whole
+    )
+    return terms
 
 
 def stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:

@@ -3,16 +3,18 @@
 For 16 to 128 tokens the time goes to reading the weights of the experts in use, so the kernels are
 built around that:
 
-1. `_route_kernel`: one program for each expert lists its pairs. There is no sorting and no padding.
-2. `_gate_up_kernel`: for each expert and slice of the inner state, SiLU(gate) · up of the expert's
+1. `_gate_up_kernel`: for each expert and slice of the inner state, SiLU(gate) · up of the expert's
    tokens.
-3. `_down_kernel`: for each expert and slice of the hidden state, the down projection times the
+2. `_down_kernel`: for each expert and slice of the hidden state, the down projection times the
    router's weight.
-4. A sum over the K outputs of each token, in their order. There are no atomics, so results repeat
-   bit for bit.
 
-Grids depend only on shapes. A program whose expert has no token reads one number and ends. One with
-more tokens than a tile holds goes on to the next tile while its weights are still in the cache.
+The outputs of a token are summed by whoever adds them to the residual stream, in their order. There
+are no atomics, so results repeat bit for bit.
+
+Which tokens an expert has is listed before (`router_triton.py`), without sorting or padding. The
+shared expert, which has all of them, is the first in the grid. Grids depend only on shapes, and no
+program looks at an expert without tokens. One with more tokens than a tile holds goes on to the
+next tile while its weights are still in the cache.
 Quantised weights become numbers in registers. A float32 product is made of three TF32 products,
 which run on tensor cores; only the last digits differ.
 """
@@ -26,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax.kernels.pdl_triton import begin, launch_options
+
 Stored = tuple[Tensor, Tensor | None, int]
 """Weights as they are stored: numbers, scales if any, and columns of an int4 group (else 0)."""
 
@@ -38,22 +42,6 @@ class Tile(NamedTuple):
     depth: int  # of a step along the product; int4 weights take a group for a step
     warps: int = 4
     stages: int = 3
-
-
-@triton.jit
-def _route_kernel(  # type: ignore[no-untyped-def]
-    index, pairs, counts, num_pairs, BLOCK: tl.constexpr
-):
-    """List one expert's pairs in order: the first `counts` [E] numbers of `pairs` [E, N * K]."""
-    expert = tl.program_id(0)
-    found = tl.zeros((), tl.int32)
-    for start in range(0, num_pairs, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        is_mine = tl.load(index + pair, mask=pair < num_pairs, other=-1) == expert
-        slot = found + tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
-        tl.store(pairs + expert * num_pairs + slot, pair, mask=is_mine)
-        found += tl.sum(is_mine.to(tl.int32), axis=0)
-    tl.store(counts + expert, found)
 
 
 # Triton converts numbers of four and eight bits one by one, which takes longer than reading them.
@@ -175,109 +163,179 @@ def _product(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
-    tokens, weight, scale, pairs, counts, inner, num_pairs, hidden, width,
-    K: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr,
+    tokens, weight, scale, shared_gate, shared_up, pairs, experts, counts, active, inner,
+    num_tokens, capacity, hidden, width,
+    TERMS: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIVIDES: tl.constexpr,
+    SHARED_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`inner` [N * K, I]: SiLU(gate) · up of every pair."""
-    expert = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + expert)
+    """`inner` [N * TERMS, I]: SiLU(gate) · up of every pair, and of every token's shared expert."""
+    begin(PDL)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows of gate and up alternate, so that one product makes both; they are split in registers.
-    both = tl.arange(0, 2 * BLOCK_N)
-    row = tl.minimum(tl.program_id(0) * BLOCK_N + both // 2, width - 1) + (both % 2) * width
-    for first in range(0, count, BLOCK_M):
-        slot = first + tl.arange(0, BLOCK_M)
-        pair = tl.load(pairs + expert * num_pairs + slot, mask=slot < count, other=0)
-        products = _product(
-            tokens, pair // K, slot < count, weight, scale, expert * 2 * width + row, hidden,
-            SCALED, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K, DIVIDES,
+    num_shared = tl.cdiv(num_tokens, BLOCK_M) * SHARED  # tiles of the shared expert come first
+    if tl.program_id(1) < num_shared:
+        token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_token = token < num_tokens
+        state_row = tl.minimum(column, width - 1)
+        gate = _product(
+            tokens, token, is_token, shared_gate, scale, state_row, hidden,
+            False, 0, BLOCK_M, BLOCK_N, SHARED_K, DIVIDES,
         )  # fmt: skip
-        gate, up = tl.split(tl.reshape(products, (BLOCK_M, BLOCK_N, 2)))
-        inside = (slot < count)[:, None] & (column < width)[None, :]
-        state = gate * tl.sigmoid(gate) * up
-        at = inner + pair.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(at, state.to(inner.dtype.element_ty), mask=inside)
+        up = _product(
+            tokens, token, is_token, shared_up, scale, state_row, hidden,
+            False, 0, BLOCK_M, BLOCK_N, SHARED_K, DIVIDES,
+        )  # fmt: skip
+        _store_state(gate, up, inner, token * TERMS + TERMS - 1, is_token, column, width)
+    else:
+        # Rows of gate and up alternate, so that one product makes both; registers split them.
+        both = tl.arange(0, 2 * BLOCK_N)
+        row = tl.minimum(tl.program_id(0) * BLOCK_N + both // 2, width - 1) + (both % 2) * width
+        first_place = tl.program_id(1) - num_shared
+        for place in range(first_place, tl.load(active), tl.num_programs(1) - num_shared):
+            expert = tl.load(experts + place).to(tl.int64)
+            count = tl.load(counts + expert)
+            for first in range(0, count, BLOCK_M):
+                slot = first + tl.arange(0, BLOCK_M)
+                is_pair = slot < count
+                pair = tl.load(pairs + expert * capacity + slot, mask=is_pair, other=0)
+                products = _product(
+                    tokens, pair // TERMS, is_pair, weight, scale, expert * 2 * width + row, hidden,
+                    SCALED, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K, DIVIDES,
+                )  # fmt: skip
+                gate, up = tl.split(tl.reshape(products, (BLOCK_M, BLOCK_N, 2)))
+                _store_state(gate, up, inner, pair, is_pair, column, width)
+
+
+@triton.jit
+def _store_state(gate, up, inner, pair, is_pair, column, width):  # type: ignore[no-untyped-def]
+    """SiLU(gate) · up [BLOCK_M, BLOCK_N] as rows of `inner`."""
+    state = gate * tl.sigmoid(gate) * up
+    at = inner + pair.to(tl.int64)[:, None] * width + column[None, :]
+    inside = is_pair[:, None] & (column < width)[None, :]
+    tl.store(at, state.to(inner.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _down_kernel(  # type: ignore[no-untyped-def]
-    inner, weight, scale, routing, pairs, counts, out, num_pairs, hidden, width,
+    inner, weight, scale, shared, routing, pairs, experts, counts, active, out,
+    num_tokens, capacity, hidden, width,
+    K: tl.constexpr, TERMS: tl.constexpr, SHARED: tl.constexpr,
     SCALED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIVIDES: tl.constexpr,
+    SHARED_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`out` [N * K, D]: the down projection of every pair, times its weight from the router."""
-    expert = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + expert)
+    """`out` [N * TERMS, D]: the down projections, those of pairs times the router's weight."""
+    begin(PDL)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = expert * hidden + tl.minimum(column, hidden - 1)
-    for first in range(0, count, BLOCK_M):
-        slot = first + tl.arange(0, BLOCK_M)
-        pair = tl.load(pairs + expert * num_pairs + slot, mask=slot < count, other=0)
+    row = tl.minimum(column, hidden - 1)
+    num_shared = tl.cdiv(num_tokens, BLOCK_M) * SHARED
+    if tl.program_id(1) < num_shared:
+        token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_token = token < num_tokens
+        pair = token * TERMS + TERMS - 1
         total = _product(
-            inner, pair, slot < count, weight, scale, row, width,
-            SCALED, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DIVIDES,
+            inner, pair, is_token, shared, scale, row, width,
+            False, 0, BLOCK_M, BLOCK_N, SHARED_K, DIVIDES,
         )  # fmt: skip
-        total *= tl.load(routing + pair).to(tl.float32)[:, None]
-        inside = (slot < count)[:, None] & (column < hidden)[None, :]
         at = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
+        inside = is_token[:, None] & (column < hidden)[None, :]
         tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        first_place = tl.program_id(1) - num_shared
+        for place in range(first_place, tl.load(active), tl.num_programs(1) - num_shared):
+            expert = tl.load(experts + place).to(tl.int64)
+            count = tl.load(counts + expert)
+            for first in range(0, count, BLOCK_M):
+                slot = first + tl.arange(0, BLOCK_M)
+                is_pair = slot < count
+                pair = tl.load(pairs + expert * capacity + slot, mask=is_pair, other=0)
+                total = _product(
+                    inner, pair, is_pair, weight, scale, expert * hidden + row, width,
+                    SCALED, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, DIVIDES,
+                )  # fmt: skip
+                factor_at = routing + pair // TERMS * K + pair % TERMS
+                total *= tl.load(factor_at, mask=is_pair, other=0.0).to(tl.float32)[:, None]
+                at = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
+                inside = is_pair[:, None] & (column < hidden)[None, :]
+                tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def fused_moe(
+def expert_terms(
     tokens: Tensor,
-    index: Tensor,
-    weights: Tensor,
+    routing: Any,
     gate_up: Stored,
     down: Stored,
+    shared: tuple[Tensor, Tensor, Tensor] | None,
+    is_whole: bool,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
-    """`dmax.kernels.moe.fused_moe` on the device of `tokens`; `tiles` are for tuning."""
+    """`dmax.kernels.moe.expert_terms` on the device of `tokens`.
+
+    Args:
+        tokens: [N, D].
+        routing: a `router_triton.Routing`.
+        gate_up: [E, 2I, D].
+        down: [E, D, I].
+        shared: gate, up [I, D] and down [D, I] of the shared expert, in the dtype of the tokens.
+        is_whole: every token has K pairs; otherwise terms without one are zero.
+        tiles: for tuning.
+    """
     up_weight, up_scale, up_group = gate_up
     down_weight, down_scale, down_group = down
+    weights, pairs, experts, counts, active, terms = routing
     num_tokens, hidden = tokens.shape
     num_experts, doubled_width, _ = up_weight.shape
     width = doubled_width // 2
-    num_pairs = index.numel()
     tokens = tokens.contiguous()
-    index = index.contiguous()
-    weights = weights.contiguous()
+    num_pairs = weights.numel()
     tiles = tiles or default_tiles(num_pairs, num_experts, tokens.dtype, up_weight.dtype)
     up_tile, down_tile = tiles
-
-    def new(*shape: int, dtype: torch.dtype = tokens.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=tokens.device)
-
-    pairs = new(num_experts, num_pairs, dtype=torch.int32)
-    counts = new(num_experts, dtype=torch.int32)
-    inner = new(num_pairs, width)
-    out = new(num_pairs, hidden)
-    route: Any = _route_kernel
+    shared_gate, shared_up, shared_down = shared or (tokens, tokens, tokens)
+    inner = tokens.new_empty(num_tokens * terms, width)
+    new = tokens.new_empty if is_whole else tokens.new_zeros
+    out = new(num_tokens, terms, hidden)
+    lists = pairs, experts, counts, active
+    sizes = num_tokens, pairs.shape[1], hidden, width
+    # A block hits fewer experts than it has pairs. If it should hit more than half as many, some
+    # programs do the work of two.
+    places = min(num_experts, triton.cdiv(num_pairs, 2))
+    common = {"TERMS": terms, "SHARED": int(shared is not None)}
     gate_up_kernel: Any = _gate_up_kernel
     down_kernel: Any = _down_kernel
-    route[(num_experts,)](
-        index, pairs, counts, num_pairs, BLOCK=min(1024, triton.next_power_of_2(num_pairs))
-    )
-    gate_up_kernel[triton.cdiv(width, up_tile.columns), num_experts](
-        tokens, up_weight, up_scale, pairs, counts, inner, num_pairs, hidden, width,
-        K=index.shape[1], SCALED=up_scale is not None, GROUP=up_group, **launch(up_tile, hidden),
+    gate_up_kernel[_grid(up_tile, width, num_tokens * common["SHARED"], places)](
+        tokens, up_weight, up_scale, shared_gate, shared_up, *lists, inner, *sizes,
+        SCALED=up_scale is not None, GROUP=up_group, **common,
+        **launch(up_tile, hidden, up_weight, tokens),
     )  # fmt: skip
-    down_kernel[triton.cdiv(hidden, down_tile.columns), num_experts](
-        inner, down_weight, down_scale, weights, pairs, counts, out, num_pairs, hidden, width,
-        SCALED=down_scale is not None, GROUP=down_group, **launch(down_tile, width),
+    down_kernel[_grid(down_tile, hidden, num_tokens * common["SHARED"], places)](
+        inner, down_weight, down_scale, shared_down, weights, *lists, out, *sizes,
+        K=weights.shape[1], SCALED=down_scale is not None, GROUP=down_group, **common,
+        **launch(down_tile, width, down_weight, tokens),
     )  # fmt: skip
-    return out.view(num_tokens, -1, hidden).sum(dim=1)
+    return out
 
 
-def launch(tile: Tile, depth: int) -> dict[str, Any]:
-    """A tile as arguments of a kernel that multiplies along `depth`."""
+def _grid(tile: Tile, columns: int, num_shared: int, places: int) -> tuple[int, int]:
+    """Programs for tiles of columns, and for tiles of the shared expert before the others."""
+    return triton.cdiv(columns, tile.columns), triton.cdiv(num_shared, tile.tokens) + places
+
+
+def launch(tile: Tile, depth: int, weight: Tensor, tokens: Tensor) -> dict[str, Any]:
+    """A tile as arguments of a kernel that multiplies along `depth`.
+
+    A step along the shared expert's weights, which are not quantised, has as many bytes as others.
+    """
+    row = weight.shape[-1] * weight.itemsize
+    shared_depth = max(tile.depth * row // (depth * tokens.itemsize), 16)
     return {
         "BLOCK_M": tile.tokens,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
+        "SHARED_K": shared_depth,
         "DIVIDES": depth % tile.depth == 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **launch_options(tokens.device),
     }
 
 
@@ -297,9 +355,11 @@ def default_tiles(
     if num_pairs <= 8 * num_experts:
         if weight.itemsize == 2 and not is_packed:
             return Tile(16, 32, 128), Tile(16, 64, 128)
-        return Tile(16, 32, 128, warps=2, stages=4), Tile(16, 64, 128, warps=2, stages=4)
-    if num_pairs <= 16 * num_experts or is_packed:
-        if weight.itemsize == 2 and not is_packed:
-            return Tile(32, 32, 128), Tile(32, 64, 64, stages=4)
-        return Tile(32, 64, 128, stages=4), Tile(32, 64, 128, stages=4)
+        return Tile(16, 32, 128, 2, 4), Tile(16, 64, 128, 2, 3 if is_packed else 4)
+    if is_packed:
+        return Tile(32, 64, 128), Tile(32, 32, 128)
+    if num_pairs <= 16 * num_experts:
+        if weight.itemsize == 2:
+            return Tile(32, 32, 128), Tile(32, 64, 64)
+        return Tile(32, 64, 128), Tile(32, 64, 128, stages=4)
     return Tile(64, 64, 64), Tile(64, 64, 64)

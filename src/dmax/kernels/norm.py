@@ -1,8 +1,8 @@
 """Root-mean-square norms, by themselves or after an addition, each in one kernel on a GPU.
 
 As in the published models, the norm is taken in float32 and rounded before its weight is applied.
-PyTorch needs two kernels for that, and a third for the addition. The Triton path
-(`norm_triton.py`) needs one, and rounds at the same places.
+PyTorch needs two kernels for that, and others for the additions. The Triton path
+(`norm_triton.py`) needs one, and rounds at the same places, but a sum of many terms only once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x, weight.shape, eps=eps)
 
 
-def add_and_norm(x: Tensor, more: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
-    """The sum of `x` and `more` [..., D], and its norm by a module that calls `rms_norm`."""
+def add_and_norm(x: Tensor, more: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """The sum of `x` [..., D] and more, and its norm by a module that calls `rms_norm`.
+
+    Args:
+        x: [..., D].
+        more: [..., D], or T terms [..., T, D]; without it the sum is `x` itself.
+        norm: its weight is [D].
+    """
+    if more is None:
+        return x, norm(x)
+    has_terms = more.dim() > x.dim()
     if fits_kernel(norm.weight, x, more):
-        return triton_kernels("norm").add_rms_norm(x, more, norm.weight, norm.eps)
-    total = x + more
+        terms = more if has_terms else more[..., None, :]
+        return triton_kernels("norm").add_rms_norm(x, terms, norm.weight, norm.eps)
+    total = x + (more.sum(dim=-2) if has_terms else more)
     return total, norm(total)
 
 

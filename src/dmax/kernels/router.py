@@ -2,7 +2,8 @@
 
 For 32 tokens this is hardly any work, but PyTorch needs some fifteen kernels for it in each layer.
 Each of them takes a GPU as long as reading megabytes of weights. The Triton path
-(`router_triton.py`) is a product and one kernel.
+(`router_triton.py`) is a product and one kernel, which for up to 32 tokens also lists the tokens of
+every expert.
 
 Shapes: N tokens, D hidden, E experts, K experts per token.
 """
@@ -10,6 +11,7 @@ Shapes: N tokens, D hidden, E experts, K experts per token.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,31 @@ def select_experts(
     if normalizes:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return index, weights if scaling == 1 else weights * scaling
+
+
+def route_tokens(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    idle: Tensor | None,
+    num_terms: int,
+    **settings: Any,
+) -> Any:
+    """The tokens of every expert, as the Triton kernels of `moe.py` take them.
+
+    It is for what `can_fuse` admits. The twin is `router_logits` and `select_experts`, which know
+    no idle rows.
+
+    Args:
+        tokens: [N, D].
+        weight: [E, D] in the dtype of `tokens`.
+        bias: [E] float32.
+        idle: [B] bool, which of B rows of tokens stand for nothing and go to no expert.
+        num_terms: outputs that `expert_terms` makes for each token.
+        settings: of `select_experts`.
+    """
+    kernels = triton_kernels("router")
+    return kernels.route_tokens(tokens, weight, bias, idle, num_terms, **settings)
 
 
 def _keep_best_groups(choice: Tensor, num_groups: int, num_kept: int) -> Tensor:

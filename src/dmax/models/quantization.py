@@ -52,18 +52,27 @@ class QuantizedExperts(nn.Module):
                 "a model with quantised experts cannot be trained",
                 hint="load it without quantisation",
             )
-        gate_up = QuantizedWeight(self.gate_up_values, self.gate_up_scale)
-        down = QuantizedWeight(self.down_values, self.down_scale)
-        arguments = hidden_states, top_k_index, top_k_weights, gate_up, down
-        has_kernel = can_fuse(hidden_states) and isinstance(self.act_fn, SILU)
-        if has_kernel and self._gpu_has_format():
+        arguments = hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
+        if can_fuse(hidden_states) and self.fits_kernels():
             return fused_moe(*arguments)
         return routed(*arguments, self.act_fn)
 
-    def _gpu_has_format(self) -> bool:
+    @property
+    def gate_up_proj(self) -> QuantizedWeight:
+        """[E, 2I, D]."""
+        return QuantizedWeight(self.gate_up_values, self.gate_up_scale)
+
+    @property
+    def down_proj(self) -> QuantizedWeight:
+        """[E, D, I]."""
+        return QuantizedWeight(self.down_values, self.down_scale)
+
+    def fits_kernels(self) -> bool:
         """Whether Triton compiles the format: e4m3 takes compute capability 8.9 or later."""
         values = self.down_values
-        return values.dtype != FP8 or torch.cuda.get_device_capability(values.device) >= (8, 9)
+        has_format = values.dtype != FP8 or not values.is_cuda
+        has_format = has_format or torch.cuda.get_device_capability(values.device) >= (8, 9)
+        return has_format and isinstance(self.act_fn, SILU)
 
 
 def quantize_experts(model: nn.Module, form: Format) -> None:

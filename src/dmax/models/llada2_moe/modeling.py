@@ -29,14 +29,18 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 
 from dmax.attention import ATTENTION_FUNCTIONS, Mask, prepare_mask
 from dmax.cache import BlockCache, CacheWindow
+from dmax.kernels import can_fuse
 from dmax.kernels.block_attention import block_attention
-from dmax.kernels.moe import EXPERTS_FUNCTIONS
+from dmax.kernels.moe import EXPERTS_FUNCTIONS, SILU, expert_terms, fits_kernels
 from dmax.kernels.norm import add_and_norm, rms_norm
-from dmax.kernels.router import router_logits, select_experts
+from dmax.kernels.router import route_tokens, router_logits, select_experts
 from dmax.models.llada2_moe.configuration import LLaDA2MoeConfig
 from dmax.models.llada2_moe.conversion import PER_EXPERT
 from dmax.models.llada2_moe.files import check_before_loading
-from dmax.models.quantization import check_savable
+from dmax.models.quantization import QuantizedExperts, check_savable
+
+Stream = Tensor | tuple[Tensor, Tensor]
+"""The residual stream [B, L, D], or with it terms [B, L, T, D] that it still has to add."""
 
 
 class LLaDA2MoeRMSNorm(nn.RMSNorm):
@@ -47,6 +51,12 @@ class LLaDA2MoeRMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """The norm of `x` [..., D], times the weight."""
         return rms_norm(x, self.weight, self.eps)
+
+
+def sum_and_norm(stream: Stream, norm: LLaDA2MoeRMSNorm) -> tuple[Tensor, Tensor]:
+    """The stream with its terms added, and its norm, each [B, L, D]."""
+    hidden_states, terms = stream if isinstance(stream, tuple) else (stream, None)
+    return add_and_norm(hidden_states, terms, norm)
 
 
 class LLaDA2MoeRotaryEmbedding(Glm4MoeRotaryEmbedding):
@@ -135,6 +145,8 @@ class LLaDA2MoeMLP(Glm4MoeMLP):
 class LLaDA2MoeExperts(nn.Module):
     """All routed experts of a layer, stacked; transformers calls this `forward` "eager"."""
 
+    config: Any
+
     def __init__(self, config: LLaDA2MoeConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
@@ -143,6 +155,11 @@ class LLaDA2MoeExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def fits_kernels(self) -> bool:
+        """Whether these experts are to run as `fused_moe`, all of them in one place."""
+        is_fused = self.config._experts_implementation == "fused_moe"
+        return is_fused and not getattr(self, "_is_expert_parallel", False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum over each token's experts [N, D]; arguments as in `dmax.kernels.moe`."""
@@ -186,6 +203,14 @@ class LLaDA2MoeRouter(nn.Module):
         logits = router_logits(x, self.weight)
         return select_experts(logits, self.expert_bias, **self.settings)
 
+    def route(self, x: Tensor, idle: Tensor | None, num_terms: int) -> Any:
+        """The same as lists of every expert's tokens (`dmax.kernels.router.route_tokens`)."""
+        bias = self.expert_bias
+        return route_tokens(x, self.weight, bias, idle, num_terms, **self.settings)
+
+
+FUSED_MODULES = (LLaDA2MoeExperts, QuantizedExperts, nn.Linear, *SILU)
+
 
 class LLaDA2MoeSparseBlock(nn.Module):
     """Routed experts plus the shared expert, which sees every token."""
@@ -194,18 +219,48 @@ class LLaDA2MoeSparseBlock(nn.Module):
         super().__init__()
         self.gate = LLaDA2MoeRouter(config)
         self.experts = LLaDA2MoeExperts(config)
+        self.top_k = config.num_experts_per_tok
+        self.has_one_width = config.num_shared_experts <= 1
         self.shared_experts: nn.Module | None = None
         if config.num_shared_experts:
             width = config.moe_intermediate_size * config.num_shared_experts
             self.shared_experts = LLaDA2MoeMLP(config, width)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, idle: Tensor | None = None) -> Tensor:
+        """The sum over experts [B, L, D], or with kernels its terms [B, L, T, D].
+
+        Args:
+            hidden_states: [B, L, D].
+            idle: [B] bool, rows that stand for nothing: kernels send them to no routed expert.
+        """
         tokens = hidden_states.flatten(0, 1)  # [B * L, D]
+        shared = self.shared_experts
+        if self._is_fused(tokens):
+            routing = self.gate.route(tokens, idle, self.top_k + (shared is not None))
+            experts = self.experts.gate_up_proj, self.experts.down_proj
+            shared_weights: Any = None if shared is None else tuple(shared.parameters())
+            terms = expert_terms(tokens, routing, *experts, shared_weights, is_whole=idle is None)
+            return terms.unflatten(0, hidden_states.shape[:2])
         index, weights = self.gate(tokens)
         output = self.experts(tokens, index, weights.to(tokens.dtype))
-        if self.shared_experts is not None:
-            output = self.shared_experts(tokens) + output
+        if shared is not None:
+            output = shared(tokens) + output
         return output.view_as(hidden_states)
+
+    def _is_fused(self, tokens: Tensor) -> bool:
+        """Whether kernels serve the routed experts and the shared one together.
+
+        Modules of other types, as those with adapters, run by themselves.
+        """
+        if not can_fuse(tokens):
+            return False
+        shared = () if self.shared_experts is None else self.shared_experts.children()
+        return (
+            all(type(module) in FUSED_MODULES for module in (self.experts, *shared))
+            and self.has_one_width
+            and self.experts.fits_kernels()
+            and fits_kernels(tokens, len(tokens) * self.top_k, *self.parameters())
+        )
 
 
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
@@ -225,11 +280,16 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended = self.attention(self.input_layernorm(hidden_states), **kwargs)
+    def forward(self, stream: Stream, cache: Any = None, **kwargs: Any) -> Stream:
+        hidden_states, normal = sum_and_norm(stream, self.input_layernorm)
+        attended = self.attention(normal, cache=cache, **kwargs)
         norm = self.post_attention_layernorm
         hidden_states, normal = add_and_norm(hidden_states, attended, norm)
-        return hidden_states + self.mlp(normal)
+        if not isinstance(self.mlp, LLaDA2MoeSparseBlock):
+            return hidden_states + self.mlp(normal)
+        output = self.mlp(normal, getattr(cache, "idle", None))
+        # The next norm sums terms in its own kernel.
+        return (hidden_states, output) if output.dim() == 4 else hidden_states + output
 
 
 class LLaDA2MoePreTrainedModel(PreTrainedModel):
@@ -321,15 +381,17 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
                 position_ids = torch.arange(start, end, device=hidden_states.device)[None]
             rotary = self.rotary_emb(position_ids, hidden_states.dtype)
         mask = prepare_mask(attention_mask, hidden_states.dtype, self.config._attn_implementation)
+        stream: Stream = hidden_states
         for layer in self.layers:
             # `cache`, not `past_key_values`: that one transformers drops under gradient
             # checkpointing, and with it the clean context that the noisy streams of training attend
             # to (`ContextCache`).
-            hidden_states = layer(
-                hidden_states, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs
+            stream = layer(
+                stream, rotary=rotary, attention_mask=mask, cache=past_key_values, **kwargs
             )
         # By position, as the name of the second field depends on the release of transformers.
-        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
+        _, normal = sum_and_norm(stream, self.norm)
+        return BaseModelOutputWithPast(normal, past_key_values)
 
 
 class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
