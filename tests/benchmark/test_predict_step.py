@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
 
 import predict_step  # noqa: E402
 from count_kernels import Node  # noqa: E402
@@ -54,6 +57,13 @@ def test_many_tokens_are_bound_by_arithmetic() -> None:
     few, many = (microseconds(mm, Load(rows, 0), PLANNED) for rows in (1, 64))
     assert few == pytest.approx(3.1 + 4)
     assert many == pytest.approx(3.1 + 12e6 * 64 * 32 / 600e6)  # two operations for two bytes
+
+
+def test_the_record_is_of_todays_code() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(TOOLS / "predict_step.py"), "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_speed_counts_the_first_step_of_a_block() -> None:
