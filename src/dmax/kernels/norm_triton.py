@@ -12,9 +12,9 @@ from torch import Tensor
 from dmax.kernels.pdl_triton import begin, launch_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adds"])  # a norm alone runs the code of one after an addition
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    x, terms, weight, total, normed, size, eps,
+    x, terms, weight, total, normed, size, eps, adds,
     TERMS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The norm of one position's `x`, or of its sum with its terms."""
@@ -25,13 +25,12 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     at = position * size + column
     value = tl.load(x + at, mask=inside, other=0.0)
     dtype = value.dtype
-    if TERMS:
-        added = tl.zeros((BLOCK_D,), tl.float32)
-        for term in tl.static_range(TERMS):
-            at_term = terms + (position * TERMS + term) * size + column
-            added += tl.load(at_term, mask=inside, other=0.0).to(tl.float32)
-        value = (value.to(tl.float32) + added).to(dtype)
-        tl.store(total + at, value, mask=inside)
+    added = tl.zeros((BLOCK_D,), tl.float32)
+    for term in tl.static_range(TERMS):
+        at_term = terms + (position * TERMS + term) * size + column
+        added += tl.load(at_term, mask=column < size * adds, other=0.0).to(tl.float32)
+    value = (value.to(tl.float32) + added).to(dtype)
+    tl.store(total + at, value, mask=column < size * adds)
     wide = value.to(tl.float32)
     normal = (wide * tl.rsqrt(tl.sum(wide * wide) / size + eps)).to(dtype).to(tl.float32)
     scaled = normal * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -47,18 +46,15 @@ def add_rms_norm(
     """
     x = x.contiguous()
     size = x.shape[-1]
-    total = x
-    num_terms = 0
-    if terms is not None:
-        terms = terms.contiguous()
-        num_terms = terms.shape[-2]
-        total = torch.empty_like(x)
+    adds = terms is not None
+    terms = x[..., None, :] if terms is None else terms.contiguous()
+    total = torch.empty_like(x) if adds else x
     normed = torch.empty_like(x)
     block = triton.next_power_of_2(size)
     kernel: Any = _norm_kernel
     kernel[(x.numel() // size,)](
-        x, terms, weight.contiguous(), total, normed, size, eps,
-        TERMS=num_terms, BLOCK_D=block, num_warps=min(max(block // 512, 1), 8),
+        x, terms, weight.contiguous(), total, normed, size, eps, int(adds),
+        TERMS=terms.shape[-2], BLOCK_D=block, num_warps=min(max(block // 512, 1), 8),
         **launch_options(x.device),
     )  # fmt: skip
     return total, normed
