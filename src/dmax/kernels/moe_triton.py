@@ -360,6 +360,6 @@ def default_tiles(
         return Tile(32, 64, 128), Tile(32, 32, 128)
     if num_pairs <= 16 * num_experts:
         if weight.itemsize == 2:
-            return Tile(32, 32, 128), Tile(32, 64, 64)
+            return Tile(32, 32, 128), Tile(32, 32, 128)
         return Tile(32, 64, 128), Tile(32, 64, 128, stages=4)
     return Tile(64, 64, 64), Tile(64, 64, 64)
