@@ -17,7 +17,7 @@ from dmax.special_ids import SpecialIds
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, noisy_positions, take
 from dmax.training.noise import mask_tokens, random_tokens
 from dmax.training.objectives import OPUT, Loss, Objective, Uniform, uniform_loss
-from dmax.training.rollout import roll_out
+from dmax.training.rollout import draw, roll_out
 from dmax.training.vocabulary import IGNORE
 
 PLAUSIBLE = 0.01  # probability from which the base model finds a wrong token plausible
@@ -62,7 +62,7 @@ def same_kind_tokens(ids: Tensor, kinds: Tensor, generator: torch.Generator) -> 
     counts = kinds.bincount()
     first = counts.cumsum(dim=0) - counts
     kind = kinds[ids]
-    uniform = torch.rand(ids.shape, generator=generator)
+    uniform = draw(ids.shape, generator, ids.device)
     return by_kind[first[kind] + (uniform * counts[kind]).long()]
 
 

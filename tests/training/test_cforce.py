@@ -426,6 +426,13 @@ def test_a_warm_up_of_blocks_cuts_the_same_trajectories(model: Any) -> None:
     assert losses[0] == losses[1] > 0
 
 
+def test_everything_is_made_on_the_device_of_the_data(model: Any) -> None:
+    batch = fields()
+    with torch.device("meta"):  # where a tensor would land that names no device
+        parts = run(model, batch)
+    assert {name: part.device.type for name, part in parts.items()} == dict.fromkeys(parts, "cpu")
+
+
 @pytest.mark.parametrize(("progress", "width"), [(0.0, 1), (0.5, 2), (1.0, 3)])
 def test_stages_grow_with_training(model: Any, progress: float, width: int) -> None:
     parts = run(model, fields() | {"progress": progress})

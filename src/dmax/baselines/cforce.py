@@ -339,5 +339,5 @@ class CForce(Objective):
             reveal_weight=self.reveal_weight,
             average=self.loss_average,
         )
-        parts = {**loss.parts, "stage_width": torch.tensor(float(width))}
+        parts = {**loss.parts, "stage_width": loss.total.new_tensor(float(width))}
         return Loss(loss.total, parts, loss.per_sequence)

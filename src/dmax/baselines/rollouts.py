@@ -12,6 +12,7 @@ from dmax.blend import SoftTokens, embed_tokens
 from dmax.decoding.spd import prefix
 from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
 from dmax.training.objectives import SEQUENCES, Loss, Objective, halves, mean, rollout_error
+from dmax.training.rollout import draw
 from dmax.training.vocabulary import score
 
 
@@ -95,13 +96,14 @@ class SoftOPUT(Objective):
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Mask tokens; the model itself draws the rest of the noise."""
         batch, ratios = self.masked(clean, generator)
-        thresholds = torch.zeros(len(ratios), 1)
+        device = clean.clean_ids.device
+        thresholds = torch.zeros(len(ratios), 1, device=device)
         if self.rollout == "spd":
-            thresholds = torch.rand(len(ratios), 1, generator=generator)
+            thresholds = draw(thresholds.shape, generator, device)
         return soft_oput_loss(
             model,
             batch,
-            thresholds.to(clean.clean_ids.device),
+            thresholds,
             block_length=self.block_length,
             mask_token_id=self.mask_token_id,
             average=self.loss_average,
