@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -210,6 +209,7 @@ class CacheWindow:
     in_order: bool
     in_place: bool
     _positions: Tensor | None = None
+    _idle: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -219,11 +219,15 @@ class CacheWindow:
             self._positions = self.starts[:, None] + offsets
         return self._positions
 
-    @cached_property
+    @property
     def idle(self) -> Tensor | None:
         """[B] bool, rows that only fill the batch up; None if there cannot be any."""
         spare = self.cache.spare_slot
-        return None if spare is None or len(self.slots) == 1 else self.slots == spare
+        if spare is None or len(self.slots) == 1:
+            return None
+        if self._idle is None:  # no `cached_property`: the compiler of forwards refuses its lock
+            self._idle = self.slots == spare
+        return self._idle
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the window at most; callers pass `positions`, as rows differ."""

@@ -166,6 +166,7 @@ class ModelRunner:
             inputs = self._inputs(embeds, where, keys, batch.in_order)
             return self._output_of_model(inputs, where, num_open, hidden_states)
         if self.compiled:
+            where = where.contiguous()  # else code for rows side by side, and for rows apart
             _mark_dynamic(embeds, 0)
             _mark_dynamic(where, 1)
             if keys is not None:

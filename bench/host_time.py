@@ -1,6 +1,6 @@
 """Host time of a step: what the engine does in Python around the replay of a CUDA graph.
 
-    python bench/host.py
+    python bench/host_time.py
 
 A stub that replays nothing "captures" the steps, on a CPU, so that no kernel is launched or waited
 for. What is measured is the time of the thread in `Engine.step`, in two cases: no block finishes,
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+")
     parser.add_argument("--steps", type=int, help="timed in each case")
-    parser.add_argument("--output", type=Path, default=result_path("host", CPU))
+    parser.add_argument("--output", type=Path, default=result_path("host_time", CPU))
     given: dict[str, Any] = given_options(parser)
     output = given.pop("output")
     options = changed(parser, Options(), given)

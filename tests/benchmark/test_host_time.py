@@ -6,7 +6,7 @@ import sys
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-import host
+import host_time
 import pytest
 
 from dmax.checkpoint import Checkpoint
@@ -42,7 +42,7 @@ def test_a_step_takes_little_of_the_host(
             counts.append(num_calls)
 
     monkeypatch.setattr(Engine, "step", counted)
-    host.host_times(checkpoint, batch_size, 8, finishes=False)
+    host_time.host_times(checkpoint, batch_size, 8, finishes=False)
     assert counts[-1] == counts[-2] <= most_calls
 
 
@@ -57,14 +57,14 @@ def test_blocks_finish_as_they_are_told_to(checkpoint: Checkpoint) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", watched)
-        times = host.host_times(checkpoint, 4, 10, finishes=True)
+        times = host_time.host_times(checkpoint, 4, 10, finishes=True)
     assert len(times) == 10
-    assert sum(finished[-10:]) == 4 * 10 / host.STEPS_OF_A_BLOCK
+    assert sum(finished[-10:]) == 4 * 10 / host_time.STEPS_OF_A_BLOCK
 
 
 def test_the_table(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "LLM", lambda *_, **__: SimpleNamespace(checkpoint=checkpoint))
-    (table,) = host.tables(host.Options(batch_sizes=(1,), steps=5))
+    monkeypatch.setattr(host_time, "LLM", lambda *_, **__: SimpleNamespace(checkpoint=checkpoint))
+    (table,) = host_time.tables(host_time.Options(batch_sizes=(1,), steps=5))
     (row,) = table.rows
     assert row["batch"] == 1 and row["aim_us"] == 60
     assert min(row[name]["low"] for name in ("running_us", "finishing_us")) > 0
