@@ -30,7 +30,7 @@ from dmax.llm import LLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from count_kernels import Count, Node  # noqa: E402
-from predict_step import MEASURED, Constants, Load, microseconds  # noqa: E402
+from predict_step import TODAY, Constants, Load, microseconds  # noqa: E402
 
 NODES = 500
 REPLAYS = 20
@@ -162,7 +162,7 @@ def recorder_of_triton(recorder: Recorder) -> Any:
 
 
 def kernel_table(
-    checkpoint: Checkpoint, context: int, prefill_tokens: int, constants: Constants = MEASURED
+    checkpoint: Checkpoint, context: int, prefill_tokens: int, constants: Constants = TODAY
 ) -> Table:
     """Every kernel of a step at batch 1, beside the prediction."""
     model: Any = checkpoint.model

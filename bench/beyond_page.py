@@ -278,8 +278,8 @@ def gap(values: Sequence[float] | None) -> str:
 def training(found: Found) -> str:
     """What every run took."""
     rows = [
-        "| run | recipe | from | steps | sequences a step | minutes, each seed |",
-        "|---|---|---|---|---|---|",
+        "| run | recipe | from | steps | sequences a step | minutes, each seed | on |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in TRAINED:
         done = [found.trained.get(f"{run.name}-{seed}") for seed in SEEDS]
@@ -289,8 +289,10 @@ def training(found: Found) -> str:
             recipe = f"[{run.recipe}](../../recipes/{run.recipe}.yaml)"
             steps = present[0]["steps"]
             size = present[0]["batch_size"]
+            machines = "; ".join(dict.fromkeys(hardware(said["environment"]) for said in present))
             rows.append(
-                f"| {run.label} | {recipe} | `{run.start}` | {steps} | {size} | {minutes} |"
+                f"| {run.label} | {recipe} | `{run.start}` | {steps} | {size} | {minutes} "
+                f"| {machines} |"
             )
     return "\n".join(rows) if len(rows) > 2 else "Nothing has been trained yet."
 
@@ -337,7 +339,7 @@ TEMPLATE = """# What came after DMax, in miniature
 The question is whether an objective that goes on from a finished model moves its curve of accuracy
 over TPF to the right. Written by `python bench/beyond.py` from [beyond.json](beyond.json):
 {problems} unseen word problems (seed 7) for every point, exact final answer.
-Machine: {machine}, bfloat16.
+Machine: {machine}, bfloat16; what was trained elsewhere was decoded there, too.
 
 **How it is judged**, written down before anything was measured. A curve is asked for {level} % of
 the answers, the lower end of the 95 % interval of `tiny-dmax` by SPD at 0.5; by threshold for
@@ -358,8 +360,9 @@ differ in order and noise of training and share the start and the problems.
 
 ## What the runs took
 
-Wall time, with whatever else the machine was doing. CForce learns from trajectories of the model it
-begins from, all others from the 5,000 answers of `tiny-base` that made `tiny-dmax`.
+Wall time, with whatever else the machine was doing; up to 22 runs shared the GPU. CForce learns
+from trajectories of the model it begins from, all others from the 5,000 answers of `tiny-base` that
+made `tiny-dmax`.
 
 {training}
 

@@ -123,7 +123,7 @@ def _train_model(
         if recipe.lora is not None and recipe.lora.merge:
             model = merged(model)
         run.stop_clock()
-        origin = {"recipe": recipe.file.path.name, "environment": environment()}
+        origin = {"recipe": recipe.file.path.name, "environment": environment(args.device)}
         save_checkpoint(
             model,
             checkpoint.tokenizer,
