@@ -63,6 +63,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [("create it", [fails, [sys.executable, "-c", create]])]
 
     monkeypatch.setattr(engine_environments, "steps", steps_of)
+    enough = SimpleNamespace(free=10**12)
+    monkeypatch.setattr(engine_environments.shutil, "disk_usage", lambda _: enough)
     return asked
 
 
