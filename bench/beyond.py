@@ -34,7 +34,6 @@ from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import Recipe, load_recipe
 from dmax.tasks import get_task
 
-Pair = tuple[Path, Path]
 TOY: dict[str, Any] = {
     "max_steps": 2,
     "warmup_steps": 0,
@@ -107,7 +106,9 @@ def do_bundled(options: argparse.Namespace, output: Path) -> None:
         measure([run.curve(name) for name in run.decodings], options.runs, output, options.limit)
 
 
-def do_part(run: Run | None, seed: int, options: argparse.Namespace, whole: Path) -> list[Pair]:
+def do_part(
+    run: Run | None, seed: int, options: argparse.Namespace, whole: Path
+) -> list[side_by_side.Pair]:
     """A run, or the bundled models, with a record beside the `whole` one."""
     part = options.runs / "beyond" / (f"{run.name}-{seed}.json" if run else "bundled.json")
     side_by_side.begin(part, whole)
@@ -155,9 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--no-training", action="store_true", help="measure what is there")
     parser.add_argument("--toy", action="store_true", help="two steps a run: does all fit?")
-    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    side_by_side.add_options(parser)
     options = parser.parse_args(arguments)
+    side_by_side.check_options(parser, options)
     output = options.output / "beyond.json"
 
     runs = list(chosen(options.only, options.seeds))

@@ -32,7 +32,7 @@ from dmax.engine.engine import Engine
 from dmax.engine.graphs import Replay
 from dmax.engine.request import Request
 from dmax.llm import LLM
-from dmax.params import DecodingParams, EngineOptions
+from dmax.params import DecodingParams, EngineOptions, check_number
 
 CPU = torch.device("cpu")
 AIMS = {1: 60, 16: 100}
@@ -55,6 +55,12 @@ class Options:
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     steps: int = 50
     model: str = "tiny-dmax"
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for a size or a number of steps below 1."""
+        for size in self.batch_sizes:
+            check_number("batch_sizes", size, low=1, whole=True)
+        check_number("steps", self.steps, low=1, whole=True)
 
 
 def tables(options: Options) -> Iterator[Table]:

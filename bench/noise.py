@@ -257,9 +257,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--toy", action="store_true", help="one step, one problem")
-    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    side_by_side.add_options(parser)
     options = parser.parse_args()
+    side_by_side.check_options(parser, options)
     if options.toy:
         options.steps, options.seeds, options.rates = [1], [1], [8e-4]
         options.limit, options.held_out = 1, 4
@@ -285,7 +285,7 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
 
 def do_part(
     stages: Sequence[Stage], options: argparse.Namespace, end: float
-) -> list[tuple[Path, Path]]:
+) -> list[side_by_side.Pair]:
     """The stages of one run that begin before `end`, with records beside its checkpoints."""
     run, _ = stages[0]
     whole = study_of(options, options.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -10,10 +11,31 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from dmax.environment import select_device
+from dmax.errors import InputError
 from dmax.files import read_record, write_atomically
 
-Work = tuple[Callable[..., Iterable[tuple[Path, Path]]], tuple[Any, ...]]
-"""A function and its arguments; it gives pairs of a record of its own and the record of all."""
+Pair = tuple[Path, Path]
+"""A record of a run's own, and the record of all."""
+Work = tuple[Callable[..., Iterable[Pair]], tuple[Any, ...]]
+"""A function that gives pairs, and its arguments."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command line say where runs are trained, and how many at once."""
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the script if these options cannot be followed here."""
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if options.gpu:  # else the Trainer would take the CPU and not say so
+        try:
+            select_device("cuda")
+        except InputError as error:
+            parser.error(str(error))
 
 
 def do(work: Iterable[Work], num_jobs: int) -> None:

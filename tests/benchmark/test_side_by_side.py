@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
-from side_by_side import begin, do, merged
+import torch
+from side_by_side import add_options, begin, check_options, do, merged
 
 from dmax.files import read_record
 
@@ -63,3 +65,24 @@ def test_what_is_in_both_records_is_the_new_ones() -> None:
         "training": {"a": 1, "b": 2},
         "environment": {"gpu": "new"},
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--gpu"], "cuda"),
+    ],
+)
+def test_what_cannot_be_followed_here_is_said(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    with pytest.raises(SystemExit):
+        check_options(parser, parser.parse_args(words))
+    assert message in capsys.readouterr().err.lower()

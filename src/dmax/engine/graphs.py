@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: one launch for the some 500 kernels of a forward and its decision.
+"""Steps as CUDA graphs: one launch for the some 230 kernels of a forward and its decision.
 
 A graph replays fixed addresses and shapes. What varies between steps of one shape (slots,
 positions, finished tokens) comes in through the numbers of a batch; all else lives in tensors that
