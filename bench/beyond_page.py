@@ -20,7 +20,7 @@ from typing import Any
 
 from beyond_runs import BASE, DECODINGS, DMAX, SEEDS, TRAINED, Run
 
-from dmax.benchmark.run import hardware
+from dmax.benchmark.run import hardware, machines
 from dmax.evaluation.plots import draw
 from dmax.evaluation.statistics import Point, wilson_interval
 from dmax.files import write_atomically
@@ -183,7 +183,6 @@ def write_page(record: Record, folder: Path) -> None:
 def page(found: Found) -> str:
     """The Markdown page: the answer, the figures behind it, and every point."""
     record = found.record
-    machine = record["environment"]
     return TEMPLATE.format(
         answer=answer(found),
         problems=record["limit"],
@@ -193,7 +192,7 @@ def page(found: Found) -> str:
         training=training(found),
         missing=missing(found),
         points=points_table(found),
-        machine=f"{hardware(machine)}, torch {machine['torch']}",
+        machine=machines(record),
     )
 
 

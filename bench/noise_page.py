@@ -15,7 +15,7 @@ from noise_kinds import KIND_NAMES, NOISES, PAIR
 from noise_plan import DESIGN, RATIOS, THRESHOLDS, Run, Stage, base_label, looked_at, stage_of
 from paper import Share, better, difference, gap
 
-from dmax.benchmark.run import hardware
+from dmax.benchmark.run import machines
 from dmax.evaluation.plots import looks as looks_of
 from dmax.evaluation.statistics import wilson_interval
 from dmax.files import read_record, write_atomically
@@ -486,7 +486,6 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
     points = Points(record, asked)
     comparisons = list(points.comparisons(RANDOM))
     planned = len(points.rates) * len(points.steps) * len(THRESHOLDS)
-    machine = record["environment"]
     decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
     draw(points, points_file.with_suffix(".svg"))
     page = TEMPLATE.format(
@@ -494,7 +493,7 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
         plausible=textwrap.fill(plausible(found), width=100),
         hours=(sum(looked["seconds"].values()) + decoding) / 3600,
         total=record["limit"],
-        machine=f"{hardware(machine)}, torch {machine['torch']}",
+        machine=machines(record),
         name=points_file.stem,
         design=DESIGN.strip(),
         reasons="\n".join(

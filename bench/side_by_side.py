@@ -13,6 +13,7 @@ from typing import Any
 
 from dmax.environment import select_device
 from dmax.errors import InputError
+from dmax.evaluation.sweep import add_points
 from dmax.files import read_record, write_atomically
 
 Pair = tuple[Path, Path]
@@ -78,20 +79,24 @@ def put_together(part: Path, whole: Path) -> None:
 
 
 def merged(held: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Both records as one; what is in both is the new one's."""
-    record = dict(held)
+    """Both records as one; what is in both is the new one's, but for the environment.
+
+    That stays, and points that were measured in another say so.
+    """
+    record = dict(new) | dict(held)
     for name, value in new.items():
-        if name == "points":
-            record[name] = _points(held.get(name, []), value)
-        elif isinstance(value, Mapping) and name != "environment":
+        if isinstance(value, Mapping) and name != "environment":
             record[name] = {**held.get(name, {}), **value}
-        else:
+        elif name not in ("environment", "points"):
             record[name] = value
+    if "points" in new:
+        is_new = {_place(point) for point in new["points"]}
+        kept = [point for point in held.get("points", []) if _place(point) not in is_new]
+        record["points"] = kept
+        add_points(record, new["points"], new["environment"])
     return record
 
 
-def _points(held: list[Any], new: list[Any]) -> list[Any]:
-    """The points held with the new ones in the place of those of the same label and value."""
-    points = {(point["label"], point["value"]): point for point in held}
-    points.update({(point["label"], point["value"]): point for point in new})
-    return list(points.values())
+def _place(point: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Points of the same label and value are one point."""
+    return point["label"], point["value"]

@@ -27,7 +27,8 @@ def measure(name: str, whole: Path) -> list[tuple[Path, Path]]:
 
 def test_every_run_adds_to_the_record(tmp_path: Path) -> None:
     whole = tmp_path / "whole.json"
-    whole.write_text(json.dumps({"seed": 7, "points": [{"label": "first", "value": 0.0}]}))
+    first = {"label": "first", "value": 0.0}
+    whole.write_text(json.dumps({"seed": 7, "environment": {}, "points": [first]}))
     do([(measure, (name, whole)) for name in "ab"], 2)
     labels = sorted(point["label"] for point in read_record(whole)["points"])
     assert labels == ["a", "b", "first"]
@@ -36,7 +37,7 @@ def test_every_run_adds_to_the_record(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = tmp_path / "whole.json"
-    whole.write_text(json.dumps({"points": []}))
+    whole.write_text(json.dumps({"environment": {}, "points": []}))
     with pytest.raises(ValueError, match="no such run"):
         do([(measure, (name, whole)) for name in ("bad", "a")], 1)
     assert [point["label"] for point in read_record(whole)["points"]] == ["a"]
@@ -44,27 +45,22 @@ def test_a_run_that_fails_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_what_is_in_both_records_is_the_new_ones() -> None:
+    old = {"date": "yesterday", "cpu": "old", "threads": 1}
     held = {
         "seed": 7,
         "points": [{"label": "a", "value": 0.5, "tpf": 1}, {"label": "b", "value": 0.5, "tpf": 2}],
         "training": {"a": 1},
-        "environment": {"cpu": "old", "threads": 1},
+        "environment": old,
     }
-    new = {
-        "points": [{"label": "a", "value": 0.5, "tpf": 3}, {"label": "a", "value": 0.9, "tpf": 4}],
-        "training": {"b": 2},
-        "environment": {"gpu": "new"},
-    }
-    assert merged(held, new) == {
-        "seed": 7,
-        "points": [
-            {"label": "a", "value": 0.5, "tpf": 3},
-            {"label": "b", "value": 0.5, "tpf": 2},
-            {"label": "a", "value": 0.9, "tpf": 4},
-        ],
-        "training": {"a": 1, "b": 2},
-        "environment": {"gpu": "new"},
-    }
+    points = [{"label": "a", "value": 0.5, "tpf": 3}, {"label": "a", "value": 0.9, "tpf": 4}]
+    new = {"points": points, "training": {"b": 2}, "environment": old | {"date": "today"}}
+    kept = {"label": "b", "value": 0.5, "tpf": 2}
+    both = {"seed": 7, "training": {"a": 1, "b": 2}, "environment": old}
+    assert merged(held, new) == both | {"points": [kept, *points]}
+    gpu = {"gpu": "new"}
+    elsewhere = [{"environment": gpu, **point} for point in points]
+    assert merged(held, new | {"environment": gpu}) == both | {"points": [kept, *elsewhere]}
+    assert merged({}, new) == new
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from test_llm import folder_fixture, llm_fixture  # noqa: F401  (fixtures)
 
 from dmax import LLM, InputError, strategies
+from dmax.benchmark.run import machines
 from dmax.decoding import get_strategy
 from dmax.evaluation.labels import along, place_labels
 from dmax.evaluation.plots import draw, looks
@@ -131,6 +132,24 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(opened: Any, tmp_path: Pa
         ("two", 0.5),
     ]
     assert all(p["total"] == 3 and p["tpf"] > 0 for p in whole["points"])
+
+
+def test_points_measured_elsewhere_say_so(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"limit": 2, "seed": 1, "open_model": opened}
+    output = tmp_path / "sweep.json"
+    begun = run_sweep(CURVES[:1], Echo(), output, **options)
+    elsewhere = begun["environment"] | {"cpu": "another"}
+    monkeypatch.setattr("dmax.evaluation.sweep.environment", lambda device=None: elsewhere)
+    record = run_sweep(CURVES, Echo(), output, **options)
+    assert record["environment"] == begun["environment"]
+    assert [point.get("environment") for point in record["points"]] == [None, None, elsewhere]
+    machine = machines(record).partition("; ")
+    assert machine[0].startswith(begun["environment"]["cpu"])
+    assert machine[2].startswith("1 of 3 points: another, threads: ")
+    assert "Of 2 of the 3 points." in page(record, "title")
+    assert "Of all points." in page(begun, "title")
 
 
 def test_other_weights_are_measured_anew_and_other_questions_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,20 @@ def command(arguments: Sequence[str]) -> str:
 def hardware(record: Row) -> str:
     """What computed."""
     return str(record.get("gpu") or f"{record['cpu']}, threads: {record['threads']}")
+
+
+def machines(record: Row) -> str:
+    """What computed the points of a sweep, with PyTorch's version: that of the record first."""
+    own = [point["environment"] for point in record["points"] if "environment" in point]
+    first = _machine(record["environment"])
+    others = Counter(machine for machine in map(_machine, own) if machine != first)
+    total = len(record["points"])
+    counted = (f"{num} of {total} points: {machine}" for machine, num in others.most_common())
+    return "; ".join((first, *counted))
+
+
+def _machine(environment: Row) -> str:
+    return f"{hardware(environment)}, torch {environment['torch']}"
 
 
 def headline(record: Row) -> str:

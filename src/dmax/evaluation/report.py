@@ -56,7 +56,7 @@ def page(record: SweepRecord, title: str) -> str:
         picture=svg[svg.index("<svg") :],
         areas=table(_aup_caption(points), AREA_COLUMNS, [_area_row(row) for row in areas], ours),
         points=table(_points_caption(points), POINT_COLUMNS, list(map(_point_row, points)), ours),
-        machine=table("Of the last point measured.", (Column("what"), Column("value")), machine),
+        machine=table(_machine_caption(points), (Column("what"), Column("value")), machine),
     )
     return document(title, body)
 
@@ -64,6 +64,16 @@ def page(record: SweepRecord, title: str) -> str:
 def _what(record: SweepRecord) -> str:
     total = record["points"][0]["total"]
     return f"{total} examples of the task {record['task']}, drawn with seed {record['seed']}."
+
+
+def _machine_caption(points: Sequence[Point]) -> str:
+    num_elsewhere = sum("environment" in point for point in points)
+    if not num_elsewhere:
+        return "Of all points."
+    return (
+        f"Of {len(points) - num_elsewhere} of the {len(points)} points. The record says beside "
+        "every other where it was measured. Compare no speeds between them."
+    )
 
 
 def _points_caption(points: Sequence[Point]) -> str:

@@ -171,7 +171,8 @@ def run_sweep(
     """Measure every point that `output` does not hold yet, and write it after each.
 
     A point is held already if weights and value are the same. So an interrupted sweep goes on where
-    it stopped, and a retrained model is measured anew.
+    it stopped, and a retrained model is measured anew. The record's `environment` is that of its
+    first point; one that was measured elsewhere has an `environment` of its own.
 
     Args:
         curves: what to measure.
@@ -208,13 +209,32 @@ def run_sweep(
                 params = curve.params(value, length)
                 summary, _ = evaluate(llm, task, params, limit=limit, seed=seed, model_name=model)
                 point = _point(curve, value, summary, llm.checkpoint.decoding)
-                record["points"].append(point)
-                record["environment"] = environment(llm.model.device)
+                add_points(record, [point], environment(llm.model.device))
                 write_atomically(output, json.dumps(record, indent=1) + "\n")
                 report(describe(point))
                 num_done += 1
                 progress(num_done, total)
     return record
+
+
+def add_points(record: SweepRecord, points: Sequence[Point], measured_in: dict[str, Any]) -> None:
+    """Add points to a record; they say where they were measured if others were measured elsewhere.
+
+    Args:
+        record: gets the points and, with its first ones, their environment.
+        points: measured in one environment, unless they name one.
+        measured_in: that environment, from `dmax.environment.environment`.
+    """
+    if not record["points"]:
+        record["environment"] = measured_in
+    theirs = record.setdefault("environment", measured_in)
+    own = {} if is_same(measured_in, theirs) else {"environment": measured_in}
+    record["points"] = [*record["points"], *(own | point for point in points)]
+
+
+def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two environments are the same machine with the same software, whatever the date."""
+    return one | {"date": None} == other | {"date": None}
 
 
 def _read_sweep(output: Path, header: dict[str, Any], usual_length: int) -> SweepRecord:
