@@ -24,6 +24,7 @@ import triton
 from machine_code import (
     accesses_before_wait,
     disassemble,
+    programs_at_once,
     read_code,
     resources,
     streaming_loops,
@@ -191,15 +192,21 @@ def cases(formats: Sequence[str]) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def facts(name: str, kernel: Any) -> dict[str, Any]:
-    """Of a compiled kernel: shared memory, registers, bytes spilled, and what its loops do."""
+    """Of a compiled kernel: what a program takes of the GPU, and what its loops do."""
     cubin: bytes = kernel.asm["cubin"]
     code = read_code(disassemble(cubin))
     is_streaming = "cp.async" in kernel.asm["ptx"]
+    taken = resources(cubin)
+    warps = kernel.metadata.num_warps
+    shared = kernel.metadata.shared
     return {
         "kernel": name,
         "triton": triton.__version__,
-        "shared": kernel.metadata.shared,
-        **resources(cubin),
+        "warps": warps,
+        "stages": kernel.metadata.num_stages,
+        "shared": shared,
+        **taken,
+        "programs": programs_at_once(taken["registers"], warps, shared),
         "before_wait": accesses_before_wait(code),
         "loops": list(streaming_loops(code)) if is_streaming else [],
     }

@@ -26,6 +26,10 @@ MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 HERTZ = 1.755e9  # that they hold under load
 WARP = 32
 QUARTERS = 4  # of a multiprocessor; each issues one instruction of one warp a cycle
+REGISTERS = 65_536  # of a multiprocessor; a warp takes eight for each thread at a time
+SHARED = 228 * 1024  # bytes of its shared memory, of which each program takes one KiB more
+PROGRAMS = 32  # that it runs at the same time at most
+WARPS = 64  # of these together
 TENSOR_RATE = 2048  # products of bfloat16 that a multiprocessor adds up in a cycle, by wgmma
 MMA_SHARE = 0.5  # of that rate, which `mma.sync` reaches
 SHARED_RATE = 128  # bytes that shared memory moves in a cycle
@@ -88,6 +92,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     told = _run("cuobjdump", cubin, "--dump-resource-usage")
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
+
+
+def programs_at_once(registers: int, warps: int, shared: int) -> int:
+    """Programs that a multiprocessor runs at the same time.
+
+    Args:
+        registers: of a thread.
+        warps: of a program.
+        shared: bytes of a program.
+    """
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * WARP * warps)
+    by_memory = SHARED // (shared + 1024)
+    return min(by_registers, by_memory, WARPS // warps, PROGRAMS)
 
 
 def _run(tool: str, cubin: bytes, *options: str) -> str:

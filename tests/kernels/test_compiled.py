@@ -18,6 +18,8 @@ PINNED = ROOT / ".triton"  # the Triton of GPU machines, where `make test-triton
 SHARED = 227 * 1024  # bytes that a program can have at most
 REGISTERS = 254  # that a thread may have; with 255 it spills
 BANDWIDTH = 3.35  # TB/s of an H100's memory, by its data sheet
+IN_FLIGHT = 140 * 1024  # bytes of copies on their way to a multiprocessor, or more
+TOKENS = 3.7  # that an expert has, of the 16 in a tile; others are not copied
 MAX_KERNELS = 230  # of a step; a divided product is two
 MAX_KERNELS_PER_LAYER = 11
 MARGIN = 1.5  # of a loop's ceiling over it, so that reading decides, not arithmetic
@@ -109,6 +111,20 @@ def test_loops_are_bound_by_memory(compiled: Compiled, form: str) -> None:
     assert slow == {}
     assert converting == []
     assert narrow == []
+
+
+def test_experts_keep_enough_copies_on_their_way(compiled: Compiled) -> None:
+    """Of weights and of the tokens that there are; the last of the stages is at work."""
+    experts = [each for each in compiled if "experts, 32 tokens" in each["case"] and each["loops"]]
+    assert len(experts) == 8
+    in_flight = {}
+    for each in experts:
+        ahead = each["stages"] - 1
+        of_weights = max(loop["streamed_bytes"] for loop in each["loops"]) * each["warps"] * ahead
+        of_tokens = (each["shared"] - of_weights) * TOKENS / 16
+        name = f"{each['case']}: {each['kernel']}"
+        in_flight[name] = each["programs"] * (of_weights + of_tokens)
+    assert {name: size for name, size in in_flight.items() if size < IN_FLIGHT} == {}
 
 
 def test_experts_compile_for_an_a100() -> None:

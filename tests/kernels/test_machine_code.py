@@ -81,6 +81,14 @@ def test_what_a_loop_does(loop: list[machine_code.Instruction]) -> None:
     assert told["ceilings"]["shared"] == round(768 / 14 * 132 * 1.755e9 / 1e12, 2)
 
 
+def test_how_many_programs_a_multiprocessor_runs() -> None:
+    assert machine_code.programs_at_once(registers=249, warps=2, shared=49_664) == 4  # shared
+    assert machine_code.programs_at_once(registers=249, warps=2, shared=25_088) == 4  # registers
+    assert machine_code.programs_at_once(registers=225, warps=8, shared=0) == 1  # as if 232
+    assert machine_code.programs_at_once(registers=32, warps=16, shared=0) == 4
+    assert machine_code.programs_at_once(registers=16, warps=1, shared=0) == 32
+
+
 def test_what_is_touched_before_the_wait() -> None:
     listing = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;

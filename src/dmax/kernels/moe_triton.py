@@ -305,7 +305,7 @@ def expert_terms(
     gate_up_kernel[_grid(up_tile, width, num_tokens * common["SHARED"], places)](
         tokens, up_weight, up_scale, shared_gate, shared_up, *lists, inner, *sizes,
         SCALED=up_scale is not None, GROUP=up_group, **common,
-        **launch(up_tile, hidden, up_weight, tokens),
+        **launch(up_tile, hidden, up_weight, tokens, rows_of_column=2),
     )  # fmt: skip
     down_kernel[_grid(down_tile, hidden, num_tokens * common["SHARED"], places)](
         inner, down_weight, down_scale, shared_down, weights, *lists, out, *sizes,
@@ -320,13 +320,19 @@ def _grid(tile: Tile, columns: int, num_shared: int, places: int) -> tuple[int, 
     return triton.cdiv(columns, tile.columns), triton.cdiv(num_shared, tile.tokens) + places
 
 
-def launch(tile: Tile, depth: int, weight: Tensor, tokens: Tensor) -> dict[str, Any]:
+def launch(
+    tile: Tile, depth: int, weight: Tensor, tokens: Tensor, rows_of_column: int = 1
+) -> dict[str, Any]:
     """A tile as arguments of a kernel that multiplies along `depth`.
 
-    A step along the shared expert's weights, which are not quantised, has as many bytes as others.
+    A step along the shared expert's weights, which are not quantised and have a row for a column,
+    has as many bytes as others, because programs share the bandwidth by what they ask for. It is
+    no longer than others, for the shared memory that tokens take. Where there are more tokens,
+    products take the time, and registers are short.
     """
-    row = weight.shape[-1] * weight.itemsize
-    shared_depth = max(tile.depth * row // (depth * tokens.itemsize), 16)
+    rows = rows_of_column if tile.tokens == 16 else 1
+    bytes_of_step = rows * tile.depth * weight.shape[-1] * weight.itemsize // depth
+    shared_depth = min(max(bytes_of_step // tokens.itemsize, 16), tile.depth)
     return {
         "BLOCK_M": tile.tokens,
         "BLOCK_N": tile.columns,
@@ -345,17 +351,20 @@ def default_tiles(
     """Tiles of the gate and up projections, and of the down projection, by pairs per expert.
 
     What decides is that enough copies are on their way (140 KiB or more on each multiprocessor of
-    an H100, E 256, D 2048, I 512), and that no conversion takes longer than reading. A tile of
-    fewer warps loads the tokens for more weights. Float32 products take three times the registers,
-    so they keep the smallest tile.
+    an H100, E 256, D 2048, I 512), that no conversion takes longer than reading, and that tokens,
+    which every tile of columns reads again, are few beside the weights (15 % at most). A tile of
+    fewer warps loads the tokens for more weights. Tiles of int4 have the bytes of others in twice
+    their columns. Float32 products take three times the registers, so they keep the smallest tile.
     """
     if tokens == torch.float32:
         return Tile(16, 32, 64), Tile(16, 32, 64)
     is_packed = weight == torch.int16
     if num_pairs <= 8 * num_experts:
-        if weight.itemsize == 2 and not is_packed:
+        if is_packed:
+            return Tile(16, 64, 128, 2, 5), Tile(16, 128, 128, 2, 5)
+        if weight.itemsize == 2:
             return Tile(16, 32, 128), Tile(16, 64, 128)
-        return Tile(16, 32, 128, 2, 4), Tile(16, 64, 128, 2, 3 if is_packed else 4)
+        return Tile(16, 32, 128, 2, 4), Tile(16, 64, 128, 2, 4)
     if is_packed:
         return Tile(32, 64, 128), Tile(32, 32, 128)
     if num_pairs <= 16 * num_experts:
