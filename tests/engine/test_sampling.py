@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ from parts import V, engine_of, random_prompts, recorder, request, run, scripted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dmax.decoding.block import Output
+from dmax.engine import step as engine_step
+from dmax.engine.blocks import OpenBlocks
 from dmax.engine.graphs import Replay
 from dmax.engine.request import Request
+from dmax.engine.step import decide
+from dmax.kernels import using
 from dmax.params import DecodingParams
 
 Golden = tuple[str, Any, dict[str, Any]]
@@ -111,13 +117,19 @@ class Logits(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def interpreted() -> None:
+    """Kernels of tensors on a CPU."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available() or Version(triton.__version__) < Version("3.7"):
+        pytest.skip("this takes Triton's interpreter, from 3.7 on")
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_the_fused_head_draws_the_same_tokens_and_makes_no_logits(
     golden: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens are fed back, not their probabilities: random weights make much of the last bits."""
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    if torch.cuda.is_available() or Version(triton.__version__) < Version("3.7"):
-        pytest.skip("this takes Triton's interpreter, from 3.7 on")
     _, checkpoint, _ = golden
     requests = asked("threshold")[:3]
     weight = checkpoint.model.get_output_embeddings().weight
@@ -129,3 +141,56 @@ def test_the_fused_head_draws_the_same_tokens_and_makes_no_logits(
     assert found == expected
     assert logits.num_made > 0
     assert fused.num_made == 0
+
+
+class BothWays:
+    """In place of `decide`: by kernels, and by their twins on a copy of the same blocks.
+
+    Attributes:
+        num_sampled: decisions that drew tokens.
+        num_later: those of blocks that had been stepped before.
+    """
+
+    def __init__(self) -> None:
+        self.num_sampled = 0
+        self.num_later = 0
+
+    def __call__(
+        self, blocks: OpenBlocks, rows: Tensor, output: Output, before: Tensor, starts: Tensor
+    ) -> Tensor:
+        steps = blocks.step[rows].clone()
+        twin = deepcopy(blocks)
+        same = Output(output.source, output.mask_token_id, output.candidates)
+        with using("torch"):
+            expected = decide(twin, rows, same, before, starts)
+        with using("triton"):
+            flags = decide(blocks, rows, output, before, starts)
+        assert torch.equal(flags, expected)
+        for name in ("tokens", "masked", "written", "step", "flags"):
+            assert torch.equal(getattr(blocks, name), getattr(twin, name)), name
+        assert torch.equal(blocks.feedback["ids"][rows], twin.feedback["ids"][rows])
+        torch.testing.assert_close(
+            blocks.feedback["probs"][rows], twin.feedback["probs"][rows], rtol=1e-5, atol=1e-6
+        )
+        is_sampled = blocks.temperatures[rows] > 0
+        self.num_sampled += int(is_sampled.sum())
+        self.num_later += int((is_sampled & (steps > 0)).sum())
+        return flags
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_kernels_draw_and_decide_what_their_twins_do_on_the_same_states(
+    golden: Golden, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step of a trajectory, from the same hidden states and what was decided before.
+
+    Two whole trajectories may part: SPD feeds back probabilities, and random weights make ten
+    times as much of a difference in their last bits with every step. Twins in float32 and float64
+    part as often.
+    """
+    _, checkpoint, _ = golden
+    both = BothWays()
+    monkeypatch.setattr(engine_step, "decide", both)
+    run(engine_of(checkpoint), *asked("spd", top_k=top_k, max_steps_per_block=4)[:3])
+    assert both.num_sampled > both.num_later > 8
