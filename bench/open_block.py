@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmax.checkpoint import Checkpoint
 from dmax.engine.batch import Batch
-from dmax.engine.graphs import CudaCapture
+from dmax.engine.graphs import CudaCapture, Replay
 from dmax.engine.runner import ModelRunner
 
 
@@ -40,6 +40,10 @@ def open_block(
     return forward
 
 
-def captured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def captured(forward: Callable[[], Tensor]) -> Replay:
     """The forward as a CUDA graph."""
-    return CudaCapture()(forward)
+
+    def run() -> None:
+        forward()
+
+    return CudaCapture()(run)

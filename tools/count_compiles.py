@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import torch
 from compile_kernels import AbsentGPU
-from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -109,11 +108,7 @@ def compiles_of_a_request() -> Counter[str]:
 
 def run_again(run: Replay) -> Replay:
     """In place of a capture: every replay launches its kernels."""
-
-    def replay() -> Tensor:
-        return run()
-
-    return replay
+    return run
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
@@ -23,6 +24,8 @@ from parts import (
     scripted,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dmax.checkpoint import Checkpoint
 from dmax.decoding import get_strategy
@@ -76,30 +79,56 @@ def test_steps_are_captured_with_what_is_remembered_and_fed_back(
 # --- the memory that graphs share -----------------------------------------------------------------
 
 
+class Made(TorchDispatchMode):
+    """Keeps every tensor that lies in memory of its own, not in that of an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {memory_of(each) for each in tensors_in((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        self.tensors += [each for each in tensors_in(result) if memory_of(each) not in given]
+        return result
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(tree) if isinstance(each, Tensor)]
+
+
+def memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 class PoisoningRecorder:
     """The worst that graphs of one pool may do to each other.
 
-    A pool is safe only for graphs that run in the order of their capture. So each of them may keep
-    its intermediate results where a graph captured later has put its output.
+    A pool is safe only for graphs that run in the order of their capture. So each of them may write
+    wherever another has put anything, and does so as soon as it runs.
     """
 
     def __init__(self, poison: bool) -> None:
         self.poison = poison
-        self.outputs: list[Tensor] = []  # in the order of capture
+        self.made: list[list[Tensor]] = []  # by every graph, in the order of capture
         self.num_overwritten = 0
 
     def __call__(self, run: Replay) -> Replay:
-        own = run().clone()
-        number = len(self.outputs)
-        self.outputs.append(own)
+        number = len(self.made)
+        self.made.append([])
 
-        def replay() -> Tensor:
-            flags = run()
-            for later in self.outputs[number + 1 :]:
-                later.fill_(self.poison)
+        def replay() -> None:
+            others = [*self.made[:number], *self.made[number + 1 :]]
+            for tensor in chain.from_iterable(others):
+                tensor.fill_(self.poison)
                 self.num_overwritten += 1
-            return own.copy_(flags)
+            with Made() as made:
+                run()
+            self.made[number] = made.tensors
 
+        replay()  # what is made in the capture is in the pool, too
         return replay
 
 
@@ -127,7 +156,7 @@ def test_groups_of_one_round_do_not_touch_each_others_flags(
 
 
 @torch.inference_mode()
-def test_the_flags_of_a_step_outlive_the_steps_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_step_leaves_outlives_the_steps_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = PoisoningRecorder(poison=True)
     monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder)
     engine = scripted(random_table(), max_batch_size=3, max_length=64)  # the third is the spare one
@@ -137,8 +166,11 @@ def test_the_flags_of_a_step_outlive_the_steps_after_it(monkeypatch: pytest.Monk
     steps = GraphedSteps(engine.runner)
     groups = [(blocks, batch) for blocks, batch, _ in engine.batches()]
     for order in (groups, groups, groups, groups[::-1], groups):
-        flags = [steps(*group) for group in order]
-        assert all(map(torch.equal, flags, [blocks.flags[batch.rows].T for blocks, batch in order]))
+        left = []
+        for blocks, batch in order:
+            steps(blocks, batch)
+            left.append(blocks.shown().clone())
+        assert all(map(torch.equal, left, [blocks.shown() for blocks, _ in order]))
     assert recorder.num_overwritten > 0
 
 
@@ -151,6 +183,7 @@ class FakeCuda:
     Attributes:
         streams: made so far, besides the one that is current at the start.
         captures: options of each capture.
+        graphs: of each capture.
         is_capturing: whether a capture goes on.
     """
 
@@ -158,6 +191,7 @@ class FakeCuda:
         self.current = self.main = FakeStream("main")
         self.streams: list[FakeStream] = []
         self.captures: list[dict[str, Any]] = []
+        self.graphs: list[FakeGraph] = []
         self.is_capturing = False
         for name, replacement in {
             "graph_pool_handle": object,
@@ -185,6 +219,7 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: FakeGraph, **options: Any) -> Iterator[None]:
         self.captures.append(options)
+        self.graphs.append(graph)
         before = self.current
         self.current = options["stream"]
         self.is_capturing = True
@@ -218,11 +253,9 @@ def test_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPatch)
     cuda = FakeCuda(monkeypatch)
     capture = CudaCapture()
     ran_on = []
-    flags = torch.zeros(6, 1, dtype=torch.bool)
 
-    def step() -> Tensor:
+    def step() -> None:
         ran_on.append(cuda.current)
-        return flags
 
     replays = [capture(step) for _ in range(3)]
     (side,) = cuda.streams
@@ -232,7 +265,9 @@ def test_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPatch)
     # What other threads do meanwhile, such as copies, breaks no capture.
     assert {options["capture_error_mode"] for options in cuda.captures} == {"thread_local"}
     assert (side.waits_for, cuda.main.waits_for) == (["main"] * 3, ["side 0"] * 3)
-    assert all(replay() is flags for replay in replays)
+    for replay in replays[1:]:
+        replay()
+    assert [graph.num_replays for graph in cuda.graphs] == [0, 1, 1]
     assert len(ran_on) == 6  # a replay runs nothing
 
 
@@ -304,8 +339,8 @@ def test_settings_of_clients_keep_a_bounded_number_of_graphs(
     def record(run: Replay) -> Replay:
         run()
 
-        def replay() -> Tensor:
-            return run()
+        def replay() -> None:
+            run()
 
         alive.add(replay)
         return replay
@@ -336,18 +371,18 @@ def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder(captured))
     steps = GraphedSteps(engine.runner)
 
-    def flags_of(num_rows: int) -> Tensor:
+    def take_step(num_rows: int) -> None:
         rows = [(slot, 0, 0, slot, -1) for slot in range(num_rows)]
-        return steps(blocks, Batch.of(rows, [], L))
+        steps(blocks, Batch.of(rows, [], L))
 
     for num_rows in (3, 3, 3, 4, 2, 2):
-        assert flags_of(num_rows).shape == (6, num_rows)
+        take_step(num_rows)
     # Three rows filled up to four, and two. Four in order, read without a copy, came once.
     assert len(captured) == 2
     steps.forget(blocks)
-    flags_of(2)
+    take_step(2)
     assert len(captured) == 2  # the first time again
-    flags_of(2)
+    take_step(2)
     assert len(captured) == 3
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from dmax.engine.batch import Batch, Row, power_of_two
 from dmax.engine.blocks import OpenBlocks
@@ -24,7 +23,8 @@ from dmax.engine.step import step
 SPAN = 512
 """Spans of the cache are captured in multiples of this."""
 
-Replay = Callable[[], Tensor]
+Replay = Callable[[], None]
+"""Gives nothing back: graphs share their memory, and what one has put there others overwrite."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class CudaCapture:
         self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Replay) -> Replay:
-        """What replays `run` and returns the same tensor every time."""
+        """What replays `run`, which leaves its results in tensors that were there before."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -56,18 +56,14 @@ class CudaCapture:
         try:
             # One that fails does not leave its stream.
             with torch.cuda.stream(current), capture:
-                flags = run()
+                run()
         except RuntimeError:
             # For PyTorch it goes on: its pool takes no other, and the allocator asks its graph.
             self._failed.append(graph)
             self._pool = torch.cuda.graph_pool_handle()
             raise
 
-        def replay() -> Tensor:
-            graph.replay()
-            return flags
-
-        return replay
+        return graph.replay
 
 
 class GraphedSteps:
@@ -90,15 +86,15 @@ class GraphedSteps:
         self._captured: dict[tuple[OpenBlocks, tuple[int, ...]], tuple[Batch, Replay] | None] = {}
         self._told: set[str] = set()
 
-    def __call__(self, blocks: OpenBlocks, batch: Batch) -> Tensor:
+    def __call__(self, blocks: OpenBlocks, batch: Batch) -> None:
         """`step` for a batch on the host."""
-        num_blocks = (batch.num_rows - batch.num_pending) // batch.num_branches
         batch = self._filled(blocks, batch)
         shape = (batch.num_pending, batch.num_rows, batch.num_branches, batch.span, batch.in_order)
         key = (blocks, shape)
         if key not in self._captured:
             self._captured[key] = None
-            return step(self.runner, blocks, batch.to(self.runner.device))[:, :num_blocks]
+            step(self.runner, blocks, batch.to(self.runner.device))
+            return
         captured = self._captured[key]
         if captured is None:
             # Warming up runs the step once more, on spare rows, so that no request notices.
@@ -110,8 +106,7 @@ class GraphedSteps:
         static, replay = captured
         # What is not pinned has left its place when this returns, and may be written again.
         static.numbers.copy_(batch.numbers, non_blocking=True)
-        # A copy: the graph of the next group may write where this one has put its flags.
-        return replay()[:, :num_blocks].clone()
+        replay()
 
     def warm_up(self, blocks: OpenBlocks, num_open: int, num_pending: int) -> None:
         """Capture the steps of up to so many open and pending blocks, each in one row.

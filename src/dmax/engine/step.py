@@ -22,20 +22,17 @@ if TYPE_CHECKING:
     from dmax.engine.runner import ModelRunner
 
 
-def step(runner: ModelRunner, blocks: OpenBlocks, batch: Batch) -> Tensor:
-    """One forward over a batch, and what becomes of its open blocks.
+def step(runner: ModelRunner, blocks: OpenBlocks, batch: Batch) -> None:
+    """One forward over a batch, and what becomes of its open blocks: they and their flags say it.
 
     Args:
         runner: the model and its cache.
         blocks: the open blocks.
         batch: which of them, and where; on the device.
-
-    Returns:
-        As `decide`.
     """
     embeds = blocks.inputs(batch.rows, batch.num_branches)  # [R, L, D]
     output = runner.forward(batch, embeds, blocks.strategy.needs_hidden_states)
-    return decide(blocks, batch.rows, output, batch.before, batch.starts)
+    decide(blocks, batch.rows, output, batch.before, batch.starts)
 
 
 def decide(
