@@ -386,6 +386,24 @@ def test_steps_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(captured) == 3
 
 
+def test_rows_that_fill_a_batch_up_are_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a request they would draw experts that nobody else needs."""
+    monkeypatch.setattr("dmax.engine.graphs.CudaCapture", lambda: recorder([]))
+    engine = scripted(confident([1] * 160, 0.6), cuda_graphs=True, max_batch_size=3)
+    seen = []
+    forward = engine.model.forward
+
+    def watched(**inputs: Any) -> Any:
+        seen.append(inputs["past_key_values"].idle.tolist())
+        return forward(**inputs)
+
+    monkeypatch.setattr(engine.model, "forward", watched)
+    run(engine, *(request((1,), index, max_new_tokens=L - 1) for index in range(3)))
+    all_idle = [True] * 4  # as a step is captured
+    assert [False, False, False, True] in seen
+    assert all(idle in ([False, False, False, True], all_idle) for idle in seen)
+
+
 # --- before the first request ---------------------------------------------------------------------
 
 

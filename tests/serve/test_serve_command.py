@@ -21,7 +21,10 @@ from test_boundary import ENVIRONMENT, command
 from test_cli import Dmax, assert_refused, dmax_fixture  # noqa: F401  (a fixture)
 
 from dmax import extras
+from dmax.engine.engine import Engine
+from dmax.params import DecodingParams
 from dmax.serve.run import bind
+from dmax.serve.served import ServedModel
 
 QUESTION = [{"role": "user", "content": "How many legs do 3 cats have?"}]
 SERVED = "tiny-dmax"
@@ -110,6 +113,30 @@ def test_what_it_says_works_and_a_signal_ends_it_cleanly(keyed: Server) -> None:
     outcomes = [line["outcome"] for line in keyed.lines() if line["path"] == "/v1/chat/completions"]
     assert outcomes == ["finished"] * 5
     assert "my-key" not in str(keyed.lines()) and "legs" not in str(keyed.lines())
+
+
+@pytest.mark.parametrize(("words", "num_warmed"), [((), 1), (("--no-warm-up",), 0)])
+def test_a_model_gets_ready_before_its_first_request(
+    dmax: Dmax, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], num_warmed: int
+) -> None:
+    served = list[ServedModel]()
+    warmed = list[Engine]()
+
+    def keep(_: object, models: list[ServedModel], *rest: object, **more: object) -> None:
+        served.extend(models)
+
+    def warm_up(engine: Engine, params: DecodingParams) -> None:
+        warmed.append(engine)
+
+    monkeypatch.setattr("dmax.serve.run.run", keep)
+    monkeypatch.setattr("dmax.serve.run.leave", lambda: None)
+    monkeypatch.setattr("dmax.llm.warm_up", warm_up)
+    dmax("serve", "--model", SERVED, "--port", "0", *words)
+    (model,) = served
+    assert warmed == []
+    model.load()
+    assert len(warmed) == num_warmed
+    model.close()
 
 
 def test_wrong_models_ports_and_keys_are_one_sentence(
