@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,13 +40,6 @@ class Batch:
     in_order: bool
 
     @classmethod
-    def zeros(cls, block_length: int, num_pending: int, num_rows: int, num_branches: int) -> Batch:
-        """A batch on the host whose numbers are all 0."""
-        size = COLUMNS * _width(num_rows) + num_pending * block_length
-        numbers = torch.zeros(size, dtype=torch.long)
-        return cls(numbers, block_length, num_pending, num_rows, num_branches, 0, in_order=False)
-
-    @classmethod
     def of(
         cls,
         rows: list[Row],
@@ -60,14 +55,16 @@ class Batch:
             block_length: L.
             num_branches: of every open block.
         """
-        batch = cls.zeros(block_length, len(pending), len(rows), num_branches)
         columns = list(zip(*rows, strict=True))
-        batch.where.numpy()[:] = columns
+        numbers, where, tokens = _numbers(block_length, len(pending), len(rows))
+        where[:] = columns
         if pending:
-            batch.pending.numpy()[:] = pending
+            tokens[:] = pending
         slots, starts, *_ = columns
         span = max(starts) + block_length
-        return replace(batch, span=span, in_order=slots == tuple(range(len(slots))))
+        in_order = slots == tuple(range(len(slots)))
+        sizes = len(pending), len(rows), num_branches, span
+        return cls(numbers, block_length, *sizes, in_order)
 
     def filled(self, spare: Row) -> Batch:
         """Pending and open blocks filled up to powers of two with a row that nobody uses."""
@@ -76,14 +73,14 @@ class Batch:
         num_rows = num_pending + power_of_two(num_open // self.num_branches) * self.num_branches
         if num_rows == self.num_rows:
             return self
-        filled = Batch.zeros(self.block_length, num_pending, num_rows, self.num_branches)
-        where = filled.where.numpy()
+        numbers, where, tokens = _numbers(self.block_length, num_pending, num_rows)
         own = self.where.numpy()
         where.T[:] = spare
         where[:, : self.num_pending] = own[:, : self.num_pending]
         where[:, num_pending : num_pending + num_open] = own[:, self.num_pending :]
-        filled.pending[: self.num_pending] = self.pending
-        return replace(filled, span=self.span)
+        tokens[: self.num_pending] = self.pending.numpy()
+        sizes = num_pending, num_rows, self.num_branches, self.span
+        return Batch(numbers, self.block_length, *sizes, in_order=False)
 
     @property
     def where(self) -> Tensor:
@@ -120,6 +117,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         return replace(self, numbers=self.numbers.to(device))
+
+
+def _numbers(block_length: int, num_pending: int, num_rows: int) -> tuple[Any, ...]:
+    """Numbers of a batch on the host, all 0, and as arrays their parts `where` and `pending`."""
+    end = COLUMNS * _width(num_rows)
+    numbers = np.zeros(end + num_pending * block_length, np.int64)
+    where = numbers[:end].reshape(COLUMNS, -1)[:, :num_rows]
+    return torch.from_numpy(numbers), where, numbers[end:].reshape(num_pending, block_length)
 
 
 def _width(num_rows: int) -> int:

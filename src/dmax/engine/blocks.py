@@ -69,6 +69,7 @@ class OpenBlocks:
         self._fresh = np.zeros(1, self._layout)
         self._fresh["tokens"] = self.mask_token_id
         self._fresh["masked"] = self._fresh["active"] = True
+        self._unknown = _bytes(self._fresh).to(device)  # the same, where opening copies nothing
         num_rows = num_slots * strategy.blocks
         with device:
             self._eos_token_ids = torch.tensor(special_ids.eos_token_ids)
@@ -130,17 +131,19 @@ class OpenBlocks:
 
         They begin with `known` tokens, the end of the prompt; then they are masked.
         """
+        rows = rows.to(self.record.device, non_blocking=True)
+        self.record[rows] = self._opening(known) if any(known) else self._unknown
+        if type(self.strategy).open is not Strategy.open:  # most have nothing to remember
+            self._keep(self.state, rows, self.strategy.open(self.view(rows)))
+
+    def _opening(self, known: Sequence[Sequence[int]]) -> Tensor:
+        """[B, bytes] uint8, blocks as they open that begin with known tokens."""
         fresh = self._fresh.repeat(len(known))
         for record, tokens in zip(fresh, known, strict=True):
             record["tokens"][: len(tokens)] = tokens
             record["masked"][: len(tokens)] = False
             record["active"][: len(tokens)] = False
-        device = self.record.device
-        rows = rows.to(device, non_blocking=True)
-        new = torch.from_numpy(fresh.view(np.uint8)).view(len(known), -1)
-        self.record[rows] = new.to(device, non_blocking=True)
-        if type(self.strategy).open is not Strategy.open:  # most have nothing to remember
-            self._keep(self.state, rows, self.strategy.open(self.view(rows)))
+        return _bytes(fresh).to(self.record.device, non_blocking=True)
 
     # --- before a forward ---
 
@@ -279,11 +282,9 @@ class OpenBlocks:
 def read(all_blocks: Collection[OpenBlocks]) -> Iterator[NDArray[Any]]:
     """The records of open blocks as they stand: the only wait for the device in a step."""
     shown = [blocks.shown().flatten() for blocks in all_blocks]
-    on_host = torch.cat(shown).cpu().numpy()
-    start = 0
-    for blocks, each in zip(all_blocks, shown, strict=True):
-        yield blocks.records(on_host[start : start + len(each)])
-        start += len(each)
+    parts = torch.cat(shown).cpu().split(list(map(len, shown)))
+    for blocks, part in zip(all_blocks, parts, strict=True):
+        yield blocks.records(part.numpy())
 
 
 def _layout(block_length: int) -> np.dtype[Any]:
@@ -301,6 +302,11 @@ def _layout(block_length: int) -> np.dtype[Any]:
         ],
         align=True,
     )
+
+
+def _bytes(records: NDArray[Any]) -> Tensor:
+    """Records [N] as a tensor [N, bytes] uint8."""
+    return torch.from_numpy(records.view(np.uint8)).view(len(records), -1)
 
 
 def _columns(record: Tensor, layout: np.dtype[Any]) -> State:

@@ -164,9 +164,9 @@ class Engine:
             blocks: (records["flags"].tolist(), records)
             for blocks, records in zip(used, read(used), strict=True)
         }
-        events: dict[int, list[StreamEvent]] = {}  # by request
+        events = dict[int, list[StreamEvent]]()  # by request
         for sequence in sequences:
-            own = events.setdefault(sequence.request.index, [])
+            own = events[sequence.request.index] = []
             try:
                 for event in sequence.settle(*found[sequence.blocks]):
                     own.append(event)
@@ -264,9 +264,9 @@ class Engine:
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
         """The forward of sequences that are decoded alike."""
-        rows = [row for each in sequences for row in each.forward_rows()]
-        rows.sort(key=lambda row: row[3] >= 0)  # pending blocks first
         pending = [block for each in sequences for block in each.pending]
+        rows = [row for each in sequences if each.pending for row in each.pending_rows()]
+        rows += [row for each in sequences for row in each.open_rows()]
         return Batch.of(rows, pending, self.block_length, sequences[0].num_branches)
 
     def _step(
@@ -286,7 +286,8 @@ class Engine:
             self._graphs(blocks, batch)
         for sequence in sequences:
             slot = sequence.slot
-            runner.cache.commit([slot], len(sequence.pending) * self.block_length)
+            if sequence.pending:
+                runner.cache.commit([slot], len(sequence.pending) * self.block_length)
             if self.prefix_cache is not None and not sequence.num_forwards:
                 self.prefix_cache.store(runner.cache, slot, sequence.request.prompt_ids)
             sequence.count_forward()
@@ -309,10 +310,7 @@ class Engine:
     def _admit(self) -> Iterator[StreamEvent]:
         """Give free slots to waiting requests; report those that cannot start."""
         while started := [self._start(*admitted) for admitted in self._scheduler.admit()]:
-            failures = {event.index: event for event in self._open_next(started)}
-            for index in (sequence.request.index for sequence in started):
-                if index in failures:  # its slot is free for another
-                    yield failures[index]
+            yield from self._open_next(started)  # who fails leaves a slot for another
 
     def _start(self, slot: int, request: Request) -> Sequence:
         """Give a slot to a request, and restore what is known of its prompt."""
@@ -393,7 +391,7 @@ class Engine:
         return {
             slot: left
             for slot, sequence in self._sequences.items()
-            if (left := sequence.first - lengths[slot])
+            if not sequence.num_forwards and (left := sequence.first - lengths[slot])
         }
 
     def _encode(self, slots: list[int], size: int) -> None:

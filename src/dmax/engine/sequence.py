@@ -60,19 +60,20 @@ class Sequence:
         """First position that the next forward writes."""
         return self.start - len(self.pending) * self.blocks.block_length
 
-    def forward_rows(self) -> list[Row]:
-        """Rows of the pending blocks, then of the open blocks and their branches."""
-        slot = self.slot
+    def pending_rows(self) -> list[Row]:
+        """Rows of the pending blocks."""
+        starts = range(self.first, self.start, self.blocks.block_length)
+        return [(self.slot, start, start, -1, -1) for start in starts]
+
+    def open_rows(self) -> list[Row]:
+        """Rows of the open blocks and their branches."""
         length = self.blocks.block_length
-        base = self.first
-        found: list[Row] = []
-        for _ in self.pending:
-            found.append((slot, base, base, -1, -1))
-            base += length
+        base = self.start
         before = -1
+        found: list[Row] = []
         for row in self.rows:
             for branch in range(self.num_branches):
-                found.append((slot, base + branch * length, base, row, before))
+                found.append((self.slot, base + branch * length, base, row, before))
             base += length
             before = row
         return found
@@ -107,13 +108,17 @@ class Sequence:
             InputError: the logits held a NaN, or the strategy proposed MASK.
         """
         own = [flags[row] for row in self.rows]
+        strategy = self.request.strategy
+        if not (any(map(any, own)) or self.request.provisional):  # as most steps leave it
+            self.num_branches = strategy.num_branches
+            self.may_open = False
+            return
         done, forced, capped, invalid, broken, may_open_next = zip(*own, strict=True)
         if any(broken):
             raise InputError(
                 f"the model gave NaN logits for prompt {self.request.number}",
                 hint="check the checkpoint, or load it with dtype float32",
             )
-        strategy = self.request.strategy
         if any(invalid):
             raise InputError(
                 f"strategy `{strategy.name}` proposed the mask token for prompt "
@@ -165,8 +170,9 @@ class Sequence:
         """How many tokens stand before the first EOS, or end in a stop text; None without them."""
         ids = self.generated
         start = max(len(ids) - self.blocks.block_length, 0)  # no block before the last one ended it
-        last = enumerate(ids[start:], start)
-        stop = next((at for at, token in last if token in self.eos_token_ids), None)
+        last = ids[start:]
+        stops = (start + last.index(token) for token in self.eos_token_ids if token in last)
+        stop = min(stops, default=None)
         if self.request.find_stop is None:
             return stop
         found = self.request.find_stop(ids[:stop])
@@ -191,21 +197,24 @@ class Sequence:
         capped: bool = False,
     ) -> StreamEvent:
         """The open block in `row` as it stands."""
-        block = records[row]
         start = self.start + self.rows.index(row) * self.blocks.block_length
         num_prompt = len(self.request.prompt_ids)
         first = max(num_prompt - start, 0)
+
+        def generated(name: str) -> tuple[Any, ...]:
+            return tuple(records[name][row, first:].tolist())
+
         return StreamEvent(
             kind=kind,
             text="",
-            token_ids=tuple(block["tokens"][first:].tolist()),
-            masked=tuple(block["masked"][first:].tolist()),
-            confidence=tuple(block["confidence"][first:].tolist()),
+            token_ids=generated("tokens"),
+            masked=generated("masked"),
+            confidence=generated("confidence"),
             position=start + first - num_prompt,
-            step=block["step"].item(),
+            step=records["step"][row].item(),
             num_forwards=self.num_forwards,
-            written=tuple(block["written"][first:].tolist()),
-            candidates=tuple(_candidates(block)[first:]),
+            written=generated("written"),
+            candidates=tuple(_candidates(records[row])[first:]),
             forced=forced,
             capped=capped,
             index=self.request.index,
