@@ -154,7 +154,7 @@ def choose(finite: Tensor, k: int, noise: GumbelNoise | None) -> Tensor:
     if noise is not None:
         drawn = noise.added_to(finite).argmax(dim=-1, keepdim=True)
         finite.scatter_(-1, drawn, float("inf"))
-    return take_best(finite, min(k, finite.shape[-1] - 1))[1]
+    return take_best(finite, min(k, finite.shape[-1] - 1))
 
 
 def precision(logits: Tensor) -> torch.dtype:
@@ -167,22 +167,18 @@ def precision(logits: Tensor) -> torch.dtype:
     return torch.float32 if has_few_bits or logits.device.type == "mps" else torch.float64
 
 
-def take_best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of [..., M], best first, and their indices.
+def take_best(values: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of each row of [..., M], best first.
 
     Ties go to the lowest index, which `torch.topk` does not promise. A row with a NaN gives indices
     in range. With k > 1, `values` is overwritten.
     """
-    if k == 1:
-        return values.max(dim=-1, keepdim=True)
-    best = []
-    where = []
+    found: list[Tensor] = []
     for _ in range(k):
-        value, index = values.max(dim=-1, keepdim=True)  # the first of several maxima
-        best.append(value)
-        where.append(index)
-        values.scatter_(-1, index, float("-inf"))
-    return torch.cat(best, dim=-1), torch.cat(where, dim=-1)
+        if found:
+            values.scatter_(-1, found[-1], float("-inf"))
+        found.append(values.argmax(dim=-1, keepdim=True))  # the first of several maxima
+    return torch.cat(found, dim=-1)
 
 
 def philox(seed: Tensor, *counter: Tensor) -> Tensor:
