@@ -67,6 +67,9 @@ class Node:
         share: bytes of the results of a share of the keys.
         most_shares: that the keys of a row are divided into.
         keys_of_share: that a share has at least.
+        programs: that each share has.
+        queries: that a program of a share holds.
+        keys: that it reads in a turn of its loop.
         activations: bytes of everything else that it reads and writes.
         is_early: its launch overlaps with the end of the node before it.
     """
@@ -80,6 +83,9 @@ class Node:
     share: int = 0
     most_shares: int = 1
     keys_of_share: int = 1
+    programs: int = 0
+    queries: int = 0
+    keys: int = 0
     activations: int = 0
     is_early: bool = False
 
@@ -157,6 +163,9 @@ def node_of_launch(name: str, given: Mapping[str, Any]) -> Node:
             sizes["keys_of_share"] = given["LEAST"]
         elif parameter != "table":  # of which a few rows are read
             sizes["activations"] += num_bytes(value)
+    if name == "_attend_kernel":
+        rows, heads, _ = given["grid"]
+        sizes.update(programs=rows * heads, queries=given["BLOCK_Q"], keys=given["BLOCK_S"])
     is_early = bool(given.get("launch_pdl"))
     return Node(name, num_experts=num_experts, is_early=is_early, **sizes)
 

@@ -30,6 +30,7 @@ from dmax.kernels.quant import Format
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench/results/prediction.json"
 EXPERTS = 256
+MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 DISTINCT = 69.5  # experts that a block hits in a layer (arXiv 2605.30876)
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (1024, 16_384)
@@ -49,6 +50,8 @@ class Constants:
         rates: TB/s at which nodes read weights, keys and values, by name; others read as a copy.
         cache: TB/s of all else that a node reads and writes, which stays in the L2 cache.
         products: 10^12 operations a second of large products.
+        turn: microseconds in which a multiprocessor goes on by a tile of keys of attention, with
+            128 queries. It adds to the time of reading.
         ceilings: TB/s at which the arithmetic of the experts' loops alone would go. It adds to the
             time of reading.
         host: microseconds between two steps.
@@ -63,6 +66,7 @@ class Constants:
     cache: float
     products: float
     host: float
+    turn: float = 0.0
     ceilings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -96,12 +100,17 @@ PLANNED = Constants(
 # Conversions of fp8 take at most half as long as NVIDIA's table has it, so they do not count.
 MEASURED = replace(PLANNED, copy=3.02, rates={"_tile_kernel": 2.75})
 # Kernels of today's code that took another time alone on an H100 than the review gave such kernels
-# (bench/results/gpu_nvidia-h100_engine_2026-11-26.json): 10.7, 2.7 and 2.1 us each.
+# (bench/results/gpu_nvidia-h100_engine_2026-11-26.json): 10.7, 2.7 and 2.1 us each. Attention is a
+# chain: of 7 shares of 1,024 positions, one had three tiles of keys. A turn comes from steps of
+# 4,096 and 16,384 positions (gpu_nvidia-h100_contexts_2026-11-26.json, commit bfe898d): 21.4 us
+# more in each layer, of which 8.3 are bytes, and 6 turns more of programs with 128 queries, one
+# after another on each multiprocessor. The start is what is left of the 10.7 us.
 TODAY = replace(
     MEASURED,
+    turn=2.2,
     starts={
         **MEASURED.starts,
-        "_attend_kernel": 9.6,
+        "_attend_kernel": 3.0,
         "_logits_kernel": 2.3,
         "_prepare_kernel": 2.0,
     },
@@ -200,7 +209,18 @@ def microseconds(node: Node, load: Load, constants: Constants) -> float:
         time += of_experts / constants.ceilings[load.form] / 1e6
     shares = min(node.most_shares, max(load.context // node.keys_of_share, 1))
     in_cache = node.activations + node.share * shares
-    return start_of(node, constants) + time + in_cache / constants.cache / 1e6
+    time += in_cache / constants.cache / 1e6
+    return start_of(node, constants) + time + chain(node, load.context, shares, constants)
+
+
+def chain(node: Node, context: int, shares: int, constants: Constants) -> float:
+    """Microseconds of the turns that a multiprocessor takes after each other, if there are any."""
+    if not node.programs:
+        return 0.0
+    shares = max(shares, 1)  # a single one has no results to be merged
+    turns = -(-(context // node.keys + 1) // shares)  # the block itself is a tile, too
+    programs = -(-node.programs * shares // MULTIPROCESSORS)  # of the busiest multiprocessor
+    return programs * turns * constants.turn * node.queries / 128
 
 
 def step_ms(nodes: Mapping[Node, int], load: Load, constants: Constants) -> float:

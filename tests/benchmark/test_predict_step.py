@@ -16,7 +16,7 @@ sys.path.insert(0, str(TOOLS))
 
 import predict_step  # noqa: E402
 from count_kernels import Node  # noqa: E402
-from predict_step import MEASURED, PLANNED, Load, microseconds, reviewed, speed  # noqa: E402
+from predict_step import MEASURED, PLANNED, TODAY, Load, microseconds, reviewed, speed  # noqa: E402
 
 
 def test_the_constants_of_the_review_give_what_it_expected() -> None:
@@ -44,6 +44,37 @@ def test_the_time_of_a_node_by_hand() -> None:
     megabytes = load.distinct + 1
     expected = 1.3 + megabytes / 2.7 + megabytes / 8
     assert microseconds(experts, load, constants) == pytest.approx(expected)
+
+
+def test_attention_goes_on_by_a_tile_of_keys_in_each_turn() -> None:
+    constants = replace(PLANNED, turn=2.0)
+    whole = Node(
+        "_attend_kernel", most_shares=33, keys_of_share=130, programs=4, queries=128, keys=64
+    )
+    half = replace(whole, programs=8, queries=64)
+    # 17 tiles in 7 shares, of 28 programs or 56; 257 in 33, on one multiprocessor or two on it.
+    assert microseconds(whole, Load(1, 1024), constants) == pytest.approx(4.8 + 3 * 2)
+    assert microseconds(half, Load(1, 1024), constants) == pytest.approx(4.8 + 3 * 1)
+    for node in (whole, half):
+        assert microseconds(node, Load(1, 16_384), constants) == pytest.approx(4.8 + 8 * 2)
+    rows = replace(whole, most_shares=0, programs=256)
+    assert microseconds(rows, Load(64, 1024), constants) == pytest.approx(4.8 + 2 * 17 * 2)
+
+
+def test_the_measured_time_of_attention() -> None:
+    """Commit aad5b1a at 1,024 positions: 213 us for 20 layers."""
+    node = Node(
+        "_attend_kernel",
+        cache=2048,
+        share=266_240,
+        most_shares=33,
+        keys_of_share=130,
+        programs=4,
+        queries=128,
+        keys=64,
+        activations=262_168,
+    )
+    assert 20 * microseconds(node, Load(1, 1024), TODAY) == pytest.approx(213, rel=0.01)
 
 
 def test_blocks_draw_their_experts_apart() -> None:

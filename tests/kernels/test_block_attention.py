@@ -126,7 +126,7 @@ def test_what_stands_after_a_row_is_never_read(request: pytest.FixtureRequest) -
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("processors", [1, 8, 24])  # one share, two, up to four of six
+@pytest.mark.parametrize("processors", [1, 4, 12])  # one share, two, up to four of six
 def test_keys_may_go_in_any_number_of_shares(
     kernels: torch.device, monkeypatch: pytest.MonkeyPatch, processors: int
 ) -> None:
@@ -267,12 +267,12 @@ def test_long_prompts_make_nothing_as_large_as_a_mask(monkeypatch: pytest.Monkey
 
 
 def test_shares_fill_a_gpu_once_and_are_no_larger_than_what_they_sum_up() -> None:
-    from dmax.kernels.block_attention_triton import keys_of_a_share, max_shares
+    from dmax.kernels.block_attention_triton import default_tile, keys_of_a_share, max_shares
 
-    h100, heads, length, size = 132, 4, 32, 128
+    at_once, heads, length, size = 132 * default_tile(torch.bfloat16).at_once, 4, 32, 128
     for num_rows in range(1, 70):
-        programs = num_rows * heads
-        assert programs * max_shares(programs, h100) <= max(programs, h100)
+        programs = 2 * num_rows * heads
+        assert programs * max_shares(programs, at_once) <= max(programs, at_once)
     for share in (1, 4, 16):  # query heads for each key head
         for itemsize in (2, 4):
             least = keys_of_a_share(length * share, size, itemsize)

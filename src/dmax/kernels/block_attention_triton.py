@@ -20,7 +20,7 @@ Shapes: R rows (blocks) of L positions, H query heads, G key/value heads, d head
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,10 +29,19 @@ from torch import Tensor
 
 from dmax.kernels.pdl_triton import begin, launch_options
 
-KEYS = 64  # read by a program in a step
-QUERIES = 128  # held by a program at most
 SHARES = 16  # merged at a time
+FEWEST = 64  # keys of a share
 PLACES = ("slots", "starts", "bases")  # views into one tensor, whose alignment varies with the rows
+
+
+class Tile(NamedTuple):
+    """Work of one program: the sizes of its tile, and how the hardware runs it."""
+
+    queries: int  # held at most
+    keys: int  # read in a step
+    warps: int
+    stages: int
+    at_once: int = 2  # programs that a multiprocessor runs
 
 
 @triton.jit(do_not_specialize=PLACES)
@@ -189,6 +198,7 @@ def block_attention(
     starts: Tensor,
     bases: Tensor,
     scaling: float,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`dmax.kernels.block_attention.block_attention` on the device of `heads`.
 
@@ -203,10 +213,12 @@ def block_attention(
         starts: [R] int64, where each row is written.
         bases: [R] int64, how many positions each row sees besides itself.
         scaling: what scores are multiplied with.
+        tile: another tile than `default_tile`, for tuning.
     """
     places = slots.contiguous(), starts.contiguous(), bases.contiguous()
     query = _prepare(heads.contiguous(), norms, eps, rotary, keys, values, *places)
-    return _attend(query, keys, values, *places, scaling)
+    tile = tile or default_tile(query.dtype)
+    return _attend(query, keys, values, *places, scaling, tile)
 
 
 def _prepare(
@@ -244,6 +256,7 @@ def _attend(
     starts: Tensor,
     bases: Tensor,
     scaling: float,
+    tile: Tile,
 ) -> Tensor:
     """Attend in shares of the keys, and put these together: [R, L, H d]."""
     num_rows, length, num_heads, size = query.shape
@@ -251,9 +264,9 @@ def _attend(
     num_shared = keys.shape[2]
     exact_d = triton.next_power_of_2(size)
     num_queries = length * num_heads // num_shared
-    block_q = min(QUERIES, max(16, triton.next_power_of_2(num_queries)))
+    block_q = min(tile.queries, max(16, triton.next_power_of_2(num_queries)))
     tiles = triton.cdiv(num_queries, block_q)
-    most = max_shares(num_rows * num_shared * tiles, multiprocessors(query.device))
+    most = max_shares(num_rows * num_shared * tiles, tile.at_once * multiprocessors(query.device))
     least = keys_of_a_share(num_queries, size, keys.itemsize)
     out = query.new_empty(num_rows, length, num_heads * size)
     places = (most, num_rows, length, num_heads) if most > 1 else (0,)
@@ -265,8 +278,8 @@ def _attend(
         query, keys, values, slots, starts, bases, out, parts, peak, mass,
         scaling, capacity, length,
         SHARE=num_heads // num_shared, G=num_shared, D=size, LEAST=least, TILES=tiles,
-        BLOCK_Q=block_q, BLOCK_S=KEYS, BLOCK_D=max(16, exact_d),
-        num_warps=8 if block_q >= 128 else 4, num_stages=2, **launch_options(query.device),
+        BLOCK_Q=block_q, BLOCK_S=tile.keys, BLOCK_D=max(16, exact_d),
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(query.device),
     )  # fmt: skip
     if most > 1:
         merge: Any = _merge_kernel
@@ -278,13 +291,24 @@ def _attend(
     return out
 
 
-def max_shares(num_programs: int, num_processors: int) -> int:
+def default_tile(dtype: torch.dtype) -> Tile:
+    """A tile of which a multiprocessor of an H100 holds two (178 registers, 113 KiB).
+
+    With all 128 queries of a head that others share in one program, the two tiles of eight warps
+    would have as much to do as two programs here, wait for each other, and leave every second
+    multiprocessor idle where contexts are short. Keys and values are read twice, once from the
+    cache of the GPU. Float32 takes twice the shared memory for half the keys.
+    """
+    return Tile(64, 64, 4, 3) if dtype.itemsize == 2 else Tile(64, 32, 4, 2, at_once=1)
+
+
+def max_shares(num_programs: int, at_once: int) -> int:
     """How many shares the keys are divided into at most: all programs run at the same time.
 
     With more programs there are fewer shares, which are summed in another order. So other rows
     change the last bits of a result, as they do in PyTorch's own products on a GPU.
     """
-    return max(1, num_processors // num_programs)
+    return max(1, at_once // num_programs)
 
 
 def keys_of_a_share(num_queries: int, size: int, itemsize: int) -> int:
@@ -295,7 +319,7 @@ def keys_of_a_share(num_queries: int, size: int, itemsize: int) -> int:
         size: of a head.
         itemsize: bytes of a number in the cache.
     """
-    return max(KEYS, triton.cdiv(num_queries * (size + 2) * 4, 2 * size * itemsize))
+    return max(FEWEST, triton.cdiv(num_queries * (size + 2) * 4, 2 * size * itemsize))
 
 
 @cache
