@@ -46,7 +46,7 @@ from dmax.benchmark.shapes import BLOCK_LENGTH
 from dmax.checkpoint import Checkpoint
 from dmax.environment import select_device
 from dmax.errors import InputError
-from dmax.kernels import has_triton, triton_kernels
+from dmax.kernels import has_triton
 from dmax.params import check_number
 
 PUBLISHED = 1338.0
@@ -289,8 +289,9 @@ def kernels_of(variant: Variant) -> AbstractContextManager[None]:
     if variant.experts != "fused_moe":
         return without_kernels()
     if variant.early and has_triton():
-        early: AbstractContextManager[None] = triton_kernels("pdl").overlapping(True)
-        return early
+        from dmax.kernels import pdl_triton
+
+        return pdl_triton.overlapping(True)
     return nullcontext()
 
 

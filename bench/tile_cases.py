@@ -17,7 +17,6 @@ from torch import Tensor
 from dmax.benchmark.routing import list_pairs, replayed
 from dmax.benchmark.shapes import BLOCK_LENGTH
 from dmax.confidence import LARGEST
-from dmax.kernels import triton_kernels
 from dmax.kernels.moe import stored
 from dmax.kernels.quant import quantize
 from dmax.models import LLaDA2MoeConfig
@@ -97,7 +96,8 @@ def expert_cases(sizes: Sizes, form: str, device: torch.device) -> Iterator[Case
 
     The experts of a block are prescribed, as in the other benchmarks, so that as many are read.
     """
-    kernels = triton_kernels("moe")
+    from dmax.kernels import moe_triton as kernels
+
     config = sizes.config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     wide = [
@@ -135,18 +135,21 @@ def neighbours(tile: Any) -> dict[str, Any]:
 
 def routing_of(sizes: Sizes, rows: int, device: torch.device) -> Any:
     """Prescribed lists of every expert's tokens; the router's weights are alike."""
+    from dmax.kernels.router_triton import Routing
+
     config = sizes.config
     blocks = -(-rows // BLOCK_LENGTH)
     table = replayed(config, sizes.distinct, blocks, BLOCK_LENGTH)[0][:rows].to(device)
     num_terms = config.num_experts_per_tok + 1
     lists = list_pairs(table, config.num_experts, num_terms)
     weights = torch.full(table.shape, 1 / table.shape[1], dtype=torch.bfloat16, device=device)
-    return triton_kernels("router").Routing(weights=weights, num_terms=num_terms, **lists)
+    return Routing(weights=weights, num_terms=num_terms, **lists)
 
 
 def head_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """The best token of each position, merged over the tiles of the vocabulary."""
-    kernels = triton_kernels("lm_head")
+    from dmax.kernels import lm_head_triton as kernels
+
     config = sizes.config
     weight = drawn(config.vocab_size, config.hidden_size, device=device)
     for positions in sizes.positions:
@@ -173,7 +176,8 @@ MASK = 0  # the token that is never chosen; which one makes no difference
 
 def attention_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Blocks at the end of contexts, each launch with keys and values of its own."""
-    kernels = triton_kernels("block_attention")
+    from dmax.kernels import block_attention_triton as kernels
+
     config = sizes.config
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     norm = torch.ones(size, dtype=torch.bfloat16, device=device)

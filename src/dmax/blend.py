@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmax.kernels import can_fuse, triton_kernels
+from dmax.kernels import can_fuse
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -60,7 +60,9 @@ def embed_tokens(
     """
     table = _plain_table(embed)
     if soft is not None and table is not None and can_fuse(table, soft.probs):
-        return triton_kernels("blend").embed_soft(table, tokens, soft, mask_token_id, rows)
+        from dmax.kernels import blend_triton
+
+        return blend_triton.embed_soft(table, tokens, soft, mask_token_id, rows)
     every = slice(None) if rows is None else rows
     tokens = tokens[every]
     if soft is None:

@@ -65,10 +65,12 @@ class GumbelNoise:
 
     def added_to(self, values: Tensor) -> Tensor:
         """Values [..., V] of the next positions with their noise, in the same dtype."""
-        from dmax.kernels import can_fuse, triton_kernels  # some of them import this file
+        from dmax.kernels import can_fuse  # some of them import this file
 
         if can_fuse(values):
-            return triton_kernels("lm_head").add_noise(values, self)
+            from dmax.kernels import lm_head_triton
+
+            return lm_head_triton.add_noise(values, self)
         index = torch.arange(values.shape[:-1].numel(), device=values.device) + self.first
         block = index // self.block_length
         position = (self.starts[block] + index % self.block_length)[:, None]

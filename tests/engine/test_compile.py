@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +69,18 @@ def test_dense_decoders_compile_too(graphs: CompileCounter) -> None:
         batch = requests(*lengths)
         assert run(engine, *batch) == run(engine_of(checkpoint), *batch)
     assert graphs.frame_count == 2
+
+
+def test_our_kernels_are_traced_into_one_graph() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("traced.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    norm_and_attend = ["_norm_kernel", "_prepare_kernel", "_attend_kernel", "_merge_kernel"]
+    experts = ["_logits_kernel", "_select_kernel", "_gate_up_kernel", "_down_kernel"]
+    layers = [*norm_and_attend, "_norm_kernel"] * 2  # the first has no experts
+    assert json.loads(done.stdout) == [*layers, *experts, "_norm_kernel"]
 
 
 # The compiler takes half a minute, so one model is enough.

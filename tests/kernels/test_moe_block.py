@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmax.cache import BlockCache, CacheWindow
-from dmax.kernels import moe, using
+from dmax.kernels import using
 from dmax.kernels.norm import add_and_norm
 from dmax.kernels.quant import Format, quantize
 from dmax.models import LLaDA2MoeConfig
@@ -93,11 +93,13 @@ def test_kernels_take_quantised_experts_with_a_plain_shared_one(
 def test_idle_rows_go_to_no_expert(
     triton_device: torch.device, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dmax.kernels import moe_triton
+
     block = block_of(triton_device, torch.float32)
     tokens = tokens_of(num_rows, triton_device, torch.float32)
     idle = torch.tensor([False, True] * 3, device=triton_device)[:num_rows]
     found = []
-    run = moe.triton_kernels("moe").expert_terms
+    run = moe_triton.expert_terms
 
     def spy(tokens: Tensor, routing: Any, *rest: Any) -> Tensor:
         active = routing.experts[: routing.active.item()]
@@ -105,7 +107,7 @@ def test_idle_rows_go_to_no_expert(
         terms: Tensor = run(tokens, routing, *rest)
         return terms
 
-    monkeypatch.setattr(moe.triton_kernels("moe"), "expert_terms", spy)
+    monkeypatch.setattr(moe_triton, "expert_terms", spy)
     with using("triton"):
         with_idle = block(tokens, idle)
         alone = block(tokens[~idle])

@@ -1,18 +1,17 @@
 """Kernels for the hardware at hand, each with a twin in plain PyTorch.
 
 `name.py` holds the function to call and its twin. `name_triton.py` holds the Triton kernels: these
-files are the only ones that import triton, and they import nothing of dmax but each other.
+files are the only ones that import triton, and they import nothing of dmax but each other. They are
+imported where they are called, by a plain `import`: that is what `torch.compile` can trace.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -64,10 +63,15 @@ def using(name: Implementation) -> Iterator[None]:
         _forced = before
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_triton() -> bool:
-    """Whether triton is installed; the answer is kept, because finding out takes a search."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether triton is installed."""
+    return _is_installed("triton")
+
+
+@cache  # finding out takes a search
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def can_fuse(*tensors: torch.Tensor) -> bool:
@@ -77,15 +81,6 @@ def can_fuse(*tensors: torch.Tensor) -> bool:
         and all(tensor.dtype in FUSED_DTYPES for tensor in tensors)
         and not wants_gradient(*tensors)
     )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def triton_kernels(name: str) -> ModuleType:
-    """The module `dmax.kernels.<name>_triton`, imported when it is needed: it imports triton.
-
-    Code under `torch.compile`, which cannot trace an import, takes the module as a constant.
-    """
-    return importlib.import_module(f"dmax.kernels.{name}_triton")
 
 
 def wants_gradient(*tensors: torch.Tensor) -> bool:

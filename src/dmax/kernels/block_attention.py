@@ -10,7 +10,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmax.cache import CacheWindow
-from dmax.kernels import triton_kernels
 
 
 def block_attention(
@@ -38,7 +37,9 @@ def block_attention(
         [R, L, H d], the heads' outputs. They are computed in float32 throughout, where the twin
         rounds after each of its steps.
     """
-    return triton_kernels("block_attention").block_attention(
+    from dmax.kernels import block_attention_triton
+
+    return block_attention_triton.block_attention(
         heads, norms, eps, rotary, window.cache.keys[layer], window.cache.values[layer],
         window.slots, window.starts, window.bases, scaling,
     )  # fmt: skip

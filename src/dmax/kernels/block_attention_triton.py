@@ -19,7 +19,6 @@ Shapes: R rows (blocks) of L positions, H query heads, G key/value heads, d head
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -322,7 +321,7 @@ def keys_of_a_share(num_queries: int, size: int, itemsize: int) -> int:
     return max(FEWEST, triton.cdiv(num_queries * (size + 2) * 4, 2 * size * itemsize))
 
 
-@cache
+@torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; where there is none, as many as an H100 has."""
     if device.type != "cuda":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmax.confidence import Candidates
-from dmax.kernels import implementation, triton_kernels
+from dmax.kernels import implementation
 
 MAX_BLOCK_LENGTH = 128  # one warp has a whole block in its registers
 
@@ -82,5 +82,6 @@ def decide_in_place(
     Returns:
         [6, B] bool, as `dmax.engine.step.decide`.
     """
-    flags: Tensor = triton_kernels("decide").decide(blocks, rows, predicted, **switches)
-    return flags
+    from dmax.kernels import decide_triton
+
+    return decide_triton.decide(blocks, rows, predicted, **switches)

@@ -21,7 +21,7 @@ from dmax.confidence import (
     concatenate,
 )
 from dmax.errors import InputError
-from dmax.kernels import can_fuse, triton_kernels
+from dmax.kernels import can_fuse
 
 MAX_FUSED_CANDIDATES = 8  # the kernel makes one pass over its tile for each of them
 CHUNK_BYTES = 64 * 2**20  # float32 logits that the twin holds at once
@@ -60,9 +60,10 @@ def lm_head_top_k(
         raise InputError(message, hint="ask for one candidate or more")
     k = min(k, weight.shape[0] - 1)
     if k <= MAX_FUSED_CANDIDATES and can_fuse(weight):
-        kernels = triton_kernels("lm_head")
-        tiles = kernels.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST, noise)
-        return Candidates(*kernels.merge(tiles))
+        from dmax.kernels import lm_head_triton
+
+        tiles = lm_head_triton.top_k_of_tiles(hidden, weight, k, mask_token_id, LARGEST, noise)
+        return Candidates(*lm_head_triton.merge(tiles))
     return lm_head_top_k_torch(hidden, weight, k, mask_token_id, noise)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from dmax.kernels import autocast_dtype, can_fuse, implementation, triton_kernels
+from dmax.kernels import autocast_dtype, can_fuse, implementation
 from dmax.kernels.quant import QuantizedWeight
 
 Activation = Callable[[Tensor], Tensor]
@@ -127,8 +127,10 @@ def fused_moe(
         gate_up: [E, 2I, D] in the dtype of `tokens`, or quantised.
         down: [E, D, I] likewise.
     """
+    from dmax.kernels import router_triton
+
     num_experts = gate_up.shape[0]
-    routing = triton_kernels("router").route(index, weights, num_experts, index.shape[1])
+    routing = router_triton.route(index, weights, num_experts, index.shape[1])
     return expert_terms(tokens, routing, gate_up, down).sum(dim=1)
 
 
@@ -151,11 +153,10 @@ def expert_terms(
         shared: gate and up [I, D] and down [D, I] of an expert that every token has.
         is_whole: every token has K experts; otherwise the terms that some lack are zero.
     """
-    kernels = triton_kernels("moe")
-    terms: Tensor = kernels.expert_terms(
-        tokens, routing, stored(gate_up), stored(down), shared, is_whole
-    )
-    return terms
+    from dmax.kernels import moe_triton
+
+    weights = stored(gate_up), stored(down)
+    return moe_triton.expert_terms(tokens, routing, *weights, shared, is_whole)
 
 
 def stored(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None, int]:

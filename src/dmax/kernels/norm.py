@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmax.kernels import can_fuse, triton_kernels
+from dmax.kernels import can_fuse
 
 MAX_SIZE = 8192  # of what is normed: a program holds all of it
 
@@ -18,7 +18,9 @@ MAX_SIZE = 8192  # of what is normed: a program holds all of it
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of `x` [..., D], times `weight` [D]."""
     if fits_kernel(weight, x):
-        _, normed = triton_kernels("norm").add_rms_norm(x, None, weight, eps)
+        from dmax.kernels import norm_triton
+
+        _, normed = norm_triton.add_rms_norm(x, None, weight, eps)
         return normed
     return weight * F.rms_norm(x, weight.shape, eps=eps)
 
@@ -35,8 +37,11 @@ def add_and_norm(x: Tensor, more: Tensor | None, norm: nn.RMSNorm) -> tuple[Tens
         return x, norm(x)
     has_terms = more.dim() > x.dim()
     if fits_kernel(norm.weight, x, more):
+        from dmax.kernels import norm_triton
+
+        assert norm.eps is not None
         terms = more if has_terms else more[..., None, :]
-        return triton_kernels("norm").add_rms_norm(x, terms, norm.weight, norm.eps)
+        return norm_triton.add_rms_norm(x, terms, norm.weight, norm.eps)
     total = x + (more.sum(dim=-2) if has_terms else more)
     return total, norm(total)
 

@@ -40,9 +40,10 @@ def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Arguments of a launch, for a kernel that calls `begin`; graphs keep what they were made with.
 
-    On a CPU, which has the interpreter, nothing overlaps.
+    On a CPU, which has the interpreter, nothing overlaps, and neither do kernels in code of
+    `torch.compile`, which knows no such launch.
     """
-    if not _is_on or device.type == "cpu":
+    if not _is_on or device.type == "cpu" or torch.compiler.is_compiling():
         return {"PDL": False}
     target = driver.active.get_current_target()
     has_pdl = target.backend == "cuda" and target.arch >= 90

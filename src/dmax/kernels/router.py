@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmax.kernels import autocast_dtype, can_fuse, triton_kernels
+from dmax.kernels import autocast_dtype, can_fuse
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +58,9 @@ def select_experts(
         Indices [N, K] int64, in no order, and weights [N, K] in the dtype of `logits`.
     """
     if can_fuse(logits):
-        return triton_kernels("router").select_experts(
+        from dmax.kernels import router_triton
+
+        return router_triton.select_experts(
             logits, bias, top_k, num_groups, num_kept_groups, normalizes, scaling
         )
     scores = logits.sigmoid()
@@ -93,8 +95,9 @@ def route_tokens(
         num_terms: outputs that `expert_terms` makes for each token.
         settings: of `select_experts`.
     """
-    kernels = triton_kernels("router")
-    return kernels.route_tokens(tokens, weight, bias, idle, num_terms, **settings)
+    from dmax.kernels import router_triton
+
+    return router_triton.route_tokens(tokens, weight, bias, idle, num_terms, **settings)
 
 
 def _keep_best_groups(choice: Tensor, num_groups: int, num_kept: int) -> Tensor:
