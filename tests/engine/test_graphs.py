@@ -185,6 +185,7 @@ class FakeCuda:
         captures: options of each capture.
         graphs: of each capture.
         is_capturing: whether a capture goes on.
+        generator: what numbers are drawn from.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,10 @@ class FakeCuda:
         self.captures: list[dict[str, Any]] = []
         self.graphs: list[FakeGraph] = []
         self.is_capturing = False
+        self.generator = FakeGenerator()
         for name, replacement in {
+            "default_generators": (self.generator,),
+            "current_device": lambda: 0,
             "graph_pool_handle": object,
             "Stream": self.new_stream,
             "current_stream": lambda: self.current,
@@ -223,6 +227,7 @@ class FakeCuda:
         before = self.current
         self.current = options["stream"]
         self.is_capturing = True
+        self.generator.is_captured = True
         try:
             yield
         except RuntimeError:
@@ -230,7 +235,21 @@ class FakeCuda:
             raise RuntimeError("failed due to a previous error during capture")  # noqa: B904
         finally:
             self.is_capturing = False
+        self.generator.is_captured = False
         self.current = before
+
+
+class FakeGenerator:
+    """A generator whose state belongs to a capture from its beginning to a good end."""
+
+    def __init__(self) -> None:
+        self.is_captured = False
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator()
+
+    def graphsafe_set_state(self, other: FakeGenerator) -> None:
+        self.is_captured = other.is_captured
 
 
 class FakeStream:
@@ -292,6 +311,7 @@ def test_after_a_failed_capture_others_go_on(
     for _ in range(3):
         assert run(engine, requests[0]) == eager
     assert cuda.current is cuda.main
+    assert not cuda.generator.is_captured  # others may draw numbers
     num_failed = len(cuda.captures)
     engine.capture(requests[1].strategy, 64)
     # A pool that a failed capture recorded to takes no other.
@@ -584,5 +604,6 @@ def test_a_gpu_goes_on_after_a_failed_capture(
         for _ in range(3):
             assert run(engine, waiting, plain) == eager
         assert torch.cuda.current_stream() == stream
+        assert torch.rand(3, device="cuda").isfinite().all()  # others may draw numbers
         (message,) = caplog.messages  # "spd" is captured
         assert "without a CUDA graph" in message and "captur" in message

@@ -61,6 +61,9 @@ class CudaCapture:
             # For PyTorch it goes on: its pool takes no other, and the allocator asks its graph.
             self._failed.append(graph)
             self._pool = torch.cuda.graph_pool_handle()
+            # So does its use of the generator, which would draw no number for anybody else.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
 
         return graph.replay
