@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ TRAJECTORIES = [
 
 
 def test_spd_repeats_the_published_trajectories(golden: tuple[str, Any, dict[str, Any]]) -> None:
+    """In float32 or in float64: a random network amplifies rounding, which processors differ in."""
     name, checkpoint, expected = golden
+    precise = replace(checkpoint, model=deepcopy(checkpoint.model).double())
     tensors = load_file(GOLDEN / name / "expected.safetensors")
     for index, trajectory in enumerate(expected["spd"]):
         if not trajectory["float64_agrees"]:
@@ -54,11 +58,13 @@ def test_spd_repeats_the_published_trajectories(golden: tuple[str, Any, dict[str
             stop_confidence=trajectory["tau_acc"],
             max_new_tokens=trajectory["gen_length"],
         )
-        *blocks, last = engine_of(checkpoint).run([Request(0, prompt, params)])
-        tokens = [*prompt, *(token for block in blocks for token in block.token_ids)]
-        told = f"{name} trajectory {index}"
-        assert result(last).num_forwards == trajectory["nfe"], told
-        assert tokens == tensors[f"spd.{index}.tokens"].flatten().tolist(), told
+        found = []
+        for each in (checkpoint, precise):
+            *blocks, last = engine_of(each).run([Request(0, prompt, params)])
+            tokens = [*prompt, *(token for block in blocks for token in block.token_ids)]
+            found.append((result(last).num_forwards, tokens))
+        published = (trajectory["nfe"], tensors[f"spd.{index}.tokens"].flatten().tolist())
+        assert published in found, f"{name} trajectory {index}"
 
 
 def test_there_are_trajectories_to_repeat() -> None:
