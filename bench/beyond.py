@@ -139,7 +139,8 @@ def note_training(run: Run, seed: int, folder: Path, output: Path) -> None:
     """Keep beside the points what a checkpoint says of its training."""
     said = json.loads((folder / "dmax.json").read_text(encoding="utf-8"))
     record = read_record(output)
-    trained = {name: said[name] for name in ("recipe", "steps", "seconds", "environment")}
+    kept = ("recipe", "steps", "seconds", "bf16", "environment")
+    trained = {name: said[name] for name in kept if name in said}
     size = load_recipe(run.path).training["per_device_train_batch_size"]
     record.setdefault("training", {})[f"{run.name}-{seed}"] = trained | {"batch_size": size}
     write_atomically(output, json.dumps(record, indent=1) + "\n")

@@ -288,12 +288,18 @@ def training(found: Found) -> str:
             recipe = f"[{run.recipe}](../../recipes/{run.recipe}.yaml)"
             steps = present[0]["steps"]
             size = present[0]["batch_size"]
-            machines = "; ".join(dict.fromkeys(hardware(said["environment"]) for said in present))
+            places = "; ".join(dict.fromkeys(map(_trained_on, present)))
             rows.append(
                 f"| {run.label} | {recipe} | `{run.start}` | {steps} | {size} | {minutes} "
-                f"| {machines} |"
+                f"| {places} |"
             )
     return "\n".join(rows) if len(rows) > 2 else "Nothing has been trained yet."
+
+
+def _trained_on(said: Record) -> str:
+    """Where a run was trained, and in which precision if it was not bfloat16."""
+    machine = hardware(said["environment"])
+    return machine if said.get("bf16", True) else f"{machine}, in float32"
 
 
 def missing(found: Found) -> str:

@@ -78,7 +78,9 @@ def test_its_training_is_one_that_the_trainer_takes(path: Path, tmp_path: Path) 
     training = load_recipe(path).training
     arguments = DMaxConfig(output_dir=str(tmp_path), **training)
     for name, value in training.items():
-        if isinstance(value, str):
+        if value == "auto":
+            assert isinstance(getattr(arguments, name), bool), name
+        elif isinstance(value, str):
             assert getattr(arguments, name) in (value, [], ["none"]), name
         else:  # YAML reads `5e-4` as a text and `5.0e-4` as a number
             assert getattr(arguments, name) == value, name

@@ -71,6 +71,13 @@ def sum_in_float32(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; elsewhere it is emulated, many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _cpu_has_bfloat16()
+
+
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the weights; "auto" is bfloat16 where the hardware computes in it, else float32.
 
@@ -78,11 +85,7 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         InputError: a name or dtype that weights cannot have.
     """
     if dtype == "auto":
-        if device.type == "cuda":
-            has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            has_bfloat16 = device.type == "cpu" and _cpu_has_bfloat16()
-        return torch.bfloat16 if has_bfloat16 else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     for name, known in DTYPES.items():
         if dtype in (name, known):
             return known

@@ -318,6 +318,33 @@ def test_a_gpu_computes_in_bfloat16_by_default_and_a_cpu_does_not(
     assert DMaxConfig(output_dir=str(tmp_path), **changes).bf16 is expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "cpu_has_it", "expected"),
+    [("auto", True, True), ("auto", False, False), (True, True, True), (True, False, True)],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_can_and_is_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: bool | str,
+    cpu_has_it: bool,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: cpu_has_it)
+    assert DMaxConfig(output_dir=str(tmp_path), use_cpu=True, bf16=asked).bf16 is expected
+    assert ("emulates bfloat16" in caplog.text) is (expected and not cpu_has_it)
+
+
+def test_auto_leaves_fp16_alone_and_other_words_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: True)
+    config = DMaxConfig(output_dir=str(tmp_path), use_cpu=True, fp16=True, bf16="auto")
+    assert (config.fp16, config.bf16) == (True, False)
+    with pytest.raises(InputError, match="`bf16` must be true, false or auto, got 'yes'"):
+        DMaxConfig(output_dir=str(tmp_path), bf16="yes")
+
+
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_checkpointing_is_turned_off_by_either_of_its_names(tmp_path: Path, name: str) -> None:
     if name not in {entry.name for entry in fields(TrainingArguments)}:

@@ -130,7 +130,7 @@ def _train_model(
             recipe.output_dir,
             checkpoint.special_ids,
             decoding=checkpoint.decoding,
-            extra=origin | {"steps": steps, "seconds": round(run.seconds)},
+            extra=origin | {"steps": steps, "seconds": round(run.seconds), "bf16": args.bf16},
         )
         _draw(trainer, recipe, report)
         run.finish()
@@ -158,7 +158,8 @@ def _make_trainer(
     eval_dataset = held_out_section and encode(held_out_section, held_out_conversations)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     num_examples = "a stream of" if recipe.data.streaming else len(dataset)
-    report(f"{num_examples} examples, {num_parameters:,} parameters")
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    report(f"{num_examples} examples, {num_parameters:,} parameters, products in {precision}")
     network: Any = checkpoint.model
     if recipe.lora is not None:
         with recipe.file.at("lora"):

@@ -15,7 +15,7 @@ from transformers.training_args import ParallelMode
 
 from dmax import extras
 from dmax.checkpoint_files import reading
-from dmax.environment import select_dtype
+from dmax.environment import has_bfloat16, select_device
 from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
 from dmax.records.encoding import check_too_long
@@ -24,6 +24,8 @@ from dmax.training.block_warmup import check_stages
 from dmax.training.objectives import AVERAGES, SEQUENCES
 from dmax.training.ranks import num_ranks
 from dmax.training.sharding import Sharding
+
+logger = logging.getLogger(__name__)
 
 # Bounds of training arguments, transformers' own included; other numbers are at least 0.
 _LOWEST = {
@@ -94,7 +96,8 @@ class DMaxConfig(TrainingArguments):
         router_bias_speed: step of loss-free expert balancing; 0: off.
         compile_objective: compile the loss with torch.compile, which wants a C++ compiler.
         warmup_steps: below 1, a share of all steps.
-        bf16: compute in bfloat16 over float32 weights; None: on a GPU that has it, never on a CPU.
+        bf16: compute in bfloat16 over float32 weights; "auto": wherever the hardware has it; None:
+            on a GPU that has it, never on a CPU.
         gradient_checkpointing: recompute activations in backward; None: yes.
         model_init_kwargs: arguments of `load_checkpoint` for a model that is given by its name.
         fsdp: shard the model over the processes; in one process it changes checkpoints only.
@@ -143,7 +146,7 @@ class DMaxConfig(TrainingArguments):
     lr_scheduler_type: Any = "cosine"
     warmup_steps: float = 0.03
     weight_decay: float = 0.01
-    bf16: bool | None = None
+    bf16: bool | str | None = None
     gradient_checkpointing: bool | None = None
     ddp_find_unused_parameters: bool | None = False  # every loss needs all of them
     remove_unused_columns: bool = False
@@ -152,8 +155,7 @@ class DMaxConfig(TrainingArguments):
         """Raises `InputError` naming the field that is wrong."""
         extras.require("accelerate", "train", "training a model")
         self._check_numbers()
-        if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and _gpu_has_bfloat16()
+        self.bf16 = self._in_bfloat16(self.bf16)
         self.gradient_checkpointing = self.gradient_checkpointing is not False
         for name, new_name in NEW_NAMES.items():
             if hasattr(self, new_name) and getattr(self, new_name) is None:
@@ -188,6 +190,22 @@ class DMaxConfig(TrainingArguments):
                 "mask ratios must satisfy 0 <= low <= high <= 1, "
                 f"got {self.mask_ratio_low} and {self.mask_ratio_high}"
             )
+
+    def _in_bfloat16(self, asked: bool | str | None) -> bool:
+        """Whether to compute in bfloat16; a CPU that would have to emulate it is warned of."""
+        device = torch.device("cpu") if self.use_cpu else select_device("auto")
+        if isinstance(asked, bool):
+            if asked and device.type == "cpu" and not has_bfloat16(device):
+                logger.warning(
+                    "this CPU emulates bfloat16, which makes a step many times slower; with "
+                    "`bf16: auto` it computes in float32"
+                )
+            return asked
+        if asked is None:
+            return not (self.fp16 or self.use_cpu) and _gpu_has_bfloat16()
+        if asked != "auto":
+            raise InputError(f"`bf16` must be true, false or auto, got {asked!r}")
+        return not self.fp16 and has_bfloat16(device)
 
     def _shard(self, sharding: Sharding) -> None:
         """What transformers and accelerate have no argument for."""
@@ -254,4 +272,4 @@ def _without_advice() -> Iterator[None]:
 def _gpu_has_bfloat16() -> bool:
     if not torch.cuda.is_available():
         return False
-    return select_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    return has_bfloat16(torch.device("cuda"))

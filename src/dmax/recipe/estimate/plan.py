@@ -43,8 +43,8 @@ class Plan:
         asked = recipe.file.content["training"]  # what dmax has not filled in
         on_gpu = not asked.get("use_cpu", False)
         in_bfloat16 = asked.get("bf16")
-        if in_bfloat16 is None:
-            in_bfloat16 = on_gpu and not args.fp16
+        if in_bfloat16 in (None, "auto"):
+            in_bfloat16 = not args.fp16 if on_gpu else args.bf16
         compute = torch.bfloat16 if in_bfloat16 else torch.float16 if args.fp16 else None
         return cls(num_gpus, on_gpu, recipe.fsdp, compute)
 
