@@ -140,9 +140,9 @@ class OpenBlocks:
         """[B, bytes] uint8, blocks as they open that begin with known tokens."""
         fresh = self._fresh.repeat(len(known))
         for record, tokens in zip(fresh, known, strict=True):
-            record["tokens"][: len(tokens)] = tokens
-            record["masked"][: len(tokens)] = False
-            record["active"][: len(tokens)] = False
+            decided = slice(len(tokens))
+            record["tokens"][decided] = tokens
+            record["masked"][decided] = record["active"][decided] = False
         return _bytes(fresh).to(self.record.device, non_blocking=True)
 
     # --- before a forward ---

@@ -265,7 +265,7 @@ class Engine:
     def _batch(self, sequences: list[Sequence]) -> Batch:
         """The forward of sequences that are decoded alike."""
         pending = [block for each in sequences for block in each.pending]
-        rows = [row for each in sequences if each.pending for row in each.pending_rows()]
+        rows = [row for each in sequences for row in each.pending_rows()]
         rows += [row for each in sequences for row in each.open_rows()]
         return Batch.of(rows, pending, self.block_length, sequences[0].num_branches)
 

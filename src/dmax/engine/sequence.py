@@ -170,9 +170,8 @@ class Sequence:
         """How many tokens stand before the first EOS, or end in a stop text; None without them."""
         ids = self.generated
         start = max(len(ids) - self.blocks.block_length, 0)  # no block before the last one ended it
-        last = ids[start:]
-        stops = (start + last.index(token) for token in self.eos_token_ids if token in last)
-        stop = min(stops, default=None)
+        last = enumerate(ids[start:], start)
+        stop = next((at for at, token in last if token in self.eos_token_ids), None)
         if self.request.find_stop is None:
             return stop
         found = self.request.find_stop(ids[:stop])

@@ -11,7 +11,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -25,6 +24,7 @@ Implementation = Literal["triton", "torch"]
 IMPLEMENTATIONS = get_args(Implementation)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels compute in
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # finding out takes a search
 _forced: Implementation | None = None
 
 
@@ -63,15 +63,9 @@ def using(name: Implementation) -> Iterator[None]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_triton() -> bool:
     """Whether triton is installed."""
-    return _is_installed("triton")
-
-
-@cache  # finding out takes a search
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return _HAS_TRITON
 
 
 def can_fuse(*tensors: torch.Tensor) -> bool:
