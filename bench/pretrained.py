@@ -31,7 +31,7 @@ from dmax.checkpoint import Checkpoint, save_checkpoint
 from dmax.distill.files import ResponseFiles
 from dmax.distill.model import ModelAnswerer
 from dmax.distill.run import distill
-from dmax.environment import environment
+from dmax.environment import environment, has_bfloat16
 from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve
@@ -95,7 +95,7 @@ CAUSAL: dict[str, Any] = {  # how the autoregressive original learns the task
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
     "max_grad_norm": 1.0,
-    "bf16": True,
+    "bf16": has_bfloat16(torch.device("cpu")),
     "use_cpu": True,
     "include_num_input_tokens_seen": True,
     "logging_steps": 5,
