@@ -30,6 +30,7 @@ TO_HOST = ("cpu", "cuda", "item", "tolist", "numpy", "nonzero", "pin_memory")
 # Functions that may, and why.
 KNOWN = {
     "engine/batch.py:Batch.to": "before the step",
+    "engine/batch.py:_numbers": "before the step",
     "baselines/heads.py:Head.on": "once for a device, in the eager step before the capture",
     "kernels/moe.py:routed": "many tokens and few experts, on a CPU",
     "models/llada2_moe/modeling.py:LLaDA2MoeExperts.forward": '"eager" waits, and runs eagerly',
