@@ -6,6 +6,7 @@ import io
 import logging
 import os
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -33,7 +34,8 @@ def test_a_log_has_a_line_now_and_then(
 ) -> None:
     shown = io.StringIO()
     times = iter([0.0, 1.0, 20.0, 31.0, 40.0, 70.0])  # the first one when it begins
-    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    clock = SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr(terminal, "time", clock)  # threads of others keep theirs
     monkeypatch.setattr(terminal, "console", Console(file=shown, width=120))
     with terminal.long_progress("distilling") as progress:
         for done in (1_000, 1_010, 1_031, 1_040, 1_070):  # an earlier run had answered 1,000
