@@ -139,7 +139,7 @@ def note_training(run: Run, seed: int, folder: Path, output: Path) -> None:
     """Keep beside the points what a checkpoint says of its training."""
     said = json.loads((folder / "dmax.json").read_text(encoding="utf-8"))
     record = read_record(output)
-    kept = ("recipe", "steps", "seconds", "bf16", "environment")
+    kept = ("recipe", "steps", "seconds", "precision", "environment")
     trained = {name: said[name] for name in kept if name in said}
     size = load_recipe(run.path).training["per_device_train_batch_size"]
     record.setdefault("training", {})[f"{run.name}-{seed}"] = trained | {"batch_size": size}

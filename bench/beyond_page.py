@@ -299,7 +299,8 @@ def training(found: Found) -> str:
 def _trained_on(said: Record) -> str:
     """Where a run was trained, and in which precision if it was not bfloat16."""
     machine = hardware(said["environment"])
-    return machine if said.get("bf16", True) else f"{machine}, in float32"
+    precision = said.get("precision", "bfloat16")  # of models that do not say
+    return machine if precision == "bfloat16" else f"{machine}, in {precision}"
 
 
 def missing(found: Found) -> str:

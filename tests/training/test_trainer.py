@@ -310,11 +310,14 @@ def test_a_gpu_computes_in_bfloat16_by_default_and_a_cpu_does_not(
     gpu_has_it: bool,
     expected: bool,
 ) -> None:
-    for name in (
-        "dmax.training.config._gpu_has_bfloat16",
-        "transformers.training_args.is_torch_bf16_gpu_available",
-    ):
-        monkeypatch.setattr(name, lambda: gpu_has_it)
+    # A machine with a GPU, whose processor emulates bfloat16.
+    monkeypatch.setattr("dmax.training.config.select_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(
+        "dmax.training.config.has_bfloat16", lambda device: device.type == "cuda" and gpu_has_it
+    )
+    monkeypatch.setattr(
+        "transformers.training_args.is_torch_bf16_gpu_available", lambda: gpu_has_it
+    )
     assert DMaxConfig(output_dir=str(tmp_path), **changes).bf16 is expected
 
 

@@ -123,14 +123,18 @@ def _train_model(
         if recipe.lora is not None and recipe.lora.merge:
             model = merged(model)
         run.stop_clock()
-        origin = {"recipe": recipe.file.path.name, "environment": environment(args.device)}
+        origin = {
+            "recipe": recipe.file.path.name,
+            "environment": environment(args.device),
+            "precision": args.precision,
+        }
         save_checkpoint(
             model,
             checkpoint.tokenizer,
             recipe.output_dir,
             checkpoint.special_ids,
             decoding=checkpoint.decoding,
-            extra=origin | {"steps": steps, "seconds": round(run.seconds), "bf16": args.bf16},
+            extra=origin | {"steps": steps, "seconds": round(run.seconds)},
         )
         _draw(trainer, recipe, report)
         run.finish()
@@ -158,8 +162,8 @@ def _make_trainer(
     eval_dataset = held_out_section and encode(held_out_section, held_out_conversations)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     num_examples = "a stream of" if recipe.data.streaming else len(dataset)
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    report(f"{num_examples} examples, {num_parameters:,} parameters, products in {precision}")
+    size = f"{num_examples} examples, {num_parameters:,} parameters"
+    report(f"{size}, products in {args.precision}")
     network: Any = checkpoint.model
     if recipe.lora is not None:
         with recipe.file.at("lora"):

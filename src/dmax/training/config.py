@@ -201,11 +201,10 @@ class DMaxConfig(TrainingArguments):
                     "`bf16: auto` it computes in float32"
                 )
             return asked
-        if asked is None:
-            return not (self.fp16 or self.use_cpu) and _gpu_has_bfloat16()
-        if asked != "auto":
+        if asked not in (None, "auto"):
             raise InputError(f"`bf16` must be true, false or auto, got {asked!r}")
-        return not self.fp16 and has_bfloat16(device)
+        is_wanted = not self.fp16 and (asked == "auto" or device.type != "cpu")
+        return is_wanted and has_bfloat16(device)
 
     def _shard(self, sharding: Sharding) -> None:
         """What transformers and accelerate have no argument for."""
@@ -245,6 +244,11 @@ class DMaxConfig(TrainingArguments):
             raise InputError("`max_steps` must be at least 1, or -1 to train by epochs, got 0")
 
     @property
+    def precision(self) -> str:
+        """The dtype of products over float32 weights."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
     def n_gpu(self) -> int:
         """How many GPUs training uses: one, or none.
 
@@ -267,9 +271,3 @@ def _without_advice() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-def _gpu_has_bfloat16() -> bool:
-    if not torch.cuda.is_available():
-        return False
-    return has_bfloat16(torch.device("cuda"))
