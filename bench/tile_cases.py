@@ -163,8 +163,7 @@ def head_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
             return [call] * sizes.calls
 
-        block = min(kernels.MAX_POSITIONS, max(16, 1 << (positions - 1).bit_length()))
-        default = kernels.default_tile(block, weight.dtype)
+        default = kernels.default_tile(kernels.positions_of_tile(positions), weight.dtype)
         tiles = changed(
             default, vocabulary=(64, 256), size=(2 * default.size,), warps=(4, 8), stages=(3, 5)
         )

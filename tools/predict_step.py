@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from count_kernels import LAYERS, LENGTH, Node, Setting, layer_and_rest
+from machine_code import MULTIPROCESSORS
 
 from dmax.kernels.quant import Format
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench/results/prediction.json"
 EXPERTS = 256
-MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 DISTINCT = 69.5  # experts that a block hits in a layer (arXiv 2605.30876)
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (1024, 16_384)

@@ -228,11 +228,11 @@ def add_points(record: SweepRecord, points: Sequence[Point], measured_in: dict[s
     if not record["points"]:
         record["environment"] = measured_in
     theirs = record.setdefault("environment", measured_in)
-    own = {} if is_same(measured_in, theirs) else {"environment": measured_in}
-    record["points"] = [*record["points"], *(own | point for point in points)]
+    own = {} if _is_same(measured_in, theirs) else {"environment": measured_in}
+    record["points"] += [own | point for point in points]
 
 
-def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two environments are the same machine with the same software, whatever the date."""
     return one | {"date": None} == other | {"date": None}
 

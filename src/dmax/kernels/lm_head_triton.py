@@ -205,7 +205,7 @@ def top_k_of_tiles(
     """
     num_tokens, size = hidden.shape
     vocabulary = weight.shape[0]
-    block_n = min(MAX_POSITIONS, max(16, triton.next_power_of_2(num_tokens)))
+    block_n = positions_of_tile(num_tokens)
     tile = tile or default_tile(block_n, weight.dtype)
     num_tiles = triton.cdiv(vocabulary, tile.vocabulary)
 
@@ -240,6 +240,11 @@ def merge(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
         **launch_options(tokens.device),
     )  # fmt: skip
     return tokens, probs, broken
+
+
+def positions_of_tile(num_tokens: int) -> int:
+    """Of so many positions, those that a tile has; tensor cores take 16 or more."""
+    return min(MAX_POSITIONS, max(16, triton.next_power_of_2(num_tokens)))
 
 
 def default_tile(block_n: int, dtype: torch.dtype) -> Tile:
