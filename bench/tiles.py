@@ -151,7 +151,9 @@ def table(row: Row) -> Table:
 def main() -> None:
     """Search, show, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=GROUPS, nargs="+", default=(), help="kernels to try")
+    parser.add_argument(
+        "--only", choices=GROUPS, nargs="+", default=(), metavar="KERNELS", help=f"of {GROUPS}"
+    )
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if not torch.cuda.is_available():
