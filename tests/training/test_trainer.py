@@ -20,6 +20,7 @@ from dmax.training import objective_table
 from dmax.training.clean_stream import CleanBatch
 from dmax.training.config import DMaxConfig
 from dmax.training.objectives import OPUT, Loss
+from dmax.training.start import check_call
 
 pytest.importorskip("accelerate")
 
@@ -334,7 +335,10 @@ def test_a_cpu_computes_in_bfloat16_where_it_can_and_is_asked(
     expected: bool,
 ) -> None:
     monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: cpu_has_it)
-    assert DMaxConfig(output_dir=str(tmp_path), use_cpu=True, bf16=asked).bf16 is expected
+    config = DMaxConfig(output_dir=str(tmp_path), use_cpu=True, bf16=asked)
+    assert config.bf16 is expected
+    assert not caplog.text  # a recipe's arguments are tried before they are used
+    check_call(config, {})
     assert ("emulates bfloat16" in caplog.text) is (expected and not cpu_has_it)
 
 

@@ -25,8 +25,6 @@ from dmax.training.objectives import AVERAGES, SEQUENCES
 from dmax.training.ranks import num_ranks
 from dmax.training.sharding import Sharding
 
-logger = logging.getLogger(__name__)
-
 # Bounds of training arguments, transformers' own included; other numbers are at least 0.
 _LOWEST = {
     "max_steps": -1,  # as many as the epochs have
@@ -192,17 +190,12 @@ class DMaxConfig(TrainingArguments):
             )
 
     def _in_bfloat16(self, asked: bool | str | None) -> bool:
-        """Whether to compute in bfloat16; a CPU that would have to emulate it is warned of."""
-        device = torch.device("cpu") if self.use_cpu else select_device("auto")
+        """Whether to compute in bfloat16."""
         if isinstance(asked, bool):
-            if asked and device.type == "cpu" and not has_bfloat16(device):
-                logger.warning(
-                    "this CPU emulates bfloat16, which makes a step many times slower; with "
-                    "`bf16: auto` it computes in float32"
-                )
             return asked
         if asked not in (None, "auto"):
             raise InputError(f"`bf16` must be true, false or auto, got {asked!r}")
+        device = torch.device("cpu") if self.use_cpu else select_device("auto")
         is_wanted = not self.fp16 and (asked == "auto" or device.type != "cpu")
         return is_wanted and has_bfloat16(device)
 

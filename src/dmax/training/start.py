@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from dmax.adapters import add_adapters, base_name, check_adapted, has_adapters
 from dmax.attention import best_for_training
 from dmax.checkpoint import as_diffusion_model, load_checkpoint, write_ids
 from dmax.checkpoint_files import read_settings
-from dmax.environment import DTYPES
+from dmax.environment import DTYPES, has_bfloat16
 from dmax.errors import InputError, did_you_mean, show
 from dmax.hub import find_folder
 from dmax.records.encoding import encode_dataset
@@ -24,6 +25,8 @@ from dmax.training.data import Collator, check_examples
 from dmax.training.finite import check_weights
 from dmax.training.ranks import rank
 from dmax.training.sharding import start_device
+
+logger = logging.getLogger(__name__)
 
 # What other trainers take, and what takes its place here.
 ELSEWHERE = {
@@ -41,6 +44,8 @@ LOADING -= {"quantization", "autoregressive"}  # neither learns to fill in masks
 def check_call(args: DMaxConfig | None, others: Mapping[str, Any]) -> DMaxConfig:
     """The training arguments of a trainer that is called with them and others.
 
+    A CPU that will have to emulate bfloat16 is warned of.
+
     Raises:
         InputError: they are no `DMaxConfig`, or something has no place here.
     """
@@ -51,6 +56,11 @@ def check_call(args: DMaxConfig | None, others: Mapping[str, Any]) -> DMaxConfig
         return DMaxConfig()
     if not isinstance(args, DMaxConfig):
         raise InputError(f"`args` must be a DMaxConfig, got {type(args).__name__}")
+    if args.bf16 and args.device.type == "cpu" and not has_bfloat16(args.device):
+        logger.warning(
+            "this CPU emulates bfloat16, which makes a step many times slower; with `bf16: auto` "
+            "it computes in float32"
+        )
     return args
 
 
