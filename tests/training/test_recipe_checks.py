@@ -302,7 +302,7 @@ def test_a_new_model_of_an_impossible_size_is_refused(
         ({"data": {"problems": 4, "max_length": 2**40}}, "`max_length` must be a whole number"),
         ({"data": {"file": "/dev/zero"}}, "cannot read /dev/zero: it is a device or a pipe"),
         ({"data": {"file": "nowhere.jsonl"}}, "nowhere.jsonl` is not a file"),
-        ({"data": {"file": "."}}, "cannot read the folder"),
+        ({"data": {"file": "empty"}}, "cannot read the folder empty"),
         ({"model": {"config": CONFIG, "attn_implementation": "fast"}}, "attn_implementation"),
         ({"model": {"config": CONFIG, "experts_implementation": "fast"}}, "experts_implementation"),
         ({"model": {"path": "tiny-base", "block_length": 10**6}}, "in `model.block_length`"),
@@ -313,9 +313,13 @@ def test_a_new_model_of_an_impossible_size_is_refused(
         ({"x" * 20_000: 1}, "unknown key `x+…`"),
     ],
 )
-def test_bounds_of_the_other_sections(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bounds_of_the_other_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
     if "folder" in message:
         pytest.importorskip("datasets")
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path)
     refused(write_recipe(tmp_path, **change), message)
 
 
