@@ -51,7 +51,7 @@ def recipes() -> Iterator[Recipe]:
 def make_responses(output: Path) -> None:
     """The base model's own answers to 5,000 training problems; the recipes name the command."""
     questions = [problem.question for problem in problems(5000, seed=1)]
-    llm = LLM("tiny-base", dtype="bfloat16", max_batch_size=128)
+    llm = LLM("tiny-base", max_batch_size=128)
     answerer = ModelAnswerer(llm, DecodingParams(strategy="threshold", threshold=0.95))
     print(distill(answerer, questions, ResponseFiles(output)))
 

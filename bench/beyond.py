@@ -129,7 +129,7 @@ def measure(curves: Sequence[Curve], root: Path, output: Path, limit: int) -> No
         limit=limit,
         seed=7,
         open_model=lambda name: LLM(
-            name if name in bundled else str(root / name), max_batch_size=64, dtype="bfloat16"
+            name if name in bundled else str(root / name), max_batch_size=64
         ),
         report=lambda line: print(line, flush=True),
     )

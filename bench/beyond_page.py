@@ -345,7 +345,7 @@ TEMPLATE = """# What came after DMax, in miniature
 The question is whether an objective that goes on from a finished model moves its curve of accuracy
 over TPF to the right. Written by `python bench/beyond.py` from [beyond.json](beyond.json):
 {problems} unseen word problems (seed 7) for every point, exact final answer.
-Machine: {machine}, bfloat16.
+Machine: {machine}.
 
 **How it is judged**, written down before anything was measured. A curve is asked for {level} % of
 the answers, the lower end of the 95 % interval of `tiny-dmax` by SPD at 0.5; by threshold for

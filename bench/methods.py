@@ -18,6 +18,7 @@ from typing import Any
 from beyond_page import tpf_at
 from paper import Results, Share, better, gap
 
+from dmax.benchmark.run import machines
 from dmax.evaluation.plots import draw
 from dmax.evaluation.statistics import Point
 from dmax.evaluation.sweep import Curve, run_sweep
@@ -116,14 +117,13 @@ def page(record: dict[str, Any], training: Path) -> str:
         setting = f"`{p['strategy']}` | {p['knob']} {p['value']:g}"
         figures = f"{correct} | {p['tpf']:.2f} | {positions:.1f}"
         rows.append(f"| {p['label']} | {setting} | {figures} |")
-    machine = record["environment"]
     return TEMPLATE.format(
         bought=bought(points),
         control=control(training),
         rows="\n".join(rows),
         total=points[0]["total"],
         seed=record["seed"],
-        machine=f"{machine['cpu']}, torch {machine['torch']}, {points[0]['dtype']}",
+        machine=machines(record),
     )
 
 
@@ -171,7 +171,7 @@ def main() -> None:
         options.output / "methods.json",
         limit=options.limit,
         seed=7,
-        open_model=lambda name: LLM(name, max_batch_size=64, dtype="bfloat16"),
+        open_model=lambda name: LLM(name, max_batch_size=64),
         report=lambda line: print(line, flush=True),
     )
     for name, x in (("methods.svg", "tpf"), ("methods-cost.svg", "tokens_per_position")):

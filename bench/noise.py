@@ -182,7 +182,7 @@ class Study:
             self.points,
             limit=self.limit,
             seed=7,
-            open_model=lambda path: LLM(path, max_batch_size=64, dtype="bfloat16"),
+            open_model=lambda path: LLM(path, max_batch_size=64),
             report=lambda line: print(line, flush=True),
         )
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from ablation_training import SEEDS, VARIANTS, folder
 
+from dmax.benchmark.run import machines
 from dmax.environment import environment
 from dmax.evaluation.plots import draw
 from dmax.evaluation.run import evaluate
@@ -583,7 +584,6 @@ def page(results: Results) -> str:
         rows.append(f"| {' | '.join(cells)} |")
         briefs[verdict].append(f"{entry.brief} ({entry.number})")
     record = results.decoding
-    machine = record["environment"]
     return TEMPLATE.format(
         summary="\n\n".join(_line(verdict, briefs[verdict]) for verdict in briefs),
         claims="\n".join(rows),
@@ -592,9 +592,7 @@ def page(results: Results) -> str:
         problems=record["limit"],
         retrained=results.training["limit"],
         seeds=len(SEEDS),
-        machine=(
-            f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, bfloat16"
-        ),
+        machine=machines(record),
     )
 
 
@@ -689,7 +687,7 @@ def main() -> None:
             output / name,
             limit=limit,
             seed=7,
-            open_model=lambda path: LLM(path, max_batch_size=64, dtype="bfloat16"),
+            open_model=lambda path: LLM(path, max_batch_size=64),
             report=lambda line: print(line, flush=True),
         )
 

@@ -99,17 +99,16 @@ def hardware(record: Row) -> str:
 
 
 def machines(record: Row) -> str:
-    """What computed the points of a sweep, with PyTorch's version: that of the record first."""
-    own = [point["environment"] for point in record["points"] if "environment" in point]
-    first = _machine(record["environment"])
-    others = Counter(machine for machine in map(_machine, own) if machine != first)
-    total = len(record["points"])
-    counted = (f"{num} of {total} points: {machine}" for machine, num in others.most_common())
+    """What computed the points of a sweep, in which precision: where most were measured first."""
+    points = record["points"]
+    own = (_machine(point.get("environment", record["environment"]), point) for point in points)
+    (first, _), *others = Counter(own).most_common()
+    counted = (f"{num} of {len(points)} points: {machine}" for machine, num in others)
     return "; ".join((first, *counted))
 
 
-def _machine(environment: Row) -> str:
-    return f"{hardware(environment)}, torch {environment['torch']}"
+def _machine(environment: Row, point: Row) -> str:
+    return f"{hardware(environment)}, torch {environment['torch']}, {point['dtype']}"
 
 
 def headline(record: Row) -> str:
