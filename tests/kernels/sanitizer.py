@@ -1,10 +1,11 @@
 """Triton's interpreter as a sanitizer: every access of every kernel is checked and counted.
 
-Within `watch()` three kinds of faults of a kernel end its launch with a `Fault`:
+Within `watch()` four kinds of faults of a kernel end its launch with a `Fault`:
 
 - an access outside of the tensor that its pointer came from;
 - a read of what nobody has written since `torch.empty` gave the memory;
-- a write to what another program of the same launch has written, which a GPU may do in any order.
+- a write to what another program of the same launch has written, which a GPU may do in any order;
+- a sum, difference or product of integers of fewer than 64 bits that has no room in them.
 
 The interpreter also learns bfloat16 there: it has 16 bits without a meaning, so operations widen
 them to float32 and round to nearest even.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +25,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
@@ -34,6 +37,7 @@ OF_POINTERS = (
     "create_addptr", "create_splat", "create_unsplat", "create_broadcast", "create_expand_dims",
     "create_reshape", "create_trans", "create_bitcast",
 )  # fmt: skip
+EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 # Tensors that several programs of a launch may write, by kernel and argument, and why.
 SHARED: dict[tuple[str, str], str] = {
     ("_prepare_kernel", "keys"): "idle rows all write to the spare slot, which nobody reads",
@@ -161,6 +165,7 @@ class Watch:
         self.launches: list[Launch] = []
         self.counts_reads = False
         self._expected: Iterator[tuple[str, Tensor]] = iter(())
+        self._prepared: set[str] = set()
 
     def launch(
         self, original: Callable[..., None], executor: Any, *args: Any, **kwargs: Any
@@ -171,11 +176,36 @@ class Watch:
         tensors = [(name, given[name]) for name in names if hasattr(given.get(name), "data_ptr")]
         self.launches.append(Launch(executor.fn.__name__))
         self._expected = iter(tensors)
+        self._prepared.clear()
         self.memory.is_launching = True
         try:
             original(executor, *args, **kwargs)
         finally:
             self.memory.is_launching = False
+
+    def prepare(self, original: Callable[[Any], Any], function: Any) -> Any:
+        """In place of `_patch_lang`, which each call of a function of a kernel does all over."""
+        if function.__module__ in self._prepared:
+            return SimpleNamespace(restore=lambda: None)
+        self._prepared.add(function.__module__)
+        return original(function)
+
+    def check_room(
+        self, _: Callable[..., None], __: Any, left: Any, right: Any, operation: Callable[..., Any]
+    ) -> None:
+        """In place of `binary_op_sanitize_overflow_impl`.
+
+        That takes ten operations for each one, and looks at their result when debugging only.
+        """
+        kind = left.dtype.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        name = operation.__name__
+        wide = (each.handle.data.astype(np.int64) for each in (left, right))
+        exact = EXACTLY[name](*wide)
+        if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
+            kernel = self.launches[-1].kernel
+            raise Fault(f"{kernel}: {kind} has no room for the result of `{name}`")
 
     def convert(self, original: Callable[[Any], Any], value: Any) -> Any:
         """In place of `_implicit_cvt`, which makes a pointer of a tensor: it remembers which."""
@@ -299,6 +329,8 @@ def watch() -> Iterator[Watch]:
 
     with ExitStack() as stack:
         instead(GridExecutor, "__call__", seen.launch)
+        instead(interpreter, "_patch_lang", seen.prepare)
+        instead(TritonSemantic, "binary_op_sanitize_overflow_impl", seen.check_room)
         instead(interpreter, "_implicit_cvt", seen.convert)
         for name in OF_POINTERS:
             instead(InterpreterBuilder, name, seen.pass_on)

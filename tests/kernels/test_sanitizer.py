@@ -43,6 +43,11 @@ def _scale_kernel(x, y, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-de
     tl.store(out + at, tl.load(x + at) * tl.load(y + at))
 
 
+@triton.jit
+def _far_kernel(x, out, step):  # type: ignore[no-untyped-def]
+    tl.store(out, tl.load(x) * step)
+
+
 def copy(source: torch.Tensor, target: torch.Tensor, size: int) -> None:
     kernel: Any = _copy_kernel
     kernel[(triton.cdiv(size, BLOCK),)](source, target, size, BLOCK=BLOCK)
@@ -91,6 +96,19 @@ def test_two_programs_that_write_one_address() -> None:
     ):
         kernel[(2,)](target, BLOCK=BLOCK)
     kernel[(1,)](target, BLOCK=BLOCK)  # another launch may
+
+
+@pytest.mark.parametrize(("step", "fits"), [(3, True), (-4, True), (4, False), (-5, False)])
+def test_a_product_that_has_no_room(step: int, fits: bool) -> None:
+    kernel: Any = _far_kernel
+    x = torch.tensor([2**29], dtype=torch.int32)
+    out = torch.empty_like(x)
+    if fits:
+        kernel[(1,)](x, out, step)
+        assert out.item() == 2**29 * step
+    else:
+        with pytest.raises(InterpreterError, match="_far_kernel: int32 has no room for the .*mul"):
+            kernel[(1,)](x, out, step)
 
 
 def test_programs_may_share_what_they_add_to() -> None:
