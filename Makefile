@@ -24,9 +24,9 @@ test-engines: .venv/.setup-stamp ## the same tokens inside vLLM, SGLang and Ray;
 	@$(PY) tools/engine_environments.py $(ENGINES)
 	@$(PY) tools/run_engine_tests.py $(ENGINES)
 
-test-triton: .venv/.setup-stamp ## what the Triton of GPU machines makes of the kernels, beside the installed one
+test-triton: .venv/.setup-stamp ## what the Triton of GPU machines makes of the kernels; `make test` has the installed one
 	@test -d .triton/triton || $(PY) -m pip install -qq --target .triton --no-deps triton==3.6.0
-	@$(PY) -m pytest -q tests/kernels/test_compiled.py
+	@$(PY) -m pytest -q tests/kernels/test_compiled.py -k pinned
 
 lint: .venv/.setup-stamp ## style only
 	@$(PY) -m ruff check .
