@@ -40,6 +40,7 @@ AIMS = {1: 60, 16: 100}
 STEPS_OF_A_BLOCK = 5
 WARM_UP = 3 * STEPS_OF_A_BLOCK  # steps: a shape is captured the second time it comes
 LENGTH = 512  # positions of a sequence, one span of the cache
+MOST_STEPS = 50  # timed: then the first sequences end, and a step has little left to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +49,19 @@ class Options:
 
     Attributes:
         batch_sizes: sequences decoded at once.
-        steps: timed in each case.
+        steps: timed in each case, `MOST_STEPS` at most.
         model: whose sizes the tensors have.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    steps: int = 50
+    steps: int = MOST_STEPS
     model: str = "tiny-dmax"
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for a size or a number of steps below 1."""
+        """Raises `InputError` for a size below 1, or a number of steps that is out of range."""
         for size in self.batch_sizes:
             check_number("batch_sizes", size, low=1, whole=True)
-        check_number("steps", self.steps, low=1, whole=True)
+        check_number("steps", self.steps, low=1, high=MOST_STEPS, whole=True)
 
 
 def tables(options: Options) -> Iterator[Table]:

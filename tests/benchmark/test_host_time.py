@@ -11,6 +11,7 @@ import pytest
 
 from dmax.checkpoint import Checkpoint
 from dmax.engine.engine import Engine
+from dmax.errors import InputError
 from dmax.llm import LLM
 
 
@@ -60,6 +61,22 @@ def test_blocks_finish_as_they_are_told_to(checkpoint: Checkpoint) -> None:
         times = host_time.host_times(checkpoint, 4, 10, finishes=True)
     assert len(times) == 10
     assert sum(finished[-10:]) == 4 * 10 / host_time.STEPS_OF_A_BLOCK
+
+
+def test_as_many_steps_as_there_may_be_all_have_every_sequence(checkpoint: Checkpoint) -> None:
+    running = list[int]()
+    take_step = Engine.step
+
+    def watched(engine: Engine) -> Any:
+        running.append(engine.load().num_running)
+        return take_step(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", watched)
+        host_time.host_times(checkpoint, 5, host_time.MOST_STEPS, finishes=True)
+    assert set(running[1:]) == {5}
+    with pytest.raises(InputError, match="`steps` must be a whole number between 1 and 50"):
+        host_time.Options(steps=host_time.MOST_STEPS + 1)
 
 
 def test_the_table(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
