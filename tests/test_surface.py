@@ -170,7 +170,7 @@ def test_import_is_light() -> None:
         "began = time.process_time()\n"
         "import dmax, dmax.errors, dmax.outputs, dmax.params, dmax.cli\n"
         "seconds = time.process_time() - began\n"
-        "assert seconds < 0.5, seconds\n"
+        "assert seconds < 1, seconds\n"  # 0.25 on a machine with time
         f"heavy = {[*HEAVY, *NOT_BY_IMPORT]!r}\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules}.intersection(heavy)))"
     )

@@ -45,6 +45,7 @@ def points(
             "model": curve.model,
             "strategy": decoding,
             "made_for": "spd",
+            "dtype": "bfloat16",
             "knob": "threshold",
             "value": value,
             "correct": correct,
