@@ -9,8 +9,10 @@ label decides how many logits there are.
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dmax import confidence
 from dmax.errors import InputError
 from dmax.training.objectives import Objective, ObjectiveModule
 
@@ -88,7 +91,7 @@ def count_step(
     kept = tape.bytes
     hook = decoder_layers(model)[0].register_forward_hook(count_call)  # not of what is kept
     try:
-        with tape:
+        with tape, in_one_piece():
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = ObjectiveModule(model, begun)(torch.Generator(), **clean)["loss"]
             layer_calls, backward_calls = len(calls), sum(calls)
@@ -111,6 +114,17 @@ def count_step(
         backward_calls=backward_calls,
         kept=kept,
     )
+
+
+@contextmanager
+def in_one_piece() -> Iterator[None]:
+    """Choose tokens from all logits of a chunk at once, as on a GPU; a CPU takes them in parts."""
+    before = confidence.CACHED
+    confidence.CACHED = sys.maxsize
+    try:
+        yield
+    finally:
+        confidence.CACHED = before
 
 
 def as_on_cpu(model: Any) -> Any:
