@@ -34,8 +34,8 @@ class Comparison:
         steps: of training.
         threshold: of SPD.
         seeds: those that both have, pooled.
-        own: `sampled`.
-        other: `random`, or another kind of noise.
+        own: `sampled`, or another kind of noise.
+        other: `random`, likewise.
     """
 
     rate: float
@@ -53,9 +53,8 @@ class Comparison:
     @property
     def setting(self) -> str:
         """The setting in words."""
-        seeds = f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
         where = f"{self.steps:,} steps at {scientific(self.rate)}, threshold {self.threshold:g}"
-        return f"{where}, {seeds}"
+        return f"{where}, {_seeds(self.seeds)}"
 
     @property
     def figures(self) -> str:
@@ -102,13 +101,13 @@ class Points:
         correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
         return Share(correct, total, tokens / forwards)
 
-    def comparisons(self, other: str) -> Iterator[Comparison]:
-        """Own tokens against another kind of noise in all settings that both are measured in."""
+    def comparisons(self, other: str, own: str = OURS) -> Iterator[Comparison]:
+        """A kind of noise against another one in all settings that both are measured in."""
         for rate in self.rates:
             for steps in self.steps:
                 for threshold in THRESHOLDS:
                     place = (rate, steps, threshold)
-                    both = (OURS, other)
+                    both = (own, other)
                     ours, theirs = (set(self.seeds(noise, *place)) for noise in both)
                     seeds = tuple(sorted(ours & theirs))
                     if seeds:
@@ -166,15 +165,16 @@ def plausible(found: Record) -> str:
 
 def reasons(points: Points, found: Record) -> list[str]:
     """What was found of the reasons (a), (b) and (d) of the design; (c) is in the curves."""
+    of_a_kind = _tally(points, RANDOM, "same-kind")
     errors = ", ".join(
         f"{percent(look['wrong'], look['positions'])} at a mask ratio of {ratio:g}"
         for ratio in RATIOS
         for look in [found[base_label(ratio)][OURS]]
     )
     return [
-        f"(a) {recognition(points, found)}",
-        f"(b) Own tokens against random ones at the same positions: {_tally(points, 'at-errors')}. "
-        f"Against random tokens of the same kind: {_tally(points, 'same-kind')}.",
+        f"(a) Random tokens of the same kind against any random ones: {of_a_kind}. "
+        f"{recognition(points, found)}",
+        f"(b) {controls(points)}",
         f"(d) Of masked positions the base's samples are wrong at {errors}.",
     ]
 
@@ -216,13 +216,40 @@ def _changed(look: Record) -> str:
     return f"{mended} and {percent(look['broken'], look['right'])}"
 
 
-def _tally(points: Points, other: str) -> str:
-    """How often own tokens are better than another kind of noise, and worse."""
+def controls(points: Points) -> str:
+    """Own tokens against the two controls: does the number of wrong tokens matter, or which?"""
+    if _gain(points, "at-errors") > 0:
+        so = "So it matters which tokens are wrong."
+    elif _gain(points, "same-kind") > 0:
+        so = "So it matters how many tokens are wrong, and not which ones."
+    else:
+        so = "So neither the number nor the kind of wrong tokens has shown to matter."
+    return (
+        f"Own tokens against as many random ones at the same positions: "
+        f"{_tally(points, 'at-errors')}. Against random tokens of the same kind at most "
+        f"positions: {_tally(points, 'same-kind')}. {so}"
+    )
+
+
+def _gain(points: Points, other: str) -> int:
+    """In how many more settings own tokens are better than another kind of noise than worse."""
     verdicts = [each.verdict for each in points.comparisons(other)]
-    if not verdicts:
+    return verdicts.count("holds") - verdicts.count("fails")
+
+
+def _tally(points: Points, other: str, own: str = OURS) -> str:
+    """How often a kind of noise is better than another, and worse."""
+    compared = list(points.comparisons(other, own))
+    if not compared:
         return "not measured yet"
+    verdicts = [each.verdict for each in compared]
     won, lost = (verdicts.count(verdict) for verdict in ("holds", "fails"))
-    return f"better in {won} of {len(verdicts)} settings, worse in {lost}"
+    seeds = _seeds(sorted({seed for each in compared for seed in each.seeds}))
+    return f"better in {won} of {len(verdicts)} settings, worse in {lost} ({seeds})"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _largest(comparisons: Sequence[Comparison]) -> Comparison:
@@ -430,6 +457,8 @@ TEMPLATE = """# When on-policy noise matters
 
 {plausible}
 
+{cause}
+
 {total} problems a point and seed, exact final answer, seeds pooled, intervals of 95 %. All seeds
 decode the same problems, so pooled intervals are somewhat too narrow. Machine: {machine}.
 Training and decoding took {hours:.1f} hours. `python bench/noise.py` wrote this page from
@@ -491,6 +520,7 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
     page = TEMPLATE.format(
         sentence=textwrap.fill(sentence(comparisons, planned), width=100),
         plausible=textwrap.fill(plausible(found), width=100),
+        cause=textwrap.fill(controls(points), width=100),
         hours=(sum(looked["seconds"].values()) + decoding) / 3600,
         total=record["limit"],
         machine=machines(record),

@@ -160,6 +160,34 @@ def test_the_sentence_counts_settings_and_names_the_largest_differences() -> Non
     assert "they lose is after 25 steps at 8e-4, threshold 0.5, seed 1: 10/200 (5.0 %)" in both
 
 
+@pytest.mark.parametrize(
+    ("at_errors", "same_kind", "so"),
+    [
+        (100, 100, "So it matters which tokens are wrong."),
+        (150, 100, "So it matters how many tokens are wrong, and not which ones."),
+        (150, 150, "So neither the number nor the kind"),
+    ],
+)
+def test_the_controls_tell_the_number_of_wrong_tokens_from_which_they_are(
+    at_errors: int, same_kind: int, so: str
+) -> None:
+    solved = {"sampled": 150, "random": 100, "at-errors": at_errors, "same-kind": same_kind}
+    points = [
+        {
+            "label": noise_plan.Run(noise, 8e-4, 2).label(25),
+            "value": 0.5,
+            "correct": correct,
+            "total": 200,
+            "generated_tokens": 10,
+            "num_forwards": 2,
+        }
+        for noise, correct in solved.items()
+    ]
+    told = noise_page.controls(noise_page.Points({"points": points}, []))
+    assert so in told
+    assert told.count(" of 1 settings, worse in 0 (seed 2)") == 2
+
+
 @pytest.mark.skipif(not (RESULTS / "noise.json").is_file(), reason="nothing is measured yet")
 def test_the_committed_page_is_what_its_records_say(tmp_path: Path) -> None:
     for name in ("noise.json", "noise_tokens.json"):
