@@ -130,7 +130,10 @@ def control_of(run: Run) -> Run | None:
 
 
 def differences(found: Found, run: Run, decoding: str, other: Run) -> list[float] | None:
-    """The TPF of a run less that of another, seed by seed; None if a curve is never as accurate."""
+    """The TPF of a run less that of another, seed by seed; None if one is never as accurate.
+
+    Seeds of which only the other is never as accurate have no difference.
+    """
     is_trained = other.recipe is not None
     seeds = found.seeds(run, decoding)
     if is_trained:
@@ -139,8 +142,13 @@ def differences(found: Found, run: Run, decoding: str, other: Run) -> list[float
         (found.tpf(run, decoding, seed), found.tpf(other, decoding, seed if is_trained else None))
         for seed in seeds
     ]
-    whole = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-    return [ours - theirs for ours, theirs in whole] if len(whole) == len(pairs) else None
+    values: list[float] = []
+    for ours, theirs in pairs:
+        if ours is None:
+            return None
+        if theirs is not None:
+            values.append(ours - theirs)
+    return values
 
 
 def judge(values: Sequence[float] | None) -> str:
@@ -354,7 +362,8 @@ straight lines between its points. *To the right* means that this TPF is above t
 which goes on with OPUT from the same model, and above that of the model it is compared with as a
 start (`tiny-dmax`, or `tiny-base` by threshold), each with a 95 % interval over three seeds
 (Student's) that leaves out zero. *Within noise* means that one of the two does not. The seeds
-differ in order and noise of training and share the start and the problems.
+differ in order and noise of training and share the start and the problems. Added when it had
+happened: a seed whose control never has as many answers counts against the start only.
 
 ![Accuracy against TPF by SPD](beyond-spd.svg)
 

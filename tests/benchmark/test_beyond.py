@@ -18,6 +18,7 @@ from beyond_page import (
     SHORT,
     Found,
     answer,
+    differences,
     mean_interval,
     missing,
     page,
@@ -136,13 +137,23 @@ def test_verdicts(ours: Sequence[float], control: Sequence[float], expected: str
 
 
 def test_a_curve_that_is_never_as_accurate_has_no_figure() -> None:
-    wrong = [
-        point | {"accuracy": 0.5, "correct": 250}
-        for seed in SEEDS
-        for point in shifted(MMD, seed, 9.0)
-    ]
+    wrong = [point for seed in SEEDS for point in failing(MMD, seed)]
     curves = [shifted(OPUT, seed, 0.0) for seed in SEEDS]
     assert verdict(Found(record_of(wrong, *curves)), MMD, "spd") == SHORT
+
+
+def test_a_seed_whose_control_is_never_as_accurate_counts_against_the_start_only() -> None:
+    curves = [shifted(MMD, seed, 1 + seed / 10) for seed in SEEDS]
+    control = [shifted(OPUT, 1, 0.0), shifted(OPUT, 2, 0.0), failing(OPUT, 3)]
+    found = Found(record_of(*curves, *control))
+    assert differences(found, MMD, "spd", OPUT) == pytest.approx([1.1, 1.2])
+    assert differences(found, MMD, "spd", DMAX) == pytest.approx([1.1, 1.2, 1.3])
+    assert verdict(found, MMD, "spd") == RIGHT
+
+
+def failing(run: Run, seed: int) -> list[dict[str, Any]]:
+    """A fast curve without the answers that are asked for."""
+    return [point | {"accuracy": 0.5, "correct": 250} for point in shifted(run, seed, 9.0)]
 
 
 # --- what is missing ------------------------------------------------------------------------------
