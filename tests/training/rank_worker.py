@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, TrainerCallback
 
 from dmax.checkpoint import new_checkpoint
+from dmax.cli import boundary
 from dmax.models import LLaDA2MoeConfig
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
@@ -202,9 +204,14 @@ def compare(folder: Path) -> None:
 
 
 def run_command(folder: Path, misfortune: Callable[[DMaxTrainer], Any]) -> None:
-    """`dmax train` on the recipe of a folder, with something that happens in a step of rank 1."""
+    """`dmax train` on the recipe of a folder, with something that happens in a step of rank 1.
+
+    Each rank takes a second to see why it fails, which is longer than torchrun waits.
+    """
     from dmax_command import main
 
+    speaks = boundary._speaks
+    boundary._speaks = lambda: time.sleep(1) or speaks()  # type: ignore[func-returns-value]
     loss = DMaxTrainer.compute_loss
 
     def unlucky(self: DMaxTrainer, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

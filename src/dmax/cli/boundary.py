@@ -12,13 +12,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
+from dmax.cli.last_words import last_words
 from dmax.cli.terminal import console, prepare_streams, print_error
 from dmax.errors import InputError, shorten, translate
 
@@ -63,6 +64,11 @@ def keeping(what: str) -> Iterator[None]:
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run a command; the code that its process exits with."""
+    with last_words() if _num_ranks() > 1 else nullcontext():
+        return _run(app, arguments)
+
+
+def _run(app: typer.Typer, arguments: Sequence[str]) -> int:
     arguments, is_debug = _without_debug(arguments)
     logging.getLogger("dmax").setLevel(logging.DEBUG if is_debug else logging.NOTSET)
     console.quiet = _num_ranks() > 1 and os.environ.get("RANK", "0") != "0"
@@ -212,8 +218,7 @@ def _terminating() -> Iterator[None]:
 
     is_ours = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
-    # A rank that waits for another one runs no Python; torchrun would have to kill it.
-    if not is_ours or before is not signal.SIG_DFL or _num_ranks() > 1:
+    if not is_ours or before is not signal.SIG_DFL:  # as where torchrun ends its processes
         yield
         return
     signal.signal(signal.SIGTERM, stop)
