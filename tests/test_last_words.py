@@ -13,13 +13,14 @@ from dmax.cli.last_words import last_words
 SECONDS = 1.0
 
 
-def start(*lines: str) -> subprocess.Popen[str]:
-    """A process that has `SECONDS` for last words, once it says that it is ready."""
+def start(*lines: str, seconds: float = SECONDS) -> subprocess.Popen[str]:
+    """A process with time for last words, which ends with 3 at Ctrl-C, once it is ready."""
     script = [
         "import ctypes, signal, sys, time",
         "from multiprocessing import get_context",
         "from dmax.cli.last_words import last_words",
-        f"with last_words({SECONDS}):",
+        "signal.signal(signal.SIGINT, lambda number, frame: sys.exit(3))",
+        f"with last_words({seconds}):",
         *(textwrap.indent(line, "    ") for line in ("print('ready', flush=True)", *lines)),
     ]
     child = subprocess.Popen(
@@ -31,7 +32,7 @@ def start(*lines: str) -> subprocess.Popen[str]:
 
 
 def test_a_process_has_time_to_say_why_it_ends() -> None:
-    child = start("time.sleep(0.3)", "print('lost')", "sys.exit(2)")
+    child = start("time.sleep(0.3)", "print('lost')", "sys.exit(2)", seconds=60)
     child.send_signal(signal.SIGTERM)
     output, _ = child.communicate(timeout=60)
     assert (child.returncode, output) == (2, "lost\n")
@@ -52,10 +53,7 @@ def test_a_process_that_waits_without_python_is_ended() -> None:
 
 
 def test_other_signals_stay_what_they_are() -> None:
-    child = start(
-        "signal.signal(signal.SIGINT, lambda number, frame: sys.exit(3))",
-        "time.sleep(600)",
-    )
+    child = start("time.sleep(600)")
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     assert child.returncode == 3
