@@ -174,7 +174,7 @@ def reasons(points: Points, found: Record) -> list[str]:
     return [
         f"(a) Random tokens of the same kind against any random ones: {of_a_kind}. "
         f"{recognition(points, found)}",
-        f"(b) {controls(points)}",
+        f"(b) {consequence(points).removeprefix('So ').capitalize()} The counts stand at the top.",
         f"(d) Of masked positions the base's samples are wrong at {errors}.",
     ]
 
@@ -182,8 +182,8 @@ def reasons(points: Points, found: Record) -> list[str]:
 def recognition(points: Points, found: Record) -> str:
     """Which wrong tokens one forward mends, and which right ones it breaks, along training."""
     base = found[base_label(RECIPE_RATIO)]
+    own = base["argmax"]
     random = base["at-errors"]
-    changes = [f"before training {_changed(base['argmax'])}"]
     mending: list[str] = []
     keeping: list[str] = []
     for rate in points.rates:
@@ -192,10 +192,6 @@ def recognition(points: Points, found: Record) -> str:
             looks = [found[label]["argmax"] for label in labels if label is not None]
             if len(looks) < len(PAIR):
                 continue
-            changes.append(
-                f"after {steps:,} steps at {scientific(rate)} {_changed(looks[0])} with own "
-                f"tokens, {_changed(looks[1])} with random ones"
-            )
             mended = [Share(look["mended"], look["wrong"], 0) for look in looks]
             kept = [Share(look["right"] - look["broken"], look["right"], 0) for look in looks]
             mending.append(better(*mended))
@@ -204,31 +200,30 @@ def recognition(points: Points, found: Record) -> str:
     better_kept, worse_kept = keeping.count("holds"), keeping.count("fails")
     return (
         f"The untrained base mends {percent(random['mended'], random['wrong'])} of random tokens "
-        "in the place of its errors. Of its own wrong tokens one forward mends, and of its right "
-        f"ones it breaks: {'; '.join(changes)}. Beyond chance, training on own tokens mends more "
-        f"than on random ones in {more} of {len(mending)} looks and fewer in {fewer}; it breaks "
-        f"fewer in {better_kept} and more in {worse_kept}."
+        f"in the place of its errors, and {percent(own['mended'], own['wrong'])} of its own. Of "
+        f"trained models' own wrong tokens one forward mends more, beyond chance, after training "
+        f"on own tokens than after training on random ones in {more} of {len(mending)} looks, and "
+        f"fewer in {fewer}; of their right ones it breaks fewer in {better_kept} and more in "
+        f"{worse_kept}. All looks are in a table below."
     )
-
-
-def _changed(look: Record) -> str:
-    mended = percent(look["mended"], look["wrong"])
-    return f"{mended} and {percent(look['broken'], look['right'])}"
 
 
 def controls(points: Points) -> str:
     """Own tokens against the two controls: does the number of wrong tokens matter, or which?"""
-    if _gain(points, "at-errors") > 0:
-        so = "So it matters which tokens are wrong."
-    elif _gain(points, "same-kind") > 0:
-        so = "So it matters how many tokens are wrong, and not which ones."
-    else:
-        so = "So neither the number nor the kind of wrong tokens has shown to matter."
     return (
         f"Own tokens against as many random ones at the same positions: "
         f"{_tally(points, 'at-errors')}. Against random tokens of the same kind at most "
-        f"positions: {_tally(points, 'same-kind')}. {so}"
+        f"positions: {_tally(points, 'same-kind')}. {consequence(points)}"
     )
+
+
+def consequence(points: Points) -> str:
+    """What the two controls tell."""
+    if _gain(points, "at-errors") > 0:
+        return "So it matters which tokens are wrong."
+    if _gain(points, "same-kind") > 0:
+        return "So it matters how many tokens are wrong, and not which ones."
+    return "So neither the number nor the kind of wrong tokens has shown to matter."
 
 
 def _gain(points: Points, other: str) -> int:
