@@ -143,13 +143,44 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
     return f"On-policy noise {claim}: {'; '.join(parts)}."
 
 
+def how_far(comparisons: Sequence[Comparison]) -> str:
+    """Where own tokens are better, by the rate times the steps, which all rates have in common."""
+    won = [_distance(each) for each in comparisons if each.verdict == "holds"]
+    if not won:
+        return ""
+    first, last = min(won), max(won)
+    within, below, above = (
+        _better_in([each for each in comparisons if lies(_distance(each))])
+        for lies in (
+            lambda distance: first <= distance <= last,
+            lambda distance: distance < first,
+            lambda distance: distance > last,
+        )
+    )
+    return (
+        f"That is the same part of training at every rate: where the rate times the steps is "
+        f"{first:.2g} to {last:.2g}, own tokens are better in {within} settings, below in {below}, "
+        f"above in {above}. (This was seen in the results, not expected.)"
+    )
+
+
+def _distance(comparison: Comparison) -> float:
+    """How far a run may have gone: its rate times its steps."""
+    return float(f"{comparison.rate * comparison.steps:.6g}")  # without the last bits of a product
+
+
+def _better_in(comparisons: Sequence[Comparison]) -> str:
+    won = sum(each.verdict == "holds" for each in comparisons)
+    return f"{won} of {len(comparisons)}"
+
+
 def _places(comparisons: Sequence[Comparison]) -> str:
-    """The steps of every rate that is among them, as "after 25, 50 steps at a rate of 8e-4"."""
+    """The steps of every rate that is among them, as "after 25 and 50 steps at a rate of 8e-4"."""
     steps: dict[float, list[str]] = {}
     for each in comparisons:
         steps.setdefault(each.rate, []).append(f"{each.steps:,}")
-    return " and ".join(
-        f"after {', '.join(dict.fromkeys(numbers))} steps at a rate of {scientific(rate)}"
+    return ", ".join(
+        f"after {' and '.join(dict.fromkeys(numbers))} steps at a rate of {scientific(rate)}"
         for rate, numbers in steps.items()
     )
 
@@ -450,6 +481,8 @@ TEMPLATE = """# When on-policy noise matters
 
 {sentence}
 
+{how_far}
+
 {plausible}
 
 {cause}
@@ -514,6 +547,7 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> N
     draw(points, points_file.with_suffix(".svg"))
     page = TEMPLATE.format(
         sentence=textwrap.fill(sentence(comparisons, planned), width=100),
+        how_far=textwrap.fill(how_far(comparisons), width=100),
         plausible=textwrap.fill(plausible(found), width=100),
         cause=textwrap.fill(controls(points), width=100),
         hours=(sum(looked["seconds"].values()) + decoding) / 3600,

@@ -143,11 +143,13 @@ def test_wrong_tokens_are_counted_as_plausible_mended_and_broken() -> None:
     assert mended == {"mended": 1, "right": 1, "broken": 1}
 
 
-def test_the_sentence_counts_settings_and_names_the_largest_differences() -> None:
-    def compared(rate: float, own: int, random: int) -> noise_page.Comparison:
-        shares = (Share(own, 200, 6.0), Share(random, 200, 5.0))
-        return noise_page.Comparison(rate, 25, 0.5, (1,), *shares)
+def compared(rate: float, own: int, random: int, steps: int = 25) -> noise_page.Comparison:
+    """So many problems of 200 that own and random tokens solve in a setting."""
+    shares = (Share(own, 200, 6.0), Share(random, 200, 5.0))
+    return noise_page.Comparison(rate, steps, 0.5, (1,), *shares)
 
+
+def test_the_sentence_counts_settings_and_names_the_largest_differences() -> None:
     none = noise_page.sentence([compared(8e-5, 100, 101)], planned=1)
     assert none.startswith(
         "On-policy noise does not matter here: own tokens are better than random ones beyond "
@@ -158,6 +160,16 @@ def test_the_sentence_counts_settings_and_names_the_largest_differences() -> Non
     assert "in 1 of the 2 settings measured so far (36 are planned) and worse in 1" in both
     assert "they gain is after 25 steps at 8e-5, threshold 0.5, seed 1: 150/200 (75.0 %)" in both
     assert "they lose is after 25 steps at 8e-4, threshold 0.5, seed 1: 10/200 (5.0 %)" in both
+
+
+def test_where_own_tokens_lead_is_told_by_the_rate_times_the_steps() -> None:
+    leads = [compared(8e-6, 150, 100, steps=400), compared(8e-5, 150, 100, steps=100)]
+    others = [compared(8e-5, 100, 100, steps=40), compared(8e-4, 100, 100, steps=1)]
+    later = [compared(8e-4, 10, 100, steps=100)]
+    told = noise_page.how_far([*leads, *others, *later])
+    assert "where the rate times the steps is 0.0032 to 0.008" in told
+    assert "better in 2 of 3 settings, below in 0 of 1, above in 0 of 1." in told
+    assert noise_page.how_far([*others, *later]) == ""
 
 
 @pytest.mark.parametrize(
