@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from dmax.cli.last_words import last_words
+from dmax.cli.last_words import is_unhandled, last_words
 from dmax.cli.terminal import console, prepare_streams, print_error
 from dmax.errors import InputError, shorten, translate
 
@@ -216,13 +215,11 @@ def _terminating() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number))
 
-    is_ours = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    if not is_ours or before is not signal.SIG_DFL:  # as where torchrun ends its processes
+    if not is_unhandled():  # as where torchrun ends its processes
         yield
         return
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

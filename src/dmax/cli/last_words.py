@@ -18,14 +18,19 @@ from types import FrameType
 SECONDS = 5.0  # torchrun kills after 30
 
 
+def is_unhandled() -> bool:
+    """Whether this thread may handle SIGTERM, and nobody else does."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @contextmanager
 def last_words(seconds: float = SECONDS) -> Iterator[None]:
     """Let this process go on for some seconds after SIGTERM; then end it, whatever it waits for.
 
     Nothing changes outside of the main thread, or where somebody else handles SIGTERM.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not is_unhandled():
         yield
         return
     heard, told = os.pipe()
