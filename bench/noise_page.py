@@ -149,29 +149,20 @@ def how_far(comparisons: Sequence[Comparison]) -> str:
     if not won:
         return ""
     first, last = min(won), max(won)
-    within, below, above = (
-        _better_in([each for each in comparisons if lies(_distance(each))])
-        for lies in (
-            lambda distance: first <= distance <= last,
-            lambda distance: distance < first,
-            lambda distance: distance > last,
-        )
-    )
+    every = [_distance(each) for each in comparisons]
+    below = sum(distance < first for distance in every)
+    above = sum(distance > last for distance in every)
+    within = len(every) - below - above
     return (
-        f"That is the same part of training at every rate: where the rate times the steps is "
-        f"{first:.2g} to {last:.2g}, own tokens are better in {within} settings, below in {below}, "
-        f"above in {above}. (This was seen in the results, not expected.)"
+        f"These settings lie where the rate times the steps is {first:.2g} to {last:.2g}: own "
+        f"tokens are better in {len(won)} of the {within} settings there. Of the others, {below} "
+        f"have less and {above} have more. (The range was taken from these results.)"
     )
 
 
 def _distance(comparison: Comparison) -> float:
     """How far a run may have gone: its rate times its steps."""
     return float(f"{comparison.rate * comparison.steps:.6g}")  # without the last bits of a product
-
-
-def _better_in(comparisons: Sequence[Comparison]) -> str:
-    won = sum(each.verdict == "holds" for each in comparisons)
-    return f"{won} of {len(comparisons)}"
 
 
 def _places(comparisons: Sequence[Comparison]) -> str:
@@ -205,7 +196,7 @@ def reasons(points: Points, found: Record) -> list[str]:
     return [
         f"(a) Random tokens of the same kind against any random ones: {of_a_kind}. "
         f"{recognition(points, found)}",
-        f"(b) {consequence(points).removeprefix('So ').capitalize()} The counts stand at the top.",
+        f"(b) By the counts at the top, {consequence(points)}.",
         f"(d) Of masked positions the base's samples are wrong at {errors}.",
     ]
 
@@ -244,17 +235,17 @@ def controls(points: Points) -> str:
     return (
         f"Own tokens against as many random ones at the same positions: "
         f"{_tally(points, 'at-errors')}. Against random tokens of the same kind at most "
-        f"positions: {_tally(points, 'same-kind')}. {consequence(points)}"
+        f"positions: {_tally(points, 'same-kind')}. So {consequence(points)}."
     )
 
 
 def consequence(points: Points) -> str:
     """What the two controls tell."""
     if _gain(points, "at-errors") > 0:
-        return "So it matters which tokens are wrong."
+        return "it matters which tokens are wrong"
     if _gain(points, "same-kind") > 0:
-        return "So it matters how many tokens are wrong, and not which ones."
-    return "So neither the number nor the kind of wrong tokens has shown to matter."
+        return "it matters how many tokens are wrong, and not which ones"
+    return "neither the number nor the kind of wrong tokens has shown to matter"
 
 
 def _gain(points: Points, other: str) -> int:

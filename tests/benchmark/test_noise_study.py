@@ -168,7 +168,8 @@ def test_where_own_tokens_lead_is_told_by_the_rate_times_the_steps() -> None:
     later = [compared(8e-4, 10, 100, steps=100)]
     told = noise_page.how_far([*leads, *others, *later])
     assert "where the rate times the steps is 0.0032 to 0.008" in told
-    assert "better in 2 of 3 settings, below in 0 of 1, above in 0 of 1." in told
+    assert "better in 2 of the 3 settings there." in told
+    assert "Of the others, 1 have less and 1 have more." in told
     assert noise_page.how_far([*others, *later]) == ""
 
 
