@@ -26,6 +26,7 @@ from typing import Any
 import side_by_side
 from beyond_page import write_page
 from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
+from command_line import count
 
 from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.files import read_record, write_atomically
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [run.name for run in TRAINED]
     parser.add_argument("--only", nargs="+", choices=names, default=[], help="objectives")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
-    parser.add_argument("--limit", type=int, default=500, help="problems for a point")
+    parser.add_argument("--limit", type=count, default=500, help="problems for a point")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="of data and checkpoints")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--no-training", action="store_true", help="measure what is there")

@@ -1,11 +1,13 @@
-"""What the scripts of the two benchmarks have in common: options as given, and where results go."""
+"""What the scripts here have in common: options as given, their values, and where results go."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,3 +41,45 @@ def result_path(theme: str, device: torch.device, parts: Sequence[str] = ()) -> 
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     name = "_".join((theme, slug, *parts, record["date"][:10]))
     return Path("bench/results") / f"{name}.json"
+
+
+# --- types of options, which refuse a value before anything is measured ---------------------------
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 that PyTorch and numpy take."""
+    if text.isdecimal() and int(text) < 2**32:
+        return int(text)
+    raise ArgumentTypeError(f"expected a whole number from 0 to 2**32 - 1, got {text!r}")
+
+
+def amount(text: str) -> float:
+    """A number above 0."""
+    value = _number(text)
+    if value > 0:
+        return value
+    raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def threshold(text: str) -> float:
+    """A number from 0 to 1."""
+    value = _number(text)
+    if 0 <= value <= 1:
+        return value
+    raise ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+
+
+def _number(text: str) -> float:
+    """A finite number, or NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return nan
+    return value if isfinite(value) else nan

@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from command_line import result_path
+from command_line import count, result_path, seed, threshold
 from engine_worker import Job
 
 from dmax.benchmark.measure import spread
@@ -153,17 +153,17 @@ def main() -> None:
     parser.add_argument("--sglang-python", type=Path, default=python_of("sglang"))
     parser.add_argument("--task", default="word_problems")
     parser.add_argument("--data", type=Path, help="file of the task's problems")
-    parser.add_argument("--limit", type=int, default=64, help="problems")
-    parser.add_argument("--seed", type=int, default=7, help="of the problems")
+    parser.add_argument("--limit", type=count, default=64, help="problems")
+    parser.add_argument("--seed", type=seed, default=7, help="of the problems")
     parser.add_argument("--strategy", default="spd")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.3, 0.5, 0.9])
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--context", type=int, default=512, help="positions of a request")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="of vLLM and SGLang")
+    parser.add_argument("--thresholds", type=threshold, nargs="+", default=[0.3, 0.5, 0.9])
+    parser.add_argument("--batch-sizes", type=count, nargs="+", default=[1, 4])
+    parser.add_argument("--max-new-tokens", type=count, default=96)
+    parser.add_argument("--context", type=count, default=512, help="positions of a request")
+    parser.add_argument("--tensor-parallel", type=count, default=1, help="of vLLM and SGLang")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--repeats", type=int, default=3, help="timed, after a first time")
+    parser.add_argument("--repeats", type=count, default=3, help="timed, after a first time")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from beyond_page import tpf_at
+from command_line import count
 from paper import Results, Share, better, gap
 
 from dmax.benchmark.run import machines
@@ -161,7 +162,7 @@ model's steps, and decoding by threshold at 0.95 has {control}
 def main() -> None:
     """Measure what is missing, draw, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=200, help="problems")
+    parser.add_argument("--limit", type=count, default=200, help="problems")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     present = [c for c in CURVES if not c.model.startswith("runs/") or Path(c.model).is_dir()]

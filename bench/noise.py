@@ -5,9 +5,9 @@
     python bench/noise.py --page                    # only write the page from what is measured
     python bench/noise.py --gpu --jobs 16           # train on a GPU, 16 runs side by side
 
-Another base and its data: `--recipe RECIPE --name NAME`, of a recipe that trains it with OPUT.
+    python bench/noise.py --study noise_pretrained  # on the base that bench/pretrained.py makes
 
-The design, written before any result, stands in `noise_plan.py` and on the page.
+The designs, written before any result, stand in `noise_plan.py` and on the pages.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import side_by_side
 import torch
 from ablation_training import make_responses
+from command_line import amount, count, seed
 from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
 from noise_page import write_page
 from noise_plan import (
-    HELD_OUT,
+    BASE,
+    BUNDLED,
+    CAREFUL,
+    DESIGNS,
     LIMIT,
     LOOKED_AT,
-    RATES,
     RATIOS,
     SCHEDULE,
     SEEDS,
-    STEPS,
     THRESHOLDS,
     Run,
     Stage,
@@ -58,8 +61,6 @@ from dmax.training.data import Collator
 from dmax.training.objectives import ObjectiveModule
 from dmax.training.trainer import DMaxTrainer
 
-RECIPE = Path("recipes/tiny_ablation.yaml")
-
 
 class Study:
     """Trains and measures the stages, each kept as soon as it is known.
@@ -70,8 +71,8 @@ class Study:
         output: folder of the records.
         name: what the records are called.
         task: what is decoded.
-        limit: how many problems.
         held_out: how many examples at the end of the data are not learnt but looked at.
+        limit: how many problems are decoded.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class Study:
         output: Path,
         name: str,
         *,
-        task: str = "word_problems",
+        task: str,
+        held_out: int,
         limit: int = LIMIT,
-        held_out: int = HELD_OUT,
     ) -> None:
         self.recipe = recipe
         self.runs = runs
@@ -103,10 +104,10 @@ class Study:
         """The data as token ids, a `datasets.Dataset`."""
         return encode_data(self.recipe.data, read_data(self.recipe.data), self.base)
 
-    def run(self, stages: Sequence[Stage], *, minutes: float = float("inf")) -> None:
+    def run(self, stages: Sequence[Stage], *, minutes: float = inf) -> None:
         """Train and measure what is missing, until the time is over; a begun stage is finished."""
         end = time.monotonic() + 60 * minutes
-        self.look_at_base()
+        self.measure_base()
         for run, steps in stages:
             if self.is_measured(run, steps):
                 continue
@@ -176,8 +177,11 @@ class Study:
 
     def decode(self, run: Run, steps: int, checkpoint: Path) -> None:
         """Accuracy and TPF of a stage at all thresholds."""
+        self._sweep(Curve(run.label(steps), str(checkpoint), "spd", THRESHOLDS))
+
+    def _sweep(self, *curves: Curve) -> None:
         run_sweep(
-            [Curve(run.label(steps), str(checkpoint), "spd", THRESHOLDS)],
+            curves,
             self.task,
             self.points,
             limit=self.limit,
@@ -186,8 +190,12 @@ class Study:
             report=lambda line: print(line, flush=True),
         )
 
-    def look_at_base(self) -> None:
-        """The noise of the base at several mask ratios."""
+    def measure_base(self) -> None:
+        """What the base solves before any step, and its noise at several mask ratios."""
+        path = self.recipe.model.path or ""
+        self._sweep(
+            Curve(BASE, path, "threshold", (CAREFUL,)), Curve(BASE, path, "spd", THRESHOLDS)
+        )
         for ratio in RATIOS:
             self.look_at(base_label(ratio), None, ratio)
 
@@ -241,25 +249,30 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """The command line; what it does not say is the design's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="OPUT on the base")
-    parser.add_argument("--name", default="noise", help="of the records and of the page")
-    parser.add_argument("--task", default="word_problems", help="what is decoded")
-    parser.add_argument("--only", nargs="+", choices=NOISES, default=list(NOISES), help="noises")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
-    parser.add_argument("--limit", type=int, default=LIMIT, help="problems of a point")
-    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="examples to look at")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no stage later")
-    parser.add_argument("--runs", type=Path, default=Path("runs/noise"))
+    parser.add_argument("--study", choices=DESIGNS, default=BUNDLED, help="a page and its records")
+    parser.add_argument("--recipe", type=Path, help="OPUT on the base, in place of the design's")
+    parser.add_argument("--only", nargs="+", choices=NOISES, metavar="NOISE", help="noises")
+    parser.add_argument("--rates", nargs="+", type=amount)
+    parser.add_argument("--seeds", nargs="+", type=seed)
+    parser.add_argument("--steps", nargs="+", type=count)
+    parser.add_argument("--limit", type=count, default=LIMIT, help="problems of a point")
+    parser.add_argument("--held-out", type=count, help="examples to look at")
+    parser.add_argument("--minutes", type=amount, default=inf, help="begin no stage later")
+    parser.add_argument("--runs", type=Path, help="folder of the training runs")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--toy", action="store_true", help="one step, one problem")
     side_by_side.add_options(parser)
     options = parser.parse_args()
     side_by_side.check_options(parser, options)
+    design = DESIGNS[options.study]
+    given = vars(options)
+    for name in ("recipe", "rates", "seeds", "steps", "held_out"):
+        given[name] = given[name] or getattr(design, name)
+    options.only = options.only or design.noises
+    options.runs = options.runs or Path("runs", options.study)
     if options.toy:
         options.steps, options.seeds, options.rates = [1], [1], [8e-4]
         options.limit, options.held_out = 1, 4
@@ -276,10 +289,10 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
         replace(recipe, training=recipe.training | changes),
         options.runs,
         output,
-        options.name,
-        task=options.task,
-        limit=options.limit,
+        options.study,
+        task=DESIGNS[options.study].task,
         held_out=options.held_out,
+        limit=options.limit,
     )
 
 
@@ -304,10 +317,10 @@ def main() -> None:
     stages = list(plan(options.only, options.rates, options.seeds, options.steps))
     if not options.page:
         responses = Path(study.recipe.data.file or "")
-        if options.recipe == RECIPE and not responses.is_file():
+        if options.recipe == DESIGNS[BUNDLED].recipe and not responses.is_file():
             make_responses(responses)
         if options.jobs > 1:
-            study.look_at_base()
+            study.measure_base()
             runs = dict.fromkeys(run for run, _ in stages)
             by_run = [[stage for stage in stages if stage[0] == run] for run in runs]
             end = time.time() + 60 * options.minutes
@@ -316,7 +329,7 @@ def main() -> None:
         else:
             study.run(stages, minutes=options.minutes)
     if study.points.exists():
-        write_page(study.points, study.looks, stages)
+        write_page(study.points, study.looks, stages, DESIGNS[options.study])
 
 
 if __name__ == "__main__":

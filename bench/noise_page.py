@@ -12,7 +12,20 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from noise_kinds import KIND_NAMES, NOISES, PAIR
-from noise_plan import DESIGN, RATIOS, THRESHOLDS, Run, Stage, base_label, looked_at, stage_of
+from noise_plan import (
+    BASE,
+    BUNDLED,
+    CAREFUL,
+    PRETRAINED,
+    RATIOS,
+    THRESHOLDS,
+    Design,
+    Run,
+    Stage,
+    base_label,
+    looked_at,
+    stage_of,
+)
 from paper import Share, better, difference, gap
 
 from dmax.benchmark.run import machines
@@ -22,6 +35,8 @@ from dmax.files import read_record, write_atomically
 
 Record = dict[str, Any]
 OURS, RANDOM = PAIR
+CONTROLS = ("same-kind", "at-errors")
+BASE_PLACES = (("threshold", CAREFUL), *(("spd", threshold) for threshold in THRESHOLDS))
 RECIPE_RATIO = 0.75
 
 
@@ -76,7 +91,10 @@ class Points:
     """
 
     def __init__(self, record: Record, asked: Sequence[Stage]) -> None:
-        self._by_place = {(p["label"], p["value"]): p for p in record["points"]}
+        base = [p for p in record["points"] if p["label"] == BASE]
+        self._base = {(p["strategy"], p["value"]): p for p in base}
+        others = [p for p in record["points"] if p["label"] != BASE]
+        self._by_place = {(p["label"], p["value"]): p for p in others}
         stages = [*asked, *(stage_of(label) for label, _ in self._by_place)]
         self.rates = sorted({run.rate for run, _ in stages})
         self.steps = sorted({steps for _, steps in stages})
@@ -96,10 +114,16 @@ class Points:
     ) -> Share:
         """Several seeds together."""
         found = [self.at(noise, rate, steps, threshold, seed) for seed in seeds]
-        points = [point for point in found if point is not None]
-        names = ("correct", "total", "generated_tokens", "num_forwards")
-        correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
-        return Share(correct, total, tokens / forwards)
+        return _share([point for point in found if point is not None])
+
+    def base(self, strategy: str, threshold: float) -> Share | None:
+        """The base before any step; None if that is not measured."""
+        point = self._base.get((strategy, threshold))
+        return None if point is None else _share([point])
+
+    def has(self, noises: Sequence[str]) -> bool:
+        """Whether anything is measured of one of these kinds of noise."""
+        return any(stage_of(label)[0].noise in noises for label, _ in self._by_place)
 
     def comparisons(self, other: str, own: str = OURS) -> Iterator[Comparison]:
         """A kind of noise against another one in all settings that both are measured in."""
@@ -113,6 +137,13 @@ class Points:
                     if seeds:
                         shares = [self.pooled(noise, *place, seeds) for noise in both]
                         yield Comparison(*place, seeds, *shares)
+
+
+def _share(points: Sequence[Record]) -> Share:
+    """Points together."""
+    names = ("correct", "total", "generated_tokens", "num_forwards")
+    correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
+    return Share(correct, total, tokens / forwards)
 
 
 def scientific(rate: float) -> str:
@@ -348,7 +379,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def compared(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """Every comparison of `PAIR`."""
     head = ("rate", "steps", "threshold", "seeds", "own, sampled", "random", "difference", "")
     marks = {"holds": "**own is better**", "fails": "**random is better**", "within noise": ""}
@@ -385,18 +416,18 @@ def every_point(points: Points) -> str:
     return table(head, rows)
 
 
-def missing(points: Points) -> str:
-    """How far every run is: its last measured step count, or nothing."""
+def missing(points: Points, noises: Sequence[str]) -> str:
+    """How far every run of these kinds of noise is: its last measured step count, or nothing."""
     head = ("noise", "rate", *(f"seed {seed}" for seed in points.all_seeds))
     rows = []
-    for noise, described in NOISES.items():
+    for noise in noises:
         for rate in points.rates:
             cells = []
             for seed in points.all_seeds:
                 done = [s for s in points.steps if points.at(noise, rate, s, THRESHOLDS[-1], seed)]
                 last = f"{max(done):,} steps" if done else "not yet"
                 cells.append("all" if len(done) == len(points.steps) else last)
-            rows.append((described.title, scientific(rate), *cells))
+            rows.append((NOISES[noise].title, scientific(rate), *cells))
     return table(head, rows)
 
 
@@ -468,35 +499,107 @@ def _look(look: Record) -> tuple[str, ...]:
     )
 
 
-TEMPLATE = """# When on-policy noise matters
+def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage], design: Design) -> None:
+    """Write the page and its curves beside the records, with all stages that were asked for."""
+    record = read_record(points_file)
+    looked = read_record(looks_file)
+    points = Points(record, asked)
+    draw(points, points_file.with_suffix(".svg"))
+    parts = (
+        f"# {design.title}",
+        *map(_filled, findings(points, looked["looks"], points_file)),
+        how_measured(record, looked, points_file.stem, design),
+        f"![Accuracy over training steps for each kind of noise]({points_file.stem}.svg)",
+        f"## The design, written before any result\n\n{design.text.strip()}",
+        *sections(points, looked["looks"], design),
+    )
+    write_atomically(points_file.with_suffix(".md"), "\n\n".join(filter(None, parts)) + "\n")
 
-{sentence}
 
-{how_far}
+def _filled(text: str) -> str:
+    return textwrap.fill(text, width=100)
 
-{plausible}
 
-{cause}
+def findings(points: Points, found: Record, points_file: Path) -> Iterator[str]:
+    """What was found, each in a paragraph; empty ones have nothing to say."""
+    compared = list(points.comparisons(RANDOM))
+    yield sentence(compared, len(points.rates) * len(points.steps) * len(THRESHOLDS))
+    yield how_far(compared)
+    yield untrained(points)
+    yield plausible(found)
+    if points.has(CONTROLS):
+        yield controls(points)
+    other = points_file.with_name(f"{PRETRAINED}.json")
+    if points_file.stem == BUNDLED and other.exists():
+        yield elsewhere(Points(read_record(other), []))
 
+
+def untrained(points: Points) -> str:
+    """What the base solves before any step."""
+    careful, *soft = [points.base(*place) for place in BASE_PLACES]
+    if careful is None or None in soft:
+        return ""
+    by_spd = " and ".join(
+        f"{share} at {threshold:g}" for share, threshold in zip(soft, THRESHOLDS, strict=True)
+    )
+    return (
+        f"Before any step, the base solves {careful} by threshold {CAREFUL:g}, and by SPD {by_spd}."
+    )
+
+
+def elsewhere(points: Points) -> str:
+    """What the study of a pretrained model has found, in short."""
+    verdicts = [each.verdict for each in points.comparisons(RANDOM)]
+    won, lost = (verdicts.count(verdict) for verdict in ("holds", "fails"))
+    return (
+        f"[On a pretrained model]({PRETRAINED}.md), own tokens are better in {won} of "
+        f"{len(verdicts)} settings, and worse in {lost}."
+    )
+
+
+def how_measured(record: Record, looked: Record, name: str, design: Design) -> str:
+    """Problems, machine, time and command."""
+    decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
+    hours = (sum(looked["seconds"].values()) + decoding) / 3600
+    return MEASURED.format(
+        total=record["limit"],
+        machine=machines(record),
+        hours=hours,
+        command=design.command,
+        name=name,
+    )
+
+
+def sections(points: Points, found: Record, design: Design) -> Iterator[str]:
+    """The tables, each under its heading."""
+    if points.has(CONTROLS):
+        told = [
+            textwrap.fill(f"- {reason}", width=100, subsequent_indent="  ")
+            for reason in reasons(points, found)
+        ]
+        yield "## What came of the reasons\n\n" + "\n".join(told)
+    compared = list(points.comparisons(RANDOM))
+    yield f"## Own tokens against random tokens\n\n{comparison_table(compared)}"
+    trained = (
+        "What trained models (of one seed) say in place of the masks at once, and what one more "
+        "forward makes of it: wrong tokens mended and right ones broken, of their own tokens by "
+        "argmax, and of their samples with random tokens where those are wrong. " + design.note
+    )
+    yield LOOKS.format(
+        base_noise=base_noise(found), wrong_kinds=wrong_kinds(found), trained=_filled(trained)
+    )
+    yield along_training(found, points)
+    yield f"## Every point\n\n{every_point(points)}"
+    goes_on = f"How far each run is. `{design.command}` goes on from here."
+    yield f"## What is measured\n\n{goes_on}\n\n{missing(points, design.noises)}"
+
+
+MEASURED = """\
 {total} problems a point and seed, exact final answer, seeds pooled, intervals of 95 %. All seeds
 decode the same problems, so pooled intervals are somewhat too narrow. Machine: {machine}.
-Training and decoding took {hours:.1f} hours. `python bench/noise.py` wrote this page from
-[{name}.json]({name}.json) and [{name}_tokens.json]({name}_tokens.json).
-
-![Accuracy over training steps for each kind of noise]({name}.svg)
-
-## The design, written before any result
-
-{design}
-
-## What came of the reasons
-
-{reasons}
-
-## Own tokens against random tokens
-
-{compared}
-
+Training and decoding took {hours:.1f} hours. `{command}` wrote this page from
+[{name}.json]({name}.json) and [{name}_tokens.json]({name}_tokens.json)."""
+LOOKS = """\
 ## Where the noise differs
 
 What stands at masked positions of held-out examples when the base is trained:
@@ -507,54 +610,4 @@ At the mask ratio of the runs, by the kind of the clean token:
 
 {wrong_kinds}
 
-What trained models (of one seed) say in place of the masks at once, and what one more forward
-makes of it: wrong tokens mended and right ones broken, of their own tokens by argmax, and of their
-samples with random tokens where those are wrong. (The look after 25 steps was added when the
-accuracy after 25 steps was known.)
-
-{along_training}
-
-## Every point
-
-{every_point}
-
-## What is measured
-
-How far each run is. `python bench/noise.py` goes on from here.
-
-{missing}
-"""
-
-
-def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage]) -> None:
-    """Write the page and its curves beside the records, with all stages that were asked for."""
-    record = read_record(points_file)
-    looked = read_record(looks_file)
-    found = looked["looks"]
-    points = Points(record, asked)
-    comparisons = list(points.comparisons(RANDOM))
-    planned = len(points.rates) * len(points.steps) * len(THRESHOLDS)
-    decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
-    draw(points, points_file.with_suffix(".svg"))
-    page = TEMPLATE.format(
-        sentence=textwrap.fill(sentence(comparisons, planned), width=100),
-        how_far=textwrap.fill(how_far(comparisons), width=100),
-        plausible=textwrap.fill(plausible(found), width=100),
-        cause=textwrap.fill(controls(points), width=100),
-        hours=(sum(looked["seconds"].values()) + decoding) / 3600,
-        total=record["limit"],
-        machine=machines(record),
-        name=points_file.stem,
-        design=DESIGN.strip(),
-        reasons="\n".join(
-            textwrap.fill(f"- {reason}", width=100, subsequent_indent="  ")
-            for reason in reasons(points, found)
-        ),
-        compared=compared(comparisons),
-        base_noise=base_noise(found),
-        wrong_kinds=wrong_kinds(found),
-        along_training=along_training(found, points),
-        every_point=every_point(points),
-        missing=missing(points),
-    )
-    write_atomically(points_file.with_suffix(".md"), page)
+{trained}"""

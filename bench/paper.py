@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from ablation_training import SEEDS, VARIANTS, folder
+from command_line import count
 
 from dmax.benchmark.run import machines
 from dmax.environment import environment
@@ -671,9 +672,9 @@ A quarter of the bundled model's OPUT training each.
 def main() -> None:
     """Measure what is missing, write the page, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=500, help="problems for a decoding setting")
+    parser.add_argument("--limit", type=count, default=500, help="problems for a decoding setting")
     parser.add_argument(
-        "--retrained-limit", type=int, default=200, help="problems for a retrained model"
+        "--retrained-limit", type=count, default=200, help="problems for a retrained model"
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()

@@ -257,6 +257,7 @@ def measure_all() -> None:
         "task": TASK.name,
         "limit": LIMIT,
         "seed": measure.SEED,
+        "dtype": str(measure.DTYPE).removeprefix("torch."),
         "vocabulary": AutoConfig.from_pretrained(ORIGINAL).vocab_size,
         "stages": {name: summary(name) for name in TRAINED},
     }

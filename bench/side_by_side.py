@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from command_line import count
+
 from dmax.environment import select_device
 from dmax.errors import InputError
 from dmax.evaluation.sweep import add_points
@@ -25,13 +27,11 @@ Work = tuple[Callable[..., Iterable[Pair]], tuple[Any, ...]]
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Let a command line say where runs are trained, and how many at once."""
     parser.add_argument("--gpu", action="store_true", help="train on a GPU")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--jobs", type=count, default=1, help="runs side by side")
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End the script if these options cannot be followed here."""
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if options.gpu:  # else the Trainer would take the CPU and not say so
         try:
             select_device("cuda")

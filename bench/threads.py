@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
+from command_line import count, seed
 
 from dmax.checkpoint import load_checkpoint
 from dmax.environment import environment
@@ -88,9 +89,9 @@ def main() -> None:
     """Decode alone, then together, and print how many answers are equal."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="tiny-dmax")
-    parser.add_argument("--requests", type=int, default=20_000, help="answers to compare")
-    parser.add_argument("--threads", type=int, default=16, help="threads that submit")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--requests", type=count, default=20_000, help="answers to compare")
+    parser.add_argument("--threads", type=count, default=16, help="threads that submit")
+    parser.add_argument("--seed", type=seed, default=7)
     options = parser.parse_args()
 
     checkpoint = load_checkpoint(options.model, dtype=torch.float64, device="cpu")

@@ -14,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
+from command_line import count, seed
+
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.llm import LLM
@@ -57,9 +59,9 @@ DRAWN = (
 def main() -> None:
     """Measure what is missing, write it down, draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=500, help="problems")
-    parser.add_argument("--seed", type=int, default=7, help="of the problems")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--limit", type=count, default=500, help="problems")
+    parser.add_argument("--seed", type=seed, default=7, help="of the problems")
+    parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--dtype", default="auto", help="auto is float32 on a CPU")
     parser.add_argument("--only", nargs="*", help="labels of the curves to measure")
     parser.add_argument("--output", type=Path, default=Path("bench/results/tiny.json"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dmax.environment import weights_digest
+from dmax.environment import select_dtype, weights_digest
 from dmax.evaluation.results import ResultFiles
 from dmax.evaluation.run import evaluate
 from dmax.evaluation.sweep import Curve
@@ -21,7 +21,8 @@ from smollm.likelihood import CrossEntropy, cross_entropy
 Point = dict[str, Any]
 SEED = 7  # of the decoded problems
 BATCH_SIZE = 32
-DTYPE = "bfloat16"  # in which models decode, and the judge reads
+# In which models decode, and the judge reads: bfloat16 is emulated on a CPU that lacks it.
+DTYPE = select_dtype("auto", torch.device("cpu"))
 AUTOREGRESSIVE = "autoregressive"
 STOPPED = "stop"
 
@@ -77,7 +78,7 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE))
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
         self._model.eval()
         self.weights = weights_digest(self._model)
 

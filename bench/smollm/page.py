@@ -110,7 +110,7 @@ def ends(points: Sequence[Record]) -> list[str]:
 def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
     """The table of points, in the order of the curves, and what it was measured with."""
     machine = record["environment"]
-    yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy, bfloat16;"
+    yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy, {record['dtype']};"
     yield f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}."
     yield f"The judge gives {record['references']:.3f} nats a token to the task's own solutions,"
     yield "whose wording is drawn and not the likeliest.\n"

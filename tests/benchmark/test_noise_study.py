@@ -26,6 +26,7 @@ from dmax.tiny.tokenizer import build_tokenizer  # noqa: E402
 
 ROOT = Path(noise.__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+BUNDLED = noise_plan.DESIGNS[noise_plan.BUNDLED]
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
         for problem in problems(12, seed=3)
     ]
     responses.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = (ROOT / noise.RECIPE).read_text(encoding="utf-8")
+    text = (ROOT / BUNDLED.recipe).read_text(encoding="utf-8")
     path = tmp_path / "recipe.yaml"
     path.write_text(text.replace("runs/tiny_responses.jsonl  ", f"{responses}  "), encoding="utf-8")
     return path
@@ -57,9 +58,10 @@ def test_a_toy_study_is_measured_once_and_written_as_a_page(
     run = noise_plan.Run("random", 8e-4, 1)
     noise.main()
     points = json.loads((output / "noise.json").read_text())["points"]
-    labels = {point["label"] for point in points}
-    assert labels == {f"{kind}, rate 0.0008, 1 steps, seed 1" for kind in noise_kinds.PAIR}
-    assert len(points) == len(labels) * len(noise_plan.THRESHOLDS)
+    measured = {(point["label"], point["strategy"], point["value"]) for point in points}
+    labels = {f"{kind}, rate 0.0008, 1 steps, seed 1" for kind in noise_kinds.PAIR}
+    soft = {(label, "spd", value) for label in ("base", *labels) for value in (0.0, 0.5)}
+    assert measured == {("base", "threshold", 0.95), *soft}
     looks = json.loads((output / "noise_tokens.json").read_text())["looks"]
     assert looks.keys() == labels | {noise_plan.base_label(ratio) for ratio in noise_plan.RATIOS}
     assert looks[run.label(1)].keys() == set(noise_kinds.OF_TRAINED)
@@ -80,7 +82,9 @@ def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Path, tmp_path:
     run = noise_plan.Run("at-errors", 8e-4, 1)
 
     def weights(folder: str, stages: tuple[int, ...]) -> bytes:
-        study = noise.Study(read, tmp_path / folder, tmp_path, "noise", held_out=4)
+        study = noise.Study(
+            read, tmp_path / folder, tmp_path, "noise", task="word_problems", held_out=4
+        )
         for steps in stages:
             checkpoint = study.train(run, steps)
         assert checkpoint.name == f"checkpoint-{stages[-1]}"
@@ -92,7 +96,8 @@ def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Path, tmp_path:
 
 
 def test_comparisons_are_complete_before_the_next_steps_begin() -> None:
-    stages = list(noise_plan.plan(noise_kinds.PAIR))
+    design = BUNDLED
+    stages = list(noise_plan.plan(noise_kinds.PAIR, design.rates, design.seeds, design.steps))
     assert len(set(stages)) == len(stages) == 2 * 3 * 3 * 6
     for first, second in zip(stages[::2], stages[1::2], strict=True):
         assert {first[0].noise, second[0].noise} == set(noise_kinds.PAIR)
@@ -201,10 +206,80 @@ def test_the_controls_tell_the_number_of_wrong_tokens_from_which_they_are(
     assert told.count(" of 1 settings, worse in 0 (seed 2)") == 2
 
 
-@pytest.mark.skipif(not (RESULTS / "noise.json").is_file(), reason="nothing is measured yet")
-def test_the_committed_page_is_what_its_records_say(tmp_path: Path) -> None:
-    for name in ("noise.json", "noise_tokens.json"):
-        (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
-    stages = list(noise_plan.plan(list(noise_kinds.NOISES)))
-    noise_page.write_page(tmp_path / "noise.json", tmp_path / "noise_tokens.json", stages)
-    assert (tmp_path / "noise.md").read_text() == (RESULTS / "noise.md").read_text()
+def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
+    tmp_path: Path,
+) -> None:
+    def point(label: str, strategy: str, value: float, correct: int) -> dict[str, object]:
+        counts = {"correct": correct, "total": 200, "generated_tokens": 600, "num_forwards": 200}
+        figures = {"tokens_per_second": 100.0, "dtype": "float32"}
+        return {"label": label, "strategy": strategy, "value": value} | counts | figures
+
+    base = [point("base", "threshold", 0.95, 150), point("base", "spd", 0.0, 90)]
+    base.append(point("base", "spd", 0.5, 140))
+    solved = {"sampled": 160, "random": 100}
+    trained = [
+        point(noise_plan.Run(noise, 3e-4, 1).label(25), "spd", 0.5, correct)
+        for noise, correct in solved.items()
+    ]
+    environment = {"cpu": "a CPU", "threads": 1, "torch": "2"}
+    record = {"limit": 200, "environment": environment, "points": [*base, *trained]}
+    looks = json.loads((RESULTS / "noise_tokens.json").read_text())
+    name = noise_plan.PRETRAINED
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / f"{name}_tokens.json").write_text(json.dumps(looks))
+    design = noise_plan.DESIGNS[name]
+    stages = list(noise_plan.plan(design.noises, design.rates, design.seeds, design.steps))
+    records = (tmp_path / f"{name}.json", tmp_path / f"{name}_tokens.json")
+    noise_page.write_page(*records, stages, design)
+    page = " ".join((tmp_path / f"{name}.md").read_text().split())
+    assert page.startswith("# When on-policy noise matters on a pretrained model On-policy noise")
+    assert "matters after 25 steps at a rate of 3e-4" in page
+    assert "the 1 settings measured so far (12 are planned)" in page
+    assert "the base solves 150/200 (75.0 %) at TPF 3.00 by threshold 0.95" in page
+    assert "same kind" not in page.partition("## Where the noise differs")[0]
+    assert "What came of the reasons" not in page
+    assert "| own tokens, argmax |" not in page.partition("## What is measured")[2]
+    told = noise_page.elsewhere(noise_page.Points(record, []))
+    assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
+
+
+@pytest.mark.parametrize("name", noise_plan.DESIGNS)
+def test_the_committed_pages_are_what_their_records_say(name: str, tmp_path: Path) -> None:
+    for file in RESULTS.glob("noise*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if not (tmp_path / f"{name}.json").is_file():
+        pytest.skip("nothing is measured yet")
+    design = noise_plan.DESIGNS[name]
+    stages = list(noise_plan.plan(design.noises, design.rates, design.seeds, design.steps))
+    records = (tmp_path / f"{name}.json", tmp_path / f"{name}_tokens.json")
+    noise_page.write_page(*records, stages, design)
+    assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--rates", "-1"),
+        ("--rates", "8e-4", "nan"),
+        ("--steps", "0"),
+        ("--steps", "2.5"),
+        ("--seeds", "-1"),
+        ("--limit", "0"),
+        ("--held-out", "many"),
+        ("--minutes", "-5"),
+        ("--study", "another"),
+    ],
+)
+def test_senseless_options_are_refused_before_a_page_is_written(
+    given: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["noise.py", "--page", *places, *given])
+    with pytest.raises(SystemExit) as ended:
+        noise.main()
+    assert ended.value.code == 2
+    assert f"argument {given[0]}: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -254,7 +254,14 @@ def test_the_whole_pipeline_runs_at_toy_length_and_goes_on_where_it_stopped(
 def test_a_page_names_what_is_missing_and_how_to_measure_it() -> None:
     stages = {name: {"steps": 0, "log": []} for name in pretrained.TRAINED}
     environment = {"cpu": "a CPU", "threads": 1, "torch": "2"}
-    record = {"points": {}, "stages": stages, "limit": 2, "seed": 7, "environment": environment}
+    record = {
+        "points": {},
+        "stages": stages,
+        "limit": 2,
+        "seed": 7,
+        "dtype": "float32",
+        "environment": environment,
+    }
     record |= {"references": 0.4}
     table = "\n".join(results(record, pretrained.CURVES))
     assert table.count("not measured yet") == sum(len(curve.values) for curve in pretrained.CURVES)

@@ -66,7 +66,7 @@ def test_what_is_in_both_records_is_the_new_ones() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "0"], "argument --jobs: expected a whole number above 0, got '0'"),
         (["--gpu"], "cuda"),
     ],
 )
