@@ -63,6 +63,7 @@ short word problems. Its stages were run anew in float32, so its weights are not
 THRESHOLDS = (0.0, 0.5)
 CAREFUL = 0.95  # threshold at which a base without OPUT is decoded as it is best
 RATIOS = (0.25, 0.5, 0.75, 1.0)
+RECIPE_RATIO = 0.75  # of both recipes
 LIMIT = 200
 SEEDS = (1, 2, 3)
 LOOKED_AT = (25, 100, 400, 1200)  # steps after which the first seed's models are looked at

@@ -18,6 +18,7 @@ import noise  # noqa: E402
 import noise_kinds  # noqa: E402
 import noise_page  # noqa: E402
 import noise_plan  # noqa: E402
+import noise_points  # noqa: E402
 from paper import Share  # noqa: E402
 
 from dmax.recipe.sections import load_recipe  # noqa: E402
@@ -148,10 +149,10 @@ def test_wrong_tokens_are_counted_as_plausible_mended_and_broken() -> None:
     assert mended == {"mended": 1, "right": 1, "broken": 1}
 
 
-def compared(rate: float, own: int, random: int, steps: int = 25) -> noise_page.Comparison:
+def compared(rate: float, own: int, random: int, steps: int = 25) -> noise_points.Comparison:
     """So many problems of 200 that own and random tokens solve in a setting."""
     shares = (Share(own, 200, 6.0), Share(random, 200, 5.0))
-    return noise_page.Comparison(rate, steps, 0.5, (1,), *shares)
+    return noise_points.Comparison(rate, steps, 0.5, (1,), *shares)
 
 
 def test_the_sentence_counts_settings_and_names_the_largest_differences() -> None:
@@ -201,7 +202,7 @@ def test_the_controls_tell_the_number_of_wrong_tokens_from_which_they_are(
         }
         for noise, correct in solved.items()
     ]
-    told = noise_page.controls(noise_page.Points({"points": points}, []))
+    told = noise_page.controls(noise_points.Points({"points": points}, []))
     assert so in told
     assert told.count(" of 1 settings, worse in 0 (seed 2)") == 2
 
@@ -239,7 +240,7 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     assert "same kind" not in page.partition("## Where the noise differs")[0]
     assert "What came of the reasons" not in page
     assert "| own tokens, argmax |" not in page.partition("## What is measured")[2]
-    told = noise_page.elsewhere(noise_page.Points(record, []))
+    told = noise_page.elsewhere(noise_points.Points(record, []))
     assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
 
 
