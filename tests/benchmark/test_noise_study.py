@@ -284,3 +284,18 @@ def test_senseless_options_are_refused_before_a_page_is_written(
     assert ended.value.code == 2
     assert f"argument {given[0]}: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_not_there_yet_is_named_with_what_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ROOT / noise_plan.DESIGNS[noise_plan.PRETRAINED].recipe
+    places = ["--recipe", str(recipe), "--output", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["noise.py", "--study", noise_plan.PRETRAINED, *places])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="runs/pretrained-base is not there yet") as ended:
+        noise.main()
+    assert "run `python bench/pretrained.py convert problems ar base responses` first" in str(
+        ended.value
+    )
+    assert not list(tmp_path.iterdir())
