@@ -30,7 +30,8 @@ from several choices, so tokens that are decided together have to fit.
   the new tokens mean nothing to it. The base model starts from there. It keeps the original's
   reading: a token is predicted at the position before it (`shift: true`). Blocks have 16 tokens.
 - **Base, DMax and both controls** are the recipes `recipes/pretrained_*.yaml`. DMax and the
-  controls start from the base and learn the base's own answers.
+  controls start from the base and learn the base's own answers. Own against random tokens after
+  fewer steps, over several seeds, is [a study of its own](noise_pretrained.md).
 - **The judge** is a measure that needs no answers: the cross-entropy that the autoregressive
   original, after stage `ar`, gives to what a model wrote. Tokens that were decided together and do
   not fit cost it nats. It is not always right itself (first row), and charges for sums that it does
