@@ -44,6 +44,8 @@ from dmax.benchmark.run import machines
 from dmax.files import read_record, write_atomically
 
 CONTROLS = ("same-kind", "at-errors")
+Place = tuple[float, int]
+"""A rate and a number of steps."""
 BASE_PLACES = (("threshold", CAREFUL), *(("spd", threshold) for threshold in THRESHOLDS))
 MEASURED = """\
 {total} problems a point and seed, exact final answer, seeds pooled, intervals of 95 %. All seeds
@@ -72,7 +74,7 @@ def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage], desi
     draw(points, points_file.with_suffix(".svg"))
     parts = (
         f"# {design.title}",
-        *map(_filled, findings(points, looked["looks"], points_file)),
+        *map(_filled, findings(points, looked["looks"], points_file, design)),
         how_measured(record, looked, points_file.stem, design),
         f"![Accuracy over training steps for each kind of noise]({points_file.stem}.svg)",
         f"## The design, written before any result\n\n{design.text.strip()}",
@@ -85,11 +87,13 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, width=100)
 
 
-def findings(points: Points, found: Record, points_file: Path) -> Iterator[str]:
+def findings(points: Points, found: Record, points_file: Path, design: Design) -> Iterator[str]:
     """What was found, each in a paragraph; empty ones have nothing to say."""
     compared = list(points.comparisons(RANDOM))
     yield sentence(compared, len(points.rates) * len(points.steps) * len(THRESHOLDS))
     yield how_far(compared)
+    if design.expected:
+        yield as_expected(compared, design.expected)
     yield untrained(points)
     yield plausible(found)
     if points.has(CONTROLS):
@@ -177,14 +181,18 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
         parts.append(f"the most they gain is after {_largest(won).figures}")
     if lost:
         parts.append(f"the most they lose is after {_largest(lost).figures}")
-    claim = f"matters {_places(won)}" if won else "does not matter here"
+    claim = (
+        f"matters {_places([(each.rate, each.steps) for each in won])}"
+        if won
+        else "does not matter here"
+    )
     return f"On-policy noise {claim}: {'; '.join(parts)}."
 
 
 def how_far(comparisons: Sequence[Comparison]) -> str:
     """Where own tokens are better, by the rate times the steps, which all rates have in common."""
     won = [_distance(each) for each in comparisons if each.verdict == "holds"]
-    if not won:
+    if not won or len({each.rate for each in comparisons}) == 1:
         return ""
     first, last = min(won), max(won)
     every = [_distance(each) for each in comparisons]
@@ -198,16 +206,29 @@ def how_far(comparisons: Sequence[Comparison]) -> str:
     )
 
 
+def as_expected(comparisons: Sequence[Comparison], expected: Sequence[Place]) -> str:
+    """Whether own tokens are better where the design expected it, and nowhere else."""
+    there = [each.verdict for each in comparisons if (each.rate, each.steps) in expected]
+    others = [each.verdict for each in comparisons if (each.rate, each.steps) not in expected]
+    told = (
+        f"Own tokens were expected to lead {_places(expected)}: they do in {there.count('holds')} "
+        f"of {len(there)} settings there"
+    )
+    if others:
+        return f"{told}, and in {others.count('holds')} of {len(others)} others."
+    return f"{told}. No other setting is measured yet."
+
+
 def _distance(comparison: Comparison) -> float:
     """How far a run may have gone: its rate times its steps."""
     return float(f"{comparison.rate * comparison.steps:.6g}")  # without the last bits of a product
 
 
-def _places(comparisons: Sequence[Comparison]) -> str:
+def _places(places: Sequence[Place]) -> str:
     """The steps of every rate that is among them, as "after 25 and 50 steps at a rate of 8e-4"."""
     steps: dict[float, list[str]] = {}
-    for each in comparisons:
-        steps.setdefault(each.rate, []).append(f"{each.steps:,}")
+    for rate, number in places:
+        steps.setdefault(rate, []).append(f"{number:,}")
     return ", ".join(
         f"after {' and '.join(dict.fromkeys(numbers))} steps at a rate of {scientific(rate)}"
         for rate, numbers in steps.items()

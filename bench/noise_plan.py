@@ -93,6 +93,7 @@ class Design:
         before: the command that makes what the recipe needs.
         text: why, written before any result.
         note: what was added later.
+        expected: rates and steps at which own tokens were expected to lead, before any result.
         seeds: of data order and noise.
     """
 
@@ -107,6 +108,7 @@ class Design:
     before: str
     text: str
     note: str = ""
+    expected: tuple[tuple[float, int], ...] = ()
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -137,6 +139,7 @@ DESIGNS = {  # by the name of the page and its records
         command="python bench/noise.py --study noise_pretrained",
         before="python bench/pretrained.py convert problems ar base responses",
         text=PRETRAINED_TEXT,
+        expected=((3e-4, 25), (3e-4, 50)),
     ),
 }
 

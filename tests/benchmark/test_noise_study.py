@@ -177,6 +177,19 @@ def test_where_own_tokens_lead_is_told_by_the_rate_times_the_steps() -> None:
     assert "better in 2 of the 3 settings there." in told
     assert "Of the others, 1 have less and 1 have more." in told
     assert noise_page.how_far([*others, *later]) == ""
+    assert noise_page.how_far(leads[:1]) == "", "one rate has nothing in common with others"
+
+
+def test_what_was_expected_is_held_against_what_came() -> None:
+    found = [compared(3e-4, 150, 100), compared(3e-4, 100, 100, steps=50)]
+    found += [compared(3e-4, 100, 100, steps=100), compared(3e-5, 150, 100)]
+    told = noise_page.as_expected(found, ((3e-4, 25), (3e-4, 50)))
+    assert told == (
+        "Own tokens were expected to lead after 25 and 50 steps at a rate of 3e-4: they do in 1 of "
+        "2 settings there, and in 1 of 2 others."
+    )
+    first = noise_page.as_expected(found[:1], ((3e-4, 25), (3e-4, 50)))
+    assert first.endswith("in 1 of 1 settings there. No other setting is measured yet.")
 
 
 @pytest.mark.parametrize(
