@@ -91,6 +91,7 @@ def findings(points: Points, found: Record, points_file: Path, design: Design) -
     """What was found, each in a paragraph; empty ones have nothing to say."""
     compared = list(points.comparisons(RANDOM))
     yield sentence(compared, len(points.rates) * len(points.steps) * len(THRESHOLDS))
+    yield by_seed(points, compared)
     yield how_far(compared)
     if design.expected:
         yield as_expected(compared, design.expected)
@@ -118,12 +119,14 @@ def untrained(points: Points) -> str:
 
 def elsewhere(points: Points) -> str:
     """What the study of a pretrained model has found, in short."""
-    verdicts = [each.verdict for each in points.comparisons(RANDOM)]
+    compared = list(points.comparisons(RANDOM))
+    verdicts = [each.verdict for each in compared]
     won, lost = (verdicts.count(verdict) for verdict in ("holds", "fails"))
-    return (
+    told = (
         f"[On a pretrained model]({PRETRAINED}.md), own tokens are better in {won} of "
-        f"{len(verdicts)} settings, and worse in {lost}."
+        f"{len(verdicts)} settings, and worse in {lost}. {by_seed(points, compared)}"
     )
+    return told.strip()
 
 
 def how_measured(record: Record, looked: Record, name: str, design: Design) -> str:
@@ -187,6 +190,28 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
         else "does not matter here"
     )
     return f"On-policy noise {claim}: {'; '.join(parts)}."
+
+
+def by_seed(points: Points, comparisons: Sequence[Comparison]) -> str:
+    """In how many settings the seeds, each by itself, do not agree on who is better."""
+    several = [each for each in comparisons if len(each.seeds) > 1]
+    num_split = sum(_is_split(points, each) for each in several)
+    if not num_split:
+        return ""
+    return (
+        f"In {num_split} of the {len(several)} settings with several seeds, these do not agree on "
+        "who is better. The intervals do not cover how much one training differs from another."
+    )
+
+
+def _is_split(points: Points, comparison: Comparison) -> bool:
+    """Whether own tokens are ahead with one seed and behind with another."""
+    place = (comparison.rate, comparison.steps, comparison.threshold)
+    ahead = set()
+    for seed in comparison.seeds:
+        own, other = (points.pooled(noise, *place, (seed,)) for noise in PAIR)
+        ahead.add(own.rate > other.rate)
+    return len(ahead) > 1
 
 
 def how_far(comparisons: Sequence[Comparison]) -> str:

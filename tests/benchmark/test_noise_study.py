@@ -257,6 +257,29 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
 
 
+def test_seeds_that_do_not_agree_are_told() -> None:
+    def points(second: int) -> noise_points.Points:
+        solved = {
+            ("sampled", 1): 150,
+            ("random", 1): 100,
+            ("sampled", 2): second,
+            ("random", 2): 110,
+        }
+        counts = {"total": 200, "generated_tokens": 10, "num_forwards": 2, "value": 0.5}
+        found = [
+            {"label": noise_plan.Run(noise, 3e-4, seed).label(50), "correct": correct} | counts
+            for (noise, seed), correct in solved.items()
+        ]
+        return noise_points.Points({"points": found}, [])
+
+    def told(second: int) -> str:
+        measured = points(second)
+        return noise_page.by_seed(measured, list(measured.comparisons("random")))
+
+    assert told(105).startswith("In 1 of the 1 settings with several seeds, these do not agree")
+    assert told(115) == ""
+
+
 @pytest.mark.parametrize("name", noise_plan.DESIGNS)
 def test_the_committed_pages_are_what_their_records_say(name: str, tmp_path: Path) -> None:
     for file in RESULTS.glob("noise*.json"):
