@@ -254,7 +254,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", choices=DESIGNS, default=BUNDLED, help="a page and its records")
     parser.add_argument("--recipe", type=Path, help="OPUT on the base, in place of the design's")
-    parser.add_argument("--only", nargs="+", choices=NOISES, metavar="NOISE", help="noises")
+    parser.add_argument("--only", nargs="+", choices=NOISES, dest="noises", metavar="NOISE")
     parser.add_argument("--rates", nargs="+", type=amount)
     parser.add_argument("--seeds", nargs="+", type=seed)
     parser.add_argument("--steps", nargs="+", type=count)
@@ -270,9 +270,9 @@ def parse() -> argparse.Namespace:
     side_by_side.check_options(parser, options)
     design = DESIGNS[options.study]
     given = vars(options)
-    for name in ("recipe", "rates", "seeds", "steps", "held_out"):
-        given[name] = given[name] or getattr(design, name)
-    options.only = options.only or design.noises
+    for name in ("recipe", "noises", "rates", "seeds", "steps", "held_out"):
+        if given[name] is None:
+            given[name] = getattr(design, name)
     options.runs = options.runs or Path("runs", options.study)
     if options.toy:
         options.steps, options.seeds, options.rates = [1], [1], [8e-4]
@@ -345,7 +345,7 @@ def main() -> None:
     options = parse()
     try:
         study = study_of(options, options.output)
-        stages = list(plan(options.only, options.rates, options.seeds, options.steps))
+        stages = list(plan(options.noises, options.rates, options.seeds, options.steps))
         if not options.page:
             measure(study, stages, options)
         if study.points.exists():

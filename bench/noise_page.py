@@ -44,6 +44,7 @@ from dmax.benchmark.run import machines
 from dmax.files import read_record, write_atomically
 
 CONTROLS = ("same-kind", "at-errors")
+BETWEEN_SEEDS = "The intervals do not cover how much one training differs from another."
 Place = tuple[float, int]
 """A rate and a number of steps."""
 BASE_PLACES = (("threshold", CAREFUL), *(("spd", threshold) for threshold in THRESHOLDS))
@@ -91,7 +92,8 @@ def findings(points: Points, found: Record, points_file: Path, design: Design) -
     """What was found, each in a paragraph; empty ones have nothing to say."""
     compared = list(points.comparisons(RANDOM))
     yield sentence(compared, len(points.rates) * len(points.steps) * len(THRESHOLDS))
-    yield by_seed(points, compared)
+    if split := by_seed(points, compared):
+        yield f"{split} {BETWEEN_SEEDS}"
     yield how_far(compared)
     if design.expected:
         yield as_expected(compared, design.expected)
@@ -200,18 +202,18 @@ def by_seed(points: Points, comparisons: Sequence[Comparison]) -> str:
         return ""
     return (
         f"In {num_split} of the {len(several)} settings with several seeds, these do not agree on "
-        "who is better. The intervals do not cover how much one training differs from another."
+        "who is better."
     )
 
 
 def _is_split(points: Points, comparison: Comparison) -> bool:
     """Whether own tokens are ahead with one seed and behind with another."""
     place = (comparison.rate, comparison.steps, comparison.threshold)
-    ahead = set()
+    leads = []
     for seed in comparison.seeds:
         own, other = (points.pooled(noise, *place, (seed,)) for noise in PAIR)
-        ahead.add(own.rate > other.rate)
-    return len(ahead) > 1
+        leads.append(own.rate - other.rate)
+    return min(leads) < 0 < max(leads)
 
 
 def how_far(comparisons: Sequence[Comparison]) -> str:

@@ -97,8 +97,8 @@ def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Path, tmp_path:
 
 
 def test_comparisons_are_complete_before_the_next_steps_begin() -> None:
-    design = BUNDLED
-    stages = list(noise_plan.plan(noise_kinds.PAIR, design.rates, design.seeds, design.steps))
+    steps, rates, seeds = BUNDLED.steps, BUNDLED.rates, BUNDLED.seeds
+    stages = list(noise_plan.plan(noise_kinds.PAIR, rates, seeds, steps))
     assert len(set(stages)) == len(stages) == 2 * 3 * 3 * 6
     for first, second in zip(stages[::2], stages[1::2], strict=True):
         assert {first[0].noise, second[0].noise} == set(noise_kinds.PAIR)
@@ -278,6 +278,7 @@ def test_seeds_that_do_not_agree_are_told() -> None:
 
     assert told(105).startswith("In 1 of the 1 settings with several seeds, these do not agree")
     assert told(115) == ""
+    assert told(110) == "", "level is neither ahead nor behind"
 
 
 @pytest.mark.parametrize("name", noise_plan.DESIGNS)
