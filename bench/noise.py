@@ -74,6 +74,7 @@ class Study:
         task: what is decoded.
         held_out: how many examples at the end of the data are not learnt but looked at.
         limit: how many problems are decoded.
+        device: where models are looked at.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Study:
         task: str,
         held_out: int,
         limit: int = LIMIT,
+        device: str = "cpu",
     ) -> None:
         self.recipe = recipe
         self.runs = runs
@@ -94,11 +96,12 @@ class Study:
         self.task = get_task(task)
         self.limit = limit
         self.held_out = held_out
+        self.device = device
 
     @cached_property
     def base(self) -> Checkpoint:
         """The model that all runs start from."""
-        return _load(self.recipe.model.path or "")
+        return self._load(self.recipe.model.path or "")
 
     @cached_property
     def examples(self) -> Any:
@@ -206,8 +209,12 @@ class Study:
         record["seconds"][run.name] = read_record(checkpoint.parent / RECORD)["seconds"]
         write_atomically(self.looks, json.dumps(record, indent=1) + "\n")
 
+    def _load(self, name: str | Path) -> Checkpoint:
+        return load_checkpoint(name, dtype=torch.float32, device=self.device)
+
     def _looks(self) -> dict[str, Any]:
-        return _read(self.looks) or {"environment": environment(), "looks": {}, "seconds": {}}
+        here = {"environment": environment(self.device), "looks": {}, "seconds": {}}
+        return _read(self.looks) or here
 
     def look_at(self, label: str, checkpoint: Path | None, ratio: float | None = None) -> None:
         """What the wrong tokens of the noise are like for a model, and what it makes of them."""
@@ -215,7 +222,7 @@ class Study:
         if label in record["looks"]:
             return
         base = self.base
-        model = base.model if checkpoint is None else _load(checkpoint).model
+        model = base.model if checkpoint is None else self._load(checkpoint).model
         ids = base.special_ids
         collate = Collator(ids.block_length, ids.eos_token_ids[0], ids.block_length)
         total = len(self.examples)
@@ -234,10 +241,6 @@ class Study:
             noises=tuple(NOISES) if checkpoint is None else OF_TRAINED,
         )
         write_atomically(self.looks, json.dumps(record, indent=1) + "\n")
-
-
-def _load(name: str | Path) -> Checkpoint:
-    return load_checkpoint(name, dtype=torch.float32, device="cpu")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -294,6 +297,7 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
         task=DESIGNS[options.study].task,
         held_out=options.held_out,
         limit=options.limit,
+        device="cuda" if options.gpu else "cpu",
     )
 
 

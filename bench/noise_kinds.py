@@ -270,7 +270,7 @@ def look_at(
     Args:
         model: the one that is trained.
         judge: the base model, which says what is plausible.
-        batches: what the collator makes of held-out examples.
+        batches: what the collator makes of held-out examples, on any device.
         tokenizer: of both models.
         special_ids: of both models.
         ratio: the share of tokens that are masked.
@@ -286,8 +286,9 @@ def look_at(
     settings = asdict(special_ids) | {"loss_average": "labels"}
     drawing = Uniform.from_settings(settings | {"mask_ratio_low": ratio, "mask_ratio_high": ratio})
     found: dict[str, Counter[str]] = {noise: Counter() for noise in noises}
+    kinds = kinds.to(model.device)
     for inputs in batches:
-        clean = CleanBatch(**inputs)
+        clean = CleanBatch(**{name: value.to(model.device) for name, value in inputs.items()})
         batch, _ = drawing.masked(clean, generator)
         clean_ids = take(clean.clean_ids, noisy_positions(clean, length))
         is_masked = batch.noisy_ids == mask

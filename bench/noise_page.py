@@ -11,6 +11,7 @@ from noise_plan import (
     BUNDLED,
     CAREFUL,
     PRETRAINED,
+    PRETRAINED_GPU,
     RATIOS,
     RECIPE_RATIO,
     THRESHOLDS,
@@ -44,6 +45,10 @@ from dmax.benchmark.run import machines
 from dmax.files import read_record, write_atomically
 
 CONTROLS = ("same-kind", "at-errors")
+ELSEWHERE = {
+    PRETRAINED: "On a pretrained model",
+    PRETRAINED_GPU: "On a pretrained model that a GPU has trained",
+}
 BETWEEN_SEEDS = "The intervals do not cover how much one training differs from another."
 Place = tuple[float, int]
 """A rate and a number of steps."""
@@ -101,9 +106,11 @@ def findings(points: Points, found: Record, points_file: Path, design: Design) -
     yield plausible(found)
     if points.has(CONTROLS):
         yield controls(points)
-    other = points_file.with_name(f"{PRETRAINED}.json")
-    if points_file.stem == BUNDLED and other.exists():
-        yield elsewhere(Points(read_record(other), []))
+    if points_file.stem == BUNDLED:
+        for name, base in ELSEWHERE.items():
+            other = points_file.with_name(f"{name}.json")
+            if other.exists():
+                yield elsewhere(Points(read_record(other), []), name, base)
 
 
 def untrained(points: Points) -> str:
@@ -119,13 +126,13 @@ def untrained(points: Points) -> str:
     )
 
 
-def elsewhere(points: Points) -> str:
-    """What the study of a pretrained model has found, in short."""
+def elsewhere(points: Points, name: str, base: str) -> str:
+    """What the study of another base has found, in short."""
     compared = list(points.comparisons(RANDOM))
     verdicts = [each.verdict for each in compared]
     won, lost = (verdicts.count(verdict) for verdict in ("holds", "fails"))
     told = (
-        f"[On a pretrained model]({PRETRAINED}.md), own tokens are better in {won} of "
+        f"[{base}]({name}.md), own tokens are better in {won} of "
         f"{len(verdicts)} settings, and worse in {lost}. {by_seed(points, compared)}"
     )
     return told.strip()

@@ -60,6 +60,22 @@ short word problems. Its stages were run anew in float32, so its weights are not
   0.02. If this holds here too, they lead after 25 and 50 steps at 3e-4 (0.0075 and 0.015), and
   neither after 100 (0.03) nor at 3e-5 (0.003 after 100 steps).
 """
+PRETRAINED_GPU_TEXT = """
+The base is that of [the pretrained model on a GPU](pretrained_gpu.md), which has its whole
+vocabulary of 49,153 tokens, blocks of 32, and has learnt from 96,000 problems. So it knows its task
+far better than the base that [two cores have trained](noise_pretrained.md), and it leaves room for
+more steps and another rate.
+
+- **Noise:** the model's own tokens, sampled, and random tokens. The controls are not planned.
+- **Steps:** 25, 50, 100, 200, 400, 1,200, of one run with a constant rate. 4,032 of the base's own
+  answers are learnt, 8 a step, and 64 are looked at, so 400 steps are less than an epoch.
+- **Learning rates:** 3e-4, 3e-5 and 3e-6, near the paper's 2e-6. Three seeds.
+- **Decoding, what is compared, and what is plausible:** as on the bundled base.
+- **Known before:** on the bundled base own tokens lead where the rate times the steps is 0.0032 to
+  0.02. On the base of two cores, seeds differed more than noises after 25 and 50 steps at 3e-4.
+- **Expected:** own tokens lead where the rate times the steps is 0.0032 to 0.02: after 25 and 50
+  steps at 3e-4, 200 and 400 at 3e-5, and 1,200 at 3e-6.
+"""
 THRESHOLDS = (0.0, 0.5)
 CAREFUL = 0.95  # threshold at which a base without OPUT is decoded as it is best
 RATIOS = (0.25, 0.5, 0.75, 1.0)
@@ -114,6 +130,7 @@ class Design:
 
 BUNDLED = "noise"
 PRETRAINED = "noise_pretrained"
+PRETRAINED_GPU = "noise_pretrained_gpu"
 DESIGNS = {  # by the name of the page and its records
     BUNDLED: Design(
         recipe=Path("recipes/tiny_ablation.yaml"),
@@ -140,6 +157,19 @@ DESIGNS = {  # by the name of the page and its records
         before="python bench/pretrained.py convert problems ar base responses",
         text=PRETRAINED_TEXT,
         expected=((3e-4, 25), (3e-4, 50)),
+    ),
+    PRETRAINED_GPU: Design(
+        recipe=Path("recipes/pretrained_gpu_noise.yaml"),
+        task="short_word_problems",
+        rates=(3e-4, 3e-5, 3e-6),
+        steps=(25, 50, 100, 200, 400, 1200),
+        noises=("sampled", "random"),
+        held_out=64,
+        title="When on-policy noise matters on a pretrained model, on a GPU",
+        command="python bench/noise.py --study noise_pretrained_gpu --gpu",
+        before="python bench/pretrained.py --gpu convert problems ar base responses",
+        text=PRETRAINED_GPU_TEXT,
+        expected=((3e-4, 25), (3e-4, 50), (3e-5, 200), (3e-5, 400), (3e-6, 1200)),
     ),
 }
 

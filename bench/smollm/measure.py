@@ -10,21 +10,24 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dmax.environment import select_dtype, weights_digest
+from dmax.environment import select_device, select_dtype, weights_digest
 from dmax.evaluation.results import ResultFiles
 from dmax.evaluation.run import evaluate
 from dmax.evaluation.sweep import Curve
 from dmax.llm import LLM
 from dmax.tasks import Task
 from smollm.likelihood import CrossEntropy, cross_entropy
+from smollm.size import Size
 
 Point = dict[str, Any]
 SEED = 7  # of the decoded problems
-BATCH_SIZE = 32
-# In which models decode, and the judge reads: bfloat16 is emulated on a CPU that lacks it.
-DTYPE = select_dtype("auto", torch.device("cpu"))
 AUTOREGRESSIVE = "autoregressive"
 STOPPED = "stop"
+
+
+def dtype() -> torch.dtype:
+    """In which models decode, and the judge reads: what the hardware computes in."""
+    return select_dtype("auto", select_device())
 
 
 def slug(curve: Curve, value: float) -> str:
@@ -33,24 +36,24 @@ def slug(curve: Curve, value: float) -> str:
     return name if curve.strategy == AUTOREGRESSIVE else f"{name}-{value:g}"
 
 
-def decode(curve: Curve, value: float, task: Task, folder: Path, limit: int) -> Point:
-    """One model at one threshold, from the files in `folder` if they are of the same weights.
+def decode(size: Size, curve: Curve, value: float, task: Task) -> Point:
+    """One model at one threshold, from the files of earlier if they are of the same weights.
 
     An interrupted evaluation goes on where it stopped.
     """
-    path = folder / f"{slug(curve, value)}.json"
-    llm = open_model(curve)
+    path = size.evaluations / f"{slug(curve, value)}.json"
+    llm = open_model(curve, size.batch_size)
     if path.exists():
         held: Point = json.loads(path.read_text())
-        if held["weights"] == weights_digest(llm.model) and held["limit"] == limit:
+        if held["weights"] == weights_digest(llm.model) and held["limit"] == size.limit:
             return held
-    folder.mkdir(parents=True, exist_ok=True)
+    size.evaluations.mkdir(parents=True, exist_ok=True)
     files = ResultFiles(path, overwrite=True)
     summary, samples = evaluate(
         llm,
         task,
         curve.params(value, task.max_new_tokens),
-        limit=limit,
+        limit=size.limit,
         seed=SEED,
         model_name=curve.model,
         journal=files,
@@ -59,11 +62,11 @@ def decode(curve: Curve, value: float, task: Task, folder: Path, limit: int) -> 
     return dict(json.loads(path.read_text()))
 
 
-def open_model(curve: Curve) -> LLM:
+def open_model(curve: Curve, batch_size: int) -> LLM:
     """A model as its curve decodes it: an autoregressive one in blocks of one token."""
     if curve.strategy == AUTOREGRESSIVE:
-        return LLM(curve.model, DTYPE, block_length=1, shift=True, max_batch_size=BATCH_SIZE)
-    return LLM(curve.model, DTYPE, max_batch_size=BATCH_SIZE)
+        return LLM(curve.model, dtype(), block_length=1, shift=True, max_batch_size=batch_size)
+    return LLM(curve.model, dtype(), max_batch_size=batch_size)
 
 
 class Judge:
@@ -78,8 +81,8 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
-        self._model.eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
+        self._model = model.eval().to(select_device())
         self.weights = weights_digest(self._model)
 
     def evaluation(self, path: Path) -> CrossEntropy:

@@ -7,40 +7,61 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmax.benchmark.run import hardware
 from dmax.evaluation.sweep import Curve
 from dmax.files import write_atomically
 from smollm.measure import AUTOREGRESSIVE, slug
+from smollm.size import CPU, GPU, Size
 
 Record = Mapping[str, Any]
-INTRODUCTION = """\
+TASK = """\
+The task is `short_word_problems`: two steps with numbers up to 20, each worked out in a sentence.
+The second step needs the first one's result, and every sentence is put together from several
+choices, so tokens that are decided together have to fit."""
+INTRODUCTIONS = {
+    CPU.name: """\
 # A real pretrained model
 
 SmolLM2-135M-Instruct (Llama architecture, 30 layers, Apache-2.0) is a language model that was
 trained on two trillion tokens of text. Here it becomes a block-diffusion model, and then DMax, on
-one thread of a CPU. The task is `short_word_problems`: two steps with numbers up to 20, each worked
-out in a sentence. The second step needs the first one's result, and every sentence is put together
-from several choices, so tokens that are decided together have to fit.
+one thread of a CPU. {task} [On a GPU](pretrained_gpu.md) it keeps its whole vocabulary, and learns
+from many more tokens.""",
+    GPU.name: """\
+# A real pretrained model, on a GPU
 
-{headline}
-
+SmolLM2-135M-Instruct as it was published becomes a block-diffusion model, and then DMax. {task}
+This is [what two cores have done](pretrained.md), with the whole vocabulary, blocks of 32 and
+more tokens.""",
+}
+STARTS = {
+    CPU.name: """\
 - **The whole network is trained**, all 30 layers. Only its vocabulary is cut, from 49,152 tokens
   to the {vocabulary} that the task needs, and every number is one token, whose row starts as a mix
   of the rows of its digits.
 - **The original learns the task first** (stage `ar`), as the autoregressive model that it is, since
-  the new tokens mean nothing to it. The base model starts from there. It keeps the original's
-  reading: a token is predicted at the position before it (`shift: true`). Blocks have 16 tokens.
-- **Base, DMax and both controls** are the recipes `recipes/pretrained_*.yaml`. DMax and the
-  controls start from the base and learn the base's own answers. Own against random tokens after
-  fewer steps, over several seeds, is [a study of its own](noise_pretrained.md).
+  the new tokens mean nothing to it.""",
+    GPU.name: """\
+- **The whole network is trained**, with all {vocabulary} tokens, the mask token among them. Numbers
+  are written digit by digit, as the original writes them.
+- **The original learns the task first** (stage `ar`), as the autoregressive model that it is.""",
+}
+METHOD = """\
+  The base model starts from there. It keeps the original's reading: a token is predicted at the
+  position before it (`shift: true`). Blocks have {block_length} tokens.
+- **Base, DMax and both controls** are the recipes `recipes/pretrained_*.yaml`{changes}. DMax and
+  the controls start from the base and learn the base's own answers. Own against random tokens after
+  fewer steps, over several seeds, is [a study of its own]({study}.md).
 - **The judge** is a measure that needs no answers: the cross-entropy that the autoregressive
   original, after stage `ar`, gives to what a model wrote. Tokens that were decided together and do
   not fit cost it nats. It is not always right itself (first row), and charges for sums that it does
   not believe, so only large differences mean something.
 
-`make pretrained` (`python bench/pretrained.py`) makes all of it, goes on where it stopped, and
-writes this page.
-"""
-FAILED = """\
+`{command}` makes all of it, goes on where it stopped, and writes this page."""
+CHANGES = {CPU.name: "", GPU.name: " with the changes of `bench/smollm/size.py`"}
+STUDIES = {CPU.name: "noise_pretrained", GPU.name: "noise_pretrained_gpu"}
+COMMANDS = {CPU.name: "python bench/pretrained.py", GPU.name: "python bench/pretrained.py --gpu"}
+FAILED = {
+    CPU.name: """\
 ## What failed
 
 - **SPD without OPUT does not collapse** on this base, as it does in the paper and on the bundled
@@ -56,33 +77,43 @@ FAILED = """\
 - **Two or three steps, in batches of 16.** After 640 problems in stage `ar` the original still gave
   0.81 nats to a number of 24 held-out solutions. With two steps and batches of 8 it was 0.54 after
   as many problems (of 32 solutions).
-"""
-GPU = """\
-## With a GPU
-
-The same with the whole vocabulary, blocks of 32 and more tokens, from the hub's weights; then
-`dmax distill` and `recipes/pretrained_oput.yaml` with its paths. **This has never been run.**
-
-```sh
-dmax convert HuggingFaceTB/SmolLM2-135M-Instruct -o runs/smollm2 --shift --block-length 32
-dmax train recipes/pretrained_gpu.yaml
-```
-"""
+""",
+    GPU.name: "",
+}
 NOT_YET = "not measured yet"
 
 
-def write_page(record: Record, curves: Sequence[Curve], path: Path) -> None:
+def write_page(size: Size, record: Record, curves: Sequence[Curve], path: Path) -> None:
     """Write the page of a record; points that are missing are named."""
     parts = [
-        INTRODUCTION.format(vocabulary=record["vocabulary"], headline=headline(record, curves)),
-        "## Results\n\n" + "\n".join(results(record, curves)),
+        filled(INTRODUCTIONS[size.name].format(task=TASK)),
+        headline(record, curves),
+        method(size, record),
+        "## Results\n\n" + "\n".join(results(size, record, curves)),
         f"![Accuracy against TPF]({path.stem}.svg)" if record["points"] else "",
         "## Stages\n\n" + "\n".join(stages(record)),
         "## Learning curves\n\n" + "\n".join(learning(record)),
-        FAILED,
-        GPU,
+        FAILED[size.name],
     ]
-    write_atomically(path, "\n\n".join(part.strip() for part in parts) + "\n")
+    write_atomically(path, "\n\n".join(filter(None, map(str.strip, parts))) + "\n")
+
+
+def filled(text: str) -> str:
+    """Paragraphs of at most 100 columns."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(textwrap.fill(each, 100, break_on_hyphens=False) for each in paragraphs)
+
+
+def method(size: Size, record: Record) -> str:
+    """How the models were made, and the judge."""
+    start = STARTS[size.name].format(vocabulary=f"{record['vocabulary']:,}")
+    rest = METHOD.format(
+        block_length=size.block_length,
+        changes=CHANGES[size.name],
+        study=STUDIES[size.name],
+        command=COMMANDS[size.name],
+    )
+    return f"{start}\n{rest}"
 
 
 def headline(record: Record, curves: Sequence[Curve]) -> str:
@@ -108,11 +139,11 @@ def ends(points: Sequence[Record]) -> list[str]:
     return [f"{point['correct']}/{point['total']} at TPF {point['tpf']:.2f}" for point in chosen]
 
 
-def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
+def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str]:
     """The table of points, in the order of the curves, and what it was measured with."""
     machine = record["environment"]
-    yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy, {record['dtype']};"
-    yield f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}."
+    computed = f"{hardware(machine)}, torch {machine['torch']}, {record['dtype']}"
+    yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy; {computed}."
     yield f"The judge gives {record['references']:.3f} nats a token to the task's own solutions,"
     yield "whose wording is drawn and not the likeliest.\n"
     yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
@@ -122,13 +153,13 @@ def results(record: Record, curves: Sequence[Curve]) -> Iterator[str]:
             name = f"| {curve.label} | {'–' if curve.strategy == AUTOREGRESSIVE else value} "
             yield name + figures(record["points"].get(slug(curve, value)))
     missing = [
-        Path(curve.model).name.removeprefix("pretrained-")
+        Path(curve.model).name.removeprefix(f"{size.name}-")
         for curve in curves
         if any(slug(curve, value) not in record["points"] for value in curve.values)
     ]
     if missing:
-        command = " ".join(dict.fromkeys(missing))
-        yield f"\nWhat is missing is measured by `python bench/pretrained.py {command} measure`."
+        names = " ".join(dict.fromkeys(missing))
+        yield f"\nWhat is missing is measured by `{COMMANDS[size.name]} {names} measure`."
 
 
 def figures(point: Record | None) -> str:

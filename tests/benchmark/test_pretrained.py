@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pretrained
@@ -17,6 +18,7 @@ import torch
 from smollm import measure
 from smollm.likelihood import cross_entropy
 from smollm.page import results
+from smollm.size import CPU, GPU, Size
 from smollm.vocabulary import Cut, cut_model, cut_vocabulary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dmax.distill.model import ModelAnswerer
 from dmax.distill.responses import Answers, Prompts, Response
 from dmax.errors import InputError
-from dmax.recipe.sections import load_recipe
 from dmax.tasks.word_problems import ShortWordProblems
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -179,15 +180,15 @@ def test_an_answer_that_ends_by_itself_ends_with_eos(cut: Cut) -> None:
     [(0.5, [2.0, 1.0], True), (0.49, [2.0, 1.0], False), (0.9, [1.0, 1.1], False)],
 )
 def test_a_base_that_solves_too_little_is_not_built_on(
-    solved: float, losses: list[float], builds: bool, monkeypatch: pytest.MonkeyPatch
+    solved: float, losses: list[float], builds: bool
 ) -> None:
-    monkeypatch.setattr(pretrained, "history", lambda _: [{"eval_loss": each} for each in losses])
+    log = [{"eval_loss": each} for each in losses]
     point = {"correct": int(100 * solved), "total": 100, "accuracy": solved}
     if builds:
-        pretrained.check_base(point)
+        pretrained.check_base(point, log, CPU.enough)
     else:
         with pytest.raises(InputError, match="nothing to build on"):
-            pretrained.check_base(point)
+            pretrained.check_base(point, log, CPU.enough)
 
 
 class Ending(ModelAnswerer):
@@ -198,7 +199,34 @@ class Ending(ModelAnswerer):
             yield [(index, Response("#### 7", 2, is_finished=True)) for index, _ in group]
 
 
+SHORT = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "eval_steps": 1,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "warmup_steps": 0,
+}
+
+
+def toy(size: Size) -> Size:
+    """A size that trains for two steps, whatever machine it is for."""
+    return replace(
+        size,
+        num_problems=40,
+        num_held_out=4,
+        num_responses=6,
+        enough=0.0,
+        limit=2,
+        causal=SHORT,
+        training={name: SHORT for name in ("base", "oput", "masks", "random")},
+        use_cpu=True,
+    )
+
+
+@pytest.mark.parametrize("size", [CPU, GPU], ids=lambda size: size.name)
 def test_the_whole_pipeline_runs_at_toy_length_and_goes_on_where_it_stopped(
+    size: Size,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -206,52 +234,76 @@ def test_the_whole_pipeline_runs_at_toy_length_and_goes_on_where_it_stopped(
 ) -> None:
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
-    short = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_steps": 1, "save_steps": 2}
-    short |= {"logging_steps": 1, "warmup_steps": 0}
     monkeypatch.setattr(
-        pretrained.original, "load_original", lambda: (tiny_llama(len(tokenizer)), tokenizer)
+        pretrained.original,
+        "load_original",
+        lambda: (tiny_llama(len(tokenizer)), copy.deepcopy(tokenizer)),
     )
-    monkeypatch.setattr(pretrained, "load_recipe", partial(load_recipe, overrides=short))
-    monkeypatch.setattr(pretrained, "CAUSAL", pretrained.CAUSAL | short)
-    monkeypatch.setattr(pretrained, "NUM_PROBLEMS", 40)
-    monkeypatch.setattr(pretrained, "NUM_HELD_OUT", 4)
-    monkeypatch.setattr(pretrained, "NUM_RESPONSES", 6)
-    monkeypatch.setattr(pretrained, "ENOUGH", 0.0)
-    monkeypatch.setattr(pretrained, "LIMIT", 2)
-    monkeypatch.setattr(pretrained, "RECORD", tmp_path / "pretrained.json")
+    monkeypatch.setattr(pretrained, "RESULTS", tmp_path)
     # A model that knows nothing never ends an answer, and then there is nothing to learn from.
     monkeypatch.setattr(pretrained, "ModelAnswerer", Ending)
-    monkeypatch.setattr(sys, "argv", ["bench/pretrained.py"])
+    small = toy(size)
+    every = [*pretrained.STAGES, "measure"]
 
-    pretrained.main()
+    pretrained.run(small, every)
 
-    record = json.loads((tmp_path / "pretrained.json").read_text())
+    record = json.loads((tmp_path / f"{size.name}.json").read_text())
     assert all(stage["is_done"] for stage in record["stages"].values())
     assert all(stage["steps"] == 2 for stage in record["stages"].values())
-    for curve in pretrained.CURVES:
+    assert (record["vocabulary"] < len(tokenizer)) == size.cuts_vocabulary
+    for curve in pretrained.curves(small):
         for value in curve.values:
             point = record["points"][measure.slug(curve, value)]
             assert point["total"] == 2
             assert 0 < point["cross_entropy"] < 20
-    page = (tmp_path / "pretrained.md").read_text()
+    page = (tmp_path / f"{size.name}.md").read_text()
     assert "not measured yet" not in page
     assert page.count("/2 |") == len(record["points"])
+    settings = json.loads(Path(f"runs/{size.name}-oput/config.json").read_text())
+    assert settings["block_length"] == size.block_length
+    assert settings["shift"] is True
 
-    weights = Path("runs/pretrained-oput/model.safetensors")
+    weights = Path(f"runs/{size.name}-oput/model.safetensors")
     before = weights.stat().st_mtime_ns
     capsys.readouterr()
-    pretrained.main()
+    pretrained.run(small, every)
     assert weights.stat().st_mtime_ns == before
     assert ":" not in capsys.readouterr().out  # no stage and no point was made again
 
-    learnt = Path("runs/pretrained-ar/model.safetensors").read_bytes()
-    shutil.rmtree("runs/pretrained-ar")  # as if it had stopped behind its last checkpoint
-    monkeypatch.setattr(sys, "argv", ["bench/pretrained.py", "ar"])
-    pretrained.main()
-    assert Path("runs/pretrained-ar/model.safetensors").read_bytes() == learnt
+    folder = f"runs/{size.name}-ar"
+    learnt = Path(folder, "model.safetensors").read_bytes()
+    shutil.rmtree(folder)  # as if it had stopped behind its last checkpoint
+    pretrained.run(small, ["ar"])
+    assert Path(folder, "model.safetensors").read_bytes() == learnt
 
 
-def test_a_page_names_what_is_missing_and_how_to_measure_it() -> None:
+def test_the_command_line_names_a_size_and_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(pretrained, "run", lambda size, stages: asked.append((size, stages)))
+    monkeypatch.setattr(pretrained.side_by_side, "check_options", lambda *_: None)
+    for arguments in (["base", "measure"], ["--gpu"]):
+        monkeypatch.setattr(sys, "argv", ["bench/pretrained.py", *arguments])
+        pretrained.main()
+    assert asked == [(CPU, ["base", "measure"]), (GPU, [*pretrained.STAGES, "measure"])]
+
+
+@pytest.mark.parametrize("size", [CPU, GPU], ids=lambda size: size.name)
+def test_recipes_read_and_write_what_belongs_to_their_size(size: Size) -> None:
+    base = size.recipe("base")
+    assert base.output_dir == Path(f"runs/{size.name}-base")
+    assert base.model.path == f"runs/{size.name}-ar"
+    assert base.model.block_length == size.block_length
+    assert base.data.file == f"runs/{size.name}_problems.jsonl"
+    assert base.data.eval_file == f"runs/{size.name}_held_out.jsonl"
+    assert base.training["use_cpu"] is size.use_cpu
+    oput = size.recipe("oput")
+    assert oput.model.path == f"runs/{size.name}-base"
+    assert oput.model.block_length is None
+    assert oput.data.file == f"runs/{size.name}_responses.jsonl"
+
+
+@pytest.mark.parametrize("size", [CPU, GPU], ids=lambda size: size.name)
+def test_a_page_names_what_is_missing_and_how_to_measure_it(size: Size) -> None:
     stages = {name: {"steps": 0, "log": []} for name in pretrained.TRAINED}
     environment = {"cpu": "a CPU", "threads": 1, "torch": "2"}
     record = {
@@ -263,6 +315,8 @@ def test_a_page_names_what_is_missing_and_how_to_measure_it() -> None:
         "environment": environment,
     }
     record |= {"references": 0.4}
-    table = "\n".join(results(record, pretrained.CURVES))
-    assert table.count("not measured yet") == sum(len(curve.values) for curve in pretrained.CURVES)
-    assert "`python bench/pretrained.py ar ar-longer base oput masks random measure`" in table
+    curves = pretrained.curves(size)
+    table = "\n".join(results(size, record, curves))
+    assert table.count("not measured yet") == sum(len(curve.values) for curve in curves)
+    command = "python bench/pretrained.py" if size is CPU else "python bench/pretrained.py --gpu"
+    assert f"`{command} ar ar-longer base oput masks random measure`" in table
