@@ -140,7 +140,8 @@ def elsewhere(points: Points, name: str, base: str) -> str:
 
 def how_measured(record: Record, looked: Record, name: str, design: Design) -> str:
     """Problems, machine, time and command."""
-    decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in record["points"])
+    timed = [p for p in record["points"] if p["tokens_per_second"]]  # not where nothing was written
+    decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in timed)
     hours = (sum(looked["seconds"].values()) + decoding) / 3600
     return MEASURED.format(
         total=record["limit"],

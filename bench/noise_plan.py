@@ -62,9 +62,9 @@ short word problems. Its stages were run anew in float32, so its weights are not
 """
 PRETRAINED_GPU_TEXT = """
 The base is that of [the pretrained model on a GPU](pretrained_gpu.md), which has its whole
-vocabulary of 49,153 tokens, blocks of 32, and has learnt from 96,000 problems. So it knows its task
-far better than the base that [two cores have trained](noise_pretrained.md), and it leaves room for
-more steps and another rate.
+vocabulary of 49,153 tokens, blocks of 32, and has learnt from 32,000 problems, twice. It should
+know its task far better than the base that [two cores have trained](noise_pretrained.md). There is
+room for more steps and another rate.
 
 - **Noise:** the model's own tokens, sampled, and random tokens. The controls are not planned.
 - **Steps:** 25, 50, 100, 200, 400, 1,200, of one run with a constant rate. 4,032 of the base's own

@@ -40,7 +40,6 @@ from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve
 from dmax.files import read_record, write_atomically
-from dmax.llm import LLM
 from dmax.models.backbone import add_mask_token
 from dmax.params import DecodingParams
 from dmax.recipe.folder import TRAINER_STATE
@@ -148,10 +147,10 @@ def responses(size: Size) -> None:
     """
     label, threshold = CAREFUL
     careful = next(curve for curve in curves(size) if curve.label == label)
-    point = measure.decode(size, careful, threshold, TASK())
+    llm = measure.open_model(size, careful)
+    point = measure.decode(size, careful, threshold, TASK(), llm)
     check_base(point, history(size.folder("base")), size.enough)
     params = DecodingParams("threshold", threshold, max_new_tokens=TASK.max_new_tokens)
-    llm = LLM(str(size.folder("base")), measure.dtype(), max_batch_size=64)
     questions = [problem.question for problem in drawn(size.num_responses, seed=3)]
     print(distill(ModelAnswerer(llm, params), questions, ResponseFiles(size.responses)))
 
@@ -291,9 +290,12 @@ def measure_all(size: Size) -> None:
         record |= {"judge": judge.weights, "references": said, "points": {}}
     points = record["points"]
     for curve in curves(size):
-        for value in curve.values if (Path(curve.model) / "config.json").is_file() else ():
+        if not (Path(curve.model) / "config.json").is_file():
+            continue
+        llm = measure.open_model(size, curve)
+        for value in curve.values:
             name = measure.slug(curve, value)
-            point = measure.decode(size, curve, value, TASK())
+            point = measure.decode(size, curve, value, TASK(), llm)
             if points.get(name, {}).get("weights") != point["weights"]:
                 points[name] = {key: point[key] for key in KEPT}
                 points[name] |= {"label": curve.label, "strategy": curve.strategy, "value": value}

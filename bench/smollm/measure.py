@@ -36,13 +36,19 @@ def slug(curve: Curve, value: float) -> str:
     return name if curve.strategy == AUTOREGRESSIVE else f"{name}-{value:g}"
 
 
-def decode(size: Size, curve: Curve, value: float, task: Task) -> Point:
-    """One model at one threshold, from the files of earlier if they are of the same weights.
+def decode(size: Size, curve: Curve, value: float, task: Task, llm: LLM) -> Point:
+    """One point of a curve, from the files of earlier if they are of the same weights.
 
     An interrupted evaluation goes on where it stopped.
+
+    Args:
+        size: where files lie, and how many problems.
+        curve: a model, and how it is decoded.
+        value: of its threshold.
+        task: what is decoded.
+        llm: what `open_model` gives for the curve.
     """
     path = size.evaluations / f"{slug(curve, value)}.json"
-    llm = open_model(curve, size.batch_size)
     if path.exists():
         held: Point = json.loads(path.read_text())
         if held["weights"] == weights_digest(llm.model) and held["limit"] == size.limit:
@@ -62,11 +68,11 @@ def decode(size: Size, curve: Curve, value: float, task: Task) -> Point:
     return dict(json.loads(path.read_text()))
 
 
-def open_model(curve: Curve, batch_size: int) -> LLM:
+def open_model(size: Size, curve: Curve) -> LLM:
     """A model as its curve decodes it: an autoregressive one in blocks of one token."""
     if curve.strategy == AUTOREGRESSIVE:
-        return LLM(curve.model, dtype(), block_length=1, shift=True, max_batch_size=batch_size)
-    return LLM(curve.model, dtype(), max_batch_size=batch_size)
+        return LLM(curve.model, dtype(), block_length=1, shift=True, max_batch_size=size.batch_size)
+    return LLM(curve.model, dtype(), max_batch_size=size.batch_size)
 
 
 class Judge:

@@ -138,7 +138,7 @@ GPU = Size(
     use_cpu=False,
     cuts_vocabulary=False,
     block_length=32,
-    num_problems=48_000,
+    num_problems=32_000,
     num_responses=4_096,
     limit=500,
     batch_size=64,
@@ -150,12 +150,12 @@ GPU = Size(
     },
     training={
         "base": {
-            "max_steps": 1500,  # two epochs of the problems
+            "max_steps": 1000,  # two epochs of the problems
             "per_device_train_batch_size": 64,
             "warmup_steps": 50,
             "logging_steps": 25,
             "eval_steps": 250,
-            "save_steps": 750,
+            "save_steps": 500,
         },
         "oput": _TWO_EPOCHS,
         "masks": _TWO_EPOCHS,

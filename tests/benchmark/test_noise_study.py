@@ -253,7 +253,8 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     assert "same kind" not in page.partition("## Where the noise differs")[0]
     assert "What came of the reasons" not in page
     assert "| own tokens, argmax |" not in page.partition("## What is measured")[2]
-    told = noise_page.elsewhere(noise_points.Points(record, []))
+    told = noise_page.elsewhere(noise_points.Points(record, []), name, "On a pretrained model")
+    assert told.startswith(f"[On a pretrained model]({name}.md), own tokens")
     assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
 
 
