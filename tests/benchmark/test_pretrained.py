@@ -219,7 +219,7 @@ def toy(size: Size) -> Size:
         enough=0.0,
         limit=2,
         causal=SHORT,
-        training={name: SHORT for name in ("base", "oput", "masks", "random")},
+        training=dict.fromkeys(("base", "oput", "masks", "random"), SHORT),
         use_cpu=True,
     )
 
