@@ -128,13 +128,14 @@ def test_what_stands_after_a_row_is_never_read(request: pytest.FixtureRequest) -
 
 @pytest.mark.parametrize("processors", [1, 4, 12])  # one share, two, up to four of six
 def test_keys_may_go_in_any_number_of_shares(
-    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, processors: int
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, processors: int
 ) -> None:
-    from dmax.kernels import block_attention_triton
-
     made = model()
     rows = [(0, 0, 0), (2, 304, 304)]
-    expected, _ = run(made, rows, torch.device("cpu"))
+    expected, _ = run(made, rows, torch.device("cpu"))  # before kernels take the CPU's tensors, too
+    kernels = request.getfixturevalue("kernels")
+    from dmax.kernels import block_attention_triton
+
     monkeypatch.setattr(block_attention_triton, "multiprocessors", lambda _: processors)
     monkeypatch.setattr(block_attention_triton, "SHARES", 2)  # merged at a time
     actual, _ = run(made, rows, kernels)
