@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from noise_kinds import PAIR
@@ -260,14 +260,20 @@ def _distance(comparison: Comparison) -> float:
 
 
 def _places(places: Sequence[Place]) -> str:
-    """The steps of every rate that is among them, as "after 25 and 50 steps at a rate of 8e-4"."""
+    """The steps of each rate among them, as "after 25, 50 and 100 steps at a rate of 8e-4"."""
     steps: dict[float, list[str]] = {}
     for rate, number in places:
         steps.setdefault(rate, []).append(f"{number:,}")
     return ", ".join(
-        f"after {' and '.join(dict.fromkeys(numbers))} steps at a rate of {scientific(rate)}"
+        f"after {_listed(dict.fromkeys(numbers))} steps at a rate of {scientific(rate)}"
         for rate, numbers in steps.items()
     )
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Words as "one, two and three"."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def plausible(found: Record) -> str:
