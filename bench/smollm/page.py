@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +19,63 @@ TASK = """\
 The task is `short_word_problems`: two steps with numbers up to 20, each worked out in a sentence.
 The second step needs the first one's result, and every sentence is put together from several
 choices, so tokens that are decided together have to fit."""
-INTRODUCTIONS = {
-    CPU.name: """\
-# A real pretrained model
-
-SmolLM2-135M-Instruct (Llama architecture, 30 layers, Apache-2.0) is a language model that was
-trained on two trillion tokens of text. Here it becomes a block-diffusion model, and then DMax, on
-one thread of a CPU. {task} [On a GPU](pretrained_gpu.md) it keeps its whole vocabulary, and learns
-from many more tokens.""",
-    GPU.name: """\
-# A real pretrained model, on a GPU
-
-SmolLM2-135M-Instruct as it was published becomes a block-diffusion model, and then DMax. {task}
-This is [what two cores have done](pretrained.md), with the whole vocabulary, blocks of 32 and
-more tokens.""",
-}
-STARTS = {
-    CPU.name: """\
-- **The whole network is trained**, all 30 layers. Only its vocabulary is cut, from 49,152 tokens
-  to the {vocabulary} that the task needs, and every number is one token, whose row starts as a mix
-  of the rows of its digits.
-- **The original learns the task first** (stage `ar`), as the autoregressive model that it is, since
-  the new tokens mean nothing to it.""",
-    GPU.name: """\
-- **The whole network is trained**, with all {vocabulary} tokens, the mask token among them. Numbers
-  are written digit by digit, as the original writes them.
-- **The original learns the task first** (stage `ar`), as the autoregressive model that it is.""",
-}
 METHOD = """\
   The base model starts from there. It keeps the original's reading: a token is predicted at the
   position before it (`shift: true`). Blocks have {block_length} tokens.
 - **Base, DMax and both controls** are the recipes `recipes/pretrained_*.yaml`{changes}. DMax and
   the controls start from the base and learn the base's own answers. Own against random tokens after
-  fewer steps, over several seeds, is [a study of its own]({study}.md).
+  fewer steps, over several seeds, is {study}.
 - **The judge** is a measure that needs no answers: the cross-entropy that the autoregressive
   original, after stage `ar`, gives to what a model wrote. Tokens that were decided together and do
   not fit cost it nats. It is not always right itself (first row), and charges for sums that it does
   not believe, so only large differences mean something.
 
 `{command}` makes all of it, goes on where it stopped, and writes this page."""
-CHANGES = {CPU.name: "", GPU.name: " with the changes of `bench/smollm/size.py`"}
-STUDIES = {CPU.name: "noise_pretrained", GPU.name: "noise_pretrained_gpu"}
-COMMANDS = {CPU.name: "python bench/pretrained.py", GPU.name: "python bench/pretrained.py --gpu"}
-FAILED = {
-    CPU.name: """\
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the page of a size says that the other one does not.
+
+    Attributes:
+        introduction: its title, and what becomes of the original.
+        start: what is trained, and from where.
+        changes: to the recipes.
+        study: where own and random tokens are compared.
+        command: that makes everything.
+        failed: its last section.
+    """
+
+    introduction: str
+    start: str
+    changes: str
+    study: str
+    command: str
+    failed: str = ""
+
+
+WORDS = {
+    CPU.name: Words(
+        introduction=f"""\
+# A real pretrained model
+
+SmolLM2-135M-Instruct (Llama architecture, 30 layers, Apache-2.0) is a language model that was
+trained on two trillion tokens of text. Here it becomes a block-diffusion model, and then DMax, on
+one thread of a CPU. {TASK}
+
+`python bench/pretrained.py --gpu` does the same on a GPU with the whole vocabulary, blocks of 32
+and many more tokens. Of that, only the stages `convert` and half of `ar` have been run, on an H200.
+""",
+        start="""\
+- **The whole network is trained**, all 30 layers. Only its vocabulary is cut, from 49,152 tokens
+  to the {vocabulary} that the task needs, and every number is one token, whose row starts as a mix
+  of the rows of its digits.
+- **The original learns the task first** (stage `ar`), as the autoregressive model that it is, since
+  the new tokens mean nothing to it.""",
+        changes="",
+        study="[a study of its own](noise_pretrained.md)",
+        command="python bench/pretrained.py",
+        failed="""\
 ## What failed
 
 - **SPD without OPUT does not collapse** on this base, as it does in the paper and on the bundled
@@ -78,22 +92,38 @@ FAILED = {
   0.81 nats to a number of 24 held-out solutions. With two steps and batches of 8 it was 0.54 after
   as many problems (of 32 solutions).
 """,
-    GPU.name: "",
+    ),
+    GPU.name: Words(
+        introduction=f"""\
+# A real pretrained model, on a GPU
+
+SmolLM2-135M-Instruct as it was published becomes a block-diffusion model, and then DMax. {TASK}
+This is [what two cores have done](pretrained.md), with the whole vocabulary, blocks of 32 and many
+more tokens.""",
+        start="""\
+- **The whole network is trained**, with all {vocabulary} tokens, the mask token among them. Numbers
+  are written digit by digit, as the original writes them.
+- **The original learns the task first** (stage `ar`), as the autoregressive model that it is.""",
+        changes=" with the changes of `bench/smollm/size.py`",
+        study="a study of its own (`python bench/noise.py --study noise_pretrained_gpu --gpu`)",
+        command="python bench/pretrained.py --gpu",
+    ),
 }
 NOT_YET = "not measured yet"
 
 
 def write_page(size: Size, record: Record, curves: Sequence[Curve], path: Path) -> None:
     """Write the page of a record; points that are missing are named."""
+    words = WORDS[size.name]
     parts = [
-        filled(INTRODUCTIONS[size.name].format(task=TASK)),
+        filled(words.introduction),
         headline(record, curves),
         method(size, record),
         "## Results\n\n" + "\n".join(results(size, record, curves)),
         f"![Accuracy against TPF]({path.stem}.svg)" if record["points"] else "",
         "## Stages\n\n" + "\n".join(stages(record)),
         "## Learning curves\n\n" + "\n".join(learning(record)),
-        FAILED[size.name],
+        words.failed,
     ]
     write_atomically(path, "\n\n".join(filter(None, map(str.strip, parts))) + "\n")
 
@@ -106,12 +136,13 @@ def filled(text: str) -> str:
 
 def method(size: Size, record: Record) -> str:
     """How the models were made, and the judge."""
-    start = STARTS[size.name].format(vocabulary=f"{record['vocabulary']:,}")
+    words = WORDS[size.name]
+    start = words.start.format(vocabulary=f"{record['vocabulary']:,}")
     rest = METHOD.format(
         block_length=size.block_length,
-        changes=CHANGES[size.name],
-        study=STUDIES[size.name],
-        command=COMMANDS[size.name],
+        changes=words.changes,
+        study=words.study,
+        command=words.command,
     )
     return f"{start}\n{rest}"
 
@@ -159,7 +190,7 @@ def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str
     ]
     if missing:
         names = " ".join(dict.fromkeys(missing))
-        yield f"\nWhat is missing is measured by `{COMMANDS[size.name]} {names} measure`."
+        yield f"\nWhat is missing is measured by `{WORDS[size.name].command} {names} measure`."
 
 
 def figures(point: Record | None) -> str:
