@@ -26,7 +26,7 @@ from typing import Any
 import side_by_side
 from beyond_page import write_page
 from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
-from command_line import count
+from command_line import check_plots, count
 
 from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.files import read_record, write_atomically
@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     side_by_side.add_options(parser)
     options = parser.parse_args(arguments)
     side_by_side.check_options(parser, options)
+    check_plots(parser)
     output = options.output / "beyond.json"
 
     runs = list(chosen(options.only, options.seeds))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dmax import extras
 from dmax.environment import environment
 from dmax.errors import InputError
 
@@ -30,6 +31,14 @@ def changed(parser: argparse.ArgumentParser, options: Options, given: dict[str, 
     """The options with what was given in their place; ends the script if they do not fit."""
     try:
         return replace(options, **given)  # type: ignore[type-var]
+    except InputError as error:
+        parser.error(str(error))
+
+
+def check_plots(parser: argparse.ArgumentParser) -> None:
+    """End the script now if it could not draw what it has measured then."""
+    try:
+        extras.require("matplotlib", "eval", "drawing a plot")
     except InputError as error:
         parser.error(str(error))
 

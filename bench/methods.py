@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from beyond_page import tpf_at
-from command_line import count
+from command_line import check_plots, count
 from paper import Results, Share, better, gap
 
 from dmax.benchmark.run import machines
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--limit", type=count, default=200, help="problems")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    check_plots(parser)
     present = [c for c in CURVES if not c.model.startswith("runs/") or Path(c.model).is_dir()]
     record = run_sweep(
         present,

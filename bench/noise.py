@@ -26,7 +26,7 @@ from typing import Any
 import side_by_side
 import torch
 from ablation_training import make_responses
-from command_line import amount, count, seed
+from command_line import amount, check_plots, count, seed
 from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
 from noise_page import write_page
 from noise_plan import (
@@ -271,6 +271,7 @@ def parse() -> argparse.Namespace:
     side_by_side.add_options(parser)
     options = parser.parse_args()
     side_by_side.check_options(parser, options)
+    check_plots(parser)
     design = DESIGNS[options.study]
     given = vars(options)
     for name in ("recipe", "noises", "rates", "seeds", "steps", "held_out"):

@@ -6,8 +6,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from noise_kinds import KIND_NAMES, NOISES
 from noise_plan import RATIOS, RECIPE_RATIO, THRESHOLDS, base_label, looked_at
 from noise_points import OURS, Comparison, Points, Record, scientific
@@ -22,6 +20,9 @@ from dmax.files import write_atomically
 
 def draw(points: Points, path: Path) -> None:
     """Accuracy over steps as an SVG, a panel for each rate and threshold, a line for each noise."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10.5, 6.2), layout="constrained")
     panels = figure.subplots(
         len(THRESHOLDS), len(points.rates), sharex=True, sharey=True, squeeze=False

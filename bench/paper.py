@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from ablation_training import SEEDS, VARIANTS, folder
-from command_line import count
+from command_line import check_plots, count
 
 from dmax.benchmark.run import machines
 from dmax.environment import environment
@@ -678,6 +678,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    check_plots(parser)
     task = get_task("word_problems")
     output = options.output
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import side_by_side
 import torch
+from command_line import check_plots
 from smollm import measure, original
 from smollm.causal import train_causal
 from smollm.page import write_page
@@ -377,6 +378,8 @@ def main() -> None:
     if wrong := set(asked) - set(names):
         parser.error(f"unknown: {', '.join(sorted(wrong))}; stages are {', '.join(names)}")
     side_by_side.check_options(parser, options)
+    if "measure" in asked:
+        check_plots(parser)
     try:
         run(GPU if options.gpu else CPU, asked)
     except InputError as error:

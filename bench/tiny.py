@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from command_line import count, seed
+from command_line import check_plots, count, seed
 
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve, run_sweep
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results/tiny.json"))
     parser.add_argument("--plot", type=Path, help="SVG to draw (needs matplotlib)")
     options = parser.parse_args()
+    if options.plot:
+        check_plots(parser)
     present = [
         curve
         for curve in CURVES
