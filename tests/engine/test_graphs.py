@@ -245,6 +245,9 @@ class FakeGenerator:
     def __init__(self) -> None:
         self.is_captured = False
 
+    def manual_seed(self, seed: int) -> None:
+        """`torch.manual_seed` seeds the generator of every GPU that is in use."""
+
     def clone_state(self) -> FakeGenerator:
         return FakeGenerator()
 
