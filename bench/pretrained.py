@@ -196,6 +196,16 @@ STAGES: dict[str, Callable[[Size], None]] = {
     "random": train("random"),
     "ar-longer": ar_longer,
 }
+NEEDS = {  # what a stage begins with, by the stages that make it
+    "ar": ("convert", "problems"),
+    "base": ("ar", "problems"),
+    "responses": ("base",),
+    "oput": ("base", "responses"),
+    "masks": ("base", "responses"),
+    "random": ("base", "responses"),
+    "ar-longer": ("ar", "problems"),
+    "measure": ("convert", "ar"),
+}
 TRAINED = ("ar", "base", "oput", "masks", "random", "ar-longer")
 
 
@@ -387,11 +397,24 @@ def main() -> None:
 
 
 def run(size: Size, asked: Sequence[str]) -> None:
-    """Make what is missing of some stages; `measure` is one of them."""
+    """Make what is missing of some stages; `measure` is one of them.
+
+    Raises:
+        InputError: an earlier stage that one needs has not been run, or not to its end.
+    """
     for stage in asked:
+        if stage != "measure" and is_done(size, stage):
+            continue
+        for needed in NEEDS.get(stage, ()):
+            if not is_done(size, needed):
+                command = f"{size.command} {needed}"
+                raise InputError(
+                    f"`{stage}` needs {output(size, needed)}, which is not there or not finished",
+                    hint=f"run `{command}` first, or `{size.command}` for all stages",
+                )
         if stage == "measure":
             measure_all(size)
-        elif not is_done(size, stage):
+        else:
             print(f"{stage}: {output(size, stage)}", flush=True)
             STAGES[stage](size)
 

@@ -42,7 +42,6 @@ class Words:
         start: what is trained, and from where.
         changes: to the recipes.
         study: where own and random tokens are compared.
-        command: that makes everything.
         failed: its last section.
     """
 
@@ -50,7 +49,6 @@ class Words:
     start: str
     changes: str
     study: str
-    command: str
     failed: str = ""
 
 
@@ -74,7 +72,6 @@ and many more tokens. Of that, only the stages `convert` and half of `ar` have b
   the new tokens mean nothing to it.""",
         changes="",
         study="[a study of its own](noise_pretrained.md)",
-        command="python bench/pretrained.py",
         failed="""\
 ## What failed
 
@@ -106,7 +103,6 @@ more tokens.""",
 - **The original learns the task first** (stage `ar`), as the autoregressive model that it is.""",
         changes=" with the changes of `bench/smollm/size.py`",
         study="a study of its own (`python bench/noise.py --study noise_pretrained_gpu --gpu`)",
-        command="python bench/pretrained.py --gpu",
     ),
 }
 NOT_YET = "not measured yet"
@@ -142,7 +138,7 @@ def method(size: Size, record: Record) -> str:
         block_length=size.block_length,
         changes=words.changes,
         study=words.study,
-        command=words.command,
+        command=size.command,
     )
     return f"{start}\n{rest}"
 
@@ -190,7 +186,7 @@ def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str
     ]
     if missing:
         names = " ".join(dict.fromkeys(missing))
-        yield f"\nWhat is missing is measured by `{WORDS[size.name].command} {names} measure`."
+        yield f"\nWhat is missing is measured by `{size.command} {names} measure`."
 
 
 def figures(point: Record | None) -> str:

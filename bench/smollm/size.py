@@ -42,6 +42,7 @@ class Size:
 
     Attributes:
         name: of the record, the page and all folders.
+        command: that makes all stages.
         use_cpu: whether stages train on the CPU, whatever else is there.
         cuts_vocabulary: whether only the tokens of the task are kept, with a token for each number.
         block_length: of the base model and of all that comes from it.
@@ -56,6 +57,7 @@ class Size:
     """
 
     name: str
+    command: str
     use_cpu: bool
     cuts_vocabulary: bool
     block_length: int
@@ -117,6 +119,7 @@ class Size:
 
 CPU = Size(
     name="pretrained",
+    command="python bench/pretrained.py",
     use_cpu=True,
     cuts_vocabulary=True,
     block_length=16,
@@ -135,6 +138,7 @@ _TWO_EPOCHS = {
 }
 GPU = Size(
     name="pretrained_gpu",
+    command="python bench/pretrained.py --gpu",
     use_cpu=False,
     cuts_vocabulary=False,
     block_length=32,

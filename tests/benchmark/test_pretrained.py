@@ -288,6 +288,29 @@ def test_the_command_line_names_a_size_and_its_stages(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("size", [CPU, GPU], ids=lambda size: size.name)
+@pytest.mark.parametrize(
+    ("stage", "needed"),
+    [
+        ("ar", "convert"),
+        ("base", "ar"),
+        ("responses", "base"),
+        ("oput", "base"),
+        ("ar-longer", "ar"),
+        ("measure", "convert"),
+    ],
+)
+def test_a_stage_names_the_one_before_it_that_has_not_been_run(
+    size: Size, stage: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = pretrained.output(size, needed)
+    with pytest.raises(InputError, match=f"`{stage}` needs {missing}, which is not there") as error:
+        pretrained.run(size, [stage])
+    assert f"run `{size.command} {needed}` first" in error.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [CPU, GPU], ids=lambda size: size.name)
 def test_recipes_read_and_write_what_belongs_to_their_size(size: Size) -> None:
     base = size.recipe("base")
     assert base.output_dir == Path(f"runs/{size.name}-base")
@@ -318,5 +341,4 @@ def test_a_page_names_what_is_missing_and_how_to_measure_it(size: Size) -> None:
     curves = pretrained.curves(size)
     table = "\n".join(results(size, record, curves))
     assert table.count("not measured yet") == sum(len(curve.values) for curve in curves)
-    command = "python bench/pretrained.py" if size is CPU else "python bench/pretrained.py --gpu"
-    assert f"`{command} ar ar-longer base oput masks random measure`" in table
+    assert f"`{size.command} ar ar-longer base oput masks random measure`" in table
