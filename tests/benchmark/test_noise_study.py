@@ -173,8 +173,7 @@ def test_where_own_tokens_lead_is_told_by_the_rate_times_the_steps() -> None:
     others = [compared(8e-5, 100, 100, steps=40), compared(8e-4, 100, 100, steps=1)]
     later = [compared(8e-4, 10, 100, steps=100)]
     told = noise_page.how_far([*leads, *others, *later])
-    assert "where the rate times the steps is 0.0032 to 0.008" in told
-    assert "better in 2 of the 3 settings there." in told
+    assert "where the rate times the steps is 0.0032 to 0.008: in 2 of the 3 settings" in told
     assert "Of the others, 1 have less and 1 have more." in told
     assert noise_page.how_far([*others, *later]) == ""
     assert noise_page.how_far(leads[:1]) == "", "one rate has nothing in common with others"
@@ -256,6 +255,23 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     told = noise_page.elsewhere(noise_points.Points(record, []), name, "On a pretrained model")
     assert told.startswith(f"[On a pretrained model]({name}.md), own tokens")
     assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
+
+
+def test_which_noise_decodes_faster_is_told() -> None:
+    def compared(own: tuple[int, float], other: tuple[int, float]) -> noise_points.Comparison:
+        shares = (Share(solved, 200, tpf) for solved, tpf in (own, other))
+        return noise_points.Comparison(3e-4, 25, 0.5, (1,), *shares)
+
+    better = compared((150, 3.0), (100, 2.0))
+    slower = compared((101, 2.0), (100, 3.0))
+    level = compared((101, 2.0), (100, 2.0))
+    assert noise_page.speed([]) == ""
+    told = "At the same threshold, models trained on own tokens write more tokens a forward in 1 of"
+    assert noise_page.speed([better]) == f"{told} 1 settings."
+    assert noise_page.speed([better, slower, level]) == (
+        f"{told} 3 settings. Where neither noise is better, models trained on random tokens write "
+        "more in 1 of 2."
+    )
 
 
 def test_seeds_that_do_not_agree_are_told() -> None:
