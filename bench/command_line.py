@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite, nan
 from pathlib import Path
@@ -27,20 +28,25 @@ def given_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
-def changed(parser: argparse.ArgumentParser, options: Options, given: dict[str, Any]) -> Options:
-    """The options with what was given in their place; ends the script if they do not fit."""
+@contextmanager
+def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End the script with the sentence of an `InputError`, as for an option that is wrong."""
     try:
-        return replace(options, **given)  # type: ignore[type-var]
+        yield
     except InputError as error:
         parser.error(str(error))
+
+
+def changed(parser: argparse.ArgumentParser, options: Options, given: dict[str, Any]) -> Options:
+    """The options with what was given in their place; ends the script if they do not fit."""
+    with refusing(parser):
+        return replace(options, **given)  # type: ignore[type-var]
 
 
 def check_plots(parser: argparse.ArgumentParser) -> None:
     """End the script now if it could not draw what it has measured then."""
-    try:
+    with refusing(parser):
         extras.require("matplotlib", "eval", "drawing a plot")
-    except InputError as error:
-        parser.error(str(error))
 
 
 def result_path(theme: str, device: torch.device, parts: Sequence[str] = ()) -> Path:

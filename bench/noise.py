@@ -56,7 +56,7 @@ from dmax.llm import LLM
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, data_digest, encode_data, read_data
 from dmax.recipe.folder import RECORD, RunFolder
-from dmax.recipe.sections import Recipe, load_recipe
+from dmax.recipe.sections import Recipe
 from dmax.tasks import get_task
 from dmax.training.data import Collator
 from dmax.training.objectives import ObjectiveModule
@@ -286,7 +286,8 @@ def parse() -> argparse.Namespace:
 
 def study_of(options: argparse.Namespace, output: Path) -> Study:
     """The study that the command line asks for, with its records in a folder."""
-    recipe = load_recipe(options.recipe)
+    design = DESIGNS[options.study]
+    recipe = design.read(options.recipe)
     changes = {"use_cpu": not options.gpu}
     if options.toy:
         changes["per_device_train_batch_size"] = 2
@@ -295,7 +296,7 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
         options.runs,
         output,
         options.study,
-        task=DESIGNS[options.study].task,
+        task=design.task,
         held_out=options.held_out,
         limit=options.limit,
         device="cuda" if options.gpu else "cpu",

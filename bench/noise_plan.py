@@ -7,6 +7,10 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from smollm.size import GPU, Size
+
+from dmax.recipe.sections import Recipe, load_recipe
+
 BUNDLED_TEXT = """
 The paper finds random-token training far worse than on-policy training: 68.7 % against 91 to 92 %
 on GSM8K (claim 23 of [the paper's experiments in miniature](README.md)). On the bundled base they
@@ -111,6 +115,7 @@ class Design:
         note: what was added later.
         expected: rates and steps at which own tokens were expected to lead, before any result.
         seeds: of data order and noise.
+        size: of the pretrained model whose base and data the recipe takes; None: as it says.
     """
 
     recipe: Path
@@ -126,6 +131,12 @@ class Design:
     note: str = ""
     expected: tuple[tuple[float, int], ...] = ()
     seeds: tuple[int, ...] = SEEDS
+    size: Size | None = None
+
+    def read(self, path: Path) -> Recipe:
+        """The recipe, or another one in its place, with the base and the data of the design."""
+        recipe = load_recipe(path)
+        return recipe if self.size is None else self.size.fitted(recipe)
 
 
 BUNDLED = "noise"
@@ -159,7 +170,8 @@ DESIGNS = {  # by the name of the page and its records
         expected=((3e-4, 25), (3e-4, 50)),
     ),
     PRETRAINED_GPU: Design(
-        recipe=Path("recipes/pretrained_gpu_noise.yaml"),
+        recipe=Path("recipes/pretrained_noise.yaml"),
+        size=GPU,
         task="short_word_problems",
         rates=(3e-4, 3e-5, 3e-6),
         steps=(25, 50, 100, 200, 400, 1200),

@@ -129,7 +129,7 @@ def learn_causally(size: Size, start: str, stage: str, changes: Mapping[str, Any
     model = AutoModelForCausalLM.from_pretrained(
         size.folder(start),
         dtype=torch.float32,
-        attn_implementation="eager" if size.use_cpu else "sdpa",
+        attn_implementation=size.attention,
     )
     ids = special_ids(size, tokenizer)
     checkpoint = Checkpoint(model, tokenizer, ids, str(size.folder(start)))

@@ -11,10 +11,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from command_line import count
+from command_line import count, refusing
 
 from dmax.environment import select_device
-from dmax.errors import InputError
 from dmax.evaluation.sweep import add_points
 from dmax.files import read_record, write_atomically
 
@@ -33,10 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End the script if these options cannot be followed here."""
     if options.gpu:  # else the Trainer would take the CPU and not say so
-        try:
+        with refusing(parser):
             select_device("cuda")
-        except InputError as error:
-            parser.error(str(error))
 
 
 def do(work: Iterable[Work], num_jobs: int) -> None:

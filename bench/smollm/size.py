@@ -90,26 +90,32 @@ class Size:
         """The folder of what was decoded."""
         return self.folder("eval")
 
+    @property
+    def attention(self) -> str:
+        """How models attend in training: fastest at these lengths, with nothing to compile."""
+        return "eager" if self.use_cpu else "sdpa"
+
     def folder(self, stage: str) -> Path:
         """Where the model of a stage lies."""
         return RUNS / f"{self.name}-{stage}"
 
     def recipe(self, stage: str) -> Recipe:
-        """`recipes/pretrained_<stage>.yaml` at this size, with the paths of this size."""
+        """`recipes/pretrained_<stage>.yaml` at this size."""
         changes = {"use_cpu": self.use_cpu, **self.training.get(stage, {})}
         recipe = load_recipe(RECIPES / f"{OF_RECIPES}_{stage}.yaml", changes)
-        model = replace(recipe.model, path=self._own(recipe.model.path))
-        if not self.use_cpu:
-            model = replace(model, attn_implementation="sdpa")  # nothing to compile
+        return replace(self.fitted(recipe), output_dir=self.folder(stage))
+
+    def fitted(self, recipe: Recipe) -> Recipe:
+        """A recipe with the base and the data of this size."""
+        model = replace(
+            recipe.model,
+            path=self._own(recipe.model.path),
+            attn_implementation=self.attention,
+        )
         if model.block_length is not None:
             model = replace(model, block_length=self.block_length)
         own = {name: self._own(getattr(recipe.data, name)) for name in ("file", "eval_file")}
-        return replace(
-            recipe,
-            output_dir=self.folder(stage),
-            model=model,
-            data=replace(recipe.data, **own),
-        )
+        return replace(recipe, model=model, data=replace(recipe.data, **own))
 
     def _own(self, path: str | None) -> str | None:
         """A path of the recipes as this size has it."""

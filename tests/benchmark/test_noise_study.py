@@ -257,6 +257,15 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
 
 
+def test_a_study_reads_the_base_and_the_data_of_its_size() -> None:
+    design = noise_plan.DESIGNS[noise_plan.PRETRAINED_GPU]
+    recipe = design.read(ROOT / design.recipe)
+    assert recipe.model.path == "runs/pretrained_gpu-base"
+    assert recipe.data.file == "runs/pretrained_gpu_responses.jsonl"
+    design = noise_plan.DESIGNS[noise_plan.PRETRAINED]
+    assert design.read(ROOT / design.recipe) == load_recipe(ROOT / design.recipe)
+
+
 def test_which_noise_decodes_faster_is_told() -> None:
     def compared(own: tuple[int, float], other: tuple[int, float]) -> noise_points.Comparison:
         shares = (Share(solved, 200, tpf) for solved, tpf in (own, other))
