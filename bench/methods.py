@@ -17,7 +17,8 @@ from typing import Any
 
 from beyond_page import tpf_at
 from command_line import check_plots, count
-from paper import Results, Share, better, gap
+from paper_points import Results
+from shares import Share, better, gap
 
 from dmax.benchmark.run import machines
 from dmax.evaluation.plots import draw

@@ -39,7 +39,7 @@ from noise_tables import (
     percent,
     wrong_kinds,
 )
-from paper import Share, better, difference
+from shares import Share, better, difference
 
 from dmax.benchmark.run import machines
 from dmax.files import read_record, write_atomically

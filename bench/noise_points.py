@@ -8,7 +8,7 @@ from typing import Any
 
 from noise_kinds import PAIR
 from noise_plan import BASE, THRESHOLDS, Run, Stage, stage_of
-from paper import Share, better, gap
+from shares import Share, better, gap
 
 Record = dict[str, Any]
 OURS, RANDOM = PAIR

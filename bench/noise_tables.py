@@ -9,7 +9,7 @@ from pathlib import Path
 from noise_kinds import KIND_NAMES, NOISES
 from noise_plan import RATIOS, RECIPE_RATIO, THRESHOLDS, base_label, looked_at
 from noise_points import OURS, Comparison, Points, Record, scientific
-from paper import Share, gap
+from shares import Share, gap
 
 from dmax.evaluation.plots import looks as looks_of
 from dmax.evaluation.statistics import wilson_interval

@@ -19,7 +19,7 @@ import noise_kinds  # noqa: E402
 import noise_page  # noqa: E402
 import noise_plan  # noqa: E402
 import noise_points  # noqa: E402
-from paper import Share  # noqa: E402
+from shares import Share  # noqa: E402
 
 from dmax.recipe.sections import load_recipe  # noqa: E402
 from dmax.tasks.word_problems import problems  # noqa: E402

@@ -1,0 +1,38 @@
+"""What `bench/paper.py` has measured, by label and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ablation_training import SEEDS
+from shares import Share
+
+Record = dict[str, Any]
+
+
+class Results:
+    """The three records, by label and value."""
+
+    def __init__(self, decoding: Record, training: Record, measures: Record) -> None:
+        self.decoding = decoding
+        self.training = training
+        self.measures = measures
+
+    def at(self, label: str, value: float) -> Share:
+        """A point of the decoding sweep."""
+        (point,) = (
+            p for p in self.decoding["points"] if (p["label"], p["value"]) == (label, value)
+        )
+        return Share(point["correct"], point["total"], point["tpf"])
+
+    def pooled(self, variant: str, how: str, value: float) -> Share:
+        """A retrained variant over all seeds."""
+        labels = {f"{variant}, {how}, seed {seed}" for seed in SEEDS}
+        points = [
+            p for p in self.training["points"] if p["label"] in labels and p["value"] == value
+        ]
+        correct, total, tokens, forwards = (
+            sum(p[name] for p in points)
+            for name in ("correct", "total", "generated_tokens", "num_forwards")
+        )
+        return Share(correct, total, tokens / forwards)

@@ -1,0 +1,53 @@
+"""Shares of correct answers, and whether one is larger beyond chance.
+
+A difference of two shares counts when its 95 % interval (Newcombe's, from two Wilson intervals)
+leaves out zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dmax.evaluation.statistics import wilson_interval
+
+
+@dataclass(frozen=True)
+class Share:
+    """Correct answers of so many, at a mean TPF; several seeds are pooled."""
+
+    correct: int
+    total: int
+    tpf: float
+
+    @property
+    def rate(self) -> float:
+        """Accuracy."""
+        return self.correct / self.total
+
+    def __str__(self) -> str:
+        return f"{self.correct}/{self.total} ({100 * self.rate:.1f} %) at TPF {self.tpf:.2f}"
+
+
+def difference(a: Share, b: Share) -> tuple[float, float, float]:
+    """a - b in points with its 95 % interval (Newcombe's hybrid score interval)."""
+    low_a, high_a = wilson_interval(a.correct, a.total)
+    low_b, high_b = wilson_interval(b.correct, b.total)
+    delta = a.rate - b.rate
+    low = delta - math.hypot(a.rate - low_a, high_b - b.rate)
+    high = delta + math.hypot(high_a - a.rate, b.rate - low_b)
+    return 100 * delta, 100 * low, 100 * high
+
+
+def better(a: Share, b: Share) -> str:
+    """Whether a is more accurate than b."""
+    _, low, high = difference(a, b)
+    if low > 0:
+        return "holds"
+    return "fails" if high < 0 else "within noise"
+
+
+def gap(a: Share, b: Share) -> str:
+    """The difference as text."""
+    delta, low, high = difference(a, b)
+    return f"{delta:+.1f} points ({low:+.1f} to {high:+.1f})"
