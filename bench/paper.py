@@ -113,7 +113,8 @@ def forward_times(llm: LLM, num: int = 24, repeats: int = 5) -> Record:
     for _ in range(repeats):
         for name, params in ways.items():
             run, _ = evaluate(llm, task, params, limit=num, seed=7)
-            times[name].append(1000 * run.seconds / (run.num_forwards + run.num_prefill_forwards))
+            forwards = run.cost.num_forwards + run.cost.num_prefill_forwards
+            times[name].append(1000 * run.seconds / forwards)
     pairs = zip(times["spd"], times["threshold"], strict=True)
     ratios = [spd / threshold for spd, threshold in pairs]
     return {"milliseconds": times, "ratios": ratios, "ratio": statistics.median(ratios)}
