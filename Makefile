@@ -34,6 +34,7 @@ lint: .venv/.setup-stamp ## style only
 
 typecheck: .venv/.setup-stamp ## types only
 	@$(PY) -m mypy
+	@$(PY) -m mypy bench tools
 
 format: .venv/.setup-stamp ## rewrite the sources in the house style
 	@$(PY) -m ruff check --fix .

@@ -288,7 +288,7 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
     """The study that the command line asks for, with its records in a folder."""
     design = DESIGNS[options.study]
     recipe = design.read(options.recipe)
-    changes = {"use_cpu": not options.gpu}
+    changes: dict[str, Any] = {"use_cpu": not options.gpu}
     if options.toy:
         changes["per_device_train_batch_size"] = 2
     return Study(

@@ -325,7 +325,7 @@ def logits_peak(way: str, options: Options) -> float:
 def logits_table(options: Options) -> Table:
     """What the vocabulary loss takes for each logit of a stream."""
     size = options.logits_length * options.logits_vocabulary
-    rows = []
+    rows: list[Row] = []
     for way in ("plain", "chunked"):
         peak = apart(logits_peak, way, options)
         rows.append(

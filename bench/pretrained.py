@@ -134,8 +134,9 @@ def learn_causally(size: Size, start: str, stage: str, changes: Mapping[str, Any
     ids = special_ids(size, tokenizer)
     checkpoint = Checkpoint(model, tokenizer, ids, str(size.folder(start)))
     run = run_folder(size.folder(stage))
-    records = (read_records(path) for path in (size.problems, size.held_out))
-    log = train_causal(checkpoint, *records, run, settings)
+    learnt = read_records(size.problems)
+    held_out = read_records(size.held_out)
+    log = train_causal(checkpoint, learnt, held_out, run, settings)
     extra = {"log": log, "environment": environment(device)}
     save_checkpoint(model.cpu(), tokenizer, size.folder(stage), ids, extra=extra)
 

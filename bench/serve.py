@@ -15,7 +15,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,7 @@ class Row:
 
     what: str
     must: str
-    run: Callable[[Sizes], Awaitable[Result]]
+    run: Callable[[Sizes], Coroutine[Any, Any, Result]]
     say: Callable[[Figures], str]
 
 

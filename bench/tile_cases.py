@@ -104,25 +104,28 @@ def expert_cases(sizes: Sizes, form: str, device: torch.device) -> Iterator[Case
         drawn(config.num_experts, *shape, device=device)
         for shape in ((2 * inner, hidden), (hidden, inner))
     ]
-    weights = [stored(each if form == "bf16" else quantize(each, form)) for each in wide]  # type: ignore[arg-type]
+    gate_up, down = (stored(each if form == "bf16" else quantize(each, form)) for each in wide)  # type: ignore[arg-type]
     del wide  # makes room
-    shared = tuple(
-        drawn(*shape, device=device)
-        for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+    shared = (
+        drawn(inner, hidden, device=device),
+        drawn(inner, hidden, device=device),
+        drawn(hidden, inner, device=device),
     )
     for rows in sizes.rows:
         tokens = drawn(rows, hidden, device=device) * hidden**0.5
         routing = routing_of(sizes, rows, device)
 
         def calls(tiles: Any, tokens: Tensor = tokens, routing: Any = routing) -> Sequence[Call]:
-            call = partial(kernels.expert_terms, tokens, routing, *weights, shared, True, tiles)
+            call = partial(
+                kernels.expert_terms, tokens, routing, gate_up, down, shared, True, tiles
+            )
             return [call] * sizes.calls
 
-        up, down = default = kernels.default_tiles(
-            rows * config.num_experts_per_tok, config.num_experts, tokens.dtype, weights[0][0].dtype
+        first, second = default = kernels.default_tiles(
+            rows * config.num_experts_per_tok, config.num_experts, tokens.dtype, gate_up[0].dtype
         )
-        tiles = {f"up: {label}": (tile, down) for label, tile in neighbours(up).items()}
-        tiles |= {f"down: {label}": (up, tile) for label, tile in neighbours(down).items()}
+        tiles = {f"up: {label}": (tile, second) for label, tile in neighbours(first).items()}
+        tiles |= {f"down: {label}": (first, tile) for label, tile in neighbours(second).items()}
         yield Case(f"experts, {form}, {rows} tokens", default, tiles, calls)
 
 
@@ -200,9 +203,9 @@ def attention_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
                 return [
                     partial(
                         kernels.block_attention, projected, (norm, norm), 1e-6, (turn, turn),
-                        *store, slots, starts, starts, size**-0.5, tile,
+                        keys, values, slots, starts, starts, size**-0.5, tile,
                     )
-                    for store in stores
+                    for keys, values in stores
                 ]  # fmt: skip
 
             default = kernels.default_tile(projected.dtype)

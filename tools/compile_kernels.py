@@ -124,7 +124,8 @@ def open_blocks(k: int) -> OpenBlocks:
     """Two blocks that SPD decodes with k candidates, after their first step."""
     strategy = get_strategy(DecodingParams("spd", top_k=k))
     special_ids = SpecialIds(MASK, (0,), 0, 32)
-    blocks = OpenBlocks(strategy, 2, special_ids, new, torch.device("meta"))
+    embed = torch.nn.Embedding(VOCABULARY, HIDDEN, device="meta", dtype=BF16)
+    blocks = OpenBlocks(strategy, 2, special_ids, embed, torch.device("meta"))
     blocks.feedback["ids"] = new(2, 32, k, dtype=torch.int64)
     blocks.feedback["probs"] = new(2, 32, k, dtype=torch.float32)
     return blocks
@@ -132,7 +133,8 @@ def open_blocks(k: int) -> OpenBlocks:
 
 def blend(k: int) -> None:
     blocks = open_blocks(k)
-    soft = SoftTokens(blocks.active, **blocks.feedback, masked=blocks.masked)
+    candidates = (blocks.feedback["ids"], blocks.feedback["probs"])
+    soft = SoftTokens(blocks.active, *candidates, masked=blocks.masked)
     rows = new(1, dtype=torch.int64)
     blend_triton.embed_soft(new(VOCABULARY, HIDDEN), blocks.tokens, soft, MASK, rows)
 
@@ -161,9 +163,10 @@ def attention(num_rows: int, num_heads: int = 16) -> None:
 def router(num_tokens: int) -> None:
     bias = new(EXPERTS, dtype=torch.float32)
     idle = new(num_tokens // 32, dtype=torch.bool)
-    settings = {"top_k": CHOSEN, "num_groups": 8, "num_kept_groups": 4, "scaling": 2.5}
-    tokens = new(num_tokens, HIDDEN)
-    router_triton.route_tokens(tokens, new(EXPERTS, HIDDEN), bias, idle, CHOSEN + 1, **settings)
+    router_triton.route_tokens(
+        new(num_tokens, HIDDEN), new(EXPERTS, HIDDEN), bias, idle, CHOSEN + 1, CHOSEN,
+        num_groups=8, num_kept_groups=4, scaling=2.5,
+    )  # fmt: skip
 
 
 def norm(num_tokens: int) -> None:

@@ -38,12 +38,14 @@ def torch_requirement() -> str:
 
 def satisfies(found: str, requirement: str) -> bool:
     """Whether a version lies in a requirement of the form `torch>=2.9,<3`."""
-    lowest, highest = re.fullmatch(r"torch>=([\d.]+),<([\d.]+)", requirement).groups()
-    numbers = [
-        tuple(map(int, re.match(r"[\d.]*\d", text)[0].split(".")))
-        for text in (lowest, found, highest)
-    ]
-    return numbers[0] <= numbers[1] < numbers[2]
+    lowest, highest = requirement.removeprefix("torch>=").split(",<")
+    return release(lowest) <= release(found) < release(highest)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, without what stands behind them as in `2.13.0+cpu`."""
+    [numbers] = re.findall(r"^[\d.]*\d", version)
+    return tuple(map(int, numbers.split(".")))
 
 
 def installed() -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -175,7 +175,7 @@ def innermost_loops(code: Code) -> list[list[Instruction]]:
 
 def cycles(loop: Sequence[Instruction]) -> dict[str, float]:
     """Cycles for which one warp's turn of the loop keeps each pipe of a multiprocessor busy."""
-    busy: Counter[str] = Counter()
+    busy: defaultdict[str, float] = defaultdict(float)
     for each in loop:
         busy["issue"] += 1 / QUARTERS
         if each.name in ALU:

@@ -210,9 +210,9 @@ def docstring_lines(tree: ast.AST) -> set[int]:
     """Lines of texts that stand alone: docstrings, of attributes too."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_constant and isinstance(node.value.value, str):
-            lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return lines
 
 
@@ -317,8 +317,15 @@ def main() -> None:
         for name, source in (trees | {"working tree": ROOT / "src"}).items():
             reading = measure(source)
             classes, files = trace(source) if options.trace else ([], [])
-            values = (reading.tokens, reading.code_lines, f"{reading.tokens_per_line:.1f}")
-            values += (reading.wide_lines, reading.depth, len(classes), len(files))
+            values = (
+                reading.tokens,
+                reading.code_lines,
+                f"{reading.tokens_per_line:.1f}",
+                reading.wide_lines,
+                reading.depth,
+                len(classes),
+                len(files),
+            )
             print(f"{name[:15]:16}" + "".join(f"{value:>12}" for value in values))
 
 

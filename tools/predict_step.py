@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -284,13 +284,13 @@ def ceilings() -> dict[str, float]:
     command = [sys.executable, str(ROOT / "tools/compile_kernels.py"), "90", "experts, 32 tokens"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    times: Counter[str] = Counter()
+    times: defaultdict[str, float] = defaultdict(float)
     for line in done.stdout.splitlines():
         told = json.loads(line)
         if told["kernel"] in EXPERT_KERNELS:
             rate = min(loop["ceilings"][pipe] for loop in told["loops"] for pipe in ARITHMETIC)
             share = 2 / 3 if told["kernel"] == EXPERT_KERNELS[0] else 1 / 3
-            times[told["case"].partition(" ")[0]] += share / rate  # type: ignore[assignment]
+            times[told["case"].partition(" ")[0]] += share / rate
     return {form: round(1 / time, 2) for form, time in times.items()}
 
 

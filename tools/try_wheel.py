@@ -65,7 +65,7 @@ def link(names: Iterable[str], python: Path) -> None:
         tops = {file.parts[0] for file in package.files or ()}
         for top in tops.difference(NOT_LINKED):
             if not (site / top).is_symlink():
-                (site / top).symlink_to(Path(package.locate_file(top)).resolve())
+                (site / top).symlink_to(Path(str(package.locate_file(top))).resolve())
 
 
 def run(command: Iterable[str | Path], folder: Path) -> None:
@@ -88,9 +88,9 @@ def main() -> int:
         binaries = elsewhere / "fresh" / "bin"
         python = binaries / "python"
         link(needed(requirements_of(wheel)), python)
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "-qq"]
+        pip = [sys.executable, "-m", "pip", "--python", str(python)]
         try:
-            run([*pip, wheel], elsewhere)
+            run([*pip, "install", "--no-index", "-qq", wheel], elsewhere)
             run([python, "-c", WHERE], elsewhere)
             run([binaries / "dmax", "demo"], elsewhere)
         except subprocess.CalledProcessError as error:

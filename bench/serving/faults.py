@@ -8,7 +8,7 @@ import os
 import random
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,9 +113,10 @@ async def broken_requests(sizes: Sizes) -> Result:
 def poisoned(folder: Path) -> Path:
     """The model with one sign that turns every logit of its request into NaN."""
     checkpoint = load_checkpoint(MODEL, dtype=torch.float32, device="cpu")
-    [token] = checkpoint.tokenizer.encode(MARK, add_special_tokens=False)
+    tokenizer: Any = checkpoint.tokenizer
+    [token] = tokenizer.encode(MARK, add_special_tokens=False)
     checkpoint.model.get_input_embeddings().weight.data[token] = torch.nan
-    save_checkpoint(checkpoint.model, checkpoint.tokenizer, folder, checkpoint.special_ids)
+    save_checkpoint(checkpoint.model, tokenizer, folder, checkpoint.special_ids)
     return folder
 
 
@@ -156,8 +157,8 @@ async def _break_some(server: Server, good: list[Case], expected: list[Any]) -> 
     for events in bad_streams:
         result.must(is_clean_error(events), f"a broken stream gives {events[-3:]}")
     for answer in bad_wholes:
-        wrong = fault_of_error(answer)
-        result.must(not wrong, f"a broken request: {wrong}")
+        fault = fault_of_error(answer)
+        result.must(not fault, f"a broken request: {fault}")
     result.faults[SHOWN:] = []
     result.figures = {
         "good": len(good),
@@ -180,7 +181,7 @@ async def _ask(server: Server, case: Case, model: str = MODEL) -> list[Any]:
             return [{"broken": str(error)}]
 
 
-def is_clean_error(events: list[Any]) -> bool:
+def is_clean_error(events: Sequence[Any]) -> bool:
     """Whether a stream ends with one error in the standard form, or never began for one."""
     if not events:
         return False

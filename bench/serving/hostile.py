@@ -164,7 +164,9 @@ def bodies() -> st.SearchStrategy[dict[str, Any]]:
         {"model": st.just(MODEL), "messages": messages, "max_tokens": st.integers(1, 16)},
         optional={"dmax": extras, "stream": st.booleans(), "n": st.integers(1, 3)},
     )
-    changes = st.just({}) | st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=2)
+    changes: st.SearchStrategy[dict[str, Any]] = st.just({}) | st.dictionaries(
+        st.sampled_from(FIELDS), ANYTHING, max_size=2
+    )
     return st.builds(lambda first, second: first | second, good, changes)
 
 

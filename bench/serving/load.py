@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import statistics
 import time
@@ -238,8 +239,8 @@ def slope_with_interval(
     values = [statistics.fmean(mib for _, mib in part) for part in parts]
     slope, intercept = statistics.linear_regression(times, values)
     rest = [value - intercept - slope * at for at, value in zip(times, values, strict=True)]
-    spread = statistics.fsum(error**2 for error in rest) / max(len(parts) - 2, 1)
+    spread = math.fsum(error**2 for error in rest) / max(len(parts) - 2, 1)
     middle = statistics.fmean(times)
-    error = (spread / statistics.fsum((at - middle) ** 2 for at in times)) ** 0.5
+    error = (spread / math.fsum((at - middle) ** 2 for at in times)) ** 0.5
     margin = 2.1 * error  # Student's t for 18 degrees of freedom
     return slope, slope - margin, slope + margin

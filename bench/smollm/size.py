@@ -114,8 +114,12 @@ class Size:
         )
         if model.block_length is not None:
             model = replace(model, block_length=self.block_length)
-        own = {name: self._own(getattr(recipe.data, name)) for name in ("file", "eval_file")}
-        return replace(recipe, model=model, data=replace(recipe.data, **own))
+        data = replace(
+            recipe.data,
+            file=self._own(recipe.data.file),
+            eval_file=self._own(recipe.data.eval_file),
+        )
+        return replace(recipe, model=model, data=data)
 
     def _own(self, path: str | None) -> str | None:
         """A path of the recipes as this size has it."""
