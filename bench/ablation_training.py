@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from command_line import telling
+
 from dmax.distill.files import ResponseFiles
 from dmax.distill.model import ModelAnswerer
 from dmax.distill.run import distill
@@ -56,6 +58,7 @@ def make_responses(output: Path) -> None:
     print(distill(answerer, questions, ResponseFiles(output)))
 
 
+@telling()
 def main() -> None:
     """Train what is missing."""
     responses = Path(load_recipe(RECIPE).data.file or "")

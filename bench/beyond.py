@@ -26,7 +26,7 @@ from typing import Any
 import side_by_side
 from beyond_page import write_page
 from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
-from command_line import check_plots, count
+from command_line import check_plots, count, telling
 
 from dmax.evaluation.sweep import Curve, run_sweep
 from dmax.files import read_record, write_atomically
@@ -147,6 +147,7 @@ def note_training(run: Run, seed: int, folder: Path, output: Path) -> None:
     write_atomically(output, json.dumps(record, indent=1) + "\n")
 
 
+@telling()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and measure what is missing; write the page and its plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

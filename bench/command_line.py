@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,16 @@ def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
         yield
     except InputError as error:
         parser.error(str(error))
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """End the script with an `InputError` in words and exit code 2, as the `dmax` command does."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def changed(parser: argparse.ArgumentParser, options: Options, given: dict[str, Any]) -> Options:

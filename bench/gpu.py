@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from alone import kernel_table, node_table
-from command_line import changed, given_options, result_path
+from command_line import changed, given_options, refusing, result_path
 from forwards import forward_table, uniform, without_kernels
 from predicted import beside, predictions
 from ratios import ratio, ratio_table
@@ -45,7 +45,6 @@ from dmax.benchmark.run import record_tables
 from dmax.benchmark.shapes import BLOCK_LENGTH
 from dmax.checkpoint import Checkpoint
 from dmax.environment import select_device
-from dmax.errors import InputError
 from dmax.kernels import has_triton
 from dmax.params import check_number
 
@@ -403,10 +402,8 @@ def main() -> None:
     given = given_options(parser)
     scale = given.pop("scale")
     output = given.pop("output", None)
-    try:
+    with refusing(parser):
         device = select_device(given.pop("device"))
-    except InputError as error:
-        parser.error(str(error))
     options = changed(parser, SCALES[scale], given)
     if output is None and scale != "tiny":
         output = result_path("gpu", device, given.get("only", ()))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from beyond_page import tpf_at
-from command_line import check_plots, count
+from command_line import check_plots, count, telling
 from paper_points import Results
 from shares import Share, better, gap
 
@@ -160,6 +160,7 @@ model's steps, and decoding by threshold at 0.95 has {control}
 """
 
 
+@telling()
 def main() -> None:
     """Measure what is missing, draw, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

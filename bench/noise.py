@@ -26,7 +26,7 @@ from typing import Any
 import side_by_side
 import torch
 from ablation_training import make_responses
-from command_line import amount, check_plots, count, seed
+from command_line import amount, check_plots, count, seed, telling
 from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
 from noise_page import write_page
 from noise_plan import (
@@ -346,18 +346,16 @@ def make_ready(recipe: Recipe, options: argparse.Namespace) -> None:
             raise InputError(f"{needed} is not there yet", hint=f"run `{before}` first")
 
 
+@telling()
 def main() -> None:
     """Measure what is missing, write the page."""
     options = parse()
-    try:
-        study = study_of(options, options.output)
-        stages = list(plan(options.noises, options.rates, options.seeds, options.steps))
-        if not options.page:
-            measure(study, stages, options)
-        if study.points.exists():
-            write_page(study.points, study.looks, stages, DESIGNS[options.study])
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from error
+    study = study_of(options, options.output)
+    stages = list(plan(options.noises, options.rates, options.seeds, options.steps))
+    if not options.page:
+        measure(study, stages, options)
+    if study.points.exists():
+        write_page(study.points, study.looks, stages, DESIGNS[options.study])
 
 
 if __name__ == "__main__":

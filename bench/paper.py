@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from command_line import check_plots, count
+from command_line import check_plots, count, telling
 from paper_page import page
 from paper_plan import DECODING, MEASURED, TRAINING
 from paper_points import Record, Results
 
 from dmax.environment import environment
+from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.run import evaluate
 from dmax.evaluation.sweep import Curve, run_sweep
@@ -149,6 +150,16 @@ def with_model(
     return lambda: function(LLM(path), *arguments)
 
 
+def check_retrained() -> None:
+    """Raise `InputError` now if a retrained model is missing, and not when all else is measured."""
+    for model in dict.fromkeys(curve.model for curve in TRAINING):
+        if not Path(model).is_dir():
+            raise InputError(
+                f"{model} is not there yet", hint="run `python bench/ablation_training.py` first"
+            )
+
+
+@telling()
 def main() -> None:
     """Measure what is missing, write the page, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -159,6 +170,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     check_plots(parser)
+    check_retrained()
     task = get_task("word_problems")
     output = options.output
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import side_by_side
 import torch
-from command_line import check_plots
+from command_line import check_plots, telling
 from smollm import measure, original
 from smollm.causal import train_causal
 from smollm.page import write_page
@@ -378,6 +378,7 @@ def mean_length(size: Size, ending: int) -> float:
     return sum(lengths) / len(lengths) - 2 + ending  # the end of a turn is two tokens
 
 
+@telling()
 def main() -> None:
     """Make what is missing, measure what is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -391,10 +392,7 @@ def main() -> None:
     side_by_side.check_options(parser, options)
     if "measure" in asked:
         check_plots(parser)
-    try:
-        run(GPU if options.gpu else CPU, asked)
-    except InputError as error:
-        raise SystemExit(f"error: {error.message}\n  {error.hint}") from error
+    run(GPU if options.gpu else CPU, asked)
 
 
 def run(size: Size, asked: Sequence[str]) -> None:

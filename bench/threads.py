@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
-from command_line import count, seed
+from command_line import count, seed, telling
 
 from dmax.checkpoint import load_checkpoint
 from dmax.environment import environment
@@ -85,6 +85,7 @@ class Caller:
         self.counts["equal" if output == self.alone[index] else "different"] += 1
 
 
+@telling()
 def main() -> None:
     """Decode alone, then together, and print how many answers are equal."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

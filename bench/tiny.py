@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from command_line import check_plots, count, seed
+from command_line import check_plots, count, seed, telling
 
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve, run_sweep
@@ -56,6 +56,7 @@ DRAWN = (
 )
 
 
+@telling()
 def main() -> None:
     """Measure what is missing, write it down, draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,6 +70,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         check_plots(parser)
+    labels = [curve.label for curve in CURVES]
+    if unknown := [label for label in options.only or () if label not in labels]:
+        parser.error(f"no curve is called {unknown[0]!r}; there are: {'; '.join(labels)}")
     present = [
         curve
         for curve in CURVES

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from command_line import telling
+
 from dmax.environment import environment
 from dmax.files import write_atomically
 from dmax.params import check_number
@@ -109,6 +111,7 @@ def memory() -> dict[str, int]:
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, "own": own}
 
 
+@telling()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=100_000)
