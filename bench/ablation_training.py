@@ -8,6 +8,7 @@ The base model's responses are made first if they are not there.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,7 @@ def make_responses(output: Path) -> None:
 @telling()
 def main() -> None:
     """Train what is missing."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     responses = Path(load_recipe(RECIPE).data.file or "")
     if not responses.is_file():
         make_responses(responses)

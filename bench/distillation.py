@@ -10,6 +10,7 @@ on the machine changes little.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from command_line import telling  # noqa: E402
 from fake_server import Server  # noqa: E402
 
 from dmax import LLM, DecodingParams  # noqa: E402
@@ -29,9 +31,9 @@ from dmax.distill.model import ModelAnswerer  # noqa: E402
 from dmax.distill.run import Report, distill  # noqa: E402
 from dmax.distill.server import ServerAnswerer, ServerOptions  # noqa: E402
 from dmax.environment import environment  # noqa: E402
+from dmax.files import write_atomically  # noqa: E402
 from dmax.tasks.word_problems import problems  # noqa: E402
 
-OUTPUT = ROOT / "bench/results/distillation.json"
 SECONDS = 0.2  # that the server takes
 CONCURRENCIES = (1, 8, 64, 256)
 NUM_PROMPTS = 100
@@ -82,7 +84,13 @@ def from_model(llm: LLM, questions: list[Any]) -> dict[str, float]:
     }
 
 
+@telling()
 def main() -> None:
+    """Measure both, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("bench/results/distillation.json"))
+    options = parser.parse_args()
+
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(sender,))
     process.start()
@@ -105,7 +113,7 @@ def main() -> None:
         "ratio": ratio,
         "environment": environment(llm.model.device),
     }
-    OUTPUT.write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(options.output, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
