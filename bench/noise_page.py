@@ -96,7 +96,8 @@ def _filled(text: str) -> str:
 def findings(points: Points, found: Record, points_file: Path, design: Design) -> Iterator[str]:
     """What was found, each in a paragraph; empty ones have nothing to say."""
     compared = list(points.comparisons(RANDOM))
-    yield sentence(compared, len(points.rates) * len(points.steps) * len(THRESHOLDS))
+    planned = len(points.rates) * len(points.steps) * len(THRESHOLDS)
+    yield f"{sentence(compared, planned)} {extremes(compared)}".strip()
     if split := by_seed(points, compared):
         yield f"{split} {BETWEEN_SEEDS}"
     yield how_far(compared)
@@ -206,20 +207,25 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
         settings = f"the {total} settings measured so far ({planned} are planned)"
     won = [each for each in comparisons if each.verdict == "holds"]
     lost = [each for each in comparisons if each.verdict == "fails"]
-    parts = [
-        f"own tokens are better than random ones beyond chance in {len(won)} of {settings} "
-        f"and worse in {len(lost)}"
-    ]
-    if won:
-        parts.append(f"the most they gain is after {_largest(won).figures}")
-    if lost:
-        parts.append(f"the most they lose is after {_largest(lost).figures}")
     claim = (
         f"matters {_places([(each.rate, each.steps) for each in won])}"
         if won
         else "does not matter here"
     )
-    return f"On-policy noise {claim}: {'; '.join(parts)}."
+    return (
+        f"On-policy noise {claim}: own tokens are better than random ones beyond chance in "
+        f"{len(won)} of {settings} and worse in {len(lost)}."
+    )
+
+
+def extremes(comparisons: Sequence[Comparison]) -> str:
+    """Where own tokens gain most beyond chance, and where they lose most."""
+    told = []
+    for verdict, verb in (("holds", "gain"), ("fails", "lose")):
+        some = [each for each in comparisons if each.verdict == verdict]
+        if some:
+            told.append(f"The most they {verb} is after {_largest(some).figures}.")
+    return " ".join(told)
 
 
 def by_seed(points: Points, comparisons: Sequence[Comparison]) -> str:

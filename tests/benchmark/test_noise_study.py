@@ -156,16 +156,20 @@ def compared(rate: float, own: int, random: int, steps: int = 25) -> noise_point
 
 
 def test_the_sentence_counts_settings_and_names_the_largest_differences() -> None:
-    none = noise_page.sentence([compared(8e-5, 100, 101)], planned=1)
+    level = [compared(8e-5, 100, 101)]
+    none = noise_page.sentence(level, planned=1)
     assert none.startswith(
         "On-policy noise does not matter here: own tokens are better than random ones beyond "
         "chance in 0 of 1 settings and worse in 0."
     )
-    both = noise_page.sentence([compared(8e-5, 150, 100), compared(8e-4, 10, 100)], planned=36)
+    apart = [compared(8e-5, 150, 100), compared(8e-4, 10, 100)]
+    both = noise_page.sentence(apart, planned=36)
     assert both.startswith("On-policy noise matters after 25 steps at a rate of 8e-5: ")
-    assert "in 1 of the 2 settings measured so far (36 are planned) and worse in 1" in both
-    assert "they gain is after 25 steps at 8e-5, threshold 0.5, seed 1: 150/200 (75.0 %)" in both
-    assert "they lose is after 25 steps at 8e-4, threshold 0.5, seed 1: 10/200 (5.0 %)" in both
+    assert "in 1 of the 2 settings measured so far (36 are planned) and worse in 1." in both
+    assert noise_page.extremes(level) == ""
+    most = noise_page.extremes(apart)
+    assert "they gain is after 25 steps at 8e-5, threshold 0.5, seed 1: 150/200 (75.0 %)" in most
+    assert "they lose is after 25 steps at 8e-4, threshold 0.5, seed 1: 10/200 (5.0 %)" in most
 
 
 def test_where_own_tokens_lead_is_told_by_the_rate_times_the_steps() -> None:
