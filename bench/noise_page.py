@@ -210,7 +210,7 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
     claim = (
         f"matters {_places([(each.rate, each.steps) for each in won])}"
         if won
-        else "does not matter here"
+        else "does not help here"
     )
     return (
         f"On-policy noise {claim}: own tokens are better than random ones beyond chance in "

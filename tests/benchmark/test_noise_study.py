@@ -159,7 +159,7 @@ def test_the_sentence_counts_settings_and_names_the_largest_differences() -> Non
     level = [compared(8e-5, 100, 101)]
     none = noise_page.sentence(level, planned=1)
     assert none.startswith(
-        "On-policy noise does not matter here: own tokens are better than random ones beyond "
+        "On-policy noise does not help here: own tokens are better than random ones beyond "
         "chance in 0 of 1 settings and worse in 0."
     )
     apart = [compared(8e-5, 150, 100), compared(8e-4, 10, 100)]
