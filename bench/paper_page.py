@@ -32,6 +32,7 @@ def page(results: Results) -> str:
         retrained=results.training["limit"],
         seeds=len(SEEDS),
         machine=machines(record),
+        date=record["environment"]["date"][:10],
     )
 
 
@@ -81,7 +82,9 @@ that the 95 % interval of the difference leaves out zero, or that a ratio lies o
 noise* means that it does not.
 
 Single settings were decoded on {problems} unseen word problems, retrained models on {retrained} for
-each of {seeds} seeds. Machine: {machine}. The retrained models come from
+each of {seeds} seeds. Machine: {machine}; {date}. [The engine of that day
+and today's](../log.md#2026-11-27-the-engine-of-the-records-and-todays) give the same counts. The
+retrained models come from
 `python bench/ablation_training.py`
 ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `python bench/paper.py` wrote
 this page from the records in this folder. `make results` runs both, and
