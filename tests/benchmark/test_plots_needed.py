@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -23,17 +24,11 @@ def test_a_missing_matplotlib_is_told_at_once(
     script: str,
     arguments: list[str],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refusal: Callable[..., str],
 ) -> None:
-    module = import_module(script)
     monkeypatch.setattr("dmax.extras.has", lambda name: name != "matplotlib")
-    monkeypatch.setattr(sys, "argv", [f"bench/{script}.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        module.main()
-    assert stop.value.code == 2
-    said = capsys.readouterr()
-    assert "error: drawing a plot needs the package `matplotlib`" in said.err
-    assert not said.out
+    said = refusal(script, *arguments)
+    assert "error: drawing a plot needs the package `matplotlib`" in said
 
 
 def test_the_study_of_noise_loads_where_matplotlib_is_missing(

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 OTHER = {"task": "gsm8k", "limit": 3, "seed": 7, "data": None, "max_new_tokens": 256}
-
-
-def told(
-    script: str,
-    arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
-    """What a script says when it ends with exit code 2."""
-    module = import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"bench/{script}.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        module.main()
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -36,14 +20,14 @@ def test_a_record_of_another_sweep_is_named_and_kept(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refusal: Callable[..., str],
 ) -> None:
     record = tmp_path / name
     text = json.dumps(OTHER | {"environment": {}, "points": []})
     record.write_text(text)
     monkeypatch.setattr("paper.check_retrained", lambda: None)
     output = str(record if script == "tiny" else tmp_path)
-    said = told(script, ["--output", output], monkeypatch, capsys)
+    said = refusal(script, "--output", output)
     assert said.startswith(f"error: {record} holds a sweep of ")
     assert "hint: choose another output" in said
     assert record.read_text() == text
@@ -51,19 +35,19 @@ def test_a_record_of_another_sweep_is_named_and_kept(
 
 
 def test_retrained_models_are_asked_for_before_hours_of_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = told("paper", [], monkeypatch, capsys)
+    said = refusal("paper")
     assert said.startswith("error: runs/ablation/masks-only-1 is not there yet\n")
     assert "hint: run `python bench/ablation_training.py` first" in said
     assert not list(tmp_path.iterdir())
 
 
 def test_a_curve_that_does_not_exist_is_refused_with_those_that_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     arguments = ["--only", "DMax, SPD", "dmax", "--output", str(tmp_path / "tiny.json")]
-    said = told("tiny", arguments, monkeypatch, capsys)
+    said = refusal("tiny", *arguments)
     assert "no curve is called 'dmax'; there are: base, threshold; " in said
     assert not list(tmp_path.iterdir())
