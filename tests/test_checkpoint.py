@@ -494,7 +494,7 @@ def test_saving_replaces_a_checkpoint_whole(folder: Path, tmp_path: Path) -> Non
     save_checkpoint(model, None, target, SAVED, extra={"step": 1})
     save_checkpoint(model, None, target, replace(SAVED, block_length=4))
     assert load(target).special_ids.block_length == 4
-    assert not (target / "dmax.json").exists()
+    assert json.loads((target / "dmax.json").read_text()) == {}
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "saved"]
 
 
@@ -503,12 +503,16 @@ def test_saving_never_replaces_anything_else(folder: Path, tmp_path: Path) -> No
     target.mkdir()
     (target / "chapter1.tex").write_text("years of work")
     for place in (target, target / "chapter1.tex"):
-        with pytest.raises(InputError, match="is not a checkpoint"):
+        with pytest.raises(InputError, match="exists and was not written by dmax"):
             save_checkpoint(model, None, place, SAVED)
     (target / "config.json").write_text("{}")  # other programs have a file of this name too
-    with pytest.raises(InputError, match="is not a checkpoint"):
+    with pytest.raises(InputError, match="exists and was not written by dmax"):
         save_checkpoint(model, None, target, SAVED)
     assert (target / "chapter1.tex").read_text() == "years of work"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match="exists and was not written by dmax"):
+        save_checkpoint(model, None, folder, SAVED)  # a checkpoint, and somebody else's
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(

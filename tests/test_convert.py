@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dmax import LLM, DecodingParams, tiny
-from dmax.checkpoint import load_checkpoint
+from dmax.checkpoint import load_checkpoint, save_checkpoint
 from dmax.convert import convert_checkpoint
 from dmax.errors import InputError
 
@@ -188,12 +188,22 @@ def test_other_folders_stay_as_they_are(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    refused(source, mine, "exists and is not a checkpoint")
-    before = {file.name: file.read_bytes() for file in source.iterdir()}
-    refused(source, source, "would be replaced")
+    refused(source, mine, "exists and was not written by dmax")
+    other = write(tmp_path / "other", "qwen3")
     (tmp_path / "link").symlink_to(source)
-    refused(source, tmp_path / "link", "would be replaced")
-    assert before == {file.name: file.read_bytes() for file in source.iterdir()}
+    before = {file: file.read_bytes() for folder in (source, other) for file in folder.iterdir()}
+    for target in (other, source, tmp_path / "link"):
+        refused(source, target, "exists and was not written by dmax")
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_what_was_trained_is_not_replaced(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    made = convert_checkpoint(source, tmp_path / "made")
+    trained = tmp_path / "trained"
+    save_checkpoint(made.model, made.tokenizer, trained, made.special_ids, extra={"steps": 100})
+    refused(source, trained, "dmax.json exists and was not written by this command")
+    assert json.loads((trained / "dmax.json").read_text()) == {"steps": 100}
 
 
 def test_adapters_are_no_whole_model(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
 from dmax.special_ids import SpecialIds, find_mask_token_id, reads_shifted, resolve_special_ids
 
+# Says where weights come from, and that a folder is ours.
+ORIGIN = "dmax.json"
 # All that a checkpoint written by `save_checkpoint` can consist of, with a picture of its training.
 OWN_FILES = (
     *TOKENIZER_FILES,
@@ -53,7 +55,7 @@ OWN_FILES = (
     "*.model",
     "chat_template.jinja",
     "adapter_config.json",
-    "dmax.json",
+    ORIGIN,
     "curves.png",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -203,11 +205,12 @@ def save_checkpoint(
     Args:
         model: the model, saved in its published layout; of a `peft.PeftModel` its adapters.
         tokenizer: saved beside it, if any.
-        folder: created, or replaced if it is empty or holds nothing but a checkpoint.
+        folder: created, or replaced if it is empty or holds nothing but a checkpoint of ours.
         special_ids: written to the config; EOS and pad to the generation config too.
         decoding: name of the strategy that the model was trained for; None keeps what its config
             says.
-        extra: a JSON record of where the weights come from, written as `dmax.json`.
+        extra: a JSON record of where the weights come from, written as `dmax.json`; without one
+            it only says whose the folder is.
 
     Raises:
         InputError: the folder holds something else or cannot be written, the disk is full, or the
@@ -227,8 +230,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             write_for_earlier_releases(partial / "tokenizer_config.json")
-        if extra is not None:
-            (partial / "dmax.json").write_text(json.dumps(extra, indent=2) + "\n")
+        (partial / ORIGIN).write_text(json.dumps(extra or {}, indent=2) + "\n")
         # safetensors makes files that only their owner can read
         readable = (partial / "config.json").stat().st_mode
         for file in partial.iterdir():
@@ -255,7 +257,7 @@ def merge_adapters(
 
     Args:
         folder: of the adapters.
-        output: created, or replaced if it is empty or holds nothing but a checkpoint.
+        output: created, or replaced if it is empty or holds nothing but a checkpoint of ours.
         dtype: of the weights; "auto" keeps the base's own.
 
     Raises:
@@ -263,7 +265,7 @@ def merge_adapters(
     """
     check_target(output)
     merged = load_checkpoint(folder, dtype=dtype, device="cpu")
-    origin = Path(merged.path) / "dmax.json"
+    origin = Path(merged.path) / ORIGIN
     save_checkpoint(
         merged.model,
         merged.tokenizer,
@@ -278,25 +280,24 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder that `save_checkpoint` could write; asked before training.
 
     Raises:
-        InputError: the folder holds something that is not part of a checkpoint, or cannot be
-            written.
+        InputError: the folder holds something that is not part of a checkpoint of ours, or cannot
+            be written.
     """
     folder = Path(os.path.expanduser(folder)).absolute()
     with writing(f"the checkpoint {folder}"):
         if folder.exists() and not _is_replaceable(folder):
             raise InputError(
-                f"{folder} exists and is not a checkpoint", hint="choose another output folder"
+                f"{folder} exists and was not written by dmax", hint="choose another output folder"
             )
         check_new_folder(folder)
     return folder
 
 
 def _is_replaceable(folder: Path) -> bool:
-    """Whether a folder is empty, or a checkpoint and nothing besides."""
+    """Whether a folder is empty, or a checkpoint of ours and nothing besides."""
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
-    is_checkpoint = (folder / "config.json").is_file()
-    is_own = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
-    return not entries or (is_checkpoint and is_own)
+    is_known = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
+    return not entries or (is_known and (folder / ORIGIN).is_file())
 
 
 def _settings_of_base(folder: Path) -> tuple[PreTrainedConfig, bool]:

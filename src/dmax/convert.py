@@ -6,14 +6,16 @@ import os
 
 from transformers import PreTrainedConfig
 
-from dmax.checkpoint import Checkpoint, check_target, load_checkpoint, save_checkpoint
+from dmax.checkpoint import ORIGIN, Checkpoint, check_target, load_checkpoint, save_checkpoint
 from dmax.checkpoint_files import read_settings
 from dmax.errors import InputError, shorten
+from dmax.files import check_ours
 from dmax.hub import find_folder, is_adapter
 from dmax.special_ids import FAMILY_BLOCK_LENGTH, find_mask_token_id
 
 BLOCK_LENGTH = 32
 """That of LLaDA-2.x and of DMax."""
+FROM = "converted_from"
 
 
 def convert_checkpoint(
@@ -31,7 +33,7 @@ def convert_checkpoint(
 
     Args:
         name_or_path: a folder or a hub id.
-        output: created, or replaced if it is empty or holds nothing but a checkpoint.
+        output: created, or replaced if it is empty or holds an earlier result.
         block_length: positions that are decoded together.
         shift: whether the prediction for a position is read one position before it, where an
             autoregressive model has it, or at the position itself.
@@ -45,11 +47,8 @@ def convert_checkpoint(
     """
     folder = find_folder(name_or_path)
     target = check_target(output)
+    check_ours(target / ORIGIN, FROM)
     shown = shorten(str(name_or_path))
-    if target.exists() and target.samefile(folder):
-        raise InputError(
-            f"{shown} would be replaced by what is made of it", hint="choose another output folder"
-        )
     if is_adapter(folder):
         raise InputError(
             f"{shown} holds adapters, not a whole model",
@@ -67,7 +66,7 @@ def convert_checkpoint(
         add_mask_token=find_mask_token_id(config, tokenizer) is None,
     )
     loaded.model.config.shift = shift
-    origin = {"converted_from": os.fspath(name_or_path)}
+    origin = {FROM: os.fspath(name_or_path)}
     save_checkpoint(loaded.model, loaded.tokenizer, target, loaded.special_ids, extra=origin)
     return loaded
 

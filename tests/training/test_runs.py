@@ -208,7 +208,7 @@ def test_a_checkpoint_of_something_else_is_never_replaced(tmp_path: Path, resume
     path = write_recipe(tmp_path, training={"max_steps": 1})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="holds a checkpoint of something else"):
+    with pytest.raises(InputError, match="exists and was not written by dmax"):
         run(path, resume=resume)
     assert files(tmp_path / "out") == {"config.json": b"{}"}
 
@@ -489,7 +489,7 @@ def test_an_output_dir_that_holds_something_else(
     (tmp_path / "out" / "thesis.tex").touch()
     no_compute()
     with pytest.raises(
-        InputError, match=r"recipe.yaml:1: in `output_dir`, .*out exists and is not a checkpoint"
+        InputError, match=r"recipe.yaml:1: in `output_dir`, .* exists and was not written by dmax"
     ):
         run(path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]

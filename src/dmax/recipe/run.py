@@ -28,7 +28,7 @@ from dmax.params import DecodingParams
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, data_digest, encode_data, held_out, read_data
 from dmax.recipe.disk import check_room, num_steps, room
-from dmax.recipe.folder import ANEW, MOVE, TRAINER_STATE, RunFolder
+from dmax.recipe.folder import ANEW, TRAINER_STATE, RunFolder
 from dmax.recipe.logs import PROJECT, reported_here
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
@@ -199,8 +199,6 @@ def _run_folder(
     check_target(output_dir)
     run = RunFolder(Path(args.output_dir), settings, fresh=not resume)
     is_written = (output_dir / "config.json").is_file()
-    if is_written and not (output_dir / "dmax.json").is_file():
-        raise InputError(f"{output_dir} holds a checkpoint of something else", MOVE)
     run.is_finished = run.is_finished and is_written
     if run.is_finished:
         return run
