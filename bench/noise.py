@@ -40,6 +40,7 @@ from noise_plan import (
     SCHEDULE,
     SEEDS,
     THRESHOLDS,
+    Design,
     Run,
     Stage,
     base_label,
@@ -266,28 +267,39 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=amount, default=inf, help="begin no stage later")
     parser.add_argument("--runs", type=Path, help="folder of the training runs")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the whole page")
     parser.add_argument("--toy", action="store_true", help="one step, one problem")
     side_by_side.add_options(parser)
     options = parser.parse_args()
     side_by_side.check_options(parser, options)
     check_plots(parser)
-    design = DESIGNS[options.study]
+    options.design = DESIGNS[options.study]
+    if options.toy:
+        options.design, options.limit = options.design.at_toy_length(), 1
+    for name in ("noises", "rates", "steps"):
+        check_planned(parser, options.design, name, getattr(options, name) or ())
     given = vars(options)
     for name in ("recipe", "noises", "rates", "seeds", "steps", "held_out"):
         if given[name] is None:
-            given[name] = getattr(design, name)
+            given[name] = getattr(options.design, name)
     options.runs = options.runs or Path("runs", options.study)
-    if options.toy:
-        options.steps, options.seeds, options.rates = [1], [1], [8e-4]
-        options.limit, options.held_out = 1, 4
     return options
+
+
+def check_planned(
+    parser: argparse.ArgumentParser, design: Design, name: str, chosen: Sequence[Any]
+) -> None:
+    """End the script if the design does not have all that was chosen of its noises or numbers."""
+    planned = getattr(design, name)
+    unplanned = [value for value in chosen if value not in planned]
+    if unplanned:
+        others = ", ".join(map(str, unplanned))
+        parser.error(f"the study has the {name} {', '.join(map(str, planned))}, got {others}")
 
 
 def study_of(options: argparse.Namespace, output: Path) -> Study:
     """The study that the command line asks for, with its records in a folder."""
-    design = DESIGNS[options.study]
-    recipe = design.read(options.recipe)
+    recipe = options.design.read(options.recipe)
     changes: dict[str, Any] = {"use_cpu": not options.gpu}
     if options.toy:
         changes["per_device_train_batch_size"] = 2
@@ -296,7 +308,7 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
         options.runs,
         output,
         options.study,
-        task=design.task,
+        task=options.design.task,
         held_out=options.held_out,
         limit=options.limit,
         device="cuda" if options.gpu else "cpu",
@@ -342,8 +354,8 @@ def make_ready(recipe: Recipe, options: argparse.Namespace) -> None:
         make_responses(data)
     for needed in (recipe.model.path or "", str(data)):
         if needed.startswith("runs/") and not Path(needed).exists():
-            before = DESIGNS[options.study].before
-            raise InputError(f"{needed} is not there yet", hint=f"run `{before}` first")
+            hint = f"run `{options.design.before}` first"
+            raise InputError(f"{needed} is not there yet", hint=hint)
 
 
 @telling()
@@ -351,11 +363,11 @@ def main() -> None:
     """Measure what is missing, write the page."""
     options = parse()
     study = study_of(options, options.output)
-    stages = list(plan(options.noises, options.rates, options.seeds, options.steps))
     if not options.page:
+        stages = list(plan(options.noises, options.rates, options.seeds, options.steps))
         measure(study, stages, options)
     if study.points.exists():
-        write_page(study.points, study.looks, stages, DESIGNS[options.study])
+        write_page(study.points, study.looks, options.design)
 
 
 if __name__ == "__main__":

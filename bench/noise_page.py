@@ -16,7 +16,6 @@ from noise_plan import (
     RECIPE_RATIO,
     THRESHOLDS,
     Design,
-    Stage,
     base_label,
     looked_at,
 )
@@ -72,11 +71,11 @@ At the mask ratio of the runs, by the kind of the clean token:
 {trained}"""
 
 
-def write_page(points_file: Path, looks_file: Path, asked: Sequence[Stage], design: Design) -> None:
-    """Write the page and its curves beside the records, with all stages that were asked for."""
+def write_page(points_file: Path, looks_file: Path, design: Design) -> None:
+    """Write the page and its curves beside the records, with all that is planned or measured."""
     record = read_record(points_file)
     looked = read_record(looks_file)
-    points = Points(record, asked)
+    points = Points(record, design.stages)
     draw(points, points_file.with_suffix(".svg"))
     parts = (
         f"# {design.title}",

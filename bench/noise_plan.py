@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smollm.size import GPU, Size
@@ -137,6 +137,15 @@ class Design:
         """The recipe, or another one in its place, with the base and the data of the design."""
         recipe = load_recipe(path)
         return recipe if self.size is None else self.size.fitted(recipe)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All that is trained and decoded, in the order of `plan`."""
+        return list(plan(self.noises, self.rates, self.seeds, self.steps))
+
+    def at_toy_length(self) -> Design:
+        """The same study with one rate, one seed and one step."""
+        return replace(self, rates=self.rates[:1], seeds=self.seeds[:1], steps=(1,), held_out=4)
 
 
 BUNDLED = "noise"

@@ -56,7 +56,7 @@ class Points:
 
     Args:
         record: of a sweep.
-        asked: stages that the page lists, measured or not, beside those of the record.
+        planned: stages that the page lists, measured or not, beside those of the record.
 
     Attributes:
         rates: of all these stages, rising.
@@ -64,12 +64,12 @@ class Points:
         all_seeds: likewise.
     """
 
-    def __init__(self, record: Record, asked: Sequence[Stage]) -> None:
+    def __init__(self, record: Record, planned: Sequence[Stage]) -> None:
         base = [p for p in record["points"] if p["label"] == BASE]
         self._base = {(p["strategy"], p["value"]): p for p in base}
         others = [p for p in record["points"] if p["label"] != BASE]
         self._by_place = {(p["label"], p["value"]): p for p in others}
-        stages = [*asked, *(stage_of(label) for label, _ in self._by_place)]
+        stages = [*planned, *(stage_of(label) for label, _ in self._by_place)]
         self.rates = sorted({run.rate for run, _ in stages})
         self.steps = sorted({steps for _, steps in stages})
         self.all_seeds = sorted({run.seed for run, _ in stages})

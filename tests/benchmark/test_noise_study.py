@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,9 +246,8 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     (tmp_path / f"{name}.json").write_text(json.dumps(record))
     (tmp_path / f"{name}_tokens.json").write_text(json.dumps(looks))
     design = noise_plan.DESIGNS[name]
-    stages = list(noise_plan.plan(design.noises, design.rates, design.seeds, design.steps))
     records = (tmp_path / f"{name}.json", tmp_path / f"{name}_tokens.json")
-    noise_page.write_page(*records, stages, design)
+    noise_page.write_page(*records, design)
     page = " ".join((tmp_path / f"{name}.md").read_text().split())
     assert page.startswith("# When on-policy noise matters on a pretrained model On-policy noise")
     assert "matters after 25 steps at a rate of 3e-4" in page
@@ -318,9 +318,8 @@ def test_the_committed_pages_are_what_their_records_say(name: str, tmp_path: Pat
     if not (tmp_path / f"{name}.json").is_file():
         pytest.skip("nothing is measured yet")
     design = noise_plan.DESIGNS[name]
-    stages = list(noise_plan.plan(design.noises, design.rates, design.seeds, design.steps))
     records = (tmp_path / f"{name}.json", tmp_path / f"{name}_tokens.json")
-    noise_page.write_page(*records, stages, design)
+    noise_page.write_page(*records, design)
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
@@ -351,6 +350,44 @@ def test_senseless_options_are_refused_before_a_page_is_written(
     assert ended.value.code == 2
     assert f"argument {given[0]}: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--rates", "5"), "the study has the rates 0.0008, 8e-05, 8e-06, got 5.0"),
+        (("--rates", "8e-4", "8e-7"), "the rates 0.0008, 8e-05, 8e-06, got 8e-07"),
+        (("--steps", "7", "25", "9"), "the steps 25, 50, 100, 200, 400, 1200, got 7, 9"),
+        (("--toy", "--steps", "25"), "the study has the steps 1, got 25"),
+        (
+            ("--study", noise_plan.PRETRAINED, "--only", "argmax"),
+            "the study has the noises sampled, random, got argmax",
+        ),
+    ],
+)
+def test_what_a_study_does_not_plan_is_refused(
+    given: tuple[str, ...], told: str, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    assert told in refusal("noise", "--page", "--output", str(tmp_path), *given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_is_whole_whatever_part_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in RESULTS.glob("noise*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    record = tmp_path / f"{noise_plan.BUNDLED}.json"
+    points = json.loads(record.read_text())
+    short = [p for p in points["points"] if ", 1200 steps," not in p["label"]]
+    record.write_text(json.dumps(points | {"points": short}))
+    part = ["--only", "random", "--rates", "8e-5", "--steps", "25", "--seeds", "1"]
+    places = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["noise.py", "--page", *part, *places])
+    noise.main()
+    page = (tmp_path / f"{noise_plan.BUNDLED}.md").read_text()
+    assert "(36 are planned)" in " ".join(page.split())
+    assert "| own tokens, argmax | 8e-5 |" in page.partition("## What is measured")[2]
 
 
 def test_a_base_that_is_not_there_yet_is_named_with_what_makes_it(
