@@ -23,12 +23,8 @@ from dmax.adapters import (
     has_adapters,
     lora_config,
 )
-from dmax.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    merge_adapters,
-    save_checkpoint,
-)
+from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dmax.convert import merge_adapters
 from dmax.errors import InputError
 from dmax.tiny.tokenizer import build_tokenizer
 

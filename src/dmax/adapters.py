@@ -181,7 +181,7 @@ def base_name(name_or_path: str | os.PathLike[str]) -> str:
     if is_adapter(Path(folder)):
         raise InputError(
             f"{shorten(folder)} holds adapters, which cannot be the base of others",
-            hint="merge them into their base first, `dmax.checkpoint.merge_adapters`",
+            hint="merge them into their base first, `dmax.convert.merge_adapters`",
         )
     return folder
 

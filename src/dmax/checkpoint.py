@@ -36,7 +36,7 @@ from dmax.checkpoint_kind import (
     set_shift,
 )
 from dmax.errors import InputError, shorten, show
-from dmax.files import MAX_SETTINGS, check_new_folder, new_folder, read_object, writing
+from dmax.files import check_new_folder, new_folder, writing
 from dmax.hub import find_folder, is_adapter
 from dmax.kernels.moe import best_experts_implementation
 from dmax.kernels.quant import Format, check_format
@@ -245,35 +245,6 @@ def write_ids(config: Any, special_ids: SpecialIds, decoding: str | None = None)
     config.block_length = special_ids.block_length
     if decoding is not None:
         config.decoding_strategy = decoding
-
-
-def merge_adapters(
-    folder: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | str = "auto",
-) -> None:
-    """Write adapters and their base as one whole checkpoint.
-
-    Args:
-        folder: of the adapters.
-        output: created, or replaced if it is empty or holds nothing but a checkpoint of ours.
-        dtype: of the weights; "auto" keeps the base's own.
-
-    Raises:
-        InputError: as `load_checkpoint` and `save_checkpoint`.
-    """
-    check_target(output)
-    merged = load_checkpoint(folder, dtype=dtype, device="cpu")
-    origin = Path(merged.path) / ORIGIN
-    save_checkpoint(
-        merged.model,
-        merged.tokenizer,
-        output,
-        merged.special_ids,
-        decoding=merged.decoding,
-        extra=read_object(origin, MAX_SETTINGS) if origin.exists() else None,
-    )
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:

@@ -1,15 +1,17 @@
-"""An autoregressive checkpoint of transformers, made ready to learn block diffusion."""
+"""Checkpoints made of others: ready to learn block diffusion, or with adapters merged in."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from dmax.checkpoint import ORIGIN, Checkpoint, check_target, load_checkpoint, save_checkpoint
 from dmax.checkpoint_files import read_settings
 from dmax.errors import InputError, shorten
-from dmax.files import check_ours
+from dmax.files import MAX_SETTINGS, check_ours, read_object
 from dmax.hub import find_folder, is_adapter
 from dmax.special_ids import FAMILY_BLOCK_LENGTH, find_mask_token_id
 
@@ -52,7 +54,7 @@ def convert_checkpoint(
     if is_adapter(folder):
         raise InputError(
             f"{shown} holds adapters, not a whole model",
-            hint="merge them into their base first, `dmax.checkpoint.merge_adapters`",
+            hint="merge them into their base first, `dmax.convert.merge_adapters`",
         )
     config, tokenizer, _ = read_settings(folder)
     _check_autoregressive(shown, config)
@@ -69,6 +71,35 @@ def convert_checkpoint(
     origin = {FROM: os.fspath(name_or_path)}
     save_checkpoint(loaded.model, loaded.tokenizer, target, loaded.special_ids, extra=origin)
     return loaded
+
+
+def merge_adapters(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+) -> None:
+    """Write adapters and their base as one whole checkpoint.
+
+    Args:
+        folder: of the adapters.
+        output: created, or replaced if it is empty or holds nothing but a checkpoint of ours.
+        dtype: of the weights; "auto" keeps the base's own.
+
+    Raises:
+        InputError: as `load_checkpoint` and `save_checkpoint`.
+    """
+    check_target(output)
+    merged = load_checkpoint(folder, dtype=dtype, device="cpu")
+    origin = Path(merged.path) / ORIGIN
+    save_checkpoint(
+        merged.model,
+        merged.tokenizer,
+        output,
+        merged.special_ids,
+        decoding=merged.decoding,
+        extra=read_object(origin, MAX_SETTINGS) if origin.exists() else None,
+    )
 
 
 def _check_autoregressive(shown: str, config: PreTrainedConfig) -> None:

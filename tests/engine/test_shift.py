@@ -20,7 +20,9 @@ from dmax.training.clean_stream import CleanStream
 L = 8
 EOS = 2
 MASK = 3
-KINDS = ("llama", "qwen3", "gemma")  # the head of the last one is not known to be linear
+# The head of gemma is not known to be linear, and that of bert is not. Bert also asks a cache how
+# long it is, whatever the positions.
+KINDS = ("llama", "qwen3", "gemma", "bert")
 PROMPTS = ([5], [7] * 40, [9, 8, 7, 6, 5, 4, 11, 20], [12, 13] * 9, [30, 31, 32])
 
 
@@ -39,6 +41,8 @@ def config_of(kind: str, **changes: Any) -> Any:
         pad_token_id=0,
         bos_token_id=1,
     )
+    if kind == "bert":
+        fields |= {"is_decoder": True, "num_key_value_heads": 4}
     return CONFIG_MAPPING[kind](**(fields | changes))
 
 

@@ -189,16 +189,17 @@ class ModelRunner:
         self, inputs: dict[str, Any], where: Tensor, num_open: int, hidden_states: bool
     ) -> Output:
         """By a model that makes logits itself; it makes them of the last `num_open` rows only."""
-        options = {"output_hidden_states": True} if hidden_states else {}
 
         def opened(hidden: Tensor) -> Tensor:  # [R, L, D]
             return self._readings(hidden, where)[-num_open:]
 
-        head = self.model.get_output_embeddings()
+        # The whole head, which may do more to the states than multiply them by the embeddings.
+        embeddings = self.model.get_output_embeddings()
+        head = next(part for part in self.model.children() if embeddings in part.modules())
         with head.register_forward_pre_hook(lambda _, args: (opened(args[0]), *args[1:])):
-            outputs = self.model(**inputs, **options)
+            outputs = self.model(**inputs, output_hidden_states=hidden_states)
         last = opened(outputs.hidden_states[-1]) if hidden_states else None
-        return Output(outputs.logits[-num_open:], self.mask_token_id, hidden_states=last)
+        return Output(outputs.logits, self.mask_token_id, hidden_states=last)
 
     def _readings(self, hidden: Tensor, where: Tensor) -> Tensor:
         """The states [N, L, D] that predict the tokens of each position, from those that are."""

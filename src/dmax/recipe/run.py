@@ -16,7 +16,8 @@ from transformers import TrainerState, set_seed
 from dmax import extras
 from dmax.adapters import add_adapters, base_name, merged
 from dmax.attention import best_for_training
-from dmax.checkpoint import Checkpoint, check_target, merge_adapters, save_checkpoint
+from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
+from dmax.convert import merge_adapters
 from dmax.environment import DTYPES, environment, select_device
 from dmax.errors import InputError
 from dmax.evaluation.curves import draw_history

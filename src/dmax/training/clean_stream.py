@@ -188,6 +188,10 @@ class ContextCache:
         self.length = length
         self.records = records
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many positions stand before new ones; some models ask for it and do without."""
+        return 0 if self.records else self.length
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, **_: Any) -> tuple[Tensor, Tensor]:
         """All that is visible to new keys and values [B, G, L', d] of a layer, theirs included."""
         if self.records:
