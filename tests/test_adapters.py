@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import small_llama
 from torch import Tensor
+from transformers import GPT2Config
 
 from dmax import LLM, DecodingParams
 from dmax.adapters import (
@@ -23,7 +24,7 @@ from dmax.adapters import (
     has_adapters,
     lora_config,
 )
-from dmax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.convert import merge_adapters
 from dmax.errors import InputError
 from dmax.tiny.tokenizer import build_tokenizer
@@ -105,6 +106,19 @@ def test_adapters_of_a_dense_backbone_are_merged(tmp_path: Path) -> None:
     # The mask alone decides who sees whom, as it did before.
     tail = logits(found.model)[:, 0] - found.model(input_ids=IDS[:, :32]).logits[:, 0]
     assert tail.abs().max() > 1e-3
+
+
+def test_layers_with_turned_weights_are_adapted_too(tmp_path: Path) -> None:
+    ids = {"mask_token_id": 99, "eos_token_id": 98, "bos_token_id": 98, "block_length": 8}
+    shape = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    made = new_checkpoint(GPT2Config(**shape, **ids, initializer_range=0.3))
+    save_checkpoint(made.model, None, tmp_path / "base", made.special_ids)
+    _, expected = write(tmp_path / "adapters", str(tmp_path / "base"))
+    targets = json.loads((tmp_path / "adapters" / CONFIG).read_text())["target_modules"]
+    assert len(targets) == 2 * 4 and "transformer.h.1.attn.c_attn" in targets
+    torch.testing.assert_close(
+        logits(load(tmp_path / "adapters").model), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_llm_decodes_adapters_as_it_decodes_the_merged_checkpoint(tmp_path: Path) -> None:

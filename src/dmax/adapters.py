@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dmax import extras
 from dmax.checkpoint_files import reading
@@ -33,6 +34,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # Methods that act within the layers, so that they can be merged into the weights.
 METHODS = ("LORA", "LOHA", "LOKR", "OFT")
+LINEAR = (nn.Linear, Conv1D)  # the second one, with its weight turned, is that of GPT-2
 ALL_LINEAR = "all-linear"
 EXPERTS = "experts"
 # Fields of an adapter's configuration that name modules to import, or files and repositories.
@@ -115,7 +117,7 @@ def find_targets(model: nn.Module, names: Sequence[str]) -> tuple[list[str], lis
         InputError: the model has no layers of a kind.
     """
     layers = dict(model.named_modules())
-    linear = {name for name, layer in layers.items() if type(layer) is nn.Linear}
+    linear = {name for name, layer in layers.items() if type(layer) in LINEAR}
     linear -= {name for name in linear if layers[name] is _output_layer(model)}
     attention = {name for name in linear if _attends(layers[name.rpartition(".")[0]])}
     stacked = {
@@ -302,9 +304,13 @@ def _check_fit(weights: Mapping[str, Tensor], file: Path) -> None:
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """Without that of transformers, whose old name for checkpointing peft asks for."""
+    """Without those of transformers' old name for checkpointing, and of layers with turned weights.
+
+    Peft asks for the one, and sees to the others by itself.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but")
         yield
 
 
