@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM, backbone
@@ -37,7 +37,7 @@ def small_llama(**changes: Any) -> Checkpoint:
 
 
 def small_network(kind: str, attention: str, *, vocab_size: int, eos: int, head_dim: int) -> Any:
-    """A "llama" or a "llada2_moe" that is the same each time; EOS is its padding, too."""
+    """A "llada2_moe", or a decoder of transformers, that is the same each time; EOS pads, too."""
     torch.manual_seed(0)
     fields: dict[str, Any] = {
         **SHAPE,
@@ -48,8 +48,10 @@ def small_network(kind: str, attention: str, *, vocab_size: int, eos: int, head_
         "eos_token_id": eos,
         "attn_implementation": attention,
     }
-    if kind == "llama":
-        return backbone.as_block_diffusion(LlamaForCausalLM(LlamaConfig(**fields)))
+    if kind != "llada2_moe":
+        config = CONFIG_MAPPING[kind](**fields)
+        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        return backbone.as_block_diffusion(network)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     config = LLaDA2MoeConfig(**fields, **experts, n_group=2, topk_group=1)
     config._experts_implementation = "eager"

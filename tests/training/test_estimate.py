@@ -263,8 +263,9 @@ def test_logits_are_apart_where_they_wait_for_backward(tmp_path: Path) -> None:
 def test_what_an_objective_keeps_of_the_model_is_apart(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, MOE, pad_to=64, objective="mmd", mmd_groups=2, mmd_layer=0)
     model, *_ = real_parts(recipe)
-    layer = model.base_model.layers[0]
-    weights = [*layer.parameters(), *model.get_input_embeddings().parameters()]
+    layer, norm = model.base_model.layers[0], model.base_model.norm
+    kept = (layer, norm, model.get_input_embeddings())
+    weights = [weight for module in kept for weight in module.parameters()]
     buffers = [*layer.buffers(), *model.base_model.rotary_emb.buffers()]
     found = estimate(recipe, ONE)
     assert part(found, "objective") == sum(value.nbytes for value in (*weights, *buffers))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dmax.errors import InputError
+from dmax.models.backbone import decoder_layers
 
 
 @torch.no_grad()
@@ -38,26 +39,44 @@ def frozen_features(
         InputError: the model has no such layer.
     """
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = network.base_model.layers
+    layers = decoder_layers(network)
     if layer >= len(layers):
         raise InputError(
             f"the model has {len(layers)} layers, counted from 0, and none is {layer}",
             hint="lower `mmd_layer`",
         )
-    kept = nn.ModuleList((network.get_input_embeddings(), *layers[: layer + 1]))
-    left_out = (*layers[layer + 1 :], network.base_model.norm, network.get_output_embeddings())
-    known: dict[int, Any] = {id(module): module for module in left_out}
-    known |= {id(weight): _still(weight, dtype) for weight in kept.parameters()}
+    left_out = (*layers[layer + 1 :], network.get_output_embeddings())
+    unused = {id(weight) for module in left_out for weight in module.parameters()}
+    unused -= {id(weight) for weight in network.get_input_embeddings().parameters()}
+    used = [weight for weight in network.parameters() if id(weight) not in unused]
+    known: dict[int, Any] = {id(module): nn.Identity() for module in left_out}
+    known |= {id(weight): _still(weight, dtype) for weight in used}
     known |= {id(buffer): buffer.clone() for buffer in network.buffers()}
     frozen = deepcopy(network, known)
 
-    frozen.base_model.layers = frozen.base_model.layers[: layer + 1]
-    frozen.base_model.norm = nn.Identity()
-    frozen.set_output_embeddings(nn.Identity())
+    copied = decoder_layers(frozen)
+    del copied[layer + 1 :]
+    _end_behind(copied[layer], frozen.base_model)
+    frozen.config.num_hidden_layers = layer + 1
     frozen.has_linear_head = True  # so its states are hidden ones
     frozen.config.shift = False
     _place(frozen, device)
     return frozen.eval().requires_grad_(False)
+
+
+def _end_behind(layer: nn.Module, base: nn.Module) -> None:
+    """Have a base model give what leaves one of its layers, before any norm that comes later."""
+    found: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found["states"] = output[0] if isinstance(output, tuple) else output
+
+    def give(_module: nn.Module, _inputs: Any, outputs: Any) -> Any:
+        outputs.last_hidden_state = found.pop("states")
+        return outputs
+
+    layer.register_forward_hook(keep)
+    base.register_forward_hook(give)
 
 
 def _still(weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

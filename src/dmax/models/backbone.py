@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -57,6 +58,14 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
         module.register_forward_pre_hook(partial(_prepare_inputs, cache_name), with_kwargs=True)
     model.has_linear_head = model.config.model_type in LINEAR_HEADS
     return model
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of a model, whatever it calls them, with or without adapters of peft."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    lists = (each for each in network.base_model.modules() if isinstance(each, nn.ModuleList))
+    # The outermost list comes first.
+    return next(each for each in lists if len(each) == network.config.num_hidden_layers)
 
 
 def _prepare_inputs(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmax.models.backbone import decoder_layers
 from dmax.recipe.estimate.cluster import Traffic
-from dmax.recipe.estimate.step import decoder_layers
 from dmax.training.sharding import DTYPES, Sharding
 
 if TYPE_CHECKING:

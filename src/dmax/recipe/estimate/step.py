@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dmax import confidence
 from dmax.errors import InputError
+from dmax.models.backbone import decoder_layers
 from dmax.training.objectives import Objective, ObjectiveModule
 
 aten = torch.ops.aten
@@ -150,12 +151,6 @@ def _on_cpu(value: Tensor) -> Tensor:
     if isinstance(value, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=value.requires_grad)
     return tensor
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The layers of a model, with or without adapters."""
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return network.base_model.layers
 
 
 def _drop_weight_gradients(loss: Tensor) -> None:
