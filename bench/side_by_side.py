@@ -64,15 +64,35 @@ def do(work: Iterable[Work], num_jobs: int) -> None:
 def begin(part: Path, whole: Path) -> None:
     """Begin a part with what is measured already, unless it has begun."""
     if whole.exists() and not part.exists():
-        write_atomically(part, whole.read_text(encoding="utf-8"))
+        known = whole.read_text(encoding="utf-8")
+        write_atomically(_begun(part), known)
+        write_atomically(part, known)
 
 
 def put_together(part: Path, whole: Path) -> None:
-    """Add to a record what a part of it has and it has not."""
+    """Add to a record what a part of it has measured since it began."""
     if part.exists():
         held = dict(read_record(whole)) if whole.exists() else {}
-        record = merged(held, read_record(part))
+        begun = read_record(_begun(part)) if _begun(part).exists() else {}
+        record = merged(held, since(begun, read_record(part)))
         write_atomically(whole, json.dumps(record, indent=1) + "\n")
+
+
+def _begun(part: Path) -> Path:
+    """Where it stands what a part began with."""
+    return part.with_suffix(".begun.json")
+
+
+def since(begun: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the entries and points that it began with: others may have newer ones."""
+    new = dict(part)
+    for name, value in part.items():
+        before = begun.get(name)
+        if name == "points":
+            new[name] = [point for point in value if point not in (before or [])]
+        elif isinstance(value, Mapping) and isinstance(before, Mapping) and name != "environment":
+            new[name] = {key: each for key, each in value.items() if before.get(key) != each}
+    return new
 
 
 def merged(held: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

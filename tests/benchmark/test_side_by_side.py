@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from side_by_side import add_options, begin, check_options, do, merged
+from side_by_side import add_options, begin, check_options, do, merged, put_together
 
 from dmax.files import read_record
 
@@ -33,6 +33,26 @@ def test_every_run_adds_to_the_record(tmp_path: Path) -> None:
     labels = sorted(point["label"] for point in read_record(whole)["points"])
     assert labels == ["a", "b", "first"]
     assert read_record(tmp_path / "a.json")["seed"] == 7
+
+
+def test_a_run_gives_back_only_what_it_has_measured(tmp_path: Path) -> None:
+    """What another run has measured anew meanwhile stays."""
+    whole = tmp_path / "whole.json"
+    both = {"a": 60, "b": 60}
+    points = [{"label": name, "value": 0.5, "tpf": 1} for name in "ab"]
+    whole.write_text(json.dumps({"environment": {}, "points": points, "seconds": both}))
+    parts = {name: tmp_path / f"{name}.json" for name in "ab"}
+    for part in parts.values():
+        begin(part, whole)
+    for number, (name, part) in enumerate(parts.items()):
+        record = dict(read_record(part))
+        record["seconds"][name] = 4000
+        record["points"][number]["tpf"] = 2
+        part.write_text(json.dumps(record))
+        put_together(part, whole)
+    record = read_record(whole)
+    assert record["seconds"] == {"a": 4000, "b": 4000}
+    assert {point["label"]: point["tpf"] for point in record["points"]} == {"a": 2, "b": 2}
 
 
 def test_a_run_that_fails_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
