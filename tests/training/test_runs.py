@@ -22,6 +22,7 @@ from dmax.errors import InputError
 from dmax.evaluation.curves import draw_history
 from dmax.recipe import build
 from dmax.recipe import run as runs
+from dmax.recipe.folder import RunFolder
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import load_recipe
 from dmax.training.trainer import DMaxTrainer
@@ -600,3 +601,17 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, message: str) 
     with pytest.raises(InputError, match=f"^{path}:({message})") as error:
         load_recipe(path)
     assert "\n" not in error.value.message
+
+
+def test_only_the_first_rank_removes_what_killed_runs_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would remove what the first is writing at that moment."""
+    partial = tmp_path / "out-run" / ".run.json.0123abcd.partial"
+    partial.parent.mkdir()
+    for number, is_left in ((1, True), (0, False)):
+        partial.touch()
+        monkeypatch.setattr("dmax.recipe.folder.rank", lambda number=number: number)
+        RunFolder(partial.parent, {}).begin()
+        assert partial.exists() is is_left
+    assert (partial.parent / "run.json").is_file()

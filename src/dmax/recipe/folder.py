@@ -106,17 +106,21 @@ class RunFolder(TrainerCallback):
         What is of no use any more goes first: of an earlier run if it is to be forgotten, else what
         was being written when it was killed.
         """
+        if rank() == 0:  # another could remove what this one is writing
+            self._remove_what_is_over()
+        if self.last_checkpoint is None:
+            self.seconds = 0.0
+        self.is_finished = False
+        self._write()
+        self._since = time.perf_counter()
+
+    def _remove_what_is_over(self) -> None:
         if self._fresh:
             self._empty()
         with writing(self.path):
             for folder in self._unfinished:
                 shutil.rmtree(folder)
         remove_leftovers(self.path / RECORD)
-        if self.last_checkpoint is None:
-            self.seconds = 0.0
-        self.is_finished = False
-        self._write()
-        self._since = time.perf_counter()
 
     def is_trained(self) -> bool:
         """Whether the last checkpoint is of the last step, so that only the result is missing."""
@@ -153,9 +157,7 @@ class RunFolder(TrainerCallback):
         return [numbered[step] for step in sorted(numbered)]
 
     def _empty(self) -> None:
-        """Remove what runs of ours write, and nothing else; on rank 0."""
-        if rank() != 0:
-            return
+        """Remove what runs of ours write, and nothing else."""
         with writing(self.path):
             for folder in self.checkpoints():
                 shutil.rmtree(folder)
