@@ -74,6 +74,9 @@ class ModelRunner:
         self._lm_head: Tensor | None = None
         if getattr(model, "has_linear_head", False):
             self._lm_head = model.get_output_embeddings().weight
+        else:  # the whole head, which may do more to the states than multiply them
+            embedding = model.get_output_embeddings()
+            self._head = next(part for part in model.children() if embedding in part.modules())
         weight = embeddings.weight
         self.device = weight.device
         config = model.config
@@ -193,10 +196,7 @@ class ModelRunner:
         def opened(hidden: Tensor) -> Tensor:  # [R, L, D]
             return self._readings(hidden, where)[-num_open:]
 
-        # The whole head, which may do more to the states than multiply them by the embeddings.
-        embeddings = self.model.get_output_embeddings()
-        head = next(part for part in self.model.children() if embeddings in part.modules())
-        with head.register_forward_pre_hook(lambda _, args: (opened(args[0]), *args[1:])):
+        with self._head.register_forward_pre_hook(lambda _, args: (opened(args[0]), *args[1:])):
             outputs = self.model(**inputs, output_hidden_states=hidden_states)
         last = opened(outputs.hidden_states[-1]) if hidden_states else None
         return Output(outputs.logits, self.mask_token_id, hidden_states=last)
