@@ -312,7 +312,10 @@ def test_a_gpu_computes_in_bfloat16_by_default_and_a_cpu_does_not(
     expected: bool,
 ) -> None:
     # A machine with a GPU, whose processor emulates bfloat16.
-    monkeypatch.setattr("dmax.training.config.select_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(
+        "dmax.training.config.select_device",
+        lambda device: torch.device("cuda" if device == "auto" else device),
+    )
     monkeypatch.setattr(
         "dmax.training.config.has_bfloat16", lambda device: device.type == "cuda" and gpu_has_it
     )
@@ -340,6 +343,16 @@ def test_a_cpu_computes_in_bfloat16_where_it_can_and_is_asked(
     assert not caplog.text  # a recipe's arguments are tried before they are used
     check_call(config, {})
     assert ("emulates bfloat16" in caplog.text) is (expected and not cpu_has_it)
+
+
+@pytest.mark.parametrize("cpu_has_it", [True, False])
+def test_auto_needs_no_use_cpu_where_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_has_it: bool
+) -> None:
+    monkeypatch.setattr("dmax.environment._cpu_has_bfloat16", lambda: cpu_has_it)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = DMaxConfig(output_dir=str(tmp_path), bf16="auto")
+    assert (config.device.type, config.bf16) == ("cpu", cpu_has_it)
 
 
 def test_auto_leaves_fp16_alone_and_other_words_are_refused(

@@ -195,9 +195,12 @@ class DMaxConfig(TrainingArguments):
             return asked
         if asked not in (None, "auto"):
             raise InputError(f"`bf16` must be true, false or auto, got {asked!r}")
-        device = torch.device("cpu") if self.use_cpu else select_device("auto")
-        is_wanted = not self.fp16 and (asked == "auto" or device.type != "cpu")
-        return is_wanted and has_bfloat16(device)
+        device = select_device("cpu" if self.use_cpu else "auto")
+        on_cpu = device.type == "cpu"
+        in_bfloat16 = not self.fp16 and (asked == "auto" or not on_cpu) and has_bfloat16(device)
+        # transformers refuses it on a CPU that was not asked for.
+        self.use_cpu |= in_bfloat16 and on_cpu
+        return in_bfloat16
 
     def _shard(self, sharding: Sharding) -> None:
         """What transformers and accelerate have no argument for."""
