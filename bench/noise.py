@@ -74,6 +74,7 @@ class Study:
         name: what the records are called.
         task: what is decoded.
         held_out: how many examples at the end of the data are not learnt but looked at.
+        num_examples: of the data, from its start; None: all.
         limit: how many problems are decoded.
         device: where models are looked at.
     """
@@ -87,6 +88,7 @@ class Study:
         *,
         task: str,
         held_out: int,
+        num_examples: int | None = None,
         limit: int = LIMIT,
         device: str = "cpu",
     ) -> None:
@@ -97,6 +99,7 @@ class Study:
         self.task = get_task(task)
         self.limit = limit
         self.held_out = held_out
+        self.num_examples = num_examples
         self.device = device
 
     @cached_property
@@ -107,7 +110,10 @@ class Study:
     @cached_property
     def examples(self) -> Any:
         """The data as token ids, a `datasets.Dataset`."""
-        return encode_data(self.recipe.data, read_data(self.recipe.data), self.base)
+        examples = encode_data(self.recipe.data, read_data(self.recipe.data), self.base)
+        if self.num_examples is None:
+            return examples
+        return examples.select(range(min(self.num_examples, len(examples))))
 
     def run(self, stages: Sequence[Stage], *, minutes: float = inf) -> None:
         """Train and measure what is missing, until the time is over; a begun stage is finished."""
@@ -310,6 +316,7 @@ def study_of(options: argparse.Namespace, output: Path) -> Study:
         options.study,
         task=options.design.task,
         held_out=options.held_out,
+        num_examples=options.design.num_examples,
         limit=options.limit,
         device="cuda" if options.gpu else "cpu",
     )

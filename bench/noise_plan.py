@@ -108,6 +108,7 @@ class Design:
         steps: numbers of training steps after which a run is decoded.
         noises: names of `noise_kinds.NOISES`.
         held_out: how many examples at the end of the data are not learnt but looked at.
+        num_examples: of the data, from its start; None: all.
         title: of the page.
         command: that goes on with the study.
         before: the command that makes what the recipe needs.
@@ -129,6 +130,7 @@ class Design:
     before: str
     text: str
     note: str = ""
+    num_examples: int | None = None
     expected: tuple[tuple[float, int], ...] = ()
     seeds: tuple[int, ...] = SEEDS
     size: Size | None = None
@@ -171,6 +173,7 @@ DESIGNS = {  # by the name of the page and its records
         rates=(3e-4, 3e-5),
         steps=(25, 50, 100),
         noises=("sampled", "random"),
+        num_examples=320,  # what there was when the design was written
         held_out=64,
         title="When on-policy noise matters on a pretrained model",
         command="python bench/noise.py --study noise_pretrained",

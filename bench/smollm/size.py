@@ -134,7 +134,7 @@ CPU = Size(
     cuts_vocabulary=True,
     block_length=16,
     num_problems=20_000,
-    num_responses=320,
+    num_responses=640,
     limit=200,
     batch_size=32,
 )

@@ -97,6 +97,24 @@ def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Path, tmp_path:
     assert in_stages != weights("one", (4,))
 
 
+def test_a_study_takes_as_many_examples_as_its_design_says(recipe: Path, tmp_path: Path) -> None:
+    def taken(most: int | None) -> list[dict[str, list[int]]]:
+        study = noise.Study(
+            load_recipe(recipe),
+            tmp_path / "runs",
+            tmp_path,
+            "noise",
+            task="word_problems",
+            held_out=4,
+            num_examples=most,
+        )
+        return list(study.examples)
+
+    assert len(taken(None)) == 12
+    assert taken(8) == taken(None)[:8]
+    assert taken(320) == taken(None)
+
+
 def test_comparisons_are_complete_before_the_next_steps_begin() -> None:
     steps, rates, seeds = BUNDLED.steps, BUNDLED.rates, BUNDLED.seeds
     stages = list(noise_plan.plan(noise_kinds.PAIR, rates, seeds, steps))
