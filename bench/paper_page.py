@@ -31,9 +31,27 @@ def page(results: Results) -> str:
         problems=record["limit"],
         retrained=results.training["limit"],
         seeds=len(SEEDS),
-        machine=machines(record),
-        date=record["environment"]["date"][:10],
+        decoded_on=_where_and_when(record),
+        retrained_on=_where_and_when(results.training),
+        earlier=_earlier(results.training),
     )
+
+
+def _where_and_when(record: Record) -> str:
+    return f"{machines(record)}; {record['environment']['date'][:10]}"
+
+
+def _earlier(record: Record) -> str:
+    """Which variants were measured on another day than most."""
+    day = record["environment"]["date"][:10]
+    days = {
+        f"{variant} on {other}"
+        for variant in VARIANTS
+        for point in record["points"]
+        if point["label"].startswith(f"{variant}, ")
+        and (other := point.get("environment", record["environment"])["date"][:10]) != day
+    }
+    return f" Measured on another day: {', '.join(sorted(days))}." if days else ""
 
 
 def _line(verdict: str, briefs: Sequence[str]) -> str:
@@ -81,14 +99,17 @@ Numbers in brackets are rows of the table below. A verdict is computed. *Holds* 
 that the 95 % interval of the difference leaves out zero, or that a ratio lies on that side. *Within
 noise* means that it does not.
 
-Single settings were decoded on {problems} unseen word problems, retrained models on {retrained} for
-each of {seeds} seeds. Machine: {machine}; {date}. [The engine of that day
-and today's](../log.md#2026-11-27-the-engine-of-the-records-and-todays) give the same counts. The
-retrained models come from
-`python bench/ablation_training.py`
-([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), and `python bench/paper.py` wrote
-this page from the records in this folder. `make results` runs both, and
-[every decoding method](methods.md). Pages of their own have [a real pretrained
+- **Single settings** were decoded on {problems} unseen word problems. Machine:
+  {decoded_on}.
+  [The engine of that day and today's](../log.md#2026-11-27-the-engine-of-the-records-and-todays)
+  give the same counts.
+- **Retrained models** come from `python bench/ablation_training.py`
+  ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), {seeds} seeds each, and were
+  decoded on {retrained} problems. Machine:
+  {retrained_on}.{earlier}
+
+`python bench/paper.py` wrote this page from the records in this folder. `make results` runs both,
+and [every decoding method](methods.md). Pages of their own have [a real pretrained
 model](pretrained.md), [what came after DMax](beyond.md), and
 [when on-policy noise matters](noise.md), which looks into claim 23.
 

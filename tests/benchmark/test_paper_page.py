@@ -30,6 +30,21 @@ def test_the_page_is_what_the_records_give(records: list[Record]) -> None:
     assert page(Results(*records)) == (DOCS / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_says_what_was_measured_on_another_day(records: list[Record]) -> None:
+    training = copy.deepcopy(records[1])
+    for point in training["points"]:
+        point.pop("environment", None)
+    one_day = page(Results(records[0], training, records[2]))
+    assert "Measured on another day" not in one_day
+    earlier = training["environment"] | {"date": "2026-01-31T00:00:00+00:00"}
+    for point in training["points"]:
+        if point["label"].startswith(("mask ratio 1, ", "masks only, ")):
+            point["environment"] = earlier
+    several = page(Results(records[0], training, records[2]))
+    said = "Measured on another day: mask ratio 1 on 2026-01-31, masks only on 2026-01-31."
+    assert said in several
+
+
 def test_an_interval_is_newcombes() -> None:
     """His own example, 56 of 70 against 48 of 80 (Statistics in Medicine 17, 1998, method 10)."""
     delta, low, high = difference(Share(56, 70, 1), Share(48, 80, 1))
