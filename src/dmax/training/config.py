@@ -190,7 +190,7 @@ class DMaxConfig(TrainingArguments):
             )
 
     def _in_bfloat16(self, asked: bool | str | None) -> bool:
-        """Whether to compute in bfloat16."""
+        """Whether to compute in bfloat16; sets `use_cpu` where a CPU does."""
         if isinstance(asked, bool):
             return asked
         if asked not in (None, "auto"):
