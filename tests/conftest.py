@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # kernels run on CPU tensors; before triton is imported, which dmax does
     )
+
+# A job in the background of a script ignores Ctrl-C, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(
