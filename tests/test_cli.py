@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 from fake_server import Server
 from test_llm import CONFIG, TEXTS, bare_folder_fixture, folder_fixture  # noqa: F401  (fixtures)
@@ -406,6 +407,24 @@ def test_train_json(dmax: Dmax, tmp_path: Path) -> None:
     assert_refused(
         dmax("train", tmp_path / "recipe.yaml"), "differs in `training.max_steps`", "--fresh"
     )
+
+
+def test_a_rank_that_is_done_leaves_the_others(
+    dmax: Dmax, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+
+    def train_in_a_group(*_: object, **__: object) -> Path:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return tmp_path
+
+    monkeypatch.setattr("dmax.recipe.run.run_recipe", train_in_a_group)
+    try:
+        assert dmax("train", write_recipe(tmp_path)).code == 0
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_demo(dmax: Dmax, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,7 @@ def compare(folder: Path) -> None:
             results[f"{family} accelerate"] = train(folder, family, checkpointing=True, fsdp=True)
         results[LAST] = train(folder, "llada2_moe", checkpointing=True, **in_bfloat16)
     torch.save(results, folder / f"rank_{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 def run_command(folder: Path, misfortune: Callable[[DMaxTrainer], Any]) -> None:

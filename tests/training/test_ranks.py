@@ -37,13 +37,14 @@ from rank_worker import FAMILIES, LAST, THROUGH_ACCELERATE, train  # noqa: E402 
 
 HERE = Path(__file__).parent
 REWARDED = {"objective": "mmd", "mmd_groups": 2, "mmd_bandwidth": 0.1, "learning_rate": 1e-5}
+TORCHRUN = 'Traceback (most recent call last):\n  File "<frozen runpy>"'  # its report of a failure
 WITHIN = 30.0  # seconds between the death of a rank and the end of all
 
 
 def launch(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a module or a script in two processes on the CPU; what both write is put together."""
     paths = [str(HERE), *sys.path]
-    return subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         + list(command),
         env=os.environ
@@ -51,6 +52,7 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
             "PYTHONPATH": os.pathsep.join(paths),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # torchrun tells the signal that ended a rank, not the place
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,6 +60,8 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
         timeout=600,
         check=False,
     )
+    ended.stdout = ended.stdout.partition(TORCHRUN)[0]
+    return ended
 
 
 def worker(*arguments: object) -> subprocess.CompletedProcess[str]:

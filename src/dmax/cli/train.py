@@ -62,12 +62,24 @@ def train(
     # The Trainer prints its log; stdout is for the result.
     with keeping(kept), redirect_stdout(sys.stderr):
         folder = run_recipe(checked, resume=not fresh, report=console.print)
+        _leave_group()
     if console.quiet:  # another process speaks
         return
     if as_json:
         print_json({"checkpoint": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
+
+
+def _leave_group() -> None:
+    """Close what connects the ranks of torchrun, while all of them are here.
+
+    Left open it has threads of its own when Python ends, which may abort the process.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _estimate(
