@@ -142,7 +142,10 @@ def learn_causally(size: Size, start: str, stage: str, changes: Mapping[str, Any
 
 
 def responses(size: Size) -> None:
-    """The base model's own answers, once it solves enough of the task.
+    """The base model's own answers to problems for training and to held-out ones.
+
+    What is trained on the former is judged by its loss on the latter. They are made once the base
+    solves enough of the task.
 
     Raises:
         InputError: it does not.
@@ -153,8 +156,11 @@ def responses(size: Size) -> None:
     point = measure.decode(size, careful, threshold, TASK(), llm)
     check_base(point, history(size.folder("base")), size.enough)
     params = DecodingParams("threshold", threshold, max_new_tokens=TASK.max_new_tokens)
-    questions = [problem.question for problem in drawn(size.num_responses, seed=3)]
-    print(distill(ModelAnswerer(llm, params), questions, ResponseFiles(size.responses)))
+    answerer = ModelAnswerer(llm, params)
+    learnt = [problem.question for problem in drawn(size.num_responses, seed=3)]
+    held_out = [record["prompt"] for record in read_records(size.held_out)]
+    print(distill(answerer, learnt, ResponseFiles(size.responses)))
+    print(distill(answerer, held_out, ResponseFiles(size.held_out_responses)))
 
 
 def check_base(
@@ -200,7 +206,7 @@ STAGES: dict[str, Callable[[Size], None]] = {
 NEEDS = {  # what a stage begins with, by the stages that make it
     "ar": ("convert", "problems"),
     "base": ("ar", "problems"),
-    "responses": ("base",),
+    "responses": ("base", "problems"),
     "oput": ("base", "responses"),
     "masks": ("base", "responses"),
     "random": ("base", "responses"),
@@ -218,10 +224,10 @@ def output(size: Size, stage: str) -> Path:
 
 def is_done(size: Size, stage: str) -> bool:
     """Whether a stage has written all that it makes."""
-    path = output(size, stage)
     if stage == "responses":
-        dropped = path.with_suffix(".dropped.jsonl")
-        return sum(map(num_lines, (path, dropped))) == size.num_responses
+        asked = {size.responses: size.num_responses, size.held_out_responses: size.num_held_out}
+        return all(num_answered(path) == number for path, number in asked.items())
+    path = output(size, stage)
     return (path / "config.json").is_file() or path.is_file()
 
 
@@ -273,6 +279,11 @@ def history(folder: Path) -> list[dict[str, float]]:
     if last is not None:
         return list(json.loads((Path(last) / TRAINER_STATE).read_text())["log_history"])
     return []
+
+
+def num_answered(path: Path) -> int:
+    """Questions that a file of answers is about, those whose answer did not end included."""
+    return num_lines(path) + num_lines(path.with_suffix(".dropped.jsonl"))
 
 
 def num_lines(path: Path) -> int:

@@ -86,6 +86,11 @@ class Size:
         return RUNS / f"{self.name}_responses.jsonl"
 
     @property
+    def held_out_responses(self) -> Path:
+        """The file of the base model's answers to the problems whose losses are logged."""
+        return RUNS / f"{self.name}_held_out_responses.jsonl"
+
+    @property
     def evaluations(self) -> Path:
         """The folder of what was decoded."""
         return self.folder("eval")

@@ -323,6 +323,7 @@ def test_recipes_read_and_write_what_belongs_to_their_size(size: Size) -> None:
     assert oput.model.path == f"runs/{size.name}-base"
     assert oput.model.block_length is None
     assert oput.data.file == f"runs/{size.name}_responses.jsonl"
+    assert oput.data.eval_file == str(size.held_out_responses)
     assert oput.model.attn_implementation == ("eager" if size is CPU else "sdpa")
 
 
