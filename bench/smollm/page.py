@@ -227,7 +227,9 @@ def stages(record: Record) -> Iterator[str]:
 
 def learning(record: Record) -> Iterator[str]:
     """Held-out losses over the steps of each stage."""
-    yield "Loss on 64 held-out problems after so many steps; each stage has its own objective.\n"
+    yield "Loss on 64 held-out problems after so many steps; each stage has its own objective."
+    yield "DMax and both controls learn the base's answers, so their losses are on its answers to"
+    yield "these problems.\n"
     for name, stage in record["stages"].items():
         points = [
             f"{entry['step']}: {entry['eval_loss']:.3f}"
