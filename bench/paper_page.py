@@ -101,8 +101,6 @@ noise* means that it does not.
 
 - **Single settings** were decoded on {problems} unseen word problems. Machine:
   {decoded_on}.
-  [The engine of that day and today's](../log.md#2026-11-27-the-engine-of-the-records-and-todays)
-  give the same counts.
 - **Retrained models** come from `python bench/ablation_training.py`
   ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), {seeds} seeds each, and were
   decoded on {retrained} problems. Machine:
