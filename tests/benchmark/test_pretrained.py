@@ -17,7 +17,7 @@ import pytest
 import torch
 from smollm import measure
 from smollm.likelihood import cross_entropy
-from smollm.page import results
+from smollm.page import results, where_it_fell
 from smollm.size import CPU, GPU, Size
 from smollm.vocabulary import Cut, cut_model, cut_vocabulary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -344,3 +344,21 @@ def test_a_page_names_what_is_missing_and_how_to_measure_it(size: Size) -> None:
     table = "\n".join(results(size, record, curves))
     assert table.count("not measured yet") == sum(len(curve.values) for curve in curves)
     assert f"`{size.command} ar ar-longer base oput masks random measure`" in table
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ({"base": [], "oput": []}, "nowhere yet"),
+        ({"base": [1.1, 0.6], "oput": [2.4, 2.5, 0.7]}, "in every stage that has been run"),
+        ({"base": [1.1, 0.6], "oput": [0.6, 0.6], "masks": []}, "in 1 of 2 stages, not in oput"),
+    ],
+)
+def test_the_page_says_in_which_stages_held_out_loss_fell(
+    ends: dict[str, list[float]], said: str
+) -> None:
+    stages = {
+        name: {"log": [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]}
+        for name, losses in ends.items()
+    }
+    assert where_it_fell({"stages": stages}) == said
