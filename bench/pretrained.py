@@ -26,7 +26,7 @@ import torch
 from command_line import check_plots, telling
 from smollm import measure, original
 from smollm.causal import train_causal
-from smollm.page import write_page
+from smollm.page import held_out_losses, write_page
 from smollm.size import CAUSAL, CPU, GPU, Size
 from smollm.vocabulary import cut_model, cut_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -173,7 +173,7 @@ def check_base(
         log: of its training.
         enough: the share of the task that it has to solve.
     """
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    losses = held_out_losses(log)
     solved = f"{careful['correct']}/{careful['total']}"
     if careful["accuracy"] < enough or (losses and losses[-1] > losses[0]):
         raise InputError(

@@ -218,7 +218,7 @@ def stages(record: Record) -> Iterator[str]:
         if not stage["steps"]:
             yield f"| {name} | not run yet | | | | |"
             continue
-        losses = [entry["eval_loss"] for entry in stage["log"] if "eval_loss" in entry]
+        losses = held_out_losses(stage["log"])
         ends = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else ""
         steps = f"{stage['steps']}{'' if stage['is_done'] else ', not finished'}"
         hours = f"{stage['seconds'] / 3600:.1f}" if stage["seconds"] else ""
@@ -227,12 +227,17 @@ def stages(record: Record) -> Iterator[str]:
     yield f"\nHeld-out loss fell {where_it_fell(record)}."
 
 
+def held_out_losses(log: Sequence[Mapping[str, float]]) -> list[float]:
+    """Those of the evaluations of a stage, in their order."""
+    return [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+
+
 def where_it_fell(record: Record) -> str:
-    """In which of the stages that have been run the held-out loss is less at the end."""
+    """In which of the stages that were evaluated twice the held-out loss is less at the end."""
     fell = {}
     for name, stage in record["stages"].items():
-        losses = [entry["eval_loss"] for entry in stage["log"] if "eval_loss" in entry]
-        if losses:
+        losses = held_out_losses(stage["log"])
+        if len(losses) > 1:
             fell[name] = losses[-1] < losses[0]
     if not fell:
         return "nowhere yet"

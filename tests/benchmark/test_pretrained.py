@@ -350,6 +350,7 @@ def test_a_page_names_what_is_missing_and_how_to_measure_it(size: Size) -> None:
     ("ends", "said"),
     [
         ({"base": [], "oput": []}, "nowhere yet"),
+        ({"base": [1.1]}, "nowhere yet"),
         ({"base": [1.1, 0.6], "oput": [2.4, 2.5, 0.7]}, "in every stage that has been run"),
         ({"base": [1.1, 0.6], "oput": [0.6, 0.6], "masks": []}, "in 1 of 2 stages, not in oput"),
     ],
