@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from two_ranks import launch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -86,16 +84,14 @@ def ranks(folder: Path, script: str, number: int) -> list[dict[str, Any]]:
     """What two processes of a script tell about the data of `folder`."""
     file = folder / "ranks.py"
     file.write_text(script)
-    arguments = [str(file), str(folder / "data.jsonl"), str(number), str(folder)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [*torchrun, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    done = launch(
+        file,
+        folder / "data.jsonl",
+        number,
+        folder,
+        environment={"HF_DATASETS_CACHE": str(folder / "cache")},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

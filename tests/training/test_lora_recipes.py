@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from two_ranks import launch
 
 from dmax import LLM
 from dmax.checkpoint import load_checkpoint
@@ -176,21 +175,8 @@ def test_two_processes_train_the_adapters_of_one_that_accumulates(tmp_path: Path
     in_one = {"gradient_accumulation_steps": 2, **training}
     one = run(write_recipe(tmp_path / "one", training=in_one))
     two = write_recipe(tmp_path / "two", training=training)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    environment = {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "dmax", "train", str(two)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = launch("-m", "dmax", "train", two)
+    assert done.returncode == 0, done.stdout
     found, expected = (
         load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "two/out", one)
     )

@@ -7,10 +7,8 @@ largest is about 0.2), weights after some steps of Adam at a learning rate of 0.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import write_recipe
+from two_ranks import launch
 
 from dmax.checkpoint import load_checkpoint
 from dmax.errors import InputError
@@ -37,36 +36,12 @@ from rank_worker import FAMILIES, LAST, THROUGH_ACCELERATE, train  # noqa: E402 
 
 HERE = Path(__file__).parent
 REWARDED = {"objective": "mmd", "mmd_groups": 2, "mmd_bandwidth": 0.1, "learning_rate": 1e-5}
-TORCHRUN = 'Traceback (most recent call last):\n  File "<frozen runpy>"'  # its report of a failure
 WITHIN = 30.0  # seconds between the death of a rank and the end of all
-
-
-def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a module or a script in two processes on the CPU; what both write is put together."""
-    paths = [str(HERE), *sys.path]
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + list(command),
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONFAULTHANDLER": "1",  # torchrun tells the signal that ended a rank, not the place
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    ended.stdout = ended.stdout.partition(TORCHRUN)[0]
-    return ended
 
 
 def worker(*arguments: object) -> subprocess.CompletedProcess[str]:
     """What `rank_worker.py` does under a name, in two processes."""
-    return launch(str(HERE / "rank_worker.py"), *map(str, arguments))
+    return launch(HERE / "rank_worker.py", *arguments)
 
 
 def sharded_recipe(folder: Path, **changes: Any) -> Path:
@@ -265,7 +240,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_the_death_of_one(
     assert _last_checkpoint(tmp_path) == "checkpoint-4"
 
     sharded_recipe(tmp_path)
-    ended = launch("-m", "dmax", "train", str(path))
+    ended = launch("-m", "dmax", "train", path)
     assert ended.returncode == 0, ended.stdout
     assert ended.stdout.count("'loss':") == 2  # steps 5 and 6, on rank 0 only
     assert ended.stdout.count(str(tmp_path / "out") + "\n") == 1
@@ -289,7 +264,7 @@ def test_a_rank_that_diverges_ends_all_with_one_sentence(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_bad_recipe_is_told_once(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, training={"adam_beta2": 1.5})
-    ended = launch("-m", "dmax", "train", str(path))
+    ended = launch("-m", "dmax", "train", path)
     assert ended.returncode != 0
     assert ended.stdout.count("error: ") == 1, ended.stdout
     assert not (tmp_path / "out-run").exists()
