@@ -20,9 +20,9 @@ rate.
 
 - **Noise** in the second stream of training, all else equal: the model's own tokens, sampled;
   random tokens, as the paper's baseline has them; own tokens by argmax, as published; and two
-  controls. *Random tokens of the same kind* are a number for a number: wrong tokens that are not
-  on-policy, and that their kind does not give away. *Random tokens where its own are wrong* leave
-  own tokens that are right: as many wrong tokens as on-policy, at the same positions, but others.
+  controls. *Random tokens of the same kind*: a number replaces a number, so the kind of a token
+  does not give it away as wrong. *Random tokens where its own are wrong*: the model's own tokens
+  stay where they are right, so as many tokens are wrong as on-policy, at the same positions.
 - **Steps:** 25, 50, 100, 200, 400, 1,200. One run gives all: the rate is constant after ten steps
   of warm-up, and the run is decoded on its way. A point of such a run is not a cosine run of so
   many steps, which is what the paper has.

@@ -112,6 +112,15 @@ class Points:
                         shares = [self.pooled(noise, *place, seeds) for noise in both]
                         yield Comparison(*place, seeds, *shares)
 
+    def pairs(self, other: str, own: str = OURS) -> Iterator[tuple[Record, Record]]:
+        """The points of each seed by which `comparisons` compares."""
+        for each in self.comparisons(other, own):
+            place = (each.rate, each.steps, each.threshold)
+            for seed in each.seeds:
+                ours, theirs = (self.at(noise, *place, seed) for noise in (own, other))
+                if ours is not None and theirs is not None:
+                    yield ours, theirs
+
 
 def _share(points: Sequence[Record]) -> Share:
     """Points together."""

@@ -16,6 +16,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
 import noise  # noqa: E402
+import noise_findings  # noqa: E402
 import noise_kinds  # noqa: E402
 import noise_page  # noqa: E402
 import noise_plan  # noqa: E402
@@ -176,17 +177,18 @@ def compared(rate: float, own: int, random: int, steps: int = 25) -> noise_point
 
 def test_the_sentence_counts_settings_and_names_the_largest_differences() -> None:
     level = [compared(8e-5, 100, 101)]
-    none = noise_page.sentence(level, planned=1)
+    none = noise_findings.sentence(level, planned=1)
     assert none.startswith(
-        "On-policy noise does not help here: own tokens are better than random ones beyond "
-        "chance in 0 of 1 settings and worse in 0."
+        "On-policy noise has not been seen to help here: own tokens are better than random ones "
+        "beyond chance in 0 of 1 settings and worse in 0."
     )
     apart = [compared(8e-5, 150, 100), compared(8e-4, 10, 100)]
-    both = noise_page.sentence(apart, planned=36)
+    both = noise_findings.sentence(apart, planned=36)
     assert both.startswith("On-policy noise matters after 25 steps at a rate of 8e-5: ")
     assert "in 1 of the 2 settings measured so far (36 are planned) and worse in 1." in both
-    assert noise_page.extremes(level) == ""
-    most = noise_page.extremes(apart)
+    assert both.endswith(" 1 of the 1 rest on one seed.")
+    assert noise_findings.extremes(level) == ""
+    most = noise_findings.extremes(apart)
     assert "they gain is after 25 steps at 8e-5, threshold 0.5, seed 1: 150/200 (75.0 %)" in most
     assert "they lose is after 25 steps at 8e-4, threshold 0.5, seed 1: 10/200 (5.0 %)" in most
 
@@ -195,31 +197,31 @@ def test_where_own_tokens_lead_is_told_by_the_rate_times_the_steps() -> None:
     leads = [compared(8e-6, 150, 100, steps=400), compared(8e-5, 150, 100, steps=100)]
     others = [compared(8e-5, 100, 100, steps=40), compared(8e-4, 100, 100, steps=1)]
     later = [compared(8e-4, 10, 100, steps=100)]
-    told = noise_page.how_far([*leads, *others, *later])
-    assert "where the rate times the steps is 0.0032 to 0.008: in 2 of the 3 settings" in told
-    assert "Of the others, 1 have less and 1 have more." in told
-    assert noise_page.how_far([*others, *later]) == ""
-    assert noise_page.how_far(leads[:1]) == "", "one rate has nothing in common with others"
+    told = noise_findings.how_far([*leads, *others, *later])
+    assert "in 2 of the 3 settings in which the rate times the steps is 0.0032 to 0.008" in told
+    assert "in none of the 1 below and the 1 above." in told
+    assert noise_findings.how_far([*others, *later]) == ""
+    assert noise_findings.how_far(leads[:1]) == "", "one rate has nothing in common with others"
 
 
 def test_what_was_expected_is_held_against_what_came() -> None:
     found = [compared(3e-4, 150, 100), compared(3e-4, 100, 100, steps=50)]
     found += [compared(3e-4, 100, 100, steps=100), compared(3e-5, 150, 100)]
-    told = noise_page.as_expected(found, ((3e-4, 25), (3e-4, 50)))
+    told = noise_findings.as_expected(found, ((3e-4, 25), (3e-4, 50)))
     assert told == (
         "Own tokens were expected to lead after 25 and 50 steps at a rate of 3e-4: they do in 1 of "
         "2 settings there, and in 1 of 2 others."
     )
-    first = noise_page.as_expected(found[:1], ((3e-4, 25), (3e-4, 50)))
+    first = noise_findings.as_expected(found[:1], ((3e-4, 25), (3e-4, 50)))
     assert first.endswith("in 1 of 1 settings there. No other setting is measured yet.")
 
 
 @pytest.mark.parametrize(
     ("at_errors", "same_kind", "so"),
     [
-        (100, 100, "So it matters which tokens are wrong."),
-        (150, 100, "So it matters how many tokens are wrong, and not which ones."),
-        (150, 150, "So neither the number nor the kind"),
+        (100, 100, "It matters which wrong tokens stand where the model errs."),
+        (150, 100, "Whether their number or their place makes the difference, these controls do"),
+        (150, 150, "Neither the number nor the kind"),
     ],
 )
 def test_the_controls_tell_the_number_of_wrong_tokens_from_which_they_are(
@@ -237,8 +239,11 @@ def test_the_controls_tell_the_number_of_wrong_tokens_from_which_they_are(
         }
         for noise, correct in solved.items()
     ]
-    told = noise_page.controls(noise_points.Points({"points": points}, []))
+    measured = noise_points.Points({"points": points}, [])
+    looks = json.loads((RESULTS / "noise_tokens.json").read_text())["looks"]
+    told = noise_findings.controls(measured)
     assert so in told
+    assert so in noise_findings.reasons(measured, looks)[1]
     assert told.count(" of 1 settings, worse in 0 (seed 2)") == 2
 
 
@@ -274,9 +279,28 @@ def test_a_study_without_controls_leaves_them_out_and_says_what_the_base_solves(
     assert "same kind" not in page.partition("## Where the noise differs")[0]
     assert "What came of the reasons" not in page
     assert "| own tokens, argmax |" not in page.partition("## What is measured")[2]
-    told = noise_page.elsewhere(noise_points.Points(record, []), name, "On a pretrained model")
+    told = noise_findings.elsewhere(
+        noise_points.Points(record, []), name, "On a pretrained model", []
+    )
     assert told.startswith(f"[On a pretrained model]({name}.md), own tokens")
     assert "own tokens are better in 1 of 1 settings, and worse in 0." in told
+
+
+def test_noises_that_ran_on_different_machines_are_counted() -> None:
+    def point(noise: str, **changes: object) -> dict[str, object]:
+        label = noise_plan.Run(noise, 3e-4, 1).label(25)
+        counts = {"correct": 1, "total": 2, "generated_tokens": 6, "num_forwards": 2}
+        return {"label": label, "value": 0.5, "dtype": "float32"} | counts | changes
+
+    environment = {"cpu": "a CPU", "threads": 1, "torch": "2"}
+    found = [point("sampled"), point("random"), point("argmax", dtype="bfloat16")]
+    found.append(point("same-kind", environment=environment | {"cpu": "another"}))
+    found.append(point("at-errors"))
+    record = {"environment": environment, "points": found}
+    assert noise_page.alike(record, noise_points.Points(record, [])) == (
+        "Own and random tokens of a seed ran on the same hardware in the same precision in 1 of 1 "
+        "pairs, own tokens and the other noises in 1 of 3."
+    )
 
 
 def test_a_study_reads_the_base_and_the_data_of_its_size() -> None:
@@ -296,10 +320,10 @@ def test_which_noise_decodes_faster_is_told() -> None:
     better = compared((150, 3.0), (100, 2.0))
     slower = compared((101, 2.0), (100, 3.0))
     level = compared((101, 2.0), (100, 2.0))
-    assert noise_page.speed([]) == ""
+    assert noise_findings.speed([]) == ""
     told = "At the same threshold, models trained on own tokens write more tokens a forward in 1 of"
-    assert noise_page.speed([better]) == f"{told} 1 settings."
-    assert noise_page.speed([better, slower, level]) == (
+    assert noise_findings.speed([better]) == f"{told} 1 settings."
+    assert noise_findings.speed([better, slower, level]) == (
         f"{told} 3 settings. Where neither noise is better, models trained on random tokens write "
         "more in 1 of 2."
     )
@@ -322,16 +346,17 @@ def test_seeds_that_do_not_agree_are_told() -> None:
 
     def told(second: int) -> str:
         measured = points(second)
-        return noise_page.by_seed(measured, list(measured.comparisons("random")))
+        return noise_findings.by_seed(measured, list(measured.comparisons("random")))
 
-    assert told(105).startswith("In 1 of the 1 settings with several seeds, these do not agree")
+    assert told(105).startswith("In 1 of the 1 settings with several seeds, the seeds disagree")
+    assert told(105).endswith("1 of them count as better or worse above.")
     assert told(115) == ""
     assert told(110) == "", "level is neither ahead nor behind"
 
 
 @pytest.mark.parametrize("name", noise_plan.DESIGNS)
 def test_the_committed_pages_are_what_their_records_say(name: str, tmp_path: Path) -> None:
-    for file in RESULTS.glob("noise*.json"):
+    for file in (*RESULTS.glob("noise*.json"), RESULTS / "pretrained.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     if not (tmp_path / f"{name}.json").is_file():
         pytest.skip("nothing is measured yet")
@@ -393,7 +418,7 @@ def test_what_a_study_does_not_plan_is_refused(
 def test_the_page_is_whole_whatever_part_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file in RESULTS.glob("noise*.json"):
+    for file in (*RESULTS.glob("noise*.json"), RESULTS / "pretrained.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     record = tmp_path / f"{noise_plan.BUNDLED}.json"
     points = json.loads(record.read_text())
