@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from command_line import check_plots, count, telling
+from in_short import in_short
 from paper_page import page
 from paper_plan import DECODING, MEASURED, TRAINING
 from paper_points import Record, Results
@@ -193,7 +194,7 @@ def main() -> None:
     ]
     picture = output / "decoding.svg"
     draw({**decoding, "points": shown}, picture, ours="DMax, SPD", against="base, threshold")
-    write_atomically(output / "README.md", page(results))
+    write_atomically(output / "README.md", page(results, in_short(output)))
 
 
 if __name__ == "__main__":

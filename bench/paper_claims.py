@@ -65,7 +65,7 @@ def _(r: Results) -> Finding:
     "18",
     "SPD on the base model, without OPUT, collapses at every threshold",
     "0.0 % at TPF 1.04, 1.73, 5.39",
-    brief="so does SPD without OPUT",
+    brief="so does SPD on the base model",
 )
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("base, SPD", value)) for value in TAUS]
@@ -172,12 +172,20 @@ def _(r: Results) -> Finding:
 )
 def _(r: Results) -> Finding:
     base = r.at("base, threshold", 0.95)
+    oput = r.pooled("sampled rollouts", "threshold", 0.95)
+    return "holds" if oput.tpf > base.tpf else "fails", f"base {base}; OPUT {oput}"
+
+
+@claim(
+    "ours",
+    "Without the noise, masks only, TPF rises less at the same threshold of 0.95",
+    "the missing control of 25",
+    brief="the gain of 25 is due to the noise",
+)
+def _(r: Results) -> Finding:
     oput, masks = (r.pooled(name, "threshold", 0.95) for name in ("sampled rollouts", "masks only"))
-    verdict = "holds" if oput.tpf > base.tpf else "fails"
-    return (
-        verdict,
-        f"base {base}; OPUT {oput}; the control on the same data with masks only {masks}",
-    )
+    verdict = "holds" if oput.tpf > masks.tpf else "fails"
+    return verdict, f"OPUT {oput}; masks only {masks}: {gap(oput, masks)}"
 
 
 @claim(
@@ -241,7 +249,7 @@ def _(r: Results) -> Finding:
     "29",
     "OPUT mends more wrong tokens than the base, and breaks fewer right ones than random tokens",
     "figure",
-    brief="OPUT mends more and breaks less",
+    brief="OPUT mends more than the base and breaks less than random tokens",
 )
 def _(r: Results) -> Finding:
     counts = {
@@ -291,16 +299,16 @@ def _(r: Results) -> Finding:
 
 @claim(
     "ours",
-    "OPUT is better than the same data with masks only, decoded as is best for each",
+    "Pushed, OPUT is better than the same data with masks only at about equal TPF",
     "the missing control",
-    brief="OPUT beats masks only on the same data",
+    brief="OPUT beats masks only on the same data when pushed",
 )
 def _(r: Results) -> Finding:
-    oput = r.pooled("sampled rollouts", "SPD", 0.5)
-    masks = r.pooled("masks only", "threshold", 0.5)
-    revised = r.pooled("masks only", "hard tokens", 0.5)
-    verdict = worst(better(oput, masks), better(oput, revised))
+    oput = r.pooled("sampled rollouts", "SPD", 0.0)
+    masks = r.pooled("masks only", "SPD", 0.5)
+    careful = r.pooled("masks only", "threshold", 0.95)
     return (
-        verdict,
-        f"OPUT, SPD {oput}; masks only, threshold {masks}; masks only, revised {revised}",
+        better(oput, masks),
+        f"OPUT, SPD at 0 {oput}; masks only, SPD at 0.5 {masks}: {gap(oput, masks)}. Careful, "
+        f"masks only has {careful}",
     )

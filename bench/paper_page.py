@@ -13,8 +13,8 @@ from paper_points import Record, Results
 from dmax.benchmark.run import machines
 
 
-def page(results: Results) -> str:
-    """The Markdown page: verdicts with counts, then every point."""
+def page(results: Results, short: Sequence[str]) -> str:
+    """The Markdown page: all studies in short, verdicts with counts, then every point."""
     rows = ["| # | the paper says | there | here | |", "|---|---|---|---|---|"]
     briefs: dict[str, list[str]] = {"holds": [], "fails": [], "within noise": []}
     for entry in CLAIMS:
@@ -24,6 +24,7 @@ def page(results: Results) -> str:
         briefs[verdict].append(f"{entry.brief} ({entry.number})")
     record = results.decoding
     return TEMPLATE.format(
+        short="\n".join(_bullet(told) for told in short),
         summary="\n\n".join(_line(verdict, briefs[verdict]) for verdict in briefs),
         claims="\n".join(rows),
         decoding=_points(record["points"]),
@@ -55,7 +56,13 @@ def _earlier(record: Record) -> str:
 
 
 def _line(verdict: str, briefs: Sequence[str]) -> str:
-    return textwrap.fill(f"**{verdict.capitalize()}:** {'; '.join(briefs) or 'none'}.", width=120)
+    title = {"holds": "Holds here", "fails": "Does not hold here", "within noise": "Within noise"}
+    return textwrap.fill(f"**{title[verdict]}:** {'; '.join(briefs) or 'none'}.", width=120)
+
+
+def _bullet(told: str) -> str:
+    lines = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(f"- {told}", width=120, **lines)
 
 
 def _points(points: Sequence[Record]) -> str:
@@ -91,13 +98,24 @@ def _pooled(results: Results) -> str:
     return "\n".join(rows)
 
 
-TEMPLATE = """# The paper's experiments in miniature
+TEMPLATE = """# What is measured, in short
+
+{short}
+
+Every study has a page: [the paper's experiments](#the-papers-experiments-in-miniature), below;
+[when on-policy noise matters](noise.md), and [on a pretrained model](noise_pretrained.md); [a real
+pretrained model](pretrained.md); [what came after DMax](beyond.md); [every decoding
+method](methods.md).
+
+## The paper's experiments in miniature
 
 {summary}
 
-Numbers in brackets are rows of the table below. A verdict is computed. *Holds* and *fails* mean
-that the 95 % interval of the difference leaves out zero, or that a ratio lies on that side. *Within
-noise* means that it does not.
+Numbers in brackets are rows of the table of claims. Verdicts are computed. A claim that something
+is more accurate *holds* if the 95 % interval of the difference lies above zero; it does not if it
+lies below, and else it is *within noise*. "As good" and "no loss" (19, 26, sampled rollouts) hold
+unless the other is better by that rule; "little" (21) is at most 2 points. TPF, times and rates
+(24, 25, 28, 29) are compared as measured, without intervals.
 
 - **Single settings** were decoded on {problems} unseen word problems. Machine:
   {decoded_on}.
@@ -106,16 +124,19 @@ noise* means that it does not.
   decoded on {retrained} problems. Machine:
   {retrained_on}.{earlier}
 
-`python bench/paper.py` wrote this page from the records in this folder. `make results` runs both,
-and [every decoding method](methods.md). Pages of their own have [a real pretrained
-model](pretrained.md), [what came after DMax](beyond.md), and
-[when on-policy noise matters](noise.md), which looks into claim 23.
+`python bench/paper.py` wrote this page from the records in this folder and, for the first lines, in
+[bench/results](../../bench/results). `make results` measures the records in this folder again;
+those on a pretrained model are made by `make pretrained`.
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)
 
 ## Claims
 
 {claims}
+
+Claim 23 has [a page of its own](noise.md). In 29 the models are shown solutions of the task, many
+of which the base words otherwise; shown held-out answers of the base, a model trained on its own
+tokens [breaks no more](noise.md#what-came-of-the-reasons) than one trained on random tokens.
 
 ## Decoding, every point
 

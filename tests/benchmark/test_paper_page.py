@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from in_short import in_short
 from paper_claims import CLAIMS, worst
 from paper_page import page
 from paper_points import Record, Results
@@ -27,20 +28,33 @@ def verdict(records: list[Record], brief: str) -> str:
 
 
 def test_the_page_is_what_the_records_give(records: list[Record]) -> None:
-    assert page(Results(*records)) == (DOCS / "README.md").read_text(encoding="utf-8")
+    shown = page(Results(*records), in_short(DOCS))
+    assert shown == (DOCS / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_short_version_follows_the_records(tmp_path: Path) -> None:
+    assert in_short(tmp_path, tmp_path) == []
+    training = json.loads((DOCS / "training.json").read_text(encoding="utf-8"))
+    for point in training["points"]:
+        if point["label"].startswith("masks only, SPD") and point["value"] == 0.5:
+            point["correct"] = 200
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    [told] = in_short(tmp_path, tmp_path)
+    assert "masks only 600/600 (100.0 %) at TPF 6.72: -5.5 points (-7.6 to -3.8)" in told
+    assert len(in_short(DOCS)) == 5
 
 
 def test_the_page_says_what_was_measured_on_another_day(records: list[Record]) -> None:
     training = copy.deepcopy(records[1])
     for point in training["points"]:
         point.pop("environment", None)
-    one_day = page(Results(records[0], training, records[2]))
+    one_day = page(Results(records[0], training, records[2]), [])
     assert "Measured on another day" not in one_day
     earlier = training["environment"] | {"date": "2026-01-31T00:00:00+00:00"}
     for point in training["points"]:
         if point["label"].startswith(("mask ratio 1, ", "masks only, ")):
             point["environment"] = earlier
-    several = page(Results(records[0], training, records[2]))
+    several = page(Results(records[0], training, records[2]), [])
     said = "Measured on another day: mask ratio 1 on 2026-01-31, masks only on 2026-01-31."
     assert said in several
 
@@ -69,7 +83,7 @@ def test_a_claim_is_as_good_as_its_weakest_part() -> None:
     ("brief", "label", "value", "correct"),
     [
         ("the base model collapses when pushed", "base, threshold", 0.0, 500),
-        ("so does SPD without OPUT", "base, SPD", 0.5, 500),
+        ("so does SPD on the base model", "base, SPD", 0.5, 500),
         ("DMax beats the base at equal TPF", "DMax, SPD", 0.5, 20),
         ("soft and hard inputs are alike at mild thresholds", "DMax, hard tokens", 0.5, 20),
     ],
@@ -85,7 +99,7 @@ def test_a_claim_that_holds_fails_with_other_figures(
 
 
 def test_a_retrained_model_counts_with_all_its_seeds(records: list[Record]) -> None:
-    brief = "OPUT beats masks only on the same data"
+    brief = "OPUT beats masks only on the same data when pushed"
     assert verdict(records, brief) == "holds"
     others = copy.deepcopy(records)
     for point in others[1]["points"]:

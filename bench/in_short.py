@@ -1,0 +1,163 @@
+"""What on-policy training buys, where, and what has come after: the results in a few sentences.
+
+Each is drawn from the records of one or two studies, and left out where they are not there.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from beyond_page import Found
+from beyond_runs import DMAX, TRAINED
+from noise_findings import counted
+from noise_points import RANDOM, Points
+from shares import Share, difference, gap
+
+from dmax.files import read_record
+
+Record = Mapping[str, Any]
+BENCH = Path(__file__).parent / "results"
+LABELS = {"DMax, SPD": "OPUT", "random tokens, SPD": "random"}
+
+
+def in_short(folder: Path, bench: Path = BENCH) -> list[str]:
+    """All sentences that the records allow.
+
+    Args:
+        folder: of the records and pages of `docs/results`.
+        bench: of the records of `bench/results`.
+    """
+    tiny = _read(bench / "tiny.json")
+    controls = _read(bench / "controls.json")
+    training = _read(folder / "training.json")
+    noise = _read(folder / "noise.json")
+    elsewhere = _read(folder / "noise_pretrained.json")
+    pretrained = _read(folder / "pretrained.json")
+    beyond = _read(folder / "beyond.json")
+    told: list[str] = []
+    if tiny:
+        told.append(without_noise(tiny))
+    if training:
+        told.append(with_noise(training))
+    if noise and controls and tiny:
+        told.append(own_or_random(noise, controls, tiny))
+    if elsewhere and pretrained:
+        told.append(on_pretrained(elsewhere, pretrained))
+    if beyond:
+        told.append(after_dmax(Found(beyond)))
+    return told
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; empty if it is not there."""
+    return dict(read_record(path)) if path.exists() else {}
+
+
+def without_noise(tiny: Record) -> str:
+    """What the base's own answers teach with masks only."""
+    base = share(tiny, ["base, threshold"], 0.95)
+    masks = share(tiny, ["masks only, threshold"], 0.95)
+    return (
+        "**Masks alone buy most of the speed at the base's accuracy.** Trained on the base's own "
+        f"answers with masks only, and decoded by threshold 0.95, a model solves {masks}, and the "
+        f"base {base}: {masks.tpf / base.tpf:.1f} times as many tokens a forward, "
+        f"{gap(masks, base)}. One training each, `python bench/tiny.py`."
+    )
+
+
+def with_noise(training: Record) -> str:
+    """What training on wrong tokens adds, at like TPF."""
+    oput = share(training, _seeds(training, "sampled rollouts, SPD"), 0.0)
+    masks = share(training, _seeds(training, "masks only, SPD"), 0.5)
+    return (
+        "**Training on wrong tokens pays when decoding is pushed.** Then SPD can revise: at about "
+        f"the same tokens a forward, OPUT solves {oput}, and masks only {masks}: "
+        f"{gap(oput, masks)}. Three seeds of a quarter of the training ([below](#claims))."
+    )
+
+
+def own_or_random(noise: Record, controls: Record, tiny: Record) -> str:
+    """Where it matters that the wrong tokens are the model's own."""
+    compared = list(Points(dict(noise), []).comparisons(RANDOM))
+    won, lost = counted(compared)
+    soft = [
+        difference(*(share(controls, [label], value) for label in LABELS))[0]
+        for value in (0.0, 0.3, 0.5)
+    ]
+    own, random = (
+        max(share(controls, [label], value).tpf for value in (0.0, 0.3, 0.5)) for label in LABELS
+    )
+    hard = [share(tiny, [f"{name}, hard feedback"], 0.3) for name in ("DMax", "random tokens")]
+    return (
+        "**That they are the model's own matters early in training and for hard tokens.** Over "
+        f"steps and rates, own tokens beat random ones in {won} of {len(compared)} settings and "
+        f"lose in {lost} ([when](noise.md)). After the whole training they lead by "
+        f"{min(soft):.1f} to {max(soft):.1f} points by SPD at 0, 0.3 and 0.5 (2,000 problems), "
+        f"where random tokens write up to {random:.1f} tokens a forward and own ones {own:.1f}. "
+        f"With hard tokens at 0.3 the difference is {gap(*hard)}. One training each."
+    )
+
+
+def on_pretrained(elsewhere: Record, pretrained: Record) -> str:
+    """What came of it on a pretrained model."""
+    compared = list(Points(dict(elsewhere), []).comparisons(RANDOM))
+    won, lost = counted(compared)
+    points = pretrained["points"]
+    names = {
+        "the careful base": "base-threshold-0.95",
+        "DMax": "DMax-SPD-0.3",
+        "random tokens": "random-tokens-SPD-0.3",
+    }
+    shown = ", ".join(
+        f"{name} {Share(p['correct'], p['total'], p['tpf'])}"
+        for name, place in names.items()
+        if (p := points.get(place))
+    )
+    return (
+        "**On a small pretrained model own tokens have not been seen to help.** They are better "
+        f"than random ones in {won} of {len(compared)} settings and worse in {lost} "
+        f"([study](noise_pretrained.md)). Both make the base faster: {shown} (one seed each, "
+        "[page](pretrained.md))."
+    )
+
+
+def after_dmax(found: Found) -> str:
+    """What objectives and decoding after DMax buy at equal accuracy."""
+    runs = {run.name: run for run in TRAINED}
+    start, two_blocks = (found.tpf(DMAX, decoding) for decoding in ("spd", "mbd"))
+    cforce = [_mean(found.tpfs(runs["cforce"], decoding)) for decoding in ("spd", "mbd")]
+    more = _mean(found.tpfs(runs["oput"], "spd"))
+    return (
+        "**After DMax: two open blocks, then CForce.** At equal accuracy `tiny-dmax` writes "
+        f"{_shown(start)} tokens a forward by SPD and {_shown(two_blocks)} with two blocks open "
+        f"(MBD), without any training. Minutes of training with CForce make it {_shown(cforce[0])} "
+        f"and {_shown(cforce[1])}. Going on with OPUT instead makes it {_shown(more)} by SPD "
+        "([beyond](beyond.md))."
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of all seeds; None where one of them is never as accurate, or none is measured."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
+
+
+def _shown(tpf: float | None) -> str:
+    return "never as many correct" if tpf is None else f"{tpf:.2f}"
+
+
+def share(record: Record, labels: Sequence[str], value: float) -> Share:
+    """The points of these labels at a threshold, counted together."""
+    points = [p for p in record["points"] if p["label"] in labels and p["value"] == value]
+    names = ("correct", "total", "generated_tokens", "num_forwards")
+    correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
+    return Share(correct, total, tokens / forwards)
+
+
+def _seeds(record: Record, label: str) -> list[str]:
+    """The labels of a variant's seeds."""
+    found: Iterator[str] = (p["label"] for p in record["points"])
+    return [each for each in dict.fromkeys(found) if each.startswith(f"{label}, seed ")]
