@@ -111,6 +111,8 @@ def control(training: Path) -> str:
 def page(record: dict[str, Any], training: Path) -> str:
     """What training bought, and the table of all points, Markdown."""
     points = record["points"]
+    here = record["environment"]
+    days = {p.get("environment", here)["date"][:10] for p in points}
     rows = []
     for p in points:
         low, high = (100 * bound for bound in p["interval"])
@@ -126,6 +128,7 @@ def page(record: dict[str, Any], training: Path) -> str:
         total=points[0]["total"],
         seed=record["seed"],
         machine=machines(record),
+        days=", ".join(sorted(days)),
     )
 
 
@@ -135,7 +138,7 @@ Written by `python bench/methods.py` from [methods.json](methods.json): {total} 
 (seed {seed}), exact final answer with its 95 % interval. *Positions a token* is what a token costs
 where a forward's width is not free: positions computed in denoising and commit forwards, all open
 blocks and versions included, over generated tokens. [docs/methods.md](../methods.md) says what each
-method is and what it needs. Machine: {machine}.
+method is and what it needs. Machine: {machine}; {days}.
 
 ![Accuracy against tokens per forward](methods.svg)
 
@@ -143,8 +146,8 @@ method is and what it needs. Machine: {machine}.
 
 ## What training bought
 
-D2F and dParallel are made to be trained. Beside their rules on the model as it is stand the same
-rules on what their recipes make of it:
+D2F and dParallel are made to be trained. Each is shown on the model as it is, and on what its
+recipe makes of it with one seed:
 
 {bought}
 
