@@ -61,8 +61,13 @@ def _line(verdict: str, briefs: Sequence[str]) -> str:
 
 
 def _bullet(told: str) -> str:
-    lines = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(f"- {told}", width=120, **lines)
+    return textwrap.fill(
+        f"- {told}",
+        width=120,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _points(points: Sequence[Record]) -> str:
