@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shares import Share, better, difference, gap
+
 from dmax.benchmark.run import hardware
 from dmax.evaluation.sweep import Curve
 from dmax.files import write_atomically
@@ -15,6 +17,12 @@ from smollm.measure import AUTOREGRESSIVE, slug
 from smollm.size import CPU, GPU, Size
 
 Record = Mapping[str, Any]
+Shares = Mapping[float, Share]  # what a model solves, by threshold, the most careful one first
+BASE = "base, threshold"
+BASE_SPD = "base, SPD"
+DMAX = "DMax, SPD"
+LONGER = "original, as long as the base"
+CONTROLS = {"masks only": "masks only, SPD", "random tokens": "random tokens, SPD"}
 TASK = """\
 The task is `short_word_problems`: two steps with numbers up to 20, each worked out in a sentence.
 The second step needs the first one's result, and every sentence is put together from several
@@ -23,12 +31,13 @@ METHOD = """\
   The base model starts from there. It keeps the original's reading: a token is predicted at the
   position before it (`shift: true`). Blocks have {block_length} tokens.
 - **Base, DMax and both controls** are the recipes `recipes/pretrained_*.yaml`{changes}. DMax and
-  the controls start from the base and learn the base's own answers. Own against random tokens after
-  fewer steps, over several seeds, is {study}.
+  the controls start from the base and learn the base's own answers. DMax learns with tokens of its
+  own as noise (on-policy), the controls with masks only or with random tokens. What this noise does
+  after fewer steps, over several seeds, is in {study}.
 - **The judge** is a measure that needs no answers: the cross-entropy that the autoregressive
   original, after stage `ar`, gives to what a model wrote. Tokens that were decided together and do
-  not fit cost it nats. It is not always right itself (first row), and charges for sums that it does
-  not believe, so only large differences mean something.
+  not fit cost it nats. It is not always right itself (first row), and scores a sum badly if it
+  thinks the sum is wrong, so only large differences mean something.
 
 `{command}` makes all of it, goes on where it stopped, and writes this page."""
 
@@ -75,29 +84,31 @@ and many more tokens. Of that, only the stages `convert` and half of `ar` have b
         failed="""\
 ## What failed
 
-- **SPD without OPUT does not collapse** on this base, as it does in the paper and on the bundled
-  model: at threshold 0.5 it solves as many as DMax, and OPUT buys tokens per forward there, 2.8 in
-  place of 1.9. At 0.95 masks alone buy more than OPUT.
-- **OPUT pays only when it has been long enough.** After 80 steps on 320 answers DMax solved 181,
-  167 and 138 of 200 at thresholds 0.95, 0.5 and 0.3 (TPF 1.07, 2.54, 2.79), and masks alone 180,
-  167 and 132 (1.47, 3.08, 3.41): no reason for OPUT. After twice as many steps and answers, the
-  table above, it has gained at 0.3 and nowhere else. There it leads masks alone by 13.5 points
-  (+6.3 to +20.6).
-- **Random tokens do nearly as well**: 170/200 at 0.3, with more tokens per forward. DMax leads
-  by 5.5 points there (-1.0 to +12.0), within noise. All of this is one seed.
-- **The last three stages do not get nearer to the task's own solutions.** They learn the base's
-  answers, and on held-out answers of the base their losses fall. On solutions to the same problems,
-  which are worded otherwise, the losses of the same models rose: OPUT's from 1.652 to 1.665 between
-  steps 40 and 160, that of masks alone from 1.345 to 1.386.
-- **Signs are dropped**, such as the line break before `#### N`, and the strict score counts that as
-  wrong: 10 of 22 wrong answers of DMax at 0.95, 19 of 36 at 0.5 and 6 of 19 at 0.3 end with the
-  right number.
-- **Digits.** A first trial, with the published tokens for digits, no stage `ar`, and the 4 to 8
-  steps of `word_problems`, reached a cross-entropy of 0.52 (mask ratio 0.25) and 1.27 (0.75) on
-  held-out problems after 274,000 tokens and 50 minutes, and solved 0 of 24 at threshold 0.95.
-- **Two or three steps, in batches of 16.** After 640 problems in stage `ar` the original still gave
-  0.81 nats to a number of 24 held-out solutions. With two steps and batches of 8 it was 0.54 after
-  as many problems (of 32 solutions).
+- **SPD without OPUT does not collapse** on this base, unlike in the paper and on the bundled model.
+  It was measured at threshold 0.5 only (`base, SPD`).
+- **DMax and random tokens changed places.** Before, each had 80 steps on 320 answers. This is what
+  they solved of 200 (record of commit `68da9f9`):
+
+  | threshold | DMax, SPD | masks only, SPD | random tokens, SPD |
+  |---|---|---|---|
+  | 0.95 | 181 at TPF 1.07 | 180 at TPF 1.47 | 172 at TPF 1.39 |
+  | 0.5 | 167 at TPF 2.54 | 167 at TPF 3.08 | 139 at TPF 2.65 |
+  | 0.3 | 138 at TPF 2.79 | 132 at TPF 3.41 | 149 at TPF 3.06 |
+
+  DMax led random tokens at 0.95 and 0.5 and trailed them at 0.3. Only its lead at 0.5 was beyond
+  chance: +14.0 points (+5.7 to +22.1). After 160 steps on 640 answers (`562be3f`, the tables above)
+  it trails at 0.95 and 0.5 and leads at 0.3, never beyond chance. All three solve more at 0.3 than
+  after 80 steps. Each was trained with one seed, so the change may be chance or longer training.
+- **Loss on the task's own solutions rose** between steps 40 and 160: from 1.652 to 1.665 for DMax,
+  1.345 to 1.386 for masks only and 1.562 to 1.638 for random tokens (record of `562be3f`). All
+  three learn the base's answers, which are worded otherwise, and on such answers their losses fall.
+- **No record was kept of these**, only notes. DMax drops signs, such as the line break before
+  `#### N`, and the strict score counts that as wrong: 10 of its 22 wrong answers at 0.95, 19 of 36
+  at 0.5 and 6 of 19 at 0.3 end with the right number (`562be3f`). With the published tokens for
+  digits and no stage `ar`, a first trial solved 0 of 24 at 0.95 after 274,000 tokens (`60d1655`).
+  After 640 problems of two or three steps in batches of 16, the original still gave 0.81 nats to a
+  number of 24 held-out solutions. With two steps and batches of 8 it was 0.54, over 32 solutions
+  (`60d1655`).
 """,
     ),
     GPU.name: Words(
@@ -115,6 +126,9 @@ more tokens.""",
         study="a study of its own (`python bench/noise.py --study noise_pretrained_gpu --gpu`)",
     ),
 }
+ONE_SEED = """\
+Each model was trained with one seed. The intervals, of 95 %, do not cover how much one training
+differs from another."""
 NOT_YET = "not measured yet"
 
 
@@ -127,6 +141,7 @@ def write_page(size: Size, record: Record, curves: Sequence[Curve], path: Path) 
         method(size, record),
         "## Results\n\n" + "\n".join(results(size, record, curves)),
         f"![Accuracy against TPF]({path.stem}.svg)" if record["points"] else "",
+        "\n".join(differences(measured(record, curves))),
         "## Stages\n\n" + "\n".join(stages(record)),
         "## Learning curves\n\n" + "\n".join(learning(record)),
         words.failed,
@@ -154,26 +169,116 @@ def method(size: Size, record: Record) -> str:
 
 
 def headline(record: Record, curves: Sequence[Curve]) -> str:
-    """What was found, in a sentence for each model that is measured, and what is still to come."""
-    measured = [
-        (curve, [record["points"][slug(curve, value)] for value in curve.values])
-        for curve in curves
-        if all(slug(curve, value) in record["points"] for value in curve.values)
-    ]
-    found = [f"{curve.label}: {' to '.join(ends(points))}" for curve, points in measured]
-    names = {curve.label for curve, _ in measured}
-    missing = list(dict.fromkeys(curve.label for curve in curves if curve.label not in names))
+    """What was found among the models that are measured, and what is still to come."""
+    shares = measured(record, curves)
+    missing = dict.fromkeys(curve.label for curve in curves if curve.label not in shares)
     begin = "So far" if missing else "In short"
-    sentences = [f"**{begin}:** {'; '.join(found) or 'nothing is measured'}."]
-    if missing:
-        sentences.append(f"**Still to come:** {'; '.join(missing)}.")
-    return "\n".join(line for text in sentences for line in textwrap.wrap(text, 100))
+    paragraphs = [
+        f"**{begin}:** {' '.join(finding(shares)) or 'nothing can be compared.'}",
+        " ".join(filter(None, [*noise(shares), most(shares)])),
+        ONE_SEED if shares else "",
+        f"**Still to come:** {'; '.join(missing)}." if missing else "",
+    ]
+    return filled("\n\n".join(filter(None, paragraphs)))
 
 
-def ends(points: Sequence[Record]) -> list[str]:
-    """The first and the last point of a curve, in words."""
-    chosen = points if len(points) == 1 else (points[0], points[-1])
-    return [f"{point['correct']}/{point['total']} at TPF {point['tpf']:.2f}" for point in chosen]
+def measured(record: Record, curves: Sequence[Curve]) -> dict[str, Shares]:
+    """What the models solve whose points are all there, by label."""
+    points = record["points"]
+    shares: dict[str, Shares] = {}
+    for curve in curves:
+        names = {value: slug(curve, value) for value in sorted(curve.values, reverse=True)}
+        if all(name in points for name in names.values()):
+            shares[curve.label] = {value: share(points[name]) for value, name in names.items()}
+    return shares
+
+
+def share(point: Record) -> Share:
+    """The share of a point."""
+    return Share(point["correct"], point["total"], point["tpf"])
+
+
+def finding(shares: Mapping[str, Shares]) -> Iterator[str]:
+    """The careful base, DMax at its lowest threshold, and the autoregressive original."""
+    base, dmax, original = (list(shares.get(name, {}).items()) for name in (BASE, DMAX, LONGER))
+    if base:
+        yield f"The careful base, at threshold {base[0][0]:g}, solves {solved(base[0][1])}."
+    if dmax:
+        lead = f", {more(dmax[-1][1], base[0][1], ' than the base')}" if base else ""
+        yield f"DMax, at {dmax[-1][0]:g}, solves {solved(dmax[-1][1])}{lead}."
+    for before, (value, now), after in zip(dmax, dmax[1:], dmax[2:], strict=False):
+        if now.rate < min(before[1].rate, after[1].rate):
+            yield f"At {value:g} it dips to {solved(now)}."
+    if original:
+        lead = f", {more(original[0][1], dmax[-1][1], ' than DMax')}" if dmax else ""
+        yield "The autoregressive original, trained as long as the base, writes one token at a time"
+        yield f"and solves {solved(original[0][1])}{lead}."
+
+
+def solved(share: Share) -> str:
+    """How many problems, and at which TPF."""
+    return f"{share.correct}/{share.total} at TPF {share.tpf:.2f}"
+
+
+def more(a: Share, b: Share, than: str = "") -> str:
+    """The difference of a and b in words, with its interval."""
+    delta, low, high = difference(a, b)
+    word = "more" if delta >= 0 else "fewer"
+    return f"{abs(delta):.1f} points {word}{than} ({low:+.1f} to {high:+.1f})"
+
+
+def noise(shares: Mapping[str, Shares]) -> Iterator[str]:
+    """What on-policy noise bought over each control that is measured, and what it cost."""
+    for name, label in CONTROLS.items():
+        found = pairs(shares, label)
+        if not found:
+            continue
+        verdicts = [better(*pair) for pair in found.values()]
+        won, lost, total = verdicts.count("holds"), verdicts.count("fails"), len(found)
+        slower = sum(dmax.tpf < other.tpf for dmax, other in found.values())
+        accuracy = f"accuracy beyond chance at {won} of {total} thresholds"
+        costs = [
+            f"accuracy beyond chance at {lost} of {total}" if lost else "",
+            f"tokens a forward at {slower} of {total}" if slower else "",
+        ]
+        yield f"Over {name}, on-policy noise bought"
+        yield f"{accuracy if won else 'no accuracy beyond chance'}."
+        yield f"It cost {' and '.join(filter(None, costs)) or 'nothing'}."
+        lowest = min(found)
+        dmax, other = found[lowest]
+        yield f"At {lowest:g} {name} solve {solved(other)}, DMax {more(dmax, other)}."
+
+
+def most(shares: Mapping[str, Shares]) -> str:
+    """Which model solves the most by SPD, once a control can be compared with DMax."""
+    if not any(pairs(shares, label) for label in CONTROLS.values()):
+        return ""
+    by_spd = [
+        (share.rate, f"{solved(share)}, of {label.removesuffix(', SPD')} at {value:g}")
+        for label in (DMAX, BASE_SPD, *CONTROLS.values())
+        for value, share in shares.get(label, {}).items()
+    ]
+    return f"The most right answers by SPD are {max(by_spd)[1]}."
+
+
+def pairs(shares: Mapping[str, Shares], label: str) -> dict[float, tuple[Share, Share]]:
+    """DMax and another model at the thresholds that both have."""
+    dmax, other = shares.get(DMAX, {}), shares.get(label, {})
+    return {value: (dmax[value], other[value]) for value in dmax if value in other}
+
+
+def differences(shares: Mapping[str, Shares]) -> Iterator[str]:
+    """The table of DMax against the base and the controls, decoded in the same way."""
+    rows = [
+        f"| {label} | {value:g} | {dmax} | {other} | {gap(dmax, other)} |"
+        for label in (BASE_SPD, *CONTROLS.values())
+        for value, (dmax, other) in pairs(shares, label).items()
+    ]
+    if rows:
+        yield "## DMax against the base and the controls at the same threshold\n"
+        yield "| DMax against | threshold | DMax | the other | difference |"
+        yield "|---|---|---|---|---|"
+        yield from rows
 
 
 def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str]:
@@ -181,8 +286,9 @@ def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str
     machine = record["environment"]
     computed = f"{hardware(machine)}, torch {machine['torch']}, {record['dtype']}"
     yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy; {computed}."
-    yield f"The judge gives {record['references']:.3f} nats a token to the task's own solutions,"
-    yield "whose wording is drawn and not the likeliest.\n"
+    said = f"{record['references']:.3f}"
+    yield f"The judge gives {said} nats a token to the task's own solutions, which are worded at"
+    yield f"random, so {said} is no lower bound.\n"
     yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
     yield "|---|---|---|---|---|---|"
     for curve in curves:
