@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from beyond_page import tpf_at
+from beyond_verdict import tpf_at
 from command_line import check_plots, count, telling
 from paper_points import Results
 from shares import Share, better, gap

@@ -10,28 +10,26 @@ from typing import Any
 
 import beyond
 import pytest
-from beyond_page import (
+from beyond_page import answer, missing, page, training, unequal, write_page
+from beyond_runs import BASE, DMAX, RECIPES, SEEDS, TRAINED, Run
+from beyond_verdict import (
     EARLY,
     LEFT,
     NOISE,
+    PARTLY,
     RIGHT,
     SHORT,
     Found,
-    answer,
     differences,
     mean_interval,
-    missing,
-    page,
     tpf_at,
     verdict,
-    write_page,
 )
-from beyond_runs import BASE, DMAX, RECIPES, SEEDS, TRAINED, Run
 
 from dmax.evaluation.statistics import wilson_interval
 from dmax.recipe.sections import load_recipe
 
-OPUT, MMD = TRAINED[:2]
+OPUT, MMD, CFORCE = TRAINED[:3]
 ACCURACY = (480, 480, 480, 470, 440)  # of 500 problems, from careful to bold
 
 
@@ -154,6 +152,81 @@ def test_a_seed_whose_control_is_never_as_accurate_counts_against_the_start_only
 def failing(run: Run, seed: int) -> list[dict[str, Any]]:
     """A fast curve without the answers that are asked for."""
     return [point | {"accuracy": 0.5, "correct": 250} for point in shifted(run, seed, 9.0)]
+
+
+# --- the head of the page -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failed", "found_so", "name"),
+    [
+        ((), RIGHT, "MMD by SPD"),
+        ((2,), PARTLY, "MMD by SPD (2 of 3 seeds)"),
+        (SEEDS, SHORT, "MMD by SPD"),
+    ],
+)
+def test_seeds_that_are_never_as_accurate_are_counted(
+    failed: Sequence[int], found_so: str, name: str
+) -> None:
+    curves = [failing(MMD, s) if s in failed else shifted(MMD, s, 2 + s / 10) for s in SEEDS]
+    control = [shifted(OPUT, seed, seed / 10) for seed in SEEDS]
+    found = Found(record_of(*curves, *control))
+    assert verdict(found, MMD, "spd") == found_so
+    head = answer(found)
+    assert head.startswith(f"**{found_so.capitalize()}:** {name}.")
+    assert ("MMD by SPD writes 9.22, the mean of its seeds." in unwrapped(head)) == (not failed)
+
+
+def test_the_head_says_what_no_objective_and_more_oput_do() -> None:
+    control = [shifted(OPUT, seed, by) for seed, by in zip(SEEDS, (-1.0, -1.1, -0.9), strict=True)]
+    head = unwrapped(answer(Found(record_of(*control))))
+    assert "from 7.02 tokens a forward by SPD to 7.02 by MBD at equal accuracy" in head
+    assert "`tiny-dmax` is slower at equal accuracy by SPD, TPF -1.00 (-1.25 to -0.75)." in head
+
+    none = Found(record_of(*(failing(OPUT, seed) for seed in SEEDS)))
+    assert "`tiny-dmax` is never as accurate by SPD, TPF not compared." in unwrapped(answer(none))
+
+
+def test_a_verdict_over_fewer_seeds_says_so() -> None:
+    curves = [shifted(MMD, seed, 1 + seed / 10) for seed in SEEDS]
+    control = [shifted(OPUT, 1, 0.0), shifted(OPUT, 2, 0.0), failing(OPUT, 3)]
+    found = Found(record_of(*curves, *control))
+    assert answer(found).startswith("**Faster at equal accuracy:** MMD by SPD (2 of 3 seeds).")
+    assert ", 2 of 3 seeds | +1.20 (+0.95 to +1.45) |" in page(found)
+
+
+def test_what_a_run_does_not_share_with_its_control_is_listed() -> None:
+    gpu = {"gpu": "a GPU", "torch": "2"}
+    curves = [shifted(CFORCE, 3, 0.0), [p | {"environment": gpu} for p in shifted(OPUT, 3, 0.0)]]
+    record = record_of(*curves, shifted(MMD, 3, 0.0))
+    record["training"] = {"cforce-3": trained(record["environment"]), "oput-3": trained(gpu)}
+    record["training"]["cforce-3"]["precision"] = "float32"
+    mmd, cforce = unequal(Found(record)).splitlines()
+    assert mmd.startswith("- MMD: sequences 3,200 (control: 9,600); warmup steps 12 (control: 50)")
+    assert cforce == (
+        "- CForce: answers of `tiny-dmax` (control: `tiny-base`); trained and decoded on "
+        "a CPU, threads: 1, seed 3 trained in float32 (control: a GPU)."
+    )
+
+
+def test_the_table_of_runs_has_their_overrides_and_the_time_of_decoding() -> None:
+    run = next(run for run in TRAINED if run.overrides)
+    record = record_of([p | {"tokens_per_second": 100.0} for p in shifted(run, 1, 0.0)])
+    for decoding in ("mbd", "threshold"):
+        more = points(run, decoding, (4, 5, 6, 7, 8), 1)
+        record["points"] += [point | {"tokens_per_second": 100.0} for point in more]
+    record["training"] = {f"{run.name}-1": trained(record["environment"])}
+    row = training(Found(record)).splitlines()[2]
+    assert "tiny_oput_sample.yaml), `max_steps: 600`, `warmup_steps: 50` |" in row
+    assert "| 1.5 | 15.0 |" in row  # 90 s; three curves of 30,000 tokens
+
+
+def trained(environment: dict[str, Any]) -> dict[str, Any]:
+    return {"steps": 600, "batch_size": 16, "seconds": 90, "environment": environment}
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- what is missing ------------------------------------------------------------------------------
