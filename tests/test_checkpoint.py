@@ -181,7 +181,10 @@ def test_other_architectures_must_name_their_block_length(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no block length") as error:
         load(tmp_path, mask_token_id=1, eos_token_id=2)
-    assert error.value.hint == "pass `block_length`"
+    assert error.value.hint == (
+        "pass `block_length`; an autoregressive model gets one by `dmax convert`, "
+        "or is decoded as it is with `block_length` 1 and `shift` true"
+    )
     assert (
         load(tmp_path, mask_token_id=1, eos_token_id=2, block_length=8).special_ids.block_length
         == 8

@@ -199,6 +199,12 @@ def test_settings_of_other_architectures_are_refused_too(
     refused(qwen, **QWEN_IDS)
 
 
+def test_a_model_of_text_and_images_is_refused(tmp_path: Path) -> None:
+    parts = {"text_config": {"vocab_size": 40}, "vision_config": {"hidden_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", **parts}))
+    assert "holds a gemma3, which is more than a text decoder" in refused(tmp_path)
+
+
 def test_a_million_labels_are_not_made(folder: Path) -> None:
     edit(folder / "config.json", num_labels=2_000_000_000, id2label={"0": "a"})
     assert len(load(folder, **IDS).model.config.id2label) < 10

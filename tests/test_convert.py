@@ -134,6 +134,94 @@ def test_a_mask_token_of_the_tokenizer_stays(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in after)
 
 
+def add_mask_to_tokenizer(source: Path, mask: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"mask_token": mask})
+    tokenizer.save_pretrained(source)
+
+
+def test_a_mask_token_of_the_tokenizer_without_a_row_gets_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    add_mask_to_tokenizer(source, "<m>")
+    assert convert_checkpoint(source, tmp_path / "made").special_ids.mask_token_id == 40
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").mask_token == "<m>"
+    before = load_file(source / "model.safetensors")[HEAD]
+    after = load_file(tmp_path / "made" / "model.safetensors")[HEAD]
+    assert torch.equal(after[:40], before) and len(after) == 41
+    torch.testing.assert_close(after[40], before.float().mean(0).bfloat16())
+
+
+def test_all_rows_that_the_table_lacked_are_the_mean_of_those_it_had(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", vocab_size=35)  # and the tokenizer knows 40
+    convert_checkpoint(source, tmp_path / "made")
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "made" / "model.safetensors")
+    for name in (EMBEDDING, HEAD):
+        mean = before[name].float().mean(0).bfloat16()
+        assert torch.equal(after[name], torch.cat((before[name], mean.expand(6, -1))))
+
+
+@pytest.mark.parametrize("wide", [["model.norm.weight"], [EMBEDDING, HEAD], None])
+def test_files_of_a_wider_dtype_than_the_config_names_are_not_rounded(
+    wide: list[str] | None, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source", vocab_size=64)
+    weights = load_file(source / "model.safetensors")
+    for name in wide or list(weights):
+        weights[name] = torch.rand(weights[name].shape)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert config(source)["dtype"] == "bfloat16"
+    convert_checkpoint(source, tmp_path / "made")
+    for name, after in load_file(tmp_path / "made" / "model.safetensors").items():
+        assert after.dtype == torch.float32
+        kept = torch.arange(len(after)) != (40 if name in (EMBEDDING, HEAD) else -1)
+        assert torch.equal(after[kept], weights[name][kept].float())
+
+
+def test_one_whose_tokenizer_has_a_mask_token_is_decoded_as_its_error_says(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", initializer_range=0.3)
+    add_mask_to_tokenizer(source, "w7")  # as those of Cohere and Gemma may
+    with pytest.raises(InputError, match="names no block length") as error:
+        LLM(str(source))
+    assert "`dmax convert`" in str(error.value.hint)
+    assert "`block_length` 1 and `shift` true" in str(error.value.hint)
+    llm = LLM(str(source), dtype="float32", block_length=1, shift=True)
+    [output] = llm.generate([[2, 3, 4]], DecodingParams(max_new_tokens=8))
+    ids = torch.tensor([[2, 3, 4]])
+    written = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        suppress_tokens=[WORDS.index("w7")],
+    )
+    assert list(output.token_ids) == [token for token in written[0, 3:].tolist() if token != 1]
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    big = tmp_path / "disk" / "big"
+    big.mkdir(parents=True)
+    link = tmp_path / "made"
+    link.symlink_to(big)
+    for block_length in (8, 16):
+        convert_checkpoint(source, link, block_length=block_length)
+        assert link.is_symlink() and config(big)["block_length"] == block_length
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "made", "source"]
+    assert list(big.parent.iterdir()) == [big]
+
+
+@pytest.mark.parametrize("name", ["old.model/thesis.txt", "mine.safetensors", "notes.model"])
+def test_what_others_put_into_an_earlier_result_is_kept(name: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    convert_checkpoint(source, tmp_path / "made")
+    mine = tmp_path / "made" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("years of work")
+    refused(source, tmp_path / "made", "exists and was not written by dmax")
+    assert mine.read_text() == "years of work"
+
+
 def test_an_earlier_result_is_replaced(tmp_path: Path) -> None:
     source = write(tmp_path / "source")
     for block_length in (8, 16):
@@ -219,6 +307,25 @@ def test_a_network_that_cannot_see_ahead_is_refused(tmp_path: Path) -> None:
     refused(source, tmp_path / "made", "cannot be a block-diffusion backbone", "sliding_window")
 
 
+def test_a_window_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    (source / "config.json").write_text(json.dumps({**config(source), "sliding_window": "a"}))
+    refused(source, tmp_path / "made", "cannot be a block-diffusion backbone", "sliding_window")
+
+
+def test_a_hint_about_ends_can_be_followed(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", eos_token_id=None)
+    (source / "generation_config.json").unlink()
+    edited = json.loads((source / "tokenizer_config.json").read_text())
+    del edited["eos_token"]
+    (source / "tokenizer_config.json").write_text(json.dumps(edited))
+    refused(source, tmp_path / "made", "no end-of-sequence token", "name it in config.json")
+    (source / "config.json").write_text(json.dumps({**config(source), "eos_token_id": 77}))
+    refused(source, tmp_path / "made", "outside the vocabulary", "in the checkpoint's files")
+    (source / "config.json").write_text(json.dumps({**config(source), "eos_token_id": 1}))
+    assert convert_checkpoint(source, tmp_path / "made").special_ids.eos_token_ids == (1,)
+
+
 def test_a_name_that_leads_nowhere_and_damaged_weights(tmp_path: Path) -> None:
     refused("nobody/nothing", tmp_path / "made", "nor reachable on the hub")
     source = write(tmp_path / "source")
@@ -250,3 +357,12 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path, dmax: Dmax) -> None
     assert (result.code, result.out) == (2, "")
     assert "tiny-dmax is a diffusion model already" in result.err
     assert not (tmp_path / "made").exists()
+
+
+def test_the_command_refuses_a_model_of_text_and_images(tmp_path: Path, dmax: Dmax) -> None:
+    source = write(tmp_path / "source")
+    composite = {"model_type": "gemma3", "text_config": {"vocab_size": 40}}
+    (source / "config.json").write_text(json.dumps(composite))
+    result = dmax("convert", source, "-o", tmp_path / "made")
+    assert (result.code, result.out) == (2, "")
+    assert "only text decoders are read" in result.err

@@ -19,8 +19,10 @@ from dmax.files import (
     check_writable,
     drop_unfinished_line,
     json_lines,
+    leftovers,
     new_folder,
     read_lines,
+    remove_leftovers,
     write_atomically,
 )
 
@@ -181,6 +183,23 @@ def test_a_folder_that_is_not_finished_leaves_the_old_one(tmp_path: Path) -> Non
         fills_half()
     assert list(path.iterdir()) == [path / "old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writes_left_behind_a_link_is_removed_and_what_links_lead_to_is_not(
+    tmp_path: Path,
+) -> None:
+    big = tmp_path / "big"
+    disk = tmp_path / "disk"
+    for folder in (big, disk):
+        folder.mkdir()
+        (folder / "mine").touch()
+    (tmp_path / "out").symlink_to(disk)
+    (tmp_path / ".disk.00000000.partial").mkdir()
+    (tmp_path / ".disk.00000001.partial").symlink_to(big)
+    assert len(leftovers(tmp_path / "out")) == 2
+    remove_leftovers(tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["big", "disk", "out"]
+    assert (big / "mine").exists() and (disk / "mine").exists()
 
 
 # --- JSONL ----------------------------------------------------------------------------------------

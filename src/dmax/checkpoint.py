@@ -38,7 +38,7 @@ from dmax.checkpoint_kind import (
 from dmax.errors import InputError, shorten, show
 from dmax.files import check_new_folder, new_folder, writing
 from dmax.hub import find_folder, is_adapter
-from dmax.kernels.moe import best_experts_implementation
+from dmax.kernels.moe import PLAIN_EXPERTS, best_experts_implementation
 from dmax.kernels.quant import Format, check_format
 from dmax.models import NATIVE, backbone
 from dmax.models.quantization import quantize_experts
@@ -52,13 +52,16 @@ OWN_FILES = (
     *SETTINGS_FILES,
     "added_tokens.json",
     "merges.txt",
-    "*.model",
+    "spiece.model",
+    "sentencepiece*.model",
     "chat_template.jinja",
     "adapter_config.json",
     ORIGIN,
     "curves.png",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
 )
 
 
@@ -98,11 +101,9 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read a bundled checkpoint, a local folder or a hub repository; no remote code is ever run.
 
-    Besides our own architectures, dense decoders of transformers (`dmax.models.backbone`) are read,
-    and adapters of peft, which are merged into the base that they name.
-
     Args:
-        name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id.
+        name_or_path: a bundled name (`dmax.tiny.BUNDLED`), a folder, or a hub id; of a model of
+            ours, of a dense decoder of transformers, or of adapters, which are merged into it.
         dtype: of the weights; "auto" keeps the files' own.
         device: where the model goes; on "meta" it has no weights, and none are read.
         mask_token_id: overrides the checkpoint's.
@@ -112,19 +113,18 @@ def load_checkpoint(
         attn_implementation: of transformers' attention interface; None lets transformers choose.
         experts_implementation: of transformers' experts interface; None chooses the fastest here.
         add_mask_token: give an autoregressive model the mask token it lacks; takes a tokenizer.
-        autoregressive: take a checkpoint that names nothing of diffusion for what it is: blocks of
-            one token, each predicted by the position before it.
+        autoregressive: take one that names nothing of diffusion as such: a token a forward.
         quantization: of the experts, for decoding only: "int8", "fp8" or "int4".
 
     Raises:
-        InputError: the name leads nowhere, files are damaged, an id is not to be found, the
-            architecture or decoding strategy is unknown, or the mask token to add is there.
+        InputError: the name leads nowhere, what is there is not usable, or an id is missing.
     """
     folder = find_folder(name_or_path)
     base = find_base(folder) if is_adapter(folder) else None
     settings = read_settings(folder, base)
     config, tokenizer, _ = settings
-    stored, lacks_mask = (config, add_mask_token) if base is None else _settings_of_base(base)
+    stored, known, _ = settings if base is None else read_settings(base)  # ids are the adapters'
+    lacks_mask = add_mask_token if base is None else find_mask_token_id(stored, known) is None
     # All settings first: a wrong one should not cost the loading of the weights.
     check_size(base or folder, stored)
     _check_wishes(folder, config, tokenizer, add_mask_token, quantization)
@@ -141,11 +141,14 @@ def load_checkpoint(
         adds_mask=add_mask_token or is_plain,
     )
     set_shift(stored, reads_shifted(config) if shift is None else shift)
-    options = _chosen(attn_implementation, _best_experts(stored, device, experts_implementation))
+    if experts_implementation is None and stored.model_type in PLAIN_EXPERTS:
+        experts_implementation = best_experts_implementation(stored.num_experts, device)
+    options = _chosen(attn_implementation, experts_implementation)
     place = device if base is None and not lacks_mask else "cpu"  # where there is more to compute
     model = _load_model(base or folder, stored, dtype, place, options)
     if lacks_mask or is_plain:
-        special_ids = _add_mask(model, None if is_plain else tokenizer, special_ids)
+        added = backbone.add_mask_token(model, None if is_plain else tokenizer)
+        special_ids = replace(special_ids, mask_token_id=added)
     if base is not None and model.device.type != "meta":
         merge_into(model, folder)
     if quantization is not None:  # before the move: the device never holds the unquantised experts
@@ -250,12 +253,15 @@ def write_ids(config: Any, special_ids: SpecialIds, decoding: str | None = None)
 def check_target(folder: str | os.PathLike[str]) -> Path:
     """The absolute path of a folder that `save_checkpoint` could write; asked before training.
 
+    A link is followed, so that it stays and the folder behind it is written.
+
     Raises:
         InputError: the folder holds something that is not part of a checkpoint of ours, or cannot
             be written.
     """
-    folder = Path(os.path.expanduser(folder)).absolute()
+    folder = Path(os.path.expanduser(folder))
     with writing(f"the checkpoint {folder}"):
+        folder = folder.resolve()
         if folder.exists() and not _is_replaceable(folder):
             raise InputError(
                 f"{folder} exists and was not written by dmax", hint="choose another output folder"
@@ -267,22 +273,8 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
 def _is_replaceable(folder: Path) -> bool:
     """Whether a folder is empty, or a checkpoint of ours and nothing besides."""
     entries = list(folder.iterdir()) if folder.is_dir() else [folder]
-    is_known = all(any(entry.match(pattern) for pattern in OWN_FILES) for entry in entries)
+    is_known = all(entry.is_file() and any(map(entry.match, OWN_FILES)) for entry in entries)
     return not entries or (is_known and (folder / ORIGIN).is_file())
-
-
-def _settings_of_base(folder: Path) -> tuple[PreTrainedConfig, bool]:
-    """The configuration of the base of adapters, and whether their run gave it a mask token.
-
-    Its ids, block length and decoding do not matter: adapters bring their own.
-    """
-    config, tokenizer, _ = read_settings(folder)
-    return config, find_mask_token_id(config, tokenizer) is None
-
-
-def _add_mask(model: PreTrainedModel, tokenizer: Any, special_ids: SpecialIds) -> SpecialIds:
-    """Give a model and its tokenizer the mask token that they lack; the ids with its own."""
-    return replace(special_ids, mask_token_id=backbone.add_mask_token(model, tokenizer))
 
 
 def _new_model(
@@ -333,13 +325,6 @@ def _load_model(
             f"and the model needs {list(expected)}"
         )
     return as_diffusion_model(model)
-
-
-def _best_experts(config: Any, device: torch.device | str, asked: str | None) -> str | None:
-    """The experts implementation asked for, else the fastest; None leaves it to transformers."""
-    if asked is not None or not hasattr(config, "num_experts"):
-        return asked
-    return best_experts_implementation(config.num_experts, torch.device(device))
 
 
 def _chosen(attention: str | None, experts: str | None) -> dict[str, str]:

@@ -126,7 +126,7 @@ def read_settings(
                 tokenizer = AutoTokenizer.from_pretrained(
                     each, config=config, trust_remote_code=False
                 )
-    if (record := records.get("generation_config.json")) is not None:
+    if record := records.get("generation_config.json"):
         with reading(f"{shorten(str(folder))}/generation_config.json is not usable"):
             generation_config = GenerationConfig.from_dict(record)
     return config, tokenizer, generation_config
@@ -157,11 +157,10 @@ def _config(folder: str, record: dict[str, Any]) -> PreTrainedConfig:
     """
     kind = record.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        names = list(CONFIG_MAPPING.keys())
         raise InputError(
             f"{folder} is not a usable checkpoint: its `model_type` is {show(kind)}, "
             "which is unknown",
-            hint=did_you_mean(kind, names) if isinstance(kind, str) else None,
+            hint=did_you_mean(kind, CONFIG_MAPPING.keys()),
         )
     if record.get("quantization_config") is not None:
         raise InputError(
@@ -170,7 +169,13 @@ def _config(folder: str, record: dict[str, Any]) -> PreTrainedConfig:
         )
     _check_numbers(record, folder)
     with reading(f"{folder} is not a usable checkpoint"):
-        return CONFIG_MAPPING[kind].from_dict(without_code(record))
+        config = CONFIG_MAPPING[kind].from_dict(without_code(record))
+        if config.get_text_config() is not config:
+            raise InputError(
+                f"{folder} holds a {kind}, which is more than a text decoder (images, for "
+                "example); only text decoders are read"
+            )
+        return config
 
 
 def without_code(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,13 +191,11 @@ def _check_numbers(record: Mapping[str, Any], folder: str) -> None:
     for key, value in record.items():
         if isinstance(value, Mapping):
             _check_numbers(value, folder)
-        elif isinstance(value, int) and abs(value) > MOST:
+        elif (isinstance(value, int) and abs(value) > MOST) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
             raise InputError(
                 f"{folder} is not a usable checkpoint: its `{shorten(key)}` is {show(value)}"
-            )
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise InputError(
-                f"{folder} is not a usable checkpoint: its `{shorten(key)}` is {value}"
             )
 
 

@@ -57,7 +57,7 @@ def check_decoding(name: object, place: object) -> None:
     if name is not None and name not in known:
         raise InputError(
             f"{place} names the decoding strategy {show(name)}, which is unknown",
-            hint=did_you_mean(str(name), known) or "correct `decoding_strategy` in its config.json",
+            hint=did_you_mean(name, known) or "correct `decoding_strategy` in its config.json",
         )
 
 

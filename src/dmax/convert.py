@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dmax.checkpoint import ORIGIN, Checkpoint, check_target, load_checkpoint, save_checkpoint
 from dmax.checkpoint_files import read_settings
 from dmax.errors import InputError, shorten
 from dmax.files import MAX_SETTINGS, check_ours, read_object
 from dmax.hub import find_folder, is_adapter
+from dmax.models.llada2_moe.files import read_headers
 from dmax.special_ids import FAMILY_BLOCK_LENGTH, find_mask_token_id
 
 BLOCK_LENGTH = 32
 """That of LLaDA-2.x and of DMax."""
 FROM = "converted_from"
+FLOATS = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def convert_checkpoint(
@@ -31,7 +39,8 @@ def convert_checkpoint(
 
     It gets a mask token (`dmax.models.backbone.add_mask_token`), unless its tokenizer has one, and
     a configuration that names it, the block length and where predictions are read. All other
-    weights are written as they were. It decodes well only after training.
+    weights keep their values: where the files mix dtypes, or the configuration names a narrower
+    one, all are written in the widest of the files. It decodes well only after training.
 
     Args:
         name_or_path: a folder or a hub id.
@@ -60,13 +69,16 @@ def convert_checkpoint(
     _check_autoregressive(shown, config)
     if tokenizer is None:
         raise InputError(f"{shown} has no tokenizer, which must know the mask token")
-    loaded = load_checkpoint(
+    load = partial(
+        load_checkpoint,
         name_or_path,
-        dtype="auto",
         device="cpu",
         block_length=block_length,
         add_mask_token=find_mask_token_id(config, tokenizer) is None,
     )
+    loaded = load(dtype="auto")
+    if (exact := _exact_dtype(loaded.model, folder)) is not None:
+        loaded = load(dtype=exact)
     loaded.model.config.shift = shift
     origin = {FROM: os.fspath(name_or_path)}
     save_checkpoint(loaded.model, loaded.tokenizer, target, loaded.special_ids, extra=origin)
@@ -100,6 +112,21 @@ def merge_adapters(
         decoding=merged.decoding,
         extra=read_object(origin, MAX_SETTINGS) if origin.exists() else None,
     )
+
+
+def _exact_dtype(model: PreTrainedModel, folder: Path) -> torch.dtype | None:
+    """The dtype that rounds no weight of a folder; None if none was rounded in loading."""
+    weights = model.state_dict()
+    stored = {
+        name: FLOATS[tensor.dtype]
+        for name, tensor in read_headers(folder).items()
+        if name in weights and tensor.dtype in FLOATS
+    }
+    is_exact = all(
+        torch.promote_types(weights[name].dtype, dtype) == weights[name].dtype
+        for name, dtype in stored.items()
+    )
+    return None if is_exact else reduce(torch.promote_types, stored.values())
 
 
 def _check_autoregressive(shown: str, config: PreTrainedConfig) -> None:

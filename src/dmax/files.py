@@ -67,7 +67,7 @@ def check_writable(path: Path) -> None:
     """
     with writing(path):
         _check_kind(path)
-        _check_place(path)
+        check_new_folder(path)
 
 
 def _check_kind(path: Path) -> None:
@@ -80,8 +80,12 @@ def _check_kind(path: Path) -> None:
         )
 
 
-def _check_place(path: Path) -> None:
-    """Make sure that `path` and the folders above it can be made; raises `OSError` if not."""
+def check_new_folder(path: Path) -> None:
+    """Make sure that `new_folder` can begin at `path`, or a file be made; nothing is left behind.
+
+    Raises:
+        OSError: nothing can be written beside `path`.
+    """
     held = next(folder for folder in path.absolute().parents if folder.exists())
     with TemporaryDirectory(prefix=".dmax-", dir=held) as probe:
         place = Path(probe) / path.absolute().relative_to(held)
@@ -281,15 +285,6 @@ def changes(
             yield f"{prefix}{name}", old, new
 
 
-def check_new_folder(path: Path) -> None:
-    """Make sure that `new_folder` can begin at `path`; nothing is left behind.
-
-    Raises:
-        OSError: nothing can be written beside `path`.
-    """
-    _check_place(path)
-
-
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill, which takes the place of `path` once all of it is written.
@@ -316,8 +311,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def leftovers(path: Path) -> list[Path]:
     """What writes of `path` that were killed have left beside it."""
+    path = path.resolve()  # a link is written through
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
-    beside = path.absolute().parent.glob(".*.partial")  # none if there is no such folder
+    beside = path.parent.glob(".*.partial")  # none if there is no such folder
     return [entry for entry in beside if ours.fullmatch(entry.name)]
 
 
@@ -325,7 +321,7 @@ def remove_leftovers(path: Path) -> None:
     """Remove what writes of `path` that were killed have left; nobody may be writing it now."""
     with writing(path):
         for entry in leftovers(path):
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()

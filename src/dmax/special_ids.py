@@ -83,23 +83,27 @@ def resolve_special_ids(
 
     sources = (generation_config, config, tokenizer)
     named = [eos_token_id, *(getattr(source, "eos_token_id", None) for source in sources)]
-    ends: Any = next(filter(_is_given, named), None)
+    listed = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named if ids is not None]
+    ends: Any = next(filter(None, listed), None)
     if ends is None:
         raise InputError(
-            "the checkpoint names no end-of-sequence token", hint="pass `eos_token_id`"
+            "the checkpoint names no end-of-sequence token",
+            hint="pass `eos_token_id`, or name it in config.json",
         )
-    several = ends if isinstance(ends, (list, tuple)) else [ends]
-    eos = [_checked_token("eos_token_id", token, config) for token in several]
+    eos = [_checked_token("eos_token_id", token, config) for token in ends]
 
     # What lies outside the vocabulary is no padding; the first EOS serves as well.
-    pads = [getattr(source, "pad_token_id", None) for source in (tokenizer, config)]
-    usable = [pad for pad in pads if type(pad) is int and 0 <= pad < config.vocab_size]
-    pad = usable[0] if usable else eos[0]
+    pads = [*(getattr(source, "pad_token_id", None) for source in (tokenizer, config)), eos[0]]
+    pad = next(pad for pad in pads if type(pad) is int and 0 <= pad < config.vocab_size)
 
     family = FAMILY_BLOCK_LENGTH.get(config.model_type)
     length = _first(block_length, getattr(config, "block_length", None), family)
     if length is None:
-        raise InputError("the checkpoint names no block length", hint="pass `block_length`")
+        raise InputError(
+            "the checkpoint names no block length",
+            hint="pass `block_length`; an autoregressive model gets one by `dmax convert`, "
+            "or is decoded as it is with `block_length` 1 and `shift` true",
+        )
     context = getattr(config, "max_position_embeddings", None) or MOST
     check_number("block_length", length, low=1, high=context, whole=True)
     return SpecialIds(mask, tuple(dict.fromkeys(eos)), pad, int(length))
@@ -123,20 +127,20 @@ def reads_shifted(config: PreTrainedConfig) -> bool:
 def find_mask_token_id(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> int | None:
-    """MASK's id by the config, by the tokenizer, or as the vocabulary entry `<|mask|>`."""
+    """MASK's id by the config, by the tokenizer, or as the vocabulary entry `<|mask|>`.
+
+    What only the tokenizer names and the model has no row for was never trained: it is none.
+    """
     found: int | None = getattr(config, "mask_token_id", None)
-    if tokenizer is not None:
-        found = _first(found, tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN))
+    if found is None and tokenizer is not None:
+        found = _first(tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN), MOST)
+        return found if found < config.vocab_size else None
     return found
 
 
 def _first(*values: Any) -> Any:
     """The first value that is given; None if none is."""
     return next((value for value in values if value is not None), None)
-
-
-def _is_given(ids: Any) -> bool:
-    return ids is not None and not (isinstance(ids, (list, tuple)) and not ids)
 
 
 def _checked_token(name: str, token: Any, config: PreTrainedConfig) -> int:
@@ -146,6 +150,6 @@ def _checked_token(name: str, token: Any, config: PreTrainedConfig) -> int:
     if not 0 <= number < config.vocab_size:
         raise InputError(
             f"`{name}` {show(number)} lies outside the vocabulary of {config.vocab_size}",
-            hint=f"pass `{name}`",
+            hint=f"pass `{name}`, or correct it in the checkpoint's files",
         )
     return number

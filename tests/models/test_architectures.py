@@ -13,6 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from dmax import LLM, DecodingParams
 from dmax.checkpoint import new_checkpoint
 from dmax.errors import InputError
+from dmax.kernels.moe import PLAIN_EXPERTS
+from dmax.models.auto import register
 from dmax.training.clean_stream import CleanStream
 
 L = 8
@@ -61,6 +63,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe": WIDE
     | ROUTED
     | {"n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1},
+    "gpt_oss": WIDE | ROUTED | {"num_local_experts": 4, "sliding_window": 128},
     "granitemoe": GROUPED | ROUTED | {"num_local_experts": 4},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 8} | GROUPED,
     "minimax_m2": WIDE | ROUTED | {"num_local_experts": 4},
@@ -72,8 +75,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_head": 4, "n_layer": 2}, "attends through transformers' attention interface"),
     "deepseek_v3": ({}, "latent attention"),
+    "electra": ({"embedding_size": 16, "is_decoder": True}, "before its output embedding"),
     "exaone4": (GROUPED | {"sliding_window": 8}, "`sliding_window` 8"),
     "gemma2": (WIDE | {"sliding_window": 8}, "`sliding_window` 8"),
+    "gemma4_text": (WIDE | {"sliding_window": 128}, "of different sizes"),
     "gpt_oss": (WIDE | {"num_local_experts": 4, "sliding_window": 8}, "`sliding_window` 8"),
     "lfm2": (
         GROUPED | {"layer_types": ["conv", "full_attention"]},
@@ -160,6 +165,23 @@ def test_one_that_cannot_be_masked_is_refused(kind: str, told: tuple[dict[str, A
     with pytest.raises(InputError, match="cannot be a block-diffusion backbone") as error:
         new_checkpoint(config)
     assert reason in error.value.message
+
+
+@pytest.mark.parametrize("kind", PLAIN_EXPERTS)
+def test_our_experts_run_where_experts_are_what_they_compute(kind: str) -> None:
+    register()
+    names = ("num_experts", "num_local_experts", "moe_num_experts", "num_experts_per_tok")
+    changes = WIDE | {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    config = config_of(kind, changes | dict.fromkeys(names, 2) | {"first_k_dense_replace": 0})
+    assert config.num_experts == 2
+    with torch.device("meta"):
+        modules = list(AutoModelForCausalLM.from_config(config).modules())
+    layers: list[Any] = [each for each in modules if hasattr(each, "has_gate")]
+    assert layers
+    for experts in layers:
+        more = (experts.has_bias, experts.is_transposed, experts.has_post_expert_norm)
+        assert experts.has_gate and experts.is_concatenated and not any(more)
+        assert type(experts)._apply_gate.__module__ == "transformers.integrations.moe"
 
 
 def test_the_docs_name_what_is_tested() -> None:

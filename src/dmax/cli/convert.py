@@ -29,7 +29,8 @@ def convert(
 ) -> None:
     """Make an autoregressive model a block-diffusion model, which is then to be trained.
 
-    It gets a mask token and a block length; its other weights stay as they were.
+    It gets a mask token and a block length; its other weights keep their values, in the widest
+    dtype of its files.
 
     Example: dmax convert Qwen/Qwen3-0.6B -o runs/converted
     """

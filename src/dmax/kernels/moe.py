@@ -25,6 +25,12 @@ from dmax.kernels.quant import QuantizedWeight
 Activation = Callable[[Tensor], Tensor]
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
+# Types of models whose experts are those described above. Others, which may have biases, turned
+# weights or a gate that clamps, are left to transformers.
+PLAIN_EXPERTS = (
+    "ernie4_5_moe flex_olmo hy_v3 llada2_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe "
+    "sarvam_moe sdar_moe"
+).split()
 GROUPED_MULTIPLE = 8  # rows of torch's grouped product are whole multiples of 16 bytes
 MAX_FUSED_PAIRS_PER_EXPERT = 128  # for more pairs, large matrix products are faster
 
@@ -42,9 +48,8 @@ def dense_mm_experts_forward(
     enough = 64 if hidden_states.dtype.itemsize >= 4 else 128
     is_dense = torch.compiler.is_compiling() or hidden_states.shape[0] < enough
     forward = dense if is_dense else routed
-    gate_up = experts.gate_up_proj
-    down = experts.down_proj
-    return forward(hidden_states, top_k_index, top_k_weights, gate_up, down, experts.act_fn)
+    weights = experts.gate_up_proj, experts.down_proj
+    return forward(hidden_states, top_k_index, top_k_weights, *weights, experts.act_fn)
 
 
 def fused_moe_experts_forward(
@@ -56,15 +61,14 @@ def fused_moe_experts_forward(
     the kernels cannot do goes to `grouped_mm`: gradients, large inputs, other activations than
     SiLU, and expert parallelism.
     """
-    gate_up = experts.gate_up_proj
-    down = experts.down_proj
+    weights = experts.gate_up_proj, experts.down_proj
     if (
         can_fuse(hidden_states, top_k_weights)
-        and fits_kernels(hidden_states, top_k_index.numel(), gate_up, down)
+        and fits_kernels(hidden_states, top_k_index.numel(), *weights)
         and isinstance(experts.act_fn, SILU)
         and not getattr(experts, "_is_expert_parallel", False)
     ):
-        return fused_moe(hidden_states, top_k_index, top_k_weights, gate_up, down)
+        return fused_moe(hidden_states, top_k_index, top_k_weights, *weights)
     return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
@@ -217,13 +221,15 @@ def routed(
     return output
 
 
-def best_experts_implementation(num_experts: int, device: torch.device) -> str | None:
+def best_experts_implementation(num_experts: int, device: torch.device | str) -> str | None:
     """The experts implementation that is fastest for a block; None leaves it to transformers.
 
-    It is `dense_mm` for few experts on a CPU, and `fused_moe` wherever Triton compiles.
+    It is `dense_mm` for few experts on a CPU, and `fused_moe` wherever Triton compiles. A dense
+    model of a family with experts may name None of them.
     """
+    device = torch.device(device)
     if device.type in ("cpu", "meta"):  # ranks of one training begin on these two
-        return "dense_mm" if num_experts <= 16 else None
+        return "dense_mm" if num_experts and num_experts <= 16 else None
     return "fused_moe" if implementation(device) == "triton" else None
 
 

@@ -107,7 +107,7 @@ def _unsuitable(model: Any) -> str | None:
     window = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     harmless = {"full_attention"}
-    if window is None or window >= config.max_position_embeddings:
+    if window is None or (isinstance(window, int) and window >= config.max_position_embeddings):
         harmless.add("sliding_attention")
     if layer_types - harmless:
         return f"some of its layers see only a part of the context (`sliding_window` {window})"
@@ -117,11 +117,16 @@ def _unsuitable(model: Any) -> str | None:
             "its rotary frequencies depend on the longest sequence of the batch "
             "(`rope_type` longrope)"
         )
-    if getattr(config, "kv_lora_rank", None) is not None:
+    uneven = ("kv_lora_rank", "per_layer_attributes")
+    if any(getattr(config, name, None) is not None for name in uneven):
         return (
-            "its keys and values are of different sizes (latent attention), "
+            "its keys and values are of different sizes (latent attention, or layers that differ), "
             "which the cache does not hold"
         )
+    head = model.get_output_embeddings()
+    before = [part for part in model.children() if head not in part.modules()]
+    if sum(next(part.parameters(), None) is not None for part in before) > 1:
+        return "more than its layers stands before its output embedding"
     return None
 
 
@@ -131,15 +136,19 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
     Its rows in the embedding and the output layer start as the means of all others, which are close
     to none of them. Spare rows of tables that are longer than the vocabulary are used before new
-    ones are made. Without a tokenizer, which alone knows the spare ones, the row is a new one.
+    ones are made; all new ones start so, those of other tokens that had none too. Without a
+    tokenizer, which alone knows the spare ones, the row is a new one. A tokenizer that names a mask
+    token, for which the model has no row, keeps it.
     """
-    mask = model.config.vocab_size
+    size = model.config.vocab_size
+    mask = size
     if tokenizer is not None:
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        if tokenizer.mask_token is None:
+            tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         mask = int(tokenizer.mask_token_id)
-    if mask >= model.config.vocab_size:
+    if mask >= size:
         model.resize_token_embeddings(mask + 1, mean_resizing=False)
+    known = min(mask, size)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        mean = table.weight[:mask].float().mean(dim=0)
-        table.weight[mask] = mean.to(table.weight.dtype)
+        table.weight[known : mask + 1] = table.weight[:known].float().mean(dim=0)
     return mask

@@ -22,7 +22,7 @@ from dmax.benchmark.shapes import published_config
 from dmax.checkpoint_files import read_settings, reading
 from dmax.environment import DTYPES
 from dmax.hub import find_folder
-from dmax.kernels.moe import best_experts_implementation
+from dmax.kernels.moe import PLAIN_EXPERTS, best_experts_implementation
 from dmax.models import NATIVE, backbone
 from dmax.recipe.estimate.step import as_on_cpu
 from dmax.recipe.sections import ModelSection, Recipe, model_config
@@ -112,7 +112,7 @@ def _implementations(section: ModelSection, config: Any, *, on_gpu: bool) -> dic
             experts = "eager"
         elif on_gpu:
             experts = "grouped_mm"
-        else:
+        elif config.model_type in PLAIN_EXPERTS:
             experts = best_experts_implementation(config.num_experts, torch.device("cpu"))
     chosen = {"attn_implementation": attention, "experts_implementation": experts}
     return {name: value for name, value in chosen.items() if value is not None}
