@@ -165,7 +165,7 @@ def test_the_same_generator_gives_the_same_states(clean: CleanBatch) -> None:
 
 @pytest.mark.parametrize("rollout", ["soft", "spd"])
 def test_blends_are_refused(rollout: str) -> None:
-    with pytest.raises(InputError, match="rolls out by argmax or sample, not by"):
+    with pytest.raises(InputError, match="`rollout` of mbd_oput must be argmax or sample, got"):
         objective(rollout=rollout)
 
 

@@ -164,6 +164,21 @@ def test_eos_labels_end_what_is_learnt() -> None:
             "its trajectory follows 5 prompt tokens, and the prompt has 6",
             "chat template",
         ),
+        (
+            {"trajectory": example(WRITES[:-1])["trajectory"]},
+            "its trajectory of 9 tokens ends inside a block",
+            "record it anew",
+        ),
+        (
+            {"trajectory": example(WRITES + [[1, 5]])["trajectory"]},
+            "its trajectory of 11 tokens ends inside a block",
+            "record it anew",
+        ),
+        (
+            {"trajectory": example(WRITES[:6])["trajectory"]},
+            "its trajectory has 6 tokens, and the response has 8",
+            "record it anew",
+        ),
     ],
 )
 def test_an_example_without_a_usable_trajectory_is_named(
@@ -178,6 +193,34 @@ def test_an_example_without_a_usable_trajectory_is_named(
     examples[1]["where"] = "here.jsonl:2"
     with pytest.raises(InputError, match=r"here\.jsonl:2: "):
         COLLATE.check(examples)
+
+
+def test_a_response_that_was_cut_may_go_on_behind_its_trajectory() -> None:
+    cut: Any = {**example(WRITES[:6]), "response_ids": [5] * 8, "is_cut": True}
+    COLLATE.check([cut])
+    batch = batch_of(cut)
+    assert (batch.labels[0, 12:] == IGNORE).all() and (batch.labels[0, 6:12] != IGNORE).all()
+
+
+@pytest.mark.parametrize(
+    ("position", "place", "token", "message"),
+    [
+        (2, 1, MASK, "the text holds the mask token"),  # edited away later
+        (9, -1, MASK, "the text holds the mask token"),
+        (3, 1, 200, "200 is not a token id below 200"),
+    ],
+)
+def test_a_token_that_the_model_cannot_learn_is_refused_with_its_example(
+    position: int, place: int, token: int, message: str
+) -> None:
+    writes = [[*each] for each in WRITES]
+    writes[position][place] = token
+    wrong: Any = {**example(), "trajectory": example(writes)["trajectory"]}
+    COLLATE.check_ids([example()] * 2, 200, MASK)
+    with pytest.raises(InputError, match=f"example 2: {message}"):
+        COLLATE.check_ids([example(), wrong], 200, MASK)
+    with pytest.raises(InputError, match=rf"here\.jsonl:7: {message}"):
+        COLLATE.check_ids([example(), {**wrong, "where": "here.jsonl:7"}], 200, MASK)
 
 
 # --- pairs of states ------------------------------------------------------------------------------

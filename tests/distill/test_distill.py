@@ -220,6 +220,19 @@ def test_words_after_our_lines_are_left_alone(output: Path) -> None:
     assert output.read_text() == text
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".dropped.jsonl"])
+def test_a_damaged_line_is_no_response_even_if_it_ends(output: Path, suffix: str) -> None:
+    run(output, Responder(), PROMPTS[:4])
+    file = output.with_suffix(suffix)
+    *whole, last = file.read_text().splitlines()
+    damaged = "".join(line + "\n" for line in (*whole, last[:-9]))
+    file.write_text(damaged)
+    where = f"responses{suffix}:{len(whole) + 1}"
+    with pytest.raises(InputError, match=f"{where} is no response to a prompt"):
+        run(output, Responder())
+    assert file.read_text() == damaged
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):

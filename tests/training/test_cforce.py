@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from dmax.training.config import DMaxConfig
 from dmax.training.objectives import Loss, ObjectiveModule
 from dmax.training.vocabulary import IGNORE, in_chunks
 
+ROOT = Path(__file__).parents[2]
 BLOCK = 4
 VOCAB = 48
 MASK = 30
@@ -461,6 +463,19 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], message: str) -> None
         CForce.from_settings(SETTINGS | changes)
 
 
+def test_no_confidence_is_told_where_nothing_agrees(model: Any, batch: FollowedBatch) -> None:
+    found = loss_of(model, batch, stages_of(batch, width=99), "ce")
+    assert found.parts["confidence"].isnan()
+    assert 0 < loss_of(model, batch, stages_of(batch)).parts["confidence"] <= 1
+
+
+def test_a_mask_token_in_a_stream_is_named(model: Any) -> None:
+    batch = fields()
+    batch["write_tokens"][0, 7, 0] = MASK
+    with pytest.raises(InputError, match="a trajectory holds the mask token"):
+        run(model, batch)
+
+
 def test_a_token_that_is_not_of_the_model_is_named(model: Any) -> None:
     batch = fields()
     batch["write_tokens"][0, 7, 0] = VOCAB
@@ -553,6 +568,60 @@ def test_a_file_without_trajectories_is_refused_in_a_sentence(
     assert raised.value.message == f"{plain}:1: there is no trajectory to learn from"
     assert raised.value.hint == "write the responses with `dmax distill --trajectories`"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(977, "the text holds the mask token"), (981, "981 is not a token id below 981")],
+)
+def test_a_token_that_cannot_be_learnt_is_refused_before_training(
+    tmp_path: Path, recorded: Path, token: int, message: str
+) -> None:
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    records[4]["trajectory"]["writes"][3][-1] = token
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text("".join(json.dumps(each) + "\n" for each in records))
+    with pytest.raises(InputError) as raised:
+        run_recipe(load_recipe(recipe(tmp_path, wrong)))
+    assert raised.value.message == f"{wrong}:5: {message}"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["recipe.yaml", "wrong.jsonl"]
+    run_recipe(load_recipe(recipe(tmp_path, wrong, objective="oput", max_steps=1)))  # has no use
+
+
+def test_micro_batches_in_which_nothing_agrees_do_not_count_in_the_confidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here two on this rank and two on another one, which has seen a confidence of 0.5 once."""
+    from dmax.training import trainer as module
+    from dmax.training.trainer import DMaxTrainer
+
+    args = DMaxConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = DMaxTrainer("tiny-base", args)
+
+    def logged(*confidences: float) -> dict[str, float]:
+        trainer._parts = [
+            {"loss_cad": torch.tensor(3.0), "confidence": torch.tensor(each)}
+            for each in confidences
+        ]
+        trainer.log(logs := {"loss": 3.0})
+        return logs
+
+    nan = math.nan
+    assert logged(nan, 0.9, nan, 0.8)["confidence"] == pytest.approx(0.85)
+    assert logged(nan, 0.9)["loss_cad"] == 3
+    assert math.isnan(logged(nan, nan)["confidence"])
+    other = torch.tensor([[6.0, 0.5], [2, 1]])
+    monkeypatch.setattr(module, "sum_over_ranks", lambda value: value + other)
+    found = logged(nan, 0.9)
+    assert (found["loss_cad"], found["confidence"]) == (3, pytest.approx(0.7))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*cforce*.yaml")), ids=lambda p: p.stem)
+def test_recipes_name_the_place_where_the_guesses_stand(path: Path) -> None:
+    [(page, heading)] = re.findall(r"(docs/[\w/]+\.md)(?:#(\w+))?", path.read_text())
+    _, _, rest = (ROOT / page).read_text().lower().partition(f"### {heading}\n")
+    section = rest.partition("\n## ")[0]
+    assert heading and "guess" in section and "`cad_weight`" in section
 
 
 def test_other_objectives_learn_from_the_same_file(tmp_path: Path, recorded: Path) -> None:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmax.baselines.objectives import rising_ratios
+from dmax.records.encoding import Encoded
+from dmax.training.data import Collator
 from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
+from dmax.training.vocabulary import IGNORE
 
 VOCAB = 50
 MASK = 17
@@ -99,9 +102,26 @@ def test_noise_is_reproducible_and_leaves_its_input_alone() -> None:
 
 def test_ratios_rise_from_the_first_block_of_the_response_to_the_last() -> None:
     corruptible = torch.arange(12) >= torch.tensor([[2], [5], [9]])
-    ratios = rising_ratios(corruptible, 4, 0.3, 0.7)
+    labels = torch.zeros(3, 12, dtype=torch.int64).masked_fill(~corruptible, IGNORE)
+    ratios = rising_ratios(corruptible, labels, 4, 0.3, 0.7)
     expected = [[0.3] * 4 + [0.5] * 4 + [0.7] * 4, [0.3] * 8 + [0.7] * 4, [0.3] * 12]
     torch.testing.assert_close(ratios, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("pad_to", [None, 32, 61])
+@pytest.mark.parametrize("neighbours", [[], [24], [4, 11]])
+def test_rising_ratios_are_those_of_a_response_alone(
+    neighbours: list[int], pad_to: int | None
+) -> None:
+    """Whatever else is in its batch, and however far that is padded; labelled EOS belong to it."""
+    examples = [Encoded(prompt_ids=[1] * 4, response_ids=[1] * n) for n in (4, 11, *neighbours)]
+    fields = Collator(4, 0, 4, pad_to)(examples)
+    ratios = rising_ratios(fields["corruptible"], fields["labels"], 4, 0.3, 0.7)
+    padding = ratios.shape[1] // 4
+    one = ([0.3, 0.3, 0.7] + [0.7] * padding)[:padding]
+    other = ([0.3, 0.3, 1.3 / 3, 1.7 / 3, 0.7] + [0.7] * padding)[:padding]
+    expected = torch.tensor([one, other]).repeat_interleave(4, dim=1)
+    torch.testing.assert_close(ratios[:2], expected)
 
 
 def test_a_ratio_for_every_position_masks_by_it() -> None:

@@ -492,7 +492,7 @@ def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
     model: LLaDA2MoeModelLM, batch: Batch
 ) -> None:
     corruptible = batch.labels != IGNORE
-    ratios = rising_ratios(corruptible, BLOCK, 0.3, 0.7)
+    ratios = rising_ratios(corruptible, batch.labels, BLOCK, 0.3, 0.7)
     position = torch.arange(batch.noisy_ids.shape[1])
     mask = dense_mask(block_causal(BLOCK), position, position)[None, None]
     logits = model(

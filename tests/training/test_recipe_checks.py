@@ -156,6 +156,10 @@ def test_a_mistyped_name_is_told_what_stands_beside_it(tmp_path: Path, name: str
         ({"seed": 2**32}, "`seed` must be a whole number between 0 and"),
         ({"mask_ratio_high": 1.5}, "`mask_ratio_high` must be a number between 0 and 1"),
         ({"pad_to": 2**30}, "`pad_to` must be a whole number between 1 and"),
+        ({"cad_floor": 2}, "`cad_floor` must be a number between 0 and 1, got 2"),
+        ({"cad_temperature": 0}, "`cad_temperature` must be a number above 0"),
+        ({"stage_width_first": 0}, "`stage_width_first` must be a whole number between 1 and"),
+        ({"stage_width_last": 0}, "`stage_width_last` must be a whole number between 1 and"),
         ({"learning_rate": "1e-4"}, "`training.learning_rate` must be float, got '1e-4'"),
         ({"gradient_checkpointing": "yes"}, "`training.gradient_checkpointing` must be bool"),
         ({"adam_beta1": 1.5}, "Invalid beta"),
@@ -217,6 +221,24 @@ def test_the_line_is_that_of_the_argument(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, training={"warmup_steps": -1, "weight_decay": 0.1})
     line = path.read_text().splitlines().index("  warmup_steps: -1") + 1
     refused(path, f"recipe.yaml:{line}: in `training`, `warmup_steps` must be")
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "value", "message"),
+    [
+        ("cforce", "cad_weight", "confidense", "must be one of confidence, doubt"),
+        ("cforce", "edited_loss", "mse", "must be one of cad, ce, both, got 'mse'"),
+        ("cforce", "stage_draw", "cut", "must be one of states, cuts, got 'cut'"),
+        ("cforce", "cad_temperature", 101, "must be a number above 0 and at most 100, got 101"),
+        ("mbd_oput", "rollout", "soft", "of mbd_oput must be argmax or sample, got 'soft'"),
+    ],
+)
+def test_a_setting_of_an_objective_is_refused_with_its_line(
+    tmp_path: Path, objective: str, name: str, value: Any, message: str
+) -> None:
+    path = write_recipe(tmp_path, training={"objective": objective, name: value})
+    line = path.read_text().splitlines().index(f"  {name}: {value}") + 1
+    refused(path, f"recipe.yaml:{line}: in `training`, `{name}` {message}")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_blocks_of_one_are_trained_as_an_autoregressive_model_is(batch: Batch) -
 def test_d2f_reads_the_state_before_as_a_window_shows_it(batch: Batch) -> None:
     model = made().model
     answered = batch.labels != IGNORE
-    ratios = rising_ratios(answered, L, 0.3, 0.7)
+    ratios = rising_ratios(answered, batch.labels, L, 0.3, 0.7)
     places = torch.arange(16)
     visible = dense_mask(block_causal(L), places, places)[None, None]
     logits = model(input_ids=batch.noisy_ids, attention_mask=visible).logits.log_softmax(-1)

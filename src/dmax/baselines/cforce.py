@@ -174,7 +174,7 @@ def cforce_loss(
         chunk: how many logits of a stage there may be at once.
 
     Returns:
-        The loss; its `parts` are those of both terms, and the mean `confidence` of the targets.
+        The loss; its `parts` are those of both terms, and the mean `confidence` in U ∪ E, or NaN.
     """
     embed = model.get_input_embeddings()
     context = CleanStream(model, clean_ids, block_length, positions)
@@ -188,7 +188,7 @@ def cforce_loss(
     agreeing = who.agreeing.to(differing.dtype)
     agreement = mean(differing, stages.late, "cad", average, agreeing)
     reveal = mean(surprise, stages.late, "reveal", average, who.told.to(surprise.dtype))
-    confidence = (sureness * agreeing).sum() / agreeing.sum().clamp(min=1)
+    confidence = (sureness * agreeing).sum() / agreeing.sum()
     return Loss(
         agreement.total + reveal_weight * reveal.total,
         {**agreement.parts, **reveal.parts, "confidence": confidence},
@@ -252,12 +252,13 @@ class CForce(Objective):
     - `stage_draw`: which pair of stages a block shows, evenly drawn;
     - `cad_weight`, `cad_temperature`, `cad_floor`: the divergence;
     - `edited_loss`: what edited tokens teach;
-    - `reveal_weight`, and `loss_average`, which the published figures would have at `labels`;
+    - `reveal_weight`, and `loss_average`: the guess is `labels`, as the recipes have it;
     - learning rate, schedule and steps, which are the training's: OPUT's by default.
 
-    Guessed without one: trajectories are not recorded anew during training, no other loss stands
-    beside this one, nothing is frozen, and a block whose pair of stages leaves no mask learns by
-    cross-entropy alone.
+    Guessed without one: trajectories hold hard tokens only and are not recorded anew during
+    training, cuts are made within a block, whose context are the clean blocks before it, no other
+    loss stands beside this one, nothing is frozen, and a block whose pair of stages leaves no mask
+    learns by cross-entropy alone.
 
     Attributes:
         cad_weight: of the reverse direction: confidence, doubt, forward, half or jsd.
@@ -306,13 +307,7 @@ class CForce(Objective):
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Draw two adjacent stages of every block."""
         assert isinstance(clean, FollowedBatch)
-        highest = int(clean.write_tokens.max())
-        if highest >= model.config.vocab_size:
-            raise InputError(
-                f"a trajectory holds the token {highest}, and the model has tokens below "
-                f"{model.config.vocab_size}",
-                hint="record trajectories with the model that is trained",
-            )
+        self._check_tokens(clean.write_tokens, model.config.vocab_size)
         first = self.stage_width_first or self.block_length / 8
         last = self.stage_width_last or self.block_length / 2
         width = stage_width(clean.progress, first, last)
@@ -341,3 +336,16 @@ class CForce(Objective):
         )
         parts = {**loss.parts, "stage_width": loss.total.new_tensor(float(width))}
         return Loss(loss.total, parts, loss.per_sequence)
+
+    def _check_tokens(self, tokens: Tensor, vocab_size: int) -> None:
+        """Raise `InputError` for tokens that cannot be learnt; those of a stream come unchecked."""
+        hint = "record trajectories with the model that is trained"
+        if (tokens == self.mask_token_id).any():
+            raise InputError("a trajectory holds the mask token", hint=hint)
+        highest = int(tokens.max())
+        if highest >= vocab_size:
+            raise InputError(
+                f"a trajectory holds the token {highest}, and the model has tokens below "
+                f"{vocab_size}",
+                hint=hint,
+            )

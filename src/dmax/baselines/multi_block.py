@@ -45,7 +45,7 @@ class MultiBlockOPUT(OPUT):
         """Raises `InputError` for a rollout of blends."""
         if self.rollout not in ("argmax", "sample"):
             raise InputError(
-                f"`mbd_oput` rolls out by argmax or sample, not by {self.rollout!r}",
+                f"`rollout` of mbd_oput must be argmax or sample, got {self.rollout!r}",
                 hint="set `rollout: argmax`",
             )
 

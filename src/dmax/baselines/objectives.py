@@ -152,7 +152,7 @@ class D2F(Objective):
         low = self.mask_ratio_low
         high = self.mask_ratio_high
         ids = clean.clean_ids
-        ratios = rising_ratios(clean.corruptible, self.block_length, low, high)
+        ratios = rising_ratios(clean.corruptible, clean.labels, self.block_length, low, high)
         noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
         return d2f_loss(
             model,
@@ -164,20 +164,26 @@ class D2F(Objective):
         )
 
 
-def rising_ratios(corruptible: Tensor, block_length: int, low: float, high: float) -> Tensor:
+def rising_ratios(
+    corruptible: Tensor, labels: Tensor, block_length: int, low: float, high: float
+) -> Tensor:
     """Mask ratios that rise evenly from a response's first block to its last (D2F).
+
+    They depend on nothing else in the batch, nor on how far it is padded.
 
     Args:
         corruptible: [B, L] bool, the response and its padding.
+        labels: [B, L] int64, the last block is that of the last label, which may be an EOS.
         block_length: positions of a block.
-        low: the ratio in the first block, and everywhere in a response of one block.
-        high: the ratio in the last block.
+        low: the ratio in the first block.
+        high: the ratio in the last block, if it is not the first, and in the padding after it.
 
     Returns:
         [B, L] float32.
     """
     block = torch.arange(corruptible.shape[1], device=corruptible.device) // block_length  # [L]
     first = block[corruptible.int().argmax(dim=1)][:, None]  # [B, 1]
-    blocks_to_rise = (block[-1] - first).clamp(min=1)
-    risen = ((block - first) / blocks_to_rise).clamp(min=0)  # [B, L], from 0 to 1
+    last = (block * (labels != IGNORE)).amax(dim=1, keepdim=True)  # [B, 1]
+    blocks_to_rise = (last - first).clamp(min=1)
+    risen = ((block - first) / blocks_to_rise).clamp(0, 1)  # [B, L]
     return low + (high - low) * risen

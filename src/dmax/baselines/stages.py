@@ -5,6 +5,7 @@ Shapes: B sequences of L positions, N blocks of W positions each, M writes of a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from dmax.params import MOST
 from dmax.records.encoding import Encoded
 from dmax.records.trajectories import REMASKED, Trajectory, read_trajectory
 from dmax.training.clean_stream import CleanBatch
-from dmax.training.data import Collator
+from dmax.training.data import Collator, check_example
 from dmax.training.rollout import draw
 from dmax.training.vocabulary import IGNORE
 
@@ -25,6 +26,7 @@ NEVER = MOST
 """In place of a step, and above all steps: nothing came to stand there (any more)."""
 DRAWS = ("states", "cuts")
 """What `draw_stages` may draw evenly from."""
+ANEW = "record it anew with `dmax distill --trajectories`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,8 @@ class TrajectoryCollator(Collator):
         """The fields of a `FollowedBatch` by name.
 
         Raises:
-            InputError: an example has no trajectory, or one of other blocks or another prompt.
+            InputError: an example has no trajectory, or one of other blocks or another prompt, or
+                it ends inside a block or before the response.
         """
         batch = super().__call__(examples)
         clean_ids = batch["clean_ids"]
@@ -83,6 +86,15 @@ class TrajectoryCollator(Collator):
             for number, example in enumerate(examples, 1):
                 self._trajectory(example, f"example {number}")
 
+    def check_ids(self, examples: Any, vocab_size: int, mask_token_id: int) -> None:
+        """Raise `InputError` for a token of a trajectory, which `check` has seen, as of a text."""
+        if hasattr(examples, "__len__"):
+            for number, example in enumerate(examples, 1):
+                writes = json.loads(example["trajectory"])["writes"]
+                tokens = {token for each in writes for token in each[1::2]} - {REMASKED}
+                followed = {**example, "response_ids": sorted(tokens)}
+                check_example(followed, vocab_size, mask_token_id, f"example {number}")
+
     def _trajectory(self, example: Encoded, where: str = "an example") -> Trajectory:
         where = example.get("where", where)
         trajectory = read_trajectory(example.get("trajectory"))
@@ -104,7 +116,25 @@ class TrajectoryCollator(Collator):
                 f"the prompt has {num_prompt}",
                 hint="tokenizer and chat template must be those of the model that was recorded",
             )
+        self._check_end(example, len(trajectory["writes"]), where)
         return trajectory
+
+    def _check_end(self, example: Encoded, num_writes: int, where: str) -> None:
+        """Make sure that a trajectory goes on to the end of a block, and of the response.
+
+        Positions that it leaves out of a block would show the block its own future.
+        """
+        num_response = len(example["response_ids"])
+        if (len(example["prompt_ids"]) + num_writes) % self.block_length:
+            raise InputError(
+                f"{where}: its trajectory of {num_writes} tokens ends inside a block", hint=ANEW
+            )
+        if num_writes < num_response and not example.get("is_cut"):
+            raise InputError(
+                f"{where}: its trajectory has {num_writes} tokens, and the response has "
+                f"{num_response}",
+                hint=ANEW,
+            )
 
 
 class Stages(NamedTuple):

@@ -290,8 +290,8 @@ class ResponseFiles:
         """Count what a file answers; the number of its lines."""
         lines, rest = read_lines(file)
         for number, line in enumerate(lines, 1):
+            record = _parsed(line)
             try:
-                record = json.loads(line)
                 index = record["index"]
                 tokens, forwards = record.get("tokens"), record.get("forwards")
                 reason = record["reason"] if file == self.dropped else None
@@ -302,17 +302,18 @@ class ResponseFiles:
                     and all(each is None or type(each) is int for each in (tokens, forwards))
                     and (reason is None or isinstance(reason, str))
                 )
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            except (LookupError, TypeError, AttributeError):
                 is_ours = False
-            if not is_ours or index in tally.done:
-                what = "answers another prompt" if not is_ours else f"answers prompt {index} again"
-                raise InputError(f"{file}:{number} {what}", hint="choose a new output")
+            if record is None:
+                raise _foreign(file, number, "is no response to a prompt")
+            if not is_ours:
+                raise _foreign(file, number, "answers another prompt")
+            if index in tally.done:
+                raise _foreign(file, number, f"answers prompt {index} again")
             tally.count(index, tokens, forwards, reason)
         can_grow = file in (self.journal, self.dropped)
         if rest and not (can_grow and self._is_beginning(rest, prompts)):
-            raise InputError(
-                f"{file}:{len(lines) + 1} is no response to a prompt", hint="choose a new output"
-            )
+            raise _foreign(file, len(lines) + 1, "is no response to a prompt")
         return len(lines)
 
     def _is_beginning(self, rest: bytes, prompts: Sequence[Prompt]) -> bool:
@@ -358,6 +359,19 @@ def _head(index: int, prompt: Prompt) -> bytes:
     name = "prompt" if isinstance(prompt, str) else "messages"
     record = json.dumps({"index": index, name: prompt}, ensure_ascii=False)
     return record.removesuffix("}").removesuffix("]").encode()
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line says; None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _foreign(file: Path, number: int, what: str) -> InputError:
+    """The error to raise for a line that is not of these prompts."""
+    return InputError(f"{file}:{number} {what}", hint="choose a new output")
 
 
 def _prompt(record: Mapping[str, Any]) -> Any:

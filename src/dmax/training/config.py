@@ -19,6 +19,7 @@ from dmax.environment import has_bfloat16, select_device
 from dmax.errors import InputError, did_you_mean
 from dmax.params import check_number
 from dmax.records.encoding import check_too_long
+from dmax.special_ids import SpecialIds
 from dmax.training import get_objective
 from dmax.training.block_warmup import check_stages
 from dmax.training.objectives import AVERAGES, SEQUENCES
@@ -26,25 +27,28 @@ from dmax.training.ranks import num_ranks
 from dmax.training.sharding import Sharding
 
 # Bounds of training arguments, transformers' own included; other numbers are at least 0.
+_AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("save_total_limit", "pad_to", "max_length", "dataset_num_proc"),
+    *("mmd_groups", "mmd_samples", "stage_width_first", "stage_width_last"),
+)
 _LOWEST = {
     "max_steps": -1,  # as many as the epochs have
     "local_rank": -1,  # of no process group
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "pad_to"), 1),
-    **dict.fromkeys(("mmd_groups", "mmd_samples"), 1),
-    **dict.fromkeys(("max_length", "dataset_num_proc"), 1),
+    **dict.fromkeys(_AT_LEAST_ONE, 1),
 }
 _ABOVE_ZERO = (
     *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
-    *("rollout_temperature", "certainty_temperature", "mmd_bandwidth"),
+    *("rollout_temperature", "certainty_temperature", "cad_temperature", "mmd_bandwidth"),
 )
 _HIGHEST = {
-    **dict.fromkeys(("mask_ratio_low", "mask_ratio_high"), 1),
+    **dict.fromkeys(("mask_ratio_low", "mask_ratio_high", "cad_floor"), 1),
     **dict.fromkeys(("mmd_groups", "mmd_samples"), 64),  # each sample is a forward
     "pad_to": 2**20,
     "dataloader_num_workers": 64,  # processes, each a copy of this one
 }
 _LARGEST = 2**32 - 1  # seeds of numpy end here
+_ANY_IDS = SpecialIds(0, (1,), 1, 32)  # in place of a model's, which is not loaded yet
 NEW_NAMES = {  # in transformers 5.24, which warns of the others
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -174,6 +178,7 @@ class DMaxConfig(TrainingArguments):
         if self.sharding is not None:
             self._shard(self.sharding)
         self.objective_class = get_objective(self.objective, self.rollout)
+        self.objective_class.from_settings(vars(self) | asdict(_ANY_IDS))  # checks its own settings
         check_too_long(self.too_long)
         check_stages(self.block_warmup or [])
         if self.block_warmup and self.compile_objective:  # a length that changes is compiled wrong

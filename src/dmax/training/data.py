@@ -35,7 +35,7 @@ def check_examples(examples: Any, vocab_size: int, mask_token_id: int) -> Any:
     Raises:
         InputError: a response is empty, or an id is not of the vocabulary or is MASK; says which.
     """
-    check = partial(_check_example, vocab_size=vocab_size, mask_token_id=mask_token_id)
+    check = partial(check_example, vocab_size=vocab_size, mask_token_id=mask_token_id)
     if not hasattr(examples, "__len__"):
         return examples.map(check)
     suspects: Any = enumerate(examples)
@@ -63,7 +63,7 @@ def _suspects(table: Any, vocab_size: int, mask_token_id: int) -> Iterator[tuple
             yield from zip(rows, plain.select(rows), strict=True)
 
 
-def _check_example(
+def check_example(
     example: Mapping[str, Any],
     vocab_size: int,
     mask_token_id: int,
@@ -153,6 +153,9 @@ class Collator:
             return
         for index in np.flatnonzero(num_ids(examples).sum(axis=1) + self.eos_labels > self.pad_to):
             self([examples[int(index)]])  # one that was cut needs no room for EOS
+
+    def check_ids(self, examples: Any, vocab_size: int, mask_token_id: int) -> None:
+        """Raise `InputError` for an id that only this collator looks at; here there is none."""
 
     def _length(self, longest: int) -> int:
         """Positions of a batch whose longest sequence has so many with its labels."""

@@ -6,7 +6,6 @@ Torchrun starts them, and transformers makes the process group. Without one ther
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -77,10 +76,3 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
-
-
-def mean_over_ranks(parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The means of named scalars over all ranks; all have the same names."""
-    stacked = sum_over_ranks(torch.stack([value.float() for value in parts.values()]))  # [N]
-    count = dist.get_world_size() if dist.is_initialized() else 1
-    return dict(zip(parts, (stacked / count).tolist(), strict=True))

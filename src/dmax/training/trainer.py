@@ -24,7 +24,7 @@ from dmax.training.embedding import without_gradient
 from dmax.training.finite import first_not_finite, weights
 from dmax.training.objectives import ObjectiveModule
 from dmax.training.parallel import ParallelTrainer
-from dmax.training.ranks import first_found, mean_over_ranks
+from dmax.training.ranks import first_found, sum_over_ranks
 from dmax.training.start import check_call, make_collator, start
 
 HELD_OUT = -1  # the number of no step: noise of evaluations
@@ -89,21 +89,23 @@ class DMaxTrainer(ParallelTrainer):
             eval_dataset = begun.examples(eval_dataset, args, "eval_dataset")
         elif eval_hook is not None:
             eval_dataset = train_dataset  # never read, but Trainer insists on one
+        self.special_ids = begun.special_ids
+        collator = make_collator(self.special_ids, args)
+        for each in (train_dataset, eval_dataset):
+            collator.check_ids(each, begun.model.config.vocab_size, self.special_ids.mask_token_id)
         super().__init__(
             model=begun.model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=make_collator(begun.special_ids, args),
+            data_collator=collator,
             processing_class=begun.tokenizer,
             **kwargs,
         )
         # Our losses are means over a micro-batch. Models take **kwargs, from which Trainer would
-        # conclude that they are scaled by the caller, and add up the micro-batches of a step
-        # instead of averaging them.
+        # conclude that the caller scales them, and add up those of a step instead of averaging.
         self.model_accepts_loss_kwargs = False
         self.eval_hook = eval_hook
-        self.special_ids = begun.special_ids
         self._begun = begun
         objective = args.objective_class.from_settings(vars(args) | asdict(begun.special_ids))
         self.objective_module = ObjectiveModule(
@@ -115,8 +117,6 @@ class DMaxTrainer(ParallelTrainer):
         self._parts: list[dict[str, Tensor]] = []  # of the losses since the last line of the log
         self._tokens = 0
         self._since = time.perf_counter()
-        self._step = -1
-        self._micro_batch = 0
         self._held_out: list[dict[str, Tensor]] = []  # parts of the losses of one evaluation
         if args.router_bias_speed:
             self.add_callback(RouterBalancing(self.model, args.router_bias_speed))
@@ -166,27 +166,18 @@ class DMaxTrainer(ParallelTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """The objective's loss on one micro-batch of the collator's."""
-        progress = self.state.global_step / max(1, self.state.max_steps)
+        step = self.state.global_step
+        progress = step / max(1, self.state.max_steps)
         stages = self.args.block_warmup or []
         own = self.special_ids.block_length
-        block_length = block_length_at(self.state.global_step, stages, own)
-        parts: dict[str, Tensor] = model(
-            self._generator(), block_length, progress=progress, **inputs
-        )
+        block_length = block_length_at(step, stages, own)
+        # Noise depends on seed, step and micro-batch only, so that a resumed run repeats it.
+        generator = self._noise(step, len(self._losses))
+        parts: dict[str, Tensor] = model(generator, block_length, progress=progress, **inputs)
         loss = parts.pop("loss")
         self._parts.append(parts)
         self._tokens += inputs["clean_ids"].numel()
         return loss
-
-    def _generator(self) -> torch.Generator:
-        """Noise depends on seed, step and micro-batch only, so that a resumed run repeats it."""
-        step = self.state.global_step
-        if self._step != step:
-            self._step = step
-            self._micro_batch = 0
-        generator = self._noise(step, self._micro_batch)
-        self._micro_batch += 1
-        return generator
 
     def _noise(self, step: int, micro_batch: int) -> torch.Generator:
         """The source of the noise of a micro-batch.
@@ -209,13 +200,15 @@ class DMaxTrainer(ParallelTrainer):
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss and the tokens per second since the last line."""
+        """Adds the parts of the loss and the tokens per second since the last line.
+
+        A micro-batch in which a part is NaN does not count in the mean of that part.
+        """
         if "loss" in logs:
-            means = {
-                name: torch.stack([parts[name] for parts in self._parts]).mean()
-                for name in self._parts[0]
-            }
-            logs |= mean_over_ranks(means)
+            values = torch.stack([torch.stack([*parts.values()]) for parts in self._parts]).float()
+            both = torch.stack((values.nansum(dim=0), (~values.isnan()).sum(dim=0)))  # [2, N]
+            total, count = sum_over_ranks(both)
+            logs |= dict(zip(self._parts[0], (total / count).tolist(), strict=True))
             tokens = self._tokens * self.args.world_size  # about as many on every rank
             logs["tokens_per_second"] = tokens / (time.perf_counter() - self._since)
             self._parts.clear()
@@ -259,7 +252,7 @@ class DMaxTrainer(ParallelTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name in self._held_out[0]:
             values = torch.cat([parts[name] for parts in self._held_out])
-            output.metrics[f"{metric_key_prefix}_{name}"] = values.mean().item()
+            output.metrics[f"{metric_key_prefix}_{name}"] = values.nanmean().item()
         output.metrics.update(self._hook_metrics(metric_key_prefix))
         return output
 
