@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from beyond_runs import BASE, DECODINGS, DMAX, SEEDS, TRAINED, Run
+from shares import decoding_seconds
 
 from dmax.evaluation.statistics import Point, wilson_interval
 
@@ -92,7 +93,7 @@ class Found:
     def decoding_seconds(self, run: Run, seed: int) -> float:
         """How long all points of a seed took to decode."""
         points = self.decoded(run, seed)
-        return sum(point["generated_tokens"] / point["tokens_per_second"] for point in points)
+        return decoding_seconds(points)
 
     def pooled(self, run: Run, decoding: str) -> list[Point]:
         """The points of a curve, all measured seeds counted together."""

@@ -18,7 +18,7 @@ from typing import Any
 from beyond_verdict import tpf_at
 from command_line import check_plots, count, telling
 from paper_points import Results
-from shares import Share, better, gap
+from shares import Share, better, decoding_seconds, gap
 
 from dmax.benchmark.run import machines
 from dmax.evaluation.plots import draw
@@ -129,6 +129,7 @@ def page(record: dict[str, Any], training: Path) -> str:
         seed=record["seed"],
         machine=machines(record),
         days=", ".join(sorted(days)),
+        minutes=decoding_seconds(points) / 60,
     )
 
 
@@ -138,7 +139,8 @@ Written by `python bench/methods.py` from [methods.json](methods.json): {total} 
 (seed {seed}), exact final answer with its 95 % interval. *Positions a token* is what a token costs
 where a forward's width is not free: positions computed in denoising and commit forwards, all open
 blocks and versions included, over generated tokens. [docs/methods.md](../methods.md) says what each
-method is and what it needs. Machine: {machine}; {days}.
+method is and what it needs. Machine: {machine}; {days};
+{minutes:.0f} minutes of decoding.
 
 ![Accuracy against tokens per forward](methods.svg)
 

@@ -33,7 +33,7 @@ from noise_tables import (
     missing,
     wrong_kinds,
 )
-from shares import Share
+from shares import Share, decoding_seconds
 
 from dmax.benchmark.run import machines
 from dmax.files import read_record, write_atomically
@@ -145,9 +145,7 @@ def _same_machine(record: Record, points: Points, others: Sequence[str]) -> tupl
 
 def how_measured(record: Record, looked: Record, name: str, design: Design, alike: str) -> str:
     """Problems, machine, time and command."""
-    timed = [p for p in record["points"] if p["tokens_per_second"]]  # not where nothing was written
-    decoding = sum(p["generated_tokens"] / p["tokens_per_second"] for p in timed)
-    hours = (sum(looked["seconds"].values()) + decoding) / 3600
+    hours = (sum(looked["seconds"].values()) + decoding_seconds(record["points"])) / 3600
     return MEASURED.format(
         total=record["limit"],
         machine=machines(record),

@@ -9,6 +9,7 @@ from ablation_training import SEEDS, VARIANTS
 from paper_claims import CLAIMS
 from paper_plan import TAUS
 from paper_points import Record, Results
+from shares import decoding_seconds
 
 from dmax.benchmark.run import machines
 
@@ -39,7 +40,9 @@ def page(results: Results, short: Sequence[str]) -> str:
 
 
 def _where_and_when(record: Record) -> str:
-    return f"{machines(record)}; {record['environment']['date'][:10]}"
+    minutes = decoding_seconds(record["points"]) / 60
+    date = record["environment"]["date"][:10]
+    return f"{machines(record)}; {date}; {minutes:.0f} minutes"
 
 
 def _earlier(record: Record) -> str:
@@ -122,11 +125,11 @@ lies below, and else it is *within noise*. "As good" and "no loss" (19, 26, samp
 unless the other is better by that rule; "little" (21) is at most 2 points. TPF, times and rates
 (24, 25, 28, 29) are compared as measured, without intervals.
 
-- **Single settings** were decoded on {problems} unseen word problems. Machine:
+- **Single settings** were decoded on {problems} unseen word problems. Machine and time:
   {decoded_on}.
 - **Retrained models** come from `python bench/ablation_training.py`
-  ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), {seeds} seeds each, and were
-  decoded on {retrained} problems. Machine:
+  ([recipes/tiny_ablation.yaml](../../recipes/tiny_ablation.yaml)), {seeds} seeds each, six to ten
+  minutes a model on one thread, and were decoded on {retrained} problems. Machine and time:
   {retrained_on}.{earlier}
 
 `python bench/paper.py` wrote this page from the records in this folder and, for the first lines, in

@@ -1,4 +1,4 @@
-"""Shares of correct answers, and whether one is larger beyond chance.
+"""Shares of correct answers, whether one is larger beyond chance, and how long they took.
 
 A difference of two shares counts when its 95 % interval (Newcombe's, from two Wilson intervals)
 leaves out zero.
@@ -7,7 +7,9 @@ leaves out zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dmax.evaluation.statistics import wilson_interval
 
@@ -51,3 +53,9 @@ def gap(a: Share, b: Share) -> str:
     """The difference as text."""
     delta, low, high = difference(a, b)
     return f"{delta:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def decoding_seconds(points: Iterable[Mapping[str, Any]]) -> float:
+    """How long the points of a sweep took to decode."""
+    timed = (p for p in points if p["tokens_per_second"])  # not where nothing was written
+    return float(sum(p["generated_tokens"] / p["tokens_per_second"] for p in timed))
