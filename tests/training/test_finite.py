@@ -79,7 +79,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None
 
     def spoilt(self: DMaxTrainer, *args: Any, **kwargs: Any) -> Tensor:
         loss = original(self, *args, **kwargs)
-        is_first = self._micro_batch == 1
+        is_first = not self._losses
         return loss * value if self.state.global_step + 1 >= step and is_first else loss
 
     monkeypatch.setattr(DMaxTrainer, "compute_loss", spoilt)
