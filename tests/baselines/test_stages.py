@@ -216,11 +216,11 @@ def test_a_token_that_the_model_cannot_learn_is_refused_with_its_example(
     writes = [[*each] for each in WRITES]
     writes[position][place] = token
     wrong: Any = {**example(), "trajectory": example(writes)["trajectory"]}
-    COLLATE.check_ids([example()] * 2, 200, MASK)
+    COLLATE.check([example()] * 2, (200, MASK))
     with pytest.raises(InputError, match=f"example 2: {message}"):
-        COLLATE.check_ids([example(), wrong], 200, MASK)
+        COLLATE.check([example(), wrong], (200, MASK))
     with pytest.raises(InputError, match=rf"here\.jsonl:7: {message}"):
-        COLLATE.check_ids([example(), {**wrong, "where": "here.jsonl:7"}], 200, MASK)
+        COLLATE.check([example(), {**wrong, "where": "here.jsonl:7"}], (200, MASK))
 
 
 # --- pairs of states ------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Shapes: B sequences of L positions, N blocks of W positions each, M writes of a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,21 +78,16 @@ class TrajectoryCollator(Collator):
             "write_tokens": tokens.contiguous(),
         }
 
-    def check(self, examples: Any) -> None:
+    def check(self, examples: Any, known: tuple[int, int] | None = None) -> None:
         """As `Collator.check`; also raises `InputError` if an example has no usable trajectory."""
         super().check(examples)
-        if hasattr(examples, "__len__"):
-            for number, example in enumerate(examples, 1):
-                self._trajectory(example, f"example {number}")
-
-    def check_ids(self, examples: Any, vocab_size: int, mask_token_id: int) -> None:
-        """Raise `InputError` for a token of a trajectory, which `check` has seen, as of a text."""
-        if hasattr(examples, "__len__"):
-            for number, example in enumerate(examples, 1):
-                writes = json.loads(example["trajectory"])["writes"]
-                tokens = {token for each in writes for token in each[1::2]} - {REMASKED}
-                followed = {**example, "response_ids": sorted(tokens)}
-                check_example(followed, vocab_size, mask_token_id, f"example {number}")
+        for number, example in enumerate(examples if hasattr(examples, "__len__") else (), 1):
+            where = f"example {number}"
+            trajectory = self._trajectory(example, where)
+            if known is not None:
+                written = {token for each in trajectory["writes"] for token in each[1::2]}
+                followed = {**example, "response_ids": sorted(written - {REMASKED})}
+                check_example(followed, *known, where)
 
     def _trajectory(self, example: Encoded, where: str = "an example") -> Trajectory:
         where = example.get("where", where)

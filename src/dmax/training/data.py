@@ -147,15 +147,16 @@ class Collator:
             "corruptible": corruptible,
         }
 
-    def check(self, examples: Any) -> None:
-        """Raise `InputError` if an example is longer than `pad_to`; of a stream nobody knows."""
+    def check(self, examples: Any, known: tuple[int, int] | None = None) -> None:
+        """Raise `InputError` if an example is longer than `pad_to`; of a stream nobody knows.
+
+        A collator that reads more ids than a text's looks at them too, where the size of the
+        vocabulary and MASK are `known`.
+        """
         if self.pad_to is None or not hasattr(examples, "__len__"):
             return
         for index in np.flatnonzero(num_ids(examples).sum(axis=1) + self.eos_labels > self.pad_to):
             self([examples[int(index)]])  # one that was cut needs no room for EOS
-
-    def check_ids(self, examples: Any, vocab_size: int, mask_token_id: int) -> None:
-        """Raise `InputError` for an id that only this collator looks at; here there is none."""
 
     def _length(self, longest: int) -> int:
         """Positions of a batch whose longest sequence has so many with its labels."""

@@ -99,9 +99,9 @@ class Start(NamedTuple):
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        mask = self.special_ids.mask_token_id
-        examples = check_examples(encoded, self.model.config.vocab_size, mask)
-        make_collator(self.special_ids, args).check(examples)
+        known = self.model.config.vocab_size, self.special_ids.mask_token_id
+        examples = check_examples(encoded, *known)
+        make_collator(self.special_ids, args).check(examples, known)
         return examples
 
 

@@ -90,15 +90,12 @@ class DMaxTrainer(ParallelTrainer):
         elif eval_hook is not None:
             eval_dataset = train_dataset  # never read, but Trainer insists on one
         self.special_ids = begun.special_ids
-        collator = make_collator(self.special_ids, args)
-        for each in (train_dataset, eval_dataset):
-            collator.check_ids(each, begun.model.config.vocab_size, self.special_ids.mask_token_id)
         super().__init__(
             model=begun.model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=collator,
+            data_collator=make_collator(self.special_ids, args),
             processing_class=begun.tokenizer,
             **kwargs,
         )
