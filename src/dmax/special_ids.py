@@ -133,8 +133,8 @@ def find_mask_token_id(
     """
     found: int | None = getattr(config, "mask_token_id", None)
     if found is None and tokenizer is not None:
-        found = _first(tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN), MOST)
-        return found if found < config.vocab_size else None
+        found = _first(tokenizer.mask_token_id, tokenizer.get_vocab().get(MASK_TOKEN))
+        return None if found is None or found >= config.vocab_size else found
     return found
 
 

@@ -28,9 +28,18 @@ SILU = (nn.SiLU, type(ACT2FN["silu"]))
 # Types of models whose experts are those described above. Others, which may have biases, turned
 # weights or a gate that clamps, are left to transformers.
 PLAIN_EXPERTS = (
-    "ernie4_5_moe flex_olmo hy_v3 llada2_moe minimax_m2 mixtral olmoe qwen2_moe qwen3_moe "
-    "sarvam_moe sdar_moe"
-).split()
+    "ernie4_5_moe",
+    "flex_olmo",
+    "hy_v3",
+    "llada2_moe",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "sarvam_moe",
+    "sdar_moe",
+)
 GROUPED_MULTIPLE = 8  # rows of torch's grouped product are whole multiples of 16 bytes
 MAX_FUSED_PAIRS_PER_EXPERT = 128  # for more pairs, large matrix products are faster
 
