@@ -6,7 +6,7 @@ Each is drawn from the records of one or two studies, and left out where they ar
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from beyond_runs import DMAX, TRAINED
 from beyond_verdict import Found
 from noise_findings import counted
 from noise_points import RANDOM, Points, scientific
-from shares import Share, difference, gap
+from paper_points import Results
+from shares import difference, gap, share_of
 
 from dmax.files import read_record
 
 Record = Mapping[str, Any]
 BENCH = Path(__file__).parent / "results"
-LABELS = {"DMax, SPD": "OPUT", "random tokens, SPD": "random"}
+LABELS = ("DMax, SPD", "random tokens, SPD")  # own tokens, and random ones
 
 
 def in_short(folder: Path, bench: Path = BENCH) -> list[str]:
@@ -56,10 +57,14 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(read_record(path)) if path.exists() else {}
 
 
+def _decoded(record: Record) -> Results:
+    return Results(dict(record), {}, {})
+
+
 def without_noise(tiny: Record) -> str:
     """What the base's own answers teach with masks only."""
-    base = share(tiny, ["base, threshold"], 0.95)
-    masks = share(tiny, ["masks only, threshold"], 0.95)
+    decoded = _decoded(tiny)
+    base, masks = (decoded.at(f"{name}, threshold", 0.95) for name in ("base", "masks only"))
     return (
         "**Masks alone buy most of the speed at the base's accuracy.** Trained on the base's own "
         f"answers with masks only, and decoded by threshold 0.95, a model solves {masks}, and the "
@@ -70,8 +75,9 @@ def without_noise(tiny: Record) -> str:
 
 def with_noise(training: Record) -> str:
     """What training on wrong tokens adds, at like TPF."""
-    oput = share(training, _seeds(training, "sampled rollouts, SPD"), 0.0)
-    masks = share(training, _seeds(training, "masks only, SPD"), 0.5)
+    retrained = Results({}, dict(training), {})
+    oput = retrained.pooled("sampled rollouts", "SPD", 0.0)
+    masks = retrained.pooled("masks only", "SPD", 0.5)
     return (
         "**Training on wrong tokens pays when decoding is pushed.** Then SPD can revise: at about "
         f"the same tokens a forward, OPUT solves {oput}, and masks only {masks}: "
@@ -84,14 +90,15 @@ def own_or_random(noise: Record, controls: Record, tiny: Record) -> str:
     compared = list(Points(dict(noise), []).comparisons(RANDOM))
     won, lost = counted(compared)
     gentle = min(compared, key=lambda each: (each.rate, -each.steps, each.threshold))
+    longer = _decoded(controls)
     soft = [
-        difference(*(share(controls, [label], value) for label in LABELS))[0]
-        for value in (0.0, 0.3, 0.5)
+        difference(*(longer.at(label, value) for label in LABELS))[0] for value in (0.0, 0.3, 0.5)
     ]
     own, random = (
-        max(share(controls, [label], value).tpf for value in (0.0, 0.3, 0.5)) for label in LABELS
+        max(longer.at(label, value).tpf for value in (0.0, 0.3, 0.5)) for label in LABELS
     )
-    hard = [share(tiny, [f"{name}, hard feedback"], 0.3) for name in ("DMax", "random tokens")]
+    names = ("DMax", "random tokens")
+    hard = [_decoded(tiny).at(f"{name}, hard feedback", 0.3) for name in names]
     return (
         "**That they are the model's own matters early, at small rates, and for hard tokens.** "
         f"Over steps and rates, own tokens beat random ones in {won} of {len(compared)} "
@@ -116,9 +123,7 @@ def on_pretrained(elsewhere: Record, pretrained: Record) -> str:
         "random tokens": "random-tokens-SPD-0.3",
     }
     shown = ", ".join(
-        f"{name} {Share(p['correct'], p['total'], p['tpf'])}"
-        for name, place in names.items()
-        if (p := points.get(place))
+        f"{name} {share_of(p)}" for name, place in names.items() if (p := points.get(place))
     )
     return (
         "**On a small pretrained model own tokens have not been seen to help.** They are better "
@@ -151,17 +156,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _shown(tpf: float | None) -> str:
     return "never as many correct" if tpf is None else f"{tpf:.2f}"
-
-
-def share(record: Record, labels: Sequence[str], value: float) -> Share:
-    """The points of these labels at a threshold, counted together."""
-    points = [p for p in record["points"] if p["label"] in labels and p["value"] == value]
-    names = ("correct", "total", "generated_tokens", "num_forwards")
-    correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
-    return Share(correct, total, tokens / forwards)
-
-
-def _seeds(record: Record, label: str) -> list[str]:
-    """The labels of a variant's seeds."""
-    found: Iterator[str] = (p["label"] for p in record["points"])
-    return [each for each in dict.fromkeys(found) if each.startswith(f"{label}, seed ")]

@@ -18,7 +18,7 @@ from typing import Any
 from beyond_verdict import tpf_at
 from command_line import check_plots, count, telling
 from paper_points import Results
-from shares import Share, better, decoding_seconds, gap
+from shares import Share, better, decoding_seconds, gap, share_of
 
 from dmax.benchmark.run import machines
 from dmax.evaluation.plots import draw
@@ -98,7 +98,7 @@ def _compared(points: list[Point], untrained: str, trained: str, threshold: floa
 def _at(points: list[Point], label: str, value: float) -> Share | None:
     for point in points:
         if (point["label"], point["value"]) == (label, value):
-            return Share(point["correct"], point["total"], point["tpf"])
+            return share_of(point)
     return None
 
 

@@ -33,7 +33,7 @@ from noise_tables import (
     missing,
     wrong_kinds,
 )
-from shares import Share, decoding_seconds
+from shares import decoding_seconds, share_of
 
 from dmax.benchmark.run import machines
 from dmax.files import read_record, write_atomically
@@ -117,10 +117,10 @@ def sister(points_file: Path) -> str:
     point = record["points"].get("base-SPD-0.5")
     if point is None:
         return ""
-    share = Share(point["correct"], point["total"], point["tpf"])
     return (
         f"So much depends on one training: the base of [the pretrained model's page]"
-        f"(pretrained.md), of the same stages in {record['dtype']}, solves {share} at 0.5."
+        f"(pretrained.md), of the same stages in {record['dtype']}, solves "
+        f"{share_of(point)} at 0.5."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from noise_kinds import PAIR
 from noise_plan import BASE, THRESHOLDS, Run, Stage, stage_of
-from shares import Share, better, gap
+from shares import Share, better, gap, pooled
 
 Record = dict[str, Any]
 OURS, RANDOM = PAIR
@@ -88,12 +88,12 @@ class Points:
     ) -> Share:
         """Several seeds together."""
         found = [self.at(noise, rate, steps, threshold, seed) for seed in seeds]
-        return _share([point for point in found if point is not None])
+        return pooled([point for point in found if point is not None])
 
     def base(self, strategy: str, threshold: float) -> Share | None:
         """The base before any step; None if that is not measured."""
         point = self._base.get((strategy, threshold))
-        return None if point is None else _share([point])
+        return None if point is None else pooled([point])
 
     def has(self, noises: Sequence[str]) -> bool:
         """Whether anything is measured of one of these kinds of noise."""
@@ -120,13 +120,6 @@ class Points:
                 ours, theirs = (self.at(noise, *place, seed) for noise in (own, other))
                 if ours is not None and theirs is not None:
                     yield ours, theirs
-
-
-def _share(points: Sequence[Record]) -> Share:
-    """Points together."""
-    names = ("correct", "total", "generated_tokens", "num_forwards")
-    correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
-    return Share(correct, total, tokens / forwards)
 
 
 def scientific(rate: float) -> str:

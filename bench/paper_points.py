@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ablation_training import SEEDS
-from shares import Share
+from shares import Share, pooled, share_of
 
 Record = dict[str, Any]
 
@@ -23,16 +23,11 @@ class Results:
         (point,) = (
             p for p in self.decoding["points"] if (p["label"], p["value"]) == (label, value)
         )
-        return Share(point["correct"], point["total"], point["tpf"])
+        return share_of(point)
 
     def pooled(self, variant: str, how: str, value: float) -> Share:
         """A retrained variant over all seeds."""
         labels = {f"{variant}, {how}, seed {seed}" for seed in SEEDS}
-        points = [
-            p for p in self.training["points"] if p["label"] in labels and p["value"] == value
-        ]
-        correct, total, tokens, forwards = (
-            sum(p[name] for p in points)
-            for name in ("correct", "total", "generated_tokens", "num_forwards")
+        return pooled(
+            [p for p in self.training["points"] if p["label"] in labels and p["value"] == value]
         )
-        return Share(correct, total, tokens / forwards)

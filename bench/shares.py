@@ -7,7 +7,7 @@ leaves out zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,18 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.correct}/{self.total} ({100 * self.rate:.1f} %) at TPF {self.tpf:.2f}"
+
+
+def share_of(point: Mapping[str, Any]) -> Share:
+    """The share of a point of a record."""
+    return Share(point["correct"], point["total"], point["tpf"])
+
+
+def pooled(points: Sequence[Mapping[str, Any]]) -> Share:
+    """Several points of a record counted together."""
+    names = ("correct", "total", "generated_tokens", "num_forwards")
+    correct, total, tokens, forwards = (sum(p[name] for p in points) for name in names)
+    return Share(correct, total, tokens / forwards)
 
 
 def difference(a: Share, b: Share) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shares import Share, better, difference, gap
+from shares import Share, better, difference, gap, share_of
 
 from dmax.benchmark.run import hardware
 from dmax.evaluation.sweep import Curve
@@ -189,13 +189,8 @@ def measured(record: Record, curves: Sequence[Curve]) -> dict[str, Shares]:
     for curve in curves:
         names = {value: slug(curve, value) for value in sorted(curve.values, reverse=True)}
         if all(name in points for name in names.values()):
-            shares[curve.label] = {value: share(points[name]) for value, name in names.items()}
+            shares[curve.label] = {value: share_of(points[name]) for value, name in names.items()}
     return shares
-
-
-def share(point: Record) -> Share:
-    """The share of a point."""
-    return Share(point["correct"], point["total"], point["tpf"])
 
 
 def finding(shares: Mapping[str, Shares]) -> Iterator[str]:

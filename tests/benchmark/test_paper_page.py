@@ -7,7 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from in_short import in_short
+from beyond_runs import DMAX, TRAINED
+from beyond_verdict import RIGHT, Found
+from beyond_verdict import verdict as verdict_of
+from in_short import BENCH, in_short
+from noise_findings import counted
+from noise_points import Points
 from paper_claims import CLAIMS, worst
 from paper_page import page
 from paper_points import Record, Results
@@ -57,6 +62,32 @@ def test_the_page_says_what_was_measured_on_another_day(records: list[Record]) -
     several = page(Results(records[0], training, records[2]), [])
     said = "Measured on another day: mask ratio 1 on 2026-01-31, masks only on 2026-01-31."
     assert said in several
+
+
+def test_the_headlines_of_the_short_version_are_what_the_records_say(
+    records: list[Record],
+) -> None:
+    def read(path: Path) -> Record:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    tiny = Results(read(BENCH / "tiny.json"), {}, {})
+    base, masks = (tiny.at(f"{name}, threshold", 0.95) for name in ("base", "masks only"))
+    dmax = tiny.at("DMax, SPD", 0.3)
+    assert better(masks, base) == "within noise"
+    assert masks.tpf - base.tpf > (dmax.tpf - base.tpf) / 2, "most of the speed"
+    trained = Results(*records)
+    pushed = trained.pooled("sampled rollouts", "SPD", 0.0)
+    assert better(pushed, trained.pooled("masks only", "SPD", 0.5)) == "holds"
+    early = list(Points(read(DOCS / "noise.json"), []).comparisons("random"))
+    won, lost = counted(early)
+    assert won > lost
+    assert all(each.verdict == "holds" for each in early if (each.rate, each.steps) == (8e-6, 1200))
+    won, _ = counted(Points(read(DOCS / "noise_pretrained.json"), []).comparisons("random"))
+    assert won == 0
+    beyond = Found(read(DOCS / "beyond.json"))
+    cforce = next(run for run in TRAINED if run.name == "cforce")
+    assert (beyond.tpf(DMAX, "mbd") or 0) > (beyond.tpf(DMAX, "spd") or 0)
+    assert {verdict_of(beyond, cforce, decoding) for decoding in ("spd", "mbd")} == {RIGHT}
 
 
 def test_an_interval_is_newcombes() -> None:
