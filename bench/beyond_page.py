@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from beyond_verdict import (
     together,
     verdict,
 )
+from prose import filled
 
 from dmax.benchmark.run import hardware, machines
 from dmax.evaluation.plots import draw
@@ -79,7 +79,7 @@ def answer(found: Found) -> str:
     winners = [run for run, decoding in compared() if verdict(found, run, decoding) == RIGHT]
     lines += [shipped(found, run) for run in dict.fromkeys(winners)]
     lines += filter(None, [untrained(found), more_oput(found)])
-    return "\n\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
+    return filled("\n\n".join(lines))
 
 
 def counted(found: Found, run: Run, decoding: str) -> str:

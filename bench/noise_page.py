@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from noise_tables import (
     missing,
     wrong_kinds,
 )
+from prose import bullet, filled
 from shares import decoding_seconds, share_of
 
 from dmax.benchmark.run import machines
@@ -71,17 +71,13 @@ def write_page(points_file: Path, looks_file: Path, design: Design) -> None:
     draw(points, points_file.with_suffix(".svg"))
     parts = (
         f"# {design.title}",
-        *map(_filled, findings(points, looked["looks"], points_file, design)),
-        _filled(how_measured(record, looked, points_file.stem, design, alike(record, points))),
+        *map(filled, findings(points, looked["looks"], points_file, design)),
+        filled(how_measured(record, looked, points_file.stem, design, alike(record, points))),
         f"![Accuracy over training steps for each kind of noise]({points_file.stem}.svg)",
         f"## The design, written before any result\n\n{design.text.strip()}",
         *sections(points, looked["looks"], design),
     )
     write_atomically(points_file.with_suffix(".md"), "\n\n".join(filter(None, parts)) + "\n")
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False)
 
 
 def findings(points: Points, found: Record, points_file: Path, design: Design) -> Iterator[str]:
@@ -159,10 +155,7 @@ def how_measured(record: Record, looked: Record, name: str, design: Design, alik
 def sections(points: Points, found: Record, design: Design) -> Iterator[str]:
     """The tables, each under its heading."""
     if points.has(CONTROLS):
-        told = [
-            textwrap.fill(f"- {reason}", width=100, subsequent_indent="  ")
-            for reason in reasons(points, found)
-        ]
+        told = map(bullet, reasons(points, found))
         yield "## What came of the reasons\n\n" + "\n".join(told)
     compared = list(points.comparisons(RANDOM))
     yield f"## Own tokens against random tokens\n\n{comparison_table(compared)}"
@@ -172,7 +165,7 @@ def sections(points: Points, found: Record, design: Design) -> Iterator[str]:
         "argmax, and of their samples with random tokens where those are wrong. " + design.note
     )
     yield LOOKS.format(
-        base_noise=base_noise(found), wrong_kinds=wrong_kinds(found), trained=_filled(trained)
+        base_noise=base_noise(found), wrong_kinds=wrong_kinds(found), trained=filled(trained)
     )
     yield along_training(found, points)
     yield f"## Every point\n\n{every_point(points)}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from ablation_training import SEEDS, VARIANTS
 from paper_claims import CLAIMS
 from paper_plan import TAUS
 from paper_points import Record, Results
+from prose import bullet, filled
 from shares import decoding_seconds
 
 from dmax.benchmark.run import machines
+
+WIDTH = 120  # columns of the page
 
 
 def page(results: Results, short: Sequence[str]) -> str:
@@ -25,7 +27,7 @@ def page(results: Results, short: Sequence[str]) -> str:
         briefs[verdict].append(f"{entry.brief} ({entry.number})")
     record = results.decoding
     return TEMPLATE.format(
-        short="\n".join(_bullet(told) for told in short),
+        short="\n".join(bullet(told, width=WIDTH) for told in short),
         summary="\n\n".join(_line(verdict, briefs[verdict]) for verdict in briefs),
         claims="\n".join(rows),
         decoding=_points(record["points"]),
@@ -60,17 +62,7 @@ def _earlier(record: Record) -> str:
 
 def _line(verdict: str, briefs: Sequence[str]) -> str:
     title = {"holds": "Holds here", "fails": "Does not hold here", "within noise": "Within noise"}
-    return textwrap.fill(f"**{title[verdict]}:** {'; '.join(briefs) or 'none'}.", width=120)
-
-
-def _bullet(told: str) -> str:
-    return textwrap.fill(
-        f"- {told}",
-        width=120,
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return filled(f"**{title[verdict]}:** {'; '.join(briefs) or 'none'}.", width=WIDTH)
 
 
 def _points(points: Sequence[Record]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prose import filled
 from shares import Share, better, difference, gap, share_of
 
 from dmax.benchmark.run import hardware
@@ -147,12 +147,6 @@ def write_page(size: Size, record: Record, curves: Sequence[Curve], path: Path) 
         words.failed,
     ]
     write_atomically(path, "\n\n".join(filter(None, map(str.strip, parts))) + "\n")
-
-
-def filled(text: str) -> str:
-    """Paragraphs of at most 100 columns."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(textwrap.fill(each, 100, break_on_hyphens=False) for each in paragraphs)
 
 
 def method(size: Size, record: Record) -> str:
