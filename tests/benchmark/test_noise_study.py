@@ -349,7 +349,7 @@ def test_seeds_that_do_not_agree_are_told() -> None:
         return noise_findings.by_seed(measured, list(measured.comparisons("random")))
 
     assert told(105).startswith("In 1 of the 1 settings with several seeds, the seeds disagree")
-    assert told(105).endswith("1 of them count as better or worse above.")
+    assert told(105).endswith("1 of them counts as better or worse above.")
     assert told(115) == ""
     assert told(110) == "", "level is neither ahead nor behind"
 
