@@ -55,6 +55,12 @@ def test_the_strategy_of_a_checkpoint_wins(caplog: pytest.LogCaptureFixture) -> 
     assert "the checkpoint names the strategy `spd`" in caplog.text
 
 
+def test_the_file_may_choose_for_a_published_model_whose_config_names_none() -> None:
+    options = {"strategy": "threshold", "threshold": 0.9}
+    assert server_decoding(options, None, "spd") == DecodingParams("threshold", threshold=0.9)
+    assert server_decoding({}, None, "joint_threshold") == DecodingParams("joint_threshold")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

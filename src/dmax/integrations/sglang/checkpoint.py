@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax.checkpoint_kind import named_decoding
-from dmax.decoding import get_strategy
+from dmax.decoding import FALLBACK, get_strategy
 from dmax.errors import InputError
 from dmax.hub import is_published_dmax
 from dmax.integrations.options import PREFIX, check_reading, check_runs_here, server_params
@@ -88,10 +88,10 @@ def read_checkpoint(config: Any, server_args: Any) -> Any:
     config.block_size = special_ids.block_length
     if config.algorithm == NAME:
         path = settings.model_path
+        auto = named_decoding(model.hf_config, path, Path(path))
+        named = getattr(model.hf_config, "decoding_strategy", None)
         config.special_ids = special_ids
-        config.decoding = server_decoding(
-            options, named_decoding(model.hf_config, path, Path(path))
-        )
+        config.decoding = server_decoding(options, named, auto or FALLBACK)
     return config
 
 
@@ -115,13 +115,16 @@ def is_ours(model_path: str) -> bool:
     return ARCHITECTURE in (config.get("architectures") or ())
 
 
-def server_decoding(options: Mapping[Any, Any], named: str | None) -> DecodingParams:
+def server_decoding(
+    options: Mapping[Any, Any], named: str | None, auto: str = FALLBACK
+) -> DecodingParams:
     """How a server decodes requests that ask for nothing else.
 
     Args:
         options: the YAML file of `--dllm-algorithm-config`: `strategy`, `threshold` and every
             other option, by their names in `DecodingParams` and in the strategy.
-        named: the strategy that the checkpoint names; None: it names none.
+        named: the strategy that the checkpoint's config names; None: it names none.
+        auto: what "auto" stands for then.
 
     Raises:
         InputError: an option that there is not, a value that it cannot have, or a strategy that
@@ -129,7 +132,7 @@ def server_decoding(options: Mapping[Any, Any], named: str | None) -> DecodingPa
     """
     ours = {f"{PREFIX}{name}": value for name, value in options.items() if name not in THEIRS}
     try:
-        params = server_params(ours, named)
+        params = server_params(ours, named, auto)
         check_runs_here(get_strategy(params), ENGINE)
     except InputError as error:
         hint = error.hint and error.hint.replace(PREFIX, "")
