@@ -170,6 +170,9 @@ def test_a_recipe_for_gpus_says_what_its_dry_run_says_and_that_it_has_not_run(pa
     recipe = load_recipe(path, {"use_cpu": True}, elsewhere=True)
     found = estimate(recipe, Cluster.of(int(gpus), gpu), examples=int(examples))
     assert found.fits and found.run.hours
-    hours = " to ".join(dict.fromkeys(f"{each:.0f}" for each in found.run.hours))
-    assert f"{found.peak / 1e9:.0f} GB on each GPU, {hours} hours" in text
+    is_short = found.run.hours[1] < 1
+    times = [60 * each if is_short else each for each in found.run.hours]
+    span = " to ".join(dict.fromkeys(f"{each:.0f}" for each in times))
+    unit = "minutes" if is_short else "hours"
+    assert f"{found.peak / 1e9:.0f} GB on each GPU, {span} {unit}" in text
     assert "has not been run on a GPU" in text.replace("\n# ", " ")

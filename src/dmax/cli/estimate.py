@@ -78,9 +78,16 @@ def _time(found: Estimate) -> Table:
     steps = UNKNOWN + ", give --examples" if run.steps is None else f"{run.steps:,}"
     table.add_row("steps", steps)
     if run.hours is not None and found.dollars is not None:
-        table.add_row("the run", _span(*run.hours, "hours"))
+        table.add_row("the run", duration(*run.hours))
         table.add_row("its cost", _span(*found.dollars, "$"))
     return table
+
+
+def duration(least: float, most: float) -> str:
+    """A span of hours in words, in minutes where all of it is less than one."""
+    if most < 1:
+        return _span(60 * least, 60 * most, "minutes")
+    return _span(least, most, "hours")
 
 
 def _span(least: float, most: float, unit: str) -> str:
