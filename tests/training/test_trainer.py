@@ -174,6 +174,38 @@ def test_training_moves_the_expert_bias(tmp_path: Path) -> None:
     assert model.model.layers[1].mlp.gate.expert_bias.abs().max() > 0
 
 
+@pytest.mark.parametrize("lora", [{}, {"lora": {"r": 2, "dropout": 0.5, "targets": ["attention"]}}])
+def test_an_evaluation_leaves_the_weights_as_they_are(tmp_path: Path, lora: dict[str, Any]) -> None:
+    """Held-out tokens are no part of an expert's load, and draw nothing that training draws."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "How many?", "response": "They have 7 mugs."}\n')
+    data = {"problems": 16, "seed": 1}
+    decoded = {"limit": 1, "decoding": {"max_new_tokens": 8}}
+    often = {"eval_strategy": "steps", "eval_steps": 1}
+    start = tmp_path / "start"
+    start.mkdir()
+    model = {"path": str(run_recipe(load_recipe(write_recipe(start, training={"max_steps": 1}))))}
+    weights = []
+    for name, changes in {
+        "plain": {"data": data, "training": {}},
+        "evaluated": {
+            "data": data | {"eval_file": str(held_out)},
+            "eval": decoded,
+            "training": often,
+        },
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if lora:
+            changes["training"]["router_bias_speed"] = 0.0
+        out = run_recipe(load_recipe(write_recipe(folder, model=model, **lora, **changes)))
+        [file] = out.glob("*.safetensors")
+        weights.append(load_file(file))
+    assert not lora or all("lora" in name for name in weights[0])
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_one_process_trains_on_one_of_several_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

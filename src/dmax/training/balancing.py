@@ -33,6 +33,8 @@ class RouterBalancing(TrainerCallback):
             load.zero_()
 
     def _count_tokens(self, router: nn.Module, _inputs: Any, output: Any) -> None:
+        if not router.training:  # what is only looked at must not move a bias
+            return
         chosen = output[0].flatten()
         bias: Any = router.expert_bias
         load = self.loads.setdefault(router, torch.zeros_like(bias))

@@ -229,14 +229,15 @@ class DMaxTrainer(ParallelTrainer):
         began = time.perf_counter()
         if eval_dataset is not None:
             eval_dataset = self._begun.examples(eval_dataset, self.args, "eval_dataset")
-        if eval_dataset is not None or self._has_held_out:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        else:
-            metrics = self._hook_metrics(metric_key_prefix)
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
+        with torch.random.fork_rng(devices=()):  # what training draws is the same without it
+            if eval_dataset is not None or self._has_held_out:
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            else:
+                metrics = self._hook_metrics(metric_key_prefix)
+                self.log(metrics)
+                self.control = self.callback_handler.on_evaluate(
+                    self.args, self.state, self.control, metrics
+                )
         # Evaluation does not count against tokens per second.
         self._since += time.perf_counter() - began
         return metrics
