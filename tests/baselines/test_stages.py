@@ -134,6 +134,17 @@ def test_a_batch_holds_the_final_tokens_and_all_steps() -> None:
     assert batch.progress == 0
 
 
+def test_a_response_that_is_encoded_to_more_tokens_has_ended_with_its_trajectory() -> None:
+    """A token that is half a character comes back from the text as several."""
+    longer = Encoded(**{**example(), "response_ids": [*range(10, 21)]})
+    COLLATE.check([longer])
+    batch, expected = batch_of(longer), batch_of(example())
+    length = expected.clean_ids.shape[1]
+    for name in ("clean_ids", "labels", "write_steps"):
+        assert torch.equal(getattr(batch, name)[:, :length], getattr(expected, name))
+    assert (batch.clean_ids[:, 16:] == EOS).all()
+
+
 def test_padding_changes_nothing_of_an_example() -> None:
     longer = example(WRITES + [[1, 5]] * 8, prompt=6)
     alone, both = batch_of(example()), batch_of(example(), longer)
@@ -153,6 +164,7 @@ def test_eos_labels_end_what_is_learnt() -> None:
     ("wrong", "message", "hint"),
     [
         ({"trajectory": None}, "there is no trajectory to learn from", "distill --trajectories"),
+        ({"trajectory": {"steps": 3}}, "there is no trajectory to learn from", "--trajectories"),
         ({"trajectory": '{"steps": 3}'}, "there is no trajectory to learn from", "--trajectories"),
         (
             {"trajectory": example(block_length=8)["trajectory"]},

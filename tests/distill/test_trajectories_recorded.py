@@ -56,6 +56,14 @@ def states(trajectory: Trajectory) -> dict[tuple[int, int], list[int]]:
     return found
 
 
+@pytest.mark.parametrize("beyond", [{"stop": ["leaves"]}, {"ignore_eos": True}])
+def test_what_does_not_end_at_eos_is_not_recorded(llm: LLM, beyond: dict[str, Any]) -> None:
+    params = DecodingParams(**beyond)
+    with pytest.raises(InputError, match="a trajectory ends at EOS"):
+        ModelAnswerer(llm, params, records=True)
+    ModelAnswerer(llm, params)
+
+
 @pytest.mark.parametrize("name", strategies())
 def test_it_is_what_a_trace_shows_step_by_step(llm: LLM, tmp_path: Path, name: str) -> None:
     options = {"head": "tiny-base"} if name in HEADS else {}

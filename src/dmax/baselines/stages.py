@@ -68,6 +68,7 @@ class TrajectoryCollator(Collator):
             last = torch.tensor([each[-1] for each in writes])
             pairs[row, start:end] = torch.tensor(padded).view(-1, most, 2)[: end - start]
             clean_ids[row, start:end] = last[: end - start]
+            clean_ids[row, end:] = self.eos_token_id
         steps, tokens = pairs.unbind(dim=-1)
         is_labelled = (batch["labels"] != IGNORE) & (steps[..., 0] != NEVER)
         return {
@@ -110,20 +111,23 @@ class TrajectoryCollator(Collator):
                 f"the prompt has {num_prompt}",
                 hint="tokenizer and chat template must be those of the model that was recorded",
             )
-        self._check_end(example, len(trajectory["writes"]), where)
+        self._check_end(example, trajectory["writes"], where)
         return trajectory
 
-    def _check_end(self, example: Encoded, num_writes: int, where: str) -> None:
+    def _check_end(self, example: Encoded, writes: Sequence[Sequence[int]], where: str) -> None:
         """Make sure that a trajectory goes on to the end of a block, and of the response.
 
-        Positions that it leaves out of a block would show the block its own future.
+        Positions that it leaves out of a block would show the block its own future. One with an EOS
+        has ended, whatever its text is encoded to: half a character comes back as several tokens.
         """
+        num_writes = len(writes)
         num_response = len(example["response_ids"])
+        has_ended = any(each[-1] == self.eos_token_id for each in writes)
         if (len(example["prompt_ids"]) + num_writes) % self.block_length:
             raise InputError(
                 f"{where}: its trajectory of {num_writes} tokens ends inside a block", hint=ANEW
             )
-        if num_writes < num_response and not example.get("is_cut"):
+        if num_writes < num_response and not (has_ended or example.get("is_cut")):
             raise InputError(
                 f"{where}: its trajectory has {num_writes} tokens, and the response has "
                 f"{num_response}",

@@ -39,9 +39,18 @@ class ModelAnswerer:
         params: how to decode.
         records: whether a response comes with its trajectory, at the price of a copy of every open
             block after every step. No token depends on it.
+
+    Raises:
+        InputError: trajectories of responses that a stop text ends, or that go on after an EOS,
+            which would teach what comes after the end.
     """
 
     def __init__(self, llm: LLM, params: DecodingParams, *, records: bool = False) -> None:
+        if records and (params.stop or params.ignore_eos):
+            raise InputError(
+                "a trajectory ends at EOS, so `stop` and `ignore_eos` do not go with recording one",
+                hint="leave them out",
+            )
         self._llm = llm
         self._params = params
         self._records = records

@@ -28,10 +28,10 @@ class Trajectory(TypedDict):
     writes: list[list[int]]
 
 
-def read_trajectory(text: str | None) -> Trajectory | None:
+def read_trajectory(text: object) -> Trajectory | None:
     """The trajectory in JSON that anyone may have written; None if it is something else."""
     try:
-        value = json.loads(text or "null")
+        value = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or value.keys() != Trajectory.__annotations__.keys():
