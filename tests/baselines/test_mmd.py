@@ -376,6 +376,16 @@ def test_chunks_of_rows_change_nothing(model: Any, batch: Batch) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_the_first_forward_of_the_output_layer_keeps_its_gradient(model: Any, batch: Batch) -> None:
+    """The autocast of older torch keeps the copy of a weight that it makes there, for the step."""
+    with_gradient = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda *_: with_gradient.append(torch.is_grad_enabled())
+    )
+    mmd_loss(model, extractor_of(model), batch, generator=seeded(), **OPTIONS)
+    assert with_gradient[0]
+
+
 def test_the_views_sample_at_labelled_masks_and_at_all_labels(
     model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,6 @@ def view_loss(
 # --- what is sampled, and how probable it was ----------------------------------------------------
 
 
-@torch.no_grad()
 def fill_masks(states: States, ids: Tensor, is_masked: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """The token ids [B, L'] with the model's best one in place of every mask.
 
@@ -173,6 +172,8 @@ def fill_masks(states: States, ids: Tensor, is_masked: Tensor, *, chunk: int = C
     """
     rows = states.values[is_masked]  # [R, D or V]
 
+    # Gradients stay on: before 2.10 torch's autocast keeps the first copy of a weight that it makes
+    # in a step, and one made without them would leave the output layer untrained.
     def best(part: slice) -> tuple[Tensor]:
         return (states.head(rows[part]).argmax(dim=-1),)
 
