@@ -46,6 +46,7 @@ _SECTIONS = ("output_dir", "model", "data", "training", "fsdp", "lora", "head", 
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
 MOST_PROCESSES = 1024
+LARGEST_SEED = 2**63 - 1
 BELONGING = {  # keys of `data`, and those of which one has to be there, too
     **dict.fromkeys(("config", "split", "reader", "columns"), ("file", "hub")),
     "revision": ("hub",),
@@ -57,6 +58,15 @@ SIZES = {  # of a new model, and how large they may be for it to be made at all
     "block_length": LONGEST_BLOCK,
     **dict.fromkeys(("hidden_size", "vocab_size", "intermediate_size"), 2**32),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**32),
+}
+WHOLE = {  # the least and the largest of whole numbers, by section
+    "data": {
+        "problems": (1, MOST_PROBLEMS),
+        "seed": (0, LARGEST_SEED),
+        "max_length": (1, LONGEST),
+        "num_proc": (1, MOST_PROCESSES),
+    },
+    "eval": {"limit": (1, MOST_PROBLEMS), "seed": (0, LARGEST_SEED)},
 }
 WEIGHT_DTYPES = ("float32", "bfloat16", "auto")
 
@@ -408,24 +418,14 @@ def _check_data(recipe: Recipe) -> None:
     file.check_types("data.numbers", data.numbers, Numbers)
     with file.at("data.numbers"):
         Numbers(**data.numbers)
-    with file.at("data.problems"):
-        check_number(
-            "problems", data.problems, low=1, high=MOST_PROBLEMS, whole=True, optional=True
-        )
-    with file.at("data.max_length"):
-        check_number("max_length", data.max_length, low=1, high=LONGEST, whole=True, optional=True)
-    with file.at("data.num_proc"):
-        check_number(
-            "num_proc", data.num_proc, low=1, high=MOST_PROCESSES, whole=True, optional=True
-        )
+    _check_whole(file, "data", data)
 
 
 def _check_eval(recipe: Recipe) -> None:
     if recipe.eval is None:
         return
     file = recipe.file
-    with file.at("eval.limit"):
-        check_number("limit", recipe.eval.limit, low=1, high=MOST_PROBLEMS, whole=True)
+    _check_whole(file, "eval", recipe.eval)
     file.check_keys("eval.decoding", recipe.eval.decoding, _names(DecodingParams))
     with file.at("training"):
         objective = get_objective(
@@ -438,6 +438,12 @@ def _check_eval(recipe: Recipe) -> None:
             params = replace(params, strategy=objective.decoding)
         if params.strategy != AUTO:
             check_strategy(params)
+
+
+def _check_whole(file: RecipeFile, section: str, values: object) -> None:
+    for name, (low, high) in WHOLE[section].items():
+        with file.at(f"{section}.{name}"):
+            check_number(name, getattr(values, name), low=low, high=high, whole=True, optional=True)
 
 
 def _names(kind: Any) -> set[str]:
