@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,14 @@ from dmax.evaluation.statistics import (
     our_curve,
     pareto,
 )
-from dmax.evaluation.sweep import Curve, check_folder, curves_of, parse_grid, run_sweep
+from dmax.evaluation.sweep import (
+    Curve,
+    check_folder,
+    curves_of,
+    is_of,
+    parse_grid,
+    run_sweep,
+)
 from dmax.tasks import Example
 
 pytest.importorskip("matplotlib")
@@ -169,6 +177,79 @@ def test_other_weights_are_measured_anew_and_other_questions_refused(
         CURVES[1:], Echo(), output, limit=2, seed=1, open_model=opened, report=told.append
     )
     assert len(told) == len(record["points"]) == 1
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        Curve("one", "a", "spd", (0.5,), (("top_k", 4),)),
+        Curve("one", "a", "spd", (0.5,), (("block_length", 2),)),
+        Curve("one", "a", "spd", (0.5,), (("soft_inputs", False),)),
+        Curve("one", "a", "threshold", (0.5,)),
+        Curve("one", "a", "llada", (4,)),  # whose value is no threshold
+    ],
+    ids=["top_k", "block_length", "option", "strategy", "knob"],
+)
+def test_other_settings_under_a_label_are_measured_anew(
+    now: Curve, opened: Any, tmp_path: Path
+) -> None:
+    told, output = list[str](), tmp_path / "sweep.json"
+    options: dict[str, Any] = {"limit": 2, "seed": 1, "open_model": opened, "report": told.append}
+    before = Curve("one", "a", "spd", (0.5, 0.9))
+    for curve, num_measured in ((before, 2), (now, 1), (now, 0)):
+        told.clear()
+        record = run_sweep([curve], Echo(), output, **options)
+        assert len(told) == num_measured
+    assert [(p["strategy"], p["value"]) for p in record["points"]] == [
+        (now.strategy, now.values[0])
+    ]
+
+
+def test_curves_of_one_label_do_not_drop_each_others_points(opened: Any, tmp_path: Path) -> None:
+    told = list[str]()
+    curves = [Curve("base", "a", "threshold", (0.9,)), Curve("base", "a", "spd", (0.5, 0.9))]
+    for num_measured in (3, 0):
+        told.clear()
+        record = run_sweep(
+            curves,
+            Echo(),
+            tmp_path / "sweep.json",
+            limit=2,
+            seed=1,
+            open_model=opened,
+            report=told.append,
+        )
+        assert len(told) == num_measured
+        assert len(record["points"]) == 3
+
+
+def test_a_value_that_is_given_twice_is_measured_once(opened: Any, tmp_path: Path) -> None:
+    seen = []
+    record = run_sweep(
+        [Curve("one", "a", "spd", (0.5, 0.5))],
+        Echo(),
+        tmp_path / "sweep.json",
+        limit=2,
+        seed=1,
+        open_model=opened,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert len(record["points"]) == 1
+    assert seen == [(0, 1), (1, 1)]
+
+
+def test_points_of_earlier_releases_are_kept() -> None:
+    curve = Curve("one", "a", "spd", (0.5,), (("soft_inputs", False),))
+    params = curve.params(0.5, 8)
+    held = asdict(params)
+    point = {"label": "one", "strategy": "spd", "value": 0.5}
+    assert is_of(curve, point)  # of a release that wrote no parameters
+    del held["stop"], held["deadline"]  # which came later
+    assert is_of(curve, point | {"params": held})
+    as_field = held | {"options": [], "soft_inputs": False, "gone": 3}
+    assert is_of(curve, point | {"params": as_field})
+    assert not is_of(curve, point | {"params": as_field | {"soft_inputs": True}})
+    assert not is_of(curve, point | {"params": held | {"options": 3}})
 
 
 @pytest.mark.parametrize("name", ["plot.svg", "plot.png", "report.html"])

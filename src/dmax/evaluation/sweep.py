@@ -6,12 +6,12 @@ A sweep is one record that grows point by point, so that an interrupted one goes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dmax.decoding import check_strategy
+from dmax.decoding import check_strategy, strategy_class
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError, show
 from dmax.evaluation.run import Summary, evaluate
@@ -51,7 +51,7 @@ class Curve:
         label: name in tables and plots.
         model: bundled name, folder or hub id.
         strategy: name of the method.
-        values: of its threshold, or of its knob in `KNOBS`.
+        values: of its threshold, or of its knob in `KNOBS`; one that is given twice counts once.
         settings: further fields of `DecodingParams`.
     """
 
@@ -60,6 +60,9 @@ class Curve:
     strategy: str
     values: tuple[float, ...]
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(dict.fromkeys(self.values)))
 
     @property
     def knob(self) -> str:
@@ -170,9 +173,9 @@ def run_sweep(
 ) -> SweepRecord:
     """Measure every point that `output` does not hold yet, and write it after each.
 
-    A point is held already if weights and value are the same. So an interrupted sweep goes on where
-    it stopped, and a retrained model is measured anew. The record's `environment` is that of its
-    first point; one that was measured elsewhere has an `environment` of its own.
+    A point is held already if weights, method, settings and value are the same. So an interrupted
+    sweep goes on where it stopped, and a retrained model is measured anew. The record's
+    `environment` is that of its first point; one that was measured elsewhere has its own.
 
     Args:
         curves: what to measure.
@@ -203,7 +206,7 @@ def run_sweep(
         llm = open_model(model)
         weights = weights_digest(llm.model)
         for curve in own:
-            left = _values_left(record, curve, weights)
+            left = _values_left(record, curve, weights, curves)
             num_done += len(curve.values) - len(left)
             for value in left:
                 params = curve.params(value, length)
@@ -228,11 +231,11 @@ def add_points(record: SweepRecord, points: Sequence[Point], measured_in: dict[s
     if not record["points"]:
         record["environment"] = measured_in
     theirs = record.setdefault("environment", measured_in)
-    own = {} if _is_same(measured_in, theirs) else {"environment": measured_in}
+    own = {} if is_same_environment(measured_in, theirs) else {"environment": measured_in}
     record["points"] += [own | point for point in points]
 
 
-def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def is_same_environment(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two environments are the same machine with the same software, whatever the date."""
     return one | {"date": None} == other | {"date": None}
 
@@ -263,19 +266,59 @@ def _is_sweep(held: Any) -> bool:
 def _is_point(held: Any) -> bool:
     if not isinstance(held, dict) or not held.keys() >= {"label", "value", *FIGURES}:
         return False
+    if not isinstance(held.get("params", {}), dict):
+        return False
     numbers = [held[name] for name in ("value", *FIGURES) if name not in NO_NUMBERS]
     return all(type(number) in (int, float) for number in numbers) and 0 <= held["accuracy"] <= 1
 
 
-def _values_left(record: SweepRecord, curve: Curve, weights: str) -> list[float]:
-    """Values of a curve that are still to be measured; points of other weights are dropped."""
+def _values_left(
+    record: SweepRecord, curve: Curve, weights: str, curves: Sequence[Curve]
+) -> list[float]:
+    """Values of a curve that are still to be measured.
+
+    Points under its label that are of other weights, or of none of the curves, are dropped.
+    """
     record["points"] = [
         point
         for point in record["points"]
-        if point["label"] != curve.label or point["weights"] == weights
+        if point["label"] != curve.label
+        or (point["weights"] == weights and any(is_of(each, point) for each in curves))
     ]
-    held = [point["value"] for point in record["points"] if point["label"] == curve.label]
+    held = [point["value"] for point in record["points"] if is_of(curve, point)]
     return [value for value in curve.values if value not in held]
+
+
+def is_of(curve: Curve, point: Point) -> bool:
+    """Whether a point that is held was decoded as a curve decodes at the point's value."""
+    names = (point["label"], point.get("strategy", curve.strategy))
+    if names != (curve.label, curve.strategy):
+        return False
+    try:
+        params = curve.params(point["value"], max_new_tokens=1)
+        return "params" not in point or is_decoded_so(point["params"], params)
+    except (TypeError, ValueError):  # the value is one of another knob, or the record is damaged
+        return False
+
+
+def is_decoded_so(held: Mapping[str, Any], params: DecodingParams) -> bool:
+    """Whether the parameters in a record mean the same as these, whatever `max_new_tokens` is.
+
+    A setting that the record lacks has come later and had its default. One that it has among the
+    parameters may be an option today.
+    """
+    now = _all_settings(params.strategy, asdict(params))
+    before = _all_settings(params.strategy, held)
+    return all(before.get(name) == value for name, value in now.items())
+
+
+def _all_settings(strategy: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and options by name, with their defaults, as JSON has them."""
+    own: Any = strategy_class(strategy)  # a dataclass, which mypy cannot know
+    options = {entry.name: entry.default for entry in fields(own)}
+    given = {**options, **asdict(DecodingParams()), **params, **dict(params.get("options", ()))}
+    apart = {"options": None, "max_new_tokens": None}
+    return dict(json.loads(json.dumps(given | apart, default=str)))
 
 
 def _by_model(curves: Sequence[Curve]) -> Iterator[tuple[str, list[Curve]]]:
