@@ -22,6 +22,7 @@ from dmax.files import (
     leftovers,
     new_folder,
     read_lines,
+    read_record,
     remove_leftovers,
     write_atomically,
 )
@@ -72,6 +73,17 @@ def test_what_is_not_our_record_may_not_be_replaced(tmp_path: Path, content: str
         check_ours(path, "a", "b")
     with pytest.raises(InputError):
         check_ours(Path(os.devnull), "a", "b")
+
+
+def test_a_record_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^cannot read .*a\.json: No such file"):
+        read_record(tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"^cannot read .*: Is a directory"):
+        read_record(tmp_path)
+    with pytest.raises(InputError, match=r"^cannot read .*: it is a device or a pipe"):
+        read_record(Path(os.devnull))
+    (tmp_path / "a.json").write_text("no json")
+    assert read_record(tmp_path / "a.json") is None
 
 
 def test_only_whole_lines_of_a_growing_file_count(tmp_path: Path) -> None:

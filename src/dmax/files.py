@@ -328,11 +328,14 @@ def remove_leftovers(path: Path) -> None:
 
 
 def read_record(path: Path) -> Any:
-    """What a JSON file of ours holds; None if it holds something else."""
-    with writing(path):
-        _check_kind(path)
-        with path.open("rb") as file:
-            return _json(file.read(LARGEST_RECORD))
+    """What a JSON file of ours holds; None if it holds something else.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    check_readable(path, None)
+    with _reading(path), path.open("rb") as file:
+        return _json(file.read(LARGEST_RECORD))
 
 
 def _not_finite(text: str) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -174,6 +175,81 @@ def test_other_data_under_the_same_name_is_another_recipe(
     data.write_text('{"prompt": "Tom has 4 apples.", "response": "So 4."}\n' * 4)
     with pytest.raises(InputError, match=r"differs in `data\.sha256`"):
         run(path)
+
+
+def from_a_local_base(folder: Path) -> tuple[Path, Path]:
+    """A recipe that starts from a folder, and the file of the weights there."""
+    if not (folder / "base").exists():
+        made = run_recipe(load_recipe(write_recipe(folder, training={"max_steps": 1})))
+        made.rename(folder / "base")
+        shutil.rmtree(folder / "out-run")
+    path = write_recipe(folder, training=TWO_STEPS, model={"path": str(folder / "base")})
+    return path, folder / "base" / "model.safetensors"
+
+
+def change(weights: Path) -> None:
+    """Turn over the last byte of a file, whose size and time stay."""
+    times = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_another_model_under_the_same_name_is_another_recipe(
+    tmp_path: Path,
+    is_finished: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    no_compute: Callable[[], None],
+) -> None:
+    path, weights = from_a_local_base(tmp_path)
+    if is_finished:
+        run(path)
+    else:
+        killed_at(1, monkeypatch, path)
+    os.utime(weights)  # written anew, and the same
+    change(weights)
+    change(weights)
+    no_compute()
+    if is_finished:
+        assert run(path) == [f"already finished: {tmp_path / 'out'}"]
+    change(weights)
+    with pytest.raises(InputError, match=r"a recipe that differs in `model\.weights`"):
+        run(path)
+    if is_finished:
+        shutil.rmtree(weights.parent)  # what is finished needs it no more
+        assert run(path) == [f"already finished: {tmp_path / 'out'}"]
+
+
+def test_a_run_of_an_earlier_release_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = from_a_local_base(tmp_path)
+    killed_at(1, monkeypatch, path)
+    file = tmp_path / "out-run" / "run.json"
+    record = json.loads(file.read_text())
+    digest = record["settings"]["model"].pop("weights")
+    file.write_text(json.dumps(record))
+    run(path)
+    assert json.loads(file.read_text())["settings"]["model"]["weights"] == digest
+
+
+def test_weights_are_told_apart_by_pieces_of_their_files(tmp_path: Path) -> None:
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    assert runs.start_digest(str(tmp_path)) is None
+    assert runs.start_digest(None) is None
+    assert runs.start_digest("some/hub-id" * 1000) is None
+    assert runs.start_digest("tiny-base") not in (None, runs.start_digest("tiny-dmax"))
+    seen = set()
+    for size in (3, 4, 40 * 2**20):
+        file.write_bytes(b"\0" * size)
+        seen.add(runs.start_digest(str(tmp_path)))
+        change(file)
+        seen.add(runs.start_digest(str(tmp_path)))
+    file.rename(file.with_name("other.safetensors"))
+    seen.add(runs.start_digest(str(tmp_path)))
+    assert len(seen) == 7
 
 
 def test_what_leaves_the_weights_alone_may_change(

@@ -22,6 +22,7 @@ from dmax.training.ranks import rank
 from dmax.training.sharding import SHARDS, are_whole
 
 RECORD = "run.json"
+WEIGHTS = "model.weights"  # the setting that tells what a run starts from, where it is known
 TRAINER_STATE = "trainer_state.json"
 ANEW = "start over with --fresh, or choose another `output_dir`"
 MOVE = "move it away, or choose another `output_dir`"
@@ -64,7 +65,12 @@ class RunFolder(TrainerCallback):
             )
         if fresh or record is None or not (record["is_finished"] or self.checkpoints()):
             return  # there is nothing to go on from
-        others = sorted(name for name, _, _ in changes(record["settings"], self._settings))
+        others = sorted(
+            name
+            for name, old, new in changes(record["settings"], self._settings)
+            # Earlier releases did not write it; and a finished run outlives its start.
+            if name != WEIGHTS or None not in (old, new)
+        )
         if others:
             names = ", ".join(f"`{name}`" for name in others)
             raise InputError(f"{path} holds a run of a recipe that differs in {names}", hint=ANEW)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -33,6 +35,7 @@ from dmax.recipe.folder import ANEW, TRAINER_STATE, RunFolder
 from dmax.recipe.logs import PROJECT, reported_here
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
+from dmax.tiny import bundled
 from dmax.training import get_objective
 from dmax.training.config import DMaxConfig
 from dmax.training.ranks import num_ranks, rank, wait_for_all
@@ -40,6 +43,8 @@ from dmax.training.sharding import start_device
 from dmax.training.trainer import DMaxTrainer
 
 CURVES = "curves.png"
+NUM_PIECES = 16  # of a file of weights that are read to tell it from another
+PIECE = 2**20  # bytes of one; a smaller file is read whole
 # Fields of the training arguments, by their first letters, that leave the weights as they are.
 UNTRACKED = (
     "ddp",
@@ -263,7 +268,9 @@ def _task(recipe: Recipe) -> Task | None:
 
 
 def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
-    """All that the weights depend on; of the training arguments those that are not the default.
+    """What the weights depend on; of the training arguments those that are not the default.
+
+    Of a model on the hub only the name is known, of a local one also its weights.
 
     Any number of processes may go on with a run, as long as a step has as many micro-batches.
     """
@@ -282,12 +289,31 @@ def _settings(recipe: Recipe, args: DMaxConfig) -> dict[str, Any]:
     training["gradient_accumulation_steps x processes"] = micro_batches
     sharding = recipe.fsdp and {"reduce_dtype": recipe.fsdp.reduce_dtype}
     return {
-        "model": asdict(recipe.model),
+        "model": asdict(recipe.model) | {"weights": start_digest(recipe.model.path)},
         "data": data,
         "training": training,
         "fsdp": sharding,
         "lora": recipe.lora and {**asdict(recipe.lora), "merge": None},
     }
+
+
+def start_digest(model: str | None) -> str | None:
+    """Tells the weights of a bundled or local model from others, with little read of large files.
+
+    None if there is no such folder, or no weights in it.
+    """
+    folder = Path(bundled(model or "") or os.path.expanduser(model or ""))
+    is_there = bool(model) and os.path.isdir(folder)  # unlike Path.is_dir, takes any length
+    files = sorted(folder.glob("*.safetensors")) if is_there else []
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for piece in range(NUM_PIECES):
+                content.seek(max(0, size - PIECE) * piece // (NUM_PIECES - 1))
+                digest.update(content.read(PIECE))
+    return digest.hexdigest()[:16] if files else None
 
 
 def _eval_hook(
