@@ -17,7 +17,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,26 @@ from command_line import check_plots, telling
 from smollm import measure, original
 from smollm.causal import train_causal
 from smollm.page import held_out_losses, write_page
+from smollm.record import read, renew
 from smollm.size import CAUSAL, CPU, GPU, Size
+from smollm.stages import (
+    MEASURE,
+    NEEDS,
+    TRAINED,
+    check_fits,
+    digests,
+    history,
+    in_run,
+    is_done,
+    keep_origin,
+    leavings,
+    output,
+    result_of,
+    run_folder,
+    seconds,
+)
 from smollm.vocabulary import cut_model, cut_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from dmax.checkpoint import Checkpoint, save_checkpoint
 from dmax.distill.files import ResponseFiles
@@ -40,10 +55,9 @@ from dmax.environment import environment, has_bfloat16, select_device
 from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.sweep import Curve
-from dmax.files import read_record, write_atomically
+from dmax.files import write_atomically
 from dmax.models.backbone import add_mask_token
 from dmax.params import DecodingParams
-from dmax.recipe.folder import TRAINER_STATE
 from dmax.recipe.run import run_recipe
 from dmax.special_ids import SpecialIds
 from dmax.tasks.word_problems import ShortWordProblems, WordProblem
@@ -52,8 +66,6 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TASK = ShortWordProblems
 CAREFUL = ("base, threshold", 0.95)  # the label and the threshold at which a base is judged
 DMAX = "DMax, SPD"
-# What is kept of an evaluation.
-KEPT = ("weights", "accuracy", "correct", "total", "interval", "tpf", "seconds")
 # The published template without its system prompt of 30 tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -136,7 +148,8 @@ def learn_causally(size: Size, start: str, stage: str, changes: Mapping[str, Any
     run = run_folder(size.folder(stage))
     learnt = read_records(size.problems)
     held_out = read_records(size.held_out)
-    log = train_causal(checkpoint, learnt, held_out, run, settings)
+    with in_run(size.folder(stage)):
+        log = train_causal(checkpoint, learnt, held_out, run, settings)
     extra = {"log": log, "environment": environment(device)}
     save_checkpoint(model.cpu(), tokenizer, size.folder(stage), ids, extra=extra)
 
@@ -144,50 +157,57 @@ def learn_causally(size: Size, start: str, stage: str, changes: Mapping[str, Any
 def responses(size: Size) -> None:
     """The base model's own answers to problems for training and to held-out ones.
 
-    What is trained on the former is judged by its loss on the latter. They are made once the base
-    solves enough of the task.
-
-    Raises:
-        InputError: it does not.
+    What is trained on the former is judged by its loss on the latter.
     """
-    label, threshold = CAREFUL
-    careful = next(curve for curve in curves(size) if curve.label == label)
-    llm = measure.open_model(size, careful)
-    point = measure.decode(size, careful, threshold, TASK(), llm)
-    check_base(point, history(size.folder("base")), size.enough)
+    curve, threshold = careful(size)
     params = DecodingParams("threshold", threshold, max_new_tokens=TASK.max_new_tokens)
-    answerer = ModelAnswerer(llm, params)
+    answerer = ModelAnswerer(measure.open_model(size, curve), params)
     learnt = [problem.question for problem in drawn(size.num_responses, seed=3)]
     held_out = [record["prompt"] for record in read_records(size.held_out)]
     print(distill(answerer, learnt, ResponseFiles(size.responses)))
     print(distill(answerer, held_out, ResponseFiles(size.held_out_responses)))
 
 
-def check_base(
-    careful: Mapping[str, Any], log: Sequence[Mapping[str, float]], enough: float
-) -> None:
-    """Raise `InputError` unless the base model solves enough to build on, and has learnt.
+def careful(size: Size) -> tuple[Curve, float]:
+    """How the base is decoded to be judged: its curve, and the threshold."""
+    label, threshold = CAREFUL
+    return next(curve for curve in curves(size) if curve.label == label), threshold
+
+
+def check_base(size: Size) -> None:
+    """Raise `InputError` unless the base model solves enough to build on, and has learnt."""
+    curve, threshold = careful(size)
+    llm = measure.open_model(size, curve)
+    point = measure.decode(size, curve, threshold, TASK(), llm)
+    check_learnt(size, point, held_out_losses(history(size.folder("base"))))
+
+
+def check_learnt(size: Size, point: Mapping[str, Any], losses: Sequence[float]) -> None:
+    """Raise `InputError` unless a base is worth building on.
 
     Args:
-        careful: its point at threshold 0.95.
-        log: of its training.
-        enough: the share of the task that it has to solve.
+        size: says how much it has to solve.
+        point: what it solves at threshold 0.95.
+        losses: on held-out problems, as they were logged in training.
     """
-    losses = held_out_losses(log)
-    solved = f"{careful['correct']}/{careful['total']}"
-    if careful["accuracy"] < enough or (losses and losses[-1] > losses[0]):
-        raise InputError(
-            f"the base model solves {solved} at threshold 0.95, with a held-out loss of {losses}: "
-            f"less than {enough:.0%}, or a loss that rose, is nothing to build on",
-            hint="raise `max_steps` of the causal and of the base stage, or choose an easier task",
-        )
+    has_learnt = len(losses) > 1 and losses[-1] < losses[0]
+    if point["accuracy"] >= size.enough and has_learnt:
+        return
+    raise InputError(
+        f"the base model solves {point['correct']}/{point['total']} at threshold {CAREFUL[1]}, "
+        f"with held-out losses of {list(losses)}: less than {size.enough:.0%}, or a loss that did "
+        "not fall, is nothing to build on",
+        hint="raise `max_steps` of the causal and of the base stage, or choose an easier task, and "
+        f"remove {leavings(size, ['ar'])}",
+    )
 
 
 def train(stage: str) -> Callable[[Size], None]:
     """What runs `recipes/pretrained_<stage>.yaml` at a size."""
 
     def run_at(size: Size) -> None:
-        run_recipe(size.recipe(stage), report=print)
+        with in_run(size.folder(stage)):
+            run_recipe(size.recipe(stage), report=print)
 
     return run_at
 
@@ -203,33 +223,6 @@ STAGES: dict[str, Callable[[Size], None]] = {
     "random": train("random"),
     "ar-longer": ar_longer,
 }
-NEEDS = {  # what a stage begins with, by the stages that make it
-    "ar": ("convert", "problems"),
-    "base": ("ar", "problems"),
-    "responses": ("base", "problems"),
-    "oput": ("base", "responses"),
-    "masks": ("base", "responses"),
-    "random": ("base", "responses"),
-    "ar-longer": ("ar", "problems"),
-    "measure": ("convert", "ar"),
-}
-TRAINED = ("ar", "base", "oput", "masks", "random", "ar-longer")
-
-
-def output(size: Size, stage: str) -> Path:
-    """The folder or the file that a stage makes."""
-    files = {"problems": size.problems, "responses": size.responses}
-    return files.get(stage) or size.folder("original" if stage == "convert" else stage)
-
-
-def is_done(size: Size, stage: str) -> bool:
-    """Whether a stage has written all that it makes."""
-    if stage == "responses":
-        asked = {size.responses: size.num_responses, size.held_out_responses: size.num_held_out}
-        return all(num_answered(path) == number for path, number in asked.items())
-    path = output(size, stage)
-    return (path / "config.json").is_file() or path.is_file()
-
 
 # --- what stages read and write -------------------------------------------------------------------
 
@@ -267,69 +260,52 @@ def read_records(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run_folder(folder: Path) -> Path:
-    """Where the checkpoints of a stage lie until it ends."""
-    return folder.with_name(f"{folder.name}-run")
-
-
-def history(folder: Path) -> list[dict[str, float]]:
-    """What the run of a stage has logged up to its last checkpoint, or to its end."""
-    run = run_folder(folder)
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if last is not None:
-        return list(json.loads((Path(last) / TRAINER_STATE).read_text())["log_history"])
-    return []
-
-
-def num_answered(path: Path) -> int:
-    """Questions that a file of answers is about, those whose answer did not end included."""
-    return num_lines(path) + num_lines(path.with_suffix(".dropped.jsonl"))
-
-
-def num_lines(path: Path) -> int:
-    """Lines of a file; 0 without one."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
 # --- measuring ------------------------------------------------------------------------------------
 
 
 def measure_all(size: Size) -> None:
-    """Decode and judge what is there; record, page and plot are written after every point."""
-    path = RESULTS / f"{size.name}.json"
-    record = read_record(path) if path.exists() else {}
-    record |= {
-        "environment": environment(select_device()),
+    """Decode and judge what is there; record, page and plot are written after every point.
+
+    A point is kept if nothing that it depends on has changed.
+    """
+    path = record_of(size)
+    record = read(path)
+    judge = measure.Judge(size.folder("ar"))
+    settings = {
+        "judge": judge.weights,
         "task": TASK.name,
         "limit": size.limit,
         "seed": measure.SEED,
         "dtype": str(measure.dtype()).removeprefix("torch."),
+    }
+    if not record.items() >= settings.items():
+        said = judge.references(TASK(), size.limit).per_token
+        here = {"environment": environment(select_device())}
+        record |= here | settings | {"references": said, "points": {}}
+    record |= {
         "vocabulary": AutoConfig.from_pretrained(size.folder("original")).vocab_size,
         "stages": {stage: summary(size, stage) for stage in TRAINED},
     }
-    judge = measure.Judge(size.folder("ar"))
-    if record.get("judge") != judge.weights:
-        said = judge.references(TASK(), size.limit).per_token
-        record |= {"judge": judge.weights, "references": said, "points": {}}
-    points = record["points"]
     for curve in curves(size):
         if not (Path(curve.model) / "config.json").is_file():
             continue
         llm = measure.open_model(size, curve)
         for value in curve.values:
             name = measure.slug(curve, value)
-            point = measure.decode(size, curve, value, TASK(), llm)
-            if points.get(name, {}).get("weights") != point["weights"]:
-                points[name] = {key: point[key] for key in KEPT}
-                points[name] |= {"label": curve.label, "strategy": curve.strategy, "value": value}
-                print(name, json.dumps(points[name]), flush=True)
+            if renew(record, name, curve, value, measure.decode(size, curve, value, TASK(), llm)):
+                print(name, json.dumps(record["points"][name]), flush=True)
             publish(size, record, path)
-    for name, point in points.items():
+    for name, point in record["points"].items():
         if "cross_entropy" not in point:
             said = judge.evaluation(size.evaluations / f"{name}.json").per_token
             point["cross_entropy"] = said
             print(f"{name}, judged: {said:.3f} nats a token", flush=True)
             publish(size, record, path)
+
+
+def record_of(size: Size) -> Path:
+    """The file of what was measured."""
+    return RESULTS / f"{size.name}.json"
 
 
 def publish(size: Size, record: Mapping[str, Any], path: Path) -> None:
@@ -345,7 +321,7 @@ def summary(size: Size, stage: str) -> dict[str, Any]:
     """How far a stage has come, what it has logged, and how long it took."""
     folder = size.folder(stage)
     log = history(folder)
-    steps = max((int(entry["step"]) for entry in log), default=0)
+    steps = max((int(entry["step"]) for entry in log), default=result_of(folder).get("steps", 0))
     sequences = steps * batch_size(size, stage)
     ending = 1 if stage.startswith("ar") else size.recipe(stage).training["eos_labels"]
     kept = ("step", "loss", "eval_loss", "train_runtime")
@@ -367,17 +343,6 @@ def batch_size(size: Size, stage: str) -> int:
     return int(size.recipe("base" if stage == "ar-longer" else stage).training[name])
 
 
-def seconds(folder: Path) -> float:
-    """How long a stage has trained, all parts of an interrupted run together."""
-    for path in (folder / "dmax.json", run_folder(folder) / "run.json"):
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        if "seconds" in record:
-            return float(record["seconds"])
-    times = [entry["train_runtime"] for entry in history(folder) if "train_runtime" in entry]
-    ends = [now for now, then in pairwise([*times, 0.0]) if then < now]  # a new part begins at 0
-    return sum(ends)
-
-
 @cache
 def mean_length(size: Size, ending: int) -> float:
     """Positions of a training problem, its EOS included, over the first 256 of them."""
@@ -393,7 +358,7 @@ def mean_length(size: Size, ending: int) -> float:
 def main() -> None:
     """Make what is missing, measure what is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*STAGES, "measure"]
+    names = [*STAGES, MEASURE]
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(names)}; all")
     parser.add_argument("--gpu", action="store_true", help="train on a GPU, and more")
     options = parser.parse_args()
@@ -401,7 +366,7 @@ def main() -> None:
     if wrong := set(asked) - set(names):
         parser.error(f"unknown: {', '.join(sorted(wrong))}; stages are {', '.join(names)}")
     side_by_side.check_options(parser, options)
-    if "measure" in asked:
+    if MEASURE in asked:
         check_plots(parser)
     run(GPU if options.gpu else CPU, asked)
 
@@ -410,23 +375,34 @@ def run(size: Size, asked: Sequence[str]) -> None:
     """Make what is missing of some stages; `measure` is one of them.
 
     Raises:
-        InputError: an earlier stage that one needs has not been run, or not to its end.
+        InputError: an earlier stage that one needs has not been run, or not to its end, or it is of
+            another base than today's; or the base has not learnt enough to build on.
     """
+    if MEASURE in asked:
+        read(record_of(size))  # hours later it would be too late to say that it is not ours
+    is_checked = False
     for stage in asked:
-        if stage != "measure" and is_done(size, stage):
+        check_fits(size, stage)
+        if stage != MEASURE and is_done(size, stage):
             continue
-        for needed in NEEDS.get(stage, ()):
+        for needed in NEEDS[stage]:
             if not is_done(size, needed):
                 command = f"{size.command} {needed}"
                 raise InputError(
                     f"`{stage}` needs {output(size, needed)}, which is not there or not finished",
                     hint=f"run `{command}` first, or `{size.command}` for all stages",
                 )
-        if stage == "measure":
+        if stage == MEASURE:
             measure_all(size)
-        else:
-            print(f"{stage}: {output(size, stage)}", flush=True)
-            STAGES[stage](size)
+            continue
+        if "base" in NEEDS[stage] and not is_checked:
+            check_base(size)
+            is_checked = True
+        print(f"{stage}: {output(size, stage)}", flush=True)
+        made_from = digests(size, stage)
+        STAGES[stage](size)
+        if made_from:
+            keep_origin(size, stage, made_from)
 
 
 if __name__ == "__main__":

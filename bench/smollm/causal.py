@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import numpy as np
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from dmax.checkpoint import Checkpoint
+from dmax.environment import weights_digest
+from dmax.recipe.folder import RunFolder
+from dmax.recipe.run import UNTRACKED
 from dmax.records.encoding import encode_dataset
 from dmax.training.data import LengthSampler
 from dmax.training.vocabulary import IGNORE
@@ -66,19 +70,39 @@ def train_causal(
 
     Returns:
         What was logged.
+
+    Raises:
+        InputError: the checkpoints are of a run of other settings, data or weights, or there is
+            none that can be read.
     """
+    folder = RunFolder(run, tracked(checkpoint, records, settings))
+    folder.find_checkpoint(print)
     trainer = CausalTrainer(
         checkpoint.model,
         TrainingArguments(output_dir=str(run), **settings),
         data_collator=DataCollatorForSeq2Seq(checkpoint.tokenizer, label_pad_token_id=IGNORE),
         train_dataset=encode(records, checkpoint),
         eval_dataset=encode(held_out, checkpoint),
+        callbacks=[folder],
     )
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if last is not None:
-        state = TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
-        if state.global_step >= trainer.args.max_steps:  # Trainer would take one step more
-            trainer._load_from_checkpoint(last)
-            return state.log_history
-    trainer.train(resume_from_checkpoint=last)
+    last = folder.last_checkpoint
+    if last is not None and folder.is_trained():  # Trainer would take one step more
+        trainer._load_from_checkpoint(str(last))
+        return TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history
+    folder.begin()
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return trainer.state.log_history
+
+
+def tracked(
+    checkpoint: Checkpoint, records: Sequence[Record], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that the weights of a run depend on."""
+    learnt = json.dumps([dict(record) for record in records])
+    return {
+        "weights": weights_digest(checkpoint.model),
+        "data": hashlib.sha256(learnt.encode()).hexdigest(),
+        "training": {
+            name: value for name, value in settings.items() if not name.startswith(UNTRACKED)
+        },
+    }

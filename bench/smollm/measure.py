@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dmax.environment import select_device, select_dtype, weights_digest
 from dmax.evaluation.results import ResultFiles
 from dmax.evaluation.run import evaluate
-from dmax.evaluation.sweep import Curve
+from dmax.evaluation.sweep import Curve, is_decoded_so
+from dmax.files import read_record
 from dmax.llm import LLM
 from dmax.tasks import Task
 from smollm.likelihood import CrossEntropy, cross_entropy
@@ -37,7 +38,7 @@ def slug(curve: Curve, value: float) -> str:
 
 
 def decode(size: Size, curve: Curve, value: float, task: Task, llm: LLM) -> Point:
-    """One point of a curve, from the files of earlier if they are of the same weights.
+    """One point of a curve, from the files of earlier if they are of the same weights and settings.
 
     An interrupted evaluation goes on where it stopped.
 
@@ -49,16 +50,19 @@ def decode(size: Size, curve: Curve, value: float, task: Task, llm: LLM) -> Poin
         llm: what `open_model` gives for the curve.
     """
     path = size.evaluations / f"{slug(curve, value)}.json"
+    params = curve.params(value, task.max_new_tokens)
     if path.exists():
-        held: Point = json.loads(path.read_text())
-        if held["weights"] == weights_digest(llm.model) and held["limit"] == size.limit:
+        held: Point = read_record(path) or {}
+        asked: Point = {"weights": weights_digest(llm.model), "task": task.name}
+        asked |= {"limit": size.limit, "seed": SEED}
+        if held.items() >= asked.items() and is_decoded_so(held["params"], params):
             return held
     size.evaluations.mkdir(parents=True, exist_ok=True)
     files = ResultFiles(path, overwrite=True)
     summary, samples = evaluate(
         llm,
         task,
-        curve.params(value, task.max_new_tokens),
+        params,
         limit=size.limit,
         seed=SEED,
         model_name=curve.model,

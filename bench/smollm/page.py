@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prose import filled
+from prose import bullet, filled
 from shares import Share, better, difference, gap, share_of
 
-from dmax.benchmark.run import hardware
+from dmax.benchmark.run import machines
 from dmax.evaluation.sweep import Curve
 from dmax.files import write_atomically
 from smollm.measure import AUTOREGRESSIVE, slug
@@ -51,7 +51,7 @@ class Words:
         start: what is trained, and from where.
         changes: to the recipes.
         study: where own and random tokens are compared.
-        failed: its last section.
+        failed: of its last section, what earlier records and notes say.
     """
 
     introduction: str
@@ -82,10 +82,6 @@ and many more tokens. Of that, only the stages `convert` and half of `ar` have b
         changes="",
         study="[a study of its own](noise_pretrained.md)",
         failed="""\
-## What failed
-
-- **SPD without OPUT does not collapse** on this base, unlike in the paper and on the bundled model.
-  It was measured at threshold 0.5 only (`base, SPD`).
 - **DMax and random tokens changed places.** Before, each had 80 steps on 320 answers. This is what
   they solved of 200 (record of commit `68da9f9`):
 
@@ -96,8 +92,8 @@ and many more tokens. Of that, only the stages `convert` and half of `ar` have b
   | 0.3 | 138 at TPF 2.79 | 132 at TPF 3.41 | 149 at TPF 3.06 |
 
   DMax led random tokens at 0.95 and 0.5 and trailed them at 0.3. Only its lead at 0.5 was beyond
-  chance: +14.0 points (+5.7 to +22.1). After 160 steps on 640 answers (`562be3f`, the tables above)
-  it trails at 0.95 and 0.5 and leads at 0.3, never beyond chance. All three solve more at 0.3 than
+  chance: +14.0 points (+5.7 to +22.1). After 160 steps on 640 answers (record of `562be3f`) it
+  trailed at 0.95 and 0.5 and led at 0.3, never beyond chance. All three solved more at 0.3 than
   after 80 steps. Each was trained with one seed, so the change may be chance or longer training.
 - **Loss on the task's own solutions rose** between steps 40 and 160: from 1.652 to 1.665 for DMax,
   1.345 to 1.386 for masks only and 1.562 to 1.638 for random tokens (record of `562be3f`). All
@@ -144,7 +140,7 @@ def write_page(size: Size, record: Record, curves: Sequence[Curve], path: Path) 
         "\n".join(differences(measured(record, curves))),
         "## Stages\n\n" + "\n".join(stages(record)),
         "## Learning curves\n\n" + "\n".join(learning(record)),
-        words.failed,
+        failures(words.failed, measured(record, curves)),
     ]
     write_atomically(path, "\n\n".join(filter(None, map(str.strip, parts))) + "\n")
 
@@ -242,12 +238,12 @@ def most(shares: Mapping[str, Shares]) -> str:
     """Which model solves the most by SPD, once a control can be compared with DMax."""
     if not any(pairs(shares, label) for label in CONTROLS.values()):
         return ""
-    by_spd = [
-        (share.rate, f"{solved(share)}, of {label.removesuffix(', SPD')} at {value:g}")
+    by_spd = {
+        f"{solved(share)}, of {label.removesuffix(', SPD')} at {value:g}": (share.rate, share.tpf)
         for label in (DMAX, BASE_SPD, *CONTROLS.values())
         for value, share in shares.get(label, {}).items()
-    ]
-    return f"The most right answers by SPD are {max(by_spd)[1]}."
+    }
+    return f"The most right answers by SPD are {max(by_spd, key=by_spd.__getitem__)}."
 
 
 def pairs(shares: Mapping[str, Shares], label: str) -> dict[float, tuple[Share, Share]]:
@@ -270,10 +266,41 @@ def differences(shares: Mapping[str, Shares]) -> Iterator[str]:
         yield from rows
 
 
+def failures(of_earlier: str, shares: Mapping[str, Shares]) -> str:
+    """The last section of a page that has one."""
+    parts = ["## What failed\n", without_oput(shares), of_earlier]
+    return "\n".join(filter(None, parts)) if of_earlier else ""
+
+
+def without_oput(shares: Mapping[str, Shares]) -> str:
+    """Whether SPD collapses on the base, as it does in the paper and on the bundled model.
+
+    It does if the base solves less than half as much as when it is decoded carefully.
+    """
+    if BASE not in shares or BASE_SPD not in shares:
+        return ""
+    (threshold, careful), *_ = shares[BASE].items()
+    worst = min(shares[BASE_SPD].values(), key=lambda share: share.rate)
+    at = ", ".join(f"{value:g}" for value in shares[BASE_SPD])
+    if worst.rate < careful.rate / 2:
+        said = (
+            "**SPD without OPUT collapses** on this base, as in the paper and on the bundled "
+            f"model: {solved(worst)}, against {solved(careful)} by threshold decoding at "
+            f"{threshold:g}."
+        )
+    else:
+        said = (
+            "**SPD without OPUT does not collapse** on this base, unlike in the paper and on the "
+            "bundled model."
+        )
+    return bullet(said) + f"\n  It was measured at threshold {at} only (`base, SPD`)."
+
+
 def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str]:
     """The table of points, in the order of the curves, and what it was measured with."""
-    machine = record["environment"]
-    computed = f"{hardware(machine)}, torch {machine['torch']}, {record['dtype']}"
+    points = [{"dtype": record["dtype"], **point} for point in record["points"].values()]
+    here = {"environment": record["environment"], "points": points or [{"dtype": record["dtype"]}]}
+    computed = machines(here)
     yield f"{record['limit']} unseen problems, seed {record['seed']}, greedy; {computed}."
     said = f"{record['references']:.3f}"
     yield f"The judge gives {said} nats a token to the task's own solutions, which are worded at"
@@ -310,12 +337,12 @@ def stages(record: Record) -> Iterator[str]:
     yield "| stage | steps | sequences | tokens | hours | held-out loss, first and last |"
     yield "|---|---|---|---|---|---|"
     for name, stage in record["stages"].items():
-        if not stage["steps"]:
+        if not stage["steps"] and not stage["is_done"]:
             yield f"| {name} | not run yet | | | | |"
             continue
         losses = held_out_losses(stage["log"])
         ends = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else ""
-        steps = f"{stage['steps']}{'' if stage['is_done'] else ', not finished'}"
+        steps = f"{stage['steps'] or 'not kept'}{'' if stage['is_done'] else ', not finished'}"
         hours = f"{stage['seconds'] / 3600:.1f}" if stage["seconds"] else ""
         size = f"{stage['sequences']:,} | {stage['tokens']:,}"
         yield f"| {name} | {steps} | {size} | {hours} | {ends} |"
