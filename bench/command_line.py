@@ -1,4 +1,4 @@
-"""What the scripts here have in common: options as given, their values, and where results go."""
+"""What the scripts here have in common: options as given, their values, and their files."""
 
 from __future__ import annotations
 
@@ -67,6 +67,31 @@ def result_path(theme: str, device: torch.device, parts: Sequence[str] = ()) -> 
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     name = "_".join((theme, slug, *parts, record["date"][:10]))
     return Path("bench/results") / f"{name}.json"
+
+
+def check_page(path: Path, page: str) -> None:
+    """Make sure that what stands in the place of a page, if anything does, is such a page.
+
+    Args:
+        path: where it is to be written.
+        page: a text that begins as the page does, with its title.
+
+    Raises:
+        InputError: it is something else, which has to stay as it is.
+    """
+    if not path.exists():
+        return
+    held = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "no file"
+    if held and held.partition("\n")[0] != page.partition("\n")[0]:
+        raise InputError(
+            f"{path} exists and was not written by this command", hint="choose another output"
+        )
+
+
+def num_answered(path: Path) -> int:
+    """Questions that a file of answers is about, also those whose answer was dropped."""
+    files = (path, path.with_suffix(".dropped.jsonl"))
+    return sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
 
 
 # --- types of options, which refuse a value before anything is measured ---------------------------

@@ -1,6 +1,7 @@
 """What on-policy training buys, where, and what has come after: the results in a few sentences.
 
-Each is drawn from the records of one or two studies, and left out where they are not there.
+Each is drawn from the records of one or two studies, its headline included, and left out where
+what it tells is not measured.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beyond_runs import DMAX, TRAINED
-from beyond_verdict import Found
+from ablation_training import SEEDS
+from beyond_runs import DECODINGS, DMAX, TRAINED
+from beyond_verdict import PARTLY, RIGHT, SHORT, Found, verdict
 from noise_findings import counted
 from noise_plan import PRETRAINED, PRETRAINED_SLOW
-from noise_points import RANDOM, Points, scientific
-from paper_points import Results
-from shares import difference, gap, share_of
+from noise_points import RANDOM, Comparison, Points, scientific
+from shares import Share, better, difference, gap, pooled, share_of
 
 from dmax.files import read_record
 
 Record = Mapping[str, Any]
 BENCH = Path(__file__).parent / "results"
 STUDIES = (PRETRAINED, PRETRAINED_SLOW)
-LABELS = ("DMax, SPD", "random tokens, SPD")  # own tokens, and random ones
+OWN, RANDOM_TOKENS = "DMax, SPD", "random tokens, SPD"
+SOFT = (0.0, 0.3, 0.5)  # thresholds
+RUNS = {run.name: run for run in TRAINED}
+BOTH = ("spd", "mbd")  # ways of decoding after DMax
 
 
 def in_short(folder: Path, bench: Path = BENCH) -> list[str]:
@@ -35,23 +39,15 @@ def in_short(folder: Path, bench: Path = BENCH) -> list[str]:
     """
     tiny = _read(bench / "tiny.json")
     controls = _read(bench / "controls.json")
-    training = _read(folder / "training.json")
-    noise = _read(folder / "noise.json")
     elsewhere = {name: record for name in STUDIES if (record := _read(folder / f"{name}.json"))}
-    pretrained = _read(folder / "pretrained.json")
-    beyond = _read(folder / "beyond.json")
-    told: list[str] = []
-    if tiny:
-        told.append(without_noise(tiny))
-    if training:
-        told.append(with_noise(training))
-    if noise and controls and tiny:
-        told.append(own_or_random(noise, controls, tiny))
-    if elsewhere and pretrained:
-        told.append(on_pretrained(elsewhere, pretrained))
-    if beyond:
-        told.append(after_dmax(Found(beyond)))
-    return told
+    told = [
+        without_noise(tiny),
+        with_noise(_read(folder / "training.json")),
+        own_or_random(_read(folder / "noise.json"), controls, tiny),
+        on_pretrained(elsewhere, _read(folder / "pretrained.json")),
+        after_dmax(Found({"points": []} | _read(folder / "beyond.json"))),
+    ]
+    return [each for each in told if each]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -59,16 +55,29 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(read_record(path)) if path.exists() else {}
 
 
-def _decoded(record: Record) -> Results:
-    return Results(dict(record), {}, {})
+def _points(record: Record, *places: tuple[str, float]) -> list[Share]:
+    """The points of these labels and values; none where one of them is not measured."""
+    held = {(p["label"], p["value"]): p for p in record.get("points", [])}
+    return [share_of(held[place]) for place in places] if held.keys() >= set(places) else []
 
 
 def without_noise(tiny: Record) -> str:
     """What the base's own answers teach with masks only."""
-    decoded = _decoded(tiny)
-    base, masks = (decoded.at(f"{name}, threshold", 0.95) for name in ("base", "masks only"))
+    careful = [(f"{name}, threshold", 0.95) for name in ("base", "masks only")]
+    found = _points(tiny, *careful, (OWN, 0.3))
+    if not found:
+        return ""
+    base, masks, dmax = found
+    speed = "none"
+    if masks.tpf > base.tpf:
+        speed = "most" if masks.tpf - base.tpf > (dmax.tpf - base.tpf) / 2 else "a part"
+    accuracy = {
+        "holds": "and raise the base's accuracy",
+        "within noise": "at the base's accuracy",
+        "fails": "and lower the base's accuracy",
+    }[better(masks, base)]
     return (
-        "**Masks alone buy most of the speed at the base's accuracy.** Trained on the base's own "
+        f"**Masks alone buy {speed} of the speed {accuracy}.** Trained on the base's own "
         f"answers with masks only, and decoded by threshold 0.95, a model solves {masks}, and the "
         f"base {base}: {masks.tpf / base.tpf:.1f} times as many tokens a forward, "
         f"{gap(masks, base)}. One training each, `python bench/tiny.py`."
@@ -77,89 +86,141 @@ def without_noise(tiny: Record) -> str:
 
 def with_noise(training: Record) -> str:
     """What training on wrong tokens adds, at like TPF."""
-    retrained = Results({}, dict(training), {})
-    oput = retrained.pooled("sampled rollouts", "SPD", 0.0)
-    masks = retrained.pooled("masks only", "SPD", 0.5)
+    oput = _of_all_seeds(training, "sampled rollouts, SPD", 0.0)
+    masks = _of_all_seeds(training, "masks only, SPD", 0.5)
+    if oput is None or masks is None:
+        return ""
+    pays = {
+        "holds": "pays",
+        "within noise": "has not been seen to pay",
+        "fails": "costs accuracy",
+    }[better(oput, masks)]
+    alike = "at about the same tokens a forward, " if 0.9 < oput.tpf / masks.tpf < 1.1 else ""
     return (
-        "**Training on wrong tokens pays when decoding is pushed.** Then SPD can revise: at about "
-        f"the same tokens a forward, OPUT solves {oput}, and masks only {masks}: "
+        f"**Training on wrong tokens {pays} when decoding is pushed.** Then SPD can revise: "
+        f"{alike}OPUT solves {oput}, and masks only {masks}: "
         f"{gap(oput, masks)}. Three seeds of a quarter of the training ([below](#claims))."
     )
 
 
+def _of_all_seeds(training: Record, name: str, value: float) -> Share | None:
+    labels = {f"{name}, seed {seed}" for seed in SEEDS}
+    held = [p for p in training.get("points", []) if p["label"] in labels and p["value"] == value]
+    return pooled(held) if len(held) == len(SEEDS) else None
+
+
 def own_or_random(noise: Record, controls: Record, tiny: Record) -> str:
     """Where it matters that the wrong tokens are the model's own."""
-    compared = list(Points(dict(noise), []).comparisons(RANDOM))
+    compared = _compared(noise)
+    soft = [_points(controls, (OWN, value), (RANDOM_TOKENS, value)) for value in SOFT]
+    names = ("DMax", "random tokens")
+    hard = _points(tiny, *((f"{name}, hard feedback", 0.3) for name in names))
+    if not (compared and all(soft) and hard):
+        return ""
     won, lost = counted(compared)
     gentle = min(compared, key=lambda each: (each.rate, -each.steps, each.threshold))
-    longer = _decoded(controls)
-    soft = [
-        difference(*(longer.at(label, value) for label in LABELS))[0] for value in (0.0, 0.3, 0.5)
-    ]
-    own, random = (
-        max(longer.at(label, value).tpf for value in (0.0, 0.3, 0.5)) for label in LABELS
-    )
-    names = ("DMax", "random tokens")
-    hard = [_decoded(tiny).at(f"{name}, hard feedback", 0.3) for name in names]
+    leads = [difference(*pair)[0] for pair in soft]
+    lead = f"they lead by {min(leads):.1f} to {max(leads):.1f} points"
+    if min(leads) <= 0:
+        lead = f"the difference is {min(leads):+.1f} to {max(leads):+.1f} points"
+    own, random = (max(pair[side].tpf for pair in soft) for side in (0, 1))
     return (
-        "**That they are the model's own matters early, at small rates, and for hard tokens.** "
+        f"**{_matters(compared, gentle, hard)}** "
         f"Over steps and rates, own tokens beat random ones in {won} of {len(compared)} "
         f"settings and lose in {lost} ([when](noise.md)). At {scientific(gentle.rate)}, nearest to "
         f"the paper's rate, the difference after {gentle.steps:,} steps is "
         f"{gap(gentle.own, gentle.other)} at "
-        f"threshold {gentle.threshold:g}. After the whole training they lead by "
-        f"{min(soft):.1f} to {max(soft):.1f} points by SPD at 0, 0.3 and 0.5 (2,000 problems), "
+        f"threshold {gentle.threshold:g}. After the whole training {lead} "
+        f"by SPD at 0, 0.3 and 0.5 ({soft[0][0].total:,} problems), "
         f"where random tokens write up to {random:.1f} tokens a forward and own ones {own:.1f}. "
         f"With hard tokens at 0.3 the difference is {gap(*hard)} (one training each)."
     )
 
 
+def _compared(record: Record) -> list[Comparison]:
+    """Own tokens against random ones in all settings of a study of noise."""
+    return list(Points({"points": [], **record}, []).comparisons(RANDOM))
+
+
+def _matters(compared: Sequence[Comparison], gentle: Comparison, hard: Sequence[Share]) -> str:
+    """The headline: where own tokens are better beyond chance."""
+    won, lost = counted(compared)
+    place = (gentle.rate, gentle.steps)
+    gently = [each for each in compared if (each.rate, each.steps) == place]
+    is_early = won > lost and all(each.verdict == "holds" for each in gently)
+    is_hard = better(*hard) == "holds"
+    if is_early and is_hard:
+        where = "matters early, at small rates, and for hard tokens"
+    elif is_early:
+        where = "matters early and at small rates"
+    elif is_hard:
+        where = "matters for hard tokens"
+    else:
+        where = "matters in some settings" if won > lost else "has not been seen to matter"
+    return f"That they are the model's own {where}."
+
+
 def on_pretrained(elsewhere: Mapping[str, Record], pretrained: Record) -> str:
     """What came of it on a pretrained model, in all studies by their names."""
-    compared = [
-        comparison
-        for record in elsewhere.values()
-        for comparison in Points(dict(record), []).comparisons(RANDOM)
-    ]
+    studies = {name: _compared(record) for name, record in elsewhere.items()}
+    found = {name: each for name, each in studies.items() if each}
+    compared = [comparison for each in found.values() for comparison in each]
+    if not compared:
+        return ""
     won, lost = counted(compared)
-    pages = " and ".join(f"[study]({name}.md)" for name in elsewhere)
-    points = pretrained["points"]
+    helped = "have not been seen to help"
+    if won:
+        helped = "help in some settings" + (" and harm in as many or more" if won <= lost else "")
+    pages = " and ".join(f"[study]({name}.md)" for name in found)
+    return (
+        f"**On a small pretrained model own tokens {helped}.** They are better "
+        f"than random ones in {won} of {len(compared)} settings and worse in {lost} "
+        f"({pages}).{_decoded(pretrained)}"
+    )
+
+
+def _decoded(pretrained: Record) -> str:
+    """What the pretrained model solves after either training; nothing if that is not measured."""
+    points = pretrained.get("points", {})
     names = {
         "the careful base": "base-threshold-0.95",
         "DMax": "DMax-SPD-0.3",
         "random tokens": "random-tokens-SPD-0.3",
     }
-    shown = ", ".join(
-        f"{name} {share_of(p)}" for name, place in names.items() if (p := points.get(place))
-    )
-    return (
-        "**On a small pretrained model own tokens have not been seen to help.** They are better "
-        f"than random ones in {won} of {len(compared)} settings and worse in {lost} "
-        f"({pages}). Both make the base faster: {shown} (one seed each, "
-        "[page](pretrained.md))."
-    )
+    if not points.keys() >= set(names.values()):
+        return ""
+    base, *trained = (points[place]["tpf"] for place in names.values())
+    makes = ("Neither makes", "One of them makes", "Both make")[sum(tpf > base for tpf in trained)]
+    shown = ", ".join(f"{name} {share_of(points[place])}" for name, place in names.items())
+    return f" {makes} the base faster: {shown} (one seed each, [page](pretrained.md))."
 
 
 def after_dmax(found: Found) -> str:
     """What objectives and decoding after DMax buy at equal accuracy."""
-    runs = {run.name: run for run in TRAINED}
-    start, two_blocks = (found.tpf(DMAX, decoding) for decoding in ("spd", "mbd"))
-    cforce = [_mean(found.tpfs(runs["cforce"], decoding)) for decoding in ("spd", "mbd")]
-    more = _mean(found.tpfs(runs["oput"], "spd"))
-    return (
-        "**After DMax: two open blocks, then CForce.** At equal accuracy `tiny-dmax` writes "
-        f"{_shown(start)} tokens a forward by SPD and {_shown(two_blocks)} with two blocks open "
-        f"(MBD), without any training. Minutes of training with CForce make it {_shown(cforce[0])} "
-        f"and {_shown(cforce[1])}. Going on with OPUT instead makes it {_shown(more)} by SPD "
-        "([beyond](beyond.md))."
+    if not all(found.curve(DMAX, decoding) for decoding in BOTH):
+        return ""
+    cforce = RUNS["cforce"]
+    start, two_blocks = (found.tpf(DMAX, decoding) for decoding in BOTH)
+    faster = ["two open blocks"] if (two_blocks or 0) > (start or 0) else []
+    ways = [DECODINGS[name][0] for name in BOTH if verdict(found, cforce, name) == RIGHT]
+    if ways:
+        faster.append("CForce" if len(ways) == len(BOTH) else f"CForce by {ways[0]}")
+    told = (
+        f"**After DMax: {', then '.join(faster) or 'nothing has been seen to be faster'}.** "
+        f"At equal accuracy `tiny-dmax` writes {_shown([start])} tokens a forward by SPD and "
+        f"{_shown([two_blocks])} with two blocks open (MBD), without any training."
     )
+    by_spd, by_mbd = (found.tpfs(cforce, decoding) for decoding in BOTH)
+    if by_spd and by_mbd:
+        told += f" Minutes of training with CForce make it {_shown(by_spd)} and {_shown(by_mbd)}."
+    if more := found.tpfs(RUNS["oput"], "spd"):
+        told += f" Going on with OPUT instead makes it {_shown(more)} by SPD."
+    return f"{told.removesuffix('.')} ([beyond](beyond.md))."
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Of all seeds; None where one of them is never as accurate, or none is measured."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def _shown(tpf: float | None) -> str:
-    return "never as many correct" if tpf is None else f"{tpf:.2f}"
+def _shown(tpfs: Sequence[float | None]) -> str:
+    """The mean TPF of all seeds, or that not all are as accurate."""
+    known = [tpf for tpf in tpfs if tpf is not None]
+    if len(known) < len(tpfs):
+        return PARTLY if known else SHORT
+    return f"{statistics.mean(known):.2f}"

@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from math import inf
@@ -26,8 +26,9 @@ from typing import Any
 import side_by_side
 import torch
 from ablation_training import make_responses
-from command_line import amount, check_plots, count, seed, telling
+from command_line import check_page, telling
 from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
+from noise_options import parse
 from noise_page import write_page
 from noise_plan import (
     BASE,
@@ -40,7 +41,6 @@ from noise_plan import (
     SCHEDULE,
     SEEDS,
     THRESHOLDS,
-    Design,
     Run,
     Stage,
     base_label,
@@ -49,10 +49,10 @@ from noise_plan import (
 from transformers import set_seed
 
 from dmax.checkpoint import Checkpoint, load_checkpoint
-from dmax.environment import environment, weights_digest
+from dmax.environment import DTYPES, environment, weights_digest
 from dmax.errors import InputError
 from dmax.evaluation.sweep import Curve, run_sweep
-from dmax.files import read_record, write_atomically
+from dmax.files import changes, check_ours, read_record, write_atomically
 from dmax.llm import LLM
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, data_digest, encode_data, read_data
@@ -62,6 +62,8 @@ from dmax.tasks import get_task
 from dmax.training.data import Collator
 from dmax.training.objectives import ObjectiveModule
 from dmax.training.trainer import DMaxTrainer
+
+OF_A_RUN = ("learning_rate", "seed", "objective", "max_steps", "use_cpu")
 
 
 class Study:
@@ -111,12 +113,21 @@ class Study:
     def examples(self) -> Any:
         """The data as token ids, a `datasets.Dataset`."""
         examples = encode_data(self.recipe.data, read_data(self.recipe.data), self.base)
-        if self.num_examples is None:
-            return examples
-        return examples.select(range(min(self.num_examples, len(examples))))
+        if self.num_examples is not None:
+            examples = examples.select(range(min(self.num_examples, len(examples))))
+        if self.held_out >= len(examples):
+            raise InputError(
+                f"of {len(examples)} examples, {self.held_out} held out leave none to learn from",
+                hint="hold out fewer with --held-out, or add data",
+            )
+        return examples
 
     def run(self, stages: Sequence[Stage], *, minutes: float = inf) -> None:
-        """Train and measure what is missing, until the time is over; a begun stage is finished."""
+        """Train and measure what is missing, until the time is over; a begun stage is finished.
+
+        Raises:
+            InputError: the record is of another study (`check`), or too little data is there.
+        """
         end = time.monotonic() + 60 * minutes
         self.measure_base()
         for run, steps in stages:
@@ -129,6 +140,32 @@ class Study:
                 self.look_at(run.label(steps), checkpoint)
             self.decode(run, steps, checkpoint)
             self.keep_seconds(run, checkpoint)
+
+    def check(self) -> None:
+        """Make sure that what is measured already began where this study begins.
+
+        Raises:
+            InputError: it has another base, other data or other settings.
+        """
+        if others := sorted(set(self._differences())):
+            raise InputError(
+                f"{self.points} holds a study that differs in {', '.join(others)}",
+                hint="choose another --output, or remove the record",
+            )
+
+    def _differences(self) -> Iterator[str]:
+        """What the records were made with that is another thing now."""
+        record = _read(self.points)
+        asked = {"limit": self.limit, "task": self.task.name}
+        yield from (name for name, value in asked.items() if record.get(name, value) != value)
+        base = [point for point in record.get("points", []) if point["label"] == BASE]
+        # The dtype of decoding is the machine's, and the digest is another one in each.
+        for dtype, weights in {(point["dtype"], point["weights"]) for point in base}:
+            if weights != weights_digest(self._base_in(dtype).model):
+                yield "the weights of the base"
+        if settings := _read(self.looks).get("settings"):  # older records have none
+            now = json.loads(json.dumps(self._shared_settings(), default=str))
+            yield from (f"`{name}`" for name, _, _ in changes(settings, now))
 
     def is_measured(self, run: Run, steps: int) -> bool:
         """Whether all points of a stage are in the record."""
@@ -180,11 +217,25 @@ class Study:
         return {
             "noise": run.noise,
             "model": asdict(self.recipe.model),
+            **self._source(),
+            "training": {**training, "max_steps": None},
+        }
+
+    def _source(self) -> dict[str, Any]:
+        """The base, and what of the data is learnt."""
+        source = {
             "weights": weights_digest(self.base.model),
             "data": data_digest(self.recipe.data),
             "held_out": self.held_out,
-            "training": {**training, "max_steps": None},
         }
+        # Runs that began before this was written down have no such entry.
+        return source | ({"num_examples": self.num_examples} if self.num_examples else {})
+
+    def _shared_settings(self) -> dict[str, Any]:
+        """What all runs of a record have in common, wherever they are trained."""
+        training = self.recipe.training | SCHEDULE
+        shared = {name: value for name, value in training.items() if name not in OF_A_RUN}
+        return self._source() | {"training": shared}
 
     def decode(self, run: Run, steps: int, checkpoint: Path) -> None:
         """Accuracy and TPF of a stage at all thresholds."""
@@ -202,13 +253,24 @@ class Study:
         )
 
     def measure_base(self) -> None:
-        """What the base solves before any step, and its noise at several mask ratios."""
-        path = self.recipe.model.path or ""
-        self._sweep(
-            Curve(BASE, path, "threshold", (CAREFUL,)), Curve(BASE, path, "spd", THRESHOLDS)
-        )
+        """What the base solves before any step, and its noise at several mask ratios.
+
+        Raises:
+            InputError: as `run` does, before anything is changed.
+        """
+        self.check()
         for ratio in RATIOS:
             self.look_at(base_label(ratio), None, ratio)
+        path = self.recipe.model.path or ""
+        curves = Curve(BASE, path, "threshold", (CAREFUL,)), Curve(BASE, path, "spd", THRESHOLDS)
+        held = {
+            (point["strategy"], point["value"])
+            for point in _read(self.points).get("points", [])
+            if point["label"] == BASE
+        }
+        # Points of the same base on a machine of another dtype stay as they are.
+        if not held >= {(curve.strategy, value) for curve in curves for value in curve.values}:
+            self._sweep(*curves)
 
     def keep_seconds(self, run: Run, checkpoint: Path) -> None:
         """Write down how long a run has trained so far."""
@@ -219,9 +281,16 @@ class Study:
     def _load(self, name: str | Path) -> Checkpoint:
         return load_checkpoint(name, dtype=torch.float32, device=self.device)
 
+    def _base_in(self, dtype: str) -> Checkpoint:
+        if dtype == "float32":
+            return self.base
+        return load_checkpoint(self.recipe.model.path or "", dtype=DTYPES[dtype], device="cpu")
+
     def _looks(self) -> dict[str, Any]:
-        here = {"environment": environment(self.device), "looks": {}, "seconds": {}}
-        return _read(self.looks) or here
+        if record := _read(self.looks):
+            return record
+        begun = {"environment": environment(self.device), "settings": self._shared_settings()}
+        return begun | {"looks": {}, "seconds": {}}
 
     def look_at(self, label: str, checkpoint: Path | None, ratio: float | None = None) -> None:
         """What the wrong tokens of the noise are like for a model, and what it makes of them."""
@@ -259,50 +328,6 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def parse() -> argparse.Namespace:
-    """The command line; what it does not say is the design's."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--study", choices=DESIGNS, default=BUNDLED, help="a page and its records")
-    parser.add_argument("--recipe", type=Path, help="OPUT on the base, in place of the design's")
-    parser.add_argument("--only", nargs="+", choices=NOISES, dest="noises", metavar="NOISE")
-    parser.add_argument("--rates", nargs="+", type=amount)
-    parser.add_argument("--seeds", nargs="+", type=seed)
-    parser.add_argument("--steps", nargs="+", type=count)
-    parser.add_argument("--limit", type=count, default=LIMIT, help="problems of a point")
-    parser.add_argument("--held-out", type=count, help="examples to look at")
-    parser.add_argument("--minutes", type=amount, default=inf, help="begin no stage later")
-    parser.add_argument("--runs", type=Path, help="folder of the training runs")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the whole page")
-    parser.add_argument("--toy", action="store_true", help="one step, one problem")
-    side_by_side.add_options(parser)
-    options = parser.parse_args()
-    side_by_side.check_options(parser, options)
-    check_plots(parser)
-    options.design = DESIGNS[options.study]
-    if options.toy:
-        options.design, options.limit = options.design.at_toy_length(), 1
-    for name in ("noises", "rates", "steps"):
-        check_planned(parser, options.design, name, getattr(options, name) or ())
-    given = vars(options)
-    for name in ("recipe", "noises", "rates", "seeds", "steps", "held_out"):
-        if given[name] is None:
-            given[name] = getattr(options.design, name)
-    options.runs = options.runs or Path("runs", options.study)
-    return options
-
-
-def check_planned(
-    parser: argparse.ArgumentParser, design: Design, name: str, chosen: Sequence[Any]
-) -> None:
-    """End the script if the design does not have all that was chosen of its noises or numbers."""
-    planned = getattr(design, name)
-    unplanned = [value for value in chosen if value not in planned]
-    if unplanned:
-        others = ", ".join(map(str, unplanned))
-        parser.error(f"the study has the {name} {', '.join(map(str, planned))}, got {others}")
-
-
 def study_of(options: argparse.Namespace, output: Path) -> Study:
     """The study that the command line asks for, with its records in a folder."""
     recipe = options.design.read(options.recipe)
@@ -330,6 +355,7 @@ def do_part(
     whole = study_of(options, options.output)
     part = study_of(options, options.runs / f"{run.name}-records")
     pairs = [(part.points, whole.points), (part.looks, whole.looks)]
+    part.check()  # what it alone knows is kept
     for pair in pairs:
         side_by_side.begin(*pair)
     part.run(stages, minutes=(end - time.time()) / 60)
@@ -350,14 +376,14 @@ def measure(study: Study, stages: Sequence[Stage], options: argparse.Namespace) 
     runs = dict.fromkeys(run for run, _ in stages)
     by_run = [[stage for stage in stages if stage[0] == run] for run in runs]
     end = time.time() + 60 * options.minutes
-    work = [(do_part, (own, options, end)) for own in by_run]
+    work = {own[0][0].name: (do_part, (own, options, end)) for own in by_run}
     side_by_side.do(work, options.jobs)
 
 
 def make_ready(recipe: Recipe, options: argparse.Namespace) -> None:
     """Make the answers of the bundled base; `InputError` if another base or its data is missing."""
     data = Path(recipe.data.file or "")
-    if options.recipe == DESIGNS[BUNDLED].recipe and not data.is_file():
+    if options.recipe == DESIGNS[BUNDLED].recipe:
         make_responses(data)
     for needed in (recipe.model.path or "", str(data)):
         if needed.startswith("runs/") and not Path(needed).exists():
@@ -368,13 +394,17 @@ def make_ready(recipe: Recipe, options: argparse.Namespace) -> None:
 @telling()
 def main() -> None:
     """Measure what is missing, write the page."""
-    options = parse()
+    options = parse(__doc__.splitlines()[0])
     study = study_of(options, options.output)
+    check_ours(study.points, "points")
+    check_ours(study.looks, "looks", "seconds")
+    check_page(study.points.with_suffix(".md"), f"# {options.design.title}")
     if not options.page:
         stages = list(plan(options.noises, options.rates, options.seeds, options.steps))
         measure(study, stages, options)
-    if study.points.exists():
-        write_page(study.points, study.looks, options.design)
+    elif not study.points.exists():
+        raise InputError(f"{study.points} is not there yet", hint=f"run `{options.design.command}`")
+    write_page(study.points, study.looks, options.design)
 
 
 if __name__ == "__main__":

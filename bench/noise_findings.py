@@ -198,7 +198,9 @@ def _listed(words: Iterable[str]) -> str:
 
 def plausible(found: Record) -> str:
     """Which share of wrong tokens the base finds plausible, at the mask ratio of the runs."""
-    look = found[base_label(RECIPE_RATIO)]
+    look = found.get(base_label(RECIPE_RATIO))
+    if look is None:
+        return ""
     shares = [percent(look[noise]["plausible"], look[noise]["wrong"]) for noise in PAIR]
     return (
         f"The base gives at least 1 % of its probability to each of {shares[0]} of its own wrong "
@@ -213,21 +215,25 @@ def reasons(points: Points, found: Record) -> list[str]:
     errors = ", ".join(
         f"{percent(look['wrong'], look['positions'])} at a mask ratio of {ratio:g}"
         for ratio in RATIOS
+        if base_label(ratio) in found
         for look in [found[base_label(ratio)][OURS]]
     )
     regime = how_far(compared) or "No range of steps and rates has shown."
+    told = f"Of masked positions the base's samples are wrong at {errors}." if errors else ""
     return [
         f"(a) Random tokens of the same kind against any random ones: {of_a_kind}. "
-        f"{recognition(points, found)}",
+        f"{recognition(points, found)}".strip(),
         f"(b) {consequence(points)}",
         f"(c) {regime}",
-        f"(d) Of masked positions the base's samples are wrong at {errors}.",
+        f"(d) {told or 'The base has not been looked at yet.'}",
     ]
 
 
 def recognition(points: Points, found: Record) -> str:
     """Which wrong tokens one forward mends, and which right ones it breaks, along training."""
-    base = found[base_label(RECIPE_RATIO)]
+    base = found.get(base_label(RECIPE_RATIO))
+    if base is None:
+        return ""
     own = base["argmax"]
     random = base["at-errors"]
     mending: list[str] = []
@@ -240,17 +246,17 @@ def recognition(points: Points, found: Record) -> str:
                 continue
             mended = [Share(look["mended"], look["wrong"], 0) for look in looks]
             kept = [Share(look["right"] - look["broken"], look["right"], 0) for look in looks]
-            mending.append(better(*mended))
-            keeping.append(better(*kept))
+            mending += [better(*mended)] if all(share.total for share in mended) else []
+            keeping += [better(*kept)] if all(share.total for share in kept) else []
     more, fewer = mending.count("holds"), mending.count("fails")
     better_kept, worse_kept = keeping.count("holds"), keeping.count("fails")
     return (
         f"The untrained base mends {percent(random['mended'], random['wrong'])} of random tokens "
         f"in the place of its errors, and {percent(own['mended'], own['wrong'])} of its own. "
-        "Trained models were compared by what one more forward makes of their own tokens. After "
-        f"training on own tokens it mends more of their errors in {more} of {len(mending)} "
-        f"comparisons and fewer in {fewer}. It breaks fewer of their right tokens in "
-        f"{better_kept} and more in {worse_kept}. All are in a table below."
+        "Trained models were compared by what one more forward makes of their own tokens. A model "
+        "trained on own tokens mends more of its own errors than one trained on random tokens in "
+        f"{more} of {len(mending)} comparisons, and fewer in {fewer}. It breaks fewer of its own "
+        f"right tokens in {better_kept}, and more in {worse_kept}. All are in a table below."
     )
 
 
@@ -273,6 +279,8 @@ def published(points: Points) -> str:
 
 def consequence(points: Points) -> str:
     """What the two controls tell, as a sentence."""
+    if not all(any(points.comparisons(other)) for other in ("at-errors", "same-kind")):
+        return "The number of wrong tokens is told from which they are once both are measured."
     if _gain(points, "at-errors") > 0:
         return "It matters which wrong tokens stand where the model errs."
     if _gain(points, "same-kind") > 0:

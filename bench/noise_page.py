@@ -26,8 +26,10 @@ from noise_plan import (
     PRETRAINED,
     PRETRAINED_GPU,
     PRETRAINED_SLOW,
+    RECIPE_RATIO,
     THRESHOLDS,
     Design,
+    base_label,
 )
 from noise_points import RANDOM, Points, Record
 from noise_tables import (
@@ -74,7 +76,7 @@ At the mask ratio of the runs, by the kind of the clean token:
 def write_page(points_file: Path, looks_file: Path, design: Design) -> None:
     """Write the page and its curves beside the records, with all that is planned or measured."""
     record = read_record(points_file)
-    looked = read_record(looks_file)
+    looked = read_record(looks_file) if looks_file.exists() else {"looks": {}, "seconds": {}}
     points = Points(record, design.stages)
     draw(points, points_file.with_suffix(".svg"))
     parts = (
@@ -175,7 +177,8 @@ def sections(points: Points, found: Record, design: Design) -> Iterator[str]:
     yield LOOKS.format(
         base_noise=base_noise(found), wrong_kinds=wrong_kinds(found), trained=filled(trained)
     )
-    yield along_training(found, points)
+    if base_label(RECIPE_RATIO) in found:  # with which the others are compared
+        yield along_training(found, points)
     yield f"## Every point\n\n{every_point(points)}"
     goes_on = f"How far each run is. `{design.command}` goes on from here."
     yield f"## What is measured\n\n{goes_on}\n\n{missing(points, design.noises)}"

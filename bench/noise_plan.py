@@ -62,7 +62,8 @@ short word problems. Its stages were run anew in float32, so its weights are not
   without OPUT, SPD does not collapse on this base, as it does on the bundled one.
 - **Expected:** on the bundled base, own tokens lead where the rate times the steps is 0.0032 to
   0.02. If this holds here too, they lead after 25 and 50 steps at 3e-4 (0.0075 and 0.015), and
-  neither after 100 (0.03) nor at 3e-5 (0.003 after 100 steps).
+  neither after 100 (0.03) nor at 3e-5 (0.003 after 100 steps). (Since this was written, the range
+  has become 0.0016 to 0.02.)
 """
 PRETRAINED_SLOW_TEXT = """
 At 3e-4 the first 25 steps cost [the pretrained base](noise_pretrained.md) accuracy with either

@@ -13,21 +13,23 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
-from command_line import check_plots, count, telling
+from command_line import check_page, check_plots, count, telling
 from in_short import in_short
-from paper_page import page
+from paper_page import TEMPLATE, page
 from paper_plan import DECODING, MEASURED, TRAINING
 from paper_points import Record, Results
 
-from dmax.environment import environment
+from dmax.checkpoint import load_checkpoint
+from dmax.environment import environment, weights_digest
 from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.run import evaluate
 from dmax.evaluation.sweep import Curve, run_sweep
-from dmax.files import write_atomically
+from dmax.files import check_ours, read_record, write_atomically
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.records.encoding import encode_dataset
@@ -123,32 +125,35 @@ def forward_times(llm: LLM, num: int = 24, repeats: int = 5) -> Record:
 
 
 def measure(output: Path) -> Record:
-    """All of the above, each written as soon as it is known and not repeated."""
-    record: Record = {"environment": environment()}
-    if output.exists():
-        record = json.loads(output.read_text())
+    """All of the above, each written as soon as it is known.
+
+    It is repeated for other weights only. What was measured before their digests were kept counts
+    as measured: nobody can tell whose it is.
+    """
+    record: Record = read_record(output) if output.exists() else {"environment": environment()}
     questions = [p.question for p in problems(64, seed=7, split="test")]
     hard = DecodingParams("spd", 0.5, options={"soft_inputs": False})
     soft = DecodingParams("spd", 0.5)
-    jobs: dict[str, Callable[[], Record]] = {}
+    jobs: dict[str, tuple[str, Callable[[LLM], Record]]] = {}
     for name, path in MEASURED.items():
-        jobs[f"revisions, hard tokens, {name}"] = with_model(path, revisions, questions, hard)
-        jobs[f"revisions, SPD, {name}"] = with_model(path, revisions, questions, soft)
-        jobs[f"corrections, {name}"] = with_model(path, corrections)
-    jobs["forward times"] = lambda: forward_times(LLM("tiny-dmax", max_batch_size=1))
-    for name, job in jobs.items():
-        if name not in record:
-            record[name] = job()
+        jobs[f"revisions, hard tokens, {name}"] = path, lambda llm: revisions(llm, questions, hard)
+        jobs[f"revisions, SPD, {name}"] = path, lambda llm: revisions(llm, questions, soft)
+        jobs[f"corrections, {name}"] = path, corrections
+    jobs["forward times"] = "tiny-dmax", forward_times
+    for name, (path, job) in jobs.items():
+        held = record.get(name)
+        if held is None or ("weights" in held and held["weights"] != digest(path)):
+            llm = LLM(path, max_batch_size=1) if job is forward_times else LLM(path)
+            record[name] = {**job(llm), "weights": digest(path)}
             print(name, json.dumps(record[name]), flush=True)
             write_atomically(output, json.dumps(record, indent=1) + "\n")
     return record
 
 
-def with_model(
-    path: str, function: Callable[..., Record], *arguments: object
-) -> Callable[[], Record]:
-    """A job that opens a model when it is called, and applies the function to it."""
-    return lambda: function(LLM(path), *arguments)
+@cache
+def digest(path: str) -> str:
+    """Tells the weights of a model apart, on machines of any dtype alike."""
+    return weights_digest(load_checkpoint(path, dtype=torch.float32, device="cpu").model)
 
 
 def check_retrained() -> None:
@@ -174,6 +179,8 @@ def main() -> None:
     check_retrained()
     task = get_task("word_problems")
     output = options.output
+    check_ours(output / "measures.json", "environment")
+    check_page(output / "README.md", TEMPLATE)
 
     def sweep(curves: Sequence[Curve], name: str, limit: int) -> Record:
         return run_sweep(

@@ -50,6 +50,11 @@ def worst(*verdicts: str) -> str:
     return max(verdicts, key=("holds", "within noise", "fails").index)
 
 
+def part_of(some: int, whole: int) -> float:
+    """A share; of nothing, 0: who judges by it looks at the whole first."""
+    return some / whole if whole else 0.0
+
+
 @claim(
     "17",
     "The base model collapses as its threshold falls",
@@ -138,10 +143,12 @@ def _(r: Results) -> Finding:
     rates = {
         n: r.measures[f"revisions, hard tokens, {n}"] for n in ("sampled rollouts", "random tokens")
     }
-    flips = {n: 100 * m["changes"] / m["chances"] for n, m in rates.items()}
+    flips = {n: 100 * part_of(m["changes"], m["chances"]) for n, m in rates.items()}
     verdict = (
         better(oput, random) if flips["random tokens"] > flips["sampled rollouts"] else "fails"
     )
+    if not all(m["chances"] for m in rates.values()):
+        verdict = "within noise"
     shown = ", ".join(f"{n} {value:.1f} %" for n, value in flips.items())
     return (
         verdict,
@@ -255,8 +262,8 @@ def _(r: Results) -> Finding:
     counts = {
         n: r.measures[f"corrections, {n}"] for n in ("base", "random tokens", "sampled rollouts")
     }
-    mended = {n: c["mended"] / c["wrong"] for n, c in counts.items()}
-    broken = {n: c["broken"] / c["right"] for n, c in counts.items()}
+    mended = {n: part_of(c["mended"], c["wrong"]) for n, c in counts.items()}
+    broken = {n: part_of(c["broken"], c["right"]) for n, c in counts.items()}
     oput = "sampled rollouts"
     good = (
         mended[oput] > max(mended["base"], mended["random tokens"])
@@ -267,6 +274,8 @@ def _(r: Results) -> Finding:
         f"broken {c['broken']}/{c['right']} ({100 * broken[n]:.1f} %)"
         for n, c in counts.items()
     )
+    if not all(c["wrong"] and c["right"] for c in counts.values()):
+        return "within noise", shown
     return "holds" if good else "fails", shown
 
 

@@ -126,7 +126,7 @@ unless the other is better by that rule; "little" (21) is at most 2 points. TPF,
 
 `python bench/paper.py` wrote this page from the records in this folder and, for the first lines, in
 [bench/results](../../bench/results). `make results` measures the records in this folder again;
-those on a pretrained model are made by `make pretrained`.
+`make pretrained` makes those on a pretrained model, its studies of noise under `runs/results`.
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)
 

@@ -7,13 +7,15 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from command_line import count, refusing
 
 from dmax.environment import select_device
+from dmax.errors import InputError
 from dmax.evaluation.sweep import add_points
 from dmax.files import read_record, write_atomically
 
@@ -36,37 +38,80 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             select_device("cuda")
 
 
-def do(work: Iterable[Work], num_jobs: int) -> None:
+def do(work: Mapping[str, Work], num_jobs: int) -> None:
     """Do all the work, `num_jobs` pieces at a time, and put the records together as they come.
 
     Every piece has a fresh process of one thread. If one fails, the others are still finished, and
     what it had measured is kept in its own record.
 
+    Args:
+        work: the pieces by their names.
+        num_jobs: how many at once.
+
     Raises:
-        Exception: what the first piece that failed has raised.
+        Exception: what the first piece that failed has raised; `InputError` if it was killed.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    failed: list[Exception] = []
-    with ProcessPoolExecutor(num_jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        tasks = [pool.submit(function, *arguments) for function, arguments in work]
+    failed: dict[str, Exception] = {}
+    with ThreadPoolExecutor(num_jobs) as pool:
+        tasks = {pool.submit(_alone, name, *piece): name for name, piece in work.items()}
         for task in as_completed(tasks):
             try:
                 for part, whole in task.result():
                     put_together(part, whole)
             except Exception as error:  # whatever ended one run ends no other
-                print(f"error: {error!r}", flush=True)
-                failed.append(error)
+                print(f"error: {tasks[task]}: {error!r}", flush=True)
+                failed[tasks[task]] = error
+    if len(failed) > 1:
+        print(f"not finished: {', '.join(failed)}", flush=True)
     if failed:
-        raise failed[0]
+        raise next(iter(failed.values()))
+
+
+def _alone(
+    name: str, function: Callable[..., Iterable[Pair]], arguments: tuple[Any, ...]
+) -> Iterable[Pair]:
+    """What a piece gives in a process of its own: a killed one breaks the pool that it is in."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise InputError(
+            f"the process of {name} was killed, or did not start",
+            hint="if memory ran out, take fewer --jobs; what is measured is kept",
+        ) from None
 
 
 def begin(part: Path, whole: Path) -> None:
-    """Begin a part with what is measured already, unless it has begun."""
-    if whole.exists() and not part.exists():
-        known = whole.read_text(encoding="utf-8")
-        write_atomically(_begun(part), known)
-        write_atomically(part, known)
+    """Begin a part with what is measured already; what it alone knows of it stays.
+
+    A part of another limit or task stays as it is: who goes on with it says what differs.
+    """
+    if not whole.exists():
+        return
+    known = read_record(whole)
+    held = read_record(part) if part.exists() else {}
+    if all(known.get(name, value) == value for name, value in held.items() if _is_plain(value)):
+        write_atomically(_begun(part), json.dumps(known, indent=1) + "\n")
+        record = merged(known, unknown(known, held))
+        write_atomically(part, json.dumps(record, indent=1) + "\n")
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, Mapping | list)
+
+
+def unknown(known: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries and points of a part that a record does not have."""
+    new = dict(part)
+    for name, value in part.items():
+        if name == "points":
+            places = {_place(point) for point in known.get("points", [])}
+            new[name] = [point for point in value if _place(point) not in places]
+        elif isinstance(value, Mapping) and name != "environment":
+            new[name] = {key: each for key, each in value.items() if key not in known.get(name, {})}
+    return new
 
 
 def put_together(part: Path, whole: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from beyond_verdict import (
     verdict,
 )
 
+from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
 from dmax.recipe.sections import load_recipe
 
@@ -149,6 +150,18 @@ def test_a_seed_whose_control_is_never_as_accurate_counts_against_the_start_only
     assert verdict(found, MMD, "spd") == RIGHT
 
 
+@pytest.mark.parametrize("failed", [(2, 3), (1, 2, 3)])
+def test_where_the_control_falls_short_the_start_decides(failed: Sequence[int]) -> None:
+    curves = [shifted(MMD, seed, 1 + seed / 10) for seed in SEEDS]
+    control = [failing(OPUT, s) if s in failed else shifted(OPUT, s, 0.0) for s in SEEDS]
+    found = Found(record_of(*curves, *control))
+    assert verdict(found, MMD, "spd") == RIGHT
+    told = f"**{RIGHT.capitalize()}:** MMD by SPD (against its start alone)."
+    assert answer(found).startswith(told)
+    one_missing = Found(record_of(*curves, *control[1:]))
+    assert verdict(one_missing, MMD, "spd") == EARLY, "that seed may still decide"
+
+
 def failing(run: Run, seed: int) -> list[dict[str, Any]]:
     """A fast curve without the answers that are asked for."""
     return [point | {"accuracy": 0.5, "correct": 250} for point in shifted(run, seed, 9.0)]
@@ -268,7 +281,12 @@ def test_data_is_made_once_and_gone_on_with(
     run = TRAINED[0]
     data = tmp_path / "tiny_responses.jsonl"
     commands = list[list[str]]()
-    monkeypatch.setattr(beyond.subprocess, "run", lambda command, check: commands.append(command))
+
+    def run_command(command: list[str], check: bool) -> Namespace:
+        commands.append(command)
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(beyond.subprocess, "run", run_command)
     beyond.make_data(run, tmp_path, toy=True)
     data.write_text("{}\n" * 6)  # of 8
     beyond.make_data(run, tmp_path, toy=True)
@@ -277,6 +295,31 @@ def test_data_is_made_once_and_gone_on_with(
     data.with_suffix(".dropped.jsonl").write_text("{}\n" * 2)
     beyond.make_data(run, tmp_path, toy=True)
     assert len(commands) == 2
+
+
+def test_data_that_cannot_be_made_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beyond.subprocess, "run", lambda *_, **__: Namespace(returncode=2))
+    with pytest.raises(InputError) as told:
+        beyond.make_data(OPUT, tmp_path, toy=True)
+    assert "the data of OPUT goes on could not be made: `python -m dmax distill" in str(told.value)
+    assert str(told.value).endswith("ended with exit code 2")
+
+
+def test_a_seed_that_is_given_twice_is_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    done = list[int]()
+    monkeypatch.setattr(beyond, "do_bundled", lambda *_: None)
+    monkeypatch.setattr(beyond, "make_data", lambda *_: None)
+    monkeypatch.setattr(beyond, "do", lambda run, seed, options, output: done.append(seed))
+    monkeypatch.setattr(beyond, "write_page", lambda *_: None)
+    given = ["--only", "mmd", "--seeds", "2", "1", "2", "--output", str(tmp_path)]
+    (tmp_path / "beyond.json").write_text(json.dumps(record_of()))
+    beyond.main(given)
+    assert done == [2, 1]
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -295,7 +338,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_trains_at_toy_length(run: Run, root: Path) -> None:
     pytest.importorskip("accelerate")
     beyond.make_data(run, root, toy=True)
-    beyond.train(run, 1, argparse.Namespace(runs=root, toy=True, gpu=False))
+    beyond.train(run, 1, Namespace(runs=root, toy=True, gpu=False))
     said = json.loads((root / run.folder(1) / "dmax.json").read_text())
     assert (said["recipe"], said["steps"]) == (run.path.name, 2)
 

@@ -42,3 +42,26 @@ def test_the_page_has_every_point_and_the_control() -> None:
     assert text == (RESULTS / "methods.md").read_text(encoding="utf-8")
     assert text.count("\n| ") == len(record["points"]) + 1
     assert "/600" in text
+
+
+def test_a_method_that_writes_nothing_has_its_row() -> None:
+    record = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+    nothing = {"generated_tokens": 0, "tpf": 0.0, "tokens_per_second": 0.0, "correct": 0}
+    for point in record["points"]:
+        if point["label"] in ("autoregressive", "D2F's window, untrained"):
+            point.update(nothing)
+    text = methods.page(record, RESULTS / "training.json")
+    assert "| autoregressive | `autoregressive` | count 1 | 0/200" in text
+    assert "| 0.00 | nothing written |" in text
+    d2f = methods.bought(record["points"]).splitlines()[0]
+    assert "is more accurate than without" in d2f and "times as many tokens" not in d2f
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_elsewhere_the_page_leaves_out_the_ablation(is_begun: bool, tmp_path: Path) -> None:
+    if is_begun:
+        (tmp_path / "training.json").write_text(json.dumps({"points": []}))
+    record = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+    text = methods.page(record, tmp_path / "training.json")
+    assert "Learning from masks alone" not in text
+    assert ".\n\n## Every point" in text

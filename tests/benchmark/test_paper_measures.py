@@ -6,7 +6,8 @@ from pathlib import Path
 
 import ablation_training
 import pytest
-from paper import corrections, forward_times, measure, revisions
+from paper import corrections, digest, forward_times, measure, revisions
+from paper_plan import MEASURED
 
 from dmax import LLM, DecodingParams
 from dmax.recipe.sections import load_recipe
@@ -49,14 +50,68 @@ def test_every_measure_is_written_and_not_repeated(
 ) -> None:
     functions = ("revisions", "corrections", "forward_times")
     monkeypatch.setattr("paper.LLM", lambda path, **options: path)
+    monkeypatch.setattr("paper.digest", lambda path: f"weights of {path}")
     for name in functions:
         monkeypatch.setattr(f"paper.{name}", lambda *given, name=name: {"by": name})
     output = tmp_path / "measures.json"
     first = measure(output)
     measured_by = {each["by"] for name, each in first.items() if name != "environment"}
     assert measured_by == set(functions)
-    monkeypatch.setattr("paper.forward_times", lambda *given: pytest.fail("measured again"))
+    for name in functions:
+        monkeypatch.setattr(f"paper.{name}", lambda *given: pytest.fail("measured again"))
     assert measure(output) == first
+
+
+def test_a_retrained_model_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "measures.json"
+    weights = dict.fromkeys(MEASURED.values(), "old")
+    monkeypatch.setattr("paper.LLM", lambda path, **options: path)
+    monkeypatch.setattr("paper.digest", weights.__getitem__)
+    for name in ("revisions", "corrections", "forward_times"):
+        monkeypatch.setattr(f"paper.{name}", lambda path, *given: {"with": weights[path]})
+    measure(output)
+    weights[MEASURED["random tokens"]] = "new"
+    found = {name: each["with"] for name, each in measure(output).items() if "with" in each}
+    again = [name for name, version in found.items() if version == "new"]
+    assert len(again) == 3 and all(name.endswith(", random tokens") for name in again)
+
+
+def test_what_was_measured_before_digests_were_kept_counts_as_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = (ROOT / "docs" / "results" / "measures.json").read_bytes()
+    (tmp_path / "measures.json").write_bytes(held)
+    monkeypatch.setattr("paper.LLM", lambda *_, **__: pytest.fail("measured again"))
+    measure(tmp_path / "measures.json")
+    assert (tmp_path / "measures.json").read_bytes() == held
+
+
+def test_weights_are_told_apart() -> None:
+    assert digest("tiny-base") != digest("tiny-dmax")
+
+
+def test_answers_that_were_cut_off_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any model is trained on them."""
+    begun = list[int]()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ablation_training.py"])
+    monkeypatch.setattr(ablation_training, "RECIPE", ROOT / ablation_training.RECIPE)
+    monkeypatch.setattr(ablation_training, "LLM", lambda *_, **__: None)
+    monkeypatch.setattr(ablation_training, "ModelAnswerer", lambda *_: None)
+    monkeypatch.setattr(
+        ablation_training, "distill", lambda answerer, prompts, files: begun.append(len(prompts))
+    )
+    monkeypatch.setattr(ablation_training, "run_recipe", lambda *_, **__: None)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny_responses.jsonl").write_text("{}\n" * 128)
+    ablation_training.main()
+    (tmp_path / "runs" / "tiny_responses.jsonl").write_text("{}\n" * 5000)
+    ablation_training.main()
+    assert begun == [5000]
 
 
 def test_the_ablation_varies_one_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from side_by_side import add_options, begin, check_options, do, merged, put_together
 
+from dmax.errors import InputError
 from dmax.files import read_record
 
 
 def measure(name: str, whole: Path) -> list[tuple[Path, Path]]:
-    """One point more, in a record beside the whole one; `bad` fails."""
+    """One point more, in a record beside the whole one; `bad` fails, and `killed` is killed."""
     part = whole.with_name(f"{name}.json")
     begin(part, whole)
     if name == "bad":
         raise ValueError("no such run")
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     record = dict(read_record(part))
     record["points"].append({"label": name, "value": 0.5})
     part.write_text(json.dumps(record))
@@ -29,7 +34,7 @@ def test_every_run_adds_to_the_record(tmp_path: Path) -> None:
     whole = tmp_path / "whole.json"
     first = {"label": "first", "value": 0.0}
     whole.write_text(json.dumps({"seed": 7, "environment": {}, "points": [first]}))
-    do([(measure, (name, whole)) for name in "ab"], 2)
+    do({name: (measure, (name, whole)) for name in "ab"}, 2)
     labels = sorted(point["label"] for point in read_record(whole)["points"])
     assert labels == ["a", "b", "first"]
     assert read_record(tmp_path / "a.json")["seed"] == 7
@@ -55,13 +60,44 @@ def test_a_run_gives_back_only_what_it_has_measured(tmp_path: Path) -> None:
     assert {point["label"]: point["tpf"] for point in record["points"]} == {"a": 2, "b": 2}
 
 
-def test_a_run_that_fails_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_fail_or_are_killed_end_no_other_and_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     whole = tmp_path / "whole.json"
     whole.write_text(json.dumps({"environment": {}, "points": []}))
-    with pytest.raises(ValueError, match="no such run"):
-        do([(measure, (name, whole)) for name in ("bad", "a")], 1)
+    with pytest.raises(InputError, match="the process of killed was killed"):
+        do({name: (measure, (name, whole)) for name in ("killed", "bad", "a")}, 1)
     assert [point["label"] for point in read_record(whole)["points"]] == ["a"]
-    assert "no such run" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "no such run" in said and "not finished: killed, bad" in said
+
+
+def test_a_part_is_renewed_and_keeps_what_it_alone_knows(tmp_path: Path) -> None:
+    def point(label: str, tpf: int) -> dict[str, object]:
+        return {"label": label, "value": 0.5, "tpf": tpf}
+
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    record = {"limit": 2, "environment": {}, "points": [point("a", 1)], "seconds": {"a": 1}}
+    whole.write_text(json.dumps(record))
+    begin(part, whole)
+    own = record | {"points": [point("a", 1), point("own", 1)], "seconds": {"a": 1, "own": 1}}
+    part.write_text(json.dumps(own))  # and then it was killed
+    later = [point("a", 2), point("later", 2)]
+    whole.write_text(json.dumps(record | {"points": later, "seconds": {"a": 2}}))
+    begin(part, whole)
+    assert read_record(part)["points"] == [*later, point("own", 1)]
+    assert read_record(part)["seconds"] == {"a": 2, "own": 1}
+    put_together(part, whole)
+    assert read_record(whole) == read_record(part)
+
+
+def test_a_part_of_another_limit_stays_as_it_is(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    held = json.dumps({"limit": 5, "environment": {}, "points": [{"label": "a", "value": 0.5}]})
+    part.write_text(held)
+    whole.write_text(json.dumps({"limit": 200, "environment": {}, "points": []}))
+    begin(part, whole)
+    assert part.read_text() == held
 
 
 def test_what_is_in_both_records_is_the_new_ones() -> None:
