@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import Field, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dmax.checkpoint_kind import named_decoding
 from dmax.decoding import FALLBACK, get_strategy, strategy_class
 from dmax.decoding.block import View
 from dmax.decoding.strategy import Strategy
@@ -45,6 +47,18 @@ MOST_CANDIDATES = 32
 """The largest `top_k` of a client: an engine keeps and embeds as many candidates for every slot."""
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 NOTHING = ("none", "null")
+
+
+def strategies_of(config: Any, name_or_path: str, folder: Path) -> tuple[str | None, str]:
+    """The strategy that the config of a checkpoint names, and what "auto" stands for without one.
+
+    What is known of a published model is a default, which an operator may override.
+
+    Raises:
+        InputError: the config names one that does not exist.
+    """
+    auto = named_decoding(config, name_or_path, folder) or FALLBACK
+    return getattr(config, "decoding_strategy", None), auto
 
 
 def server_params(

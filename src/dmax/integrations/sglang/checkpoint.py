@@ -13,11 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dmax.checkpoint_kind import named_decoding
 from dmax.decoding import FALLBACK, get_strategy
 from dmax.errors import InputError
 from dmax.hub import is_published_dmax
-from dmax.integrations.options import PREFIX, check_reading, check_runs_here, server_params
+from dmax.integrations.options import (
+    PREFIX,
+    check_reading,
+    check_runs_here,
+    server_params,
+    strategies_of,
+)
 from dmax.params import DecodingParams
 from dmax.special_ids import find_mask_token_id, resolve_special_ids
 
@@ -88,10 +93,9 @@ def read_checkpoint(config: Any, server_args: Any) -> Any:
     config.block_size = special_ids.block_length
     if config.algorithm == NAME:
         path = settings.model_path
-        auto = named_decoding(model.hf_config, path, Path(path))
-        named = getattr(model.hf_config, "decoding_strategy", None)
+        named, auto = strategies_of(model.hf_config, path, Path(path))
         config.special_ids = special_ids
-        config.decoding = server_decoding(options, named, auto or FALLBACK)
+        config.decoding = server_decoding(options, named, auto)
     return config
 
 

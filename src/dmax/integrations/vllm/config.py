@@ -15,10 +15,8 @@ from vllm.config.diffusion import DiffusionConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from dmax.checkpoint_kind import named_decoding
-from dmax.decoding import FALLBACK
 from dmax.errors import InputError, one_line
-from dmax.integrations.options import check_reading, check_request
+from dmax.integrations.options import check_reading, check_request, strategies_of
 from dmax.integrations.options import server_params as options_of_server
 from dmax.params import DecodingParams
 from dmax.special_ids import SpecialIds, find_mask_token_id, resolve_special_ids
@@ -232,11 +230,11 @@ def server_params(vllm_config: Any) -> DecodingParams:
     """
     model = vllm_config.model_config
     folder = Path(model.model)
-    named = getattr(model.hf_config, "decoding_strategy", None)
-    auto = named_decoding(model.hf_config, model.model, folder if folder.is_dir() else NO_FOLDER)
+    folder = folder if folder.is_dir() else NO_FOLDER
+    named, auto = strategies_of(model.hf_config, model.model, folder)
     sources = (vllm_config.additional_config, model.hf_overrides)
     given = ChainMap(*(each for each in sources if isinstance(each, dict)))
-    params = options_of_server(given, named, auto or FALLBACK)
+    params = options_of_server(given, named, auto)
     return replace(params, block_length=model.hf_config.block_length)
 
 
