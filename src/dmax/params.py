@@ -16,6 +16,7 @@ AUTO = "auto"
 """The strategy that a model was trained for, as its checkpoint says."""
 MOST = 2**31 - 1
 """The largest count of anything."""
+LARGEST_SEED = 2**63 - 1
 MOST_PROBLEMS = 1_000_000
 """The most problems that a command or a recipe draws."""
 MAX_TEXTS = 256
@@ -164,7 +165,7 @@ class DecodingParams:
     block_length: int | None = whole(None, low=1, optional=True)
     max_new_tokens: int = whole(256, low=1)
     temperature: float = number(0.0, high=1000)
-    seed: int | None = whole(None, high=2**63 - 1, optional=True)
+    seed: int | None = whole(None, high=LARGEST_SEED, optional=True)
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
     deadline: float | None = number(None, optional=True)

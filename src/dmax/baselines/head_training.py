@@ -27,7 +27,7 @@ from dmax.baselines.heads import (
     shapes,
 )
 from dmax.errors import InputError, did_you_mean
-from dmax.params import check_number
+from dmax.params import LARGEST_SEED, check_number
 from dmax.records.encoding import Encoded
 from dmax.special_ids import SpecialIds
 from dmax.training.data import check_examples
@@ -70,7 +70,7 @@ class HeadConfig:
             hint = did_you_mean(self.kind, KINDS)
             raise InputError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}", hint)
         check_number("learning_rate", self.learning_rate, low=0, above_low=True)
-        check_number("seed", self.seed, low=0, high=2**63 - 1, whole=True)
+        check_number("seed", self.seed, low=0, high=LARGEST_SEED, whole=True)
         for name, most in MOST.items():
             check_number(name, getattr(self, name), low=1, high=most, whole=True)
 

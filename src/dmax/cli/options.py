@@ -11,14 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from dmax.errors import InputError, shorten, show
-from dmax.params import DecodingParams, EngineOptions
+from dmax.params import LARGEST_SEED, DecodingParams, EngineOptions
 
 # The defaults of the options that these have.
 DECODING = DecodingParams()
 ENGINE = EngineOptions()
 MOST_EXAMPLES = 100_000
 LARGEST_BATCH = 65_536
-LARGEST_SEED = 2**63 - 1
 LONGEST_PROMPT = 2**21  # characters; no model reads as many
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="bundled name, folder or hub id")]

@@ -25,7 +25,7 @@ from dmax.decoding import check_strategy
 from dmax.environment import DTYPES
 from dmax.errors import InputError, did_you_mean, show
 from dmax.models import LLaDA2MoeConfig
-from dmax.params import AUTO, MOST_PROBLEMS, DecodingParams, check_number
+from dmax.params import AUTO, LARGEST_SEED, MOST_PROBLEMS, DecodingParams, check_number
 from dmax.recipe.arguments import DECODED, HELD_OUT, argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.recipe.lora import LoraSection
@@ -46,7 +46,6 @@ _SECTIONS = ("output_dir", "model", "data", "training", "fsdp", "lora", "head", 
 LONGEST = 2**24  # positions of a sequence
 LONGEST_BLOCK = 2**12
 MOST_PROCESSES = 1024
-LARGEST_SEED = 2**63 - 1
 BELONGING = {  # keys of `data`, and those of which one has to be there, too
     **dict.fromkeys(("config", "split", "reader", "columns"), ("file", "hub")),
     "revision": ("hub",),
