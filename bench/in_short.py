@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation_training import SEEDS
 from beyond_runs import DECODINGS, DMAX, TRAINED
 from beyond_verdict import PARTLY, RIGHT, SHORT, Found, verdict
 from noise_findings import counted
 from noise_plan import PRETRAINED, PRETRAINED_SLOW
 from noise_points import RANDOM, Comparison, Points, scientific
-from shares import Share, better, difference, gap, pooled, share_of
+from paper_points import of_all_seeds
+from shares import Share, better, difference, gap, share_of
 
 from dmax.files import read_record
 
@@ -86,8 +86,8 @@ def without_noise(tiny: Record) -> str:
 
 def with_noise(training: Record) -> str:
     """What training on wrong tokens adds, at like TPF."""
-    oput = _of_all_seeds(training, "sampled rollouts, SPD", 0.0)
-    masks = _of_all_seeds(training, "masks only, SPD", 0.5)
+    oput = of_all_seeds(training, "sampled rollouts", "SPD", 0.0)
+    masks = of_all_seeds(training, "masks only", "SPD", 0.5)
     if oput is None or masks is None:
         return ""
     pays = {
@@ -101,12 +101,6 @@ def with_noise(training: Record) -> str:
         f"{alike}OPUT solves {oput}, and masks only {masks}: "
         f"{gap(oput, masks)}. Three seeds of a quarter of the training ([below](#claims))."
     )
-
-
-def _of_all_seeds(training: Record, name: str, value: float) -> Share | None:
-    labels = {f"{name}, seed {seed}" for seed in SEEDS}
-    held = [p for p in training.get("points", []) if p["label"] in labels and p["value"] == value]
-    return pooled(held) if len(held) == len(SEEDS) else None
 
 
 def own_or_random(noise: Record, controls: Record, tiny: Record) -> str:

@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ablation_training import SEEDS
 from beyond_verdict import tpf_at
 from command_line import check_page, check_plots, count, telling
-from shares import Share, better, decoding_seconds, gap, pooled, share_of
+from paper_points import of_all_seeds
+from shares import Share, better, decoding_seconds, gap, share_of
 
 from dmax.benchmark.run import machines
 from dmax.evaluation.plots import draw
@@ -106,12 +106,9 @@ def _at(points: list[Point], label: str, value: float) -> Share | None:
 
 def control(training: Path) -> str:
     """What masks alone do with the same answers, from the record of the ablation if it is there."""
-    labels = {f"masks only, threshold, seed {seed}" for seed in SEEDS}
-    points = read_record(training)["points"] if training.exists() else []
-    masks = [p for p in points if p["label"] in labels and p["value"] == 0.95]
-    if len(masks) < len(SEEDS):
-        return ""
-    return CONTROL.format(control=f"{pooled(masks)}, three seeds together")
+    record = read_record(training) if training.exists() else {}
+    masks = of_all_seeds(record, "masks only", "threshold", 0.95)
+    return CONTROL.format(control=f"{masks}, three seeds together") if masks else ""
 
 
 def page(record: dict[str, Any], training: Path) -> str:

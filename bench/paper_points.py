@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ablation_training import SEEDS
@@ -27,7 +28,16 @@ class Results:
 
     def pooled(self, variant: str, how: str, value: float) -> Share:
         """A retrained variant over all seeds."""
-        labels = {f"{variant}, {how}, seed {seed}" for seed in SEEDS}
-        return pooled(
-            [p for p in self.training["points"] if p["label"] in labels and p["value"] == value]
-        )
+        return pooled(_of_seeds(self.training, variant, how, value))
+
+
+def of_all_seeds(training: Mapping[str, Any], variant: str, how: str, value: float) -> Share | None:
+    """A retrained variant over all seeds; None where one of them is not measured."""
+    held = _of_seeds(training, variant, how, value)
+    return pooled(held) if len(held) == len(SEEDS) else None
+
+
+def _of_seeds(training: Mapping[str, Any], variant: str, how: str, value: float) -> list[Record]:
+    labels = {f"{variant}, {how}, seed {seed}" for seed in SEEDS}
+    points = training.get("points", [])
+    return [p for p in points if p["label"] in labels and p["value"] == value]

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from command_line import num_answered
+
 from dmax.checkpoint import ORIGIN
 from dmax.errors import InputError
 from dmax.files import read_record, write_atomically
@@ -63,16 +65,6 @@ def is_done(size: Size, stage: str) -> bool:
         return all(num_answered(path) == number for path, number in asked.items())
     path = output(size, stage)
     return (path / "config.json").is_file() or path.is_file()
-
-
-def num_answered(path: Path) -> int:
-    """Questions that a file of answers is about, those whose answer did not end included."""
-    return num_lines(path) + num_lines(path.with_suffix(".dropped.jsonl"))
-
-
-def num_lines(path: Path) -> int:
-    """Lines of a file; 0 without one."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 # --- what was logged ------------------------------------------------------------------------------
