@@ -22,6 +22,7 @@ class Sizes:
         soak_seconds: at steady load, the first half to warm up; 0: as long as `soak_requests`
             take.
         soak_requests: at the least.
+        soak_tries: a soak in which memory seems to grow goes on for as long again, until so many.
         soak_dtype: of the weights meanwhile.
         problems: that lm_eval asks.
         rounds: of the server and the engine in turns.
@@ -39,6 +40,7 @@ class Sizes:
     broken: int = 48
     soak_seconds: float = 900.0
     soak_requests: int = 0
+    soak_tries: int = 1
     soak_dtype: str = "auto"
     problems: int = 128
     rounds: int = 7
@@ -58,6 +60,7 @@ QUICK = Sizes(
     broken=12,
     soak_seconds=0.0,
     soak_requests=200,
+    soak_tries=3,  # what malloc gives back every ten seconds is much of half a minute's memory
     soak_dtype="float32",  # in 16 bits more requests go by before memory is settled
     problems=8,
     rounds=1,
