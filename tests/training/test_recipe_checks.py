@@ -348,6 +348,59 @@ def test_bounds_of_the_other_sections(
     refused(write_recipe(tmp_path, **change), message)
 
 
+HELD_OUT = {"problems": 4, "eval_file": "held_out.jsonl"}
+
+
+@pytest.mark.parametrize("change", [{"eval": {"limit": 1}}, {"data": HELD_OUT}])
+def test_what_is_never_evaluated_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    error = refused(
+        write_recipe(tmp_path, **change),
+        r"recipe.yaml:\d+: in `training`, nothing would be evaluated",
+    )
+    assert "`eval_strategy: steps`" in str(error.hint)
+
+
+@pytest.mark.parametrize("training", [{"eval_strategy": "no"}, {"eval_on_start": True}])
+def test_evaluations_may_be_off_or_only_once(tmp_path: Path, training: dict[str, Any]) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, training=training, eval={"limit": 1}))
+    assert recipe.eval is not None
+    assert recipe.training.items() >= training.items()
+
+
+@pytest.mark.parametrize(
+    ("objective", "key", "value", "owners"),
+    [
+        ("oput", "mmd_groups", 4, "mmd"),
+        ("mdlm", "rollout", "sample", "oput and mbd_oput"),
+        ("mmd", "cad_floor", 0.1, "cforce"),
+    ],
+)
+def test_a_setting_of_another_objective_is_refused(
+    tmp_path: Path, objective: str, key: str, value: Any, owners: str
+) -> None:
+    path = write_recipe(tmp_path, training={"objective": objective, key: value})
+    line = path.read_text().splitlines().index(f"  {key}: {value}") + 1
+    error = refused(
+        path,
+        rf"^{path}:{line}: `training.{key}` is a setting of {owners}, and the objective is "
+        rf"{objective}\n",
+    )
+    assert error.hint == "leave it out"
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"rollout": "soft", "rollout_temperature": 0.5},
+        {"objective": "mbd_oput", "rollout": "sample"},
+        {"objective": "mdlm", "mask_ratio_low": 0.1, "eos_labels": 2},
+    ],
+)
+def test_a_setting_of_its_own_objective_is_taken(tmp_path: Path, training: dict[str, Any]) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, training=training))
+    assert recipe.training.items() >= training.items()
+
+
 def test_a_model_is_not_replaced_by_what_starts_from_it(tmp_path: Path) -> None:
     model = {"path": str(tmp_path / "x" / ".." / "out")}
     (tmp_path / "x").mkdir()

@@ -23,7 +23,9 @@ from dmax.environment import lacks_compiler
 from dmax.errors import InputError, did_you_mean, show
 from dmax.recipe.file import RecipeFile
 from dmax.recipe.logs import check_loggers
+from dmax.training import get_objective, objective_table
 from dmax.training.config import DMaxConfig
+from dmax.training.objectives import Objective
 from dmax.training.sharding import Sharding
 
 DECODED = ("accuracy", "tpf")
@@ -117,11 +119,7 @@ def check_arguments(
 
     with TemporaryDirectory() as folder, file.trying("training", training):
         args = DMaxConfig(output_dir=folder, **training, **_sharded(fsdp))
-        if args.eval_strategy != IntervalStrategy.NO and not measured:
-            raise InputError(
-                "`eval_strategy` needs a section `eval`, which says what to solve, or "
-                "`data.eval_file`"
-            )
+        _check_evaluations(args, measured, is_decided="eval_strategy" in training)
         metric = args.metric_for_best_model
         if metric is not None and metric not in metrics:  # transformers takes the loss by itself
             raise InputError(
@@ -135,6 +133,7 @@ def check_arguments(
                 hint="install it, or set CXX",
             )
         _try(args, evaluates=bool(measured))
+    _check_settings(file, training, args)
 
 
 def _check_place(file: RecipeFile, training: Mapping[str, Any]) -> None:
@@ -150,6 +149,41 @@ def _check_place(file: RecipeFile, training: Mapping[str, Any]) -> None:
                 f"`training.{name}` would not do here what it says",
                 hint=OTHER_PLACE.get(name, "leave it out"),
             )
+
+
+def _check_settings(file: RecipeFile, training: Mapping[str, Any], args: DMaxConfig) -> None:
+    """Raise `InputError` for a setting of other objectives alone, which would do nothing."""
+    # Those of plugins have no arguments of their own.
+    names = [name for name, entry in objective_table().items() if entry.startswith("dmax.")]
+    settings = {name: _settings(get_objective(name)) for name in names}
+    known = settings.get(args.objective, set()) | _settings(args.objective_class)
+    for key in training:
+        owners = [name for name in names if key in settings[name]]
+        if owners and key not in known:
+            raise file.wrong(
+                f"training.{key}",
+                f"`training.{key}` is a setting of {' and '.join(owners)}, and the objective is "
+                f"{args.objective}",
+                hint="leave it out",
+            )
+
+
+def _settings(objective: type[Objective]) -> set[str]:
+    return {entry.name for entry in fields(objective)}
+
+
+def _check_evaluations(args: DMaxConfig, measured: Sequence[str], *, is_decided: bool) -> None:
+    """Raise `InputError` for evaluations without anything to measure, and the other way round."""
+    evaluates = args.eval_strategy != IntervalStrategy.NO
+    if evaluates and not measured:
+        raise InputError(
+            "`eval_strategy` needs a section `eval`, which says what to solve, or `data.eval_file`"
+        )
+    if measured and not is_decided and not args.eval_on_start:
+        raise InputError(
+            "nothing would be evaluated: `eval` and `data.eval_file` need an `eval_strategy`",
+            hint='say when with `eval_strategy: steps`, or leave it at `eval_strategy: "no"`',
+        )
 
 
 def _try(args: DMaxConfig, *, evaluates: bool) -> None:
