@@ -199,6 +199,12 @@ def test_settings_of_other_architectures_are_refused_too(
     refused(qwen, **QWEN_IDS)
 
 
+def test_an_embedding_that_is_also_the_head_counts_as_weights(qwen: Path) -> None:
+    num_weights = (qwen / "model.safetensors").stat().st_size // 4
+    edit(qwen / "config.json", tie_word_embeddings=True, vocab_size=num_weights // 2)
+    assert "describes a model of at least" in refused(qwen, **QWEN_IDS)
+
+
 def test_a_model_of_text_and_images_is_refused(tmp_path: Path) -> None:
     parts = {"text_config": {"vocab_size": 40}, "vision_config": {"hidden_size": 16}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", **parts}))

@@ -223,8 +223,6 @@ def check_size(folder: Path, config: PreTrainedConfig) -> None:
     with reading(f"{shown} cannot be loaded"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     needed = sum(weight.numel() for weight in model.parameters())
-    if config.tie_word_embeddings:
-        needed -= model.get_output_embeddings().weight.numel()
     if needed > 2 * values:  # a few that are missing are named when the weights are loaded
         raise InputError(
             f"{shown} cannot be loaded: its config.json describes a model of at least {needed} "
