@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import dmax.tasks
 from dmax.errors import InputError
 from dmax.extras import install_hint
-from dmax.tasks import get_task
+from dmax.tasks import get_task, task_names
 from dmax.tasks.data import HubDataset, rows_of_hub
 from dmax.tasks.maths import Gsm8k
 
@@ -31,6 +33,18 @@ def test_the_first_rows_in_the_order_of_the_file_whatever_the_seed(tmp_path: Pat
     assert [example.answer for example in task.examples(3, seed=1)] == ["1", "2", "3"]
     assert task.examples(3, seed=1) == task.examples(3, seed=2)
     assert len(task.examples(200, seed=7)) == 5
+
+
+def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = "dmax.tasks.maths:Math500"
+    found = [EntryPoint(name, target, "dmax.tasks") for name in ("mine", "gsm8k")]
+    monkeypatch.setattr(
+        dmax.tasks, "entry_points", lambda group: found if group == "dmax.tasks" else []
+    )
+    assert "mine" in task_names() and task_names().count("gsm8k") == 1
+    assert isinstance(get_task("gsm8k", write(tmp_path / "a.jsonl", *ROWS)), Gsm8k)
 
 
 def test_blank_lines_separate_nothing_and_count_as_lines(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class Task(Protocol):
 
 def _classes() -> dict[str, str]:
     """Where the class of every task is, as "module:name", by the name of the task."""
-    return _TASKS | {entry.name: entry.value for entry in entry_points(group="dmax.tasks")}
+    plugins = {entry.name: entry.value for entry in entry_points(group="dmax.tasks")}
+    return plugins | _TASKS  # no plugin changes what a published name means
 
 
 def task_names() -> tuple[str, ...]:
