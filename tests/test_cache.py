@@ -1,4 +1,4 @@
-"""BlockCache: in-place blocks, commits, rollbacks."""
+"""BlockCache: in-place blocks, commits, free slots."""
 
 from __future__ import annotations
 
@@ -58,16 +58,13 @@ def test_what_is_read_can_be_written_elsewhere() -> None:
     assert cache.lengths == [0, 0, 11]
     written = [store[2, 8:11].unique().tolist() for store in (*cache.keys, *cache.values)]
     assert written == [[1], [2], [-1], [-2]]
-    assert cache.num_bytes == 2 * 2 * 3 * 12 * 2 * 3 * 4
 
 
-def test_rollback_frees_a_slot() -> None:
-    cache = BlockCache(1, 1, 8, 2, 3)
-    cache.commit([0], 8)
-    cache.rollback(0, 4)
-    assert cache.lengths == [4]
-    cache.rollback(0)
-    assert cache.lengths == [0]
+def test_a_free_slot_is_empty() -> None:
+    cache = BlockCache(1, 2, 8, 2, 3)
+    cache.commit([0, 1], 8)
+    cache.free(0)
+    assert cache.lengths == [0, 8]
 
 
 def test_overflow_is_refused() -> None:

@@ -75,13 +75,6 @@ class BlockCache:
         """Positions a slot can hold."""
         return self.keys[0].shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory it holds, all of it from the start."""
-        stores = (*self.keys, *self.values)
-        ends = 0 if self.ends is None else self.ends.nbytes
-        return ends + sum(store.nbytes for store in stores)
-
     def write_at(
         self, slots: list[int], length: int, block_length: int | None = None
     ) -> CacheWindow:
@@ -176,11 +169,11 @@ class BlockCache:
             store[slot].zero_()
         if self.ends is not None:
             self.ends[slot].zero_()
-        self.rollback(slot)
+        self.free(slot)
 
-    def rollback(self, slot: int, length: int = 0) -> None:
-        """Forget all but the first `length` positions of a slot; 0 makes it free for another."""
-        self.lengths[slot] = min(self.lengths[slot], length)
+    def free(self, slot: int) -> None:
+        """Make a slot free for another sequence."""
+        self.lengths[slot] = 0
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from dmax.confidence import LARGEST, Candidates, GumbelNoise, take_best
 from dmax.decoding.block import Output, View, predict
 from dmax.errors import InputError
 from dmax.kernels import lm_head
-from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch, merge_tiles
+from dmax.kernels.lm_head import lm_head_top_k, lm_head_top_k_torch
 
 INF = float("inf")
 Head = Callable[..., Candidates]
@@ -65,6 +65,36 @@ def assert_equal(actual: Candidates, expected: Candidates, tolerance: float = 0.
     assert torch.equal(actual.ids, expected.ids)
     bounds = {"rtol": tolerance, "atol": tolerance / 100, "equal_nan": True}
     torch.testing.assert_close(actual.probs, expected.probs, **bounds)
+
+
+def merge_tiles(best: Tensor, ids: Tensor, score: Tensor, peak: Tensor, mass: Tensor) -> Candidates:
+    """The twin of the merging kernel: the candidates of the whole vocabulary from its T tiles.
+
+    Tiles stand in the order of the vocabulary. Of equal scores the first has the lowest id.
+
+    Args:
+        best: [N, T, k] logits of each tile; the first is that of the drawn token, if there is
+            noise, and the others descend.
+        ids: [N, T, k] int32, their tokens.
+        score: [N, T] the first logit with its noise.
+        peak: [N, T] the highest logit of each tile, MASK's included.
+        mass: [N, T] the sum of exp(logit - peak) over each tile.
+    """
+    position = torch.arange(len(best), device=best.device)
+    tile = score.argmax(dim=-1)
+    logits = [best[position, tile, 0]]
+    tokens = [ids[position, tile, 0]]
+    others = best.flatten(1).clone()  # [N, T k]
+    ids = ids.flatten(1)
+    for _ in range(best.shape[2] - 1):
+        others.masked_fill_(ids == tokens[-1][:, None], float("-inf"))
+        logits.append(others.amax(dim=-1))
+        is_best = others == logits[-1][:, None]
+        tokens.append(ids.masked_fill(~is_best, torch.iinfo(ids.dtype).max).amin(dim=-1))
+    highest = peak.amax(dim=-1, keepdim=True)  # [N, 1]
+    total = (mass * (peak - highest).exp()).sum(dim=-1, keepdim=True)
+    probs = (torch.stack(logits, dim=-1) - highest).exp() / total
+    return Candidates(torch.stack(tokens, dim=-1).long(), probs, total[:, 0].isnan())
 
 
 def on(device: torch.device, noise: GumbelNoise) -> GumbelNoise:

@@ -82,33 +82,3 @@ def lm_head_top_k_torch(
         parts.append(candidates(logits, k, mask_token_id, noise))
         noise = noise and noise.behind(rows)
     return concatenate(parts)
-
-
-def merge_tiles(best: Tensor, ids: Tensor, score: Tensor, peak: Tensor, mass: Tensor) -> Candidates:
-    """The twin of the merging kernel: the candidates of the whole vocabulary from its T tiles.
-
-    Tiles stand in the order of the vocabulary. Of equal scores the first has the lowest id.
-
-    Args:
-        best: [N, T, k] logits of each tile; the first is that of the drawn token, if there is
-            noise, and the others descend.
-        ids: [N, T, k] int32, their tokens.
-        score: [N, T] the first logit with its noise.
-        peak: [N, T] the highest logit of each tile, MASK's included.
-        mass: [N, T] the sum of exp(logit - peak) over each tile.
-    """
-    position = torch.arange(len(best), device=best.device)
-    tile = score.argmax(dim=-1)
-    logits = [best[position, tile, 0]]
-    tokens = [ids[position, tile, 0]]
-    others = best.flatten(1).clone()  # [N, T k]
-    ids = ids.flatten(1)
-    for _ in range(best.shape[2] - 1):
-        others.masked_fill_(ids == tokens[-1][:, None], float("-inf"))
-        logits.append(others.amax(dim=-1))
-        is_best = others == logits[-1][:, None]
-        tokens.append(ids.masked_fill(~is_best, torch.iinfo(ids.dtype).max).amin(dim=-1))
-    highest = peak.amax(dim=-1, keepdim=True)  # [N, 1]
-    total = (mass * (peak - highest).exp()).sum(dim=-1, keepdim=True)
-    probs = (torch.stack(logits, dim=-1) - highest).exp() / total
-    return Candidates(torch.stack(tokens, dim=-1).long(), probs, total[:, 0].isnan())

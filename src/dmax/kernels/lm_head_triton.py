@@ -225,7 +225,7 @@ def top_k_of_tiles(
 
 
 def merge(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """The candidates of the whole vocabulary, as `dmax.kernels.lm_head.merge_tiles`."""
+    """The candidates of the whole vocabulary from those of its tiles."""
     num_tokens, num_tiles, k = tiles.best.shape
     tokens = torch.empty(num_tokens, k, dtype=torch.int64, device=tiles.best.device)
     probs = torch.empty_like(tokens, dtype=torch.float32)
