@@ -207,6 +207,9 @@ def test_the_heart_reads_in_an_evening() -> None:
     assert reading.tokens <= MAX_TOKENS
     assert reading.tokens_per_line <= MAX_TOKENS_PER_LINE
     assert reading.depth <= MAX_DEPTH
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [told] = re.findall(r"\| tokens of the heart \|.*\| ([\d,]+) \|", page)
+    assert abs(int(told.replace(",", "")) - reading.tokens) < 300
 
 
 def test_no_line_of_the_sources_is_wider_than_100_columns() -> None:

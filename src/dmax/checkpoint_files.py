@@ -141,8 +141,8 @@ def _check_kinds(folder: Path) -> None:
                 raise InputError(
                     f"{shown} is not a usable checkpoint: {shorten(entry.name)} is not a file"
                 )
-            is_big = entry.name.startswith("tokenizer") and os.path.getsize(entry.path)
-            if is_big > MAX_TOKENIZER:
+            is_tokenizer = entry.name.startswith("tokenizer")
+            if is_tokenizer and os.path.getsize(entry.path) > MAX_TOKENIZER:
                 raise InputError(
                     f"{shown} is not a usable checkpoint: {shorten(entry.name)} has more than "
                     f"{MAX_TOKENIZER} bytes"

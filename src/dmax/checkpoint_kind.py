@@ -75,6 +75,6 @@ def is_silent(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase | No
 
 
 def set_shift(config: Any, shift: bool) -> None:
-    """Have a configuration say where predictions are read, and its file no more than before."""
+    """Have a configuration say where predictions are read, unless it says so already."""
     if shift != reads_shifted(config):
         config.shift = shift

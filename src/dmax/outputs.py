@@ -120,8 +120,8 @@ class StreamEvent:
     """What happened to a request in one step.
 
     Attributes:
-        kind: "provisional" (an open block, still subject to revision), "committed" (a final block)
-            or "finished".
+        kind: "provisional" (an open block, still subject to revision), "committed" (a block that
+            has converged) or "finished" (the whole request).
         text: text of the block's decoded tokens up to the first EOS; for "finished" the whole
             completion. Only `LLM` fills it in.
         token_ids: generated positions of the block; for "finished" the whole completion.

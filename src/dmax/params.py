@@ -15,7 +15,7 @@ from dmax.errors import InputError, shorten, show
 AUTO = "auto"
 """The strategy that a model was trained for, as its checkpoint says."""
 MOST = 2**31 - 1
-"""The largest count of anything."""
+"""The upper bound of every whole number that has no other."""
 LARGEST_SEED = 2**63 - 1
 MOST_PROBLEMS = 1_000_000
 """The most problems that a command or a recipe draws."""

@@ -63,7 +63,7 @@ class Strategy(ABC):
         return {}
 
     def branches(self, view: View, state: State) -> Tensor:
-        """Token ids [B, num_branches, L] of the versions of each block that the forward reads."""
+        """Token ids [B, num_branches, L]: the branches of each block, which the forward reads."""
         return view.tokens[:, None]
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Strategy(ABC):
         return values
 
     def without_numbers(self) -> Self:
-        """The same for all strategies that differ only in numbers, so may share a forward."""
+        """This strategy with all its numbers at 0; those that agree in it may share a forward."""
         return self.with_numbers(dict.fromkeys(self.numbers(), 0.0))
 
     def with_numbers(self, numbers: Mapping[str, Any]) -> Self:

@@ -16,7 +16,7 @@ COLUMNS = 5
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """P pending blocks, which are final and only go into the cache, then B open blocks.
+    """P pending blocks, which are finished and only go into the cache, then B open blocks.
 
     Every row of the forward is a block of L positions. With branches an open block takes as many
     rows as it has branches: they stand side by side in the cache, at one position of the sequence.

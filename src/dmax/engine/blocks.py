@@ -39,6 +39,7 @@ class OpenBlocks:
         step, max_steps: [rows] int64, as in `View`.
         flags: [rows, 6] bool, what `dmax.engine.step.decide` found last.
         ignores_eos: [rows] bool.
+        seeds, temperatures: [rows] int64 and float32, as in `GumbelNoise`.
         numbers: [rows, 1] float32 by name, the settings.
         state, feedback: what strategies remember and feed back; made when they first do.
 

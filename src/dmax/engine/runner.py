@@ -46,10 +46,11 @@ class ModelRunner:
     """A block-causal model over a `BlockCache`.
 
     Args:
-        model: takes `inputs_embeds`, a bool mask, position ids and a cache; has `base_model` and
-            input embeddings. If its `has_linear_head` is true, its logits are its last hidden
-            states times the output embeddings. Then no logits are made where only the best tokens
-            are wanted. If its config says `shift`, a token is predicted by the position before it.
+        model: takes `inputs_embeds`, a bool mask, position ids and a cache; has `base_model`,
+            input and output embeddings. If its `has_linear_head` is true, its logits are its last
+            hidden states times the output embeddings. Then no logits are made where only the best
+            tokens are wanted. If its config says `shift`, a token is predicted by the position
+            before it.
         special_ids: of the model; blocks begin at absolute multiples of its block length.
         num_slots: sequences that have a place in the cache.
         capacity: positions of a sequence, a multiple of the block length.

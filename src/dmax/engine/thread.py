@@ -332,7 +332,7 @@ Message = Callable[[EngineThread], None]
 
 
 def _twin(error: BaseException) -> BaseException:
-    """The same error for one of several callers: raising it lengthens a traceback of its own."""
+    """A copy of the error for each caller, since raising one adds to its traceback."""
     twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     twin.__cause__ = error.__cause__

@@ -193,7 +193,7 @@ class Objective(ABC):
     special id of its name.
 
     Attributes:
-        decoding: the strategy that decodes a model trained so; None: the one of the model before.
+        decoding: the strategy that decodes a model trained so; None: as the model before.
         collator: makes batches of examples; None: as all others do.
         batch: what a batch is.
         block_length: positions that are decoded together.

@@ -111,7 +111,7 @@ def score(
         if predicts is None:
             return (losses,)
         drawn = None if draws is None else draws[part]
-        # Last, so that backward, which computes no more anew than it needs, leaves it out.
+        # Last: backward computes a chunk anew only as far as it needs to, and never needs this.
         return losses, *pick(logits.detach(), mask_token_id, temperature, drawn)
 
     losses, *predicted = in_chunks(score_rows, len(rows), states.vocab_size, chunk)
