@@ -29,9 +29,9 @@ RECIPE = Path("recipes/tiny_ablation.yaml")
 ROOT = Path("runs/ablation")
 SEEDS = (1, 2, 3)
 NUM_RESPONSES = 5000
-VARIANTS: dict[str, dict[str, Any]] = {
-    "masks only": {"objective": "mdlm"},
-    "random tokens": {"objective": "uniform"},
+VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the recipe; None: left out
+    "masks only": {"objective": "mdlm", "rollout": None},
+    "random tokens": {"objective": "uniform", "rollout": None},
     "argmax rollouts": {"rollout": "argmax"},
     "sampled rollouts": {},
     "mask ratio 0.5": {"mask_ratio_low": 0.5, "mask_ratio_high": 0.5},
@@ -46,10 +46,12 @@ def folder(variant: str, seed: int) -> Path:
 
 def recipes() -> Iterator[Recipe]:
     """One recipe a variant and seed; seed by seed, so that comparisons are complete early."""
+    read = load_recipe(RECIPE)
     for seed in SEEDS:
-        for variant, overrides in VARIANTS.items():
-            recipe = load_recipe(RECIPE, {**overrides, "seed": seed})
-            yield replace(recipe, output_dir=folder(variant, seed))
+        for variant, changes in VARIANTS.items():
+            training = read.training | changes | {"seed": seed}
+            given = {name: value for name, value in training.items() if value is not None}
+            yield replace(read, training=given, output_dir=folder(variant, seed))
 
 
 def make_responses(output: Path) -> None:
