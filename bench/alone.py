@@ -30,7 +30,7 @@ from dmax.llm import LLM
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from count_kernels import Count, Node  # noqa: E402
-from predict_step import TODAY, Constants, Load, microseconds  # noqa: E402
+from predict_step import TODAY, Load, microseconds  # noqa: E402
 
 NODES = 500
 REPLAYS = 20
@@ -161,15 +161,13 @@ def recorder_of_triton(recorder: Recorder) -> Any:
     )
 
 
-def kernel_table(
-    checkpoint: Checkpoint, context: int, prefill_tokens: int, constants: Constants = TODAY
-) -> Table:
+def kernel_table(checkpoint: Checkpoint, context: int, prefill_tokens: int) -> Table:
     """Every kernel of a step at batch 1, beside the prediction."""
     model: Any = checkpoint.model
     with torch.inference_mode():
         recorder = record_step(checkpoint, context, prefill_tokens)
         rows = [
-            kernel_row(name, calls, recorder.nodes, context, constants, model.device)
+            kernel_row(name, calls, recorder.nodes, context, model.device)
             for name, calls in recorder.calls.items()
         ]
     rows.sort(key=lambda row: -row["us"]["median"] if "us" in row else 0.0)
@@ -193,12 +191,11 @@ def kernel_row(
     calls: Sequence[Call],
     nodes: Sequence[Node],
     context: int,
-    constants: Constants,
     device: torch.device,
 ) -> Row:
     """All nodes of one name; an `error` where they cannot be captured."""
     load = Load(1, context)
-    predicted = sum(microseconds(node, load, constants) for node in nodes if node.name == name)
+    predicted = sum(microseconds(node, load, TODAY) for node in nodes if node.name == name)
     row: Row = {"case": name, "nodes": len(calls), "predicted_us": predicted}
     try:
         times = in_graph(calls, device)

@@ -27,14 +27,14 @@ import side_by_side
 from beyond_page import TEMPLATE, write_page
 from beyond_runs import BASE, DMAX, SEEDS, TRAINED, Run, chosen
 from command_line import check_page, check_plots, count, num_answered, telling
+from sweeps import open_llm, sweep
 
 from dmax.errors import InputError
-from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.evaluation.sweep import Curve
 from dmax.files import check_ours, read_record, write_atomically
 from dmax.llm import LLM
 from dmax.recipe.run import run_recipe
 from dmax.recipe.sections import Recipe, load_recipe
-from dmax.tasks import get_task
 
 TOY: dict[str, Any] = {
     "max_steps": 2,
@@ -126,19 +126,13 @@ def do_part(
 
 
 def measure(curves: Sequence[Curve], root: Path, output: Path, limit: int) -> None:
-    """Decode what the record does not have yet; each point is written as soon as it is there."""
+    """Decode what the record does not have yet; models that are not bundled lie under `root`."""
     bundled = {BASE.start, DMAX.start}
-    run_sweep(
-        curves,
-        get_task("word_problems"),
-        output,
-        limit=limit,
-        seed=7,
-        open_model=lambda name: LLM(
-            name if name in bundled else str(root / name), max_batch_size=64
-        ),
-        report=lambda line: print(line, flush=True),
-    )
+
+    def open_model(name: str) -> LLM:
+        return open_llm(name if name in bundled else str(root / name))
+
+    sweep(curves, output, limit, open_model=open_model)
 
 
 def note_training(run: Run, seed: int, folder: Path, output: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from beyond_runs import BASE, DECODINGS, DMAX, SEEDS, TRAINED, Run
 from beyond_verdict import (
-    EARLY,
-    PARTLY,
-    RIGHT,
+    FASTER,
+    SOME_SEEDS,
+    TOO_FEW_SEEDS,
     VERDICTS,
     Found,
     all_differences,
@@ -24,7 +24,7 @@ from beyond_verdict import (
     together,
     verdict,
 )
-from prose import filled
+from prose import filled, table
 
 from dmax.benchmark.run import hardware, machines
 from dmax.evaluation.plots import draw
@@ -69,15 +69,15 @@ def compared() -> list[tuple[Run, str]]:
 def answer(found: Found) -> str:
     """One line for each verdict, what a clear winner would change, and what needs no objective."""
     lines = []
-    for found_so in VERDICTS:
+    for verdict_name in VERDICTS:
         names = [
             f"{run.label} by {DECODINGS[decoding][0]}{counted(found, run, decoding)}"
             for run, decoding in compared()
-            if found.seeds(run, decoding) and verdict(found, run, decoding) == found_so
+            if found.seeds(run, decoding) and verdict(found, run, decoding) == verdict_name
         ]
-        lines += [f"**{found_so.capitalize()}:** {', '.join(names)}."] if names else []
+        lines += [f"**{verdict_name.capitalize()}:** {', '.join(names)}."] if names else []
     lines = lines or ["No objective has been measured yet."]
-    winners = [run for run, decoding in compared() if verdict(found, run, decoding) == RIGHT]
+    winners = [run for run, decoding in compared() if verdict(found, run, decoding) == FASTER]
     lines += [shipped(found, run) for run in dict.fromkeys(winners)]
     lines += filter(None, [untrained(found), more_oput(found)])
     return filled("\n\n".join(lines))
@@ -85,14 +85,14 @@ def answer(found: Found) -> str:
 
 def counted(found: Found, run: Run, decoding: str) -> str:
     """How many seeds are compared, or as accurate where none is compared; "" if all or none."""
-    figures, found_so = found.tpfs(run, decoding), verdict(found, run, decoding)
+    figures, verdict_name = found.tpfs(run, decoding), verdict(found, run, decoding)
     num = len(figures) - figures.count(None)
-    if found_so != PARTLY:
+    if verdict_name != SOME_SEEDS:
         every = all_differences(found, run, decoding)
-        if found_so != EARLY and len(deciding(found, run, decoding)) < len(every):
+        if verdict_name != TOO_FEW_SEEDS and len(deciding(found, run, decoding)) < len(every):
             return " (against its start alone)"
         num = min(len(values or ()) for values in every)
-    some = found_so != EARLY and 0 < num < len(figures)
+    some = verdict_name != TOO_FEW_SEEDS and 0 < num < len(figures)
     return f" ({num} of {len(figures)} seeds)" if some else ""
 
 
@@ -118,7 +118,7 @@ def untrained(found: Found) -> str:
         f"{by_mbd:.2f} by MBD at equal accuracy; a forward of MBD computes up to two blocks."
     )
     for run, decoding in compared():
-        if decoding == "spd" and verdict(found, run, decoding) == RIGHT:
+        if decoding == "spd" and verdict(found, run, decoding) == FASTER:
             mean = statistics.mean(filter(None, found.tpfs(run, decoding)))
             said += f" {run.label} by SPD writes {mean:.2f}, the mean of its seeds."
     return said
@@ -173,15 +173,13 @@ def computed_on(found: Found, run: Run) -> str:
 
 def figures(found: Found) -> str:
     """The TPF of every run at equal accuracy, and its differences."""
-    rows = [
-        "| trained by | decoded by | TPF, each seed | less control | less start | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("trained by", "decoded by", "TPF, each seed", "TPF − control", "TPF − start", "verdict")
+    rows = []
     for run in (DMAX, BASE, *TRAINED):
         for decoding in run.decodings:
             way = DECODINGS[decoding][0]
             if run.recipe is None:
-                rows.append(f"| `{run.label}` | {way} | {number(found.tpf(run, decoding))} | | | |")
+                rows.append((f"`{run.label}`", way, number(found.tpf(run, decoding)), "", "", ""))
                 continue
             if figures := found.tpfs(run, decoding):
                 each = ", ".join(map(number, figures))
@@ -189,8 +187,8 @@ def figures(found: Found) -> str:
                 against = gap(differences(found, run, decoding, control)) if control else ""
                 begun = gap(differences(found, run, decoding, start_of(run, decoding)))
                 said = verdict(found, run, decoding)
-                rows.append(f"| {run.label} | {way} | {each} | {against} | {begun} | {said} |")
-    return "\n".join(rows)
+                rows.append((run.label, way, each, against, begun, said))
+    return table(head, rows)
 
 
 def number(tpf: float | None) -> str:
@@ -211,10 +209,8 @@ def gap(values: Sequence[float] | None) -> str:
 
 def training(found: Found) -> str:
     """What every run took."""
-    rows = [
-        "| run | recipe | from | steps | sequences a step | training | decoding | on |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("run", "recipe", "from", "steps", "sequences a step", "training", "decoding", "on")
+    rows = []
     for run in TRAINED:
         if said := found.trainings(run):
             recipe = f"[{run.recipe}](../../recipes/{run.recipe}.yaml)"
@@ -222,11 +218,11 @@ def training(found: Found) -> str:
             first = next(iter(said.values()))
             trained = ", ".join(f"{one['seconds'] / 60:.1f}" for one in said.values())
             decoded = ", ".join(f"{found.decoding_seconds(run, seed) / 60:.1f}" for seed in said)
-            rows.append(
-                f"| {run.label} | {recipe} | `{run.start}` | {first['steps']} "
-                f"| {first['batch_size']} | {trained} | {decoded} | {computed_on(found, run)} |"
-            )
-    return "\n".join(rows) if len(rows) > 2 else "Nothing has been trained yet."
+            steps = (str(first["steps"]), str(first["batch_size"]))
+            times = (trained, decoded)
+            start = f"`{run.start}`"
+            rows.append((run.label, recipe, start, *steps, *times, computed_on(found, run)))
+    return table(head, rows) if rows else "Nothing has been trained yet."
 
 
 def missing(found: Found) -> str:
@@ -242,10 +238,8 @@ def missing(found: Found) -> str:
 
 def points_table(found: Found) -> str:
     """Every point, each seed and all together."""
-    rows = [
-        "| trained by | decoded by | threshold | each seed | together | 95 % interval | TPF |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    setting = ("trained by", "decoded by", "threshold")
+    rows = []
     for run in (DMAX, BASE, *TRAINED):
         for decoding in run.decodings:
             seeds: list[int | None] = [*found.seeds(run, decoding)] if run.recipe else [None]
@@ -255,11 +249,10 @@ def points_table(found: Found) -> str:
                 one = together(points, run.label)
                 low, high = (100 * bound for bound in one["interval"])
                 share = f"{one['correct']}/{one['total']} ({100 * one['accuracy']:.1f} %)"
-                rows.append(
-                    f"| {run.label} | {DECODINGS[decoding][0]} | {one['value']:g} | {each} "
-                    f"| {share} | {low:.1f} to {high:.1f} | {one['tpf']:.2f} |"
-                )
-    return "\n".join(rows)
+                interval = f"{low:.1f} to {high:.1f}"
+                name = (run.label, DECODINGS[decoding][0], f"{one['value']:g}")
+                rows.append((*name, each, share, interval, f"{one['tpf']:.2f}"))
+    return table((*setting, "each seed", "together", "95 % interval", "TPF"), rows)
 
 
 TEMPLATE = """# What came after DMax, in miniature

@@ -13,19 +13,18 @@ from itertools import pairwise
 from typing import Any
 
 from beyond_runs import BASE, DECODINGS, DMAX, SEEDS, TRAINED, Run
-from shares import decoding_seconds
+from shares import WITHIN_NOISE, decoding_seconds, pooled
 
 from dmax.evaluation.statistics import Point, wilson_interval
 
 Record = dict[str, Any]
 T_95 = {2: 12.706, 3: 4.303}  # Student's two-sided quantile, by the number of seeds
-RIGHT = "faster at equal accuracy"
-LEFT = "slower at equal accuracy"
-NOISE = "within noise"
-PARTLY = "as accurate with some seeds only"
-SHORT = "never as accurate"
-EARLY = "not decided yet: fewer than two seeds"
-VERDICTS = (RIGHT, NOISE, LEFT, PARTLY, SHORT, EARLY)
+FASTER = "faster at equal accuracy"
+SLOWER = "slower at equal accuracy"
+SOME_SEEDS = "as accurate with some seeds only"
+NEVER = "never as accurate"
+TOO_FEW_SEEDS = "not decided yet: fewer than two seeds"
+VERDICTS = (FASTER, WITHIN_NOISE, SLOWER, SOME_SEEDS, NEVER, TOO_FEW_SEEDS)
 
 
 def tpf_at(points: Sequence[Point], level: float) -> float | None:
@@ -104,15 +103,14 @@ class Found:
 
 def together(points: Sequence[Point], label: str) -> Point:
     """One point of the counts of several."""
-    names = ("correct", "total", "generated_tokens", "num_forwards")
-    correct, total, tokens, forwards = (sum(point[name] for point in points) for name in names)
+    share = pooled(points)
     return points[0] | {
         "label": label,
-        "correct": correct,
-        "total": total,
-        "accuracy": correct / total,
-        "interval": wilson_interval(correct, total),
-        "tpf": tokens / forwards,
+        "correct": share.correct,
+        "total": share.total,
+        "accuracy": share.rate,
+        "interval": wilson_interval(share.correct, share.total),
+        "tpf": share.tpf,
     }
 
 
@@ -165,17 +163,17 @@ def deciding(found: Found, run: Run, decoding: str) -> list[list[float] | None]:
 def judge(values: Sequence[float] | None) -> str:
     """What the differences of the seeds say."""
     if values is None:
-        return SHORT
+        return NEVER
     if len(values) < 2:
-        return EARLY
+        return TOO_FEW_SEEDS
     _, low, high = mean_interval(values)
-    return RIGHT if low > 0 else LEFT if high < 0 else NOISE
+    return FASTER if low > 0 else SLOWER if high < 0 else WITHIN_NOISE
 
 
 def verdict(found: Found, run: Run, decoding: str) -> str:
     """Faster than both the control and the start, slower than one of them, or neither."""
     verdicts = {judge(values) for values in deciding(found, run, decoding)}
-    for name in (EARLY, SHORT, LEFT, NOISE):
+    for name in (TOO_FEW_SEEDS, NEVER, SLOWER, WITHIN_NOISE):
         if name in verdicts:
-            return PARTLY if name == SHORT and any(found.tpfs(run, decoding)) else name
-    return RIGHT
+            return SOME_SEEDS if name == NEVER and any(found.tpfs(run, decoding)) else name
+    return FASTER

@@ -18,6 +18,7 @@ import torch
 from dmax import extras
 from dmax.environment import environment
 from dmax.errors import InputError
+from dmax.files import read_record
 
 Options = TypeVar("Options")
 
@@ -86,6 +87,11 @@ def check_page(path: Path, page: str) -> None:
         raise InputError(
             f"{path} exists and was not written by this command", hint="choose another output"
         )
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """What a record holds; empty where there is none, or one that was cut off."""
+    return dict(read_record(path) or {}) if path.is_file() else {}
 
 
 def num_answered(path: Path) -> int:

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import beyond_verdict
 from beyond_runs import DECODINGS, DMAX, TRAINED
-from beyond_verdict import PARTLY, RIGHT, SHORT, Found, verdict
+from beyond_verdict import FASTER, NEVER, SOME_SEEDS, Found
+from command_line import read_if_there
 from noise_findings import counted
 from noise_plan import PRETRAINED, PRETRAINED_SLOW
 from noise_points import RANDOM, Comparison, Points, scientific
 from paper_points import of_all_seeds
-from shares import Share, better, difference, gap, share_of
-
-from dmax.files import read_record
+from shares import FAILS, HOLDS, WITHIN_NOISE, Share, difference, gap, share_at, share_of, verdict
 
 Record = Mapping[str, Any]
 BENCH = Path(__file__).parent / "results"
@@ -37,28 +37,24 @@ def in_short(folder: Path, bench: Path = BENCH) -> list[str]:
         folder: of the records and pages of `docs/results`.
         bench: of the records of `bench/results`.
     """
-    tiny = _read(bench / "tiny.json")
-    controls = _read(bench / "controls.json")
-    elsewhere = {name: record for name in STUDIES if (record := _read(folder / f"{name}.json"))}
+    tiny = read_if_there(bench / "tiny.json")
+    controls = read_if_there(bench / "controls.json")
+    elsewhere = {name: read_if_there(folder / f"{name}.json") for name in STUDIES}
     told = [
         without_noise(tiny),
-        with_noise(_read(folder / "training.json")),
-        own_or_random(_read(folder / "noise.json"), controls, tiny),
-        on_pretrained(elsewhere, _read(folder / "pretrained.json")),
-        after_dmax(Found({"points": []} | _read(folder / "beyond.json"))),
+        with_noise(read_if_there(folder / "training.json")),
+        own_or_random(read_if_there(folder / "noise.json"), controls, tiny),
+        on_pretrained(elsewhere, read_if_there(folder / "pretrained.json")),
+        after_dmax(Found({"points": []} | read_if_there(folder / "beyond.json"))),
     ]
     return [each for each in told if each]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record; empty if it is not there."""
-    return dict(read_record(path)) if path.exists() else {}
-
-
 def _points(record: Record, *places: tuple[str, float]) -> list[Share]:
     """The points of these labels and values; none where one of them is not measured."""
-    held = {(p["label"], p["value"]): p for p in record.get("points", [])}
-    return [share_of(held[place]) for place in places] if held.keys() >= set(places) else []
+    found = [share_at(record.get("points", []), *place) for place in places]
+    shares = [share for share in found if share is not None]
+    return shares if len(shares) == len(places) else []
 
 
 def without_noise(tiny: Record) -> str:
@@ -72,10 +68,10 @@ def without_noise(tiny: Record) -> str:
     if masks.tpf > base.tpf:
         speed = "most" if masks.tpf - base.tpf > (dmax.tpf - base.tpf) / 2 else "a part"
     accuracy = {
-        "holds": "and raise the base's accuracy",
-        "within noise": "at the base's accuracy",
-        "fails": "and lower the base's accuracy",
-    }[better(masks, base)]
+        HOLDS: "and raise the base's accuracy",
+        WITHIN_NOISE: "at the base's accuracy",
+        FAILS: "and lower the base's accuracy",
+    }[verdict(masks, base)]
     return (
         f"**Masks alone buy {speed} of the speed {accuracy}.** Trained on the base's own "
         f"answers with masks only, and decoded by threshold 0.95, a model solves {masks}, and the "
@@ -91,10 +87,10 @@ def with_noise(training: Record) -> str:
     if oput is None or masks is None:
         return ""
     pays = {
-        "holds": "pays",
-        "within noise": "has not been seen to pay",
-        "fails": "costs accuracy",
-    }[better(oput, masks)]
+        HOLDS: "pays",
+        WITHIN_NOISE: "has not been seen to pay",
+        FAILS: "costs accuracy",
+    }[verdict(oput, masks)]
     alike = "at about the same tokens a forward, " if 0.9 < oput.tpf / masks.tpf < 1.1 else ""
     return (
         f"**Training on wrong tokens {pays} when decoding is pushed.** Then SPD can revise: "
@@ -141,8 +137,8 @@ def _matters(compared: Sequence[Comparison], gentle: Comparison, hard: Sequence[
     won, lost = counted(compared)
     place = (gentle.rate, gentle.steps)
     gently = [each for each in compared if (each.rate, each.steps) == place]
-    is_early = won > lost and all(each.verdict == "holds" for each in gently)
-    is_hard = better(*hard) == "holds"
+    is_early = won > lost and all(each.verdict == HOLDS for each in gently)
+    is_hard = verdict(*hard) == HOLDS
     if is_early and is_hard:
         where = "matters early, at small rates, and for hard tokens"
     elif is_early:
@@ -194,27 +190,40 @@ def after_dmax(found: Found) -> str:
     if not all(found.curve(DMAX, decoding) for decoding in BOTH):
         return ""
     cforce = RUNS["cforce"]
-    start, two_blocks = (found.tpf(DMAX, decoding) for decoding in BOTH)
-    faster = ["two open blocks"] if (two_blocks or 0) > (start or 0) else []
-    ways = [DECODINGS[name][0] for name in BOTH if verdict(found, cforce, name) == RIGHT]
+    told = {
+        "Tokens a forward of `tiny-dmax` at equal accuracy, without any training": {
+            decoding: [found.tpf(DMAX, decoding)] for decoding in BOTH
+        },
+        "After minutes of training with CForce": {
+            decoding: found.tpfs(cforce, decoding) for decoding in BOTH
+        },
+        "After going on with OPUT instead": {"spd": found.tpfs(RUNS["oput"], "spd")},
+    }
+    known = {said: tpfs for said, tpfs in told.items() if any(tpfs.values())}
+    sentences = [f"{said}: {_listed(tpfs)}" for said, tpfs in known.items()]
+    return f"**After DMax: {_faster(found)}.** {'. '.join(sentences)} ([beyond](beyond.md))."
+
+
+def _faster(found: Found) -> str:
+    """What makes `tiny-dmax` faster, with and without training."""
+    start, two_blocks = (found.tpf(DMAX, decoding) or 0 for decoding in BOTH)
+    faster = ["two open blocks (MBD)"] if two_blocks > start else []
+    verdicts = {name: beyond_verdict.verdict(found, RUNS["cforce"], name) for name in BOTH}
+    ways = [DECODINGS[name][0] for name in BOTH if verdicts[name] == FASTER]
     if ways:
         faster.append("CForce" if len(ways) == len(BOTH) else f"CForce by {ways[0]}")
-    told = (
-        f"**After DMax: {', then '.join(faster) or 'nothing has been seen to be faster'}.** "
-        f"At equal accuracy `tiny-dmax` writes {_shown([start])} tokens a forward by SPD and "
-        f"{_shown([two_blocks])} with two blocks open (MBD), without any training."
-    )
-    by_spd, by_mbd = (found.tpfs(cforce, decoding) for decoding in BOTH)
-    if by_spd and by_mbd:
-        told += f" Minutes of training with CForce make it {_shown(by_spd)} and {_shown(by_mbd)}."
-    if more := found.tpfs(RUNS["oput"], "spd"):
-        told += f" Going on with OPUT instead makes it {_shown(more)} by SPD."
-    return f"{told.removesuffix('.')} ([beyond](beyond.md))."
+    return ", then ".join(faster) or "nothing has been seen to be faster"
+
+
+def _listed(tpfs: Mapping[str, Sequence[float | None]]) -> str:
+    """The TPF by each way of decoding that is measured."""
+    measured = {DECODINGS[name][0]: each for name, each in tpfs.items() if each}
+    return ", ".join(f"by {way} {_shown(each)}" for way, each in measured.items())
 
 
 def _shown(tpfs: Sequence[float | None]) -> str:
     """The mean TPF of all seeds, or that not all are as accurate."""
     known = [tpf for tpf in tpfs if tpf is not None]
     if len(known) < len(tpfs):
-        return PARTLY if known else SHORT
+        return f"it is {SOME_SEEDS if known else NEVER}"
     return f"{statistics.mean(known):.2f}"

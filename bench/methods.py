@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from beyond_verdict import tpf_at
-from command_line import check_page, check_plots, count, telling
+from command_line import check_page, check_plots, count, read_if_there, telling
 from paper_points import of_all_seeds
-from shares import Share, better, decoding_seconds, gap, share_of
+from prose import table
+from shares import FAILS, HOLDS, WITHIN_NOISE, decoding_seconds, gap, share_at, verdict
+from sweeps import present, sweep
 
 from dmax.benchmark.run import machines
 from dmax.evaluation.plots import draw
 from dmax.evaluation.statistics import Point
-from dmax.evaluation.sweep import Curve, run_sweep
-from dmax.files import check_ours, read_record, write_atomically
-from dmax.llm import LLM
-from dmax.tasks import get_task
+from dmax.evaluation.sweep import Curve
+from dmax.files import check_ours, write_atomically
 
 BASE = "tiny-base"
 DMAX = "tiny-dmax"
@@ -77,37 +77,29 @@ def bought(points: list[Point]) -> str:
 
 
 def _compared(points: list[Point], untrained: str, trained: str, threshold: float) -> str | None:
-    before, after = (_at(points, label, threshold) for label in (untrained, trained))
+    before, after = (share_at(points, label, threshold) for label in (untrained, trained))
     if before is None or after is None:
         return None
-    verdict = {
-        "holds": "is more accurate than without",
-        "fails": "is less accurate than without",
-        "within noise": "is as accurate as without, within noise,",
-    }[better(after, before)]
+    accuracy = {
+        HOLDS: "is more accurate than without",
+        FAILS: "is less accurate than without",
+        WITHIN_NOISE: "is as accurate as without, within noise,",
+    }[verdict(after, before)]
     reach = tpf_at([p for p in points if p["label"] == untrained], after.rate)
     as_far = "never as accurate" if reach is None else f"as accurate up to TPF {reach:.2f}"
     faster = ""
     if before.tpf:  # else it writes nothing, and nothing is so many times as much
         faster = f", and writes {after.tpf / before.tpf:.1f} times as many tokens a forward"
     return (
-        f"at a threshold of {threshold:g}, the rule with its training {verdict} "
+        f"at a threshold of {threshold:g}, the rule with its training {accuracy} "
         f"({after} against {before}: {gap(after, before)}){faster}; "
         f"without training it is {as_far}."
     )
 
 
-def _at(points: list[Point], label: str, value: float) -> Share | None:
-    for point in points:
-        if (point["label"], point["value"]) == (label, value):
-            return share_of(point)
-    return None
-
-
 def control(training: Path) -> str:
     """What masks alone do with the same answers, from the record of the ablation if it is there."""
-    record = read_record(training) if training.exists() else {}
-    masks = of_all_seeds(record, "masks only", "threshold", 0.95)
+    masks = of_all_seeds(read_if_there(training), "masks only", "threshold", 0.95)
     return CONTROL.format(control=f"{masks}, three seeds together") if masks else ""
 
 
@@ -122,13 +114,12 @@ def page(record: dict[str, Any], training: Path) -> str:
         correct = f"{p['correct']}/{p['total']} ({low:.1f} to {high:.1f} %)"
         tokens = p["generated_tokens"]
         positions = f"{p['num_positions'] / tokens:.1f}" if tokens else "nothing written"
-        setting = f"`{p['strategy']}` | {p['knob']} {p['value']:g}"
-        figures = f"{correct} | {p['tpf']:.2f} | {positions}"
-        rows.append(f"| {p['label']} | {setting} | {figures} |")
+        setting = (f"`{p['strategy']}`", f"{p['knob']} {p['value']:g}")
+        rows.append((p["label"], *setting, correct, f"{p['tpf']:.2f}", positions))
     return TEMPLATE.format(
         bought=bought(points),
         control=control(training),
-        rows="\n".join(rows),
+        points=table(HEAD, rows),
         total=points[0]["total"],
         seed=record["seed"],
         machine=machines(record),
@@ -137,6 +128,7 @@ def page(record: dict[str, Any], training: Path) -> str:
     )
 
 
+HEAD = ("method", "strategy", "setting", "correct", "TPF", "positions a token")
 CONTROL = """
 Learning from masks alone on the same answers is worth much already: a quarter of the bundled
 model's steps, and decoding by threshold at 0.95 has {control}
@@ -164,9 +156,7 @@ recipe makes of it with one seed:
 {control}
 ## Every point
 
-| method | strategy | setting | correct | TPF | positions a token |
-|---|---|---|---|---|---|
-{rows}
+{points}
 """
 
 
@@ -180,16 +170,7 @@ def main() -> None:
     check_plots(parser)
     check_ours(options.output / "methods.json", "points")
     check_page(options.output / "methods.md", TEMPLATE)
-    present = [c for c in CURVES if not c.model.startswith("runs/") or Path(c.model).is_dir()]
-    record = run_sweep(
-        present,
-        get_task("word_problems"),
-        options.output / "methods.json",
-        limit=options.limit,
-        seed=7,
-        open_model=lambda name: LLM(name, max_batch_size=64),
-        report=lambda line: print(line, flush=True),
-    )
+    record = sweep(present(CURVES), options.output / "methods.json", options.limit)
     for name, x in (("methods.svg", "tpf"), ("methods-cost.svg", "tokens_per_position")):
         draw(record, options.output / name, x, ours=OURS, against=AGAINST)
     write_atomically(options.output / "methods.md", page(record, options.output / "training.json"))

@@ -26,7 +26,7 @@ from typing import Any
 import side_by_side
 import torch
 from ablation_training import make_responses
-from command_line import check_page, telling
+from command_line import check_page, read_if_there, telling
 from noise_kinds import NOISES, OF_TRAINED, look_at, token_kinds
 from noise_options import parse
 from noise_page import write_page
@@ -46,19 +46,18 @@ from noise_plan import (
     base_label,
     plan,
 )
+from sweeps import sweep
 from transformers import set_seed
 
 from dmax.checkpoint import Checkpoint, load_checkpoint
 from dmax.environment import DTYPES, environment, weights_digest
 from dmax.errors import InputError
-from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.evaluation.sweep import Curve
 from dmax.files import changes, check_ours, read_record, write_atomically
-from dmax.llm import LLM
 from dmax.recipe.arguments import make_arguments
 from dmax.recipe.build import build_checkpoint, data_digest, encode_data, read_data
 from dmax.recipe.folder import RECORD, RunFolder
 from dmax.recipe.sections import Recipe
-from dmax.tasks import get_task
 from dmax.training.data import Collator
 from dmax.training.objectives import ObjectiveModule
 from dmax.training.trainer import DMaxTrainer
@@ -98,7 +97,7 @@ class Study:
         self.runs = runs
         self.points = output / f"{name}.json"
         self.looks = output / f"{name}_tokens.json"
-        self.task = get_task(task)
+        self.task = task
         self.limit = limit
         self.held_out = held_out
         self.num_examples = num_examples
@@ -155,21 +154,21 @@ class Study:
 
     def _differences(self) -> Iterator[str]:
         """What the records were made with that is another thing now."""
-        record = _read(self.points)
-        asked = {"limit": self.limit, "task": self.task.name}
+        record = read_if_there(self.points)
+        asked = {"limit": self.limit, "task": self.task}
         yield from (name for name, value in asked.items() if record.get(name, value) != value)
         base = [point for point in record.get("points", []) if point["label"] == BASE]
         # The dtype of decoding is the machine's, and the digest is another one in each.
         for dtype, weights in {(point["dtype"], point["weights"]) for point in base}:
             if weights != weights_digest(self._base_in(dtype).model):
                 yield "the weights of the base"
-        if settings := _read(self.looks).get("settings"):  # older records have none
+        if settings := read_if_there(self.looks).get("settings"):  # older records have none
             now = json.loads(json.dumps(self._shared_settings(), default=str))
             yield from (f"`{name}`" for name, _, _ in changes(settings, now))
 
     def is_measured(self, run: Run, steps: int) -> bool:
         """Whether all points of a stage are in the record."""
-        points = _read(self.points).get("points", [])
+        points = read_if_there(self.points).get("points", [])
         held = {point["value"] for point in points if point["label"] == run.label(steps)}
         return held >= set(THRESHOLDS)
 
@@ -180,7 +179,9 @@ class Study:
         record = RunFolder(folder, self._settings(run, training))
         record.find_checkpoint(print)
         last = record.last_checkpoint
-        if last is not None and _step_of(last) > steps:  # its points were lost
+        if last is not None and _step_of(last) > steps:
+            # The points of this stage were lost, or a later one was asked for first.
+            print(f"{last} is past {steps} steps: training {run.name} anew", flush=True)
             shutil.rmtree(folder)
             return self.train(run, steps)
         if last is not None and _step_of(last) == steps:
@@ -208,9 +209,8 @@ class Study:
     def _training(self, run: Run, steps: int) -> dict[str, Any]:
         """The recipe's training with what the study changes."""
         name = "uniform" if run.noise in ("random", "same-kind") else "oput"
-        changes = {"learning_rate": run.rate, "seed": run.seed, "objective": name}
-        noise = dict(NOISES[run.noise].settings)
-        return self.recipe.training | SCHEDULE | changes | noise | {"max_steps": steps}
+        own = {"learning_rate": run.rate, "seed": run.seed, "objective": name, "max_steps": steps}
+        return self.recipe.training | SCHEDULE | own | dict(NOISES[run.noise].settings)
 
     def _settings(self, run: Run, training: Mapping[str, Any]) -> dict[str, Any]:
         """All that the weights of a run depend on, whatever the number of its steps."""
@@ -242,15 +242,7 @@ class Study:
         self._sweep(Curve(run.label(steps), str(checkpoint), "spd", THRESHOLDS))
 
     def _sweep(self, *curves: Curve) -> None:
-        run_sweep(
-            curves,
-            self.task,
-            self.points,
-            limit=self.limit,
-            seed=7,
-            open_model=lambda path: LLM(path, max_batch_size=64),
-            report=lambda line: print(line, flush=True),
-        )
+        sweep(curves, self.points, self.limit, task=self.task)
 
     def measure_base(self) -> None:
         """What the base solves before any step, and its noise at several mask ratios.
@@ -265,7 +257,7 @@ class Study:
         curves = Curve(BASE, path, "threshold", (CAREFUL,)), Curve(BASE, path, "spd", THRESHOLDS)
         held = {
             (point["strategy"], point["value"])
-            for point in _read(self.points).get("points", [])
+            for point in read_if_there(self.points).get("points", [])
             if point["label"] == BASE
         }
         # Points of the same base on a machine of another dtype stay as they are.
@@ -287,7 +279,7 @@ class Study:
         return load_checkpoint(self.recipe.model.path or "", dtype=DTYPES[dtype], device="cpu")
 
     def _looks(self) -> dict[str, Any]:
-        if record := _read(self.looks):
+        if record := read_if_there(self.looks):
             return record
         begun = {"environment": environment(self.device), "settings": self._shared_settings()}
         return begun | {"looks": {}, "seconds": {}}
@@ -319,11 +311,6 @@ class Study:
         write_atomically(self.looks, json.dumps(record, indent=1) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A record, empty if it is not there yet."""
-    return dict(read_record(path)) if path.exists() else {}
-
-
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -331,11 +318,11 @@ def _step_of(checkpoint: Path) -> int:
 def study_of(options: argparse.Namespace, output: Path) -> Study:
     """The study that the command line asks for, with its records in a folder."""
     recipe = options.design.read(options.recipe)
-    changes: dict[str, Any] = {"use_cpu": not options.gpu}
+    training = recipe.training | {"use_cpu": not options.gpu}
     if options.toy:
-        changes["per_device_train_batch_size"] = 2
+        training["per_device_train_batch_size"] = 2
     return Study(
-        replace(recipe, training=recipe.training | changes),
+        replace(recipe, training=training),
         options.runs,
         output,
         options.study,

@@ -16,7 +16,7 @@ from noise_points import (
     seeds_in_words,
 )
 from noise_tables import percent
-from shares import Share, better, difference
+from shares import FAILS, HOLDS, WITHIN_NOISE, Share, difference, verdict
 
 BETWEEN_SEEDS = "The intervals do not cover how much one training differs from another."
 BASE_PLACES = (("threshold", CAREFUL), *(("spd", threshold) for threshold in THRESHOLDS))
@@ -34,7 +34,7 @@ def speed(comparisons: Sequence[Comparison]) -> str:
         "At the same threshold, models trained on own tokens write more tokens a forward in "
         f"{faster} of {len(comparisons)} settings."
     )
-    level = [each for each in comparisons if each.verdict == "within noise"]
+    level = [each for each in comparisons if each.verdict == WITHIN_NOISE]
     if level:
         slower = sum(each.own.tpf < each.other.tpf for each in level)
         told += (
@@ -78,7 +78,7 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
     settings = f"{total} settings"
     if total < planned:
         settings = f"the {total} settings measured so far ({planned} are planned)"
-    won = [each for each in comparisons if each.verdict == "holds"]
+    won = [each for each in comparisons if each.verdict == HOLDS]
     claim = "has not been seen to help here"
     if won:
         claim = f"matters {_places([(each.rate, each.steps) for each in won])}"
@@ -95,14 +95,14 @@ def sentence(comparisons: Sequence[Comparison], planned: int) -> str:
 def counted(comparisons: Iterable[Comparison]) -> tuple[int, int]:
     """In how many settings the first noise is better beyond chance, and in how many worse."""
     verdicts = [each.verdict for each in comparisons]
-    return verdicts.count("holds"), verdicts.count("fails")
+    return verdicts.count(HOLDS), verdicts.count(FAILS)
 
 
 def extremes(comparisons: Sequence[Comparison]) -> str:
     """Where own tokens gain most beyond chance, and where they lose most."""
     told = []
-    for verdict, verb in (("holds", "gain"), ("fails", "lose")):
-        some = [each for each in comparisons if each.verdict == verdict]
+    for name, verb in ((HOLDS, "gain"), (FAILS, "lose")):
+        some = [each for each in comparisons if each.verdict == name]
         if some:
             told.append(f"The most they {verb} is after {_largest(some).figures}.")
     return " ".join(told)
@@ -137,7 +137,7 @@ def winning(comparisons: Sequence[Comparison]) -> tuple[float, float] | None:
 
     It is also None where there is only one rate, which has nothing in common with others.
     """
-    won = [_distance(each) for each in comparisons if each.verdict == "holds"]
+    won = [_distance(each) for each in comparisons if each.verdict == HOLDS]
     if not won or len({each.rate for each in comparisons}) == 1:
         return None
     return min(won), max(won)
@@ -246,10 +246,10 @@ def recognition(points: Points, found: Record) -> str:
                 continue
             mended = [Share(look["mended"], look["wrong"], 0) for look in looks]
             kept = [Share(look["right"] - look["broken"], look["right"], 0) for look in looks]
-            mending += [better(*mended)] if all(share.total for share in mended) else []
-            keeping += [better(*kept)] if all(share.total for share in kept) else []
-    more, fewer = mending.count("holds"), mending.count("fails")
-    better_kept, worse_kept = keeping.count("holds"), keeping.count("fails")
+            mending += [verdict(*mended)] if all(share.total for share in mended) else []
+            keeping += [verdict(*kept)] if all(share.total for share in kept) else []
+    more, fewer = mending.count(HOLDS), mending.count(FAILS)
+    better_kept, worse_kept = keeping.count(HOLDS), keeping.count(FAILS)
     return (
         f"The untrained base mends {percent(random['mended'], random['wrong'])} of random tokens "
         f"in the place of its errors, and {percent(own['mended'], own['wrong'])} of its own. "

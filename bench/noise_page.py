@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from command_line import read_if_there
 from noise_findings import (
     ARGMAX,
     BETWEEN_SEEDS,
@@ -76,7 +77,7 @@ At the mask ratio of the runs, by the kind of the clean token:
 def write_page(points_file: Path, looks_file: Path, design: Design) -> None:
     """Write the page and its curves beside the records, with all that is planned or measured."""
     record = read_record(points_file)
-    looked = read_record(looks_file) if looks_file.exists() else {"looks": {}, "seconds": {}}
+    looked = {"looks": {}, "seconds": {}} | read_if_there(looks_file)
     points = Points(record, design.stages)
     draw(points, points_file.with_suffix(".svg"))
     parts = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from noise_kinds import PAIR
 from noise_plan import BASE, THRESHOLDS, Run, Stage, stage_of
-from shares import Share, better, gap, pooled
+from shares import Share, gap, pooled, verdict
 
 Record = dict[str, Any]
 OURS, RANDOM = PAIR
@@ -36,8 +36,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Whether own tokens are better: "holds", "fails" or "within noise"."""
-        return better(self.own, self.other)
+        """Whether it holds that own tokens are better."""
+        return verdict(self.own, self.other)
 
     @property
     def setting(self) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from noise_kinds import KIND_NAMES, NOISES
 from noise_plan import RATIOS, RECIPE_RATIO, THRESHOLDS, base_label, looked_at
 from noise_points import OURS, Comparison, Points, Record, scientific
-from shares import Share, gap
+from prose import table
+from shares import FAILS, HOLDS, WITHIN_NOISE, Share, gap
 
 from dmax.evaluation.plots import looks as looks_of
 from dmax.evaluation.statistics import wilson_interval
@@ -86,16 +87,10 @@ def _line(points: Points, noise: str, rate: float, threshold: float) -> list[tup
 # --- the tables -----------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """Every comparison of `PAIR`."""
     head = ("rate", "steps", "threshold", "seeds", "own, sampled", "random", "difference", "")
-    marks = {"holds": "**own is better**", "fails": "**random is better**", "within noise": ""}
+    marks = {HOLDS: "**own is better**", FAILS: "**random is better**", WITHIN_NOISE: ""}
     rows = [
         (
             scientific(each.rate),
@@ -189,7 +184,7 @@ def along_training(found: Record, points: Points) -> str:
         *("trained with", "rate", "steps", "own argmax wrong", "of them plausible"),
         *("mends of its own", "breaks of its own", "mends of random", "breaks beside random"),
     )
-    rows = [("the base", "", "0", *_look(found[base_label(RECIPE_RATIO)]))] if found else []
+    rows = [("the base", "", "0", *_look(found[base_label(RECIPE_RATIO)]))]
     for rate in points.rates:
         for noise, described in NOISES.items():
             for steps in points.steps:

@@ -12,24 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-from command_line import check_page, check_plots, count, telling
+from command_line import check_page, check_plots, count, read_if_there, telling
 from in_short import in_short
+from noise_kinds import count_mended
+from noise_plan import RECIPE_RATIO
 from paper_page import TEMPLATE, page
 from paper_plan import DECODING, MEASURED, TRAINING
 from paper_points import Record, Results
+from sweeps import sweep
 
 from dmax.checkpoint import load_checkpoint
 from dmax.environment import environment, weights_digest
 from dmax.errors import InputError
 from dmax.evaluation.plots import draw
 from dmax.evaluation.run import evaluate
-from dmax.evaluation.sweep import Curve, run_sweep
-from dmax.files import check_ours, read_record, write_atomically
+from dmax.files import check_ours, write_atomically
 from dmax.llm import LLM
 from dmax.params import DecodingParams
 from dmax.records.encoding import encode_dataset
@@ -64,11 +67,11 @@ def revisions(llm: LLM, questions: Sequence[str], params: DecodingParams) -> Rec
 
 
 @torch.no_grad()
-def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
+def corrections(llm: LLM, num: int = 256) -> Record:
     """One pass over the model's own predictions: wrong tokens mended, right ones broken.
 
-    Reference answers are masked at `ratio`, predicted in one pass by argmax, and the predictions
-    are predicted anew. A valid paraphrase counts as wrong, for every model alike.
+    Reference answers are masked at `RECIPE_RATIO`, predicted in one pass by argmax, and the
+    predictions are predicted anew. A valid paraphrase counts as wrong, for every model alike.
     """
     data = [
         {"prompt": problem.question, "response": problem.response}
@@ -83,13 +86,13 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
     )
     collate = Collator(length, eos, 0, None)
     generator = torch.Generator().manual_seed(0)
-    counts = dict.fromkeys(("wrong", "mended", "right", "broken"), 0)
+    counts = Counter[str]()
     for start in range(0, num, 32):
         inputs = collate([dataset[i] for i in range(start, min(start + 32, num))])
         clean = inputs["clean_ids"]
         labels = inputs["labels"]
         noisy = noise.mask_tokens(
-            clean, inputs["corruptible"], torch.full((len(clean),), ratio), mask, generator
+            clean, inputs["corruptible"], torch.full((len(clean),), RECIPE_RATIO), mask, generator
         )
         stream = CleanStream(llm.model, clean, length)
         embed = llm.model.get_input_embeddings()
@@ -97,13 +100,9 @@ def corrections(llm: LLM, ratio: float = 0.75, num: int = 256) -> Record:
         was_masked = (noisy == mask) & (labels != IGNORE)
         fed = torch.where(noisy == mask, predicted, noisy)
         again = roll_out(stream.denoise(embed(fed)).logits(), mask)
-        before = predicted == labels
-        after = again == labels
-        counts["wrong"] += int((was_masked & ~before).sum())
-        counts["mended"] += int((was_masked & ~before & after).sum())
-        counts["right"] += int((was_masked & before).sum())
-        counts["broken"] += int((was_masked & before & ~after).sum())
-    return counts
+        counts["wrong"] += int((was_masked & (fed != labels)).sum())
+        counts.update(count_mended(again, fed, labels, was_masked))
+    return dict(counts)
 
 
 def forward_times(llm: LLM, num: int = 24, repeats: int = 5) -> Record:
@@ -130,7 +129,7 @@ def measure(output: Path) -> Record:
     It is repeated for other weights only. What was measured before their digests were kept counts
     as measured: nobody can tell whose it is.
     """
-    record: Record = read_record(output) if output.exists() else {"environment": environment()}
+    record = read_if_there(output) or {"environment": environment()}
     questions = [p.question for p in problems(64, seed=7, split="test")]
     hard = DecodingParams("spd", 0.5, options={"soft_inputs": False})
     soft = DecodingParams("spd", 0.5)
@@ -177,24 +176,12 @@ def main() -> None:
     options = parser.parse_args()
     check_plots(parser)
     check_retrained()
-    task = get_task("word_problems")
     output = options.output
     check_ours(output / "measures.json", "environment")
     check_page(output / "README.md", TEMPLATE)
 
-    def sweep(curves: Sequence[Curve], name: str, limit: int) -> Record:
-        return run_sweep(
-            curves,
-            task,
-            output / name,
-            limit=limit,
-            seed=7,
-            open_model=lambda path: LLM(path, max_batch_size=64),
-            report=lambda line: print(line, flush=True),
-        )
-
-    decoding = sweep(DECODING, "decoding.json", options.limit)
-    training = sweep(TRAINING, "training.json", options.retrained_limit)
+    decoding = sweep(DECODING, output / "decoding.json", options.limit)
+    training = sweep(TRAINING, output / "training.json", options.retrained_limit)
     results = Results(decoding, training, measure(output / "measures.json"))
     shown = [
         p for p in decoding["points"] if "block" not in p["label"] and "top-k" not in p["label"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from paper_plan import TAUS
 from paper_points import Results
-from shares import better, difference, gap
+from shares import FAILS, HOLDS, WITHIN_NOISE, Share, collapses, difference, gap, verdict
 
 Finding = tuple[str, str]  # verdict, figures
 Judge = Callable[[Results], Finding]
@@ -47,7 +47,17 @@ def claim(number: str, text: str, paper: str, brief: str) -> Callable[[Judge], J
 
 def worst(*verdicts: str) -> str:
     """The weakest of several verdicts: a claim holds if all its parts do."""
-    return max(verdicts, key=("holds", "within noise", "fails").index)
+    return max(verdicts, key=(HOLDS, WITHIN_NOISE, FAILS).index)
+
+
+def holds_if(is_so: bool) -> str:
+    """The verdict of what is so, or is not: it cannot be within noise."""
+    return HOLDS if is_so else FAILS
+
+
+def no_worse(a: Share, b: Share) -> str:
+    """Whether it holds that b is not more accurate than a."""
+    return holds_if(verdict(b, a) != HOLDS)
 
 
 def part_of(some: int, whole: int) -> float:
@@ -63,7 +73,7 @@ def part_of(some: int, whole: int) -> float:
 )
 def _(r: Results) -> Finding:
     careful, middle, bold = (r.at("base, threshold", value) for value in (0.95, 0.5, 0.0))
-    return worst(better(careful, middle), better(middle, bold)), f"{careful}; {middle}; {bold}"
+    return holds_if(collapses(bold, careful)), f"{careful}; {middle}; {bold}"
 
 
 @claim(
@@ -73,8 +83,10 @@ def _(r: Results) -> Finding:
     brief="so does SPD on the base model",
 )
 def _(r: Results) -> Finding:
-    pairs = [(r.at("DMax, SPD", value), r.at("base, SPD", value)) for value in TAUS]
-    return worst(*(better(*pair) for pair in pairs)), "; ".join(str(base) for _, base in pairs)
+    careful = r.at("base, threshold", 0.95)
+    shares = [r.at("base, SPD", value) for value in TAUS]
+    is_everywhere = all(collapses(share, careful) for share in shares)
+    return holds_if(is_everywhere), "; ".join(map(str, shares))
 
 
 @claim(
@@ -87,9 +99,8 @@ def _(r: Results) -> Finding:
     name = "DMax, hard tokens, no prefix rule"
     careful = r.at(name, 0.95)
     bold = r.at(name, 0.5)
-    loss = better(r.at("base, threshold", 0.95), careful)
-    kept = "fails" if loss == "holds" else "holds"
-    return worst(kept, better(bold, r.at("base, threshold", 0.5))), f"{careful}; {bold}"
+    kept = no_worse(careful, r.at("base, threshold", 0.95))
+    return worst(kept, verdict(bold, r.at("base, threshold", 0.5))), f"{careful}; {bold}"
 
 
 @claim(
@@ -101,7 +112,7 @@ def _(r: Results) -> Finding:
 def _(r: Results) -> Finding:
     soft = r.at("DMax, SPD", 0.0)
     hard = r.at("DMax, hard tokens", 0.0)
-    return better(soft, hard), f"soft {soft}; hard {hard}: {gap(soft, hard)}"
+    return verdict(soft, hard), f"soft {soft}; hard {hard}: {gap(soft, hard)}"
 
 
 @claim(
@@ -113,9 +124,7 @@ def _(r: Results) -> Finding:
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("DMax, hard tokens", value)) for value in (0.95, 0.5)]
     little = all(abs(difference(*pair)[0]) <= 2 for pair in pairs)
-    return "holds" if little else "fails", "; ".join(
-        f"soft {a}, hard {b}: {gap(a, b)}" for a, b in pairs
-    )
+    return holds_if(little), "; ".join(f"soft {a}, hard {b}: {gap(a, b)}" for a, b in pairs)
 
 
 @claim(
@@ -127,8 +136,8 @@ def _(r: Results) -> Finding:
 def _(r: Results) -> Finding:
     with_rule = r.at("DMax, SPD", 0.5)
     without = r.at("DMax, no prefix rule", 0.5)
-    verdict = better(with_rule, without) if with_rule.tpf < without.tpf else "fails"
-    return verdict, f"with {with_rule}; without {without}: {gap(with_rule, without)}"
+    trade = verdict(with_rule, without) if with_rule.tpf < without.tpf else FAILS
+    return trade, f"with {with_rule}; without {without}: {gap(with_rule, without)}"
 
 
 @claim(
@@ -144,14 +153,13 @@ def _(r: Results) -> Finding:
         n: r.measures[f"revisions, hard tokens, {n}"] for n in ("sampled rollouts", "random tokens")
     }
     flips = {n: 100 * part_of(m["changes"], m["chances"]) for n, m in rates.items()}
-    verdict = (
-        better(oput, random) if flips["random tokens"] > flips["sampled rollouts"] else "fails"
-    )
+    is_steadier = flips["random tokens"] > flips["sampled rollouts"]
+    found = verdict(oput, random) if is_steadier else FAILS
     if not all(m["chances"] for m in rates.values()):
-        verdict = "within noise"
+        found = WITHIN_NOISE
     shown = ", ".join(f"{n} {value:.1f} %" for n, value in flips.items())
     return (
-        verdict,
+        found,
         f"OPUT {oput}; random tokens {random}. Decoded tokens that change at a forward: {shown}",
     )
 
@@ -167,8 +175,8 @@ def _(r: Results) -> Finding:
         r.at(name, 0.5)
         for name in ("DMax, SPD", "DMax, consistency stop alone", "DMax, confidence stop alone")
     )
-    verdict = "holds" if confident.tpf < consistent.tpf < both.tpf else "fails"
-    return verdict, f"both {both}; consistency alone {consistent}; confidence alone {confident}"
+    costs = holds_if(confident.tpf < consistent.tpf < both.tpf)
+    return costs, f"both {both}; consistency alone {consistent}; confidence alone {confident}"
 
 
 @claim(
@@ -180,7 +188,7 @@ def _(r: Results) -> Finding:
 def _(r: Results) -> Finding:
     base = r.at("base, threshold", 0.95)
     oput = r.pooled("sampled rollouts", "threshold", 0.95)
-    return "holds" if oput.tpf > base.tpf else "fails", f"base {base}; OPUT {oput}"
+    return holds_if(oput.tpf > base.tpf), f"base {base}; OPUT {oput}"
 
 
 @claim(
@@ -191,8 +199,8 @@ def _(r: Results) -> Finding:
 )
 def _(r: Results) -> Finding:
     oput, masks = (r.pooled(name, "threshold", 0.95) for name in ("sampled rollouts", "masks only"))
-    verdict = "holds" if oput.tpf > masks.tpf else "fails"
-    return verdict, f"OPUT {oput}; masks only {masks}: {gap(oput, masks)}"
+    rises_less = holds_if(oput.tpf > masks.tpf)
+    return rises_less, f"OPUT {oput}; masks only {masks}: {gap(oput, masks)}"
 
 
 @claim(
@@ -206,9 +214,8 @@ def _(r: Results) -> Finding:
     careful = r.at("DMax, SPD", 0.7)
     bold = r.at("DMax, SPD", 0.5)
     pushed = r.at("base, threshold", 0.3)
-    kept = "fails" if better(base, careful) == "holds" else "holds"
-    verdict = worst(kept, better(bold, pushed))
-    return verdict, f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
+    dominates = worst(no_worse(careful, base), verdict(bold, pushed))
+    return dominates, f"base {base}, pushed {pushed}; DMax {careful}, pushed {bold}"
 
 
 @claim(
@@ -219,7 +226,7 @@ def _(r: Results) -> Finding:
 )
 def _(r: Results) -> Finding:
     pairs = [(r.at("DMax, SPD", value), r.at("DMax, no renormalisation", value)) for value in TAUS]
-    return worst(*(better(*pair) for pair in pairs)), "; ".join(
+    return worst(*(verdict(*pair) for pair in pairs)), "; ".join(
         f"with {a}, without {b}" for a, b in pairs
     )
 
@@ -232,7 +239,7 @@ def _(r: Results) -> Finding:
 )
 def _(r: Results) -> Finding:
     one, two, four = (r.at(name, 0.5) for name in ("DMax, SPD", "DMax, top-k 2", "DMax, top-k 4"))
-    return worst(better(two, one), better(four, one)), f"k = 1 {one}; 2 {two}; 4 {four}"
+    return worst(verdict(two, one), verdict(four, one)), f"k = 1 {one}; 2 {two}; 4 {four}"
 
 
 @claim(
@@ -245,9 +252,8 @@ def _(r: Results) -> Finding:
     measured = r.measures["forward times"]
     low = min(measured["ratios"])
     high = max(measured["ratios"])
-    verdict = "holds" if 1.1 <= measured["ratio"] <= 1.2 else "fails"
     return (
-        verdict,
+        holds_if(1.1 <= measured["ratio"] <= 1.2),
         f"{measured['ratio']:.2f} times as long on a CPU at batch 1 ({low:.2f} to {high:.2f})",
     )
 
@@ -275,8 +281,8 @@ def _(r: Results) -> Finding:
         for n, c in counts.items()
     )
     if not all(c["wrong"] and c["right"] for c in counts.values()):
-        return "within noise", shown
-    return "holds" if good else "fails", shown
+        return WITHIN_NOISE, shown
+    return holds_if(good), shown
 
 
 @claim(
@@ -290,8 +296,8 @@ def _(r: Results) -> Finding:
         (r.pooled("sampled rollouts", "SPD", t), r.pooled("argmax rollouts", "SPD", t))
         for t in (0.5, 0.0)
     ]
-    verdict = worst(*("fails" if better(b, a) == "holds" else "holds" for a, b in pairs))
-    return verdict, "; ".join(f"sampled {a}, argmax {b}: {gap(a, b)}" for a, b in pairs)
+    as_good = worst(*(no_worse(a, b) for a, b in pairs))
+    return as_good, "; ".join(f"sampled {a}, argmax {b}: {gap(a, b)}" for a, b in pairs)
 
 
 @claim(
@@ -303,7 +309,7 @@ def _(r: Results) -> Finding:
 def _(r: Results) -> Finding:
     names = ("sampled rollouts", "mask ratio 0.5", "mask ratio 1")
     middle, low, high = (r.pooled(name, "SPD", 0.5) for name in names)
-    return worst(better(middle, low), better(middle, high)), f"0.75 {middle}; 0.5 {low}; 1 {high}"
+    return worst(verdict(middle, low), verdict(middle, high)), f"0.75 {middle}; 0.5 {low}; 1 {high}"
 
 
 @claim(
@@ -317,7 +323,7 @@ def _(r: Results) -> Finding:
     masks = r.pooled("masks only", "SPD", 0.5)
     careful = r.pooled("masks only", "threshold", 0.95)
     return (
-        better(oput, masks),
+        verdict(oput, masks),
         f"OPUT, SPD at 0 {oput}; masks only, SPD at 0.5 {masks}: {gap(oput, masks)}. Careful, "
         f"masks only has {careful}",
     )

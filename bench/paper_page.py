@@ -8,8 +8,8 @@ from ablation_training import SEEDS, VARIANTS
 from paper_claims import CLAIMS
 from paper_plan import TAUS
 from paper_points import Record, Results
-from prose import bullet, filled
-from shares import decoding_seconds
+from prose import bullet, filled, table
+from shares import FAILS, HOLDS, WITHIN_NOISE, decoding_seconds
 
 from dmax.benchmark.run import machines
 
@@ -18,18 +18,17 @@ WIDTH = 120  # columns of the page
 
 def page(results: Results, short: Sequence[str]) -> str:
     """The Markdown page: all studies in short, verdicts with counts, then every point."""
-    rows = ["| # | the paper says | there | here | |", "|---|---|---|---|---|"]
-    briefs: dict[str, list[str]] = {"holds": [], "fails": [], "within noise": []}
+    rows = []
+    briefs: dict[str, list[str]] = {HOLDS: [], FAILS: [], WITHIN_NOISE: []}
     for entry in CLAIMS:
         verdict, figures = entry.judge(results)
-        cells = (entry.number, entry.text, entry.paper, figures, f"**{verdict}**")
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append((entry.number, entry.text, entry.paper, figures, f"**{verdict}**"))
         briefs[verdict].append(f"{entry.brief} ({entry.number})")
     record = results.decoding
     return TEMPLATE.format(
         short="\n".join(bullet(told, width=WIDTH) for told in short),
         summary="\n\n".join(_line(verdict, briefs[verdict]) for verdict in briefs),
-        claims="\n".join(rows),
+        claims=table(("#", "the paper says", "there", "here", ""), rows),
         decoding=_points(record["points"]),
         training=_pooled(results),
         problems=record["limit"],
@@ -61,28 +60,22 @@ def _earlier(record: Record) -> str:
 
 
 def _line(verdict: str, briefs: Sequence[str]) -> str:
-    title = {"holds": "Holds here", "fails": "Does not hold here", "within noise": "Within noise"}
+    title = {HOLDS: "Holds here", FAILS: "Does not hold here", WITHIN_NOISE: "Within noise"}
     return filled(f"**{title[verdict]}:** {'; '.join(briefs) or 'none'}.", width=WIDTH)
 
 
 def _points(points: Sequence[Record]) -> str:
-    rows = [
-        "| model, decoding | threshold | correct | 95 % interval | TPF |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for p in points:
         low, high = (100 * bound for bound in p["interval"])
         share = f"{p['correct']}/{p['total']}"
         interval = f"{low:.1f} to {high:.1f}"
-        rows.append(f"| {p['label']} | {p['value']:g} | {share} | {interval} | {p['tpf']:.2f} |")
-    return "\n".join(rows)
+        rows.append((p["label"], f"{p['value']:g}", share, interval, f"{p['tpf']:.2f}"))
+    return table(("model, decoding", "threshold", "correct", "95 % interval", "TPF"), rows)
 
 
 def _pooled(results: Results) -> str:
-    rows = [
-        "| trained with | decoded by | threshold | each seed | pooled |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for variant in VARIANTS:
         for how, values in (("SPD", TAUS), ("hard tokens", (0.5,)), ("threshold", (0.5, 0.95))):
             for value in values:
@@ -94,8 +87,8 @@ def _pooled(results: Results) -> str:
                 }
                 each = ", ".join(str(found[label]) for label in labels)
                 pooled = results.pooled(variant, how, value)
-                rows.append(f"| {variant} | {how} | {value:g} | {each} | {pooled} |")
-    return "\n".join(rows)
+                rows.append((variant, how, f"{value:g}", each, str(pooled)))
+    return table(("trained with", "decoded by", "threshold", "each seed", "pooled"), rows)
 
 
 TEMPLATE = """# What is measured, in short
@@ -115,7 +108,8 @@ Numbers in brackets are rows of the table of claims. Verdicts are computed. A cl
 is more accurate *holds* if the 95 % interval of the difference lies above zero; it does not if it
 lies below, and else it is *within noise*. "As good" and "no loss" (19, 26, sampled rollouts) hold
 unless the other is better by that rule; "little" (21) is at most 2 points. TPF, times and rates
-(24, 25, 28, 29) are compared as measured, without intervals.
+(24, 25, 28, 29) are compared as measured, without intervals. A model *collapses* (17, 18) if it
+solves less than half of what the base solves by threshold at 0.95.
 
 - **Single settings** were decoded on {problems} unseen word problems. Machine and time:
   {decoded_on}.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ablation_training import SEEDS
-from shares import Share, pooled, share_of
+from shares import Share, pooled, share_at
 
 Record = dict[str, Any]
 
@@ -21,10 +21,10 @@ class Results:
 
     def at(self, label: str, value: float) -> Share:
         """A point of the decoding sweep."""
-        (point,) = (
-            p for p in self.decoding["points"] if (p["label"], p["value"]) == (label, value)
-        )
-        return share_of(point)
+        share = share_at(self.decoding["points"], label, value)
+        if share is None:
+            raise KeyError(f"{label} at {value:g} is not measured")
+        return share
 
     def pooled(self, variant: str, how: str, value: float) -> Share:
         """A retrained variant over all seeds."""

@@ -25,7 +25,7 @@ import torch
 from command_line import check_plots, telling
 from smollm import measure, original
 from smollm.causal import train_causal
-from smollm.page import held_out_losses, write_page
+from smollm.page import BASE, BASE_SPD, CONTROLS, DMAX, LONGER, held_out_losses, write_page
 from smollm.record import read, renew
 from smollm.size import CAUSAL, CPU, GPU, Size
 from smollm.stages import (
@@ -64,8 +64,7 @@ from dmax.tasks.word_problems import ShortWordProblems, WordProblem
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 TASK = ShortWordProblems
-CAREFUL = ("base, threshold", 0.95)  # the label and the threshold at which a base is judged
-DMAX = "DMax, SPD"
+CAREFUL = (BASE, 0.95)  # the label and the threshold at which a base is judged
 # The published template without its system prompt of 30 tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -83,13 +82,13 @@ def curves(size: Size) -> tuple[Curve, ...]:
 
     return (
         curve("original, where the base starts", "ar", "autoregressive", 1),
-        curve("original, as long as the base", "ar-longer", "autoregressive", 1),
-        curve(CAREFUL[0], "base", "threshold", CAREFUL[1], 0.5, 0.3),
+        curve(LONGER, "ar-longer", "autoregressive", 1),
+        curve(BASE, "base", "threshold", CAREFUL[1], 0.5, 0.3),
         curve(DMAX, "oput", "spd", 0.95, 0.5, 0.3),
-        curve("base, SPD", "base", "spd", 0.5),
+        curve(BASE_SPD, "base", "spd", 0.5),
         curve("masks only, threshold", "masks", "threshold", 0.95, 0.3),
-        curve("masks only, SPD", "masks", "spd", 0.95, 0.5, 0.3),
-        curve("random tokens, SPD", "random", "spd", 0.95, 0.5, 0.3),
+        curve(CONTROLS["masks only"], "masks", "spd", 0.95, 0.5, 0.3),
+        curve(CONTROLS["random tokens"], "random", "spd", 0.95, 0.5, 0.3),
     )
 
 

@@ -1,8 +1,9 @@
-"""Paragraphs and list items of the pages, in lines that a reader of their source can follow."""
+"""Paragraphs, list items and tables of the pages, as a reader of their source can follow them."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 WIDTH = 100  # columns
 
@@ -30,3 +31,10 @@ def filled(text: str, *, width: int = WIDTH, indent: str = "") -> str:
 def bullet(text: str, *, width: int = WIDTH) -> str:
     """An item of a list."""
     return filled(f"- {text}", width=width, indent="  ")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    line = "|---" * len(head) + "|"
+    begin, *rest = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([begin, line, *rest])

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import prose
 import torch
 from serving import faults, harness, hostile, load, speed
 from serving.endings import endings
@@ -257,17 +258,16 @@ def speed_table(found: Figures) -> Table:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The table of a record as a page has it."""
-    lines = ["| test | must hold | measured |", "|---|---|---|"]
-    for name, row in ROWS.items():
-        if name in record["rows"]:
-            figures = record["rows"][name]["figures"]
-            said = row.say(figures) if figures else "nothing"
-            lines.append(f"| {row.what} | {row.must} | {said} |")
-    if "speed" in record["rows"]:
-        cells = speed_table(record["rows"]["speed"]["figures"]).cells
-        lines += ["", f"| {' | '.join(cells[0])} |", "|" + "---|" * len(cells[0])]
-        lines += [f"| {' | '.join(each.values())} |" for each in cells]
-    return "\n".join(lines)
+    found = {name: record["rows"][name]["figures"] for name in ROWS if name in record["rows"]}
+    rows = [
+        (ROWS[name].what, ROWS[name].must, ROWS[name].say(figures) if figures else "nothing")
+        for name, figures in found.items()
+    ]
+    tables = [prose.table(("test", "must hold", "measured"), rows)]
+    if "speed" in found:
+        cells = speed_table(found["speed"]).cells
+        tables.append(prose.table(list(cells[0]), [list(each.values()) for each in cells]))
+    return "\n\n".join(tables)
 
 
 def main() -> None:

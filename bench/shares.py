@@ -13,6 +13,10 @@ from typing import Any
 
 from dmax.evaluation.statistics import wilson_interval
 
+HOLDS = "holds"
+FAILS = "fails"
+WITHIN_NOISE = "within noise"
+
 
 @dataclass(frozen=True)
 class Share:
@@ -36,6 +40,12 @@ def share_of(point: Mapping[str, Any]) -> Share:
     return Share(point["correct"], point["total"], point["tpf"])
 
 
+def share_at(points: Iterable[Mapping[str, Any]], label: str, value: float) -> Share | None:
+    """The share of the point of a label and a value; None if it is not measured."""
+    place = (label, value)
+    return next((share_of(p) for p in points if (p["label"], p["value"]) == place), None)
+
+
 def pooled(points: Sequence[Mapping[str, Any]]) -> Share:
     """Several points of a record counted together."""
     names = ("correct", "total", "generated_tokens", "num_forwards")
@@ -53,12 +63,17 @@ def difference(a: Share, b: Share) -> tuple[float, float, float]:
     return 100 * delta, 100 * low, 100 * high
 
 
-def better(a: Share, b: Share) -> str:
-    """Whether a is more accurate than b."""
+def verdict(a: Share, b: Share) -> str:
+    """Whether it holds that a is more accurate than b."""
     _, low, high = difference(a, b)
     if low > 0:
-        return "holds"
-    return "fails" if high < 0 else "within noise"
+        return HOLDS
+    return FAILS if high < 0 else WITHIN_NOISE
+
+
+def collapses(share: Share, careful: Share) -> bool:
+    """Whether less than half is left of what careful decoding solves."""
+    return share.rate < careful.rate / 2
 
 
 def gap(a: Share, b: Share) -> str:

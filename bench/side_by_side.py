@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from command_line import count, refusing
+from command_line import count, read_if_there, refusing
 
 from dmax.environment import select_device
 from dmax.errors import InputError
@@ -91,7 +91,7 @@ def begin(part: Path, whole: Path) -> None:
     if not whole.exists():
         return
     known = read_record(whole)
-    held = read_record(part) if part.exists() else {}
+    held = read_if_there(part)
     if all(known.get(name, value) == value for name, value in held.items() if _is_plain(value)):
         write_atomically(_begun(part), json.dumps(known, indent=1) + "\n")
         record = merged(known, unknown(known, held))
@@ -117,9 +117,8 @@ def unknown(known: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]
 def put_together(part: Path, whole: Path) -> None:
     """Add to a record what a part of it has measured since it began."""
     if part.exists():
-        held = dict(read_record(whole)) if whole.exists() else {}
-        begun = read_record(_begun(part)) if _begun(part).exists() else {}
-        record = merged(held, since(begun, read_record(part)))
+        new = since(read_if_there(_begun(part)), read_record(part))
+        record = merged(read_if_there(whole), new)
         write_atomically(whole, json.dumps(record, indent=1) + "\n")
 
 

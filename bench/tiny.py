@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 
 from command_line import check_plots, count, seed, telling
+from sweeps import BATCH_SIZE, SEED, present, sweep
 
 from dmax.evaluation.plots import draw
-from dmax.evaluation.sweep import Curve, run_sweep
+from dmax.evaluation.sweep import Curve
 from dmax.llm import LLM
-from dmax.tasks import get_task
 
 HARD = (("soft_inputs", False),)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -61,9 +61,11 @@ def main() -> None:
     """Measure what is missing, write it down, draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=count, default=500, help="problems")
-    parser.add_argument("--seed", type=seed, default=7, help="of the problems")
-    parser.add_argument("--batch-size", type=count, default=64)
-    parser.add_argument("--dtype", default="auto", help="auto is float32 on a CPU")
+    parser.add_argument("--seed", type=seed, default=SEED, help="of the problems")
+    parser.add_argument("--batch-size", type=count, default=BATCH_SIZE)
+    parser.add_argument(
+        "--dtype", default="auto", help="auto is bfloat16 where the hardware has it"
+    )
     parser.add_argument("--only", nargs="*", help="labels of the curves to measure")
     parser.add_argument("--output", type=Path, default=Path("bench/results/tiny.json"))
     parser.add_argument("--plot", type=Path, help="SVG to draw (needs matplotlib)")
@@ -73,19 +75,12 @@ def main() -> None:
     labels = [curve.label for curve in CURVES]
     if unknown := [label for label in options.only or () if label not in labels]:
         parser.error(f"no curve is called {unknown[0]!r}; there are: {'; '.join(labels)}")
-    present = [
-        curve
-        for curve in CURVES
-        if not curve.model.startswith("runs/") or Path(curve.model).is_dir()
-    ]
-    record = run_sweep(
-        [curve for curve in present if not options.only or curve.label in options.only],
-        get_task("word_problems"),
+    record = sweep(
+        present(curve for curve in CURVES if not options.only or curve.label in options.only),
         options.output,
-        limit=options.limit,
+        options.limit,
         seed=options.seed,
         open_model=lambda name: LLM(name, max_batch_size=options.batch_size, dtype=options.dtype),
-        report=lambda line: print(line, flush=True),
     )
     if options.plot:
         drawn = [point for point in record["points"] if point["label"] in DRAWN]

@@ -10,11 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import torch
 
 from dmax.checkpoint import load_checkpoint
+from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.outputs import GenerationOutput
 from serving.cases import CHAT, Case, alone, faults_of_stream, mixed_cases, plain_cases
@@ -25,8 +26,16 @@ from serving.server import BENCH, MODEL, RUNNING, WAITING, Server, serving, sett
 IN_64_BITS = (str(BENCH / "serving" / "under_test.py"),)
 SHOWN = 10
 """Faults of one kind that are written down."""
+CLIENTS = 8
+"""Of a soak."""
+LEAVING = 32
+"""Clients that go away, at a time."""
 LEAST_MIB = 16.0
 """Growth of memory that tells nothing: what an allocator keeps differs by as much."""
+PARTS = 20
+"""Stretches of time that a slope is taken from."""
+T_95 = 2.101
+"""Student's two-sided quantile for as many parts less two."""
 WARM_UP = 450.0
 """Seconds of a soak after which memory is watched. Until then the allocator still takes pages for
 mixtures of requests that have not come together before, and in 16 bits oneDNN fills its cache of
@@ -130,7 +139,7 @@ async def disconnects(sizes: Sizes) -> Result:
 
 
 async def _leave_early(
-    server: Server, cases: Sequence[Case], num: int, draw: random.Random, at_once: int = 32
+    server: Server, cases: Sequence[Case], num: int, draw: random.Random
 ) -> None:
     """Clients that drop their connection after a random number of events, some before any."""
     plan = iter([(draw.choice(cases), draw.randint(0, 8), draw.random()) for _ in range(num)])
@@ -141,7 +150,7 @@ async def _leave_early(
             await _read_some(connection, case, num_events, patience / 10)
             connection.abort()
 
-    await asyncio.gather(*(leave() for _ in range(at_once)))
+    await asyncio.gather(*(leave() for _ in range(LEAVING)))
 
 
 async def _read_some(connection: Connection, case: Case, num: int, patience: float) -> None:
@@ -162,7 +171,7 @@ async def _whole(server: Server, case: Case) -> list[object]:
         return [event async for event in connection.events(CHAT, case.body(MODEL))]
 
 
-async def soak(sizes: Sizes, at_once: int = 8) -> Result:
+async def soak(sizes: Sizes) -> Result:
     """Memory stays flat under steady load.
 
     Where it seems to grow, the load goes on for as long again, `soak_tries` times in all: a leak
@@ -171,10 +180,10 @@ async def soak(sizes: Sizes, at_once: int = 8) -> Result:
     cases = mixed_cases(64, sizes.seed)
     result = Result()
     async with serving("--dtype", sizes.soak_dtype) as server:
-        await _ask_all(server, cases, at_once)  # all strategies and lengths once
+        await _ask_all(server, cases, CLIENTS)  # all strategies and lengths once
         state = _Soak(server, cycle(cases))
         for tries in range(1, sizes.soak_tries + 1):
-            await state.go_on(sizes.soak_seconds * tries, sizes.soak_requests * tries, at_once)
+            await state.go_on(sizes.soak_seconds * tries, sizes.soak_requests * tries)
             slope, low, high = slope_with_interval(state.settled)
             grows = low > 0 and slope * state.seconds > max(state.level / 100, LEAST_MIB / 4)
             if not grows:
@@ -186,7 +195,7 @@ async def soak(sizes: Sizes, at_once: int = 8) -> Result:
     samples = state.samples
     result.figures = {
         "seconds": round(state.seconds, 1),
-        "clients": at_once,
+        "clients": CLIENTS,
         "dtype": sizes.soak_dtype,
         "requests": state.num_answers,
         "resident_mib_begin": round(samples[0][1], 1),
@@ -240,11 +249,11 @@ class _Soak:
     def is_over(self) -> bool:
         return self.elapsed >= self.least_seconds and self.num_answers >= self.least_requests
 
-    async def go_on(self, seconds: float, num_requests: int, at_once: int) -> None:
+    async def go_on(self, seconds: float, num_requests: int) -> None:
         """Load and watch until both are reached, counted from the beginning."""
         self.least_seconds = seconds
         self.least_requests = num_requests
-        await asyncio.gather(self.watch(), *(self.keep_asking() for _ in range(at_once)))
+        await asyncio.gather(self.watch(), *(self.keep_asking() for _ in range(CLIENTS)))
 
     async def keep_asking(self) -> None:
         while not self.is_over():
@@ -259,22 +268,26 @@ class _Soak:
             await asyncio.sleep(1.0 if self.least_seconds - self.elapsed > 30 else 0.1)
 
 
-def slope_with_interval(
-    samples: Sequence[tuple[float, float]], num_parts: int = 20
-) -> tuple[float, float, float]:
+def slope_with_interval(samples: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     """Slope of a line through samples, and its 95 % interval.
 
-    Neighbouring samples are alike, so the line goes through the means of `num_parts` stretches of
-    time, which are taken as independent.
+    Neighbouring samples are alike, so the line goes through the means of `PARTS` stretches of time,
+    which are taken as independent.
+
+    Raises:
+        InputError: there are fewer samples than that.
     """
-    size = max(len(samples) // num_parts, 1)
-    parts = [samples[at : at + size] for at in range(0, len(samples) - size + 1, size)]
+    if len(samples) < PARTS:
+        said = f"a slope needs {PARTS} samples of memory, got {len(samples)}"
+        raise InputError(said, hint="watch for longer")
+    bounds = [len(samples) * part // PARTS for part in range(PARTS + 1)]
+    parts = [samples[begin:end] for begin, end in pairwise(bounds)]
     times = [statistics.fmean(at for at, _ in part) for part in parts]
     values = [statistics.fmean(mib for _, mib in part) for part in parts]
     slope, intercept = statistics.linear_regression(times, values)
     rest = [value - intercept - slope * at for at, value in zip(times, values, strict=True)]
-    spread = math.fsum(error**2 for error in rest) / max(len(parts) - 2, 1)
+    spread = math.fsum(error**2 for error in rest) / (PARTS - 2)
     middle = statistics.fmean(times)
     error = (spread / math.fsum((at - middle) ** 2 for at in times)) ** 0.5
-    margin = 2.1 * error  # Student's t for 18 degrees of freedom
+    margin = T_95 * error
     return slope, slope - margin, slope + margin

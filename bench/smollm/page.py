@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prose import bullet, filled
-from shares import Share, better, difference, gap, share_of
+from prose import bullet, filled, table
+from shares import FAILS, HOLDS, Share, collapses, difference, gap, share_of, verdict
 
 from dmax.benchmark.run import machines
 from dmax.evaluation.sweep import Curve
@@ -23,6 +23,7 @@ BASE_SPD = "base, SPD"
 DMAX = "DMax, SPD"
 LONGER = "original, as long as the base"
 CONTROLS = {"masks only": "masks only, SPD", "random tokens": "random tokens, SPD"}
+LOG = "../log.md#2026-11-28-what-failed-on-a-pretrained-base-negative"
 TASK = """\
 The task is `short_word_problems`: two steps with numbers up to 20, each worked out in a sentence.
 The second step needs the first one's result, and every sentence is put together from several
@@ -47,11 +48,12 @@ class Words:
     """What the page of a size says that the other one does not.
 
     Attributes:
-        introduction: its title, and what becomes of the original.
+        introduction: its title, and what becomes of the original; `{on_gpu}` stands for where the
+            results of a GPU are.
         start: what is trained, and from where.
         changes: to the recipes.
         study: where own and random tokens are compared.
-        failed: of its last section, what earlier records and notes say.
+        failed: what failed in the past, for its last section.
     """
 
     introduction: str
@@ -71,7 +73,7 @@ trained on two trillion tokens of text. Here it becomes a block-diffusion model,
 one thread of a CPU. {TASK}
 
 `python bench/pretrained.py --gpu` does the same on a GPU with the whole vocabulary, blocks of 32
-and many more tokens. Of that, only the stages `convert` and half of `ar` have been run, on an H200.
+and many more tokens. {{on_gpu}}
 """,
         start="""\
 - **The whole network is trained**, all 30 layers. Only its vocabulary is cut, from 49,152 tokens
@@ -81,30 +83,10 @@ and many more tokens. Of that, only the stages `convert` and half of `ar` have b
   the new tokens mean nothing to it.""",
         changes="",
         study="[a study of its own](noise_pretrained.md)",
-        failed="""\
-- **DMax and random tokens changed places.** Before, each had 80 steps on 320 answers. This is what
-  they solved of 200 (record of commit `68da9f9`):
-
-  | threshold | DMax, SPD | masks only, SPD | random tokens, SPD |
-  |---|---|---|---|
-  | 0.95 | 181 at TPF 1.07 | 180 at TPF 1.47 | 172 at TPF 1.39 |
-  | 0.5 | 167 at TPF 2.54 | 167 at TPF 3.08 | 139 at TPF 2.65 |
-  | 0.3 | 138 at TPF 2.79 | 132 at TPF 3.41 | 149 at TPF 3.06 |
-
-  DMax led random tokens at 0.95 and 0.5 and trailed them at 0.3. Only its lead at 0.5 was beyond
-  chance: +14.0 points (+5.7 to +22.1). After 160 steps on 640 answers (record of `562be3f`) it
-  trailed at 0.95 and 0.5 and led at 0.3, never beyond chance. All three solved more at 0.3 than
-  after 80 steps. Each was trained with one seed, so the change may be chance or longer training.
-- **Loss on the task's own solutions rose** between steps 40 and 160: from 1.652 to 1.665 for DMax,
-  1.345 to 1.386 for masks only and 1.562 to 1.638 for random tokens (record of `562be3f`). All
-  three learn the base's answers, which are worded otherwise, and on such answers their losses fall.
-- **No record was kept of these**, only notes. DMax drops signs, such as the line break before
-  `#### N`, and the strict score counts that as wrong: 10 of its 22 wrong answers at 0.95, 19 of 36
-  at 0.5 and 6 of 19 at 0.3 end with the right number (`562be3f`). With the published tokens for
-  digits and no stage `ar`, a first trial solved 0 of 24 at 0.95 after 274,000 tokens (`60d1655`).
-  After 640 problems of two or three steps in batches of 16, the original still gave 0.81 nats to a
-  number of 24 held-out solutions. With two steps and batches of 8 it was 0.54, over 32 solutions
-  (`60d1655`).
+        failed=f"""\
+- **DMax and random tokens changed places** on 2026-11-28, when they learnt twice as long from twice
+  as many answers. [The log]({LOG}) has what
+  they solved before, and what else failed on the way.
 """,
     ),
     GPU.name: Words(
@@ -132,17 +114,24 @@ def write_page(size: Size, record: Record, curves: Sequence[Curve], path: Path) 
     """Write the page of a record; points that are missing are named."""
     words = WORDS[size.name]
     parts = [
-        filled(words.introduction),
+        filled(words.introduction.format(on_gpu=on_gpu(path.parent))),
         headline(record, curves),
         method(size, record),
         "## Results\n\n" + "\n".join(results(size, record, curves)),
         f"![Accuracy against TPF]({path.stem}.svg)" if record["points"] else "",
         "\n".join(differences(measured(record, curves))),
         "## Stages\n\n" + "\n".join(stages(record)),
-        "## Learning curves\n\n" + "\n".join(learning(record)),
+        "## Learning curves\n\n" + "\n".join(learning(size, record)),
         failures(words.failed, measured(record, curves)),
     ]
     write_atomically(path, "\n\n".join(filter(None, map(str.strip, parts))) + "\n")
+
+
+def on_gpu(folder: Path) -> str:
+    """Where the results of a GPU are, if there are any."""
+    if (folder / f"{GPU.name}.json").exists():
+        return f"What came of it has [a page of its own]({GPU.name}.md)."
+    return "Nothing of that has been measured yet."
 
 
 def method(size: Size, record: Record) -> str:
@@ -218,8 +207,8 @@ def noise(shares: Mapping[str, Shares]) -> Iterator[str]:
         found = pairs(shares, label)
         if not found:
             continue
-        verdicts = [better(*pair) for pair in found.values()]
-        won, lost, total = verdicts.count("holds"), verdicts.count("fails"), len(found)
+        verdicts = [verdict(*pair) for pair in found.values()]
+        won, lost, total = verdicts.count(HOLDS), verdicts.count(FAILS), len(found)
         slower = sum(dmax.tpf < other.tpf for dmax, other in found.values())
         accuracy = f"accuracy beyond chance at {won} of {total} thresholds"
         costs = [
@@ -255,15 +244,13 @@ def pairs(shares: Mapping[str, Shares], label: str) -> dict[float, tuple[Share, 
 def differences(shares: Mapping[str, Shares]) -> Iterator[str]:
     """The table of DMax against the base and the controls, decoded in the same way."""
     rows = [
-        f"| {label} | {value:g} | {dmax} | {other} | {gap(dmax, other)} |"
+        (label, f"{value:g}", str(dmax), str(other), gap(dmax, other))
         for label in (BASE_SPD, *CONTROLS.values())
         for value, (dmax, other) in pairs(shares, label).items()
     ]
     if rows:
         yield "## DMax against the base and the controls at the same threshold\n"
-        yield "| DMax against | threshold | DMax | the other | difference |"
-        yield "|---|---|---|---|---|"
-        yield from rows
+        yield table(("DMax against", "threshold", "DMax", "the other", "difference"), rows)
 
 
 def failures(of_earlier: str, shares: Mapping[str, Shares]) -> str:
@@ -273,16 +260,13 @@ def failures(of_earlier: str, shares: Mapping[str, Shares]) -> str:
 
 
 def without_oput(shares: Mapping[str, Shares]) -> str:
-    """Whether SPD collapses on the base, as it does in the paper and on the bundled model.
-
-    It does if the base solves less than half as much as when it is decoded carefully.
-    """
+    """Whether SPD collapses on the base, as it does in the paper and on the bundled model."""
     if BASE not in shares or BASE_SPD not in shares:
         return ""
     (threshold, careful), *_ = shares[BASE].items()
     worst = min(shares[BASE_SPD].values(), key=lambda share: share.rate)
     at = ", ".join(f"{value:g}" for value in shares[BASE_SPD])
-    if worst.rate < careful.rate / 2:
+    if collapses(worst, careful):
         said = (
             "**SPD without OPUT collapses** on this base, as in the paper and on the bundled "
             f"model: {solved(worst)}, against {solved(careful)} by threshold decoding at "
@@ -305,12 +289,18 @@ def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str
     said = f"{record['references']:.3f}"
     yield f"The judge gives {said} nats a token to the task's own solutions, which are worded at"
     yield f"random, so {said} is no lower bound.\n"
-    yield "| model, decoding | threshold | correct | 95 % interval | TPF | judge, nats a token |"
-    yield "|---|---|---|---|---|---|"
-    for curve in curves:
-        for value in curve.values:
-            name = f"| {curve.label} | {'–' if curve.strategy == AUTOREGRESSIVE else value} "
-            yield name + figures(record["points"].get(slug(curve, value)))
+    yield table(
+        ("model, decoding", "threshold", "correct", "95 % interval", "TPF", "judge, nats a token"),
+        [
+            (
+                curve.label,
+                "–" if curve.strategy == AUTOREGRESSIVE else str(value),
+                *figures(record["points"].get(slug(curve, value))),
+            )
+            for curve in curves
+            for value in curve.values
+        ],
+    )
     missing = [
         Path(curve.model).name.removeprefix(f"{size.name}-")
         for curve in curves
@@ -321,32 +311,35 @@ def results(size: Size, record: Record, curves: Sequence[Curve]) -> Iterator[str
         yield f"\nWhat is missing is measured by `{size.command} {names} measure`."
 
 
-def figures(point: Record | None) -> str:
+def figures(point: Record | None) -> tuple[str, ...]:
     """The cells of a point behind its name."""
     if point is None:
-        return f"| {NOT_YET} | | | |"
+        return NOT_YET, "", "", ""
     low, high = (100 * end for end in point["interval"])
     count = f"{point['correct']}/{point['total']}"
     said = f"{point['cross_entropy']:.3f}" if "cross_entropy" in point else ""
-    return f"| {count} | {low:.1f} to {high:.1f} | {point['tpf']:.2f} | {said} |"
+    return count, f"{low:.1f} to {high:.1f}", f"{point['tpf']:.2f}", said
 
 
 def stages(record: Record) -> Iterator[str]:
     """What each stage has taken."""
     yield "Tokens are those of the problems and of the EOS behind them, without padding.\n"
-    yield "| stage | steps | sequences | tokens | hours | held-out loss, first and last |"
-    yield "|---|---|---|---|---|---|"
-    for name, stage in record["stages"].items():
-        if not stage["steps"] and not stage["is_done"]:
-            yield f"| {name} | not run yet | | | | |"
-            continue
-        losses = held_out_losses(stage["log"])
-        ends = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else ""
-        steps = f"{stage['steps'] or 'not kept'}{'' if stage['is_done'] else ', not finished'}"
-        hours = f"{stage['seconds'] / 3600:.1f}" if stage["seconds"] else ""
-        size = f"{stage['sequences']:,} | {stage['tokens']:,}"
-        yield f"| {name} | {steps} | {size} | {hours} | {ends} |"
+    yield table(
+        ("stage", "steps", "sequences", "tokens", "hours", "held-out loss, first and last"),
+        [(name, *taken(stage)) for name, stage in record["stages"].items()],
+    )
     yield f"\nHeld-out loss fell {where_it_fell(record)}."
+
+
+def taken(stage: Record) -> tuple[str, ...]:
+    """The cells of a stage behind its name."""
+    if not stage["steps"] and not stage["is_done"]:
+        return "not run yet", "", "", "", ""
+    losses = held_out_losses(stage["log"])
+    ends = f"{losses[0]:.3f}, {losses[-1]:.3f}" if losses else ""
+    steps = f"{stage['steps'] or 'not kept'}{'' if stage['is_done'] else ', not finished'}"
+    hours = f"{stage['seconds'] / 3600:.1f}" if stage["seconds"] else ""
+    return steps, f"{stage['sequences']:,}", f"{stage['tokens']:,}", hours, ends
 
 
 def held_out_losses(log: Sequence[Mapping[str, float]]) -> list[float]:
@@ -369,9 +362,10 @@ def where_it_fell(record: Record) -> str:
     return f"in {sum(fell.values())} of {len(fell)} stages, not in {others}"
 
 
-def learning(record: Record) -> Iterator[str]:
+def learning(size: Size, record: Record) -> Iterator[str]:
     """Held-out losses over the steps of each stage."""
-    yield "Loss on 64 held-out problems after so many steps; each stage has its own objective."
+    problems = f"{size.num_held_out} held-out problems"
+    yield f"Loss on {problems} after so many steps; each stage has its own objective."
     yield "DMax and both controls learn the base's answers, so their losses are on its answers to"
     yield "these problems.\n"
     for name, stage in record["stages"].items():

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from command_line import num_answered
+from command_line import num_answered, read_if_there
 
 from dmax.checkpoint import ORIGIN
 from dmax.errors import InputError
@@ -87,18 +87,13 @@ def history(folder: Path) -> Log:
 
 def result_of(folder: Path) -> dict[str, Any]:
     """What a finished stage says of itself; empty if it has not been run to its end."""
-    return held(folder / ORIGIN)
-
-
-def held(path: Path) -> dict[str, Any]:
-    """What a record holds; empty where there is none, or one that was cut off."""
-    return dict(read_record(path) or {}) if path.is_file() else {}
+    return read_if_there(folder / ORIGIN)
 
 
 def seconds(folder: Path) -> float:
     """How long a stage has trained, all parts of an interrupted run together."""
     for path in (folder / ORIGIN, run_folder(folder) / RECORD):
-        record = held(path)
+        record = read_if_there(path)
         if "seconds" in record:
             return float(record["seconds"])
     times = [entry["train_runtime"] for entry in history(folder) if "train_runtime" in entry]
@@ -132,7 +127,8 @@ def digest(size: Size, stage: str) -> str | None:
 def keep_origin(size: Size, stage: str, made_from: Mapping[str, str | None]) -> None:
     """Write down beside what a stage has made from what it was made."""
     path = _note(size, stage)
-    write_atomically(path, json.dumps({**held(path), MADE_FROM: made_from}, indent=2) + "\n")
+    record = read_if_there(path) | {MADE_FROM: made_from}
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def _note(size: Size, stage: str) -> Path:
@@ -145,7 +141,7 @@ def renewed(size: Size, stage: str) -> list[str]:
 
     None for a stage of earlier releases, which did not write it down.
     """
-    was = held(_note(size, stage)).get(MADE_FROM, {})
+    was = read_if_there(_note(size, stage)).get(MADE_FROM, {})
     return [
         needed
         for needed, then in was.items()

@@ -13,18 +13,18 @@ import pytest
 from beyond_page import answer, missing, page, training, unequal, write_page
 from beyond_runs import BASE, DMAX, RECIPES, SEEDS, TRAINED, Run
 from beyond_verdict import (
-    EARLY,
-    LEFT,
-    NOISE,
-    PARTLY,
-    RIGHT,
-    SHORT,
+    FASTER,
+    NEVER,
+    SLOWER,
+    SOME_SEEDS,
+    TOO_FEW_SEEDS,
     Found,
     differences,
     mean_interval,
     tpf_at,
     verdict,
 )
+from shares import WITHIN_NOISE
 
 from dmax.errors import InputError
 from dmax.evaluation.statistics import wilson_interval
@@ -117,13 +117,13 @@ def test_the_level_is_the_lower_end_of_the_references_interval() -> None:
 @pytest.mark.parametrize(
     ("ours", "control", "expected"),
     [
-        ((2.0, 2.1, 1.9), (0.0, 0.1, 0.0), RIGHT),
-        ((2.0, 2.1, 1.9), (2.0, 1.9, 2.1), NOISE),  # above its start, but OPUT does as much
-        ((0.1, -0.1, 0.0), (-1.0, -1.1, -1.0), NOISE),  # OPUT loses, and this does not gain
-        ((-1.0, -1.1, -0.9), (0.0, 0.0, 0.1), LEFT),
-        ((0.0, 3.0, -2.0), (0.0, 0.0, 0.0), NOISE),
-        ((2.0,), (0.0,), EARLY),
-        ((2.0, 2.1, 1.9), (0.0,), EARLY),  # one seed of the control is there
+        ((2.0, 2.1, 1.9), (0.0, 0.1, 0.0), FASTER),
+        ((2.0, 2.1, 1.9), (2.0, 1.9, 2.1), WITHIN_NOISE),  # OPUT does as much
+        ((0.1, -0.1, 0.0), (-1.0, -1.1, -1.0), WITHIN_NOISE),  # OPUT only loses
+        ((-1.0, -1.1, -0.9), (0.0, 0.0, 0.1), SLOWER),
+        ((0.0, 3.0, -2.0), (0.0, 0.0, 0.0), WITHIN_NOISE),
+        ((2.0,), (0.0,), TOO_FEW_SEEDS),
+        ((2.0, 2.1, 1.9), (0.0,), TOO_FEW_SEEDS),  # one seed of the control is there
     ],
 )
 def test_verdicts(ours: Sequence[float], control: Sequence[float], expected: str) -> None:
@@ -132,13 +132,13 @@ def test_verdicts(ours: Sequence[float], control: Sequence[float], expected: str
     found = Found(record_of(*curves))
     assert verdict(found, MMD, "spd") == expected
     assert answer(found).startswith(f"**{expected.capitalize()}:** MMD by SPD.")
-    assert ("Shipped as `tiny-dmax`" in answer(found)) == (expected == RIGHT)
+    assert ("Shipped as `tiny-dmax`" in answer(found)) == (expected == FASTER)
 
 
 def test_a_curve_that_is_never_as_accurate_has_no_figure() -> None:
     wrong = [point for seed in SEEDS for point in failing(MMD, seed)]
     curves = [shifted(OPUT, seed, 0.0) for seed in SEEDS]
-    assert verdict(Found(record_of(wrong, *curves)), MMD, "spd") == SHORT
+    assert verdict(Found(record_of(wrong, *curves)), MMD, "spd") == NEVER
 
 
 def test_a_seed_whose_control_is_never_as_accurate_counts_against_the_start_only() -> None:
@@ -147,7 +147,7 @@ def test_a_seed_whose_control_is_never_as_accurate_counts_against_the_start_only
     found = Found(record_of(*curves, *control))
     assert differences(found, MMD, "spd", OPUT) == pytest.approx([1.1, 1.2])
     assert differences(found, MMD, "spd", DMAX) == pytest.approx([1.1, 1.2, 1.3])
-    assert verdict(found, MMD, "spd") == RIGHT
+    assert verdict(found, MMD, "spd") == FASTER
 
 
 @pytest.mark.parametrize("failed", [(2, 3), (1, 2, 3)])
@@ -155,11 +155,11 @@ def test_where_the_control_falls_short_the_start_decides(failed: Sequence[int]) 
     curves = [shifted(MMD, seed, 1 + seed / 10) for seed in SEEDS]
     control = [failing(OPUT, s) if s in failed else shifted(OPUT, s, 0.0) for s in SEEDS]
     found = Found(record_of(*curves, *control))
-    assert verdict(found, MMD, "spd") == RIGHT
-    told = f"**{RIGHT.capitalize()}:** MMD by SPD (against its start alone)."
+    assert verdict(found, MMD, "spd") == FASTER
+    told = f"**{FASTER.capitalize()}:** MMD by SPD (against its start alone)."
     assert answer(found).startswith(told)
     one_missing = Found(record_of(*curves, *control[1:]))
-    assert verdict(one_missing, MMD, "spd") == EARLY, "that seed may still decide"
+    assert verdict(one_missing, MMD, "spd") == TOO_FEW_SEEDS, "that seed may still decide"
 
 
 def failing(run: Run, seed: int) -> list[dict[str, Any]]:
@@ -171,22 +171,22 @@ def failing(run: Run, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("failed", "found_so", "name"),
+    ("failed", "verdict_name", "name"),
     [
-        ((), RIGHT, "MMD by SPD"),
-        ((2,), PARTLY, "MMD by SPD (2 of 3 seeds)"),
-        (SEEDS, SHORT, "MMD by SPD"),
+        ((), FASTER, "MMD by SPD"),
+        ((2,), SOME_SEEDS, "MMD by SPD (2 of 3 seeds)"),
+        (SEEDS, NEVER, "MMD by SPD"),
     ],
 )
 def test_seeds_that_are_never_as_accurate_are_counted(
-    failed: Sequence[int], found_so: str, name: str
+    failed: Sequence[int], verdict_name: str, name: str
 ) -> None:
     curves = [failing(MMD, s) if s in failed else shifted(MMD, s, 2 + s / 10) for s in SEEDS]
     control = [shifted(OPUT, seed, seed / 10) for seed in SEEDS]
     found = Found(record_of(*curves, *control))
-    assert verdict(found, MMD, "spd") == found_so
+    assert verdict(found, MMD, "spd") == verdict_name
     head = answer(found)
-    assert head.startswith(f"**{found_so.capitalize()}:** {name}.")
+    assert head.startswith(f"**{verdict_name.capitalize()}:** {name}.")
     assert ("MMD by SPD writes 9.22, the mean of its seeds." in unwrapped(head)) == (not failed)
 
 

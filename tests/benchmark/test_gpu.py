@@ -16,7 +16,6 @@ import pytest
 import torch
 from count_kernels import Node
 from forwards import uniform
-from predict_step import MEASURED
 from predicted import beside, predictions
 from rich.console import Console
 
@@ -139,7 +138,7 @@ def test_a_node_that_cannot_be_captured_becomes_a_row() -> None:
     def wait() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    row = alone.kernel_row("wait", [wait], [Node("wait")], 128, MEASURED, CPU)
+    row = alone.kernel_row("wait", [wait], [Node("wait")], 128, CPU)
     assert row["error"].startswith("operation not permitted")
 
 

@@ -25,7 +25,6 @@ from noise_points import Points  # noqa: E402
 
 from dmax.errors import InputError  # noqa: E402
 from dmax.recipe.sections import Recipe, load_recipe  # noqa: E402
-from dmax.tasks.word_problems import problems  # noqa: E402
 
 ROOT = Path(noise.__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -34,13 +33,8 @@ RUN = noise_plan.Run("sampled", 8e-4, 1)
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    """The study's recipe, with few records."""
-    responses = tmp_path / "responses.jsonl"
-    rows = [{"prompt": p.question, "response": p.response} for p in problems(8, seed=3)]
-    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = load_recipe(ROOT / DESIGN.recipe)
-    return replace(read, data=replace(read.data, file=str(responses)))
+def recipe(noise_recipe: Path) -> Recipe:
+    return load_recipe(noise_recipe)
 
 
 def study(recipe: Recipe, folder: Path, **changes: Any) -> noise.Study:
@@ -76,7 +70,7 @@ def test_the_committed_record_is_gone_on_with_in_whatever_dtype(
     """Its base was decoded in bfloat16, and this machine may decode in float32."""
     for name in ("noise.json", "noise_tokens.json"):
         (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
-    monkeypatch.setattr(noise, "run_sweep", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(noise, "sweep", lambda *_, **__: pytest.fail("measured again"))
     study(recipe, tmp_path).run([(RUN, 25)])
     for name in ("noise.json", "noise_tokens.json"):
         assert (tmp_path / name).read_bytes() == (RESULTS / name).read_bytes()
@@ -122,9 +116,67 @@ def test_how_many_examples_a_run_has_learnt_is_one_of_its_settings(
 def test_more_held_out_than_there_is_is_refused_before_anything_is_written(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="of 8 examples, 8 held out leave none to learn from"):
-        study(recipe, tmp_path / "new", held_out=8).run([(RUN, 25)])
+    with pytest.raises(InputError, match="of 12 examples, 12 held out leave none to learn from"):
+        study(recipe, tmp_path / "new", held_out=12).run([(RUN, 25)])
     assert not (tmp_path / "new").exists()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Recipe, tmp_path: Path) -> None:
+    small = replace(recipe, training=recipe.training | {"per_device_train_batch_size": 2})
+    run = noise_plan.Run("at-errors", 8e-4, 1)
+
+    def weights(folder: str, stages: tuple[int, ...]) -> bytes:
+        made = study(small, tmp_path / folder)
+        for steps in stages:
+            checkpoint = made.train(run, steps)
+        assert checkpoint.name == f"checkpoint-{stages[-1]}"
+        return (checkpoint / "model.safetensors").read_bytes()
+
+    in_stages = weights("stages", (1, 3))
+    assert in_stages == weights("one", (3,))
+    assert in_stages != weights("one", (4,))
+
+
+def test_a_run_that_stands_past_a_stage_is_said_to_be_trained_anew(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = study(recipe, tmp_path)
+    last = made.runs / RUN.name / "checkpoint-400"
+    last.mkdir(parents=True)
+
+    class Stopped(Exception):
+        """In place of a training."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    def run_folder(*_: Any) -> argparse.Namespace:
+        found = last if last.exists() else None
+        return argparse.Namespace(find_checkpoint=lambda report: None, last_checkpoint=found)
+
+    monkeypatch.setattr(noise, "RunFolder", run_folder)
+    monkeypatch.setattr(noise, "make_arguments", stop)
+    with pytest.raises(Stopped):
+        made.train(RUN, 25)
+    assert not last.exists()
+    said, begun = capsys.readouterr().out.splitlines()
+    assert said == f"{last} is past 25 steps: training {RUN.name} anew"
+    assert begun == f"training {RUN.label(25)}"
+
+
+def test_a_study_takes_as_many_examples_as_its_design_says(recipe: Recipe, tmp_path: Path) -> None:
+    every, eight, most = (
+        list(study(recipe, tmp_path, num_examples=number).examples) for number in (None, 8, 320)
+    )
+    assert len(every) == 12
+    assert eight == every[:8]
+    assert most == every
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import noise_points  # noqa: E402
 from shares import Share  # noqa: E402
 
 from dmax.recipe.sections import load_recipe  # noqa: E402
-from dmax.tasks.word_problems import problems  # noqa: E402
 from dmax.tiny.tokenizer import build_tokenizer  # noqa: E402
 
 ROOT = Path(noise.__file__).parents[1]
@@ -32,29 +31,14 @@ RESULTS = ROOT / "docs" / "results"
 BUNDLED = noise_plan.DESIGNS[noise_plan.BUNDLED]
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    """The study's recipe, with few records."""
-    responses = tmp_path / "responses.jsonl"
-    lines = [
-        json.dumps({"prompt": problem.question, "response": problem.response})
-        for problem in problems(12, seed=3)
-    ]
-    responses.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = (ROOT / BUNDLED.recipe).read_text(encoding="utf-8")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text.replace("runs/tiny_responses.jsonl  ", f"{responses}  "), encoding="utf-8")
-    return path
-
-
 def test_a_toy_study_is_measured_once_and_written_as_a_page(
-    recipe: Path,
+    noise_recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "results"
-    given = ["--toy", "--recipe", str(recipe), "--only", "sampled", "random"]
+    given = ["--toy", "--recipe", str(noise_recipe), "--only", "sampled", "random"]
     places = ["--runs", str(tmp_path / "runs"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["noise.py", *given, *places])
     monkeypatch.setattr(noise, "LOOKED_AT", (1,))
@@ -77,43 +61,6 @@ def test_a_toy_study_is_measured_once_and_written_as_a_page(
     noise.main()
     assert "training" not in capsys.readouterr().out
     assert (output / "noise.md").read_text() == page
-
-
-def test_a_run_in_stages_has_the_weights_of_a_run_in_one(recipe: Path, tmp_path: Path) -> None:
-    read = load_recipe(recipe)
-    read = replace(read, training=read.training | {"per_device_train_batch_size": 2})
-    run = noise_plan.Run("at-errors", 8e-4, 1)
-
-    def weights(folder: str, stages: tuple[int, ...]) -> bytes:
-        study = noise.Study(
-            read, tmp_path / folder, tmp_path, "noise", task="word_problems", held_out=4
-        )
-        for steps in stages:
-            checkpoint = study.train(run, steps)
-        assert checkpoint.name == f"checkpoint-{stages[-1]}"
-        return (checkpoint / "model.safetensors").read_bytes()
-
-    in_stages = weights("stages", (1, 3))
-    assert in_stages == weights("one", (3,))
-    assert in_stages != weights("one", (4,))
-
-
-def test_a_study_takes_as_many_examples_as_its_design_says(recipe: Path, tmp_path: Path) -> None:
-    def taken(most: int | None) -> list[dict[str, list[int]]]:
-        study = noise.Study(
-            load_recipe(recipe),
-            tmp_path / "runs",
-            tmp_path,
-            "noise",
-            task="word_problems",
-            held_out=4,
-            num_examples=most,
-        )
-        return list(study.examples)
-
-    assert len(taken(None)) == 12
-    assert taken(8) == taken(None)[:8]
-    assert taken(320) == taken(None)
 
 
 def test_comparisons_are_complete_before_the_next_steps_begin() -> None:

@@ -11,7 +11,8 @@ from in_short import in_short
 from paper_claims import CLAIMS, worst
 from paper_page import page
 from paper_points import Record, Results
-from shares import Share, better, difference
+from shares import Share, collapses, difference
+from shares import verdict as compared
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -57,8 +58,13 @@ def test_an_interval_is_newcombes() -> None:
 @pytest.mark.parametrize(
     ("correct", "verdict"), [(70, "holds"), (52, "within noise"), (30, "fails")]
 )
-def test_better_means_beyond_chance(correct: int, verdict: str) -> None:
-    assert better(Share(correct, 100, 1), Share(50, 100, 1)) == verdict
+def test_more_accurate_means_beyond_chance(correct: int, verdict: str) -> None:
+    assert compared(Share(correct, 100, 1), Share(50, 100, 1)) == verdict
+
+
+def test_a_model_collapses_if_less_than_half_is_left() -> None:
+    assert collapses(Share(39, 100, 1), Share(160, 200, 1))
+    assert not collapses(Share(40, 100, 1), Share(160, 200, 1))
 
 
 def test_a_claim_is_as_good_as_its_weakest_part() -> None:
@@ -72,6 +78,7 @@ def test_a_claim_is_as_good_as_its_weakest_part() -> None:
     [
         ("the base model collapses when pushed", "base, threshold", 0.0, 500),
         ("so does SPD on the base model", "base, SPD", 0.5, 500),
+        ("so does SPD on the base model", "base, SPD", 0.5, 300),  # less than DMax, and no collapse
         ("DMax beats the base at equal TPF", "DMax, SPD", 0.5, 20),
         ("soft and hard inputs are alike at mild thresholds", "DMax, hard tokens", 0.5, 20),
     ],

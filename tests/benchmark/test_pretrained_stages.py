@@ -18,12 +18,11 @@ from smollm.page import stages as table_of_stages
 from smollm.size import CPU
 from test_pretrained import (  # tokenizer is a fixture
     SHORT,
-    SOLVED,
-    record_of,
     tiny_llama,
     tokenizer,  # noqa: F401
     toy,
 )
+from test_pretrained_page import SOLVED, record_of
 from transformers import PreTrainedTokenizerFast
 
 from dmax.errors import InputError
