@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import Dmax, dmax_fixture  # noqa: F401  (fixture)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -178,6 +179,48 @@ def test_files_of_a_wider_dtype_than_the_config_names_are_not_rounded(
         assert torch.equal(after[kept], weights[name][kept].float())
 
 
+def test_files_with_other_names_are_not_rounded(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "gpt2", n_positions=64)
+    prefix = "transformer."
+    weights = load_file(source / "model.safetensors")
+    assert all(name.startswith(prefix) for name in weights)
+    # As the published GPT-2 has them.
+    wide = {name.removeprefix(prefix): torch.rand(each.shape) for name, each in weights.items()}
+    save_file(wide, source / "model.safetensors", {"format": "pt"})
+    assert config(source)["dtype"] == "bfloat16"
+    convert_checkpoint(source, tmp_path / "made")
+    for name, after in load_file(tmp_path / "made" / "model.safetensors").items():
+        before = wide[name.removeprefix(prefix)]
+        assert torch.equal(after[: len(before)], before)
+
+
+def test_what_the_generation_config_says_besides_stays(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    said = {"bos_token_id": 5, "eos_token_id": [1, 7], "do_sample": True, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    convert_checkpoint(source, tmp_path / "made")
+    written = json.loads((tmp_path / "made" / "generation_config.json").read_text())
+    assert written.items() >= said.items()
+
+
+def test_adapters_are_merged_and_converted(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    source = write(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path / "adapters")
+    convert_checkpoint(tmp_path / "adapters", tmp_path / "made", shift=True)
+    query = "model.layers.0.self_attn.q_proj.weight"
+    merged = adapted.merge_and_unload().state_dict()[query]
+    made = load_file(tmp_path / "made" / "model.safetensors")[query]
+    torch.testing.assert_close(made.float(), merged, atol=0.01, rtol=0.01)
+    assert (merged - load_file(source / "model.safetensors")[query].float()).abs().max() > 0.1
+    assert config(tmp_path / "made")["mask_token_id"] == 40
+
+
 def test_one_whose_tokenizer_has_a_mask_token_is_decoded_as_its_error_says(tmp_path: Path) -> None:
     source = write(tmp_path / "source", initializer_range=0.3)
     add_mask_to_tokenizer(source, "w7")  # as those of Cohere and Gemma may
@@ -294,11 +337,32 @@ def test_what_was_trained_is_not_replaced(tmp_path: Path) -> None:
     assert json.loads((trained / "dmax.json").read_text()) == {"steps": 100}
 
 
-def test_adapters_are_no_whole_model(tmp_path: Path) -> None:
+def test_adapters_of_a_diffusion_model_are_merged_otherwise(tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny-base"}')
-    refused(folder, tmp_path / "made", "adapters", "merge")
+    refused(folder, tmp_path / "made", "diffusion model already", "dmax.convert.merge_adapters")
+
+
+def test_a_mask_token_takes_no_id_of_a_word(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", vocab_size=64)
+    record = json.loads((source / "tokenizer.json").read_text())
+    vocab = record["model"]["vocab"]
+    vocab["far"] = len(vocab) + 1  # the next token would be the one of this id
+    (source / "tokenizer.json").write_text(json.dumps(record))
+    refused(source, tmp_path / "made", "a mask token would get the id 41, which is that of 'far'")
+
+
+def test_the_current_folder_and_mounts_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "source")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (Path(), tmp_path / "here"):
+        refused(source, output, "it is the current folder or a mount point", "inside it")
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    refused(source, tmp_path / "volume", "it is the current folder or a mount point", "inside it")
 
 
 def test_a_network_that_cannot_see_ahead_is_refused(tmp_path: Path) -> None:

@@ -227,9 +227,11 @@ def save_checkpoint(
         config: Any = copy.deepcopy(model.config)  # the caller's stays as it is
         write_ids(config, special_ids, decoding)
         config.save_pretrained(partial)
-        GenerationConfig(
-            eos_token_id=config.eos_token_id, pad_token_id=special_ids.pad_token_id
-        ).save_pretrained(partial)
+        known = getattr(model, "generation_config", None)  # our own architectures have none
+        generation = copy.deepcopy(known or GenerationConfig())
+        generation.eos_token_id = config.eos_token_id
+        generation.pad_token_id = special_ids.pad_token_id
+        generation.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
             write_for_earlier_releases(partial / "tokenizer_config.json")
@@ -265,6 +267,11 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
         if folder.exists() and not _is_replaceable(folder):
             raise InputError(
                 f"{folder} exists and was not written by dmax", hint="choose another output folder"
+            )
+        if os.path.ismount(folder) or (os.path.exists(".") and folder == Path.cwd()):
+            raise InputError(
+                f"{folder} cannot be replaced: it is the current folder or a mount point",
+                hint="name a folder inside it",
             )
         check_new_folder(folder)
     return folder

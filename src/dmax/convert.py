@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dmax.adapters import find_base
 from dmax.checkpoint import ORIGIN, Checkpoint, check_target, load_checkpoint, save_checkpoint
 from dmax.checkpoint_files import read_settings
 from dmax.errors import InputError, shorten
@@ -43,7 +44,7 @@ def convert_checkpoint(
     one, all are written in the widest of the files. It decodes well only after training.
 
     Args:
-        name_or_path: a folder or a hub id.
+        name_or_path: a folder or a hub id; adapters are merged into their base.
         output: created, or replaced if it is empty or holds an earlier result.
         block_length: positions that are decoded together.
         shift: whether the prediction for a position is read one position before it, where an
@@ -53,20 +54,16 @@ def convert_checkpoint(
         The checkpoint as it was written.
 
     Raises:
-        InputError: the model decodes blocks already, holds adapters, has no tokenizer or cannot be
-            used; the block length does not fit its context; or the output cannot be written.
+        InputError: the model decodes blocks already, has no tokenizer or cannot be used; the block
+            length does not fit its context; or the output cannot be written.
     """
     folder = find_folder(name_or_path)
     target = check_target(output)
     check_ours(target / ORIGIN, FROM)
     shown = shorten(str(name_or_path))
-    if is_adapter(folder):
-        raise InputError(
-            f"{shown} holds adapters, not a whole model",
-            hint="merge them into their base first, `dmax.convert.merge_adapters`",
-        )
-    config, tokenizer, _ = read_settings(folder)
-    _check_autoregressive(shown, config)
+    base = find_base(folder) if is_adapter(folder) else None
+    config, tokenizer, _ = read_settings(folder, base)
+    _check_autoregressive(shown, config, is_adapter=base is not None)
     if tokenizer is None:
         raise InputError(f"{shown} has no tokenizer, which must know the mask token")
     load = partial(
@@ -77,7 +74,7 @@ def convert_checkpoint(
         add_mask_token=find_mask_token_id(config, tokenizer) is None,
     )
     loaded = load(dtype="auto")
-    if (exact := _exact_dtype(loaded.model, folder)) is not None:
+    if (exact := _exact_dtype(loaded.model, base or folder)) is not None:
         loaded = load(dtype=exact)
     loaded.model.config.shift = shift
     origin = {FROM: os.fspath(name_or_path)}
@@ -116,20 +113,24 @@ def merge_adapters(
 
 def _exact_dtype(model: PreTrainedModel, folder: Path) -> torch.dtype | None:
     """The dtype that rounds no weight of a folder; None if none was rounded in loading."""
-    weights = model.state_dict()
+    loaded = {
+        name: weight.dtype
+        for name, weight in model.state_dict().items()
+        if weight.is_floating_point()
+    }
     stored = {
         name: FLOATS[tensor.dtype]
         for name, tensor in read_headers(folder).items()
-        if name in weights and tensor.dtype in FLOATS
+        if tensor.dtype in FLOATS
     }
-    is_exact = all(
-        torch.promote_types(weights[name].dtype, dtype) == weights[name].dtype
-        for name, dtype in stored.items()
-    )
+    # Some files name their weights otherwise, and which is which is for transformers to know.
+    narrowest = min(loaded.values(), key=lambda dtype: dtype.itemsize)
+    pairs = [(loaded.get(name, narrowest), dtype) for name, dtype in stored.items()]
+    is_exact = all(torch.promote_types(*pair) == pair[0] for pair in pairs)
     return None if is_exact else reduce(torch.promote_types, stored.values())
 
 
-def _check_autoregressive(shown: str, config: PreTrainedConfig) -> None:
+def _check_autoregressive(shown: str, config: PreTrainedConfig, *, is_adapter: bool) -> None:
     """Raise `InputError` for a model that decodes blocks already."""
     named = [
         name
@@ -140,5 +141,7 @@ def _check_autoregressive(shown: str, config: PreTrainedConfig) -> None:
         reason = f"names `{named[0]}`" if named else f"is of the type {config.model_type}"
         raise InputError(
             f"{shown} is a diffusion model already: its config.json {reason}",
-            hint="train it as it is, `model.path` of a recipe",
+            hint="merge its adapters by `dmax.convert.merge_adapters`"
+            if is_adapter
+            else "train it as it is, `model.path` of a recipe",
         )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dmax.attention import prepare_mask
-from dmax.errors import InputError
+from dmax.errors import InputError, show
 from dmax.special_ids import MASK_TOKEN
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")  # those that take any mask
@@ -146,9 +146,25 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         if tokenizer.mask_token is None:
             tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         mask = int(tokenizer.mask_token_id)
+        _check_free(tokenizer, mask)
     if mask >= size:
         model.resize_token_embeddings(mask + 1, mean_resizing=False)
     known = min(mask, size)
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         table.weight[known : mask + 1] = table.weight[:known].float().mean(dim=0)
     return mask
+
+
+def _check_free(tokenizer: PreTrainedTokenizerBase, mask: int) -> None:
+    """Raise `InputError` if the id of the mask token is that of another token, too.
+
+    A new token gets the number of those that there are, which is taken where ids leave a gap.
+    """
+    names = [name for name, token_id in tokenizer.get_vocab().items() if token_id == mask]
+    others = [name for name in names if name != tokenizer.mask_token]
+    if others:
+        raise InputError(
+            f"a mask token would get the id {mask}, which is that of {show(others[0])}: the ids of "
+            "the tokenizer have gaps",
+            hint="give its tokens the ids 0, 1, 2, … without a gap",
+        )
