@@ -11,11 +11,12 @@ import pytest
 import torch
 from small import small_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback, TrainingArguments
 
 from dmax import LLM, DecodingParams
 from dmax.checkpoint import load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.errors import InputError
+from dmax.tiny.tokenizer import build_tokenizer
 
 pytest.importorskip("accelerate")
 
@@ -135,6 +136,24 @@ def test_long_examples_are_refused_cut_or_left_out(tmp_path: Path) -> None:
     changes = {"max_length": 64, "too_long": "skip"}
     trainer = DMaxTrainer("tiny-base", config(tmp_path, **changes), train_dataset=records)
     assert len(trainer.train_dataset) == len(RECORDS)
+
+
+def test_no_example_is_longer_than_the_whole_blocks_of_the_context(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id")}
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 60, "bos_token_id": None}
+    network = GPT2Config(**shape, **ids, vocab_size=len(tokenizer), block_length=32)
+    made = new_checkpoint(network, tokenizer)
+    records = [{"prompt": "Tom has 2 mugs.", "completion": "Tom has 5. " * 20}]
+    trainer = DMaxTrainer(
+        made.model,
+        config(tmp_path, too_long="truncate"),
+        processing_class=tokenizer,
+        train_dataset=records,
+    )
+    trainer.train()  # positions of a third block would have no embeddings
+    [example] = trainer.train_dataset
+    assert len(example["prompt_ids"]) + len(example["response_ids"]) == 32
 
 
 class Steps(TrainerCallback):

@@ -19,6 +19,7 @@ from dmax.records.sources import files_of, load_conversations
 from dmax.records.tables import generate_conversations
 from dmax.tasks.word_problems import Numbers, problems
 from dmax.tiny.tokenizer import build_tokenizer
+from dmax.training.start import longest
 
 SHUFFLED_TOGETHER = 10_000
 """Conversations of a stream that are held in memory, of which the next is drawn at random."""
@@ -111,12 +112,11 @@ def encode_data(
     report: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """The examples as token ids, as `encode_dataset` makes them of a table or a stream."""
-    context = checkpoint.model.config.max_position_embeddings
     return encode_dataset(
         conversations,
         checkpoint.tokenizer,
         checkpoint.special_ids,
-        max_length=min(section.max_length or context, context),
+        max_length=longest(section.max_length, checkpoint.model.config, checkpoint.special_ids),
         eos_labels=eos_labels,
         too_long=section.too_long,
         end_turn=section.end_turn,

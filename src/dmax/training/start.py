@@ -88,12 +88,11 @@ class Start(NamedTuple):
         Raises:
             InputError: a record is wrong or too long, or holds an id that cannot be learnt.
         """
-        context = self.model.config.max_position_embeddings
         encoded = encode_dataset(
             dataset,
             self.tokenizer,
             self.special_ids,
-            max_length=min(args.max_length or context, context),
+            max_length=longest(args.max_length, self.model.config, self.special_ids),
             eos_labels=args.eos_labels,
             too_long=args.too_long,
             num_proc=args.dataset_num_proc,
@@ -103,6 +102,13 @@ class Start(NamedTuple):
         examples = check_examples(encoded, *known)
         make_collator(self.special_ids, args).check(examples, known)
         return examples
+
+
+def longest(asked: int | None, config: Any, special_ids: SpecialIds) -> int:
+    """The most tokens of an example: what is asked for, within the whole blocks of the context."""
+    block_length = special_ids.block_length
+    context: int = config.max_position_embeddings // block_length * block_length
+    return min(asked or context, context)
 
 
 def make_collator(special_ids: SpecialIds, args: DMaxConfig) -> Collator:
