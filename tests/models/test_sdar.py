@@ -23,6 +23,9 @@ from transformers import (
 from dmax import LLM, DecodingParams, DMaxConfig, DMaxTrainer
 from dmax.attention import block_causal, dense_mask
 from dmax.checkpoint import load_checkpoint, save_checkpoint
+from dmax.recipe.estimate.shape import read_shape
+from dmax.recipe.file import RecipeFile
+from dmax.recipe.sections import DataSection, ModelSection, Recipe
 from dmax.special_ids import SpecialIds
 
 # config.json of JetLM/SDAR-4B-Chat, its sizes made small. Others of the family also name
@@ -141,6 +144,17 @@ def test_other_block_lengths_are_in_the_files_or_in_the_name(
     assert ids.mask_token_id == changes.get("mask_token_id", 151669)
     told = load_checkpoint(folder, dtype="auto", device="cpu", block_length=2).special_ids
     assert told.block_length == 2
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 32), (2, 2)])
+def test_a_dry_run_counts_the_block_length_in_the_name(
+    asked: int | None, expected: int, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "SDAR-8B-Chat-b32", "sdar")
+    section = ModelSection(path=str(folder), block_length=asked)
+    file = RecipeFile(tmp_path / "recipe.yaml", {}, {})
+    recipe = Recipe(file, tmp_path / "made", section, DataSection(problems=4))
+    assert read_shape(recipe, on_gpu=False).special_ids.block_length == expected
 
 
 @torch.no_grad()

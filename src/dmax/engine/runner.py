@@ -87,7 +87,7 @@ class ModelRunner:
             num_layers=config.num_hidden_layers,
             num_slots=max(num_slots, 1 + compiled),
             capacity=capacity,
-            num_key_value_heads=getattr(config, "num_key_value_heads", num_heads),
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             dtype=weight.dtype,
             device=weight.device,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 from dmax.adapters import add_adapters
 from dmax.benchmark.shapes import published_config
 from dmax.checkpoint_files import read_settings, reading
+from dmax.checkpoint_kind import block_length_of
 from dmax.environment import DTYPES
 from dmax.hub import find_folder
 from dmax.kernels.moe import PLAIN_EXPERTS, best_experts_implementation
@@ -62,7 +64,7 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
         config,
         tokenizer,
         generation_config,
-        block_length=section.block_length,
+        block_length=_block_length(section, config),
         adds_mask=section.add_mask_token,
     )
     with torch.device("meta"), reading("no model can be made of this configuration"):
@@ -90,6 +92,13 @@ def _keep_in_float32(model: Any) -> None:
     for name, buffer in model.named_buffers():
         if names & set(name.split(".")):
             buffer.data = buffer.data.float()
+
+
+def _block_length(section: ModelSection, config: PreTrainedConfig) -> int | None:
+    """What the recipe asks for, or what the name of a published model says."""
+    if section.path is None:
+        return section.block_length
+    return block_length_of(section.block_length, config, section.path, Path(section.path))
 
 
 def _settings(section: ModelSection) -> Settings:
