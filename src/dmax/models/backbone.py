@@ -43,8 +43,8 @@ def as_block_diffusion(model: PreTrainedModel) -> PreTrainedModel:
     if reason := _unsuitable(model):
         raise InputError(
             f"{type(model).__name__} cannot be a block-diffusion backbone: {reason}",
-            hint="dense decoders with full attention in every layer can, "
-            "such as Llama, Qwen2 and Qwen3",
+            hint="most dense decoders can, such as Llama, Qwen2 and Qwen3; docs/backbones.md lists "
+            "those that are tested",
         )
     for module in model.modules():
         if hasattr(module, "is_causal"):
