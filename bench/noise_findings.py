@@ -165,13 +165,12 @@ def as_expected(comparisons: Sequence[Comparison], expected: Sequence[Place]) ->
     """Whether own tokens are better where the design expected it, and nowhere else."""
     there = [each.verdict for each in comparisons if (each.rate, each.steps) in expected]
     others = [each.verdict for each in comparisons if (each.rate, each.steps) not in expected]
-    told = (
-        f"Own tokens were expected to lead {_places(expected)}: they do in {there.count('holds')} "
-        f"of {len(there)} settings there"
-    )
-    if others:
-        return f"{told}, and in {others.count('holds')} of {len(others)} others."
-    return f"{told}. No other setting is measured yet."
+    where = f"Own tokens were expected to lead {_places(expected)}"
+    elsewhere = f"in {others.count(HOLDS)} of {len(others)} others"
+    if not there:
+        return f"{where}, of which nothing is measured yet. They do {elsewhere}."
+    told = f"{where}: they do in {there.count(HOLDS)} of {len(there)} settings there"
+    return f"{told}, and {elsewhere}." if others else f"{told}. No other setting is measured yet."
 
 
 def _distance(comparison: Comparison) -> float:

@@ -161,6 +161,8 @@ def test_what_was_expected_is_held_against_what_came() -> None:
     )
     first = noise_findings.as_expected(found[:1], ((3e-4, 25), (3e-4, 50)))
     assert first.endswith("in 1 of 1 settings there. No other setting is measured yet.")
+    later = noise_findings.as_expected(found[3:], ((3e-4, 25), (3e-4, 50)))
+    assert later.endswith("of which nothing is measured yet. They do in 1 of 1 others.")
 
 
 @pytest.mark.parametrize(
