@@ -108,7 +108,7 @@ def test_what_nobody_names_must_be_passed(folder: Path) -> None:
     for missing in IDS:
         with pytest.raises(InputError) as error:
             load(folder, **{name: value for name, value in IDS.items() if name != missing})
-        assert str(error.value.hint).startswith(f"pass `{missing}`")
+        assert f"`{missing}`" in str(error.value.hint)
 
 
 @pytest.mark.parametrize("eos", [511, [508, 511]])

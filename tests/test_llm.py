@@ -135,8 +135,11 @@ def test_a_text_goes_through_the_chat_template_only_if_there_is_one(llm: LLM) ->
     tokenizer.chat_template = None
     plain = LLM.from_checkpoint(replace(llm.checkpoint, tokenizer=tokenizer))
     assert plain.encode(TEXTS[0]) == tuple(tokenizer.encode(TEXTS[0]))
-    with pytest.raises(InputError, match="this checkpoint has no chat template"):
-        plain.generate(messages(TEXTS[0]))
+    assert plain.encode(messages(TEXTS[0])) == plain.encode(TEXTS[0])
+    several = [{"role": "system", "content": "Be brief."}, *messages(TEXTS[0])]
+    with pytest.raises(InputError, match="no chat template, so it takes one user message") as error:
+        plain.generate(several)
+    assert "chat_template.jinja into the folder" in str(error.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A chat as one text by the template of a tokenizer, and texts as token ids.
 
+Without a template, one message of a user is the text to continue, and no other chat is known.
+
 A template is a program that came with a checkpoint. transformers keeps it from the machine, but not
 from computing for ever or writing 10^10 characters. So it runs in a process of its own, with limits
 of time and memory, unless it plainly is a loop over the messages.
@@ -30,6 +32,7 @@ LONG = 100_000  # characters of a chat of two short messages, with whatever is w
 MAX_TOKEN = 64
 """Characters of a text for each position of the context. No text of words comes near it; what has
 more is refused before it is rendered and tokenized."""
+REMEDY = "put a chat_template.jinja into the folder of the checkpoint"
 REPLY_SECONDS = 60  # of a busy machine; the process limits its own computing time
 # Constants and parts of messages, put side by side and chosen by conditions.
 PLAIN = (
@@ -50,11 +53,16 @@ PLAIN = (
 )
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template, which then writes all special tokens itself."""
+    return bool(tokenizer.chat_template)
+
+
 def encode_chat(tokenizer: Any, messages: list[dict[str, str]], room: int) -> list[int]:
     """The token ids of a chat, up to where the assistant answers.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: of transformers.
         messages: as `dmax.messages.read_messages` gives them.
         room: token ids that there may be.
 
@@ -64,13 +72,16 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]], room: int) -> li
     size = sum(len(message["content"]) for message in messages)
     check_fits(size, "characters", room * MAX_TOKEN)
     text = render_chat(tokenizer, messages, limit=2 * room * MAX_TOKEN)
-    return encode_text(tokenizer, text, room, is_whole=True)
+    return encode_text(tokenizer, text, room, is_whole=has_template(tokenizer))
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of texts that have all the special tokens that they should have.
+def encode_texts(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = True) -> list[list[int]]:
+    """The token ids of texts, tokenized together: the tokenizers package does it on every core.
 
-    They are tokenized together, which the tokenizers package does on every core.
+    Args:
+        tokenizer: of transformers.
+        texts: any.
+        is_whole: whether they have all the special tokens that they should have.
 
     Raises:
         InputError: the tokenizer fails.
@@ -79,7 +90,10 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         return []
     try:
         encoded = tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+            list(texts),
+            add_special_tokens=not is_whole,
+            return_attention_mask=False,
+            verbose=False,
         )
     except Exception as error:  # the tokenizers package raises nothing more specific
         raise _cannot_encode(error) from error
@@ -131,13 +145,14 @@ def render_chat(
     """A chat as the template of a tokenizer writes it, up to where the assistant answers.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: of transformers.
         messages: as `dmax.messages.read_messages` gives them.
         limit: characters that the text may have.
         continues: end after the last message instead, which is to be continued.
 
     Raises:
-        InputError: there is no usable template, or it fails, hangs or writes more than `limit`.
+        InputError: the template is not usable, fails, hangs or writes more than `limit`, or there
+            is none for more than one message of a user.
     """
     settings = {"add_generation_prompt": not continues, "continue_final_message": continues}
     return _render(tokenizer, messages, limit, settings)
@@ -150,11 +165,14 @@ def turn_ending(tokenizer: Any) -> str:
     template strips the answer, rewrites it, or writes something before it.
 
     Returns:
-        For example `<|role_end|>`; empty if the template writes nothing, or takes no answers.
+        For example `<|role_end|>`; empty if the template writes nothing or takes no answers, or if
+        there is none.
 
     Raises:
-        InputError: there is no usable template.
+        InputError: the template is not usable.
     """
+    if not has_template(tokenizer):
+        return ""
     _template(tokenizer)
     settings = {"add_generation_prompt": False, "continue_final_message": False}
     question = {"role": "user", "content": "Which letter?"}
@@ -174,6 +192,8 @@ def _render(
     tokenizer: Any, messages: list[dict[str, str]], limit: int, settings: Mapping[str, bool]
 ) -> str:
     """The text that a template makes of a chat under settings of transformers' templates."""
+    if not has_template(tokenizer):
+        return _only_question(messages)
     template = _template(tokenizer)
     render = _render_here if _is_plain(template) else _render_elsewhere
     variables = {**tokenizer.special_tokens_map, **settings}
@@ -186,6 +206,16 @@ def _render(
             hint="correct its chat_template.jinja, or pass token ids",
         )
     return text
+
+
+def _only_question(messages: list[dict[str, str]]) -> str:
+    """The text of the one message that there may be without a template."""
+    if [message["role"] for message in messages] != ["user"]:
+        raise InputError(
+            "this checkpoint has no chat template, so it takes one user message and nothing else",
+            hint=REMEDY,
+        )
+    return messages[0]["content"]
 
 
 def _render_here(
@@ -217,10 +247,12 @@ def _template(tokenizer: Any) -> str:
         template = tokenizer.get_chat_template()  # of several, the default one
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
-            f"this checkpoint has no usable chat template: {shorten(str(error))}"
+            f"this checkpoint has no usable chat template: {shorten(str(error))}", hint=REMEDY
         ) from None
     if not isinstance(template, str):
-        raise InputError("this checkpoint has no usable chat template: it is not a text")
+        raise InputError(
+            "this checkpoint has no usable chat template: it is not a text", hint=REMEDY
+        )
     if len(template) > MAX_TEMPLATE:
         raise InputError(
             f"the chat template of this checkpoint has {len(template)} characters, "

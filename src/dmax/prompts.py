@@ -84,12 +84,8 @@ def _encode_text(prompt: Any, tokenizer: Any, context: int, name: str, raw: bool
             f"this checkpoint has no tokenizer to encode {name} with",
             hint="pass prompts as lists of token ids",
         )
-    if not is_text and not tokenizer.chat_template:
-        raise InputError(
-            "this checkpoint has no chat template", hint="pass texts or lists of token ids"
-        )
     try:
-        if is_text and (raw or not tokenizer.chat_template):
+        if is_text and raw:
             return encode_text(tokenizer, prompt, context)
         if is_text:
             return encode_chat(tokenizer, [{"role": "user", "content": prompt}], context)

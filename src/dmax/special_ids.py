@@ -76,7 +76,7 @@ def resolve_special_ids(
     if mask is None:
         raise InputError(
             "the checkpoint names no mask token",
-            hint="pass `mask_token_id`; an autoregressive model gets one by `dmax convert`",
+            hint="`dmax convert`, `add_mask_token: true` in a recipe or `mask_token_id` gives one",
         )
     if not adds_mask:
         mask = _checked_token("mask_token_id", mask, config)
@@ -116,11 +116,14 @@ def reads_shifted(config: PreTrainedConfig) -> bool:
     their configuration is true.
 
     Raises:
-        InputError: `shift` is neither true nor false.
+        InputError: `shift` is neither true nor false, nor null, which says nothing.
     """
-    shift = getattr(config, "shift", False)
+    shift = _first(getattr(config, "shift", None), False)
     if not isinstance(shift, bool):
-        raise InputError(f"`shift` must be true or false, got {show(shift)}", hint="correct it")
+        raise InputError(
+            f"`shift` must be true or false, got {show(shift)}",
+            hint="correct it in config.json, or in `model.config` of the recipe",
+        )
     return shift
 
 

@@ -15,6 +15,7 @@ from dmax.checkpoint import load_checkpoint, new_checkpoint, save_checkpoint
 from dmax.engine.batch import Batch
 from dmax.engine.runner import ModelRunner
 from dmax.errors import InputError
+from dmax.special_ids import reads_shifted
 from dmax.training.clean_stream import CleanStream
 
 L = 8
@@ -106,9 +107,12 @@ def test_shift_is_of_the_model_and_stays_with_it(tmp_path: Path) -> None:
     unshifted = load_checkpoint(tmp_path / "a", **options, shift=False)
     save_checkpoint(unshifted.model, None, tmp_path / "b", unshifted.special_ids)
     assert load_checkpoint(tmp_path / "b", **options).model.config.shift is False
+    again.model.config.shift = None
+    assert not reads_shifted(again.model.config), "null says nothing, as in the other keys"
     again.model.config.shift = "yes"
-    with pytest.raises(InputError, match="`shift` must be true or false, got 'yes'"):
+    with pytest.raises(InputError, match="`shift` must be true or false, got 'yes'") as error:
         LLM.from_checkpoint(again).generate([[1, 2, 4]], DecodingParams(max_new_tokens=8))
+    assert "config.json" in str(error.value.hint)
 
 
 def logits_of(model: Any, ids: Tensor, block: Tensor, *, num_pending: int, branch: bool) -> Tensor:

@@ -203,7 +203,9 @@ def test_a_table_is_encoded_once_for_a_tokenizer_and_its_rules(
     calls = []
     encode_texts = encoding.encode_texts
     monkeypatch.setattr(
-        encoding, "encode_texts", lambda *args: calls.append(1) or encode_texts(*args)
+        encoding,
+        "encode_texts",
+        lambda *args, **options: calls.append(1) or encode_texts(*args, **options),
     )
 
     def encodes(tokenizer: Any = TOKENIZER, **options: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dmax.chat.responder import Outcome, Part, described
 from dmax.chat.session import DoesNotFit, Messages
+from dmax.chat_template import REMEDY
 from dmax.decoding import get_strategy
 from dmax.errors import InputError, first_line, shorten
 from dmax.hub import find_folder
@@ -65,7 +66,7 @@ class LocalResponder:
         if llm.tokenizer is None or not llm.tokenizer.chat_template:
             raise InputError(
                 f"{name} has no chat template, so it knows no conversations",
-                hint="complete a text with `dmax generate`",
+                hint=f"complete a text with `dmax generate`, or {REMEDY}",
             )
         return llm
 

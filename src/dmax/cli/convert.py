@@ -35,6 +35,7 @@ def convert(
     Example: dmax convert Qwen/Qwen3-0.6B -o runs/converted
     """
     with doing(f"converting {model}"):
+        from dmax.chat_template import has_template
         from dmax.convert import convert_checkpoint
 
         made = convert_checkpoint(model, output, block_length=block_length, shift=shift)
@@ -52,5 +53,7 @@ def convert(
     place = "one position before its place" if shift else "at its place"
     made_of = f"mask token {ids.mask_token_id}, blocks of {ids.block_length}"
     say(f"{made_of}; a prediction is read {place}")
+    if not has_template(made.tokenizer):
+        say("it has no chat template: a prompt is one text, which is continued as it is")
     say(Text(f"next: dmax train {RECIPE}, with `model.path: {output}`"))
     sys.stdout.write(f"{output}\n")

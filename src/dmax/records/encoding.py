@@ -11,6 +11,7 @@ from dmax.chat_template import (
     MAX_TOKEN,
     check_fits,
     encode_texts,
+    has_template,
     render_chat,
     tokenizer_digest,
     turn_ending,
@@ -88,7 +89,7 @@ def encode_dataset(
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, or a list: of records that a reader
             knows, of conversations, or of examples, which are given back as they are.
-        tokenizer: of transformers, with a chat template.
+        tokenizer: of transformers; without a chat template, a prompt is the text of one message.
         special_ids: those of the checkpoint.
         max_length: most ids of an example with its EOS labels.
         eos_labels: how many EOS are learnt after a response; None: one block.
@@ -204,7 +205,8 @@ def _encode(
 ) -> list[dict[str, Any]]:
     """The examples of some conversations, without those that are left out."""
     texts = [_prompt_text(tokenizer, each, rules) for each in conversations]
-    prompts = encode_texts(tokenizer, [text or "" for text in texts])
+    asked = [text or "" for text in texts]
+    prompts = encode_texts(tokenizer, asked, is_whole=has_template(tokenizer))
     responses = encode_texts(tokenizer, [each.response for each in conversations])
     examples = [
         _example(prompt_ids, [*response_ids, *rules.ending], each, rules)
