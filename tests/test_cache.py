@@ -1,4 +1,4 @@
-"""BlockCache: in-place blocks, commits, free slots."""
+"""BlockCache: in-place blocks, commits, released slots."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def test_what_is_read_can_be_written_elsewhere() -> None:
     assert written == [[1], [2], [-1], [-2]]
 
 
-def test_a_free_slot_is_empty() -> None:
+def test_a_released_slot_is_empty() -> None:
     cache = BlockCache(1, 2, 8, 2, 3)
     cache.commit([0, 1], 8)
-    cache.free(0)
+    cache.release(0)
     assert cache.lengths == [0, 8]
 
 

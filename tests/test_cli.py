@@ -573,7 +573,10 @@ def test_a_missing_recipe(dmax: Dmax, tmp_path: Path) -> None:
         ),
         ({"data": {"file": "nowhere.jsonl"}}, ["nowhere.jsonl` is not a file", "dmax distill"]),
         ({"model": {"path": "no/such-model"}}, ["`no/such-model`", *BUNDLED]),
-        ({"eval": {"task": "sums"}}, ["unknown task 'sums'; choose from "]),
+        (
+            {"training": {"eval_strategy": "steps"}, "eval": {"task": "sums"}},
+            ["unknown task 'sums'; choose from "],
+        ),
         ({"training": None}, ["`training`"]),
     ],
 )

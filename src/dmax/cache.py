@@ -169,9 +169,9 @@ class BlockCache:
             store[slot].zero_()
         if self.ends is not None:
             self.ends[slot].zero_()
-        self.free(slot)
+        self.release(slot)
 
-    def free(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Make a slot free for another sequence."""
         self.lengths[slot] = 0
 

@@ -307,12 +307,12 @@ def test_the_prefix_cache_drops_the_oldest_leaves() -> None:
     cache = PrefixCache(2, 3 * block)
 
     def put(*ids: int) -> None:
-        store.free(0)
+        store.release(0)
         store.write(0, *[torch.tensor(ids, dtype=torch.float32).view(1, -1, 1, 1)] * 2)
         cache.store(store, 0, ids)
 
     def known(*ids: int) -> int:
-        store.free(0)
+        store.release(0)
         cache.restore(store, 0, ids)
         return store.lengths[0]
 

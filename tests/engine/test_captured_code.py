@@ -31,6 +31,7 @@ TO_HOST = ("cpu", "cuda", "item", "tolist", "numpy", "nonzero", "pin_memory")
 KNOWN = {
     "engine/batch.py:Batch.to": "before the step",
     "engine/batch.py:_numbers": "before the step",
+    "cache.py:BlockCache.release": "lengths are a list of the host, and slots leave between steps",
     "baselines/heads.py:Head.on": "once for a device, in the eager step before the capture",
     "kernels/moe.py:routed": "many tokens and few experts, on a CPU",
     "models/llada2_moe/modeling.py:LLaDA2MoeExperts.forward": '"eager" waits, and runs eagerly',

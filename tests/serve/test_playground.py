@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from browser import contrasts, needs_chromium, opened
 from openai import OpenAI
+from own_server import running
 from running import Running
-from serving import running
 
 from dmax import DecodingParams
 from dmax.serve.app import create_app

@@ -624,7 +624,10 @@ def test_an_output_dir_without_a_name(tmp_path: Path, name: Any) -> None:
             {"eval": {"limit": 0}},
             r":\d+: in `eval\.limit`, `limit` must be a whole number between 1 and .*, got 0",
         ),
-        ({"eval": {"task": "sums"}}, r":\d+: in `eval\.task`, unknown task 'sums'"),
+        (
+            {"training": {"eval_strategy": "steps"}, "eval": {"task": "sums"}},
+            r":\d+: in `eval\.task`, unknown task 'sums'",
+        ),
         (
             {"data": {"problems": 0}},
             r":\d+: in `data\.problems`, `problems` must be .* between 1 and .*, got 0",

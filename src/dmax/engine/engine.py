@@ -326,7 +326,7 @@ class Engine:
         )
         self._sequences[slot] = sequence
         cache = self.runner.cache
-        cache.free(slot)
+        cache.release(slot)
         if self.prefix_cache is not None:
             self.prefix_cache.restore(cache, slot, request.prompt_ids)
         return sequence
