@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmax.special_ids import SpecialIds
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, noisy_positions, take
+from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch, noisy_positions, take
 from dmax.training.noise import mask_tokens, random_tokens
 from dmax.training.objectives import OPUT, Loss, Objective, Uniform, uniform_loss
 from dmax.training.rollout import draw, roll_out
@@ -70,7 +70,7 @@ def same_kind_tokens(ids: Tensor, kinds: Tensor, generator: torch.Generator) -> 
 
 
 @torch.no_grad()
-def own_logits(model: Any, batch: Batch, block_length: int) -> Tensor:
+def own_logits(model: Any, batch: NoisyBatch, block_length: int) -> Tensor:
     """What a model predicts in place of the masks, [B, L', V]."""
     stream = CleanStream(model, batch.clean_ids, block_length, batch.positions)
     return stream.denoise(model.get_input_embeddings()(batch.noisy_ids)).logits()

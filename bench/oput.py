@@ -43,7 +43,7 @@ from dmax.benchmark.run import record_tables
 from dmax.checkpoint import load_checkpoint
 from dmax.models import backbone
 from dmax.tasks.word_problems import problems
-from dmax.training.clean_stream import Batch, CleanBatch, noisy_positions, take
+from dmax.training.clean_stream import CleanBatch, NoisyBatch, noisy_positions, take
 from dmax.training.embedding import without_gradient
 from dmax.training.objectives import oput_loss
 from dmax.training.rollout import roll_out
@@ -124,7 +124,7 @@ class Pair:
         clean_ids = self.sample.clean_ids[None]
         labels = self.sample.labels[None]
         positions = noisy_positions(CleanBatch(clean_ids, labels, labels != IGNORE), BLOCK)
-        batch = Batch(
+        batch = NoisyBatch(
             clean_ids,
             take(self.sample.noisy_ids[None], positions),
             take(labels, positions, beyond=IGNORE),

@@ -22,7 +22,7 @@ from transformers.integrations import flex_attention as flex_integration
 from dmax.attention import block_causal, dense_mask, noisy_clean
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.models import LLaDA2MoeModelLM, register
-from dmax.training.clean_stream import Batch
+from dmax.training.clean_stream import NoisyBatch
 from dmax.training.objectives import mdlm_loss, oput_loss
 from dmax.training.rollout import roll_out
 
@@ -118,11 +118,11 @@ def test_training_mask_matches_the_published_code(golden: Golden) -> None:
     )
 
 
-def golden_batch(golden: Golden) -> Batch:
+def golden_batch(golden: Golden) -> NoisyBatch:
     clean, noisy, labels = (
         golden.tensors[f"oput.{name}"] for name in ("clean_ids", "noisy_ids", "labels")
     )
-    return Batch(clean, noisy, labels)
+    return NoisyBatch(clean, noisy, labels)
 
 
 def test_losses_match_the_published_code(golden: Golden) -> None:

@@ -20,7 +20,7 @@ from dmax.baselines import mmd
 from dmax.baselines.frozen import frozen_features
 from dmax.baselines.mmd import MMD, View, mmd_loss, view_loss
 from dmax.errors import InputError
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
+from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch
 from dmax.training.objectives import Loss
 from dmax.training.vocabulary import IGNORE, States
 
@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> NoisyBatch:
     """Prompts of 9 and 13 tokens; the first response has labels up to 20, and a tail without."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.randint(EOS, (2, 6 * BLOCK), generator=generator)
@@ -53,7 +53,9 @@ def batch() -> Batch:
     masked = is_response & (torch.rand(clean.shape, generator=generator) < 0.6)
     masked[:, -1] = True
     is_labelled = is_response & (place < torch.tensor([[20], [24]]))
-    return Batch(clean, clean.masked_fill(masked, MASK), clean.masked_fill(~is_labelled, IGNORE))
+    return NoisyBatch(
+        clean, clean.masked_fill(masked, MASK), clean.masked_fill(~is_labelled, IGNORE)
+    )
 
 
 def extractor_of(model: Any, layer: int = 0) -> Any:
@@ -195,7 +197,7 @@ def test_the_expected_gradient_is_that_of_the_squared_mmd(monkeypatch: pytest.Mo
     given = iter(levels)
     monkeypatch.setattr(mmd, "draw", lambda *_: next(given))
     monkeypatch.setattr(mmd, "mean", lambda *args, weights: weighted(*args, weights))
-    batch = Batch(*(ids.repeat(rows, 1) for ids in (clean, noisy, labels)))
+    batch = NoisyBatch(*(ids.repeat(rows, 1) for ids in (clean, noisy, labels)))
     ours = mmd_loss(
         network,
         extractor,
@@ -259,7 +261,7 @@ def test_samples_like_the_reference_give_its_kernel_with_itself() -> None:
     assert itself[0] == pytest.approx(plain_kernel(reference[0, 1:3], reference[0, 1:3], 0.7))
 
 
-def test_the_squared_mmd_of_samples_like_the_reference_is_zero(batch: Batch) -> None:
+def test_the_squared_mmd_of_samples_like_the_reference_is_zero(batch: NoisyBatch) -> None:
     """Where the model is sure of the clean tokens; and it is not where it is sure of others."""
     model = small_network("llama", "eager", vocab_size=VOCAB, eos=EOS, head_dim=8)
     features = mmd.block_features(extractor_of(model, 1), batch, BLOCK)
@@ -311,7 +313,7 @@ def test_the_median_bandwidth_looks_at_pairs_that_count() -> None:
 
 
 @torch.no_grad()
-def test_samples_in_other_blocks_leave_a_reward_as_it_is(model: Any, batch: Batch) -> None:
+def test_samples_in_other_blocks_leave_a_reward_as_it_is(model: Any, batch: NoisyBatch) -> None:
     features = mmd.block_features(extractor_of(model, 1), batch, BLOCK)
     weights = (batch.labels != IGNORE).view(-1, BLOCK).float()
 
@@ -359,7 +361,7 @@ def test_logits_stay_as_they_are() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_chunks_of_rows_change_nothing(model: Any, batch: Batch) -> None:
+def test_chunks_of_rows_change_nothing(model: Any, batch: NoisyBatch) -> None:
     scored = batch.labels != IGNORE
     results = []
     for chunk in (2**26, 3 * VOCAB):
@@ -376,7 +378,9 @@ def test_chunks_of_rows_change_nothing(model: Any, batch: Batch) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_the_first_forward_of_the_output_layer_keeps_its_gradient(model: Any, batch: Batch) -> None:
+def test_the_first_forward_of_the_output_layer_keeps_its_gradient(
+    model: Any, batch: NoisyBatch
+) -> None:
     """The autocast of older torch keeps the copy of a weight that it makes there, for the step."""
     with_gradient = []
     model.get_output_embeddings().register_forward_hook(
@@ -387,7 +391,7 @@ def test_the_first_forward_of_the_output_layer_keeps_its_gradient(model: Any, ba
 
 
 def test_the_views_sample_at_labelled_masks_and_at_all_labels(
-    model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    model: Any, batch: NoisyBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what the extractor sees elsewhere is the view: the masks of an ignored tail, too."""
     views: list[View] = []
@@ -442,7 +446,7 @@ def test_masks_are_filled_with_the_models_best_tokens_mask_included() -> None:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def test_a_seed_decides_all_that_is_sampled(model: Any, batch: Batch) -> None:
+def test_a_seed_decides_all_that_is_sampled(model: Any, batch: NoisyBatch) -> None:
     extractor = extractor_of(model)
 
     def loss(seed: int) -> Loss:
@@ -456,15 +460,15 @@ def test_a_seed_decides_all_that_is_sampled(model: Any, batch: Batch) -> None:
     assert set(first.parts) >= {"reward_masked", "reward_predicted", "median_bandwidth"}
 
 
-def test_blocks_without_samples_carry_no_weight(model: Any, batch: Batch) -> None:
+def test_blocks_without_samples_carry_no_weight(model: Any, batch: NoisyBatch) -> None:
     """The prompt's blocks and a last block of tail, in the noisy copies or not, are the same."""
     extractor = extractor_of(model)
     labels = batch.labels.clone()
     labels[:, -BLOCK:] = IGNORE
-    whole = Batch(batch.clean_ids, batch.noisy_ids, labels)
+    whole = NoisyBatch(batch.clean_ids, batch.noisy_ids, labels)
     part = slice(2 * BLOCK, 5 * BLOCK)
     places = torch.arange(part.start, part.stop).expand(2, -1)
-    short = Batch(batch.clean_ids, batch.noisy_ids[:, part], labels[:, part], places)
+    short = NoisyBatch(batch.clean_ids, batch.noisy_ids[:, part], labels[:, part], places)
     losses = []
     for each in (whole, short):
         model.zero_grad()
@@ -476,8 +480,10 @@ def test_blocks_without_samples_carry_no_weight(model: Any, batch: Batch) -> Non
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
 
 
-def test_a_view_without_a_mask_has_no_loss_and_no_wrong_number(model: Any, batch: Batch) -> None:
-    plain = Batch(batch.clean_ids, batch.clean_ids, batch.labels)
+def test_a_view_without_a_mask_has_no_loss_and_no_wrong_number(
+    model: Any, batch: NoisyBatch
+) -> None:
+    plain = NoisyBatch(batch.clean_ids, batch.clean_ids, batch.labels)
     loss = mmd_loss(model, extractor_of(model), plain, **OPTIONS, generator=seeded())
     loss.total.backward()
     assert loss.parts["loss_masked"] == loss.parts["reward_masked"] == 0
@@ -487,7 +493,7 @@ def test_a_view_without_a_mask_has_no_loss_and_no_wrong_number(model: Any, batch
 
 @pytest.mark.parametrize("average", ["sequences", "labels"])
 def test_the_mean_is_over_blocks_of_a_sequence_or_of_all(
-    model: Any, batch: Batch, average: str
+    model: Any, batch: NoisyBatch, average: str
 ) -> None:
     extractor = extractor_of(model)
     loss = mmd_loss(model, extractor, batch, **OPTIONS, generator=seeded(), average=average)
@@ -497,14 +503,14 @@ def test_the_mean_is_over_blocks_of_a_sequence_or_of_all(
     torch.testing.assert_close(loss.parts["loss_predicted"], per_sequence.mean())
     labels = batch.labels.clone()
     labels[0, 4 * BLOCK :] = IGNORE  # ... and differ with two blocks beside three
-    uneven = Batch(batch.clean_ids, batch.noisy_ids, labels)
+    uneven = NoisyBatch(batch.clean_ids, batch.noisy_ids, labels)
     loss = mmd_loss(model, extractor, uneven, **OPTIONS, generator=seeded(), average=average)
     weights = torch.tensor([2.0, 3.0]) if average == "labels" else torch.ones(2)
     expected = (loss.per_sequence["predicted"] * weights).sum() / weights.sum()
     torch.testing.assert_close(loss.parts["loss_predicted"], expected)
 
 
-def test_gradient_reaches_the_model_and_never_the_extractor(model: Any, batch: Batch) -> None:
+def test_gradient_reaches_the_model_and_never_the_extractor(model: Any, batch: NoisyBatch) -> None:
     extractor = extractor_of(model)
     before = copy.deepcopy(extractor.state_dict())
     loss = mmd_loss(model, extractor, batch, **OPTIONS, generator=seeded())
@@ -516,7 +522,7 @@ def test_gradient_reaches_the_model_and_never_the_extractor(model: Any, batch: B
     torch.testing.assert_close(extractor.state_dict(), before, atol=0, rtol=0)
 
 
-def test_the_extractor_sees_one_copy_of_a_batch_at_a_time(model: Any, batch: Batch) -> None:
+def test_the_extractor_sees_one_copy_of_a_batch_at_a_time(model: Any, batch: NoisyBatch) -> None:
     extractor = extractor_of(model)
     shapes: list[tuple[int, ...]] = []
     extractor.base_model.layers[0].register_forward_pre_hook(
@@ -530,7 +536,7 @@ def test_the_extractor_sees_one_copy_of_a_batch_at_a_time(model: Any, batch: Bat
     assert len(shapes) == 2 * (OPTIONS["num_groups"] * OPTIONS["num_samples"] + 1)
 
 
-def test_a_model_learns_to_be_rewarded(model: Any, batch: Batch) -> None:
+def test_a_model_learns_to_be_rewarded(model: Any, batch: NoisyBatch) -> None:
     options = OPTIONS | {"num_groups": 8}
     extractor = extractor_of(model)
 
@@ -566,7 +572,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_an_objective_keeps_the_model_as_it_was(model: Any, batch: Batch) -> None:
+def test_an_objective_keeps_the_model_as_it_was(model: Any, batch: NoisyBatch) -> None:
     objective = MMD.from_settings(SETTINGS).start(model, CPU)
     assert len(objective.extractor.base_model.layers) == 2  # 2 // 2 is the second of two
     clean = CleanBatch(batch.clean_ids, batch.labels, batch.labels != IGNORE)
@@ -581,7 +587,7 @@ def test_an_objective_keeps_the_model_as_it_was(model: Any, batch: Batch) -> Non
     assert not torch.equal(restarted.loss(other, clean, seeded()).total, before.total)
 
 
-def test_without_a_start_one_sentence_says_what_is_missing(model: Any, batch: Batch) -> None:
+def test_without_a_start_one_sentence_says_what_is_missing(model: Any, batch: NoisyBatch) -> None:
     clean = CleanBatch(batch.clean_ids, batch.labels, batch.labels != IGNORE)
     with pytest.raises(InputError, match="a copy of the model that training begins with") as error:
         MMD.from_settings(SETTINGS).loss(model, clean, seeded())

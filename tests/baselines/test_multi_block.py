@@ -21,7 +21,7 @@ from dmax.baselines.multi_block import (
     seen_before,
 )
 from dmax.errors import InputError
-from dmax.training.clean_stream import Batch, CleanBatch
+from dmax.training.clean_stream import CleanBatch, NoisyBatch
 from dmax.training.objectives import OPUT, oput_loss
 from dmax.training.vocabulary import IGNORE
 
@@ -169,7 +169,7 @@ def test_blends_are_refused(rollout: str) -> None:
         objective(rollout=rollout)
 
 
-def logits_of_buffers(network: Any, batch: Batch, ids: Tensor) -> Tensor:
+def logits_of_buffers(network: Any, batch: NoisyBatch, ids: Tensor) -> Tensor:
     """Logits [B, L', V] of noisy ids, a plain forward over [clean blocks | noisy blocks] each."""
     assert batch.positions is not None and batch.places is not None
     found = []

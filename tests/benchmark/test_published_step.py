@@ -20,7 +20,7 @@ from dmax.recipe import run as runs
 from dmax.recipe.folder import RunFolder
 from dmax.recipe.sections import load_recipe
 from dmax.tasks.word_problems import problems
-from dmax.training.clean_stream import Batch
+from dmax.training.clean_stream import NoisyBatch
 from dmax.training.embedding import without_gradient
 from dmax.training.objectives import OPUT, ObjectiveModule
 
@@ -34,12 +34,12 @@ EMBEDDINGS = {"llada2_moe": "model.word_embeddings.weight", "llama": "model.embe
 
 
 @pytest.fixture
-def noise(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+def noise(monkeypatch: pytest.MonkeyPatch) -> list[NoisyBatch]:
     """The noise that the objective draws, batch by batch."""
-    drawn: list[Batch] = []
+    drawn: list[NoisyBatch] = []
     masked = OPUT.masked
 
-    def records(self: OPUT, *args: Any) -> tuple[Batch, Tensor]:
+    def records(self: OPUT, *args: Any) -> tuple[NoisyBatch, Tensor]:
         batch, ratios = masked(self, *args)
         drawn.append(batch)
         return batch, ratios
@@ -48,7 +48,7 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return drawn
 
 
-def noisy_copies(batch: Batch) -> list[Tensor]:
+def noisy_copies(batch: NoisyBatch) -> list[Tensor]:
     """The noisy sequences of a batch, [L] each, clean outside their noisy blocks."""
     length = batch.clean_ids.shape[1]
     assert batch.positions is not None
@@ -99,7 +99,7 @@ def all_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llada2_moe", "llama"])
 def test_the_objective_has_the_gradient_of_the_published_passes(
-    kind: str, attention: str, checkpoints: bool, noise: list[Batch]
+    kind: str, attention: str, checkpoints: bool, noise: list[NoisyBatch]
 ) -> None:
     model = new_model(kind, attention).train()
     if checkpoints:
@@ -164,7 +164,7 @@ def trained_gradient(
     return found
 
 
-def real_samples(tokenizer: Any, noise: list[Batch], special_ids: Any) -> list[Sample]:
+def real_samples(tokenizer: Any, noise: list[NoisyBatch], special_ids: Any) -> list[Sample]:
     """The eight problems with the noise that they were trained with."""
     noisy = [copy for batch in noise for copy in noisy_copies(batch)]
     clean = [ids for batch in noise for ids in batch.clean_ids]
@@ -195,7 +195,7 @@ def real_samples(tokenizer: Any, noise: list[Batch], special_ids: Any) -> list[S
 def test_a_step_on_real_problems_is_the_published_step(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    noise: list[Batch],
+    noise: list[NoisyBatch],
     dtype: torch.dtype,
     batch_size: int,
     tolerance: float,

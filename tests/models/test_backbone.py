@@ -32,7 +32,7 @@ from dmax.errors import InputError
 from dmax.models import backbone
 from dmax.recipe.run import blend_weights, run_recipe
 from dmax.recipe.sections import load_recipe
-from dmax.training.clean_stream import Batch
+from dmax.training.clean_stream import NoisyBatch
 
 BLOCK = 8
 VOCAB = 64
@@ -202,7 +202,7 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     noisy = ids.clone()
     noisy[:, BLOCK::2] = MASK
     labels = torch.where(torch.arange(ids.shape[1]) < BLOCK, -100, ids)
-    batch = Batch(ids, noisy[:, BLOCK:], labels[:, BLOCK:])
+    batch = NoisyBatch(ids, noisy[:, BLOCK:], labels[:, BLOCK:])
     model.zero_grad()
     thresholds = torch.zeros(len(ids), 1)
     loss = soft_oput_loss(model, batch, thresholds, block_length=BLOCK, mask_token_id=MASK).total

@@ -18,7 +18,7 @@ from dmax.baselines.rollouts import decoded_masks, soft_oput_loss
 from dmax.blend import blend
 from dmax.confidence import candidates
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from dmax.training.clean_stream import Batch, CleanStream
+from dmax.training.clean_stream import CleanStream, NoisyBatch
 from dmax.training.objectives import OPUT, ObjectiveModule, mdlm_loss, oput_loss, uniform_loss
 from dmax.training.rollout import roll_out
 from dmax.training.vocabulary import IGNORE
@@ -55,16 +55,18 @@ def model() -> LLaDA2MoeModelLM:
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> NoisyBatch:
     """Prompts of 9 and 13 tokens; three quarters of the responses masked, all of them labelled."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.randint(EOS, (2, 6 * BLOCK), generator=generator)
     is_response = torch.arange(clean.shape[1]) >= torch.tensor([[9], [13]])
     masked = is_response & (torch.rand(clean.shape, generator=generator) < 0.75)
-    return Batch(clean, clean.masked_fill(masked, MASK), clean.masked_fill(~is_response, IGNORE))
+    return NoisyBatch(
+        clean, clean.masked_fill(masked, MASK), clean.masked_fill(~is_response, IGNORE)
+    )
 
 
-def concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch, noisy_embeds: Tensor) -> Tensor:
+def concatenated_logits(model: LLaDA2MoeModelLM, batch: NoisyBatch, noisy_embeds: Tensor) -> Tensor:
     """The noisy half's logits of one forward over [noisy | clean]."""
     length = batch.clean_ids.shape[1]
     position = torch.arange(2 * length)
@@ -75,13 +77,13 @@ def concatenated_logits(model: LLaDA2MoeModelLM, batch: Batch, noisy_embeds: Ten
     ).logits[:, :length]
 
 
-def masked_logits(model: LLaDA2MoeModelLM, batch: Batch) -> Tensor:
+def masked_logits(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> Tensor:
     """The masked stream's logits, as the losses compute them."""
     embeds = model.model.word_embeddings(batch.noisy_ids)
     return CleanStream(model, batch.clean_ids, BLOCK).denoise(embeds).logits()
 
 
-def plain_loss(logits: Tensor, batch: Batch) -> Tensor:
+def plain_loss(logits: Tensor, batch: NoisyBatch) -> Tensor:
     """The mean over each sequence's labels, and then over the sequences."""
     rows = zip(logits, batch.labels, strict=True)
     return torch.stack([F.cross_entropy(row, labels) for row, labels in rows]).mean()
@@ -120,7 +122,7 @@ def recorded_streams(model: LLaDA2MoeModelLM) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def test_shared_clean_stream_gives_the_concatenated_logits(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     embed = model.model.word_embeddings
     stream = CleanStream(model, batch.clean_ids, BLOCK)
@@ -133,7 +135,7 @@ def test_shared_clean_stream_gives_the_concatenated_logits(
 
 
 def test_mdlm_gradients_are_those_of_the_concatenated_forward(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     ours = mdlm_loss(model, batch, block_length=BLOCK)
     found = gradients(model, ours.total)
@@ -145,7 +147,7 @@ def test_mdlm_gradients_are_those_of_the_concatenated_forward(
 
 @pytest.mark.parametrize("rollout", ["argmax", "soft"])
 def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
-    model: LLaDA2MoeModelLM, batch: Batch, rollout: Any
+    model: LLaDA2MoeModelLM, batch: NoisyBatch, rollout: Any
 ) -> None:
     """Two concatenated forwards after a separate rollout give the same loss and gradients."""
     if rollout == "soft":
@@ -174,11 +176,11 @@ def test_a2_oput_gradients_are_the_mean_of_those_of_separate_passes(
 
 @torch.no_grad()
 def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     block = slice(3 * BLOCK, 4 * BLOCK)
 
-    def logits(changed: Batch) -> Tensor:
+    def logits(changed: NoisyBatch) -> Tensor:
         return masked_logits(model, changed)[:, block]
 
     expected = logits(batch)
@@ -194,9 +196,9 @@ def test_a_noisy_block_sees_itself_and_earlier_clean_blocks_only(
 
 @pytest.mark.parametrize("objective", ["mdlm", "oput", "soft", "uniform"])
 def test_a_later_start_drops_work_but_not_loss(
-    model: LLaDA2MoeModelLM, batch: Batch, objective: str
+    model: LLaDA2MoeModelLM, batch: NoisyBatch, objective: str
 ) -> None:
-    def loss(chosen: Batch) -> Any:
+    def loss(chosen: NoisyBatch) -> Any:
         if objective == "mdlm":
             return mdlm_loss(model, chosen, block_length=BLOCK)
         if objective == "uniform":
@@ -206,7 +208,7 @@ def test_a_later_start_drops_work_but_not_loss(
         return oput_loss(model, chosen, **OPTIONS)
 
     start = 2 * BLOCK  # both prompts are at least that long
-    late = Batch(batch.clean_ids, batch.noisy_ids[:, start:], batch.labels[:, start:])
+    late = NoisyBatch(batch.clean_ids, batch.noisy_ids[:, start:], batch.labels[:, start:])
     with recorded_streams(model) as inputs:
         ours = loss(late)
     assert {stream.shape[1] for stream in inputs} == {batch.clean_ids.shape[1] - start}
@@ -217,20 +219,22 @@ def test_a_later_start_drops_work_but_not_loss(
     assert_same_gradients(gradients(model, ours.total), gradients(model, whole.total))
 
 
-def test_a_sequence_of_one_block_has_no_context(model: LLaDA2MoeModelLM, batch: Batch) -> None:
-    first = Batch(*(ids[:, :BLOCK] for ids in (batch.clean_ids, batch.noisy_ids, batch.clean_ids)))
+def test_a_sequence_of_one_block_has_no_context(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> None:
+    first = NoisyBatch(
+        *(ids[:, :BLOCK] for ids in (batch.clean_ids, batch.noisy_ids, batch.clean_ids))
+    )
     ours = mdlm_loss(model, first, block_length=BLOCK)
     logits = model(input_ids=first.noisy_ids).logits
     torch.testing.assert_close(ours.total, plain_loss(logits, first))
 
 
-def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> None:
     """Context is trained too: a token of the clean half only gets an embedding gradient."""
     only_clean = int(batch.clean_ids[0, 0])
     clean = torch.where(batch.clean_ids == only_clean, 0, batch.clean_ids)
     noisy = torch.where(batch.noisy_ids == only_clean, 0, batch.noisy_ids)
     clean[:, 0] = only_clean
-    loss = mdlm_loss(model, Batch(clean, noisy, batch.labels), block_length=BLOCK)
+    loss = mdlm_loss(model, NoisyBatch(clean, noisy, batch.labels), block_length=BLOCK)
     gradient = gradients(model, loss.total)
     assert gradient["model.word_embeddings.weight"][only_clean].any()
 
@@ -240,7 +244,7 @@ def test_the_clean_stream_receives_gradient(model: LLaDA2MoeModelLM, batch: Batc
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
-    model: LLaDA2MoeModelLM, batch: Batch, temperature: float
+    model: LLaDA2MoeModelLM, batch: NoisyBatch, temperature: float
 ) -> None:
     embed = model.model.word_embeddings
     with torch.no_grad():  # tokens can be read off the inputs, and MASK is the likeliest token
@@ -257,7 +261,7 @@ def test_rollout_replaces_exactly_the_masks_and_never_by_mask(
 
 @torch.no_grad()
 def test_soft_rollout_feeds_the_blend_that_decoding_feeds(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     embed = model.model.word_embeddings
     masked = batch.noisy_ids == MASK
@@ -280,7 +284,7 @@ def test_rollout_carries_no_gradient() -> None:
         assert (tokens != MASK).all()
 
 
-def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> None:
     """After an optimiser step the predictions of the second stream are the updated model's."""
 
     def second_stream() -> Tensor:
@@ -320,7 +324,7 @@ def test_sampling_frequencies_are_the_models_probabilities() -> None:
 
 
 def test_rollout_error_is_the_share_of_wrong_predictions(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     masked = batch.noisy_ids == MASK
     with torch.no_grad():
@@ -335,7 +339,7 @@ def test_rollout_error_is_the_share_of_wrong_predictions(
 
 @pytest.mark.parametrize("average", ["sequences", "labels"])
 def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
-    model: LLaDA2MoeModelLM, batch: Batch, average: str
+    model: LLaDA2MoeModelLM, batch: NoisyBatch, average: str
 ) -> None:
     """Both streams share their labels; unmasked response positions are among them."""
     with torch.no_grad():
@@ -357,7 +361,7 @@ def test_a3_a4_the_loss_is_a_mean_over_labelled_positions_masked_or_not(
     )
 
 
-def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> None:
     empty = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
     loss = oput_loss(model, empty, **OPTIONS)
     assert loss.total == 0 and loss.per_sequence["masked"].tolist() == [0, 0]
@@ -365,7 +369,7 @@ def test_unlabelled_sequences_give_zero_not_nan(model: LLaDA2MoeModelLM, batch: 
 
 
 def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     random_ids = batch.noisy_ids.clamp(max=EOS)
     ours = uniform_loss(model, batch, random_ids, block_length=BLOCK)
@@ -378,7 +382,7 @@ def test_a19_uniform_loss_is_the_mean_of_masked_and_random_streams(
     torch.testing.assert_close(ours.parts["loss_random"], expected[1].detach())
 
 
-def test_the_batch_is_left_alone(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_the_batch_is_left_alone(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> None:
     before = [tensor.clone() for tensor in (batch.clean_ids, batch.noisy_ids, batch.labels)]
     oput_loss(model, batch, **OPTIONS).total.backward()
     for tensor, expected in zip(
@@ -387,7 +391,7 @@ def test_the_batch_is_left_alone(model: LLaDA2MoeModelLM, batch: Batch) -> None:
         assert torch.equal(tensor, expected)
 
 
-def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_gradient_checkpointing_changes_nothing(model: LLaDA2MoeModelLM, batch: NoisyBatch) -> None:
     """Recomputation runs after the clean cache is complete; it must see what the first run saw."""
     expected = gradients(model, oput_loss(model, batch, **OPTIONS).total)
     model.train()
@@ -450,7 +454,9 @@ def test_sequences_count_alike_whichever_share_a_batch(
 # --- the annex -----------------------------------------------------------------------------------
 
 
-def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch: Batch) -> None:
+def test_certainty_loss_forces_what_is_right_only(
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
+) -> None:
     logits = concatenated_logits(model, batch, model.model.word_embeddings(batch.noisy_ids))
     masked = batch.noisy_ids == MASK
     # One prediction in two is made right, so that there is something to be sure of.
@@ -474,7 +480,7 @@ def test_certainty_loss_forces_what_is_right_only(model: LLaDA2MoeModelLM, batch
 
 
 def test_certainty_loss_has_a_gradient_where_a_model_is_quite_sure(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     """Probabilities that round to 0, as those of `tiny-base` do at a temperature of 0.5."""
     settings = {"weight": 1.0, "temperature": 0.5}
@@ -489,7 +495,7 @@ def test_certainty_loss_has_a_gradient_where_a_model_is_quite_sure(
 
 
 def test_d2f_loss_sees_unfinished_blocks_and_weighs_by_the_ratio(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     corruptible = batch.labels != IGNORE
     ratios = rising_ratios(corruptible, batch.labels, BLOCK, 0.3, 0.7)
@@ -522,7 +528,7 @@ def test_rollouts_decode_the_confident_prefix_of_each_block_or_its_leftmost_mask
 
 
 def test_spd_rollouts_feed_blends_for_the_prefix_and_masks_after_it(
-    model: LLaDA2MoeModelLM, batch: Batch
+    model: LLaDA2MoeModelLM, batch: NoisyBatch
 ) -> None:
     model.get_output_embeddings().weight.data.mul_(20.0)  # an untrained model is sure of nothing
     thresholds = torch.rand(2, 1, generator=torch.Generator().manual_seed(8))

@@ -20,7 +20,7 @@ from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.errors import InputError
 from dmax.models import backbone
 from dmax.training import objective_table
-from dmax.training.clean_stream import Batch
+from dmax.training.clean_stream import NoisyBatch
 from dmax.training.objectives import mdlm_loss
 from dmax.training.vocabulary import IGNORE
 
@@ -48,16 +48,16 @@ def made(shift: bool = True) -> Checkpoint:
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> NoisyBatch:
     """Two sequences of 16 positions, whose prompts have 5 and 7."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.randint(0, 40, (2, 16), generator=generator)
     answered = torch.arange(16) >= torch.tensor([[5], [7]])
     masked = answered & (torch.rand(clean.shape, generator=generator) < 0.6)
-    return Batch(clean, clean.masked_fill(masked, MASK), clean.masked_fill(~answered, IGNORE))
+    return NoisyBatch(clean, clean.masked_fill(masked, MASK), clean.masked_fill(~answered, IGNORE))
 
 
-def test_blocks_of_one_are_trained_as_an_autoregressive_model_is(batch: Batch) -> None:
+def test_blocks_of_one_are_trained_as_an_autoregressive_model_is(batch: NoisyBatch) -> None:
     """Whatever is masked: the warm-up begins at the loss that such a model has."""
     model = made().model
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_blocks_of_one_are_trained_as_an_autoregressive_model_is(batch: Batch) -
     assert abs(at_the_position.total - expected) > 0.1
 
 
-def test_d2f_reads_the_state_before_as_a_window_shows_it(batch: Batch) -> None:
+def test_d2f_reads_the_state_before_as_a_window_shows_it(batch: NoisyBatch) -> None:
     model = made().model
     answered = batch.labels != IGNORE
     ratios = rising_ratios(answered, batch.labels, L, 0.3, 0.7)

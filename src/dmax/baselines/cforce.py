@@ -164,7 +164,7 @@ def cforce_loss(
         model: as `oput_loss` takes it.
         clean_ids: [B, L] int64, the final tokens: the context of every block.
         stages: the states S_a and S_b, [B, L'].
-        positions: [B, L'] int64, where the states stand, as `Batch` has them.
+        positions: [B, L'] int64, where the states stand, as `NoisyBatch` has them.
         who: learns what, of `learners`.
         block_length: positions that are decoded together.
         mask_token_id: MASK.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dmax.baselines.frozen import frozen_features
 from dmax.errors import InputError
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
+from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch
 from dmax.training.objectives import SEQUENCES, Loss, Objective, halves, mean, rollout_error
 from dmax.training.rollout import draw
 from dmax.training.vocabulary import CHUNK, IGNORE, States, in_chunks
@@ -53,7 +53,7 @@ class View(NamedTuple):
 def mmd_loss(
     model: Any,
     extractor: Any,
-    batch: Batch,
+    batch: NoisyBatch,
     *,
     block_length: int,
     mask_token_id: int,
@@ -240,7 +240,7 @@ def log_softmax_without(logits: Tensor, mask_token_id: int) -> Tensor:
 # --- what the frozen model says of it ------------------------------------------------------------
 
 
-def block_features(extractor: Any, batch: Batch, block_length: int) -> Features:
+def block_features(extractor: Any, batch: NoisyBatch, block_length: int) -> Features:
     """φ (3): the features of noisy copies in the context of the clean sequences, block by block.
 
     The clean half runs once, beside the first copy. Copies run one after the other, so that memory

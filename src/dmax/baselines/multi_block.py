@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmax.errors import InputError
-from dmax.training.clean_stream import Batch, CleanBatch, noisy_positions, take
+from dmax.training.clean_stream import CleanBatch, NoisyBatch, noisy_positions, take
 from dmax.training.noise import mask_ratios
 from dmax.training.objectives import OPUT
 from dmax.training.rollout import draw
@@ -49,7 +49,7 @@ class MultiBlockOPUT(OPUT):
                 hint="set `rollout: argmax`",
             )
 
-    def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[NoisyBatch, Tensor]:
         """The batch with its buffers and masks, and the share of masks in every noisy copy, [B]."""
         positions = noisy_positions(clean, self.block_length)  # [B, L']
         ids = take(clean.clean_ids, positions)
@@ -64,7 +64,7 @@ class MultiBlockOPUT(OPUT):
 
         places = seen_before(is_second).repeat_interleave(self.block_length, dim=1)  # [B, L']
         share = (noisy != ids).sum(dim=1) / corruptible.sum(dim=1).clamp(min=1)
-        return Batch(clean.clean_ids, noisy, labels, positions, places.to(ids.device)), share
+        return NoisyBatch(clean.clean_ids, noisy, labels, positions, places.to(ids.device)), share
 
 
 def draw_shifts(num: int, generator: torch.Generator) -> Tensor:

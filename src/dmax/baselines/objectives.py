@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmax.attention import block_causal, training_mask
 from dmax.special_ids import reads_shifted
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
+from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch
 from dmax.training.noise import mask_tokens
 from dmax.training.objectives import SEQUENCES, Loss, Objective, mean
 from dmax.training.vocabulary import IGNORE, States, score
@@ -22,7 +22,7 @@ from dmax.training.vocabulary import IGNORE, States, score
 
 def certainty_loss(
     model: Any,
-    batch: Batch,
+    batch: NoisyBatch,
     *,
     block_length: int,
     mask_token_id: int,
@@ -92,7 +92,7 @@ class DParallel(Objective):
 
 def d2f_loss(
     model: Any,
-    batch: Batch,
+    batch: NoisyBatch,
     ratios: Tensor,
     *,
     block_length: int,
@@ -156,7 +156,7 @@ class D2F(Objective):
         noisy = mask_tokens(ids, clean.corruptible, ratios, self.mask_token_id, generator)
         return d2f_loss(
             model,
-            Batch(ids, noisy, clean.labels),
+            NoisyBatch(ids, noisy, clean.labels),
             ratios,
             block_length=self.block_length,
             mask_token_id=self.mask_token_id,

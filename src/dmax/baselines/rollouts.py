@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmax.blend import SoftTokens, embed_tokens
 from dmax.decoding.spd import prefix
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream
+from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch
 from dmax.training.objectives import SEQUENCES, Loss, Objective, halves, mean, rollout_error
 from dmax.training.rollout import draw
 from dmax.training.vocabulary import score
@@ -18,7 +18,7 @@ from dmax.training.vocabulary import score
 
 def soft_oput_loss(
     model: Any,
-    batch: Batch,
+    batch: NoisyBatch,
     thresholds: Tensor,
     *,
     block_length: int,

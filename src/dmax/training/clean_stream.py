@@ -42,7 +42,7 @@ class CleanBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class NoisyBatch:
     """Clean sequences, and a noisy copy of L' positions of each.
 
     Attributes:
@@ -91,7 +91,7 @@ class CleanStream:
         model: a block-diffusion model with `base_model` and `forward(inputs_embeds, …)`.
         clean_ids: [B, L] int64; L is a whole number of blocks.
         block_length: positions that are decoded together.
-        positions: of the noisy streams, as `Batch` has them.
+        positions: of the noisy streams, as `NoisyBatch` has them.
         places: the same.
     """
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dmax.training.clean_stream import Batch, CleanBatch, CleanStream, noisy_positions, take
+from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch, noisy_positions, take
 from dmax.training.noise import mask_ratios, mask_tokens, random_tokens
 from dmax.training.vocabulary import IGNORE, score
 
@@ -47,7 +47,7 @@ class Loss:
 
 def oput_loss(
     model: Any,
-    batch: Batch,
+    batch: NoisyBatch,
     *,
     block_length: int,
     mask_token_id: int,
@@ -106,7 +106,9 @@ def oput_loss(
     )
 
 
-def mdlm_loss(model: Any, batch: Batch, *, block_length: int, average: str = SEQUENCES) -> Loss:
+def mdlm_loss(
+    model: Any, batch: NoisyBatch, *, block_length: int, average: str = SEQUENCES
+) -> Loss:
     """Masked block diffusion: recover the clean tokens from masks (eq. 1).
 
     Like the published code, all labelled positions count, masked or not, without a 1/t weight.
@@ -118,7 +120,7 @@ def mdlm_loss(model: Any, batch: Batch, *, block_length: int, average: str = SEQ
 
 def uniform_loss(
     model: Any,
-    batch: Batch,
+    batch: NoisyBatch,
     random_ids: Tensor,
     *,
     block_length: int,
@@ -231,7 +233,7 @@ class Objective(ABC):
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         """Draw noise, the same for the same state of the generator, and return the loss."""
 
-    def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[NoisyBatch, Tensor]:
         """The batch with masks, and the share of them in every sequence, [B] float32.
 
         The noisy copies begin and end with the blocks of the responses.
@@ -242,7 +244,7 @@ class Objective(ABC):
         positions = noisy_positions(clean, self.block_length)
         noisy = take(masked, positions)
         labels = take(clean.labels, positions, beyond=IGNORE)
-        return Batch(ids, noisy, labels, positions), ratios
+        return NoisyBatch(ids, noisy, labels, positions), ratios
 
 
 class ObjectiveModule(nn.Module):
