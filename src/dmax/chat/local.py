@@ -10,7 +10,7 @@ from typing import Any
 
 from dmax.chat.responder import Outcome, Part, described
 from dmax.chat.session import DoesNotFit, Messages
-from dmax.chat_template import REMEDY
+from dmax.chat_template import REMEDY, has_template
 from dmax.decoding import get_strategy
 from dmax.errors import InputError, first_line, shorten
 from dmax.hub import find_folder
@@ -63,7 +63,7 @@ class LocalResponder:
 
     def _loaded(self, name: str) -> LLM:
         llm = self._load(name)
-        if llm.tokenizer is None or not llm.tokenizer.chat_template:
+        if llm.tokenizer is None or not has_template(llm.tokenizer):
             raise InputError(
                 f"{name} has no chat template, so it knows no conversations",
                 hint=f"complete a text with `dmax generate`, or {REMEDY}",

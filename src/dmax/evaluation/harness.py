@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Self
 import torch
 
 from dmax import extras
-from dmax.chat_template import MAX_TOKEN, render_chat
+from dmax.chat_template import MAX_TOKEN, has_template, render_chat
 from dmax.completers import CHUNK_BATCHES
 from dmax.decoding import check_strategy, get_strategy
 from dmax.environment import environment, weights_digest
@@ -213,7 +213,7 @@ class DMaxLM(LM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions of requests `(context, generation_kwargs)`, each cut at a stop string."""
-        if self.tokenizer.chat_template and not self._is_templated:
+        if has_template(self.tokenizer) and not self._is_templated:
             logger.warning(
                 "this model has a chat template and the prompts are raw; "
                 "--apply_chat_template applies it"
@@ -264,7 +264,7 @@ class DMaxLM(LM):
         """The text of the template, which lm_eval puts into its results."""
         if isinstance(chat_template, str):
             raise InputError(f"chat templates by name, like {chat_template!r}, are not supported")
-        if chat_template and not self.tokenizer.chat_template:
+        if chat_template and not has_template(self.tokenizer):
             raise InputError(
                 f"{self.llm.checkpoint.path} has no chat template",
                 hint="leave out --apply_chat_template",

@@ -145,8 +145,8 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     if tokenizer is not None:
         if tokenizer.mask_token is None:
             tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+            _check_free(tokenizer, tokenizer.mask_token_id)
         mask = int(tokenizer.mask_token_id)
-        _check_free(tokenizer, mask)
     if mask >= size:
         model.resize_token_embeddings(mask + 1, mean_resizing=False)
     known = min(mask, size)
@@ -156,7 +156,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _check_free(tokenizer: PreTrainedTokenizerBase, mask: int) -> None:
-    """Raise `InputError` if the id of the mask token is that of another token, too.
+    """Raise `InputError` if the id of a new mask token is that of another token, too.
 
     A new token gets the number of those that there are, which is taken where ids leave a gap.
     """
