@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -104,6 +104,22 @@ def test_asking_whether_a_place_can_be_written_leaves_nothing(
 ) -> None:
     check(tmp_path / "a")
     check(tmp_path / "new" / "deep" / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("check", [check_writable, check_new_folder])
+def test_what_is_left_by_a_process_that_is_killed_while_asking_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], None]
+) -> None:
+    def killed(path: Path, missing_ok: bool) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            check(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == leftovers(tmp_path / "a") != []
+    remove_leftovers(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 

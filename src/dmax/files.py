@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
@@ -83,14 +82,19 @@ def _check_kind(path: Path) -> None:
 def check_new_folder(path: Path) -> None:
     """Make sure that `new_folder` can begin at `path`, or a file be made; nothing is left behind.
 
+    No folder is made. A process that is killed here leaves at most an empty file, which
+    `remove_leftovers` finds where the folder of `path` exists.
+
     Raises:
         OSError: nothing can be written beside `path`.
     """
-    held = next(folder for folder in path.absolute().parents if folder.exists())
-    with TemporaryDirectory(prefix=".dmax-", dir=held) as probe:
-        place = Path(probe) / path.absolute().relative_to(held)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _beside(place).touch()
+    path = path.absolute()
+    held = next(folder for folder in path.parents if folder.exists())
+    for name in path.relative_to(held).parts:
+        (held / name).exists()  # fails for a name that is too long
+    probe = _beside(held / path.name)
+    probe.touch()
+    probe.unlink(missing_ok=True)  # another process may have swept it
     if shutil.disk_usage(held).free < LEAST_SPACE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
