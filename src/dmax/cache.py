@@ -230,11 +230,20 @@ class CacheWindow:
         """Store new keys and values [B, G, L, d], and return what is read, each [B, G, span, d].
 
         Positions past a row's own end hold old numbers: the attention mask must hide them.
+
+        Raises:
+            InputError: the layer has other heads than the configuration says.
         """
         keys = self._write_and_read(self.cache.keys[layer_idx], key)
         return keys, self._write_and_read(self.cache.values[layer_idx], value)
 
     def _write_and_read(self, store: Tensor, new: Tensor) -> Tensor:
+        if new.shape[1::2] != store.shape[2:]:
+            raise InputError(
+                f"a layer has {new.shape[1]} heads of {new.shape[3]} for keys and values, "
+                f"config.json says {store.shape[2]} of {store.shape[3]}",
+                hint="correct `num_key_value_heads` and `head_dim` there",
+            )
         written = self.slots[:, None], self.positions
         store.index_put_(written, new.transpose(1, 2).to(store.dtype))
         rows = slice(len(self.slots)) if self.in_order else self.slots

@@ -28,6 +28,7 @@ from dmax.attention import block_causal, dense_mask
 from dmax.baselines.rollouts import soft_oput_loss
 from dmax.cache import BlockCache
 from dmax.checkpoint import Checkpoint, load_checkpoint, new_checkpoint, save_checkpoint
+from dmax.engine.runner import ModelRunner
 from dmax.errors import InputError
 from dmax.models import backbone
 from dmax.recipe.run import blend_weights, run_recipe
@@ -416,6 +417,27 @@ def test_recipes_name_what_is_wrong_with_a_model(
 
 
 # ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_heads_that_its_architecture_does_not_know_are_named_when_it_decodes(kind: str) -> None:
+    config = CONFIG_MAPPING[kind](
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=32,
+        word_embed_proj_dim=32,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mask_token_id=MASK,
+        block_length=BLOCK,
+    )
+    checkpoint = new_checkpoint(config)
+    runner = ModelRunner(checkpoint.model, checkpoint.special_ids, 1, 2 * BLOCK)
+    with pytest.raises(InputError, match="has 4 heads of 8 .* config.json says 2 of 8"):
+        runner.prefill([0], torch.full((1, BLOCK), 5))
 
 
 @pytest.mark.parametrize(
