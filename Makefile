@@ -46,7 +46,7 @@ package: .venv/.setup-stamp ## build sdist and wheel, and run the wheel's demo i
 	@$(PY) tools/try_wheel.py dist/*.whl
 
 results: export GOMP_SPINCOUNT ?= 2000# as the dmax command sets it
-results: .venv/.setup-stamp ## train and measure everything under docs/results again; more than a day, goes on where it stopped
+results: .venv/.setup-stamp ## train and measure what docs/results lacks; all of it is more than a day, goes on where it stopped
 	@$(PY) bench/ablation_training.py
 	@$(PY) bench/paper.py
 	@$(BIN)/dmax train recipes/tiny_d2f.yaml

@@ -119,8 +119,9 @@ solves less than half of what the base solves by threshold at 0.95.
   {retrained_on}.{earlier}
 
 `python bench/paper.py` wrote this page from the records in this folder and, for the first lines, in
-[bench/results](../../bench/results). `make results` measures the records in this folder again;
-`make pretrained` makes those on a pretrained model, its studies of noise under `runs/results`.
+[bench/results](../../bench/results). `make results` measures what the records in this folder lack;
+remove one to have it measured anew. `make pretrained` makes those on a pretrained model, its
+studies of noise under `runs/results`.
 
 ![Accuracy against TPF of the decoding variants](decoding.svg)
 

@@ -44,8 +44,8 @@ SMALL = {
     "make test": "make --dry-run test",  # this is a part of it
     "dmax demo": "dmax demo --help",
     "dmax serve": "dmax serve --help",  # tests/serve run it
-    "python bench/tiny.py --limit 500 --dtype bfloat16": (
-        "python bench/tiny.py --limit 2 --dtype bfloat16 --only 'DMax, SPD' --output runs/tiny.json"
+    "python bench/tiny.py --limit 500 --dtype bfloat16 --output runs/new.json": (
+        "python bench/tiny.py --limit 2 --dtype bfloat16 --only 'DMax, SPD' --output runs/new.json"
     ),
     "dmax distill --model tiny-base --num 5000 --output runs/tiny_responses.jsonl": (
         "dmax distill --model tiny-base --num 24 --output runs/tiny_responses.jsonl"
