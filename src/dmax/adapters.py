@@ -101,6 +101,11 @@ def has_adapters(model: Any) -> bool:
     return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
 
 
+def without_adapters(model: Any) -> Any:
+    """The network that adapters of peft stand in; a model without them is its own."""
+    return model.get_base_model() if has_adapters(model) else model
+
+
 def find_targets(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """What adapters shall adapt, in the words of peft.
 

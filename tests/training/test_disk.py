@@ -52,8 +52,14 @@ def test_checkpoints_are_counted_as_trainer_writes_them(
 
 def test_steps_are_those_of_all_epochs_unless_they_are_given(tmp_path: Path) -> None:
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert num_steps(arguments(tmp_path, num_train_epochs=2.5, **batches), 17) == 8
-    assert num_steps(arguments(tmp_path, max_steps=5), 17) == 5
+    epochs = arguments(tmp_path, num_train_epochs=2.5, **batches)
+    assert num_steps(epochs, 17, 1) == 8  # 9 batches in 3 steps an epoch
+    assert num_steps(epochs, 17, 2) == 5
+    assert num_steps(epochs, None, 1) is None
+    dropping = arguments(tmp_path, num_train_epochs=2.5, dataloader_drop_last=True, **batches)
+    assert num_steps(dropping, 17, 1) == 5
+    assert num_steps(dropping, 1, 1) == 3
+    assert num_steps(arguments(tmp_path, max_steps=5), None, 1) == 5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dmax
 import dmax.training
-from dmax.baselines.objectives import D2F
+from dmax.baselines.objectives import D2FObjective
 from dmax.baselines.rollouts import SoftOPUT
 from dmax.errors import InputError
 from dmax.training import get_objective, objective_table
@@ -202,7 +202,7 @@ def test_the_noisy_copies_are_the_blocks_of_each_response(clean: CleanBatch) -> 
     beyond = take(clean.labels, noisy_positions(clean, BLOCK), beyond=IGNORE)
     assert (beyond[1, -BLOCK:] == IGNORE).all() and (beyond[0, -BLOCK:] != IGNORE).all()
     # D2F has no clean half, so it needs the prompt in its one stream.
-    (ids,) = streams(D2F.from_settings(SETTINGS), clean)
+    (ids,) = streams(D2FObjective.from_settings(SETTINGS), clean)
     assert torch.equal(ids[:, :8], clean.clean_ids[:, :8])
 
 

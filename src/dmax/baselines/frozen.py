@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dmax.adapters import without_adapters
 from dmax.errors import InputError
 from dmax.models.backbone import decoder_layers
 
@@ -38,7 +39,7 @@ def frozen_features(
     Raises:
         InputError: the model has no such layer.
     """
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = without_adapters(model)
     layers = decoder_layers(network)
     if layer >= len(layers):
         raise InputError(

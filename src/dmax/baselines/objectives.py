@@ -63,7 +63,7 @@ def certainty_loss(
 
 
 @dataclass(frozen=True, slots=True)
-class DParallel(Objective):
+class DParallelObjective(Objective):
     """dParallel's certainty-forcing distillation, `certainty_loss`.
 
     Attributes:
@@ -105,8 +105,8 @@ def d2f_loss(
 
     There is one stream, and it is block-causal: a block sees the noisy blocks before it as they
     are, which is what a window of open blocks shows the model. Where the reading is shifted, so is
-    the state before a block. Targets are the tokens of the data,
-    best the model's own responses. The source has a bidirectional teacher's distribution instead.
+    the state before a block. Targets are the tokens of the data, best the model's own responses.
+    The source has a bidirectional teacher's distribution instead.
 
     Args:
         model: a block-diffusion model.
@@ -142,7 +142,7 @@ def before(states: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class D2F(Objective):
+class D2FObjective(Objective):
     """Discrete diffusion forcing, `d2f_loss`."""
 
     decoding = "d2f"

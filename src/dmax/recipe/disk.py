@@ -63,12 +63,17 @@ def room(model: nn.Module, args: DMaxConfig, steps: int, *, merges: bool = False
     return Room(weights + optimiser, min(written, kept + 1), whole if merges else weights)
 
 
-def num_steps(args: DMaxConfig, num_examples: int) -> int:
-    """How many steps a run has."""
+def num_steps(args: DMaxConfig, num_examples: int | None, num_processes: int) -> int | None:
+    """Steps of a whole run, as Trainer counts them; None if nobody knows the amount of data."""
     if args.max_steps > 0:
         return args.max_steps
-    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return math.ceil(args.num_train_epochs * math.ceil(num_examples / batch))
+    if num_examples is None:
+        return None
+    together = args.per_device_train_batch_size * num_processes
+    whole = num_examples // together
+    batches = whole if args.dataloader_drop_last else math.ceil(num_examples / together)
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
 
 
 def num_checkpoints(args: DMaxConfig, steps: int) -> int:

@@ -111,9 +111,10 @@ def _train_model(
     """Train from where the run stands to its end, and write the result."""
     trainer, checkpoint = _make_trainer(recipe, args, task, run, report)
     with recipe.file.at("output_dir"):
-        num_examples = 0 if recipe.data.streaming else len(trainer.train_dataset)
+        num_examples = None if recipe.data.streaming else len(trainer.train_dataset)
+        planned = num_steps(args, num_examples, args.world_size) or 0
         merges = recipe.lora is not None and recipe.lora.merge
-        needed = room(trainer.model, args, num_steps(args, num_examples), merges=merges)
+        needed = room(trainer.model, args, planned, merges=merges)
         check_room(needed, recipe.output_dir, [*run.checkpoints(), *leftovers(recipe.output_dir)])
     start = _copy_of_weights(checkpoint.model) if recipe.model.keep_start and rank() == 0 else {}
     wait_for_all()  # until every rank has seen the folder as it was

@@ -22,7 +22,7 @@ from dmax import models
 from dmax.adapters import base_name
 from dmax.checkpoint import new_checkpoint
 from dmax.decoding import check_strategy
-from dmax.environment import DTYPES
+from dmax.environment import DTYPES, total_memory
 from dmax.errors import InputError, did_you_mean, show
 from dmax.models import LLaDA2MoeConfig
 from dmax.params import AUTO, LARGEST_SEED, MOST_PROBLEMS, DecodingParams, check_number
@@ -380,8 +380,8 @@ def _check_config(
 
 
 def _check_memory(file: RecipeFile, model: PreTrainedModel) -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if sum(weight.nbytes for weight in model.parameters()) > memory:
+    memory = total_memory("cpu")
+    if memory is not None and sum(weight.nbytes for weight in model.parameters()) > memory:
         num_weights = sum(weight.numel() for weight in model.parameters())
         dtype = str(model.dtype).removeprefix("torch.")
         raise file.wrong(

@@ -71,7 +71,7 @@ def oput_loss(
         batch: clean, masked and label ids.
         block_length: positions that are decoded together.
         mask_token_id: MASK.
-        temperature: of the rollout; 0 takes the most probable tokens (`roll_out`).
+        temperature: of the rollout; 0 takes the most probable tokens (`pick`).
         generator: random source of the rollout.
         average: as `mean` takes it.
 
@@ -321,7 +321,8 @@ class Uniform(Objective):
             self.mask_token_id,
             generator,
         )
-        noisy = take(random_ids, noisy_positions(clean, self.block_length))
+        assert batch.positions is not None
+        noisy = take(random_ids, batch.positions)
         return uniform_loss(
             model, batch, noisy, block_length=self.block_length, average=self.loss_average
         )

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from dmax.adapters import has_adapters, load_adapters
+from dmax.adapters import has_adapters, load_adapters, without_adapters
 from dmax.attention import without_flex
 from dmax.training.config import DMaxConfig
 from dmax.training.finite import check_weights
@@ -71,7 +71,7 @@ class ParallelTrainer(Trainer):
                     weight.data = weight.to(self.args.compute_dtype or weight.dtype)
                 model.to(self.args.device)
             model.eval()  # every training step goes back to training mode by itself
-            plain = model.get_base_model() if has_adapters(model) else model
+            plain = without_adapters(model)
             with without_flex(plain):
                 metrics = hook(plain)
         agreed: dict[str, float] = from_rank_zero(metrics)

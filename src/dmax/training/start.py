@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmax.adapters import add_adapters, base_name, check_adapted, has_adapters
+from dmax.adapters import add_adapters, base_name, check_adapted, has_adapters, without_adapters
 from dmax.attention import best_for_training
 from dmax.checkpoint import as_diffusion_model, load_checkpoint, write_ids
 from dmax.checkpoint_files import read_settings
@@ -182,7 +182,7 @@ def _prepared(model: Any, args: DMaxConfig) -> Any:
     """A model that somebody else has made, as one that decodes blocks."""
     if args.model_init_kwargs:
         raise InputError("`model_init_kwargs` are for a model that is given by its name")
-    network = model.get_base_model() if has_adapters(model) else model
+    network = without_adapters(model)
     if not isinstance(network, PreTrainedModel):
         raise InputError(f"a model must be a name or a PreTrainedModel, got {show(model)}")
     as_diffusion_model(network)

@@ -93,7 +93,7 @@ def score(
         labels: [B, L] int64, the clean tokens, or `IGNORE`.
         predicts: [B, L] bool, where to predict a token too; None: nowhere.
         mask_token_id: MASK, which is never predicted.
-        temperature: of the predictions; 0 takes the most probable tokens, as `roll_out` does.
+        temperature: of the predictions; 0 takes the most probable tokens, as `pick` does.
         generator: random source of the predictions.
         chunk: how many logits there may be at once.
     """

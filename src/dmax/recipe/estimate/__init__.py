@@ -7,7 +7,6 @@ shapes and no numbers. Time, traffic and cost are estimates, and rest on the con
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from dmax.errors import InputError
 from dmax.params import check_number
 from dmax.recipe.arguments import make_arguments
+from dmax.recipe.disk import num_steps
 from dmax.recipe.estimate.advice import advise
 from dmax.recipe.estimate.batch import largest_batch, read_examples
 from dmax.recipe.estimate.cluster import Cluster, Traffic, step_time
@@ -77,7 +77,7 @@ def estimate(recipe: Recipe, cluster: Cluster, *, examples: int | None = None) -
             "labelled": int((clean["labels"] != IGNORE).sum()),
         },
         batch_is_from=_origin(learnt),
-        settings=plan.in_words(args, shape.model),
+        settings=plan.in_words(args, shape.model, recipe.model.attn_implementation),
         memory=[
             *_state(state, args, plan),
             *_beside(recipe, args, state, plan, shape.model, counted.backward_calls),
@@ -127,7 +127,7 @@ def _run(
         flops=flops,
         traffic=traffic,
         step=step_time(cluster, flops, traffic, in_bfloat16=plan.compute is not None),
-        steps=_steps(args, cluster.num_gpus, examples),
+        steps=num_steps(args, examples, cluster.num_gpus),
         tokens=tokens * cluster.num_gpus,
     )
 
@@ -208,15 +208,3 @@ def _traffic(
     once = sharded_traffic(plan.num_gpus, layers, others, calls, frees_layers=plan.frees_layers)
     micro_batches = args.gradient_accumulation_steps
     return Traffic(once.gathered * micro_batches, once.reduced * micro_batches)
-
-
-def _steps(args: DMaxConfig, num_gpus: int, examples: int | None) -> int | None:
-    """Steps of the whole run, as Trainer counts them; None if nobody knows the amount of data."""
-    if args.max_steps > 0:
-        return args.max_steps
-    if examples is None:
-        return None
-    together = args.per_device_train_batch_size * num_gpus
-    whole = examples // together if args.dataloader_drop_last else -(-examples // together)
-    per_epoch = max(1, -(-whole // args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * per_epoch)

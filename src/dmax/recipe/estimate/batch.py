@@ -14,7 +14,7 @@ from dmax.records.readers import Conversation, get_reader
 from dmax.records.sources import read_conversations
 from dmax.records.trajectories import Trajectory
 from dmax.tasks.word_problems import Numbers
-from dmax.training.start import make_collator
+from dmax.training.start import longest, make_collator
 
 if TYPE_CHECKING:
     from dmax.recipe.estimate.shape import ModelShape
@@ -42,7 +42,7 @@ def read_examples(
         list(conversations),
         shape.tokenizer,
         shape.special_ids,
-        max_length=_max_length(data, shape),
+        max_length=longest(data.max_length, shape.model.config, shape.special_ids),
         eos_labels=args.eos_labels,
         too_long=data.too_long,
         end_turn=data.end_turn,
@@ -63,11 +63,6 @@ def _conversations(data: DataSection) -> Iterable[Conversation] | None:
     return read_conversations(data.source(), get_reader(data.reader, data.columns))
 
 
-def _max_length(data: DataSection, shape: ModelShape) -> int:
-    context: int = shape.model.config.max_position_embeddings
-    return min(data.max_length or context, context)
-
-
 def largest_batch(
     examples: Sequence[Encoded] | None, data: DataSection, args: DMaxConfig, shape: ModelShape
 ) -> dict[str, Tensor]:
@@ -81,7 +76,7 @@ def largest_batch(
     collate = make_collator(ids, args)
     if examples is not None:
         return collate(sorted(examples, key=_length, reverse=True)[:num_sequences])
-    positions = args.pad_to or _max_length(data, shape)
+    positions = args.pad_to or longest(data.max_length, shape.model.config, ids)
     length = -(-positions // ids.block_length) * ids.block_length
     return collate([_longest(length, ids.block_length)] * num_sequences)
 

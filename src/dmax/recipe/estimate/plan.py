@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmax.attention import FLEX
 from dmax.models.backbone import decoder_layers
 from dmax.recipe.estimate.cluster import Traffic
 from dmax.training.sharding import DTYPES, Sharding
@@ -78,15 +79,20 @@ class Plan:
         """The dtype that sharded weights learn in, under mixed precision; None: their own."""
         return torch.float32 if self.is_sharded and self.compute is not None else None
 
-    def in_words(self, args: DMaxConfig, model: Any) -> str:
-        """What decides about memory."""
+    def in_words(self, args: DMaxConfig, model: Any, attention: str | None) -> str:
+        """What decides about memory; `attention` is what the recipe asks for.
+
+        `flex_attention`, which trains on GPUs, keeps the tensors that are counted with `sdpa`.
+        """
+        if attention is None:
+            attention = FLEX if self.on_gpu else model.config._attn_implementation
         ways = {True: "FSDP2", False: "a whole model on each GPU"}
         precision = self.compute or model.dtype
         words = [
             ways[self.is_sharded] if self.num_gpus > 1 else "one process",
             f"products in {str(precision).removeprefix('torch.')}",
             f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
-            f"{model.config._attn_implementation} attention",
+            f"{attention} attention",
         ]
         if hasattr(model.config, "num_experts"):
             words.append(f"{model.config._experts_implementation} experts")
