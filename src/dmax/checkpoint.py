@@ -123,8 +123,8 @@ def load_checkpoint(
     base = find_base(folder) if is_adapter(folder) else None
     settings = read_settings(folder, base)
     config, tokenizer, _ = settings
-    stored, known, _ = settings if base is None else read_settings(base)  # ids are the adapters'
-    lacks_mask = add_mask_token if base is None else find_mask_token_id(stored, known) is None
+    stored, words, _ = settings if base is None else read_settings(base)  # ids are the adapters'
+    lacks_mask = add_mask_token if base is None else find_mask_token_id(stored, words) is None
     # All settings first: a wrong one should not cost the loading of the weights.
     check_size(base or folder, stored)
     _check_wishes(folder, config, tokenizer, add_mask_token, quantization)

@@ -25,8 +25,9 @@ def block_length_of(
     asked: int | None, config: PreTrainedConfig, name_or_path: str | os.PathLike[str], folder: Path
 ) -> int | None:
     """What is asked for, or else what the name says of files that are silent."""
-    is_silent = asked is None and getattr(config, "block_length", None) is None
-    return named_block_length(name_or_path, folder) if is_silent else asked
+    if asked is None and getattr(config, "block_length", None) is None:
+        return named_block_length(name_or_path, folder)
+    return asked
 
 
 def named_decoding(

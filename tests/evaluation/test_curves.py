@@ -14,9 +14,9 @@ from dmax.evaluation.curves import (
     NOISY,
     PANELS,
     Panel,
-    curves_of,
     draw_history,
     look,
+    panel_curves,
     running_mean,
     spread,
 )
@@ -39,19 +39,19 @@ def size(picture: Path) -> tuple[int, int]:
 
 def test_a_panel_has_the_values_that_were_logged() -> None:
     loss, rollout, *_, accuracy, tpf = PANELS
-    assert curves_of(HISTORY, loss) == {
+    assert panel_curves(HISTORY, loss) == {
         "mean": [(2, 3.0), (4, 2.0)],
         "masked": [(2, 2.0), (4, 1.0)],
         "predicted": [(2, 4.0), (4, 3.0)],
     }
-    assert curves_of(HISTORY, rollout) == {}
-    assert curves_of(HISTORY, accuracy) == {"": [(2, 25.0), (4, 50.0)]}
-    assert curves_of(HISTORY, tpf) == {"": [(2, 1.5)]}
+    assert panel_curves(HISTORY, rollout) == {}
+    assert panel_curves(HISTORY, accuracy) == {"": [(2, 25.0), (4, 50.0)]}
+    assert panel_curves(HISTORY, tpf) == {"": [(2, 1.5)]}
 
 
 def test_every_part_of_a_loss_is_drawn_whatever_a_plugin_calls_it() -> None:
     line = {"step": 1, "loss": 1.0, "loss_random": 2.0, "loss_of_mine": 3.0}
-    assert curves_of([line], PANELS[0]).keys() == {"mean", "random", "of_mine"}
+    assert panel_curves([line], PANELS[0]).keys() == {"mean", "random", "of_mine"}
 
 
 def test_a_loss_of_either_sign_is_drawn(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_labels_keep_their_order_and_stand_apart_inside_the_picture() -> None:
     assert spread([0.5], LABEL_HEIGHT) == [0.5]
 
 
-def test_no_two_curves_of_a_panel_look_alike_in_grey() -> None:
+def test_no_two_panel_curves_a_panel_look_alike_in_grey() -> None:
     assert len({look(index)[1] for index in range(5)}) == 5
 
 
@@ -126,4 +126,4 @@ def test_without_matplotlib_the_package_is_named(
 
 def test_a_pattern_stands_for_its_own_names_only() -> None:
     panel = Panel("losses", {"loss_*": ""})
-    assert curves_of([{"step": 1, "loss": 1.0, "train_loss": 2.0}], panel) == {}
+    assert panel_curves([{"step": 1, "loss": 1.0, "train_loss": 2.0}], panel) == {}

@@ -26,7 +26,6 @@ from dmax.evaluation.statistics import (
     careful_base,
     furthest_at_best,
     our_curve,
-    pareto,
 )
 from dmax.evaluation.sweep import (
     Curve,
@@ -315,18 +314,6 @@ RECORD: dict[str, Any] = {
 }
 
 
-def test_the_front_holds_what_nothing_beats() -> None:
-    points = [
-        point("a", 1, 0.9),
-        point("a", 2, 0.8),
-        point("b", 2, 0.85),
-        point("b", 1.5, 0.7),
-        point("c", 3, 0.2),
-    ]
-    assert [(p["tpf"], p["accuracy"]) for p in pareto(points)] == [(1, 0.9), (2, 0.85), (3, 0.2)]
-    assert pareto([]) == []
-
-
 def test_aup_of_every_curve() -> None:
     new, base = aup_table(RECORD)
     assert (new["label"], base["label"]) == ("new", "base")
@@ -528,10 +515,6 @@ def test_accuracy_may_be_drawn_over_what_a_position_yields(tmp_path: Path) -> No
         element.text for element in ElementTree.parse(tmp_path / "a.svg").iter() if element.text
     }
     assert {"tokens per computed position", "base 5", "new 0"} <= texts
-    assert [
-        p["tokens_per_position"]
-        for p in pareto([{**points[0], "tokens_per_position": 0.25}], "tokens_per_position")
-    ] == [0.25]
 
 
 def test_a_completion_of_no_token_is_refused_before_a_model_is_loaded() -> None:

@@ -35,8 +35,8 @@ LOADING = (
 )
 OPTIONS = (
     "alpha beta bound blocks count decay factor forces_at head high low margin num_branches "
-    "opens_at power rate renormalize schedule settled_at soft_inputs steady steps threshold "
-    "top_k weight"
+    "opens_at power rate renormalize schedule soft_inputs steady steps sure_from "
+    "threshold top_k weight"
 ).split()
 
 

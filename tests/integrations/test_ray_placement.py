@@ -131,7 +131,7 @@ def test_starts_are_counted_until_a_chunk_is_finished() -> None:
 
 def test_machines_may_differ_and_models_may_not() -> None:
     one = Description(PARAMS, {"weights": "a", "environment": {"threads": 1}})
-    assert one.weighty() == {"weights": "a"}
+    assert one.compared() == {"weights": "a"}
 
 
 # ---- what a replica does, in this process --------------------------------------------------------

@@ -17,6 +17,7 @@ from dmax.baselines import selection
 from dmax.baselines.head_states import Blocks, by_length, replay
 from dmax.baselines.sched import ScheduledExit, mean_margin
 from dmax.decoding.block import Output
+from dmax.decoding.selection import most_confident
 from dmax.errors import InputError
 from dmax.llm import LLM
 from dmax.params import DecodingParams, check_number
@@ -130,8 +131,7 @@ def _replay_margins(blocks: Blocks, mask_token_id: int) -> Margins:
 
     def surest(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         entropy = selection.entropy(Output(logits, mask_token_id).logits)
-        one = torch.ones(len(masked), dtype=torch.long, device=masked.device)
-        return selection.top(masked, -entropy, one)
+        return most_confident(masked, -entropy)
 
     num_blocks, length = blocks.final.shape
     margin = torch.zeros(length, num_blocks)

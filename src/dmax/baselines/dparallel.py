@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from dmax.baselines import selection
 from dmax.decoding.block import Decision, Output, State, View, predict
+from dmax.decoding.selection import most_confident
 from dmax.decoding.strategy import Number, Strategy, number
 
 
@@ -25,6 +24,6 @@ class DParallel(Strategy):
         """One step of blocks [B, L]."""
         predicted = predict(view, output)
         entropy = selection.entropy(output.logits)
-        surest = selection.top(view.masked, -entropy, torch.ones_like(view.step))
+        surest = most_confident(view.masked, -entropy)
         promoted = (view.masked & (entropy <= self.threshold)) | surest
         return Decision(predicted.tokens, promoted, confidence=predicted.confidence), state

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmax.confidence import candidates
+from dmax.decoding.selection import most_confident
 from dmax.errors import InputError
 from dmax.records.encoding import Encoded
 from dmax.special_ids import SpecialIds, reads_shifted
@@ -130,10 +131,8 @@ def filter_examples(blocks: Blocks) -> Iterator[Example]:
     def reveal(masked: Tensor, logits: Tensor, final: Tensor) -> Tensor:
         best = candidates(logits, 1, mask_token_id)
         right = masked & (best.ids[..., 0] == final)
-        confidence = torch.where(masked, best.probs[..., 0], float("-inf"))
-        surest = confidence.argmax(dim=1, keepdim=True)  # [N, 1]
-        stuck = masked.any(dim=1, keepdim=True) & ~right.any(dim=1, keepdim=True)
-        return right | torch.zeros_like(masked).scatter(1, surest, stuck)
+        is_stuck = ~right.any(dim=1, keepdim=True)  # [N, 1]
+        return right | (most_confident(masked, best.probs[..., 0]) & is_stuck)
 
     for masked, logits in replay(blocks, reveal):
         best = candidates(logits, 1, mask_token_id)

@@ -22,7 +22,7 @@ class MultiBlockSPD(SoftParallelDecoding):
         blocks: open at most.
         opens_at: share of a block that must be decoded and sure before the next one opens.
         forces_at: the same share, from which the next one must progress at every step.
-        settled_at: confidence from which a decoded position counts as sure: `stop_confidence`.
+        sure_from: confidence from which a decoded position counts as sure: `stop_confidence`.
     """
 
     name: ClassVar[str] = "mbd"
@@ -30,9 +30,9 @@ class MultiBlockSPD(SoftParallelDecoding):
     blocks: int = whole(2, low=1, high=64)
     opens_at: Number = number(0.5, high=1)
     forces_at: Number = number(0.95, high=1)
-    settled_at: Number = field(init=False, repr=False, metadata={"low": 0})
+    sure_from: Number = field(init=False, repr=False, metadata={"low": 0})
 
     def __post_init__(self) -> None:
         """Raises `InputError` for a setting out of range."""
-        object.__setattr__(self, "settled_at", self.stop_confidence)
+        object.__setattr__(self, "sure_from", self.stop_confidence)
         super().__post_init__()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmax.baselines import selection
 from dmax.decoding.block import Decision, Output, State, View, predict
+from dmax.decoding.selection import most_confident
 from dmax.decoding.strategy import Number, Strategy, number
 from dmax.errors import InputError
 from dmax.params import check_number
@@ -65,7 +66,7 @@ class ScheduledExit(Strategy):
             changed = view.masked & (predicted.tokens != state["tokens"])
             clear = clear & ~changed.any(dim=1, keepdim=True)
         entropy = selection.entropy(output.logits)
-        surest = selection.top(view.masked, -entropy, torch.ones_like(view.step))
+        surest = most_confident(view.masked, -entropy)
         promoted = torch.where(clear, view.masked, surest)
         decision = Decision(predicted.tokens, promoted, confidence=predicted.confidence)
         return decision, {"tokens": predicted.tokens}

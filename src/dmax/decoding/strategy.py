@@ -35,10 +35,10 @@ class Strategy(ABC):
         needs_hidden_states: whether `Output.hidden_states` must be there.
         extra_steps: forwards that a block may take beyond one for every position.
         blocks: blocks of a sequence that are open at once; each sees those before it as they are.
-        opens_at: the next block opens once this share of the last open one is settled.
-        forces_at: a block must progress once this share of the one before it is settled; until
+        opens_at: the next block opens once this share of the last open one is sure.
+        forces_at: a block must progress once this share of the one before it is sure; until
             then it may wait.
-        settled_at: confidence from which a decoded position counts as settled.
+        sure_from: confidence from which a decoded position counts as sure.
         num_branches: branches of a block that one forward evaluates (see `branches`).
         renormalize: blends that are fed back keep their length (equation 10).
     """
@@ -50,7 +50,7 @@ class Strategy(ABC):
     blocks: int = 1
     opens_at: Number = 0.0
     forces_at: Number = 0.0
-    settled_at: Number = 0.0
+    sure_from: Number = 0.0
     num_branches: int = 1
     renormalize: bool = True
 

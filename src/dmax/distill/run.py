@@ -78,7 +78,7 @@ def distill(
         progress(len(tally.done), len(numbers), "")
         with closing(answerer.answers(prompts, waiting)) as answers:
             for group in _trusted(answers, is_proven=_is_proven(tally)):
-                entries = [_settle(index, prompts[index], each, filters) for index, each in group]
+                entries = [_judge(index, prompts[index], each, filters) for index, each in group]
                 files.write(entries)
                 for entry in entries:
                     tally.add(entry)
@@ -98,7 +98,7 @@ def distill(
     )
 
 
-def _settle(index: int, prompt: Prompt, answer: Answer, filters: Filters) -> Entry:
+def _judge(index: int, prompt: Prompt, answer: Answer, filters: Filters) -> Entry:
     """Keep or drop an answer."""
     reason = "refused" if isinstance(answer, Refusal) else filters.reason(index, answer)
     return Entry(index, prompt, answer, reason)

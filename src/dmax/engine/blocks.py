@@ -183,8 +183,8 @@ class OpenBlocks:
         """
         must_progress = None
         if before is not None and self.strategy.blocks > 1:
-            is_settled = self._settled(before.clamp(min=0)) >= self.strategy_of(rows).forces_at
-            must_progress = (before < 0) | is_settled[:, 0]
+            is_sure = self._share_sure(before.clamp(min=0)) >= self.strategy_of(rows).forces_at
+            must_progress = (before < 0) | is_sure[:, 0]
         return View(
             tokens=self.tokens[rows],
             masked=self.masked[rows],
@@ -255,21 +255,21 @@ class OpenBlocks:
         return shown.view(np.dtype([*self._layout.descr, *more]))
 
     def may_open_next(self, rows: Tensor) -> Tensor:
-        """[B] bool, enough of the block is settled and it holds no EOS: the next one may open."""
+        """[B] bool, enough of the block is sure and it holds no EOS: the next one may open."""
         if self.strategy.blocks == 1:
             return torch.zeros_like(rows, dtype=torch.bool)
         decoded = self.active[rows] & ~self.masked[rows]
         is_eos = torch.isin(self.tokens[rows], self._eos_token_ids) & decoded
         has_ended = is_eos.any(dim=1) & ~self.ignores_eos[rows]
-        is_settled = self._settled(rows) >= self.strategy_of(rows).opens_at
-        return is_settled[:, 0] & ~has_ended
+        is_sure = self._share_sure(rows) >= self.strategy_of(rows).opens_at
+        return is_sure[:, 0] & ~has_ended
 
-    def _settled(self, rows: Tensor) -> Tensor:
+    def _share_sure(self, rows: Tensor) -> Tensor:
         """Share [B, 1] of each block's active positions that are decoded and sure."""
-        sure = self.confidence[rows] >= self.strategy_of(rows).settled_at
-        settled = self.active[rows] & ~self.masked[rows] & sure
+        is_sure = self.confidence[rows] >= self.strategy_of(rows).sure_from
+        sure = self.active[rows] & ~self.masked[rows] & is_sure
         num_active = self.active[rows].sum(dim=1, keepdim=True)
-        share = settled.sum(dim=1, keepdim=True) / num_active.clamp(min=1)
+        share = sure.sum(dim=1, keepdim=True) / num_active.clamp(min=1)
         return torch.where(num_active > 0, share, 1.0)
 
     def _keep(self, kept: State, rows: Tensor, values: State) -> None:

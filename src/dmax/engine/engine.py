@@ -136,7 +136,7 @@ class Engine:
             act = partial(self._step, blocks, batch, sequences)
             events.extend(self._together(act, sequences))
             stepped.extend(sequences)
-        return [*events, *self._settle(self._in_progress(stepped))]
+        return [*events, *self._report(self._in_progress(stepped))]
 
     def _together(
         self, act: Callable[[list[Sequence]], None], sequences: list[Sequence]
@@ -155,7 +155,7 @@ class Engine:
                 for each in sequences:
                     yield from self._together(act, [each])
 
-    def _settle(self, sequences: list[Sequence]) -> Iterator[StreamEvent]:
+    def _report(self, sequences: list[Sequence]) -> Iterator[StreamEvent]:
         """Report what a step made of sequences, and open their next blocks."""
         if not sequences:
             return
@@ -168,7 +168,7 @@ class Engine:
         for sequence in sequences:
             own = events[sequence.request.index] = []
             try:
-                for event in sequence.settle(*found[sequence.blocks]):
+                for event in sequence.report(*found[sequence.blocks]):
                     own.append(event)
                     if event.kind == "finished":
                         self._release(sequence)

@@ -58,10 +58,10 @@ class CudaCapture:
             with torch.cuda.stream(current), capture:
                 run()
         except RuntimeError:
-            # For PyTorch it goes on: its pool takes no other, and the allocator asks its graph.
+            # PyTorch counts it as running still: its pool takes no other, and its graph must live.
             self._failed.append(graph)
             self._pool = torch.cuda.graph_pool_handle()
-            # So does its use of the generator, which would draw no number for anybody else.
+            # The generator stays bound to it and would draw no number; with a copied state it does.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             raise

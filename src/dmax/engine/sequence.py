@@ -94,7 +94,7 @@ class Sequence:
 
     # --- what becomes of it after the forward ---
 
-    def settle(self, flags: list[list[bool]], records: NDArray[Any]) -> Iterator[StreamEvent]:
+    def report(self, flags: list[list[bool]], records: NDArray[Any]) -> Iterator[StreamEvent]:
         """Report the open blocks, close those that are done.
 
         Args:

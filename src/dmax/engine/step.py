@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def step(runner: ModelRunner, blocks: OpenBlocks, batch: Batch) -> None:
-    """One forward over a batch, and what becomes of its open blocks: they and their flags say it.
+    """One forward over a batch, which updates its open blocks and their flags in place.
 
     Args:
         runner: the model and its cache.

@@ -74,7 +74,7 @@ def draw_history(history: Sequence[Mapping[str, float]], path: Path, title: str)
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    found = [(panel, curves_of(history, panel)) for panel in PANELS]
+    found = [(panel, panel_curves(history, panel)) for panel in PANELS]
     drawn = [(panel, curves) for panel, curves in found if curves]
     if not drawn:
         raise InputError("nothing was logged that could be drawn", hint="lower `logging_steps`")
@@ -97,7 +97,7 @@ def draw_history(history: Sequence[Mapping[str, float]], path: Path, title: str)
     write_atomically(path, picture.getvalue())
 
 
-def curves_of(history: Sequence[Mapping[str, float]], panel: Panel) -> dict[str, Curve]:
+def panel_curves(history: Sequence[Mapping[str, float]], panel: Panel) -> dict[str, Curve]:
     """The curves of a panel by their labels, those without a finite value left out."""
     names = dict.fromkeys(name for line in history for name in line)
     curves: dict[str, Curve] = {}
@@ -140,7 +140,7 @@ def _draw_panel(axes: Any, panel: Panel, curves: Mapping[str, Curve], last: int)
     values = [value for curve in curves.values() for _, value in curve]
     lowest = min(*values, 0)  # a policy gradient's loss has either sign
     axes.set_ylim(1.05 * lowest, 1.05 * max(*values, panel.highest or 0, 1e-9))
-    _label_ends(axes, curves, last)
+    _label_ends(axes, curves)
 
 
 def _draw_curve(axes: Any, curve: Curve, index: int) -> None:
@@ -168,7 +168,7 @@ def look(index: int) -> tuple[str, tuple[float, ...]]:
     return OTHERS[(index - 1) % len(OTHERS)], DASHES[(index - 1) % len(DASHES)]
 
 
-def _label_ends(axes: Any, curves: Mapping[str, Curve], last: int) -> None:
+def _label_ends(axes: Any, curves: Mapping[str, Curve]) -> None:
     """Name and last value of each curve to the right of the panel, the highest first."""
     low, high = axes.get_ylim()
     ends = []

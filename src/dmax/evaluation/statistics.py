@@ -15,10 +15,11 @@ CAREFUL = 0.9  # threshold from which decoding counts as careful
 PAPER_MARGIN = 10.0  # points of accuracy below the base model's that still count in the paper
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share; (0, 1) when nothing was counted."""
     if total == 0:
         return 0.0, 1.0
+    z = 1.96  # of the normal distribution, for 95 %
     share = correct / total
     spread = z * z / total
     centre = (share + spread / 2) / (1 + spread)
@@ -41,12 +42,11 @@ def accuracy_under_parallelism(
     *,
     best: float,
     floor: float | None = None,
-    alpha: float = 3.0,
 ) -> float:
     """AUP of d3LLM: the area under a curve of accuracy over TPF, low accuracies discounted.
 
         AUP = ρ_1 y_1 + ½ Σ_{i≥2} (ρ_i - ρ_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1}))
-        W(y) = min(e^{-α (1 - y/best)}, 1)
+        W(y) = min(e^{-3 (1 - y/best)}, 1)
 
     Args:
         points: (TPF ρ, accuracy y in percent) of one method at its settings, in any order.
@@ -54,7 +54,6 @@ def accuracy_under_parallelism(
             DMax paper follow from the most careful accuracy of the base model.
         floor: points below it are left out. None is d3LLM's: five below the first accuracy of the
             curve. The figures of the DMax paper follow from ten below `best`.
-        alpha: how steeply lower accuracies are discounted.
 
     Returns:
         The area; 0 when every point is below `floor`.
@@ -67,21 +66,12 @@ def accuracy_under_parallelism(
         return 0.0
 
     def weighted(accuracy: float) -> float:
-        return accuracy * min(math.exp(-alpha * (1 - accuracy / best)), 1.0)
+        return accuracy * min(math.exp(-3 * (1 - accuracy / best)), 1.0)
 
     area = curve[0][0] * curve[0][1]
     for (tpf, accuracy), (next_tpf, next_accuracy) in pairwise(curve):
         area += (next_tpf - tpf) * (weighted(accuracy) + weighted(next_accuracy)) / 2
     return area
-
-
-def pareto(points: Sequence[Point], x: str = "tpf") -> list[Point]:
-    """The points that no other beats in accuracy and in `x` at once, by rising `x`."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p[x], -p["accuracy"])):
-        if not front or point["accuracy"] > front[-1]["accuracy"]:
-            front.append(point)
-    return front[::-1]
 
 
 def furthest_at_best(curve: Sequence[Point], x: str = "tpf") -> Point:

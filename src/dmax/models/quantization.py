@@ -53,7 +53,7 @@ class QuantizedExperts(nn.Module):
                 hint="load it without quantisation",
             )
         arguments = hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
-        if can_fuse(hidden_states) and self.fits_kernels():
+        if can_fuse(hidden_states) and self.runs_fused():
             return fused_moe(*arguments)
         return routed(*arguments, self.act_fn)
 
@@ -67,7 +67,7 @@ class QuantizedExperts(nn.Module):
         """[E, D, I]."""
         return QuantizedWeight(self.down_values, self.down_scale)
 
-    def fits_kernels(self) -> bool:
+    def runs_fused(self) -> bool:
         """Whether Triton compiles the format: e4m3 takes compute capability 8.9 or later."""
         values = self.down_values
         has_format = values.dtype != FP8 or not values.is_cuda

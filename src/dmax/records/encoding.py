@@ -17,7 +17,7 @@ from dmax.chat_template import (
     turn_ending,
 )
 from dmax.errors import InputError, did_you_mean, show
-from dmax.records.readers import Conversation, Reader, read_conversation
+from dmax.records.readers import Conversation, read_conversation
 from dmax.records.tables import map_table, read_table
 from dmax.special_ids import SpecialIds
 
@@ -79,7 +79,6 @@ def encode_dataset(
     eos_labels: int | None = None,
     too_long: str = "error",
     end_turn: bool = True,
-    reader: Reader | None = None,
     num_proc: int | None = None,
     name: str = "the data",
     report: Callable[[str], None] = logger.warning,
@@ -95,7 +94,6 @@ def encode_dataset(
         eos_labels: how many EOS are learnt after a response; None: one block.
         too_long: `error`, `truncate` (no EOS is learnt where the text has not ended) or `skip`.
         end_turn: whether what the chat template writes after an answer is learnt too, before EOS.
-        reader: of the columns; None recognises it.
         num_proc: processes that work side by side; None: as many as pay.
         name: of the data set, for errors.
         report: told how many examples were cut or left out.
@@ -117,10 +115,10 @@ def encode_dataset(
         too_long,
     )
     if isinstance(dataset, Sequence):
-        encoded: Any = _encode(tokenizer, rules, _conversations(dataset, name, reader))
+        encoded: Any = _encode(tokenizer, rules, _conversations(dataset, name))
     else:
         encoded = map_table(
-            read_table(dataset, name, reader=reader, num_proc=num_proc),
+            read_table(dataset, name, num_proc=num_proc),
             _encode_rows,
             {"tokenizer": tokenizer, "rules": rules},
             _features(),
@@ -181,12 +179,12 @@ def _check_encodable(dataset: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-def _conversations(records: Sequence[Any], name: str, reader: Reader | None) -> list[Conversation]:
+def _conversations(records: Sequence[Any], name: str) -> list[Conversation]:
     """What the records of a list teach."""
     return [
         record
         if isinstance(record, Conversation)
-        else read_conversation(record, f"{name}, row {number}", reader)
+        else read_conversation(record, f"{name}, row {number}")
         for number, record in enumerate(records, 1)
     ]
 

@@ -149,10 +149,11 @@ class Pool:
             found = outcome.description
             assert found is not None, "there is no error"
             expected = self._descriptions[found.params]
-            if found.weighty() != expected.weighty():
+            if found.compared() != expected.compared():
                 raise InputError(
                     "the replicas do not hold the same model: one has "
-                    f"{shorten(str(found.weighty()))}, another {shorten(str(expected.weighty()))}",
+                    f"{shorten(str(found.compared()))}, another "
+                    f"{shorten(str(expected.compared()))}",
                     hint="are the files and the version of dmax the same on every machine?",
                 )
             yield outcome.results

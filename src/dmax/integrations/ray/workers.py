@@ -112,7 +112,7 @@ class Description:
     params: DecodingParams
     settings: dict[str, Any]
 
-    def weighty(self) -> dict[str, Any]:
+    def compared(self) -> dict[str, Any]:
         """The settings that must be the same for all replicas; their machines may differ."""
         return {name: value for name, value in self.settings.items() if name != "environment"}
 

@@ -156,7 +156,7 @@ class LLaDA2MoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def fits_kernels(self) -> bool:
+    def runs_fused(self) -> bool:
         """Whether these experts are to run as `fused_moe`, all of them in one place."""
         is_fused = self.config._experts_implementation == "fused_moe"
         return is_fused and not getattr(self, "_is_expert_parallel", False)
@@ -258,7 +258,7 @@ class LLaDA2MoeSparseBlock(nn.Module):
         return (
             all(type(module) in FUSED_MODULES for module in (self.experts, *shared))
             and self.has_one_width
-            and self.experts.fits_kernels()
+            and self.experts.runs_fused()
             and fits_kernels(tokens, len(tokens) * self.top_k, *self.parameters())
         )
 
@@ -428,12 +428,12 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         Args:
             input_ids: [B, L] int64 token ids; exactly one of these and `inputs_embeds` is given.
             attention_mask: bool (True = visible) or additive [B, 1, L, T + L], padding [B, T + L]
-                (1 = visible), a flex_attention `BlockMask`, a `Staircase` with
-                "sdpa", or None for "everything visible".
+                (1 = visible), a flex_attention `BlockMask`, a `Staircase` with "sdpa", or None for
+                "everything visible".
             position_ids: [B, L] int64; without them, positions count on from the cache.
-            past_key_values: any transformers `Cache`, or a window or view of `dmax.cache`. One
-                that is in place (see `fits_in_place`) says itself what its rows see, and where
-                they stand.
+            past_key_values: any transformers `Cache`, a `CacheWindow` or the `ContextCache` of
+                training. A window that is in place (see `fits_in_place`) says itself what its rows
+                see, and where they stand.
             inputs_embeds: [B, L, D], which may be mixtures of embeddings (`dmax.blend`).
             labels: [B, L] int64, -100 where no loss is wanted; `loss` is the mean cross-entropy.
             logits_to_keep: number of last positions to compute logits for (0: all), or a slice.

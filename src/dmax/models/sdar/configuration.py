@@ -16,7 +16,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 MASK = 151_669  # `<|MASK|>` of the published tokenizers
 
 
-class Published(PreTrainedConfig):
+class SDARBase(PreTrainedConfig):
     """What both configurations of the family add to Qwen3's.
 
     Published files call the block length `block_size`, or leave it out, and MASK with it.
@@ -51,13 +51,13 @@ class Published(PreTrainedConfig):
         return record
 
 
-class SDARConfig(Published, Qwen3Config):
+class SDARConfig(SDARBase, Qwen3Config):
     """A dense SDAR: Qwen3's network."""
 
     model_type = "sdar"
 
 
-class SDARMoeConfig(Published, Qwen3MoeConfig):
+class SDARMoeConfig(SDARBase, Qwen3MoeConfig):
     """An SDAR with experts: Qwen3-MoE's network."""
 
     model_type = "sdar_moe"
