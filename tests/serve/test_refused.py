@@ -116,7 +116,8 @@ REFUSED_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "word " * 2000}, "prompt", "there is room for 1024"),
     ({"prompt": [5] * 1024}, "prompt", "leaves no room for an answer"),
     ({"messages": []}, "messages", "not a field"),
-    ({"tools": []}, "tools", "not a field"),
+    ({"tools": []}, "tools", "`tools` is not a field of this request"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens", "did you mean `max_tokens`?"),
 ]
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,20 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(
     assert part(found, "optimiser") == sum(
         value.nbytes for value in states if isinstance(value, Tensor)
     )
+
+
+def test_the_attention_that_is_told_is_the_one_that_trains(tmp_path: Path) -> None:
+    on_gpu = recipe_of(tmp_path, DENSE, use_cpu=False)
+    assert "flex_attention attention" in estimate(on_gpu, ONE).settings
+    on_cpu = recipe_of(tmp_path, DENSE, use_cpu=True)
+    assert "sdpa attention" in estimate(on_cpu, ONE).settings
+    asked = replace(on_gpu, model=replace(on_gpu.model, attn_implementation="eager"))
+    assert "eager attention" in estimate(asked, ONE).settings
+
+
+def test_examples_may_be_as_long_as_the_whole_blocks_of_the_context(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, DENSE | {"max_position_embeddings": 509})
+    assert estimate(recipe, ONE).batch["positions"] == 504
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

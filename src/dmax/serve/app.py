@@ -149,7 +149,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return respond(request, invalid_body(error.errors(), error.body, field_names()))
+        known = field_names(request.url.path)
+        return respond(request, invalid_body(error.errors(), error.body, known))
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:

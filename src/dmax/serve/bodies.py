@@ -222,7 +222,8 @@ class CompletionRequest(Request):
     suffix: Any = harmless("", because="texts are continued, not filled in")
 
 
-def field_names() -> tuple[str, ...]:
-    """Names of all fields that a request may have, for hints."""
-    known = (ChatRequest, CompletionRequest, DmaxOptions, Message, StreamOptions)
+def field_names(path: str) -> tuple[str, ...]:
+    """Names of all fields that a request to an address may have, for hints."""
+    asked = (ChatRequest, Message) if path.endswith("/chat/completions") else (CompletionRequest,)
+    known = (*asked, DmaxOptions, StreamOptions)
     return tuple({name for each in known for name in each.model_fields})

@@ -128,8 +128,7 @@ def invalid_body(
     if kind == "missing":
         return ApiError(400, f"`{name}` is missing", param=name, code="missing_field")
     if kind == "extra_forbidden":
-        others = [each for each in known if each != path[-1]]  # it may be one of another request's
-        hint = did_you_mean(path[-1], others)
+        hint = did_you_mean(path[-1], known)
         message = f"`{name}` is not a field of this request" + (f"; {hint}" if hint else "")
         return ApiError(400, message, param=name, code="unknown_field")
     if kind == "unsupported":
