@@ -17,7 +17,7 @@ from dmax.special_ids import SpecialIds
 from dmax.training.clean_stream import CleanBatch, CleanStream, NoisyBatch, noisy_positions, take
 from dmax.training.noise import mask_tokens, random_tokens
 from dmax.training.objectives import OPUT, Loss, Objective, Uniform, uniform_loss
-from dmax.training.rollout import draw, roll_out
+from dmax.training.rollout import draw, pick
 from dmax.training.vocabulary import IGNORE
 
 PLAUSIBLE = 0.01  # probability from which the base model finds a wrong token plausible
@@ -109,9 +109,9 @@ class AtErrors(OPUT):
     def loss(self, model: Any, clean: CleanBatch, generator: torch.Generator) -> Loss:
         batch, _ = self.masked(clean, generator)
         mask = self.mask_token_id
-        own = roll_out(
-            own_logits(model, batch, self.block_length), mask, self.rollout_temperature, generator
-        )
+        logits = own_logits(model, batch, self.block_length)
+        draws = draw(logits.shape[:-1], generator, logits.device)
+        own, _ = pick(logits, mask, self.rollout_temperature, draws)
         own = torch.where(batch.noisy_ids == mask, own, batch.noisy_ids)
         clean_ids = take(clean.clean_ids, noisy_positions(clean, self.block_length))
         noisy = at_errors(own, clean_ids, model.config.vocab_size, mask, generator)
@@ -188,7 +188,8 @@ def noisy_tokens(
     if noise == "same-kind":
         return torch.where(is_masked, same_kind_tokens(clean_ids, kinds, generator), clean_ids)
     temperature = 0.0 if noise == "argmax" else 1.0
-    own = roll_out(logits, mask_token_id, temperature, generator)
+    draws = draw(clean_ids.shape, generator, logits.device) if temperature else None
+    own, _ = pick(logits, mask_token_id, temperature, draws)
     own = torch.where(is_masked, own, clean_ids)
     if noise == "at-errors":
         return at_errors(own, clean_ids, vocab_size, mask_token_id, generator)
@@ -307,7 +308,7 @@ def look_at(
                 mask_token_id=mask,
                 generator=generator,
             )
-            predicted = roll_out(stream.denoise(embed(noisy_ids)).logits(), mask)
+            predicted, _ = pick(stream.denoise(embed(noisy_ids)).logits(), mask)
             counts.update(count_tokens(noisy_ids, clean_ids, counted, judge_logits, kinds))
             counts.update(count_kinds(noisy_ids, clean_ids, counted, kinds, names))
             counts.update(count_mended(predicted, noisy_ids, clean_ids, counted))

@@ -46,7 +46,7 @@ from dmax.tasks.word_problems import problems
 from dmax.training.clean_stream import CleanBatch, NoisyBatch, noisy_positions, take
 from dmax.training.embedding import without_gradient
 from dmax.training.objectives import oput_loss
-from dmax.training.rollout import roll_out
+from dmax.training.rollout import pick
 from dmax.training.vocabulary import CHUNK, States, score
 
 CPU = torch.device("cpu")
@@ -307,7 +307,7 @@ def logits_peak(way: str, options: Options) -> float:
 
     def plain() -> Tensor:
         masked = head(streams[0])
-        roll_out(masked, mask)
+        pick(masked, mask)
         predicted = head(streams[1])
         losses = [F.cross_entropy(each.flatten(0, 1), labels[0]) for each in (masked, predicted)]
         return torch.stack(losses).mean()  # backward does not need the logits themselves

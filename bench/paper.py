@@ -41,7 +41,7 @@ from dmax.tasks.word_problems import problems
 from dmax.training import noise
 from dmax.training.clean_stream import CleanStream
 from dmax.training.data import Collator
-from dmax.training.rollout import roll_out
+from dmax.training.rollout import pick
 from dmax.training.vocabulary import IGNORE
 
 
@@ -96,10 +96,10 @@ def corrections(llm: LLM, num: int = 256) -> Record:
         )
         stream = CleanStream(llm.model, clean, length)
         embed = llm.model.get_input_embeddings()
-        predicted = roll_out(stream.denoise(embed(noisy)).logits(), mask)
+        predicted, _ = pick(stream.denoise(embed(noisy)).logits(), mask)
         was_masked = (noisy == mask) & (labels != IGNORE)
         fed = torch.where(noisy == mask, predicted, noisy)
-        again = roll_out(stream.denoise(embed(fed)).logits(), mask)
+        again, _ = pick(stream.denoise(embed(fed)).logits(), mask)
         counts["wrong"] += int((was_masked & (fed != labels)).sum())
         counts.update(count_mended(again, fed, labels, was_masked))
     return dict(counts)

@@ -24,7 +24,7 @@ from dmax.blend import SoftTokens, embed_tokens
 from dmax.models import LLaDA2MoeModelLM, register
 from dmax.training.clean_stream import NoisyBatch
 from dmax.training.objectives import mdlm_loss, oput_loss
-from dmax.training.rollout import roll_out
+from dmax.training.rollout import pick
 
 register()
 GOLDEN = Path(__file__).parent / "golden"
@@ -149,7 +149,7 @@ def test_rollout_matches_the_published_code(golden: Golden) -> None:
         logits = golden.model(
             input_ids=both, attention_mask=mask, position_ids=(position % length)[None]
         ).logits
-    tokens = roll_out(logits[:, :length], golden.mask_token_id)
+    tokens, _ = pick(logits[:, :length], golden.mask_token_id)
     predicted = torch.where(batch.noisy_ids == golden.mask_token_id, tokens, batch.noisy_ids)
     assert torch.equal(predicted, golden.tensors["oput.predicted_ids"])
 

@@ -49,8 +49,8 @@ def objective(**changes: Any) -> MultiBlockOPUT:
     settings = {
         "block_length": BLOCK,
         "mask_token_id": MASK,
-        "mask_ratio_low": 0.5,
-        "mask_ratio_high": 0.5,
+        "mask_ratio_low": 0.45,
+        "mask_ratio_high": 0.55,
         "loss_average": "sequences",
         "rollout": "argmax",
         "rollout_temperature": 1.0,
@@ -161,6 +161,12 @@ def test_the_same_generator_gives_the_same_states(clean: CleanBatch) -> None:
     assert states(0) == states(0)
     layouts = {str(states(seed)[1]) for seed in range(20)}
     assert len(layouts) == 4  # two rows, each in one of two layouts
+
+
+def test_ratios_have_to_part_the_blocks_of_a_pair() -> None:
+    with pytest.raises(InputError, match="must be more, got 0.75 and 0.75") as error:
+        objective(mask_ratio_low=0.75, mask_ratio_high=0.75)
+    assert error.value.hint == "the source has `mask_ratio_low: 0.2` and `mask_ratio_high: 0.8`"
 
 
 @pytest.mark.parametrize("rollout", ["soft", "spd"])

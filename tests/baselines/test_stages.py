@@ -145,6 +145,15 @@ def test_a_response_that_is_encoded_to_more_tokens_has_ended_with_its_trajectory
     assert (batch.clean_ids[:, 16:] == EOS).all()
 
 
+def test_any_token_that_ends_a_response_ends_its_trajectory() -> None:
+    other = 7
+    writes = [[other if token == EOS else token for token in each] for each in WRITES]
+    longer = Encoded(**{**example(writes), "response_ids": [*range(10, 23)]})
+    with pytest.raises(InputError, match="its trajectory has 10 tokens, and the response has 13"):
+        COLLATE.check([longer])
+    replace(COLLATE, end_ids=(other,)).check([longer])
+
+
 def test_padding_changes_nothing_of_an_example() -> None:
     longer = example(WRITES + [[1, 5]] * 8, prompt=6)
     alone, both = batch_of(example()), batch_of(example(), longer)

@@ -106,6 +106,8 @@ def test_every_objective_warms_up(
         "gradient_accumulation_steps": 2,
         "max_steps": 5,
     }
+    if objective == "mbd_oput":
+        training |= {"mask_ratio_low": 0.2, "mask_ratio_high": 0.8}
     folder = run_recipe(load_recipe(write_recipe(tmp_path, training=training)))
     assert Counter(length for length, _ in seen) == {1: 4, 2: 2, 4: 2, 8: 2}  # two a step
     assert all(positions % 8 == 0 for _, positions in seen)

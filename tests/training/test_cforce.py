@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -554,6 +555,33 @@ def test_it_trains_and_goes_on_as_if_nothing_had_happened(
     assert folder is not None
     before = json.loads((folder / "config.json").read_text())
     assert config["decoding_strategy"] == before["decoding_strategy"] == "threshold"
+
+
+@pytest.mark.parametrize("way", ["name", "recipe"])
+def test_the_decoding_that_only_a_name_tells_is_written(
+    tmp_path: Path, recorded: Path, way: str
+) -> None:
+    from dmax.training.trainer import DMaxTrainer
+
+    folder = bundled("tiny-base")
+    assert folder is not None
+    start = tmp_path / "DMax-Math-16B"
+    shutil.copytree(folder, start)
+    config = json.loads((start / "config.json").read_text())
+    del config["decoding_strategy"]
+    (start / "config.json").write_text(json.dumps(config))
+    if way == "recipe":
+        path = recipe(tmp_path, recorded, max_steps=1, save_steps=1)
+        path.write_text(path.read_text().replace("tiny-base", str(start)))
+        run_recipe(load_recipe(path))
+    else:
+        args = DMaxConfig(
+            output_dir=str(tmp_path / "run"), objective="cforce", use_cpu=True, report_to="none"
+        )
+        DMaxTrainer(str(start), args).save_model(str(tmp_path / "out"))
+    for written in (tmp_path / "out", *tmp_path.glob("out-run/checkpoint-1")):
+        found = json.loads((written / "config.json").read_text())
+        assert found["decoding_strategy"] == "spd"
 
 
 def test_a_file_without_trajectories_is_refused_in_a_sentence(

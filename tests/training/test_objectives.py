@@ -20,7 +20,7 @@ from dmax.confidence import candidates
 from dmax.models import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dmax.training.clean_stream import CleanStream, NoisyBatch
 from dmax.training.objectives import OPUT, ObjectiveModule, mdlm_loss, oput_loss, uniform_loss
-from dmax.training.rollout import roll_out
+from dmax.training.rollout import draw, pick
 from dmax.training.vocabulary import IGNORE
 
 BLOCK = 4
@@ -279,8 +279,9 @@ def test_soft_rollout_feeds_the_blend_that_decoding_feeds(
 def test_rollout_carries_no_gradient() -> None:
     logits = torch.randn(2, 5, VOCAB, requires_grad=True)
     for temperature in (0.0, 1.0):
-        tokens = roll_out(logits, MASK, temperature)
-        assert not tokens.requires_grad
+        draws = draw(logits.shape[:-1], None, logits.device) if temperature else None
+        tokens, probs = pick(logits, MASK, temperature, draws)
+        assert not tokens.requires_grad and not probs.requires_grad
         assert (tokens != MASK).all()
 
 
@@ -299,7 +300,7 @@ def test_rollout_uses_current_weights(model: LLaDA2MoeModelLM, batch: NoisyBatch
         optimizer.step()
         with torch.no_grad():
             logits = masked_logits(model, batch)
-        expected = roll_out(logits, MASK)
+        expected, _ = pick(logits, MASK)
         after = second_stream()
         assert torch.equal(after, torch.where(batch.noisy_ids == MASK, expected, batch.noisy_ids))
         assert not torch.equal(after, before)
@@ -309,16 +310,18 @@ def test_sampling_rollout_is_reproducible_and_follows_temperature() -> None:
     logits = torch.randn(4, 200, VOCAB, generator=torch.Generator().manual_seed(0))
 
     def sampled(seed: int, temperature: float = 1.0) -> Tensor:
-        return roll_out(logits, MASK, temperature, torch.Generator().manual_seed(seed))
+        draws = draw(logits.shape[:-1], torch.Generator().manual_seed(seed), logits.device)
+        return pick(logits, MASK, temperature, draws)[0]
 
     assert torch.equal(sampled(1), sampled(1))
     assert not torch.equal(sampled(1), sampled(2))
-    assert torch.equal(sampled(1, 1e-4), roll_out(logits, MASK))
+    assert torch.equal(sampled(1, 1e-4), pick(logits, MASK)[0])
 
 
 def test_sampling_frequencies_are_the_models_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 5.0]).expand(1, 40_000, 4)
-    tokens = roll_out(logits, 3, 1.0, torch.Generator().manual_seed(0))
+    draws = draw(logits.shape[:-1], torch.Generator().manual_seed(0), logits.device)
+    tokens, _ = pick(logits, 3, 1.0, draws)
     expected = torch.tensor([0.0, 1.0, 2.0]).softmax(0)  # among the others, as MASK is never drawn
     torch.testing.assert_close(tokens[0].bincount() / 40_000, expected, atol=0.01, rtol=0)
 
@@ -329,7 +332,7 @@ def test_rollout_error_is_the_share_of_wrong_predictions(
     masked = batch.noisy_ids == MASK
     with torch.no_grad():
         logits = masked_logits(model, batch)
-    predicted = roll_out(logits, MASK)
+    predicted, _ = pick(logits, MASK)
     expected = (predicted != batch.clean_ids)[masked].float().mean()
     torch.testing.assert_close(oput_loss(model, batch, **OPTIONS).parts["rollout_error"], expected)
 

@@ -392,7 +392,12 @@ def test_a_setting_of_another_objective_is_refused(
     "training",
     [
         {"rollout": "soft", "rollout_temperature": 0.5},
-        {"objective": "mbd_oput", "rollout": "sample"},
+        {
+            "objective": "mbd_oput",
+            "rollout": "sample",
+            "mask_ratio_low": 0.2,
+            "mask_ratio_high": 0.8,
+        },
         {"objective": "mdlm", "mask_ratio_low": 0.1, "eos_labels": 2},
     ],
 )

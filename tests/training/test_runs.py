@@ -482,7 +482,8 @@ def with_callback(callback: TrainerCallback, *args: Any, **kwargs: Any) -> DMaxT
 def test_a_trained_model_names_the_decoding_that_its_objective_is_for(
     tmp_path: Path, objective: str, decoding: str
 ) -> None:
-    path = write_recipe(tmp_path, training={"max_steps": 1, "objective": objective})
+    ratios = {"mask_ratio_low": 0.2, "mask_ratio_high": 0.8}
+    path = write_recipe(tmp_path, training={"max_steps": 1, "objective": objective, **ratios})
     run(path)
     for folder in (tmp_path / "out", tmp_path / "out-run" / "checkpoint-1"):
         found = load_checkpoint(folder, dtype=torch.float32, device="cpu")

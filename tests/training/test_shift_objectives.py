@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from dmax import DMaxConfig, DMaxTrainer
 from dmax.attention import block_causal, dense_mask
@@ -19,9 +20,11 @@ from dmax.baselines.objectives import d2f_loss, rising_ratios
 from dmax.checkpoint import Checkpoint, new_checkpoint
 from dmax.errors import InputError
 from dmax.models import backbone
+from dmax.records.encoding import Encoded
 from dmax.training import objective_table
-from dmax.training.clean_stream import NoisyBatch
-from dmax.training.objectives import mdlm_loss
+from dmax.training.clean_stream import CleanBatch, NoisyBatch
+from dmax.training.data import Collator
+from dmax.training.objectives import MDLM, mdlm_loss
 from dmax.training.vocabulary import IGNORE
 
 L = 4
@@ -126,6 +129,67 @@ def test_every_objective_learns_with_it(objective: str, tmp_path: Path) -> None:
 
 
 EXAMPLE: Any = {"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 6, 7, 8, 9]}
+
+
+CONFIGS = [
+    GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, vocab_size=48),
+    OPTConfig(
+        max_position_embeddings=32,
+        hidden_size=16,
+        ffn_dim=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=48,
+    ),
+    LlamaConfig(
+        **SIZES | {"max_position_embeddings": 32},
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    ),
+]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_nobody_goes_beyond_the_context_because_of_a_neighbour(config: Any, shift: bool) -> None:
+    """A response that starts late has fewer blocks than its neighbour: its copy counts on."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.update(
+        {
+            "eos_token_id": EOS,
+            "bos_token_id": EOS,
+            "pad_token_id": EOS,
+            "mask_token_id": MASK,
+            "block_length": L,
+            "shift": shift,
+        }
+    )
+    model = new_checkpoint(config, dtype=torch.float64).model
+    late = Encoded(prompt_ids=[5] * 24, response_ids=[6] * 3)
+    early = Encoded(prompt_ids=[5] * 2, response_ids=[7] * 25)
+    clean = CleanBatch(**Collator(L, EOS, L)([late, early]))
+    objective = MDLM(L, MASK, 0.5, 0.6, "sequences")
+    batch, _ = objective.masked(clean, torch.Generator().manual_seed(0))
+    assert batch.positions is not None and int(batch.positions.max()) > 31
+    together = mdlm_loss(model, batch, block_length=L).total
+    alone = [mdlm_loss(model, row_of(batch, row), block_length=L).total for row in range(2)]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+def row_of(batch: NoisyBatch, row: int) -> NoisyBatch:
+    """One sequence, without the positions that only its neighbour needs."""
+    assert batch.positions is not None
+    length = batch.clean_ids.shape[1]
+    positions = batch.positions[row : row + 1]
+    positions = positions[:, : int((positions < length).sum())]
+    kept = positions.shape[1]
+    return NoisyBatch(
+        batch.clean_ids[row : row + 1],
+        batch.noisy_ids[row : row + 1, :kept],
+        batch.labels[row : row + 1, :kept],
+        positions,
+    )
 
 
 @torch.no_grad()

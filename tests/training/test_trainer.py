@@ -90,7 +90,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
     [
         {"rollout": "soft"},
         {"rollout": "sample"},
-        {"objective": "mbd_oput"},
+        {"objective": "mbd_oput", "mask_ratio_low": 0.2, "mask_ratio_high": 0.8},
         {"objective": "mmd", "mmd_groups": 2, "mmd_bandwidth": 0.1},
     ],
     ids=["soft", "sample", "mbd_oput", "mmd"],
@@ -128,7 +128,10 @@ def test_a_killed_run_resumes_on_the_same_losses(
 
 @pytest.mark.parametrize("objective", [name for name in objective_table() if name != "cforce"])
 def test_every_objective_trains_and_reports(tmp_path: Path, objective: str) -> None:
-    folder = run_recipe(load_recipe(write_recipe(tmp_path, training={"objective": objective})))
+    training: dict[str, Any] = {"objective": objective}
+    if objective == "mbd_oput":
+        training |= {"mask_ratio_low": 0.2, "mask_ratio_high": 0.8}
+    folder = run_recipe(load_recipe(write_recipe(tmp_path, training=training)))
     assert (folder / "model.safetensors").is_file()
     first = losses(tmp_path)[0]
     last = losses(tmp_path)[-1]

@@ -31,8 +31,9 @@ class MultiBlockOPUT(OPUT):
     The source masks U(0.001, 0.2) of a buffer's first block and U(0.8, 1) of its second. It has
     each sequence twice, with its blocks paired from the first or from the second on; here every
     sequence draws one of the two. It replaces masks by the model's predictions. That these are the
-    likeliest tokens (`rollout: argmax`) is a guess, and so is what becomes of a first block that
-    stands alone: it has as many masks as a second one, since decoding begins so.
+    likeliest tokens (`rollout: argmax`) is a guess, and so is what becomes of a response's first
+    block where the pairs begin behind it: it has as many masks as a second one, since decoding
+    begins so. A last block without a partner is a first one.
 
     Attributes:
         mask_ratio_low: of the first block of a buffer, the largest ratio.
@@ -42,11 +43,18 @@ class MultiBlockOPUT(OPUT):
     decoding = "mbd"
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for a rollout of blends."""
+        """Raises `InputError` for a rollout of blends, and for ratios that part no blocks."""
         if self.rollout not in ("argmax", "sample"):
             raise InputError(
                 f"`rollout` of mbd_oput must be argmax or sample, got {self.rollout!r}",
                 hint="set `rollout: argmax`",
+            )
+        if self.mask_ratio_low >= self.mask_ratio_high:
+            raise InputError(
+                "mbd_oput masks at most `mask_ratio_low` of a first block and at least "
+                "`mask_ratio_high` of a second one, which must be more, got "
+                f"{self.mask_ratio_low} and {self.mask_ratio_high}",
+                hint="the source has `mask_ratio_low: 0.2` and `mask_ratio_high: 0.8`",
             )
 
     def masked(self, clean: CleanBatch, generator: torch.Generator) -> tuple[NoisyBatch, Tensor]:

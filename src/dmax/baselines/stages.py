@@ -122,7 +122,8 @@ class TrajectoryCollator(Collator):
         """
         num_writes = len(writes)
         num_response = len(example["response_ids"])
-        has_ended = any(each[-1] == self.eos_token_id for each in writes)
+        ends = {self.eos_token_id, *self.end_ids}
+        has_ended = any(each[-1] in ends for each in writes)
         if (len(example["prompt_ids"]) + num_writes) % self.block_length:
             raise InputError(
                 f"{where}: its trajectory of {num_writes} tokens ends inside a block", hint=ANEW

@@ -18,7 +18,7 @@ from transformers import TrainerState, set_seed
 from dmax import extras
 from dmax.adapters import add_adapters, base_name, merged
 from dmax.attention import best_for_training
-from dmax.checkpoint import Checkpoint, check_target, save_checkpoint
+from dmax.checkpoint import Checkpoint, check_target, save_checkpoint, write_ids
 from dmax.convert import merge_adapters
 from dmax.environment import DTYPES, environment, select_device
 from dmax.errors import InputError
@@ -164,6 +164,7 @@ def _make_trainer(
     built = build_checkpoint(recipe.model, device, attention=best_for_training(args.device))
     decoding = get_objective(args.objective, args.rollout).decoding
     checkpoint = dataclasses.replace(built, decoding=decoding or built.decoding)
+    write_ids(checkpoint.model.config, checkpoint.special_ids, checkpoint.decoding)
     encode = partial(encode_data, checkpoint=checkpoint, eos_labels=args.eos_labels, report=report)
     dataset = encode(recipe.data, conversations)
     eval_dataset = held_out_section and encode(held_out_section, held_out_conversations)

@@ -117,12 +117,14 @@ class Collator:
         eos_labels: how many EOS carry a label; the rest are padding without loss. One block of them
             teaches a model to fill its last block (A5 in docs/paper.md).
         pad_to: pad every batch to this length instead of its longest sequence, for static shapes.
+        end_ids: other tokens that end a response, too.
     """
 
     block_length: int
     eos_token_id: int
     eos_labels: int
     pad_to: int | None = None
+    end_ids: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
         """The fields of a `CleanBatch` by name.

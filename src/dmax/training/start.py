@@ -116,7 +116,8 @@ def make_collator(special_ids: SpecialIds, args: DMaxConfig) -> Collator:
     block_length = special_ids.block_length
     eos_labels = block_length if args.eos_labels is None else args.eos_labels
     make = args.objective_class.collator or Collator
-    return make(block_length, special_ids.eos_token_ids[0], eos_labels, args.pad_to)
+    eos_token_id, *others = special_ids.eos_token_ids
+    return make(block_length, eos_token_id, eos_labels, args.pad_to, tuple(others))
 
 
 def start(
@@ -146,15 +147,17 @@ def start(
         network: Any = loaded.model
         tokenizer = tokenizer or loaded.tokenizer
         special_ids = special_ids or loaded.special_ids
+        decoding = loaded.decoding
         base = base_name(model) if peft_config is not None else ""
     else:
         network = _prepared(model, args)
         tokenizer = tokenizer or _stored_tokenizer(network)
         config, generation = network.config, getattr(network, "generation_config", None)
         special_ids = special_ids or resolve_special_ids(config, tokenizer, generation)
+        decoding = None  # what its configuration names stays
         base = base_name(network.name_or_path) if peft_config is not None else ""
     # Whatever saves the model from now on writes a checkpoint that says how to decode it.
-    write_ids(network.config, special_ids, args.objective_class.decoding)
+    write_ids(network.config, special_ids, args.objective_class.decoding or decoding)
     if peft_config is not None:
         if has_adapters(network):
             raise InputError("the model has adapters already", hint="leave out `peft_config`")
