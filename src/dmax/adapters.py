@@ -193,16 +193,27 @@ def base_name(name_or_path: str | os.PathLike[str]) -> str:
     return folder
 
 
+def named_base(folder: Path) -> str:
+    """What an adapter names as its base: a folder or a hub id.
+
+    Raises:
+        InputError: it names none.
+    """
+    named = read_object(folder / CONFIG, MAX_SETTINGS).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        shown = shorten(str(folder))
+        raise InputError(f"{shown}/{CONFIG} names no base model (`base_model_name_or_path`)")
+    return named
+
+
 def find_base(folder: Path) -> Path:
     """The folder of the model that an adapter was trained for, downloaded if need be.
 
     Raises:
         InputError: the adapter names no model, or one that is not there or no whole model.
     """
-    named = read_object(folder / CONFIG, MAX_SETTINGS).get("base_model_name_or_path")
+    named = named_base(folder)
     shown = shorten(str(folder))
-    if not isinstance(named, str) or not named:
-        raise InputError(f"{shown}/{CONFIG} names no base model (`base_model_name_or_path`)")
     try:
         base = find_folder(named)
     except InputError as error:

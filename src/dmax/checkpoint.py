@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dmax.adapters import find_base, merge_into
+from dmax.adapters import find_base, merge_into, named_base
 from dmax.checkpoint_files import (
     SETTINGS_FILES,
     TOKENIZER_FILES,
@@ -125,10 +125,10 @@ def load_checkpoint(
     config, tokenizer, _ = settings
     stored, words, _ = settings if base is None else read_settings(base)  # ids are the adapters'
     lacks_mask = add_mask_token if base is None else find_mask_token_id(stored, words) is None
+    named_after = (name_or_path, folder) if base is None else (named_base(folder), base)
     # All settings first: a wrong one should not cost the loading of the weights.
-    check_size(base or folder, stored)
     _check_wishes(folder, config, tokenizer, add_mask_token, quantization)
-    decoding = named_decoding(config, name_or_path, folder)
+    decoding = named_decoding(config, *named_after)
     said = (mask_token_id, block_length, shift, decoding)
     is_plain = autoregressive and said == (None,) * 4 and is_silent(folder, config, tokenizer)
     if is_plain:
@@ -137,7 +137,7 @@ def load_checkpoint(
         *settings,
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
-        block_length=block_length_of(block_length, config, name_or_path, folder),
+        block_length=block_length_of(block_length, config, *named_after),
         adds_mask=add_mask_token or is_plain,
     )
     set_shift(stored, reads_shifted(config) if shift is None else shift)
@@ -304,6 +304,7 @@ def _load_model(
     device: torch.device | str,
     options: dict[str, str],
 ) -> PreTrainedModel:
+    check_size(folder, config)
     if torch.device(device).type == "meta":
         with torch.device(device):
             return _new_model(config, dtype, options)

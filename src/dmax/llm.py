@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dmax.checkpoint import Checkpoint, load_checkpoint
+from dmax.checkpoint_kind import AUTOREGRESSIVE
 from dmax.decoding import FALLBACK
 from dmax.engine.engine import Engine
 from dmax.engine.request import Request
@@ -222,6 +223,11 @@ class LLM:
                 "this checkpoint has no tokenizer to find stop texts with", hint="leave out `stop`"
             )
         find_stop = partial(self._find_stop, params.stop) if params.stop else None
+        if params.block_length not in (None, 1) and self.checkpoint.decoding == AUTOREGRESSIVE:
+            raise InputError(
+                f"this model writes one token a forward, and no blocks of {params.block_length}",
+                hint="leave out `block_length`, or make it a diffusion model with `dmax convert`",
+            )
         prompt_ids = encode_prompt(prompt, self.checkpoint, f"prompt {index}")
         request = Request(index, prompt_ids, self.resolve(params), find_stop)
         request.strategy.check_weights(self.model.named_parameters())

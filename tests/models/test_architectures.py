@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,15 @@ def test_an_unconverted_one_writes_what_transformers_does(
         )
         expected = written[0, len(prompt) :].tolist()
         assert list(output.token_ids) == [token for token in expected if token != EOS]
+
+
+def test_an_unconverted_one_has_no_blocks(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config_of("llama", {})).save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32")
+    with pytest.raises(InputError, match="writes one token a forward, and no blocks of 4"):
+        llm.generate([[5, 6]], DecodingParams(block_length=4))
+    params = DecodingParams(max_new_tokens=4)
+    assert llm.generate([[5, 6]], replace(params, block_length=1)) == llm.generate([[5, 6]], params)
 
 
 @pytest.mark.parametrize("shift", [False, True])

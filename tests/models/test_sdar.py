@@ -146,6 +146,18 @@ def test_other_block_lengths_are_in_the_files_or_in_the_name(
     assert told.block_length == 2
 
 
+def test_adapters_that_say_nothing_have_the_block_length_in_the_name_of_their_base(
+    tmp_path: Path,
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = write(tmp_path / "SDAR-8B-Chat-b32", "sdar")
+    adapted = peft.get_peft_model(original("sdar"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "mine-b8")
+    ids = load_checkpoint(tmp_path / "mine-b8", dtype="auto", device="cpu").special_ids
+    assert ids.block_length == 32
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(None, 32), (2, 2)])
 def test_a_dry_run_counts_the_block_length_in_the_name(
     asked: int | None, expected: int, tmp_path: Path
