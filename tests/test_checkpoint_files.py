@@ -437,6 +437,7 @@ def test_nothing_that_names_code_is_left_in_a_configuration() -> None:
     nested = {"text_config": {**HOSTILE, "hidden_size": 5}, "hidden_size": 4, **HOSTILE}
     harmless = {"custom_generate": "evil/repo"}  # read by `generate` of transformers alone
     assert without_code(dict.fromkeys(CODE, 1)) == {}
+    assert without_code({"return_dict": False, "hidden_size": 4}) == {"hidden_size": 4}
     assert without_code(nested) == {
         "hidden_size": 4,
         "text_config": {"hidden_size": 5, **harmless},

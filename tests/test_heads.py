@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmax.baselines.heads import (
@@ -118,6 +119,10 @@ def damage(file: Path, what: str) -> None:
             tensors["outer.bias"][0] = math.nan
         case "tensor":
             del tensors["outer.bias"]
+        case "whole numbers":
+            tensors["outer.bias"] = tensors["outer.bias"].long()
+        case "sample":
+            tensors["model.sample"] = torch.zeros(3, dtype=torch.int32)
         case "kind":
             about["kind"] = "demask"
         case "number":
@@ -135,6 +140,8 @@ def damage(file: Path, what: str) -> None:
         ("shape", "`inner.bias` must be [4] finite numbers, got [5]"),
         ("nan", "`outer.bias` must be [4] finite numbers"),
         ("tensor", "`outer.bias` is missing"),
+        ("whole numbers", "`outer.bias` must hold floats, got torch.int64"),
+        ("sample", "`model.sample` must hold floats, got torch.int32"),
         ("kind", "it belongs to strategy `demask`"),
         ("number", "four"),
         ("metadata", "`kind` is missing"),
@@ -152,6 +159,29 @@ def test_an_unsound_file_is_one_error_that_says_how_to_get_a_sound_one(
     assert f"{file} is not a sound head of strategy `learn2pd`" in caught.value.message
     assert reason in caught.value.message
     assert "recipes/tiny_learn2pd.yaml" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_head_of_another_precision_is_read_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    file = tmp_path / "head.safetensors"
+    tensors = {name: torch.rand(shape) for name, shape in shapes("learn2pd", 4, 6, 0).items()}
+    save_head(Head("learn2pd", "a", 4, 6, 1, tensors, torch.rand(3)), file)
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, about)
+    head = load_head(str(file), "learn2pd")
+    assert head.sample is not None and head.sample.dtype == torch.float32
+    for name, tensor in head.tensors.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, tensors[name].to(dtype).float())
+
+
+def test_a_query_without_a_dimension_is_no_head(tmp_path: Path) -> None:
+    file = tmp_path / "head.safetensors"
+    about = {"kind": "demask", "model": "a", "block_length": "4", "hidden_size": "6", "steps": "1"}
+    save_file({"query": torch.tensor(1.0)}, file, about)
+    with pytest.raises(InputError, match="is not a sound head of strategy `demask`"):
+        load_head(str(file), "demask")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ CODE = (
     "trust_remote_code",
     "name_or_path",
 )
+FORM = ("return_dict",)  # of what a forward gives: decoding reads it by name
 LABELS = ("num_labels", "id2label", "label2id")  # of classifiers; one name is made for each
 MAX_PARTS = 2**16  # of anything else that a configuration counts, such as experts
 
@@ -183,7 +184,7 @@ def without_code(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_code(value) if isinstance(value, Mapping) else value
         for key, value in record.items()
-        if key not in (*CODE, *LABELS) and not key.startswith("_")
+        if key not in (*CODE, *FORM, *LABELS) and not key.startswith("_")
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -277,6 +278,32 @@ def test_a_file_of_something_else_is_refused(content: str, opened: Any, tmp_path
     with pytest.raises(InputError, match="not the record of a sweep"):
         run_sweep(CURVES, Echo(), tmp_path / "x.json", limit=2, seed=1, open_model=opened)
     assert (tmp_path / "x.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"interval": None},
+        {"interval": [0.5]},
+        {"interval": [0.5, math.nan]},
+        {"tpf": math.nan},
+        {"correct": 10**400},
+        {"label": 5},
+        {"environment": 5},
+    ],
+    ids=str,
+)
+def test_a_point_that_nobody_measured_is_refused(
+    change: dict[str, Any], opened: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "sweep.json"
+    run_sweep(CURVES, Echo(), output, limit=2, seed=1, open_model=opened)
+    record = json.loads(output.read_text())
+    record["points"][0] |= change
+    output.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="not the record of a sweep"):
+        run_sweep(CURVES, Echo(), output, limit=2, seed=1, open_model=opened)
+    assert json.loads(output.read_text())["points"][1:] == record["points"][1:]
 
 
 def point(label: str, tpf: float, accuracy: float, **more: Any) -> dict[str, Any]:

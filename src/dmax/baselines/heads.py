@@ -229,7 +229,13 @@ def _read(path: Path, _modified: int, kind: Kind) -> Head:
         raise ValueError(f"it belongs to strategy `{about['kind']}`")
     length = int(about["block_length"])
     hidden = int(about["hidden_size"])
-    inner = tensors["query"].shape[-1] if "query" in tensors else 0
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{key}` must hold floats, got {tensor.dtype}")
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    sample = tensors.pop(SAMPLE, None)
+    query = tensors.get("query")
+    inner = query.shape[-1] if query is not None and query.dim() else 0
     wanted = shapes(kind, length, hidden, inner)
     for key, shape in wanted.items():
         if tensors[key].shape != shape or not tensors[key].isfinite().all():
@@ -237,8 +243,7 @@ def _read(path: Path, _modified: int, kind: Kind) -> Head:
                 f"`{key}` must be {list(shape)} finite numbers, got {list(tensors[key].shape)}"
             )
     steps = int(about["steps"])
-    sample = tensors.get(SAMPLE)
-    tensors = {key: tensors[key].float() for key in wanted}
+    tensors = {key: tensors[key] for key in wanted}
     return Head(kind, about["model"], length, hidden, steps, tensors, sample)
 
 

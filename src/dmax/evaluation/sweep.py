@@ -38,6 +38,7 @@ FIGURES = (
     "num_prefill_forwards num_commit_forwards num_positions tokens_per_second batch_size"
 ).split()
 NO_NUMBERS = ("weights", "dtype", "interval")
+MOST = 1e18  # of a figure in a record; NaN is not below it
 MOST_VALUES = 1001  # of one curve: 0:1:0.001
 RECORD = "sweep.json"
 PAGES = ("plot.svg", "plot.png", "report.html")  # what is drawn from the record
@@ -259,17 +260,25 @@ def _read_sweep(output: Path, header: dict[str, Any], usual_length: int) -> Swee
 
 def _is_sweep(held: Any) -> bool:
     """Whether this is the record of a sweep, with all that is read of its points."""
-    points = held.get("points") if isinstance(held, dict) else None
+    if not isinstance(held, dict) or not isinstance(held.get("environment", {}), dict):
+        return False
+    points = held.get("points")
     return isinstance(points, list) and all(map(_is_point, points))
 
 
 def _is_point(held: Any) -> bool:
     if not isinstance(held, dict) or not held.keys() >= {"label", "value", *FIGURES}:
         return False
-    if not isinstance(held.get("params", {}), dict):
+    sections = [held.get(name, {}) for name in ("params", "environment")]
+    interval = held["interval"]
+    if not (isinstance(interval, list) and len(interval) == 2 and isinstance(held["label"], str)):
         return False
-    numbers = [held[name] for name in ("value", *FIGURES) if name not in NO_NUMBERS]
-    return all(type(number) in (int, float) for number in numbers) and 0 <= held["accuracy"] <= 1
+    numbers = [held[name] for name in ("value", *FIGURES) if name not in NO_NUMBERS] + interval
+    return (
+        all(isinstance(section, dict) for section in sections)
+        and all(type(number) in (int, float) and abs(number) < MOST for number in numbers)
+        and 0 <= held["accuracy"] <= 1
+    )
 
 
 def _values_left(
