@@ -268,6 +268,32 @@ def test_an_interrupted_run_goes_on_at_the_sample(
         assert samples_of(tmp_path / "parts", name) == samples_of(tmp_path / "whole", name)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_interrupted_run_says_what_goes_on_with_it(
+    dmax: Dmax,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
+    has_begun: bool,
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dmax.reproduce.run.{'opened' if has_begun else 'get_task'}", dies)
+    words = ["--model", f"dmax-math={checkpoint}", "--data", f"gsm8k={DATA['gsm8k']}"]
+    words += ["--only", "dmax-math", "--only", "gsm8k", "--trial", "--output", tmp_path / "a"]
+    result = dmax("reproduce", "table1", *words, *(["--overwrite"] if overwrite else []))
+    assert result.code == 130, result.err
+    said = " ".join(result.err.split())
+    if overwrite and not has_begun:
+        assert "was changed, and the same command starts over" in said
+    else:
+        command = "the same command without --overwrite" if overwrite else "the same command"
+        assert f", and {command} goes on" in said
+
+
 def test_a_cell_that_was_decoded_is_only_scored(
     a_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -430,3 +430,30 @@ def test_wrong_data_is_found_before_a_model_is_loaded(
         recipe |= {"model": {"path": "tiny-base"}, "head": {"kind": "learn2pd"}}
         path.write_text(yaml.safe_dump(recipe))
     refused(path, r"data.jsonl:1: ")
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 4}, {"max_steps": 4, "warmup_steps": 2}, {}])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 0.5}, {"warmup_steps": 3}])
+def test_the_schedule_is_tried_to_its_end(
+    tmp_path: Path, steps: dict[str, int], warmup: dict[str, float]
+) -> None:
+    steps = {"max_steps": -1} | warmup | steps
+    for kwargs, is_usable in (({"num_cycles": "a"}, False), ({"num_cycles": 2}, True)):
+        schedule = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": kwargs}
+        path = write_recipe(tmp_path, training=steps | schedule)
+        if is_usable:
+            load_recipe(path)
+        else:
+            refused(path, "cosine_with_restarts has no learning rate for step |not usable: .*'a'")
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 4}, {"max_steps": -1}, {"max_steps": 90}])
+@pytest.mark.parametrize("warmup", [0, 0.1, 3, 100])
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "polynomial", "inverse_sqrt", "constant_with_warmup"]
+)
+def test_schedules_that_work_are_not_refused(
+    tmp_path: Path, schedule: str, warmup: float, steps: dict[str, int]
+) -> None:
+    training = {"lr_scheduler_type": schedule, "warmup_steps": warmup} | steps
+    assert load_recipe(write_recipe(tmp_path, training=training))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dmax.cli import options
-from dmax.cli.boundary import keeping
+from dmax.cli.boundary import Stopped, keeping
 from dmax.cli.terminal import console, doing, print_json, progress_bar
 from dmax.errors import InputError, did_you_mean, show
 from dmax.params import MOST, check_number
@@ -115,11 +115,21 @@ def reproduce(
     plan.check()
     path = output or Path("runs") / f"reproduce-{chosen.name}"
     folder = TableFolder(path, plan.settings(), overwrite=overwrite, report=console.print)
-    kept = f"finished samples are kept in {path}, and the same command goes on"
-    with keeping(kept):
+    try:
         TableRun(plan, folder, progress_bar, lambda: _write_pages(chosen, folder)).run()
+    except (KeyboardInterrupt, Stopped):
+        with keeping(_kept(folder, overwrite=overwrite)):
+            raise
     _show(chosen, folder, as_json=as_json)
     _check_any_measured(plan, folder)
+
+
+def _kept(folder: TableFolder, *, overwrite: bool) -> str:
+    """What is left of an interrupted run, and what goes on with it."""
+    if folder.is_to_be_emptied:
+        return f"nothing in {folder.path} was changed, and the same command starts over"
+    command = "the same command without --overwrite" if overwrite else "the same command"
+    return f"finished samples are kept in {folder.path}, and {command} goes on"
 
 
 def _check_any_measured(plan: Plan, folder: TableFolder) -> None:

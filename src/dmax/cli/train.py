@@ -11,7 +11,7 @@ import typer
 
 from dmax import extras
 from dmax.cli import options
-from dmax.cli.boundary import keeping
+from dmax.cli.boundary import Stopped, keeping
 from dmax.cli.terminal import console, doing, print_json
 from dmax.errors import InputError
 
@@ -54,21 +54,40 @@ def train(
     if given:
         raise InputError(f"`--{next(iter(given))}` belongs to `--dry-run`")
     with doing(f"reading {recipe}"):
+        from dmax.recipe.places import run_dir
         from dmax.recipe.run import run_recipe
         from dmax.recipe.sections import load_recipe
 
         checked = load_recipe(recipe, overrides)
-    kept = "checkpoints are kept, and the same command goes on from the last one"
-    # The Trainer prints its log; stdout is for the result.
-    with keeping(kept), redirect_stdout(sys.stderr):
-        folder = run_recipe(checked, resume=not fresh, report=console.print)
-        _leave_group()
+        checkpoints = run_dir(checked.output_dir)
+        dropped = _written(checkpoints) if fresh else set()
+    try:
+        with redirect_stdout(sys.stderr):  # where the Trainer prints its log, not to the result
+            folder = run_recipe(checked, resume=not fresh, report=console.print)
+            _leave_group()
+    except (KeyboardInterrupt, Stopped):
+        with keeping(_kept(_written(checkpoints) - dropped, fresh=fresh)):
+            raise
     if console.quiet:  # another process speaks
         return
     if as_json:
         print_json({"checkpoint": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
+
+
+def _written(folder: Path) -> set[tuple[Path, int]]:
+    """The checkpoints of a run that were written to their end, and when."""
+    ends = folder.glob("checkpoint-*/trainer_state.json")
+    return {(end, end.stat().st_mtime_ns) for end in ends}
+
+
+def _kept(written: set[tuple[Path, int]], *, fresh: bool) -> str:
+    """What is left of an interrupted run, and what goes on with it."""
+    if not written:
+        return "there is no checkpoint of this run yet, and the same command starts over"
+    command = "the same command without --fresh" if fresh else "the same command"
+    return f"checkpoints are kept, and {command} goes on from the last one"
 
 
 def _leave_group() -> None:

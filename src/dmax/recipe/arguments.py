@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -61,6 +62,7 @@ CHOICES = {
     "save_strategy": SaveStrategy,
 }
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+UNPLANNED = 1_000  # steps after the warm-up for a trial, of a training that counts epochs
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
@@ -187,13 +189,31 @@ def _check_evaluations(args: DMaxConfig, measured: Sequence[str], *, is_decided:
 
 
 def _try(args: DMaxConfig, *, evaluates: bool) -> None:
-    """All that a Trainer makes of its arguments before the first step."""
+    """All that a Trainer makes of its arguments before the first step, and the whole schedule."""
     rows = [torch.zeros(1)]
     trainer = Trainer(
         nn.Linear(1, 1), args, train_dataset=rows, eval_dataset=rows if evaluates else None
     )
     trainer.get_train_dataloader()
-    trainer.create_optimizer_and_scheduler(num_training_steps=max(args.max_steps, 1))
+    num_steps = args.max_steps if args.max_steps > 0 else int(args.warmup_steps) + UNPLANNED
+    trainer.create_optimizer_and_scheduler(num_training_steps=num_steps)
+    if isinstance(trainer.lr_scheduler, LambdaLR):  # others have no parts that begin later
+        _try_schedule(trainer.lr_scheduler, args, num_steps)
+
+
+def _try_schedule(schedule: LambdaLR, args: DMaxConfig, num_steps: int) -> None:
+    """Ask for the learning rates after the warm-up, and for that of the end."""
+    warmup = args.get_warmup_steps(num_steps)
+    for step in (min(each, num_steps) for each in (warmup, warmup + 1, num_steps)):
+        try:
+            for rate in schedule.lr_lambdas:
+                float(rate(step))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f"`lr_scheduler_type` {args.lr_scheduler_type.value} has no learning rate for step "
+                f"{step}: {error}",
+                hint="change `lr_scheduler_kwargs` or `warmup_steps`",
+            ) from error
 
 
 def _check_choice(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from dmax.errors import InputError
 from dmax.files import changes, remove_leftovers, write_atomically, writing
@@ -23,7 +25,16 @@ from dmax.training.sharding import SHARDS, are_whole
 
 RECORD = "run.json"
 WEIGHTS = "model.weights"  # the setting that tells what a run starts from, where it is known
+NOT_ALWAYS = {  # settings that count only where both sides have them
+    WEIGHTS,  # earlier releases did not write it; and a finished run outlives its start
+    "training.do_eval",  # earlier releases wrote it, and evaluations leave the weights alone
+}
 TRAINER_STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"  # as Trainer calls it; sharded, the states stand with the weights
+RNG_STATES = "rng_state*.pth"  # of one process, or one file of each
+MODEL = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of a model in several files
+ADAPTERS = "adapter_model.safetensors"
 ANEW = "start over with --fresh, or choose another `output_dir`"
 MOVE = "move it away, or choose another `output_dir`"
 
@@ -59,6 +70,7 @@ class RunFolder(TrainerCallback):
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is not a folder", hint=MOVE)
         record = self._read()
+        self._is_ours = record is not None
         if record is None and self.checkpoints():
             raise InputError(
                 f"{path} holds checkpoints and no record of what trained them", hint=MOVE
@@ -68,8 +80,7 @@ class RunFolder(TrainerCallback):
         others = sorted(
             name
             for name, old, new in changes(record["settings"], self._settings)
-            # Earlier releases did not write it; and a finished run outlives its start.
-            if name != WEIGHTS or None not in (old, new)
+            if name not in NOT_ALWAYS or None not in (old, new)
         )
         if others:
             names = ", ".join(f"`{name}`" for name in others)
@@ -121,7 +132,7 @@ class RunFolder(TrainerCallback):
         self._since = time.perf_counter()
 
     def _remove_what_is_over(self) -> None:
-        if self._fresh:
+        if self._fresh and self._is_ours:
             self._empty()
         with writing(self.path):
             for folder in self._unfinished:
@@ -175,14 +186,17 @@ class RunFolder(TrainerCallback):
         file = self.path / RECORD
         try:
             record = json.loads(file.read_bytes())
+            seconds = float(record["seconds"])
+            if not math.isfinite(seconds):
+                raise ValueError("no number of seconds")
             return {
                 "settings": dict(record["settings"]),
-                "seconds": float(record["seconds"]),
+                "seconds": seconds,
                 "is_finished": bool(record["is_finished"]),
             }
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise InputError(f"{file} is not the record of a training run", hint=MOVE) from None
 
     def _write(self) -> None:
@@ -201,10 +215,46 @@ def flaw_of(folder: Path) -> str | None:
     torn = torn_file(folder)
     if torn is not None:
         return f"is damaged, {torn} cannot be read"
-    # Trainer would go on from weights alone, with a new optimiser and a new warm-up.
-    if not (folder / SCHEDULER).exists() and not _is_last(folder):
+    if not _is_state(folder / TRAINER_STATE):
+        return f"is of no use, {TRAINER_STATE} holds no state of a training"
+    weights = _missing_weights(folder)
+    if weights is not None:
+        return f"is not whole, {weights} is missing"
+    if _is_last(folder):  # only the result is left to write
+        return None
+    # Trainer would go on without a word, with a new optimiser and a new warm-up.
+    names = [SCHEDULER, RNG_STATES]
+    if not (folder / SHARDS).exists():
+        names.append(OPTIMIZER)
+    missing = [name for name in names if not any(folder.glob(name))]
+    if missing == names:
         return "holds weights and no optimiser, as `save_only_model` has it"
-    return None
+    return f"is not whole, {missing[0].replace('*', '')} is missing" if missing else None
+
+
+def _is_state(file: Path) -> bool:
+    """Whether a file holds what Trainer goes on from."""
+    try:
+        state = TrainerState.load_from_json(str(file))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+    steps = (state.global_step, state.max_steps)
+    is_counted = all(type(step) is int and step > 0 for step in steps)
+    history = state.log_history
+    return is_counted and isinstance(history, list) and all(isinstance(x, dict) for x in history)
+
+
+def _missing_weights(folder: Path) -> str | None:
+    """Name of a file of weights that is not there; None if the model or its adapters are whole."""
+    if any((folder / name).exists() for name in (SHARDS, MODEL, ADAPTERS)):
+        return None
+    if not (folder / INDEX).exists():
+        return MODEL
+    named = json.loads((folder / INDEX).read_bytes()).get("weight_map")
+    if not isinstance(named, dict):
+        return MODEL
+    files = sorted(map(str, named.values()))
+    return next((name for name in files if not os.path.exists(folder / name)), None)
 
 
 def _is_last(checkpoint: Path) -> bool:

@@ -33,6 +33,7 @@ from dmax.recipe.build import build_checkpoint, data_digest, encode_data, held_o
 from dmax.recipe.disk import check_room, num_steps, room
 from dmax.recipe.folder import ANEW, TRAINER_STATE, RunFolder
 from dmax.recipe.logs import PROJECT, reported_here
+from dmax.recipe.places import run_dir
 from dmax.recipe.sections import EvalSection, Recipe
 from dmax.tasks import Task, get_task
 from dmax.tiny import bundled
@@ -49,6 +50,7 @@ PIECE = 2**20  # bytes of one; a smaller file is read whole
 UNTRACKED = (
     "ddp",
     "disable_tqdm",
+    "do_eval",
     "eval",
     "fsdp",  # what matters of it has its own place
     "gradient_accumulation_steps",  # the same
@@ -256,9 +258,9 @@ def _draw(trainer: DMaxTrainer, recipe: Recipe, report: Callable[[str], None]) -
 
 
 def _arguments(recipe: Recipe) -> DMaxConfig:
-    run_dir = recipe.output_dir.with_name(recipe.output_dir.name + "-run")
+    folder = run_dir(recipe.output_dir)
     names = {"run_name": recipe.output_dir.name, "project": PROJECT}
-    return make_arguments(recipe.file, names | recipe.training, run_dir, recipe.fsdp)
+    return make_arguments(recipe.file, names | recipe.training, folder, recipe.fsdp)
 
 
 def _task(recipe: Recipe) -> Task | None:

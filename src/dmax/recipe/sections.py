@@ -29,6 +29,7 @@ from dmax.params import AUTO, LARGEST_SEED, MOST_PROBLEMS, DecodingParams, check
 from dmax.recipe.arguments import DECODED, HELD_OUT, argument_names, check_arguments
 from dmax.recipe.file import RecipeFile, read_recipe_file
 from dmax.recipe.lora import LoraSection
+from dmax.recipe.places import check_places
 from dmax.records.encoding import check_too_long
 from dmax.records.readers import get_reader
 from dmax.records.sources import Source
@@ -300,8 +301,9 @@ def _check_model(recipe: Recipe, *, elsewhere: bool) -> None:
         check_number(
             "block_length", model.block_length, low=1, high=LONGEST_BLOCK, whole=True, optional=True
         )
-    if model.path is not None and _is_same(model.path, recipe.output_dir) and recipe.head is None:
-        raise file.wrong("output_dir", "`output_dir` is the folder of the model to start from")
+    if recipe.head is None:  # which is one file, written beside whatever its folder holds
+        data = {"data.file": recipe.data.file, "data.eval_file": recipe.data.eval_file}
+        check_places(file, recipe.output_dir, {"model.path": model.path, **data})
     if recipe.head is not None and model.path is None:
         raise file.wrong("model", "a head belongs to a trained model, so `model` needs a `path`")
     has_start = model.path is not None and recipe.head is None
@@ -389,10 +391,6 @@ def _check_memory(file: RecipeFile, model: PreTrainedModel) -> None:
             f"the model would have {num_weights:,} weights in {dtype}, more than fit into "
             f"{memory / 2**30:.0f} GiB of memory",
         )
-
-
-def _is_same(model: str, folder: Path) -> bool:
-    return os.path.realpath(os.path.expanduser(model)) == os.path.realpath(folder)
 
 
 def _check_data(recipe: Recipe) -> None:

@@ -92,6 +92,11 @@ class TableFolder:
             self._overwrite = False
         write_atomically(self.path / RECORD, json.dumps(self._settings, indent=1) + "\n")
 
+    @property
+    def is_to_be_emptied(self) -> bool:
+        """Whether `begin` will remove what the folder holds."""
+        return self._overwrite
+
     def cell(self, cell: Cell) -> dict[str, Any] | None:
         """What is known of a cell; None if nothing is.
 
