@@ -7,6 +7,8 @@ import math
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
+from typing import Any
 
 # Packages that read what a user has written, by the first part of their name: what they raise is
 # about that.
@@ -74,6 +76,27 @@ def translate(error: Exception) -> InputError | None:
     if type(error).__module__.partition(".")[0] in READERS:
         return InputError(f"the input cannot be read: {reason}")
     return None
+
+
+def load_plugin(name: str, entry: str) -> Any:
+    """What an entry point names, of this package or of a plugin.
+
+    Args:
+        name: of the entry point.
+        entry: where it is, as "module:name".
+
+    Raises:
+        InputError: it is a plugin's and cannot be loaded.
+    """
+    try:
+        return EntryPoint(name, entry, "").load()
+    except Exception as error:  # a plugin is anybody's code
+        if entry.startswith("dmax."):
+            raise
+        raise InputError(
+            f"the plugin `{name}` ({entry}) cannot be loaded: {first_line(error)}",
+            "mend or uninstall the package that it belongs to",
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

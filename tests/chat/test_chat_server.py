@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,6 +228,18 @@ def test_a_key_of_another_name_must_be_there(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("MY_KEY", "mine")
         text_of(ServerResponder(server.url, None, "MY_KEY").answer(ask("hi"), PARAMS))
         assert server.keys == {"Bearer mine"}
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://127.0.0.1:port"])
+def test_a_proxy_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with Server() as server:
+        with pytest.raises(InputError, match="a proxy in the environment cannot be used") as caught:
+            responder(server)
+        assert "NO_PROXY='*'" in str(caught.value.hint)
+        monkeypatch.setenv("NO_PROXY", "*")
+        assert responder(server).name == "served"
 
 
 def test_a_password_in_the_address_is_not_shown() -> None:

@@ -70,6 +70,23 @@ def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.Mo
     assert isinstance(get_strategy(DecodingParams(strategy="spd")), SoftParallelDecoding)
 
 
+def test_a_plugin_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [EntryPoint("mine", "notthere.module:Mine", "dmax.strategies")]
+    monkeypatch.setattr(dmax.decoding, "entry_points", lambda group: found)
+    with pytest.raises(InputError) as error:
+        get_strategy(DecodingParams(strategy="mine"))
+    assert error.value.message == (
+        "the plugin `mine` (notthere.module:Mine) cannot be loaded: No module named 'notthere'"
+    )
+    assert error.value.hint == "mend or uninstall the package that it belongs to"
+
+
+def test_what_of_ours_cannot_be_loaded_is_no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dmax.decoding._STRATEGIES, "spd", "dmax.decoding.gone:Gone")
+    with pytest.raises(ModuleNotFoundError):
+        get_strategy(DecodingParams(strategy="spd"))
+
+
 # --- what a strategy is ---------------------------------------------------------------------------
 
 

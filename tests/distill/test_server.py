@@ -221,6 +221,52 @@ def test_an_option_out_of_range(options: dict[str, Any], name: str) -> None:
         ServerOptions("http://localhost", **options)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [-float("inf")]}])
+def test_a_number_that_no_request_can_carry(value: Any) -> None:
+    with pytest.raises(InputError, match="`top_p` must have finite numbers only, got") as caught:
+        ServerOptions("http://localhost", fields={"top_p": value})
+    assert caught.value.hint == "JSON knows neither NaN nor infinity"
+
+
+def test_white_space_around_the_key_is_no_part_of_it(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\r\n")
+    with Server() as server:
+        ask(server, output, ["one"])
+        assert server.keys == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "one\ntwo"])
+def test_a_key_that_no_request_can_carry(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="the key in OPENAI_API_KEY holds characters") as caught:
+        ServerAnswerer(ServerOptions("http://127.0.0.1:1", model="served"))
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["ftp://127.0.0.1:1", "http://127.0.0.1:port"])
+@pytest.mark.parametrize("model", ["served", None])
+def test_a_proxy_that_cannot_be_used(
+    output: Path, monkeypatch: pytest.MonkeyPatch, proxy: str, model: str | None
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with Server() as server:
+        with pytest.raises(InputError, match="a proxy in the environment cannot be used") as caught:
+            ask(server, output, ["one"], model=model)
+        assert "NO_PROXY='*'" in str(caught.value.hint)
+        monkeypatch.setenv("NO_PROXY", "*")
+        assert ask(server, output, ["one"], model=model).kept == 1
+
+
+def test_socks_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(InputError, match="cannot be used: .*socksio") as caught:
+        ServerAnswerer(ServerOptions("http://127.0.0.1:1"))
+    assert "pip install socksio" in str(caught.value.hint)
+
+
 def test_another_model_does_not_continue_the_responses(output: Path) -> None:
     with Server(models=("one", "two")) as server:
         ask(server, output, ["one"], model="one")

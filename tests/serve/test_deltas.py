@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from dmax.outputs import before_stop
 from dmax.serve.deltas import Deltas, certain
@@ -69,6 +71,71 @@ def test_tokens_of_the_bundled_models_add_up_to_their_text(ids: list[int], cuts:
 
 
 DECODE = partial(build_tokenizer().decode, skip_special_tokens=True)
+
+
+def falling_back() -> Tokenizer:
+    """A tokenizer as Llama 2, Mistral and Gemma have it: what it has no token for is bytes."""
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "<unk>", "\u2581a", "b"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+DECODE_FALLING_BACK = falling_back().decode
+WORD = 257  # " a"
+TEXTS = st.lists(  # of ordinary tokens and of characters in bytes
+    st.one_of(
+        st.sampled_from([[WORD], [WORD + 1]]),
+        st.sampled_from("é€😀鰯\n\ufffd").map(lambda mark: list(mark.encode())),
+    ),
+    max_size=16,
+)
+
+
+def given_in(ids: Sequence[int], cuts: Sequence[int]) -> str:
+    """What comes of tokens in blocks, with the rest at the end."""
+    deltas = Deltas(DECODE_FALLING_BACK)
+    pieces = [deltas.add(ids[start:end]) for start, end in pairwise([0, *sorted(cuts), len(ids)])]
+    return "".join(pieces) + deltas.end(DECODE_FALLING_BACK(ids))
+
+
+@given(TEXTS, CUTS)
+def test_characters_of_single_bytes_come_whole(parts: list[list[int]], cuts: list[int]) -> None:
+    ids = sum(parts, [])
+    whole = DECODE_FALLING_BACK(ids)
+    assert given_in(ids, cuts) == whole
+    assert given_in(ids, range(len(ids))) == whole
+
+
+@given(st.lists(st.integers(0, WORD + 1), max_size=24), CUTS)
+def test_bytes_that_are_no_text_add_nothing_and_take_nothing(
+    ids: list[int], cuts: list[int]
+) -> None:
+    assert len(given_in(ids, cuts)) == len(DECODE_FALLING_BACK(ids))
+
+
+@pytest.mark.parametrize("text", ["鰯鱈鮪鯛鰻", "😀" * 9])
+def test_a_run_of_bytes_comes_as_its_characters_are_whole(text: str) -> None:
+    deltas = Deltas(DECODE_FALLING_BACK)
+    ids = [WORD, *text.encode()]
+    pieces = [deltas.add([token]) for token in ids]
+    assert "".join(pieces) == "a" + text
+    assert [piece for piece in pieces if piece] == ["a", *text]
+
+
+def test_old_tokens_are_not_decoded_again() -> None:
+    num_decoded = []
+
+    def decode(ids: Sequence[int]) -> str:
+        num_decoded.append(len(ids))
+        return str(DECODE_FALLING_BACK(ids))
+
+    deltas = Deltas(decode)
+    for token in [WORD, *"鰯".encode()] * 50:
+        deltas.add([token])
+    assert max(num_decoded) <= 12
 
 
 @given(WORDS, STOPS, WORDS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import httpx
 import pytest
 from running import QUESTION, TINY, Running
 
+import dmax.decoding
 from dmax import DecodingParams, strategies
 from dmax.decoding import get_strategy
 from dmax.serve.bodies import ChatRequest, CompletionRequest
@@ -127,3 +130,15 @@ def test_the_document_has_every_strategy_with_its_own_settings(document: Any) ->
         for field in ("threshold", "stop_confidence", "top_k"):
             answerable = properties.get(field) != {"type": "null"}
             assert answerable == hasattr(get_strategy(DecodingParams(name)), field), (name, field)
+
+
+def test_a_plugin_that_cannot_be_loaded_is_left_out(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [EntryPoint("mine", "notthere.module:Mine", "dmax.strategies")]
+    monkeypatch.setattr(dmax.decoding, "entry_points", lambda group: found)
+    assert "mine" in strategies()
+    model = copy.copy(server.models[0])
+    vars(model).pop("strategies", None)  # which it keeps
+    known = model.describe()["dmax"]["strategies"]
+    assert "spd" in known and "mine" not in known

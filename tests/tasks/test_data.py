@@ -47,6 +47,13 @@ def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(
     assert isinstance(get_task("gsm8k", write(tmp_path / "a.jsonl", *ROWS)), Gsm8k)
 
 
+def test_a_plugin_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [EntryPoint("mine", "notthere.module:Mine", "dmax.tasks")]
+    monkeypatch.setattr(dmax.tasks, "entry_points", lambda group: found)
+    with pytest.raises(InputError, match="cannot be loaded: No module named 'notthere'"):
+        get_task("mine")
+
+
 def test_blank_lines_separate_nothing_and_count_as_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS[0], "", ROWS[1], "  ", {"question": "?"})
     with pytest.raises(InputError, match=r"a\.jsonl:5: `answer` is missing"):

@@ -110,6 +110,13 @@ def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(monkeypatch: pytest.Mo
     assert get_objective("oput") is OPUT
 
 
+def test_a_plugin_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [EntryPoint("mine", "torch:Gone", "dmax.objectives")]
+    monkeypatch.setattr(dmax.training, "entry_points", lambda group: found)
+    with pytest.raises(InputError, match=r"the plugin `mine` \(torch:Gone\) cannot be loaded: "):
+        get_objective("mine")
+
+
 def test_the_annex_is_imported_for_its_own_objectives_only() -> None:
     program = (
         "import sys\n"

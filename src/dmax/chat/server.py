@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from dmax import extras
 from dmax.chat.responder import described
 from dmax.chat.session import DoesNotFit, Messages
 from dmax.chat.streamed import ServerAnswer
-from dmax.distill.server import KEY, NO_KEY, reason, with_path
+from dmax.distill.server import KEY, NO_KEY, key_in, reason, through_proxies, with_path
 from dmax.errors import InputError, did_you_mean, first_line, shorten, show
 from dmax.params import AUTO, DecodingParams
 
@@ -57,12 +56,13 @@ class ServerResponder:
         url = with_path(url, "--url")
         self._shown = shorten(_without_password(url))
         self._key_variable = key_variable or KEY
-        self._key = _key(self._key_variable)
+        self._key = key_in(self._key_variable)
         if key_variable and not self._key:
             raise InputError(f"there is no key in the environment variable {shorten(key_variable)}")
-        self._client = OpenAI(
-            base_url=url, api_key=self._key or NO_KEY, max_retries=0, timeout=TIMEOUT
-        )
+        with through_proxies():
+            self._client = OpenAI(
+                base_url=url, api_key=self._key or NO_KEY, max_retries=0, timeout=TIMEOUT
+            )
         self._models = self._listed()
         self.name = self._chosen(name)
 
@@ -203,18 +203,6 @@ class ServerResponder:
         kind = DoesNotFit if is_too_long else InputError
         message = f"{self._shown} answers {error.status_code}: {said}"
         return kind(message, hint=hints.get(error.status_code))
-
-
-def _key(variable: str) -> str:
-    """The key in an environment variable; empty if there is none.
-
-    Raises:
-        InputError: no request can carry it.
-    """
-    key = os.environ.get(variable, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(f"the key in {shorten(variable)} holds characters that no key has")
-    return key
 
 
 def _without_password(url: str) -> str:

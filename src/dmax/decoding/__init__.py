@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from dmax.errors import InputError, did_you_mean, show
+from dmax.errors import InputError, did_you_mean, load_plugin, show
 from dmax.params import AUTO, DecodingParams
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 FALLBACK = "threshold"
 """What "auto" means for a model that does not say how it was trained."""
 
-_GROUP = "dmax.strategies"
 _STRATEGIES = {
     "spd": "dmax.decoding.spd:SoftParallelDecoding",
     "threshold": "dmax.decoding.threshold:ThresholdDecoding",
@@ -39,7 +38,7 @@ _STRATEGIES = {
 
 def _table() -> dict[str, str]:
     # Ours win: no plugin changes what a published name means.
-    return {entry.name: entry.value for entry in entry_points(group=_GROUP)} | _STRATEGIES
+    return {each.name: each.value for each in entry_points(group="dmax.strategies")} | _STRATEGIES
 
 
 def strategies() -> tuple[str, ...]:
@@ -63,7 +62,7 @@ def strategy_class(name: str) -> type[Strategy]:
     means threshold decoding.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a plugin's cannot be loaded.
     """
     if name == AUTO:
         name = FALLBACK
@@ -72,10 +71,9 @@ def strategy_class(name: str) -> type[Strategy]:
     if name not in table:
         raise InputError(
             f"unknown strategy {show(name)}; choose from {', '.join((AUTO, *strategies()))}",
-            hint=did_you_mean(name, strategies()),
+            hint=did_you_mean(name, table),
         )
-    found: type[Strategy] = EntryPoint(name, table[name], _GROUP).load()
-    return found
+    return load_plugin(name, table[name])
 
 
 def check_strategy(params: DecodingParams) -> None:

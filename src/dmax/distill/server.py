@@ -7,11 +7,14 @@ longer each time, or as long as the server asks (`Retry-After`).
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from dmax import __version__, extras
 from dmax.distill.responses import Answer, Answers, Prompt, Prompts, Refusal, Response, as_chat
@@ -61,6 +64,8 @@ class ServerOptions:
         check_number("retries", self.retries, low=0, high=1000, whole=True)
         check_number("timeout", self.timeout, low=0, high=86_400, above_low=True)
         check_number("max_new_tokens", self.max_new_tokens, low=1, high=MOST, whole=True)
+        for name, value in self.fields.items():
+            _check_json(name, value)
 
 
 class ServerAnswerer:
@@ -72,14 +77,15 @@ class ServerAnswerer:
         options: where it is and how it is asked.
 
     Raises:
-        InputError: the package `openai` is missing, the address is none, or the server does not say
-            which model it serves.
+        InputError: the package `openai` is missing, the address is none, no request can carry the
+            key, or the server does not say which model it serves.
     """
 
     def __init__(self, options: ServerOptions) -> None:
         extras.require("openai", "endpoint", "asking a server")
         self._options = options
         self._url = with_path(options.url, "--endpoint")
+        self._key = key_in(KEY)
         self._model = options.model or self._only_model()
 
     def settings(self) -> dict[str, Any]:
@@ -103,7 +109,8 @@ class ServerAnswerer:
         running: set[asyncio.Task[tuple[int, Answer]]] = set()
         num_slots = 1
         with asyncio.Runner() as runner:
-            client = AsyncOpenAI(**self._connection())
+            with through_proxies():
+                client = AsyncOpenAI(**self._connection())
             loop = runner.get_loop()
             try:
                 while True:
@@ -158,7 +165,7 @@ class ServerAnswerer:
         """What a client of the package is made with."""
         return {
             "base_url": self._url,
-            "api_key": os.environ.get(KEY) or NO_KEY,
+            "api_key": self._key or NO_KEY,
             "max_retries": self._options.retries,
             "timeout": self._options.timeout,
         }
@@ -171,8 +178,10 @@ class ServerAnswerer:
         """
         from openai import OpenAI, OpenAIError
 
+        with through_proxies():
+            client = OpenAI(**self._connection())
         try:
-            with OpenAI(**self._connection()) as client:
+            with client:
                 names = [model.id for model in client.models.list()]
         except OpenAIError as error:
             raise self._translated(error) from None
@@ -239,6 +248,54 @@ def reason(error: Any) -> str:
     """What a server says about a request that it refuses."""
     body = error.body if isinstance(error.body, Mapping) else {}
     return shorten(str(body.get("message") or first_line(error)))
+
+
+def key_in(variable: str) -> str:
+    """The key in an environment variable; empty if there is none.
+
+    Raises:
+        InputError: no request can carry it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"the key in {shorten(variable)} holds characters that no key has",
+            hint="copy the key again, without quotation marks and line breaks",
+        )
+    return key
+
+
+@contextmanager
+def through_proxies() -> Iterator[None]:
+    """Make a client of the package, which reads the proxies in the environment.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    try:
+        yield
+    except OSError:  # of files, such as the one that SSL_CERT_FILE names
+        raise
+    # Of the HTTP library below the client, which changes its name.
+    except Exception as error:
+        if not getproxies():
+            raise
+        # A client is made for every proxy, also for one that its server is not asked through.
+        raise InputError(
+            f"a proxy in the environment cannot be used: {shorten(first_line(error))}",
+            hint="set NO_PROXY='*' to use none; `pip install socksio` makes SOCKS proxies work",
+        ) from error
+
+
+def _check_json(name: str, value: object) -> None:
+    """Raise `InputError` for a field with a number that no request can carry."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise InputError(
+            f"`{shorten(name)}` must have finite numbers only, got {show(value)}",
+            hint="JSON knows neither NaN nor infinity",
+        ) from None
 
 
 def with_path(url: str, flag: str) -> str:

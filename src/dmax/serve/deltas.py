@@ -1,8 +1,9 @@
 """The text of a completion while it grows: what is certain of it, piece by piece.
 
 Two things can still change what has been decoded. The bytes of a character may be split over
-tokens, and so over blocks. And what looks like ordinary text may turn out to be the beginning of a
-stop text. Both are held back until it is known.
+tokens, and so over blocks; tokenizers that fall back to bytes write a mark for each of them. And
+what looks like ordinary text may turn out to be the beginning of a stop text. Both are held back
+until it is known.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from dmax.outputs import StreamEvent, before_stop
 UNFINISHED = "\ufffd"
 """What decoding writes for bytes that are no character, or not one yet."""
 CONTEXT = 4
-"""Tokens that are decoded again before new ones. A tokenizer may write a token differently at the
-beginning of a text."""
+"""Tokens at least that are decoded again before new ones. A tokenizer may write a token differently
+at the beginning of a text."""
+TRIES = 4
+"""Places where these tokens may begin; a character has at most so many bytes."""
 
 
 class Deltas:
@@ -62,17 +65,27 @@ class Deltas:
 
     def _decoded(self, token_ids: Sequence[int]) -> str:
         """The text of further tokens, but for a character that they leave unfinished."""
-        ids = [*self._ids, *token_ids]
-        text = self._decode(ids)
-        is_whole = not text.endswith(UNFINISHED)
-        end = len(text) if is_whole else len(text) - 1
+        self._ids += token_ids
+        text = self._decode(self._ids)
+        end = len(text.rstrip(UNFINISHED))
         new = text[self._num_known : end]
-        self._ids = ids
         self._num_known = max(end, self._num_known)
-        if is_whole and len(ids) > CONTEXT:
-            self._ids = ids[-CONTEXT:]
-            self._num_known = len(self._decode(self._ids))
+        if end == len(text):
+            self._forget(text)
         return new
+
+    def _forget(self, text: str) -> None:
+        """Drop tokens that nothing to come can depend on; all the others have this text."""
+        for num_kept in range(CONTEXT, min(CONTEXT + TRIES, len(self._ids))):
+            kept = self._ids[-num_kept:]
+            # Bytes that begin inside a character would be none, with all that come after them.
+            if self._decode(kept[:1]).startswith(UNFINISHED):
+                continue
+            ending = self._decode(kept)
+            if text.endswith(ending):
+                self._ids = kept
+                self._num_known = len(ending)
+                return
 
 
 def settled_ids(event: StreamEvent, limit: int, ends: Collection[int]) -> tuple[int, ...]:

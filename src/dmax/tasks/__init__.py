@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
 from typing import Protocol
 
-from dmax.errors import InputError, did_you_mean, show
+from dmax.errors import InputError, did_you_mean, load_plugin, show
 
 _TASKS = {
     "asdiv": "dmax.tasks.maths:Asdiv",
@@ -79,7 +78,8 @@ def get_task(name: str, data: str | Path | None = None) -> Task:
         data: JSONL file of the task's rows. None: the task's own examples, or the hub's rows.
 
     Raises:
-        InputError: there is no such task, it reads no file, or its rows cannot be read.
+        InputError: there is no such task, a plugin's cannot be loaded, it reads no file, or its
+            rows cannot be read.
     """
     classes = _classes()
     if not isinstance(name, str) or name not in classes:
@@ -88,8 +88,7 @@ def get_task(name: str, data: str | Path | None = None) -> Task:
             f"unknown task {show(name)}; choose from {', '.join(choices)}",
             hint=did_you_mean(name, choices),
         )
-    module, _, attribute = classes[name].partition(":")
-    make: Callable[..., Task] = getattr(import_module(module), attribute)
+    make: Callable[..., Task] = load_plugin(name, classes[name])
     if data is None:
         return make()
     if not signature(make).parameters:

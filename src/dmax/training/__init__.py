@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from dmax.errors import InputError, did_you_mean
+from dmax.errors import InputError, did_you_mean, load_plugin
 
 if TYPE_CHECKING:
     from dmax.training.objectives import Objective
 
-_GROUP = "dmax.objectives"
 _OBJECTIVES = {
     "mdlm": "dmax.training.objectives:MDLM",
     "uniform": "dmax.training.objectives:Uniform",
@@ -32,27 +30,25 @@ _ROLLOUTS = {  # of `oput`, and which objective rolls out so
 
 def objective_table() -> dict[str, str]:
     """Where each objective is, by name, with those of plugins (entry points `dmax.objectives`)."""
-    plugins = {entry.name: entry.value for entry in entry_points(group=_GROUP)}
-    return plugins | _OBJECTIVES  # no plugin changes what a published name means
+    # Ours win: no plugin changes what a published name means.
+    return {each.name: each.value for each in entry_points(group="dmax.objectives")} | _OBJECTIVES
 
 
 def get_objective(name: str, rollout: str = "argmax") -> type[Objective]:
     """The objective of a name; `oput` has one for each kind of `rollout`.
 
     Raises:
-        InputError: there is no such objective or rollout; names those that exist.
+        InputError: there is no such objective or rollout; names those that exist. Or a plugin's
+            objective cannot be loaded.
     """
-    entry = _find("objective", name, objective_table())
-    of_oput = _find("rollout", rollout, _ROLLOUTS)
-    if name == "oput":
-        entry = of_oput
-    return EntryPoint(name, entry, _GROUP).load()
+    table = objective_table() | {"oput": _find("rollout", rollout, _ROLLOUTS)}
+    return load_plugin(name, _find("objective", name, table))
 
 
-def _find(setting: str, name: str, table: Mapping[str, str]) -> str:
+def _find(setting: str, name: str, table: dict[str, str]) -> str:
     if not isinstance(name, str) or name not in table:
-        choices = ", ".join(table)
         raise InputError(
-            f"`{setting}` must be one of {choices}, got {name!r}", hint=did_you_mean(name, table)
+            f"`{setting}` must be one of {', '.join(table)}, got {name!r}",
+            did_you_mean(name, table),
         )
     return table[name]
