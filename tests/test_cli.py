@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -656,6 +657,27 @@ def test_bad_prompts(dmax: Dmax, folder: Path, tmp_path: Path) -> None:
         path.write_text(content)
         assert_refused(dmax(*words, path), part)
     assert [found.name for found in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("count", ["abc", "0", "-1", "1.5", "9" * 5000])
+def test_a_number_of_processes_that_is_none(
+    dmax: Dmax, monkeypatch: pytest.MonkeyPatch, count: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    must = "WORLD_SIZE must be a whole number of at least 1, got"
+    for words in (("--version",), ("generate", "Hi"), ("--debug", "eval")):
+        assert dmax(*words).code == 2
+    assert_refused(dmax("generate", "Hi"), must, "unset it")
+
+
+@pytest.mark.parametrize("count", ["", "1", "01"])
+def test_one_process_by_whatever_name(
+    dmax: Dmax, monkeypatch: pytest.MonkeyPatch, count: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    result = dmax("--version")
+    assert (result.code, result.err) == (0, "")
+    assert os.environ.get("WORLD_SIZE", "1") == (count or "1")  # ranks.py reads it as a number
 
 
 def test_other_bad_input(dmax: Dmax, folder: Path, bare_folder: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
+from collections import deque
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -153,11 +156,20 @@ def test_options_of_another_shape_are_refused(options: Any) -> None:
     assert len(error.value.message) < 300
 
 
+@pytest.mark.parametrize("value", [np.int64(3), np.float32(0.5), np.bool_(True), Fraction(1, 2)])
+def test_options_are_values_that_json_has(value: Any) -> None:
+    with pytest.raises(InputError, match="option `alpha` must be a number, a text, true or false"):
+        DecodingParams(options={"alpha": value})
+    plain = {"alpha": 3, "b": 0.5, "c": True, "d": "e", "f": None, "g": np.float64(0.5)}
+    json.dumps(dataclasses.asdict(DecodingParams(options=plain)))
+
+
 def test_one_stop_text_is_a_list_of_one() -> None:
     assert DecodingParams(stop="####").stop == DecodingParams(stop=["####"]).stop == ("####",)
+    assert DecodingParams(stop=deque(["a", "b"])).stop == ("a", "b")
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], [1], 3, None, b"a", {"a"}, {"a": 1}])
+@pytest.mark.parametrize("stop", ["", ["a", ""], [1], deque([1]), 3, None, b"a", {"a"}, {"a": 1}])
 def test_stop_texts_are_texts(stop: Any) -> None:
     with pytest.raises(InputError, match="`stop` must be a text or a list of texts"):
         DecodingParams(stop=stop)

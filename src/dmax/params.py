@@ -96,7 +96,7 @@ def _stop_texts(value: object) -> tuple[str, ...]:
     """The texts of `DecodingParams.stop`."""
     texts: Any = (value,) if isinstance(value, str) else value
     is_list = isinstance(texts, Sequence) and not isinstance(texts, (bytes, bytearray))
-    if not is_list or not all(isinstance(text, str) and text for text in texts[: MAX_TEXTS + 1]):
+    if not is_list or not all(isinstance(each, str) and each for each in [*texts][: MAX_TEXTS + 1]):
         raise InputError(
             f"`stop` must be a text or a list of texts, none of them empty, got {show(value)}"
         )
@@ -120,7 +120,7 @@ def _option_pairs(value: object) -> tuple[tuple[str, Any], ...]:
     if pairs is None or not all(isinstance(name, str) for name in pairs):
         raise InputError(f"`options` must map names to values, got {show(value)}")
     for name, option in pairs.items():
-        if not (option is None or isinstance(option, (str, Real))):
+        if not (option is None or isinstance(option, (str, int, float))):
             raise InputError(
                 f"option `{shorten(name)}` must be a number, a text, true or false, "
                 f"got {show(option)}"

@@ -205,7 +205,7 @@ def test_a_file_of_something_else_is_left_alone(
     file = output.with_suffix(suffix)
     file.parent.mkdir()
     file.write_text(line + end)
-    manifest(output).write_text("{}")
+    manifest(output).write_text('{"dmax": "0.1.0"}')
     with pytest.raises(InputError, match=f"responses{suffix}:1 "):
         run(output, Responder())
     assert file.read_text() == line + end
@@ -394,7 +394,7 @@ def test_a_run_killed_before_its_first_response_may_begin_otherwise(output: Path
         run(output, Responder(dies_at=0))
     assert not output.parent.exists() or not list(output.parent.iterdir())
     output.parent.mkdir(exist_ok=True)
-    manifest(output).write_text('{"weights": "others"}')
+    manifest(output).write_text('{"dmax": "0.1.0", "weights": "others"}')
     assert counts(run(output, Responder())) == ALL
     assert json.loads(manifest(output).read_text())["params"]["threshold"] == 0.3
 

@@ -74,6 +74,34 @@ def test_a_prompt_needs_no_response(record: dict[str, Any], expected: Prompt) ->
     assert read_prompt(record, "here") == expected
 
 
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"text": "q", "label": 1}, Prompt("q", None, "here")),
+        ({"text": "q", "prompt": "p", "response": "r"}, Prompt("q", None, "here")),
+        ({"text": [QUESTION]}, Prompt("q", None, "here")),
+        ({"text": [SYSTEM, QUESTION, ANSWER]}, Prompt([SYSTEM, QUESTION], "r", "here")),
+    ],
+)
+def test_a_named_column_holds_texts_or_chats(record: dict[str, Any], expected: Prompt) -> None:
+    assert read_prompt(record, "here", get_reader(None, {"prompt": "text"})) == expected
+
+
+def test_a_named_column_may_be_the_usual_one() -> None:
+    named = get_reader(None, {"prompt": "prompt"})
+    assert read_prompt({"prompt": "q"}, "here", named) == Prompt("q", None, "here")
+    assert read_prompt({"prompt": [QUESTION]}, "here", named) == Prompt("q", None, "here")
+    with pytest.raises(InputError, match="here: no prompt: `prompt` is blank"):
+        read_prompt({"prompt": " "}, "here", named)
+    with pytest.raises(InputError, match="here: the last of `prompt` must be the assistant's"):
+        read_conversation({"prompt": "q"}, "here", named)
+
+
+def test_a_chat_that_was_written_as_one_text_is_no_prompt() -> None:
+    with pytest.raises(InputError, match="here: chat messages must be a list"):
+        read_prompt({"messages": json.dumps([QUESTION])}, "here")
+
+
 def test_columns_that_fit_two_readers_take_a_name() -> None:
     record = {"prompt": "q", "response": "r", "completion": "c"}
     with pytest.raises(

@@ -59,6 +59,17 @@ def test_every_kind_of_file_is_read(
     assert responses(rows) == ["r0", "r1", "r2"]
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [b"\xef\xbb\xbf", b"\n" * 5, b"\xef\xbb\xbf \r\n\t ", b" " * 10_000],
+    ids=["mark", "lines", "both", "many"],
+)
+def test_an_array_is_known_whatever_stands_before_it(tmp_path: Path, beginning: bytes) -> None:
+    file = tmp_path / "data.json"
+    file.write_bytes(beginning + json.dumps(ROWS, indent=1).encode())
+    assert [record for _, record in records_of(Source(str(file)))] == ROWS
+
+
 def test_a_folder_is_read_as_the_hub_would_read_it(tmp_path: Path) -> None:
     write(tmp_path, "data/train-00000-of-00002.parquet", ROWS[:1])
     write(tmp_path, "data/train-00001-of-00002.parquet", ROWS[1:])

@@ -95,6 +95,15 @@ def test_the_numbers_of_a_completion_in_their_order(text: str, numbers: list[int
 
 
 @pytest.mark.parametrize(
+    "answer", [f"1/{'9' * 5000}", f"3/{'1' * 4400}", f"3.{'1' * 6000}/{'7' * 5000}", "1" * 5000]
+)
+def test_an_answer_of_thousands_of_digits_is_wrong(answer: str) -> None:
+    example = Example("How many?", "3", "#### 3")
+    assert not word_problems.is_correct(f"#### {answer}", example)
+    assert word_problems.is_correct(f"So 3 figs.\n#### {answer}", example)
+
+
+@pytest.mark.parametrize(
     ("answer", "number"), [("9 (apples)", 9), ("3 (cats); 5 (dogs)", 5), ("1/2 (cake)", "1/2")]
 )
 def test_the_gold_number_of_asdiv_is_the_last_of_the_row(answer: str, number: object) -> None:

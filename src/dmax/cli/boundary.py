@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -20,9 +21,10 @@ from typer.core import TyperGroup
 
 from dmax.cli.last_words import is_unhandled, last_words
 from dmax.cli.terminal import console, prepare_streams, print_error
-from dmax.errors import InputError, shorten, translate
+from dmax.errors import InputError, shorten, show, translate
 
 DEBUG = "--debug"
+NUM_RANKS = re.compile(r"0*[1-9][0-9]{0,8}")
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a copy of click, or uses one installed
 
 
@@ -73,6 +75,7 @@ def _run(app: typer.Typer, arguments: Sequence[str]) -> int:
     console.quiet = _num_ranks() > 1 and os.environ.get("RANK", "0") != "0"
     try:
         prepare_streams()
+        _check_num_ranks()
         _check_current_folder()
         with _terminating():
             code = app(arguments, prog_name="dmax", standalone_mode=False)
@@ -104,6 +107,19 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [each for each in arguments[:end] if each != DEBUG]
     return [*options, *arguments[end:]], len(options) < end
+
+
+def _check_num_ranks() -> None:
+    """Raise `InputError` if `WORLD_SIZE` is no number of processes; an empty one is as none."""
+    text = os.environ.get("WORLD_SIZE", "")
+    if text and not NUM_RANKS.fullmatch(text):
+        raise InputError(
+            f"the environment variable WORLD_SIZE must be a whole number of at least 1, "
+            f"got {show(text)}",
+            hint="unset it; torchrun gives it to the processes that it starts",
+        )
+    if not text:
+        os.environ.pop("WORLD_SIZE", None)  # libraries take the empty text for a number
 
 
 def _check_current_folder() -> None:
@@ -162,8 +178,9 @@ def _out_of_memory(error: Exception) -> InputError | None:
 
 
 def _num_ranks() -> int:
-    """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun has started; 1 if `WORLD_SIZE` is no such number."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if NUM_RANKS.fullmatch(text) else 1
 
 
 def _speaks() -> bool:

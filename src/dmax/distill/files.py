@@ -32,9 +32,11 @@ from dmax.errors import InputError, shorten, show
 from dmax.files import (
     append,
     changes,
+    check_ours,
     check_writable,
     drop_unfinished_line,
     read_lines,
+    read_record,
     write_atomically,
     writing,
 )
@@ -42,6 +44,8 @@ from dmax.files import (
 OPENING = b'{"index": '
 """How every line begins."""
 NUMBERED = re.compile(rb'\{"index": (\d{1,18}), ')
+KEY = "dmax"
+"""What every manifest has, also one of an earlier version: who wrote it."""
 ANEW = "choose a new output, or move the earlier one away"
 
 
@@ -141,7 +145,7 @@ class ResponseFiles:
 
         Raises:
             InputError: a file cannot be written, is not of a distillation, or nothing says what its
-                responses depend on.
+                responses depend on. A manifest of something else stays as it is.
         """
         if self._shard_size is not None:
             self._check_folder()
@@ -155,6 +159,7 @@ class ResponseFiles:
                         hint="choose a new output",
                     )
                 _read_manifest(self.manifest)
+        check_ours(self.manifest, KEY)  # without responses it is replaced
 
     def read(self, prompts: Sequence[Prompt]) -> Tally:
         """What earlier runs have answered; changes nothing.
@@ -276,7 +281,7 @@ class ResponseFiles:
         shown = shorten(str(self.output))
         found = {file.name for file in self.output.iterdir() if not file.name.startswith(".")}
         manifests = {name for name in found if re.fullmatch(r"manifest.*\.json", name)}
-        if found and not manifests:
+        if found and not any(_is_ours(self.output / name) for name in manifests):
             raise InputError(f"{shown} holds something else", hint="choose a new folder")
         count = self.part.count
         of_parts = {f"manifest-{index}-of-{count}.json" for index in range(count)}
@@ -386,6 +391,12 @@ def _beginning(file: Path) -> bytes:
             return b""
         with file.open("rb") as opened:
             return opened.read(len(OPENING))
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a file is the manifest of a distillation; others have files of that name, too."""
+    record = read_record(manifest)
+    return isinstance(record, dict) and KEY in record
 
 
 def _read_manifest(manifest: Path) -> dict[str, Any]:

@@ -241,7 +241,8 @@ def _chat(columns: Mapping[str, Any], reader: Reader) -> Any:
         raise InputError(f"no prompt: `{reader.prompt}` is missing")
     value = columns[reader.prompt]
     chat = [_message(each) for each in value] if _is_list(value) else value
-    if isinstance(value, str) and reader.response is not None:
+    is_chat = reader.response is None and reader in READERS.values()  # columns of chats by name
+    if isinstance(value, str) and not is_chat:
         chat = [{"role": "user", "content": value}]
     system = columns.get(reader.system or "")
     return [{"role": "system", "content": system}, *chat] if system and _is_list(chat) else chat

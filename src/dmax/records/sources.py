@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from dmax.records.tables import generate_conversations, read_table
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 PARQUET = b"PAR1"  # how such a file begins
+BEGINNING = 2**16  # bytes by which a file is known; blanks may stand before an array
 ROWS = 1_000  # of a parquet file that are in memory together
 
 
@@ -234,10 +236,10 @@ def files_of(source: Source) -> list[Path]:
 def _records_of_file(path: Path) -> Iterator[tuple[str, Any]]:
     check_readable(path, largest=None)
     with path.open("rb") as file:
-        beginning = file.read(len(PARQUET))
-    if beginning == PARQUET:
+        beginning = file.read(BEGINNING)
+    if beginning.startswith(PARQUET):
         yield from _parquet_rows(path)
-    elif path.suffix == ".json" and beginning.lstrip().startswith(b"["):
+    elif path.suffix == ".json" and beginning.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
         yield from _json_array(path)
     else:
         yield from json_lines(path, largest=None)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 
 from dmax.tasks import Example
@@ -78,7 +78,7 @@ def _value(number: str) -> Fraction | None:
     numerator, _, denominator = number.partition("/")
     try:
         return Fraction(Decimal(numerator)) / int(denominator or 1)
-    except (InvalidOperation, ZeroDivisionError):
+    except (ArithmeticError, ValueError):  # int() refuses thousands of digits
         return None
 
 
