@@ -212,6 +212,8 @@ DESIGNS = {  # by the name of the page and its records
         command="python bench/noise.py --study noise_pretrained_slow",
         before="python bench/pretrained.py convert problems ar base responses",
         text=PRETRAINED_SLOW_TEXT,
+        note="(1,200 steps, as on the bundled base, would take two cores half a day a rate.\n"
+        "They are planned for a GPU, as `noise_pretrained_gpu`, and are not measured.)",
         expected=((3e-5, 100), (3e-5, 200), (3e-5, 400)),
     ),
     PRETRAINED_GPU: Design(
