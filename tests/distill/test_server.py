@@ -264,7 +264,7 @@ def test_socks_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "socksio", None)
     with pytest.raises(InputError, match="cannot be used: .*socksio") as caught:
         ServerAnswerer(ServerOptions("http://127.0.0.1:1"))
-    assert "pip install socksio" in str(caught.value.hint)
+    assert "name an HTTP proxy" in str(caught.value.hint)
 
 
 def test_another_model_does_not_continue_the_responses(output: Path) -> None:

@@ -283,7 +283,7 @@ def through_proxies() -> Iterator[None]:
         # A client is made for every proxy, also for one that its server is not asked through.
         raise InputError(
             f"a proxy in the environment cannot be used: {shorten(first_line(error))}",
-            hint="set NO_PROXY='*' to use none; `pip install socksio` makes SOCKS proxies work",
+            hint="name an HTTP proxy, or set NO_PROXY='*' to use none",
         ) from error
 
 
