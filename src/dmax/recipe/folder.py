@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerState
 
+from dmax.adapters import WEIGHTS as ADAPTERS
 from dmax.errors import InputError
 from dmax.files import changes, remove_leftovers, write_atomically, writing
 from dmax.recipe.logs import TENSORBOARD
@@ -34,7 +35,6 @@ OPTIMIZER = "optimizer.pt"  # as Trainer calls it; sharded, the states stand wit
 RNG_STATES = "rng_state*.pth"  # of one process, or one file of each
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in several files
-ADAPTERS = "adapter_model.safetensors"
 ANEW = "start over with --fresh, or choose another `output_dir`"
 MOVE = "move it away, or choose another `output_dir`"
 

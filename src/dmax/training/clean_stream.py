@@ -123,7 +123,7 @@ class CleanStream:
         noisy = position[:, -length:] if self._noisy is None else self._noisy  # [1 or B, L']
         clean = position[:, : -self._block_length].expand(len(noisy), -1)
         # What counts on beyond the end has no label, and a model may have no positions there.
-        places = noisy.clamp(max=end - 1)
+        within = noisy.clamp(max=end - 1)
         records = not self._layers
         if records:
             context = self._model.get_input_embeddings()(self._clean_ids)  # [B, L, D]
@@ -133,7 +133,7 @@ class CleanStream:
             inputs_embeds.shape[1] if self._shift else length,
             inputs_embeds=inputs_embeds,
             attention_mask=self._mask(noisy, clean, records),
-            position_ids=torch.cat((places, clean), dim=1) if records else places,
+            position_ids=torch.cat((within, clean), dim=1) if records else within,
             past_key_values=ContextCache(self._layers, clean.shape[1], records),
         )
         return self._shifted(states, noisy) if self._shift else states
